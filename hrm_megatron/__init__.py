@@ -1,0 +1,3 @@
+"""Hierarchical Reasoning Models for text on NVIDIA Megatron-Core."""
+
+__version__ = "0.1.0"

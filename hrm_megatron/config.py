@@ -1,0 +1,130 @@
+"""Sizes and settings of an HRM as plain values: no torch, no Megatron, nothing that runs."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+EXPANSION = 4  # HRM-Text, config/arch: ffn = expansion * hidden * 2/3, rounded up to a multiple of 256
+VOCAB_MULTIPLE = 256  # HRM-Text pads the vocabulary to this, whatever the parallel layout
+DEFAULT_FIXED_STD = 0.02  # HRM-Text, init_type fixed_normal without an init_std
+INIT_SCHEMES = ("lecun_normal", "fixed_normal", "megatron")
+NORM_PLACEMENTS = ("pre", "post")
+
+
+class ConfigError(ValueError):
+    """A setting, file or row that the user must change; its message is one line: place, value, way out."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+def ffn_hidden_size(hidden_size: int, expansion: float = EXPANSION) -> int:
+    """Width of the SwiGLU MLP: two thirds of `expansion` times the hidden size, up to a multiple of 256."""
+    return round_up(round(expansion * hidden_size * 2 / 3), 256)
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding and of the head."""
+    return round_up(vocab_size, VOCAB_MULTIPLE)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One published size. `num_layers` counts layers per stack; `tokens_per_step` and `lr` where published."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    lr: float | None = None
+    tokens_per_step: int | None = None
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        return ffn_hidden_size(self.hidden_size)
+
+
+PRESETS = {  # HRM-Text: config/arch/size, README, cfg_pretrain
+    "B": Preset(6, 1024, 8),
+    "L": Preset(12, 1280, 10, lr=2.5e-4, tokens_per_step=172_032),
+    "XL": Preset(16, 1536, 12, lr=2.2e-4, tokens_per_step=196_608),
+    "XXL": Preset(36, 1792, 14),
+    "XXL_wide": Preset(16, 2560, 20),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that decides which function an HRM computes; what a checkpoint must agree on.
+
+    `num_layers` counts layers per stack. `vocab_size` is the tokenizer's; `padded_vocab_size` has the rows
+    of the embedding and of the head. `h_norm_placement` is the norm placement of the H stack where it differs.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    vocab_size: int
+    h_cycles: int = 2
+    l_cycles: int = 3
+    norm_placement: str = "pre"
+    h_norm_placement: str | None = None
+    init_scheme: str = "lecun_normal"
+    init_std: float | None = None
+    rope_theta: float = 10_000.0
+    norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size",
+                     "h_cycles", "l_cycles"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                              f"{self.num_attention_heads}; change one of them")
+        if self.head_dim % 2:
+            raise ConfigError(f"head size {self.head_dim} (hidden_size / num_attention_heads) is odd; rotary "
+                              "position embedding needs an even one")
+        if self.init_scheme not in INIT_SCHEMES:
+            raise ConfigError(f"init_scheme={self.init_scheme!r}: choose one of {', '.join(INIT_SCHEMES)}")
+        for placement in (self.norm_placement, self.h_norm_placement or self.norm_placement):
+            if placement not in NORM_PLACEMENTS:
+                raise ConfigError(f"norm_placement={placement!r}: choose one of {', '.join(NORM_PLACEMENTS)}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return padded_vocab_size(self.vocab_size)
+
+    @property
+    def input_std(self) -> float:
+        """Standard deviation of the matrices that read the residual stream, of the embedding and of the head."""
+        if self.init_scheme == "fixed_normal":
+            return self.init_std or DEFAULT_FIXED_STD
+        if self.init_scheme == "megatron" and self.init_std:
+            return self.init_std
+        return 1 / math.sqrt(self.hidden_size)
+
+    @property
+    def attention_output_std(self) -> float:
+        """Standard deviation of the attention's output projection."""
+        if self.init_scheme == "megatron":
+            return self.input_std / math.sqrt(2 * self.num_layers)
+        return self.input_std
+
+    @property
+    def mlp_output_std(self) -> float:
+        """Standard deviation of the MLP's output projection."""
+        if self.init_scheme == "lecun_normal":
+            return 1 / math.sqrt(self.ffn_hidden_size)
+        return self.attention_output_std
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on the embedding's output: it restores unit variance."""
+        return 1 / self.input_std

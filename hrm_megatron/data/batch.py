@@ -1,0 +1,94 @@
+"""Rows of packed examples as tensors: the shifted inputs, the response-only labels, the positions that restart."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+IGNORED_LABEL = -100  # no loss at this position
+PAD_TOKEN = 0
+
+TokenIds = np.ndarray  # [n] integers
+
+
+def row_length(prefix_length: int, target_length: int) -> int:
+    """Positions that an example takes in a row: its last target token is only a label."""
+    return prefix_length + target_length - 1
+
+
+def assemble_row(examples: Sequence[tuple[TokenIds, TokenIds]], row_tokens: int) -> dict[str, torch.Tensor]:
+    """Lay (prefix, target) examples one after the other into a row of `row_tokens` positions, then pad.
+
+    Returns int64 tensors [row_tokens]: `tokens`, `labels`, `position_ids`, and `prefix_lengths`,
+    `response_lengths` (one entry per example, zeros after the last). The last prefix position predicts the
+    first target token; an example with one target token has a response of length zero and still one label.
+    Source: HRM-Text, dataset collation.
+    """
+    tokens = np.full(row_tokens, PAD_TOKEN, np.int64)
+    labels = np.full(row_tokens, IGNORED_LABEL, np.int64)
+    positions, prefixes, responses = (np.zeros(row_tokens, np.int64) for _ in range(3))
+    start = 0
+    for i, (prefix, target) in enumerate(examples):
+        p, end = len(prefix), start + row_length(len(prefix), len(target))
+        assert p and len(target) and end <= row_tokens, (p, len(target), end, row_tokens)
+        tokens[start:start + p], tokens[start + p:end] = prefix, target[:-1]
+        labels[start + p - 1:end] = target
+        positions[start:end] = np.arange(end - start)
+        prefixes[i], responses[i] = p, len(target) - 1
+        start = end
+    arrays = dict(tokens=tokens, labels=labels, position_ids=positions, prefix_lengths=prefixes,
+                  response_lengths=responses)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A micro-batch of packed rows.
+
+    `tokens`, `labels`, `position_ids` are [b, s]; `lengths[row]` lists (prefix, response) positions of each
+    example in order. `label_index` [n] points into the flattened [s, b] positions that have a label;
+    `label_example` [n] numbers the example (0 to `num_examples` - 1) of each.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: tuple[tuple[tuple[int, int], ...], ...]
+    label_index: torch.Tensor
+    label_example: torch.Tensor
+
+    @classmethod
+    def from_rows(cls, rows: dict[str, torch.Tensor]) -> PackedBatch:
+        """Build from stacked `assemble_row` results, [b, s] each; everything is decided here, on the CPU."""
+        b, s = rows["tokens"].shape
+        lengths = tuple(
+            tuple((p, r) for p, r in zip(prefixes, responses, strict=True) if p)
+            for prefixes, responses in zip(rows["prefix_lengths"].tolist(), rows["response_lengths"].tolist(),
+                                           strict=True))
+        example = torch.zeros(b, s, dtype=torch.int64)
+        count = 0
+        for row, pairs in enumerate(lengths):
+            sizes = torch.tensor([p + r for p, r in pairs], dtype=torch.int64)
+            ids = torch.repeat_interleave(torch.arange(count, count + len(pairs)), sizes)
+            example[row, :len(ids)] = ids
+            count += len(pairs)
+        index = (rows["labels"].t().reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1)
+        return cls(rows["tokens"], rows["labels"], rows["position_ids"], lengths, index,
+                   example.t().reshape(-1)[index])
+
+    @property
+    def num_examples(self) -> int:
+        return sum(len(pairs) for pairs in self.lengths)
+
+    @property
+    def flat_labels(self) -> torch.Tensor:
+        """Labels at `label_index`, [n]."""
+        return self.labels.t().reshape(-1)[self.label_index]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Move the tensors; the lengths stay plain numbers."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True)
+                 for name in ("tokens", "labels", "position_ids", "label_index", "label_example")}
+        return replace(self, **moved)

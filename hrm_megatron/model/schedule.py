@@ -1,0 +1,44 @@
+"""The ticks of one forward pass, as a plain list that model, pipeline, cache and FLOP count all read."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hrm_megatron.config import ConfigError
+
+
+class Tick(NamedTuple):
+    """One application of a stack."""
+
+    stack: str  # "H" (slow) or "L" (fast)
+    with_grad: bool
+
+
+def split_bp_steps(h_cycles: int, l_cycles: int, bp_steps: int) -> tuple[int, int]:
+    """Share `bp_steps` gradient ticks between the stacks: (H ticks, L ticks), the last ones of each.
+
+    Every stack keeps at least one, so that no parameter of a layer is ever without a gradient. Raises
+    ConfigError where the ticks cannot be had (paper section on truncated gradients; H first, the rest L).
+    """
+    h_bp = min(h_cycles, bp_steps - 1)
+    l_bp = bp_steps - h_bp
+    if h_bp < 1 or l_bp > h_cycles * l_cycles:
+        raise ConfigError(f"bp_steps={bp_steps} does not fit {h_cycles=}, {l_cycles=}: choose 2 to "
+                          f"{h_cycles * (l_cycles + 1)}")
+    return h_bp, l_bp
+
+
+def trains_embedding(h_cycles: int, bp_steps: int) -> bool:
+    """Tell whether a gradient reaches the embedding: only through a graph over all H ticks."""
+    return bp_steps > h_cycles
+
+
+def unroll(h_cycles: int, l_cycles: int, bp_steps: int | None = None) -> list[Tick]:
+    """List the ticks of one forward pass, L before H in each cycle; `bp_steps` None: all build a graph."""
+    total_l = h_cycles * l_cycles
+    h_bp, l_bp = split_bp_steps(h_cycles, l_cycles, h_cycles + total_l if bp_steps is None else bp_steps)
+    ticks = []
+    for cycle in range(h_cycles):
+        first_l = cycle * l_cycles
+        ticks += [Tick("L", i >= total_l - l_bp) for i in range(first_l, first_l + l_cycles)]
+        ticks.append(Tick("H", cycle >= h_cycles - h_bp))
+    return ticks
