@@ -1,0 +1,99 @@
+"""The `sampled` folder of HRM-Text's data pipeline, read as it is: one token array, and the places of examples."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from hrm_megatron.config import ConfigError
+
+ARRAYS = ("inst_start", "inst_len", "resp_start", "resp_len")  # of every epoch, [examples] each
+
+Ids = np.ndarray  # [n] token ids
+
+
+class SampledFolder:
+    """Examples of `epochs` stored epochs, in the order of the folder; later epochs start over with epoch 0.
+
+    `context_size` is the longest example in positions. Everything is memory-mapped and checked when opened.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._read_metadata(self.path / "metadata.json")
+        self._tokens = self._load(self.path / "tokens.npy")
+        self.epochs = 0
+        while self._folder(self.epochs).is_dir():
+            self.epochs += 1
+        if not self.epochs:
+            raise ConfigError(f"{self._folder(0)} missing; give a folder that sample_tokenized.py wrote")
+        self._arrays = [self._read_epoch(epoch) for epoch in range(self.epochs)]
+
+    def __reduce__(self) -> tuple[type[SampledFolder], tuple[Path]]:
+        return SampledFolder, (self.path,)  # a reader process maps the files itself instead of receiving a copy
+
+    def epoch_lengths(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prefix and target lengths of the examples of an epoch, [n] each."""
+        arrays = self._arrays[epoch % self.epochs]
+        return arrays["inst_len"], arrays["resp_len"]
+
+    def example(self, epoch: int, i: int) -> tuple[Ids, Ids]:
+        """(prefix ids, target ids) of example i of an epoch."""
+        inst_start, inst_len, resp_start, resp_len = (int(self._arrays[epoch % self.epochs][name][i])
+                                                      for name in ARRAYS)
+        return self._tokens[inst_start:inst_start + inst_len], self._tokens[resp_start:resp_start + resp_len]
+
+    def _folder(self, epoch: int) -> Path:
+        return self.path / f"epoch_{epoch}"
+
+    def _read_metadata(self, path: Path) -> None:
+        try:
+            metadata = json.loads(path.read_text(encoding="utf-8"))
+            self.vocab_size = int(metadata["tokenizer_info"]["vocab_size"])
+            self.context_size = int(metadata["max_seq_len"]) - 1  # the reference stores it with the shifted token
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}; give a folder that sample_tokenized.py wrote") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: no tokenizer_info.vocab_size and max_seq_len in it ({error!r}); write the "
+                              "folder again with sample_tokenized.py") from error
+
+    def _load(self, path: Path) -> np.ndarray:
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise ConfigError(f"{path}: cannot read ({reason}); write the folder again with sample_tokenized.py"
+                              ) from error
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ConfigError(f"{path}: holds {array.dtype} of shape {array.shape}, not a list of integers; write the "
+                              "folder again with sample_tokenized.py")
+        return np.asarray(array)
+
+    def _read_epoch(self, epoch: int) -> dict[str, np.ndarray]:
+        folder = self._folder(epoch)
+        arrays = {name: self._load(folder / f"{name}.npy") for name in ARRAYS}
+        counts = {name: len(array) for name, array in arrays.items()}
+        if len(set(counts.values())) > 1:
+            raise ConfigError(f"{folder}: arrays of different lengths {counts}; write the folder again")
+        if not counts["inst_len"]:
+            raise ConfigError(f"{folder}: no examples; write the folder again")
+        for part in ("inst", "resp"):
+            starts, lengths = arrays[f"{part}_start"], arrays[f"{part}_len"]
+            self._refuse(folder / f"{part}_len.npy", lengths, lengths < 1, "is empty")
+            self._refuse(folder / f"{part}_len.npy", lengths, lengths > self.context_size,
+                         f"is longer than the {self.context_size} positions of metadata.json")
+            outside = (starts < 0) | (starts > len(self._tokens) - lengths.astype(np.int64))
+            self._refuse(folder / f"{part}_start.npy", starts, outside,
+                         f"ends outside the {len(self._tokens)} tokens of {self.path / 'tokens.npy'}")
+        row_lengths = arrays["inst_len"] + arrays["resp_len"] - 1
+        self._refuse(folder, row_lengths, row_lengths > self.context_size,
+                     f"takes more positions than the {self.context_size} of metadata.json")
+        return arrays
+
+    @staticmethod
+    def _refuse(path: Path, values: np.ndarray, bad: np.ndarray, reason: str) -> None:
+        if bad.any():
+            row = int(bad.argmax())
+            raise ConfigError(f"{path}: row {row} with value {values[row]} {reason}; write the folder again with "
+                              "sample_tokenized.py")

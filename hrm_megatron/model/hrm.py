@@ -1,0 +1,119 @@
+"""The Hierarchical Reasoning Model for text: two transformer stacks applied in turn, then one head."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from hrm_megatron.data.batch import PackedBatch
+from hrm_megatron.model.hrm_config import HRMConfig
+from hrm_megatron.model.initialize import draw, initialize
+from hrm_megatron.model.prefix_lm import PrefixSequences
+from hrm_megatron.model.recurrence import Recorder, run_ticks
+from hrm_megatron.model.rotary import Rotation
+from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.specs import stack_spec
+
+STACKS = {"H": "h_stack", "L": "l_stack"}
+EMBEDDING_WEIGHT = "embedding.word_embeddings.weight"
+
+
+class HRMModel(LanguageModule):  # type: ignore[misc]
+    """HRM-Text on Megatron-Core (arXiv 2605.20613); `config.num_layers` counts layers per stack.
+
+    `pre_process` builds the embedding and z_L's start, `post_process` the exit norms and the head. Weights
+    are drawn from `seed` and their names, so that every parallel layout begins with the same model.
+    """
+
+    def __init__(self, config: HRMConfig, seed: int, pre_process: bool = True, post_process: bool = True,
+                 backend: BackendSpecProvider | None = None, pg_collection: Any = None,
+                 vp_stage: int | None = None) -> None:
+        super().__init__(config, pg_collection)
+        arch = config.arch
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = False
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, arch.padded_vocab_size, max_sequence_length=0, position_embedding_type="rope",
+                tp_group=self.tp_group)
+            weight = self.embedding.word_embeddings.weight
+            # bf16 in every run, never trained, the same on all ranks (HRM-Text, zL_init).
+            self.register_buffer("zL_init", torch.empty(arch.hidden_size, dtype=torch.bfloat16, device=weight.device))
+        placements = {"H": arch.h_norm_placement or arch.norm_placement, "L": arch.norm_placement}
+        for stack, name in STACKS.items():
+            # pre_process=True on every stage: the input of a tick is an argument, never `input_tensor`.
+            self.add_module(name, TransformerBlock(
+                config, stack_spec(config, placements[stack], backend), pre_process=True, post_process=post_process,
+                pg_collection=self.pg_collection))
+        if post_process:
+            # Labelled positions are gathered before the head, so its input is whole even under SP.
+            whole_rows = dataclasses.replace(config, sequence_parallel=False) if config.sequence_parallel else config
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                arch.hidden_size, arch.padded_vocab_size, config=whole_rows, init_method=config.init_method,
+                bias=False, skip_bias_add=False, gather_output=False, tp_group=self.tp_group)
+        self.setup_embeddings_and_output_layer()
+        initialize(self.named_global_parameters(), arch, seed, self.tp_group.rank(), self.tp_group.size())
+        if pre_process:
+            self.zL_init.copy_(draw(seed, "zL_init", self.zL_init.shape))
+
+    def named_global_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yield parameters by name, with layers counted over all pipeline stages."""
+        for name, parameter in self.named_parameters():
+            parts = name.split(".")
+            if parts[0] in STACKS.values():
+                parts[2] = str(getattr(self, parts[0]).layers[int(parts[2])].layer_number - 1)
+            yield ".".join(parts), parameter
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take what the pipeline schedule received (part of the interface that schedules expect)."""
+        self.input_tensor = input_tensor
+
+    def states(self, batch: PackedBatch, bp_steps: int | None = None, record: Recorder | None = None) -> torch.Tensor:
+        """Run all ticks and return z_H, [s/tp under SP, b, h]; the last `bp_steps` ticks build a graph (None: all)."""
+        arch = self.config.arch
+        x = self.embedding(batch.tokens, batch.position_ids) * arch.embedding_scale
+        if record:
+            record("embedding_out", x)
+        sequences = PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, arch.head_dim, arch.rope_theta))
+        stacks = {stack: partial(getattr(self, name), attention_mask=None, packed_seq_params=sequences)
+                  for stack, name in STACKS.items()}
+        return run_ticks(unroll(arch.h_cycles, arch.l_cycles, bp_steps), stacks, z_h=x,
+                         z_l=self.zL_init.to(x.dtype).expand_as(x),
+                         recompute=self.config.recompute_granularity is not None, record=record)
+
+    def logits_at(self, z_h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Apply the head at positions `index` [n] of the flattened [s, b] rows: [n, v/tp]."""
+        if self.config.sequence_parallel:
+            z_h = tensor_parallel.gather_from_sequence_parallel_region(
+                z_h, tensor_parallel_output_grad=False, group=self.tp_group)
+        logits, _ = self.output_layer(z_h.flatten(0, 1)[index].unsqueeze(1))
+        return logits.squeeze(1)
+
+    def forward(self, batch: PackedBatch, bp_steps: int | None = None) -> torch.Tensor:
+        """Score the labels of `batch`: fp32 [2, n], the cross-entropy of each and 1 where it is the likeliest token."""
+        logits = self.logits_at(self.states(batch, bp_steps), batch.label_index)
+        labels = batch.flat_labels
+        correct = self._likeliest(logits.detach()) == labels
+        # The stock loss turns fp32 logits into softmax values in place: nothing may read them after it.
+        losses = self.compute_language_model_loss(labels.unsqueeze(0), logits.unsqueeze(1)).squeeze(0)
+        return torch.stack((losses.float(), correct.float()))
+
+    def _likeliest(self, logits: torch.Tensor) -> torch.Tensor:
+        """Token of the largest logit over all vocabulary shards (the lowest one of equals): [n, v/tp] to [n]."""
+        value, token = logits.max(-1)
+        if self.tp_group.size() == 1:
+            return token
+        best = value.clone()
+        torch.distributed.all_reduce(best, torch.distributed.ReduceOp.MAX, group=self.tp_group)
+        token = token + self.tp_group.rank() * logits.shape[-1]
+        token = torch.where(value == best, token, torch.iinfo(token.dtype).max)
+        torch.distributed.all_reduce(token, torch.distributed.ReduceOp.MIN, group=self.tp_group)
+        return token

@@ -1,0 +1,67 @@
+"""Both stacks as Megatron-Core specs: stock layers around the weightless norm and the PrefixLM attention."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from hrm_megatron.model.attention import core_attention
+from hrm_megatron.model.hrm_config import HRMConfig
+
+
+class WeightlessRMSNorm(torch.nn.Module):
+    """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) without a weight, in fp32; nothing to reduce under SP."""
+
+    def __init__(self, config: HRMConfig, hidden_size: int | None = None, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+def add_then_norm(norm: WeightlessRMSNorm) -> Callable[..., Any]:
+    """Make the bias-dropout-add of a post-norm layer: x = norm(x + f(x))."""
+    def make(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        add = get_bias_dropout_add(training, fused)
+        return lambda x_with_bias, residual, dropout: norm(add(x_with_bias, residual, dropout))
+    return make
+
+
+def stack_spec(config: HRMConfig, norm_placement: str,
+               backend: BackendSpecProvider | None = None) -> TransformerBlockSubmodules:
+    """Describe one stack: this pipeline stage's layers and, for pre-norm, the norm at the stack's exit.
+
+    `backend` names the linear layers (Megatron's local ones if None).
+    """
+    backend = backend or LocalSpecProvider()
+    if norm_placement == "pre":
+        norm, bias_dropout_add, exit_norm = WeightlessRMSNorm, get_bias_dropout_add, WeightlessRMSNorm
+    else:
+        norm, exit_norm = IdentityOp, None
+        bias_dropout_add = add_then_norm(WeightlessRMSNorm(config, eps=config.layernorm_epsilon))
+    layer = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention, params={"attn_mask_type": AttnMaskType.arbitrary},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=backend.column_parallel_linear(), core_attention=core_attention(config.attention_kernel),
+                linear_proj=backend.row_parallel_linear())),
+        self_attn_bda=bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=partial(MLP.as_mlp_submodule, ffn_hidden_size=config.ffn_hidden_size, submodules=MLPSubmodules(
+            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())),
+        mlp_bda=bias_dropout_add))
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=exit_norm)

@@ -1,0 +1,84 @@
+"""Put AdamATan2 and the step-exact schedules into Megatron's optimizer machinery.
+
+Megatron has no plug for another optimizer: it is built as "adam" while the class behind that name is ours.
+Sharding, fp32 masters, overlap and checkpoints stay stock.
+"""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import megatron.core.optimizer as megatron_optimizer
+import torch
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from hrm_megatron.optim.adam_atan2 import STATE_KEYS, AdamATan2, init_states
+from hrm_megatron.optim.schedule import LRSchedule
+
+EMBEDDING = "is_embedding"
+# The embedding has a group of its own because its updates are counted apart. `is_decoupled_lr` is among the
+# keys by which Megatron finds a saved group again and is read for nothing else in 0.19.2.
+EMBEDDING_GROUP = {ParamKey(name="*embedding.word_embeddings.weight"): {EMBEDDING: True, "is_decoupled_lr": True}}
+
+
+class EMADistributedOptimizer(megatron_optimizer.DistributedOptimizer):  # type: ignore[misc]
+    """Megatron's, told of the third state: without this it loads a checkpoint silently and drops the EMA."""
+
+    @property
+    def optimizer_state_keys(self) -> tuple[str, ...]:
+        return STATE_KEYS
+
+
+@contextlib.contextmanager
+def _adam_is(build: Callable[..., torch.optim.Optimizer]) -> Iterator[None]:
+    replaced = dict(Adam=build, USING_PYTORCH_OPTIMIZER=False, DistributedOptimizer=EMADistributedOptimizer)
+    stock = {name: getattr(megatron_optimizer, name) for name in replaced}
+    try:
+        for name, value in replaced.items():
+            setattr(megatron_optimizer, name, value)
+        yield
+    finally:
+        for name, value in stock.items():
+            setattr(megatron_optimizer, name, value)
+
+
+def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module], ema_decay: float,
+                    embedding_has_gradient: Callable[[], bool], config_overrides: dict[ParamKey, Any] | None = None,
+                    **stock_arguments: Any) -> MegatronOptimizer:
+    """Build Megatron's optimizer around AdamATan2; `embedding_has_gradient` is asked at every step."""
+    # Without Apex or TE Megatron expects torch Adam's state["step"], which AdamATan2 does not have.
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+
+    def build(params: Any, lr: float, weight_decay: float, betas: tuple[float, float],
+              **adam_only: Any) -> torch.optim.Optimizer:
+        return AdamATan2(params, lr, betas, weight_decay, ema_decay,
+                         has_gradient=lambda group: not group.get(EMBEDDING) or embedding_has_gradient())
+
+    with _adam_is(build):
+        optimizer = megatron_optimizer.get_megatron_optimizer(
+            config, model_chunks, config_overrides={**(config_overrides or {}), **EMBEDDING_GROUP}, **stock_arguments)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.init_state_fn = init_states
+    return optimizer
+
+
+class StepScheduler(OptimizerParamScheduler):  # type: ignore[misc]
+    """Megatron's scheduler with HRM-Text's learning rate, whose first step is step 1."""
+
+    def __init__(self, optimizer: MegatronOptimizer, schedule: LRSchedule, rows_per_step: int, weight_decay: float,
+                 **checkpoint_rules: bool) -> None:
+        self.schedule, self.rows_per_step = schedule, rows_per_step
+        samples = max(schedule.total_steps, schedule.warmup_steps + 1) * rows_per_step
+        super().__init__(
+            optimizer, init_lr=0.0, max_lr=schedule.lr, min_lr=schedule.min_lr,
+            lr_warmup_steps=schedule.warmup_steps * rows_per_step, lr_decay_steps=samples, lr_decay_style="cosine",
+            start_wd=weight_decay, end_wd=weight_decay, wd_incr_steps=samples, wd_incr_style="constant",
+            **checkpoint_rules)
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Learning rate of the step that comes next."""
+        return self.schedule.at(self.num_steps // self.rows_per_step + 1)

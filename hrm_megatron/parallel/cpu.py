@@ -1,0 +1,256 @@
+"""Let stock Megatron run where there is no CUDA: the one place that replaces anything for the sake of a CPU.
+
+Call `activate()` before the first `megatron` import. With a GPU it repairs two faults of the 0.19.2 wheel and
+touches nothing else. Without one it also answers Megatron's CUDA calls with CPU tensors, gloo and null
+streams; `torch.cuda.is_available()` keeps telling the truth. Places in the comments are files of that wheel.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.abc
+import importlib.util
+import inspect
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+FACTORIES = (
+    "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "linspace", "eye", "rand", "randn", "randint",
+    "randperm", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+)
+PRETENDED_MEMORY_BYTES = 1 << 34
+
+Patch = Callable[[Any], None]
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return type(device) is int or (isinstance(device, str) and device.startswith("cuda"))
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Send `device="cuda"` to the CPU and drop `pin_memory`, which needs a driver."""
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+    return wrapper
+
+
+class NullStream:
+    """A stream or an event on which everything has already happened."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def _nothing(self, *_: Any, **__: Any) -> None: ...
+
+    wait_event = wait_stream = wait = record = synchronize = _nothing
+
+    def record_event(self, event: Any = None) -> Any:
+        # Megatron-FSDP waits on what this returns (distributed/fsdp/src/.../param_and_grad_buffer.py).
+        return event or NullStream()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, *_: Any) -> float:
+        return 0.0
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
+    def __enter__(self) -> NullStream:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class NullEvent(NullStream):
+    """Told apart from a stream by its type alone."""
+
+
+def _patch_tensors() -> None:
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for cls in (torch.Tensor, torch.nn.Module):
+        def to(self: Any, *args: Any, _stock: Callable[..., Any] = cls.to, **kwargs: Any) -> Any:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            return _stock(self, *(CPU if _is_cuda(a) else a for a in args), **kwargs)
+        cls.to = to  # type: ignore[assignment]
+        cls.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+    torch.Tensor.new_empty = _on_cpu(torch.Tensor.new_empty)  # type: ignore[method-assign,assignment]
+    torch.Tensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    stock_type = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # The optimizers dispatch on the string "torch.cuda.FloatTensor" (optimizer/distrib_optimizer.py:401).
+        if dtype is not None:
+            return stock_type(self, dtype, *args, **kwargs)
+        return stock_type(self).replace("torch.", "torch.cuda.", 1)
+    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
+
+
+def _patch_cuda_module() -> None:
+    properties = types.SimpleNamespace(
+        name="cpu", major=9, minor=0, total_memory=PRETENDED_MEMORY_BYTES, multi_processor_count=1)
+    stream = NullStream()
+    answers: dict[str, Any] = {
+        # current_device stays an int (FSDP formats "cuda:{...}"); device_count 0 would skip
+        # initialize_model_parallel without a word (training/initialize.py:270).
+        "current_device": 0, "device_count": 1, "set_device": None, "synchronize": None, "empty_cache": None,
+        "get_device_name": "cpu", "get_device_properties": properties, "get_device_capability": (9, 0),
+        "memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0, "max_memory_reserved": 0,
+        "reset_peak_memory_stats": None, "mem_get_info": (PRETENDED_MEMORY_BYTES, PRETENDED_MEMORY_BYTES),
+        "is_current_stream_capturing": False, "set_stream": None, "current_stream": stream, "default_stream": stream,
+        "manual_seed_all": None,
+    }
+    cuda: Any = torch.cuda
+    for name, answer in answers.items():
+        # One function object per name: dynamo's rule table refuses one under two names.
+        setattr(cuda, name, lambda *_, _answer=answer, **__: _answer)
+    cuda.memory_stats = lambda *_: {}
+    cuda.Stream, cuda.ExternalStream, cuda.Event = NullStream, NullStream, NullEvent
+    cuda.stream = lambda *_: contextlib.nullcontext()
+    cuda.device = lambda *_: contextlib.nullcontext()
+    # The "CUDA" generator is the CPU generator. torch.manual_seed calls cuda.manual_seed: go round it.
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.initial_seed = lambda: torch.initial_seed()
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(cuda.nvtx, name, lambda *_, _name=name, **__: None)
+    cuda.nvtx.range = lambda *_, **__: contextlib.nullcontext()
+
+
+def _patch_process_groups() -> None:
+    distributed: Any = torch.distributed
+    for name in ("init_process_group", "new_group"):
+        def make(*args: Any, _stock: Callable[..., Any] = getattr(distributed, name), **kwargs: Any) -> Any:
+            call = inspect.signature(_stock).bind_partial(*args, **kwargs).arguments
+            if call.get("backend") in (None, "nccl"):
+                call["backend"] = "gloo"
+            for cuda_only in ("device_id", "pg_options"):
+                call.pop(cuda_only, None)
+            return _stock(**call)
+        setattr(distributed, name, make)
+    from_group = distributed.DeviceMesh.from_group
+    distributed.DeviceMesh.from_group = staticmethod(  # torch FSDP2 asks for a mesh of "cuda"
+        lambda group, device_type, *args, **kwargs: from_group(group, "cpu", *args, **kwargs))
+
+
+def _patch_rng(module: Any) -> None:
+    # Stock _set_cuda_rng_state queues a call for when CUDA comes up, so it would never happen.
+    module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+    @contextlib.contextmanager
+    def fork(self: Any, name: str = module._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        # Stock fork also warns that the CPU generator changed; here that is the point.
+        if name not in self.states_:
+            raise KeyError(f"rng state {name} is not added")
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(before)
+    module.CudaRNGStatesTracker.fork = fork
+
+
+def _patch_training(module: Any) -> None:
+    module.initialize_megatron = functools.partial(module.initialize_megatron, allow_no_cuda=True)
+    module.set_jit_fusion_options = lambda *_, **__: None  # a warm-up of CUDA kernels
+    stock = module.build_train_valid_test_data_iterators
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        # DataLoader iterators draw a seed from the CPU generator, which is the dropout generator here.
+        state = torch.get_rng_state()
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            torch.set_rng_state(state)
+    module.build_train_valid_test_data_iterators = build
+
+
+def _patch_async_save(module: Any) -> None:
+    # A spawned queue manager would import the main program again; forked, it costs nothing.
+    module.get_write_results_queue = functools.partial(module.get_write_results_queue, mp_mode="fork")
+
+
+def _repair_no_grad(module: Any) -> None:
+    # The one loader of its family without @torch.no_grad() (optimizer/distrib_optimizer.py:2061).
+    cls = module.DistributedOptimizer
+    cls.load_parameter_state_from_dp_reshardable = torch.no_grad()(cls.load_parameter_state_from_dp_reshardable)
+
+
+def _repair_helpers(module: Any) -> None:
+    # Runs `make` in a folder without a Makefile and exits; the wheel ships the compiled extension.
+    module.compile_helpers = lambda: None
+
+
+# Module > patches applied right after it was executed.
+EVERYWHERE: dict[str, Sequence[Patch]] = {
+    "megatron.core.datasets.utils": [_repair_helpers],
+    "megatron.core.optimizer.distrib_optimizer": [_repair_no_grad],
+}
+WITHOUT_CUDA: dict[str, Sequence[Patch]] = {
+    "megatron.core.tensor_parallel.random": [_patch_rng],
+    "megatron.training.training": [_patch_training],
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": [_patch_async_save],
+}
+
+
+class _PatchingFinder(importlib.abc.MetaPathFinder):
+    """Applies its patches right after a named module was executed; finds nothing else."""
+
+    def __init__(self, patches: dict[str, Sequence[Patch]]) -> None:
+        self.patches = dict(patches)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        patches = self.patches.pop(fullname, None)
+        spec = importlib.util.find_spec(fullname) if patches else None
+        if not patches or spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            execute(module)
+            for patch in patches:
+                patch(module)
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+_active = False
+
+
+def activate() -> None:
+    """Prepare this process for Megatron; call it before anything of Megatron is imported. Idempotent."""
+    global _active
+    if _active:
+        return
+    if any(name.startswith(("megatron.core", "megatron.training")) for name in sys.modules):
+        raise RuntimeError("hrm_megatron.parallel.cpu.activate() must run before megatron is imported")
+    _active = True
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # TP > 1 and sequence parallel want it
+    if torch.cuda.is_available():
+        sys.meta_path.insert(0, _PatchingFinder(EVERYWHERE))
+        return
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's jit_fuser is torch.compile (core/jit.py:21)
+    sys.meta_path.insert(0, _PatchingFinder({**EVERYWHERE, **WITHOUT_CUDA}))
+    _patch_tensors()
+    _patch_cuda_module()
+    _patch_process_groups()

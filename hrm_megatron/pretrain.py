@@ -1,0 +1,56 @@
+"""Train an HRM: `torchrun -m hrm_megatron.pretrain --hrm-preset B --data-path PREFIX ...`."""
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from hrm_megatron.parallel.cpu import activate
+
+activate()
+
+import torch  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.training import pretrain  # noqa: E402
+from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+
+from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.training.arguments import parse_arguments  # noqa: E402
+from hrm_megatron.training.checkpoint import check_checkpoint  # noqa: E402
+from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
+from hrm_megatron.training.optimizer import install  # noqa: E402
+from hrm_megatron.training.step import TrainingStep  # noqa: E402
+
+
+def train() -> None:
+    """Run Megatron's own training loop over our model, data and optimizer."""
+    sources = {}
+
+    def vocab_size_of(args: object) -> int:
+        sources["all"] = open_sources(args)  # type: ignore[arg-type]
+        return sources["all"].vocab_size
+
+    args = parse_arguments(vocab_size_of)
+    check_checkpoint(args)
+    step = TrainingStep(args)
+    install(args, step)
+    pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, sources["all"], step.meter.restart),
+             ModelType.encoder_or_decoder, step.forward, step.build_model)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        train()
+    except ConfigError as error:
+        if rank:
+            time.sleep(2)  # where all ranks see the same, the launcher ends this one before it repeats rank 0
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The command line: all of Megatron's flags plus one group of ours, checked before anything is built."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import torch
+from megatron.training import arguments as megatron_arguments
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.global_vars import set_global_variables
+
+from hrm_megatron.config import INIT_SCHEMES, NORM_PLACEMENTS, PRESETS, Architecture, ConfigError, ffn_hidden_size
+from hrm_megatron.model.attention import AUTO, KERNELS, core_attention
+from hrm_megatron.model.hrm_config import HRM_SETTINGS, HRMConfig
+from hrm_megatron.model.schedule import split_bp_steps
+from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
+
+OPTIMIZER = "adam_atan2"
+
+# Our defaults for Megatron's own flags; a flag given by hand wins.
+DEFAULTS: dict[str, Any] = dict(
+    clip_grad=0.0, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,  # HRM-Text, cfg_pretrain
+    lr_decay_style="cosine", min_lr=None,
+    optimizer=OPTIMIZER, tokenizer_type="NullTokenizer", position_embedding_type="rope", transformer_impl="local",
+    layernorm_epsilon=1e-6,  # HRM-Text, norm_eps
+    ckpt_format="torch_dist", use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True,
+    log_interval=10, eval_interval=1000, eval_iters=10, num_workers=2,
+)
+# What makes the model an HRM: not the user's to choose.
+FORCED: dict[str, Any] = dict(
+    swiglu=True, untie_embeddings_and_output_weights=True, calculate_per_token_loss=True,
+    create_attention_mask_in_dataloader=False, group_query_attention=False, num_query_groups=None, **HRM_SETTINGS,
+)
+# Fused kernels that exist only where CUDA, Apex or Transformer Engine do.
+WITHOUT_CUDA: dict[str, Any] = dict(
+    distributed_backend="gloo", use_cpu_initialization=True, gradient_accumulation_fusion=False, num_workers=0,
+    masked_softmax_fusion=False, no_persist_layer_norm=True,
+)
+
+
+def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our group to Megatron's parser and set our defaults for its flags."""
+    group = parser.add_argument_group("hrm")
+    group.add_argument("--hrm-preset", choices=[*PRESETS],
+                       help="fills sizes, learning rate and rows per step; any flag given by hand wins")
+    group.add_argument("--h-cycles", type=int, default=2, help="applications of the slow stack")
+    group.add_argument("--l-cycles", type=int, default=3, help="applications of the fast stack in each slow cycle")
+    group.add_argument("--bp-min-steps", type=int, default=2, help="ticks with gradient at the first step")
+    group.add_argument("--bp-max-steps", type=int, default=5, help="ticks with gradient after the warm-up")
+    group.add_argument("--bp-warmup-fraction", type=float, default=0.2, help="share of the run spent warming up")
+    group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' running average")
+    group.add_argument("--init-scheme", choices=INIT_SCHEMES, default="lecun_normal")
+    group.add_argument("--init-std", type=float, help="standard deviation for fixed_normal and megatron")
+    group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre")
+    group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO)
+    group.add_argument("--sampled-data-path", metavar="DIR", help="train on HRM-Text's own sampled folder")
+    for action in parser._actions:
+        if action.dest == "optimizer":
+            action.choices = [OPTIMIZER]
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def fill_from_preset(args: argparse.Namespace) -> None:
+    """Give every size that was not named on the command line the preset's value, or its usual one."""
+    preset = PRESETS[args.hrm_preset] if args.hrm_preset else None
+    if preset:
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "lr"):
+            if getattr(args, name) is None:
+                setattr(args, name, getattr(preset, name))
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "lr", "seq_length"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"--{name.replace('_', '-')} is not set: give it, or a --hrm-preset that has it "
+                              f"({', '.join(PRESETS)})")
+    if args.ffn_hidden_size is None:
+        args.ffn_hidden_size = ffn_hidden_size(args.hidden_size)
+    if args.micro_batch_size is None:
+        args.micro_batch_size = 1
+    if args.global_batch_size is None and preset and preset.tokens_per_step:
+        if preset.tokens_per_step % args.seq_length:
+            raise ConfigError(f"--seq-length {args.seq_length} does not divide the preset's {preset.tokens_per_step} "
+                              "tokens per step: give --global-batch-size (rows per step) by hand")
+        args.global_batch_size = preset.tokens_per_step // args.seq_length
+        args._is_global_batch_size_explicitly_specified = True
+    if args.min_lr is None:
+        args.min_lr = args.lr  # HRM-Text, min_ratio 1: a constant rate after the warm-up
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
+
+
+def architecture_of(args: argparse.Namespace, vocab_size: int) -> Architecture:
+    """Read the model's architecture off the arguments of a run (or of a checkpoint)."""
+    return Architecture(vocab_size=vocab_size, norm_epsilon=args.layernorm_epsilon, rope_theta=float(args.rotary_base), **{
+        name: getattr(args, name) for name in (
+            "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
+            "norm_placement", "init_scheme", "init_std")})
+
+
+def check_layout(args: argparse.Namespace, architecture: Architecture) -> None:
+    """Refuse layouts that the architecture does not allow, naming sizes that would work."""
+    tp = args.tensor_model_parallel_size
+    for name, size in (("attention heads", architecture.num_attention_heads),
+                       ("FFN columns", architecture.ffn_hidden_size),
+                       ("padded vocabulary", architecture.padded_vocab_size)):
+        if size % tp:
+            divisors = [d for d in range(1, min(size, 64) + 1) if size % d == 0]
+            raise ConfigError(f"--tensor-model-parallel-size {tp} does not divide the {size} {name}: "
+                              f"choose one of {', '.join(map(str, divisors))}")
+    for flag, size in (("--pipeline-model-parallel-size", args.pipeline_model_parallel_size),
+                       ("--context-parallel-size", args.context_parallel_size)):
+        if size > 1:
+            raise ConfigError(f"{flag} {size}: not built yet for the recurrence; use 1")
+    whole = tp * args.pipeline_model_parallel_size * args.context_parallel_size
+    if args.world_size % whole:
+        raise ConfigError(f"{args.world_size} processes cannot be divided into model replicas of {whole}: start a "
+                          f"multiple of {whole}")
+
+
+def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
+    """Parse, complete and check the command line, then make it Megatron's global state.
+
+    `vocab_size_of(args)` reads the vocabulary's size from the data. Raises ConfigError with one line for
+    everything that can be said before a process group exists.
+    """
+    args = megatron_arguments.parse_args(add_hrm_arguments)
+    fill_from_preset(args)
+    for name, value in FORCED.items():
+        setattr(args, name, value)
+    if not torch.cuda.is_available():
+        for name, value in WITHOUT_CUDA.items():
+            setattr(args, name, value)
+    args.vocab_size = vocab_size_of(args)
+    architecture = architecture_of(args, args.vocab_size)
+    # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
+    args.padded_vocab_size = architecture.padded_vocab_size
+    check_layout(args, architecture)
+    core_attention(args.attention_kernel)
+    for bp_steps in (args.bp_min_steps, args.bp_max_steps):
+        split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)
+    args.optimizer = "adam"  # Megatron's name of the slot; optim.builder puts AdamATan2 into it
+    try:
+        megatron_arguments.validate_args(args)
+    except AssertionError as error:
+        raise ConfigError(f"command line: {str(error) or 'refused by Megatron'}") from error
+    if args.train_iters is None and args.train_samples:
+        args.train_iters = args.train_samples // args.global_batch_size
+    if not args.train_iters:
+        raise ConfigError("--train-iters (or --train-samples) is not set: say how long to train")
+    bp_schedule(args), lr_schedule(args)  # refuse impossible schedules now
+    set_global_variables(args)
+    return args
+
+
+def bp_schedule(args: argparse.Namespace) -> BPSchedule:
+    return BPSchedule(args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction, args.train_iters)
+
+
+def lr_schedule(args: argparse.Namespace) -> LRSchedule:
+    if args.lr_decay_style != "cosine":
+        raise ConfigError(f"--lr-decay-style {args.lr_decay_style}: only cosine is built; for a constant rate give "
+                          "--min-lr the value of --lr")
+    warmup_steps = args.lr_warmup_iters or args.lr_warmup_samples // args.global_batch_size
+    total_steps = args.lr_decay_iters or args.train_iters
+    if args.lr_warmup_fraction:
+        warmup_steps = int(args.lr_warmup_fraction * total_steps)
+    return LRSchedule(args.lr, args.min_lr, warmup_steps, total_steps)
+
+
+def model_config(args: argparse.Namespace) -> HRMConfig:
+    """Build the TransformerConfig of a run."""
+    config: HRMConfig = core_transformer_config_from_args(args, HRMConfig)
+    return dataclasses.replace(config, architecture=architecture_of(args, args.vocab_size))

@@ -1,0 +1,95 @@
+"""Open the data that the command line names, and hand Megatron its datasets of packed rows."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.training.utils import print_rank_0
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.dataset import PackedRows, split_store
+from hrm_megatron.data.sampled import SampledFolder
+from hrm_megatron.data.store import ExampleStore
+from hrm_megatron.data.tokenizer import TextTokenizer
+
+Source = ExampleStore | SampledFolder
+Datasets = tuple[PackedRows | None, PackedRows | None, PackedRows | None]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run reads; `split` says that one store serves training, validation and test."""
+
+    train: Source
+    valid: ExampleStore | None
+    test: ExampleStore | None
+    split: bool
+
+    @property
+    def vocab_size(self) -> int:
+        return self.train.vocab_size
+
+
+def _single(flag: str, paths: Sequence[str] | None) -> str | None:
+    if not paths:
+        return None
+    if len(paths) > 1:
+        raise ConfigError(f"{flag} {' '.join(paths)}: give one prefix; weighted blends are not built yet")
+    return paths[0]
+
+
+def open_sources(args: argparse.Namespace) -> Sources:
+    """Open and check every file that the arguments name; raise ConfigError with one line otherwise."""
+    whole = _single("--data-path", args.data_path)
+    parts = {name: _single(f"--{name}-data-path", getattr(args, f"{name}_data_path"))
+             for name in ("train", "valid", "test")}
+    train = whole or parts["train"]
+    if bool(train) == bool(args.sampled_data_path):
+        raise ConfigError("no training data, or two kinds of it: give either --data-path PREFIX (or --train-data-path) "
+                          "or --sampled-data-path DIR")
+    stores = {name: ExampleStore(path) for name, path in (("train", train), *list(parts.items())[1:]) if path}
+    if args.tokenizer_model:
+        fingerprint = TextTokenizer(args.tokenizer_model).fingerprint
+        for store in stores.values():
+            store.check_tokenizer(fingerprint)
+    source = stores.get("train") or SampledFolder(args.sampled_data_path)
+    for name, store in stores.items():
+        if store.vocab_size != source.vocab_size:
+            raise ConfigError(f"--{name}-data-path {parts[name]}: made with a vocabulary of {store.vocab_size}, the "
+                              f"training data with {source.vocab_size}; preprocess both with one tokenizer")
+    return Sources(source, stores.get("valid"), stores.get("test"), split=bool(whole))
+
+
+def datasets_provider(args: argparse.Namespace, sources: Sources, on_ready: Callable[[], None]) -> Callable[..., Datasets]:
+    """Make Megatron's datasets provider; `on_ready` is called when training may begin."""
+    def rows(name: str, source: Source | None, count: int | None, **options: object) -> PackedRows | None:
+        if source is None or not count:
+            return None
+        dataset = PackedRows(source, args.seq_length, args.seed, count, cache_folder=args.data_cache_path,
+                             **options)  # type: ignore[arg-type]
+        print_rank_0(f" > {name}: {dataset.describe()}")
+        return dataset
+
+    def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:
+        train, valid, test = num_samples
+        if torch.distributed.get_rank() and args.data_cache_path:
+            torch.distributed.barrier()  # rank 0 plans the rows, the others read its plan
+        if sources.split:
+            assert isinstance(sources.train, ExampleStore)
+            parts = split_store(len(sources.train), args.split or "969,30,1", args.seed)
+            found: Datasets = (
+                rows("training", sources.train, train, example_ids=parts.train),
+                rows("validation", sources.train if len(parts.valid) else None, valid, example_ids=parts.valid, fixed=True),
+                rows("test", sources.train if len(parts.test) else None, test, example_ids=parts.test, fixed=True))
+        else:
+            found = (rows("training", sources.train, train), rows("validation", sources.valid, valid, fixed=True),
+                     rows("test", sources.test, test, fixed=True))
+        if not torch.distributed.get_rank() and args.data_cache_path:
+            torch.distributed.barrier()
+        on_ready()
+        return found
+
+    provide.is_distributed = True  # type: ignore[attr-defined]  # every rank reads for itself: no broadcast of batches
+    return provide

@@ -1,0 +1,49 @@
+"""What a micro-batch reports: sums and counts that Megatron adds up over micro-batches and replicas."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from hrm_megatron.data.batch import PackedBatch
+
+Report = dict[str, torch.Tensor]  # name > [numerator, denominator]
+
+
+def loss_sums(batch: PackedBatch, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
+    """Reduce the scores [2, n] of HRMModel to (sum of losses, count of labels, report).
+
+    With `--calculate-per-token-loss` Megatron divides gradients by the count over all ranks and micro-batches:
+    the token mean of the global batch. An example is exactly right if all its labels are.
+    """
+    losses, correct = scores
+    loss = losses.sum()
+    wrong = torch.zeros(batch.num_examples, device=losses.device).index_add_(0, batch.label_example, 1 - correct)
+    values = {
+        "lm loss": (loss.detach(), losses.numel()),
+        "accuracy": (correct.sum(), losses.numel()),
+        "exact accuracy": ((wrong == 0).sum(), batch.num_examples),
+    }
+    report = {name: torch.stack([torch.as_tensor(x, dtype=torch.float32, device=losses.device) for x in pair])
+              for name, pair in values.items()}
+    return loss, torch.tensor(losses.numel(), dtype=torch.int, device=losses.device), report
+
+
+class ThroughputMeter:
+    """Positions per second of wall-clock time, over all replicas, as a numerator and a denominator."""
+
+    def __init__(self, replicas: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.replicas, self.clock = replicas, clock
+        self.last = clock()
+
+    def restart(self) -> None:
+        """Leave out the time up to now."""
+        self.last = self.clock()
+
+    def lap(self, tokens: int) -> tuple[float, float]:
+        """Count `tokens` positions since the last lap; summed over micro-batches and replicas the pair is
+        (all positions times replicas, seconds times replicas)."""
+        now = self.clock()
+        seconds, self.last = now - self.last, now
+        return float(tokens * self.replicas), seconds

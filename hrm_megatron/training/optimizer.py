@@ -1,0 +1,24 @@
+"""Hand AdamATan2 and the step-exact schedules to Megatron's training loop."""
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+from megatron.training import training as megatron_training
+
+from hrm_megatron.optim.builder import StepScheduler, build_optimizer
+from hrm_megatron.training.arguments import lr_schedule
+from hrm_megatron.training.step import TrainingStep
+
+
+def install(args: argparse.Namespace, step: TrainingStep) -> None:
+    """Replace the two functions by which the loop builds its optimizer and its scheduler."""
+    def get_optimizer_param_scheduler(optimizer: Any) -> StepScheduler:
+        return StepScheduler(optimizer, lr_schedule(args), args.global_batch_size, args.weight_decay,
+                             use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
+                             override_opt_param_scheduler=args.override_opt_param_scheduler)
+
+    megatron_training.get_megatron_optimizer = partial(
+        build_optimizer, ema_decay=args.ema_decay, embedding_has_gradient=step.embedding_has_gradient)
+    megatron_training.get_optimizer_param_scheduler = get_optimizer_param_scheduler
