@@ -41,6 +41,7 @@ def _shown(value: object) -> str:
 
 def parse_example(line: bytes, place: str, keys: Sequence[str] = FIELDS) -> Example:
     """Read one jsonl line; `keys` are the names of condition, instruction, response in it. Raises BadRow."""
+    line = line.strip()
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:

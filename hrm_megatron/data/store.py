@@ -23,7 +23,8 @@ UINT16_ENTRIES = 1 << 16  # Megatron itself falls back to int32 above 65,500 and
 METADATA = ("tokenizer_fingerprint", "vocab_size", "boq", "eoq", "eoa", "examples", "tokens", "max_row_length")
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 MAGIC = b"MMIDIDX\x00\x00"
-INDEX_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}  # Megatron's codes of what we write
+# Megatron's codes of what we write
+INDEX_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 PREPROCESS = "python tools/preprocess_data.py"
 
 Ids = np.ndarray  # [n] token ids
@@ -143,15 +144,15 @@ class ExampleStore:
             raise ConfigError(f"{', '.join(missing)} missing; write the store with {PREPROCESS} --output-prefix "
                               f"{self.prefix}")
         self.metadata = self._read_metadata(files["json"])
-        lengths_dtype = self._check_index(files["idx"])
+        self._check_files(files)
         self._dataset = _indexed_dataset().IndexedDataset(self.prefix)
-        self._check_contents(files, lengths_dtype)
 
     def __len__(self) -> int:
         return len(self._dataset) // 2
 
     def __getitem__(self, i: int) -> tuple[Ids, Ids]:
-        return self._dataset[2 * int(i)], self._dataset[2 * int(i) + 1]
+        # Copies: Megatron unmaps its files when the reader goes, and a view left behind would crash the process.
+        return self._dataset[2 * int(i)].copy(), self._dataset[2 * int(i) + 1].copy()
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Prefix and target lengths of all examples, [n] each."""
@@ -177,31 +178,30 @@ class ExampleStore:
             raise self._broken(path, f"has no {', '.join(missing)}")
         return dict(metadata)
 
-    def _check_index(self, path: Path) -> np.dtype[Any]:
-        """Read the header before Megatron does: it maps whatever a truncated index promises."""
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+    def _check_files(self, files: dict[str, Path]) -> None:
+        """Compare what the three files say of each other, before Megatron maps whatever a damaged index promises."""
+        index, size = files["idx"], files["idx"].stat().st_size
+        with open(index, "rb") as file:
             header = file.read(HEADER.size)
-        if len(header) < HEADER.size:
-            raise self._broken(path, f"truncated: {size} bytes are less than a header")
-        magic, version, code, sequences, boundaries = HEADER.unpack(header)
-        if (magic, version) != (MAGIC, 1) or code not in INDEX_DTYPES:
-            raise self._broken(path, "not a Megatron index of uint16 or int32 tokens")
-        promised = HEADER.size + sequences * (4 + 8) + boundaries * 8
-        if size != promised:
-            raise self._broken(path, f"truncated: {size} bytes, its header promises {promised}")
-        return INDEX_DTYPES[code]
-
-    def _check_contents(self, files: dict[str, Path], dtype: np.dtype[Any]) -> None:
-        lengths, boundaries = self._dataset.sequence_lengths, self._dataset.document_indices
-        promised = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
+            if len(header) < HEADER.size:
+                raise self._broken(index, f"truncated: {size} bytes are less than a header")
+            magic, version, code, sequences, boundaries = HEADER.unpack(header)
+            if (magic, version) != (MAGIC, 1) or code not in INDEX_DTYPES:
+                raise self._broken(index, "not a Megatron index of uint16 or int32 tokens")
+            promised = HEADER.size + sequences * (4 + 8) + boundaries * 8
+            if size != promised:
+                raise self._broken(index, f"truncated: {size} bytes, its header promises {promised}")
+            lengths = np.fromfile(file, np.int32, sequences)
+            file.seek(sequences * 8, os.SEEK_CUR)  # where each sequence begins follows from the lengths
+            ends = np.fromfile(file, np.int64, boundaries)
+        if sequences % 2 or not np.array_equal(ends, np.arange(0, sequences + 1, 2)):
+            raise self._broken(index, "its documents are not pairs of prefix and target")
+        if sequences and lengths.min() < 1:
+            raise self._broken(index, f"example {int(lengths.argmin()) // 2} has an empty prefix or target")
         size = files["bin"].stat().st_size
+        promised = int(lengths.sum(dtype=np.int64)) * INDEX_DTYPES[code].itemsize
         if size != promised:
             raise self._broken(files["bin"], f"truncated: {size} bytes, its index promises {promised}")
-        if len(lengths) % 2 or not np.array_equal(boundaries, np.arange(0, len(lengths) + 1, 2)):
-            raise self._broken(files["idx"], "its documents are not pairs of prefix and target")
-        if len(lengths) and lengths.min() < 1:
-            raise self._broken(files["idx"], f"example {int(lengths.argmin()) // 2} has an empty prefix or target")
-        if len(self) != self.metadata["examples"]:
+        if sequences // 2 != self.metadata["examples"]:
             raise self._broken(files["json"], f"speaks of {self.metadata['examples']} examples, the index of "
-                                              f"{len(self)}")
+                                              f"{sequences // 2}")

@@ -34,11 +34,18 @@ HRM_SETTINGS: dict[str, Any] = dict(
 )
 
 
+def swiglu_settings() -> dict[str, bool]:
+    """Pick the activation: Megatron's compiled kernel on a GPU, ours elsewhere (the flag's name is Megatron's)."""
+    fused = torch.cuda.is_available()
+    return dict(bias_activation_fusion=fused, use_te_activation_func=not fused)
+
+
 def hrm_config(architecture: Architecture, **overrides: Any) -> HRMConfig:
     """Build the config of `architecture`; `overrides` are TransformerConfig fields (parallel sizes, dtypes ...)."""
     settings: dict[str, Any] = dict(
         num_layers=architecture.num_layers, hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_attention_heads, ffn_hidden_size=architecture.ffn_hidden_size,
         layernorm_epsilon=architecture.norm_epsilon, activation_func=F.silu, architecture=architecture,
-        params_dtype=torch.float32, use_cpu_initialization=not torch.cuda.is_available(), **HRM_SETTINGS)
+        params_dtype=torch.float32, use_cpu_initialization=not torch.cuda.is_available(), **HRM_SETTINGS,
+        **swiglu_settings())
     return HRMConfig(**(settings | overrides))

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -18,18 +17,31 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from hrm_megatron.model.attention import core_attention
+from hrm_megatron.model.functions import RMSNormFunction, SwiGLUFunction
 from hrm_megatron.model.hrm_config import HRMConfig
 
 
 class WeightlessRMSNorm(torch.nn.Module):
-    """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) without a weight, in fp32; nothing to reduce under SP."""
+    """RMSNorm without a weight: nothing to train, to save or to reduce under sequence parallelism."""
 
     def __init__(self, config: HRMConfig, hidden_size: int | None = None, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        normed: torch.Tensor = RMSNormFunction.apply(x, self.eps)
+        return normed
+
+
+class SwiGLU(torch.nn.Module):
+    """The MLP's activation, [s, b, 2 * ffn/tp] to [s, b, ffn/tp], where Megatron's fused one has no GPU to run on."""
+
+    def __init__(self, config: HRMConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        activated: torch.Tensor = SwiGLUFunction.apply(x)
+        return activated
 
 
 def add_then_norm(norm: WeightlessRMSNorm) -> Callable[..., Any]:
@@ -62,6 +74,7 @@ def stack_spec(config: HRMConfig, norm_placement: str,
         self_attn_bda=bias_dropout_add,
         pre_mlp_layernorm=norm,
         mlp=partial(MLP.as_mlp_submodule, ffn_hidden_size=config.ffn_hidden_size, submodules=MLPSubmodules(
-            linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())),
+            linear_fc1=backend.column_parallel_linear(), activation_func=SwiGLU,
+            linear_fc2=backend.row_parallel_linear())),
         mlp_bda=bias_dropout_add))
     return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=exit_norm)

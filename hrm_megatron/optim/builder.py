@@ -16,7 +16,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from hrm_megatron.optim.adam_atan2 import STATE_KEYS, AdamATan2, init_states
+from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_states
 from hrm_megatron.optim.schedule import LRSchedule
 
 EMBEDDING = "is_embedding"
@@ -31,6 +31,17 @@ class EMADistributedOptimizer(megatron_optimizer.DistributedOptimizer):  # type:
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
         return STATE_KEYS
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the counts from the checkpoint and every other setting of the groups from the command line.
+
+        Stock code finds a saved group by its learning rates, among others, and would end in a KeyError where
+        they were changed.
+        """
+        counts = {bool(group.get(EMBEDDING)): group[UPDATES] for group in state_dict["optimizer"]["param_groups"]}
+        groups = [{**{name: value for name, value in group.items() if name != "params"},
+                   UPDATES: counts[bool(group.get(EMBEDDING))]} for group in self.optimizer.param_groups]
+        super().load_state_dict({**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}})
 
 
 @contextlib.contextmanager
@@ -78,6 +89,13 @@ class StepScheduler(OptimizerParamScheduler):  # type: ignore[misc]
             lr_warmup_steps=schedule.warmup_steps * rows_per_step, lr_decay_steps=samples, lr_decay_style="cosine",
             start_wd=weight_decay, end_wd=weight_decay, wd_incr_steps=samples, wd_incr_style="constant",
             **checkpoint_rules)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint stands, by its settings or ours as Megatron's flags say."""
+        super().load_state_dict(state_dict)
+        self.schedule = LRSchedule(self.max_lr, self.min_lr, self.lr_warmup_steps // self.rows_per_step,
+                                   self.lr_decay_steps // self.rows_per_step)
+        self.step(0)
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """Learning rate of the step that comes next."""

@@ -12,7 +12,7 @@ from megatron.training.global_vars import set_global_variables
 
 from hrm_megatron.config import INIT_SCHEMES, NORM_PLACEMENTS, PRESETS, Architecture, ConfigError, ffn_hidden_size
 from hrm_megatron.model.attention import AUTO, KERNELS, core_attention
-from hrm_megatron.model.hrm_config import HRM_SETTINGS, HRMConfig
+from hrm_megatron.model.hrm_config import HRM_SETTINGS, HRMConfig, swiglu_settings
 from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 
@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = dict(
 )
 # What makes the model an HRM: not the user's to choose.
 FORCED: dict[str, Any] = dict(
-    swiglu=True, untie_embeddings_and_output_weights=True, calculate_per_token_loss=True,
+    swiglu=True, bias_swiglu_fusion=False, untie_embeddings_and_output_weights=True, calculate_per_token_loss=True,
     create_attention_mask_in_dataloader=False, group_query_attention=False, num_query_groups=None, **HRM_SETTINGS,
 )
 # Fused kernels that exist only where CUDA, Apex or Transformer Engine do.
@@ -170,4 +170,4 @@ def lr_schedule(args: argparse.Namespace) -> LRSchedule:
 def model_config(args: argparse.Namespace) -> HRMConfig:
     """Build the TransformerConfig of a run."""
     config: HRMConfig = core_transformer_config_from_args(args, HRMConfig)
-    return dataclasses.replace(config, architecture=architecture_of(args, args.vocab_size))
+    return dataclasses.replace(config, architecture=architecture_of(args, args.vocab_size), **swiglu_settings())

@@ -1,0 +1,82 @@
+"""What every reader hands over and every writer takes: plain values, and a function that reads one tensor."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.convert.table import Rename, table
+
+RAW, EMA = "raw", "ema"
+PARTS = (RAW, "exp_avg", "exp_avg_sq", EMA)  # of every trained tensor, fp32
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of the run, as far as formats carry them; the defaults are HRM-Text's (cfg_pretrain, size XL)."""
+
+    seq_length: int = 4096
+    tokens_per_step: int = 196_608
+    total_steps: int = 1
+    lr: float = 2.2e-4
+    min_lr: float = 2.2e-4
+    last_lr: float = 0.0  # of the latest step
+    warmup_steps: int = 0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    ema_decay: float = 0.9999
+    bp_min_steps: int = 2
+    bp_max_steps: int = 5
+    bp_warmup_fraction: float = 0.2
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model and its optimizer's state, read from a folder of any format.
+
+    `iteration` counts optimizer steps and `embedding_updates` those that reached the embedding. `parts` names
+    what is stored of the trained tensors (PARTS); `read(part, entry)` reads one, full, in Megatron's layout.
+    """
+
+    path: Path
+    architecture: Architecture
+    training: Training
+    iteration: int
+    embedding_updates: int
+    parts: frozenset[str]
+    read: Callable[[str, Rename], torch.Tensor]
+
+    def part_of(self, kind: str, entry: Rename) -> torch.Tensor:
+        """Read one tensor of the weights of this kind; a tensor that is not trained has no average."""
+        return self.read(kind if entry.trained else RAW, entry)
+
+    def require(self, kind: str) -> None:
+        """Refuse a kind of weights that is not stored."""
+        if kind not in self.parts:
+            raise ConfigError(f"{self.path}: holds no {kind.upper()} weights, only {', '.join(sorted(self.parts))}; "
+                              f"choose --weights {RAW if kind == EMA else EMA}")
+
+    def weights(self, kind: str = EMA) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (Megatron's name, full tensor), one at a time; `kind` is "ema" or "raw" (fp32 masters)."""
+        self.require(kind)
+        for entry in table(self.architecture):
+            yield entry.megatron, self.part_of(kind, entry)
+
+    def only_weights(self, kind: str) -> Checkpoint:
+        """Return the weights of this kind as a model before its first step."""
+        self.require(kind)
+        return replace(self, iteration=0, embedding_updates=0, parts=frozenset({RAW}),
+                       read=lambda _, entry: self.part_of(kind, entry))
+
+    def state(self, entry: Rename) -> dict[str, torch.Tensor]:
+        """Read all parts of one trained tensor; what is not stored is as before the first step."""
+        raw = self.read(RAW, entry).float()
+        fresh = {RAW: raw, EMA: raw}
+        zeros = torch.zeros((), dtype=torch.float32).expand(entry.shape)
+        return {part: self.read(part, entry).float() if part in self.parts and part != RAW
+                else fresh.get(part, zeros) for part in PARTS}

@@ -1,0 +1,182 @@
+"""The folder that transformers' HrmText loads: config.json, safetensors and, if wanted, the tokenizer."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
+from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
+from hrm_megatron.convert.table import Rename, check, table
+from hrm_megatron.data.tokenizer import BOQ, EOA, PAD, PREFIX_LM_TEMPLATE, SPECIAL_TOKENS, TextTokenizer, save_tokenizer
+from hrm_megatron.model.schedule import split_bp_steps
+
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What an HRM is in transformers' words.
+FIXED: dict[str, Any] = dict(model_type="hrm_text", tie_word_embeddings=False, prefix_lm=True)
+# Settings that a config may leave out, and what they must be where it has them.
+OPTIONAL: dict[str, Any] = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
+
+
+def bp_list(h_cycles: int, l_cycles: int, bp_steps: int) -> list[int]:
+    """Gradient ticks of the L stack in each H cycle: the last ones of all."""
+    _, l_bp = split_bp_steps(h_cycles, l_cycles, bp_steps)
+    return [min(l_cycles, max(0, l_bp - l_cycles * (h_cycles - 1 - cycle))) for cycle in range(h_cycles)]
+
+
+def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: dict[str, int]) -> dict[str, Any]:
+    a, t = checkpoint.architecture, checkpoint.training
+    if "post" in (a.norm_placement, a.h_norm_placement):
+        raise ConfigError(f"{checkpoint.path}: post-norm layers, which transformers' HrmText does not have; save as "
+                          "megatron or native")
+    return dict(
+        FIXED, architectures=["HrmTextForCausalLM"], vocab_size=a.padded_vocab_size, hidden_size=a.hidden_size,
+        intermediate_size=a.ffn_hidden_size, num_hidden_layers=a.num_layers,  # per stack
+        num_attention_heads=a.num_attention_heads, head_dim=a.head_dim, H_cycles=a.h_cycles, L_cycles=a.l_cycles,
+        L_bp_cycles=bp_list(a.h_cycles, a.l_cycles, t.bp_max_steps), max_position_embeddings=t.seq_length,
+        rms_norm_eps=a.norm_epsilon, rope_parameters=dict(rope_type="default", rope_theta=a.rope_theta),
+        initializer_range=a.input_std, embedding_scale=a.embedding_scale, dtype=dtype, **token_ids)
+
+
+def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str = "float32",
+             tokenizer: str | Path | None = None, max_shard_size: int | str = "5GB",
+             progress: Callable[[], None] = lambda: None) -> None:
+    """Write the weights of this kind so that unmodified transformers computes the same logits.
+
+    With a `tokenizer` (folder or tokenizer.json), `generate(**tokenizer(prompt))` sees the prompt both ways, as
+    in training. `progress` is called once for every tensor; one shard is in memory at a time.
+    """
+    checkpoint.require(kind)
+    token_ids = {"pad_token_id": SPECIAL_TOKENS.index(PAD), "bos_token_id": SPECIAL_TOKENS.index(BOQ),
+                 "eos_token_id": SPECIAL_TOKENS.index(EOA)}
+    text = None
+    if tokenizer is not None:
+        text = TextTokenizer(tokenizer)
+        token_ids |= {"bos_token_id": text.boq, "eos_token_id": text.eoa}
+        if padded_vocab_size(text.vocab_size) != checkpoint.architecture.padded_vocab_size:
+            raise ConfigError(f"{text.path}: has {text.vocab_size} tokens, the model {checkpoint.path} was trained with "
+                              f"{checkpoint.architecture.vocab_size}; give its own tokenizer as --tokenizer-model")
+    config = _config_of(checkpoint, dtype, token_ids)
+    folder.mkdir(parents=True, exist_ok=True)
+    if text:
+        save_prefix_lm_tokenizer(text.path, folder)
+    entries = {entry.hf: entry for entry in table(checkpoint.architecture)}
+    try:
+        plan = split_torch_state_dict_into_shards(
+            {name: torch.empty(entry.shape, dtype=DTYPES[dtype], device="meta") for name, entry in entries.items()},
+            max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ConfigError(f"--max-shard-size {max_shard_size}: {error}; write for example 5GB") from error
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            tensor = entries[name].from_megatron(checkpoint.part_of(kind, entries[name]))
+            tensors[name] = tensor.to(DTYPES[dtype]).contiguous()
+            progress()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    files = {CONFIG_FILE: config, GENERATION_FILE: token_ids}
+    if plan.is_sharded:
+        files[INDEX_FILE] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    for file, values in files.items():
+        (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def save_prefix_lm_tokenizer(path: Path, folder: Path) -> None:
+    """Save this tokenizer.json so that transformers marks a prompt as prefix, and a second text as response."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = PREFIX_LM_TEMPLATE
+    save_tokenizer(tokenizer, folder)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read ({error.strerror}); give a folder that transformers saved") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error}); copy the folder again") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: holds no settings; copy the folder again")
+    return loaded
+
+
+def _architecture(config: dict[str, Any]) -> Architecture:
+    for name, value in {**FIXED, **OPTIONAL}.items():
+        if (found := config.get(name, value if name != "model_type" else None)) != value:
+            raise ConfigError(f"{name}: {found!r} is not the HRM that is built here ({value!r})")
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"rope_type: {rope['rope_type']!r} is not built here ('default')")
+    h = int(config["hidden_size"])
+    scale = float(config.get("embedding_scale") or 1 / float(config["initializer_range"]))
+    # transformers keeps the scale alone; it says what the initial weights' standard deviation was.
+    lecun = scale == Architecture(1, h, int(config["num_attention_heads"]), 1, 1).embedding_scale
+    architecture = Architecture(
+        num_layers=int(config.get("num_layers_per_stack") or config["num_hidden_layers"]), hidden_size=h,
+        num_attention_heads=int(config["num_attention_heads"]), ffn_hidden_size=int(config["intermediate_size"]),
+        vocab_size=int(config["vocab_size"]), h_cycles=int(config["H_cycles"]), l_cycles=int(config["L_cycles"]),
+        init_scheme="lecun_normal" if lecun else "fixed_normal", init_std=None if lecun else 1 / scale,
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        norm_epsilon=float(config["rms_norm_eps"]))
+    if int(config.get("head_dim", 128)) != architecture.head_dim:
+        raise ConfigError(f"head_dim: {config.get('head_dim', 128)} is not hidden_size / num_attention_heads = "
+                          f"{architecture.head_dim}")
+    if architecture.padded_vocab_size != architecture.vocab_size:
+        raise ConfigError(f"vocab_size: {architecture.vocab_size} is no multiple of 256, as HRM-Text pads it")
+    return architecture
+
+
+def read_hf(folder: str | Path) -> Checkpoint:
+    """Open a transformers folder as a model before its first step; tensors are read when they are asked for."""
+    folder = Path(folder)
+    config = _read_json(folder / CONFIG_FILE)
+    try:
+        architecture = _architecture(config)
+        l_bp = config.get("L_bp_cycles") or [architecture.l_cycles] * architecture.h_cycles
+        training = Training(seq_length=int(config["max_position_embeddings"]),
+                            bp_max_steps=max(2, architecture.h_cycles + sum(map(int, l_bp[-architecture.h_cycles:]))))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{folder / CONFIG_FILE}: lacks a setting or has an odd one ({error}); copy the folder again"
+                          ) from error
+    if (folder / INDEX_FILE).exists():
+        files = dict(_read_json(folder / INDEX_FILE).get("weight_map", {}))
+    else:
+        files = dict.fromkeys((name for name, _ in _slices(folder / WEIGHTS_FILE)), WEIGHTS_FILE)
+    shapes = {name: shape for file in sorted(set(files.values())) for name, shape in _slices(folder / file)}
+    check(folder, "hf", table(architecture), shapes)
+
+    def read(part: str, entry: Rename) -> torch.Tensor:
+        with _opened(folder / files[entry.hf]) as file:
+            tensor: torch.Tensor = file.get_tensor(entry.hf)
+        # HRM-Text's z_L start is bf16 in every run.
+        return entry.to_megatron(tensor.float() if entry.trained else tensor.to(torch.bfloat16))
+
+    return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read)
+
+
+def _opened(path: Path) -> Any:
+    if Path(path.name) != path.relative_to(path.parent):
+        raise ConfigError(f"{path}: not a file of the folder itself")
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot read ({error}); copy the folder again") from error
+
+
+def _slices(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    with ExitStack() as stack:
+        file = stack.enter_context(_opened(path))
+        for name in file.keys():  # noqa: SIM118  # no dict
+            yield name, tuple(file.get_slice(name).get_shape())

@@ -1,0 +1,198 @@
+"""HRM-Text's own checkpoint folder: fsdp2_epoch_N/, all_config.yaml, train_metadata.yaml and empty carries."""
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+
+from hrm_megatron.config import Architecture, ConfigError, ffn_hidden_size
+from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
+from hrm_megatron.convert.dcp import DCPFolder
+from hrm_megatron.convert.table import Rename, check, is_embedding, table
+from hrm_megatron.data.tokenizer import BOQ, EOA, EOQ, TAG_TOKENS
+from hrm_megatron.optim.schedule import as_fp32
+
+CONFIG_FILE, METADATA_FILE = "all_config.yaml", "train_metadata.yaml"
+PART_NAMES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", EMA: "param_ema"}
+# What an HRM is in HRM-Text's words; its other networks compute something else.
+FIXED = {"name": "baselines.hrm_nocarry_bp_warmup@HierarchicalReasoningModel", "head": "lm_head@LMHead",
+         "pos_emb_type": "rope"}
+
+
+def _model_key(entry: Rename) -> str:
+    return f"model.{entry.native}"
+
+
+def _state_key(entry: Rename, name: str) -> str:
+    return f"optim.state.{entry.native}.{name}"
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read ({error.strerror}); HRM-Text writes it beside fsdp2_epoch_N") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}); copy the checkpoint again") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: holds no settings; copy the checkpoint again")
+    return loaded
+
+
+def find_epoch(folder: Path, epoch: int | None = None) -> int:
+    """Choose the checkpoint of an epoch, the latest one if `epoch` is None."""
+    epochs = sorted(int(found[1]) for path in (folder.iterdir() if folder.is_dir() else ())
+                    if (found := re.fullmatch(r"fsdp2_epoch_(\d+)", path.name)))
+    if not epochs:
+        raise ConfigError(f"{folder}: no fsdp2_epoch_N in it; give the folder that HRM-Text's checkpoint_path names")
+    if epoch is not None and epoch not in epochs:
+        raise ConfigError(f"{folder}: no fsdp2_epoch_{epoch}; choose --ckpt-step from {', '.join(map(str, epochs))}")
+    return epochs[-1] if epoch is None else epoch
+
+
+def _architecture(arch: dict[str, Any], vocab_size: int) -> Architecture:
+    for name, value in FIXED.items():
+        if arch.get(name) != value:
+            raise ConfigError(f"arch.{name}: {arch.get(name)!r} is not the HRM that is built here ({value!r})")
+    if arch.get("attn_type") == "causal":
+        raise ConfigError("arch.attn_type: 'causal': only the PrefixLM mask is built here")
+    override = dict(arch.get("H_override") or {})
+    h_norm_placement = override.pop("norm_type", None)
+    if override:
+        raise ConfigError(f"arch.H_override: {override}: only norm_type may differ in the H stack")
+    layers, half = int(arch["n_layers"]), bool(arch["half_layers"])
+    if half and layers % 2:
+        raise ConfigError(f"arch.n_layers: {layers} layers cannot be shared evenly by two stacks")
+    return Architecture(
+        num_layers=layers // 2 if half else layers, hidden_size=int(arch["hidden_size"]),
+        num_attention_heads=int(arch["num_heads"]), vocab_size=vocab_size,
+        ffn_hidden_size=ffn_hidden_size(int(arch["hidden_size"]), float(arch["expansion"])),
+        h_cycles=int(arch["H_cycles"]), l_cycles=int(arch["L_cycles"]), norm_placement=arch["norm_type"],
+        h_norm_placement=h_norm_placement, init_scheme=arch["init_type"], init_std=arch.get("init_std"),
+        rope_theta=float(arch["rope_theta"]), norm_epsilon=float(arch["norm_eps"]))
+
+
+def _training(config: dict[str, Any], metadata: dict[str, Any], last_lr: float) -> Training:
+    arch, tokens = config["arch"], int(config["global_batch_size"])
+    return Training(
+        seq_length=int(metadata["max_seq_len"]), tokens_per_step=tokens,
+        total_steps=max(1, int(config["epochs"]) * int(metadata["total_length"]) // tokens),
+        lr=float(config["lr"]), min_lr=float(config["lr"]) * float(config["lr_min_ratio"]), last_lr=last_lr,
+        warmup_steps=int(config["lr_warmup_steps"]), weight_decay=float(config["weight_decay"]),
+        beta1=float(config["beta1"]), beta2=float(config["beta2"]), ema_decay=float(config["ema"]),
+        bp_min_steps=int(arch["bp_min_steps"]), bp_max_steps=int(arch["bp_max_steps"]),
+        bp_warmup_fraction=float(arch["bp_warmup_ratio"]), seed=int(config["seed"]))
+
+
+def read_native(folder: str | Path, epoch: int | None = None) -> Checkpoint:
+    """Open a checkpoint of HRM-Text, written by any number of ranks; its steps count as iterations."""
+    folder = Path(folder)
+    stored = DCPFolder(folder / f"fsdp2_epoch_{find_epoch(folder, epoch)}")
+    config, metadata = _load_yaml(folder / CONFIG_FILE), _load_yaml(folder / METADATA_FILE)
+    shapes = stored.shapes()
+    has_optimizer = any(key.startswith("optim.") for key in stored.keys())  # noqa: SIM118  # keys() is no dict's
+    try:
+        architecture = _architecture(config["arch"], int(metadata["vocab_size"]))
+        last_lr = float(stored.tensor("optim.param_groups.0.lr")) if has_optimizer else 0.0
+        training = _training(config, metadata, last_lr)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{folder}: {CONFIG_FILE} or {METADATA_FILE} lacks a setting or has an odd one ({error}); "
+                          "copy the checkpoint again") from error
+    entries = table(architecture)
+    check(stored.path, "native", entries, {key.removeprefix("model."): shape for key, shape in shapes.items()
+                                           if key.startswith("model.")})
+    trained = [entry for entry in entries if entry.trained]
+    iteration, embedding_updates = _counts(stored, trained) if has_optimizer else (0, 0)
+    for name in PART_NAMES.values() if has_optimizer else ():
+        check(f"{stored.path}, {name}", "native", trained, {
+            key.removeprefix("optim.state.").removesuffix(f".{name}"): shape for key, shape in shapes.items()
+            if key.startswith("optim.state.") and key.endswith(f".{name}")})
+
+    def read(part: str, entry: Rename) -> torch.Tensor:
+        key = _model_key(entry) if part == RAW else _state_key(entry, PART_NAMES[part])
+        return entry.to_megatron(stored.tensor(key))
+
+    return Checkpoint(folder, architecture, training, iteration, embedding_updates,
+                      frozenset({RAW, *(PART_NAMES if has_optimizer else ())}), read)
+
+
+def _counts(stored: DCPFolder, trained: list[Rename]) -> tuple[int, int]:
+    """Number of updates of the weights and of the embedding; all others must agree."""
+    steps = {entry.native: int(stored.tensor(_state_key(entry, "step"))) for entry in trained}
+    embedding = next(steps.pop(entry.native) for entry in trained if is_embedding(entry))
+    if len(set(steps.values())) > 1:
+        few, many = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
+        raise ConfigError(f"{stored.path}: {few} has had {steps[few]} updates and {many} {steps[many]}; only the "
+                          "embedding may lag behind, so there is no step to go on from")
+    return max(steps.values()), embedding
+
+
+def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    a, t = checkpoint.architecture, checkpoint.training
+    expansion: float = next((e for e in (4, *(n / 2 for n in range(2, 33)), 1.5 * a.ffn_hidden_size / a.hidden_size)
+                             if ffn_hidden_size(a.hidden_size, e) == a.ffn_hidden_size), 0)
+    if not expansion:
+        raise ConfigError(f"{checkpoint.path}: ffn_hidden_size={a.ffn_hidden_size} is no multiple of 256; HRM-Text "
+                          "cannot build it: save as hf or megatron")
+    arch = dict(
+        FIXED, H_cycles=a.h_cycles, L_cycles=a.l_cycles, bp_min_steps=t.bp_min_steps, bp_max_steps=t.bp_max_steps,
+        bp_warmup_ratio=t.bp_warmup_fraction, expansion=expansion, half_layers=True, hidden_size=a.hidden_size,
+        n_layers=2 * a.num_layers, num_heads=a.num_attention_heads, norm_type=a.norm_placement,
+        norm_eps=a.norm_epsilon, init_type=a.init_scheme, rope_theta=a.rope_theta,
+        H_override={"norm_type": a.h_norm_placement} if a.h_norm_placement else {})
+    if a.init_std is not None:
+        arch["init_std"] = a.init_std
+    return dict(
+        arch=arch, beta1=t.beta1, beta2=t.beta2, checkpoint_interval=1, checkpoint_path="checkpoints",
+        data=dict(path="sampled", target_only=True), ema=t.ema_decay, epochs=1, fwd_bwd_dtype="bfloat16",
+        global_batch_size=t.tokens_per_step, log_interval=1, lr=t.lr, lr_min_ratio=t.min_lr / t.lr,
+        lr_warmup_steps=t.warmup_steps, project_name="hrm_megatron", run_name="converted", resume_epoch=None,
+        resume_from=None, seed=t.seed, weight_decay=t.weight_decay, weights_only_resume_from_ema=False)
+
+
+def _metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    t = checkpoint.training
+    return dict(
+        max_seq_len=t.seq_length, total_length=t.total_steps * t.tokens_per_step,
+        vocab_size=checkpoint.architecture.padded_vocab_size, tokenizer_info=dict(
+            boq=BOQ, eoq=EOQ, eoa=EOA, condition_mapping=dict(TAG_TOKENS), tokenizer_path="tokenizer"))
+
+
+def write_native(checkpoint: Checkpoint, folder: Path, progress: Callable[[], None] = lambda: None) -> None:
+    """Write a folder that HRM-Text resumes from, of epoch 1 (0 for a model before its first step).
+
+    `progress` is called once for every tensor of the table. All of the state is in memory at once.
+    """
+    t = checkpoint.training
+    config, metadata = _config_of(checkpoint), _metadata_of(checkpoint)
+    model: dict[str, torch.Tensor] = {}
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for entry in table(checkpoint.architecture):
+        if entry.trained:
+            parts = {part: entry.from_megatron(tensor) for part, tensor in checkpoint.state(entry).items()}
+            model[entry.native] = parts[RAW]
+            updates = checkpoint.embedding_updates if is_embedding(entry) else checkpoint.iteration
+            state[entry.native] = {"step": torch.tensor(float(updates)),
+                                   **{name: parts[part] for part, name in PART_NAMES.items()}}
+        else:
+            model[entry.native] = checkpoint.read(RAW, entry)
+        progress()
+    group = dict(lr=torch.tensor(as_fp32(t.last_lr)), betas=(t.beta1, t.beta2), weight_decay=t.weight_decay,
+                 ema=t.ema_decay, params=list(state))
+    epoch = min(1, checkpoint.iteration)
+    folder.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch remarks on the absence of a process group, which is meant
+        dcp.save({"model": model, "optim": {"state": state, "param_groups": [group]}},
+                 checkpoint_id=folder / f"fsdp2_epoch_{epoch}", no_dist=True)
+    torch.save(None, folder / f"carry_epoch_{epoch}.0.pt")
+    for name, values in ((CONFIG_FILE, config), (METADATA_FILE, metadata)):
+        (folder / name).write_text(yaml.safe_dump(values), encoding="utf-8")

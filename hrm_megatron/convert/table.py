@@ -1,0 +1,100 @@
+"""Names and layouts of an HRM's tensors in Megatron, in HRM-Text and in transformers: one table, used all ways.
+
+Everything here is about full tensors. HRM-Text ("native") and transformers ("hf") differ in names only; Megatron
+stores the gated attention's projection per head.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hrm_megatron.config import Architecture, ConfigError
+
+Side = Literal["megatron", "native", "hf"]
+REFERENCE_ORDER = ("gate", "query", "key", "value")  # blocks over all heads
+PER_HEAD_ORDER = ("query", "gate", "key", "value")  # SelfAttention with attention_output_gate, inside each head
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One tensor: its name on each side, its shape (the same on all sides), and whether it is trained."""
+
+    megatron: str
+    native: str
+    hf: str
+    shape: tuple[int, ...]
+    trained: bool = True
+
+    def name(self, side: Side) -> str:
+        return {"megatron": self.megatron, "native": self.native, "hf": self.hf}[side]
+
+    def to_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Change HRM-Text's layout into Megatron's."""
+        return tensor
+
+    def from_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Change Megatron's layout into HRM-Text's."""
+        return tensor
+
+
+@dataclass(frozen=True)
+class GatedQKV(Rename):
+    """Rows [gate | query | key | value] over all heads there, [query, gate, key, value] of each head in Megatron."""
+
+    heads: int = 1
+
+    def to_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
+        order = [REFERENCE_ORDER.index(name) for name in PER_HEAD_ORDER]
+        return tensor.view(4, self.heads, -1, tensor.shape[-1])[order].transpose(0, 1).reshape(tensor.shape)
+
+    def from_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
+        order = [PER_HEAD_ORDER.index(name) for name in REFERENCE_ORDER]
+        return tensor.view(self.heads, 4, -1, tensor.shape[-1]).transpose(0, 1)[order].reshape(tensor.shape)
+
+
+def table(architecture: Architecture) -> list[Rename]:
+    """List every tensor of this architecture, in the order in which HRM-Text registers them."""
+    h, ffn, vocab = architecture.hidden_size, architecture.ffn_hidden_size, architecture.padded_vocab_size
+    heads = architecture.num_attention_heads
+    entries = [Rename("zL_init", "model.zL_init", "model.z_L_init", (h,), trained=False)]
+    for stack in "HL":
+        for i in range(architecture.num_layers):
+            megatron, native, hf = (f"{stack.lower()}_stack.layers.{i}.", f"model.{stack}_level.core.layers.{i}.",
+                                    f"model.{stack}_module.layers.{i}.")
+            entries += [
+                GatedQKV(f"{megatron}self_attention.linear_qkv.weight", f"{native}attn.gqkv_proj.weight",
+                         f"{hf}attn.gqkv_proj.weight", (4 * h, h), heads=heads),
+                Rename(f"{megatron}self_attention.linear_proj.weight", f"{native}attn.o_proj.weight",
+                       f"{hf}attn.o_proj.weight", (h, h)),
+                Rename(f"{megatron}mlp.linear_fc1.weight", f"{native}mlp.gate_up_proj.weight",
+                       f"{hf}mlp.gate_up_proj.weight", (2 * ffn, h)),  # [gate | up] on all sides
+                Rename(f"{megatron}mlp.linear_fc2.weight", f"{native}mlp.down_proj.weight",
+                       f"{hf}mlp.down_proj.weight", (h, ffn)),
+            ]
+    return entries + [
+        Rename("embedding.word_embeddings.weight", "embed_tokens.embedding_weight", "model.embed_tokens.weight",
+               (vocab, h)),
+        Rename("output_layer.weight", "lm_head.weight", "lm_head.weight", (vocab, h)),
+    ]
+
+
+def is_embedding(entry: Rename) -> bool:
+    """Tell the one tensor whose updates are counted apart."""
+    return entry.native == "embed_tokens.embedding_weight"
+
+
+def check(place: object, side: Side, entries: Iterable[Rename], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors `found` (name > shape) at `place` that are not exactly those of the table."""
+    expected = {entry.name(side): entry.shape for entry in entries}
+    for complaint, names in (("missing", expected.keys() - found.keys()), ("left over", found.keys() - expected.keys())):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ConfigError(f"{place}: tensors {complaint}: {', '.join(sorted(names)[:3])}{more}; it is not the HRM "
+                              "that its settings describe")
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise ConfigError(f"{place}: {name} has shape {list(found[name])}, its settings ask for {list(shape)}; "
+                              "the folder's settings and tensors belong to different models")

@@ -1,0 +1,80 @@
+"""The three element-wise parts of a layer as autograd functions that keep little and walk memory seldom.
+
+Each computes the formula in its docstring in fp32 and rounds once to the dtype of its input.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """`y = x / sqrt(mean(x^2) + eps)` over the last axis (Zhang and Sennrich, arXiv 1910.07467), no weight.
+
+    Keeps y and one factor per position: `dx = (dy - y * mean(dy * y)) / sqrt(mean(x^2) + eps)`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y = (wide * inverse).to(x.dtype)
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        y, inverse = (t.float() for t in ctx.saved_tensors)
+        g = grads[0].float()
+        mean = torch.linalg.vecdot(g, y).unsqueeze(-1).div_(y.shape[-1])
+        return torch.addcmul(g, y, mean, value=-1).mul_(inverse).to(grads[0].dtype), None
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """`silu(a) * b` of the halves [a | b] of the last axis (Shazeer, arXiv 2002.05202). Keeps its input only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        a, b = x.float().chunk(2, -1)
+        return F.silu(a).mul_(b).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        x, = ctx.saved_tensors
+        g = grads[0].float()
+        a, b = x.float().chunk(2, -1)
+        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        da, db = out.chunk(2, -1)
+        torch.ops.aten.silu_backward.grad_input(g * b, a, grad_input=da)
+        torch.mul(g, F.silu(a), out=db)
+        return out.to(x.dtype)
+
+
+class RotateFunction(torch.autograd.Function):
+    """Rotate the halves [a | b] of the last axis: `[a*cos - b*sin | b*cos + a*sin]` (arXiv 2104.09864).
+
+    x is [s, b, heads, d], cos [s, b, 1, d] (its halves alike), sin [s, b, 1, d/2]. Keeps the tables, which all
+    layers share: the gradient is the rotation back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, sign=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _rotate(grads[0], *ctx.saved_tensors, sign=-1), None, None
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    wide = x.float()
+    a, b = wide.chunk(2, -1)
+    out = wide * cos
+    first, second = out.chunk(2, -1)
+    first.addcmul_(b, sin, value=-sign)
+    second.addcmul_(a, sin, value=sign)
+    return out.to(x.dtype)

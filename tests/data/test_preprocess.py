@@ -1,0 +1,225 @@
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data import preprocess as module
+from hrm_megatron.data.example import read_jsonl
+from hrm_megatron.data.preprocess import iterate_chunks, learn_tokenizer, preprocess
+from hrm_megatron.data.store import ExampleStore
+from hrm_megatron.data.tokenizer import TextTokenizer
+
+ROOT = Path(__file__).parents[2]
+TAGS = ("", "cot", "noisy,synth")
+
+
+def good_row(i):
+    return {"condition": TAGS[i % 3], "instruction": f"What is {i} plus four? <|im_end|>" + "x" * (i % 7),
+            "response": f"{i + 4}" + " é" * (i % 4)}
+
+
+def outputs(prefix):
+    return {path.name: path.read_bytes() for path in sorted(prefix.parent.glob(f"{prefix.name}.*"))}
+
+
+def expected(tokenizer, paths):
+    return [(tokenizer.encode_prefix(example.condition, example.instruction), tokenizer.encode_response(
+        example.response)) for path in paths for _, example in read_jsonl(path)]
+
+
+def stored(prefix):
+    store = ExampleStore(prefix)
+    return [tuple(part.tolist() for part in store[i]) for i in range(len(store))]
+
+
+def test_the_store_holds_every_example_in_order(write_jsonl, tmp_path, tokenizer):
+    paths = [write_jsonl("b.jsonl", map(good_row, range(5))), write_jsonl("a.jsonl", map(good_row, range(5, 18)))]
+    report = preprocess(paths, tmp_path / "out" / "x", tokenizer)
+    examples = expected(tokenizer, paths)
+    assert stored(tmp_path / "out" / "x") == examples
+    assert report.summary() == (
+        f"18 examples, {sum(len(p) + len(t) for p, t in examples)} tokens, longest row "
+        f"{max(len(p) + len(t) - 1 for p, t in examples)} positions, 0 responses truncated, 0 rows skipped")
+    ExampleStore(tmp_path / "out" / "x").check_tokenizer(tokenizer.fingerprint)
+
+
+def test_output_and_first_error_do_not_depend_on_workers(write_jsonl, tmp_path, tokenizer):
+    rows = [good_row(i) for i in range(60)]
+    rows[20], rows[41] = "{", {**rows[41], "response": ""}
+    path = write_jsonl("a.jsonl", rows)
+    written, errors = [], []
+    for workers, chunk_bytes in ((1, 1 << 20), (1, 100), (3, 300)):
+        prefix = tmp_path / f"{workers}-{chunk_bytes}" / "x"
+        with pytest.raises(ConfigError) as refusal:
+            preprocess([path], prefix, tokenizer, workers, chunk_bytes=chunk_bytes)
+        assert not prefix.parent.exists()
+        errors.append(str(refusal.value))
+        report = preprocess([path], prefix, tokenizer, workers, skip_bad_rows=True, chunk_bytes=chunk_bytes)
+        written.append((outputs(prefix), report.summary(), report.skipped_lines()))
+    assert errors[0] == errors[1] == errors[2] and errors[0].startswith(f"{path}:21: broken JSON")
+    assert written[0] == written[1] == written[2] and len(written[0][0]) == 3
+    assert [line.partition(str(path))[0::2] for line in written[0][2]] == [
+        ("skipped 1: broken JSON, first ", written[0][2][0].partition(str(path))[2]),
+        ("skipped 1: empty field, first ", ":42: response='' is empty; fill it or drop the row")]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 10_000])
+def test_chunks_cover_files_at_line_ends(tmp_path, chunk_bytes):
+    contents = b"first\n\nthird line is longer\r\nfourth\nlast without end"
+    (tmp_path / "a").write_bytes(contents)
+    (tmp_path / "empty").write_bytes(b"")
+    pieces = []
+    for chunk in iterate_chunks([tmp_path / "empty", tmp_path / "a"], chunk_bytes):
+        piece = contents[chunk.start_byte:chunk.start_byte + chunk.num_bytes]
+        assert chunk.first_line == contents[:chunk.start_byte].count(b"\n") + 1
+        pieces.append(piece)
+    assert b"".join(pieces) == contents
+    assert all(piece.endswith(b"\n") for piece in pieces[:-1])
+
+
+def test_long_responses_are_cut_and_long_prefixes_refused(write_jsonl, tmp_path, tokenizer):
+    rows = [{"condition": "", "instruction": "a" * n, "response": "b" * m} for n, m in
+            ((4, 5), (4, 6), (4, 99), (9, 3), (10, 3), (11, 3))]
+    path = write_jsonl("a.jsonl", rows)
+    whole = expected(tokenizer, [path])
+    assert [len(prefix) for prefix, _ in whole] == [6, 6, 6, 11, 12, 13]
+    context = 11
+    report = preprocess([path], tmp_path / "x", tokenizer, context_size=context, skip_bad_rows=True)
+    assert stored(tmp_path / "x") == [(prefix, target[:context + 1 - len(prefix)]) for prefix, target in whole[:4]]
+    assert [target[-1] == tokenizer.eoa for _, target in stored(tmp_path / "x")] == [True, False, False, False]
+    assert (report.truncated, report.max_row_length, dict(report.skipped)) == (3, context, {"prefix too long": 2})
+    with pytest.raises(ConfigError, match=rf"{path}:5: the prefix alone takes 12 of 11 positions; shorten"):
+        preprocess([path], tmp_path / "y", tokenizer, context_size=context)
+
+
+def test_a_dead_worker_is_one_line(write_jsonl, tmp_path, tokenizer, monkeypatch):
+    path = write_jsonl("a.jsonl", map(good_row, range(30)))
+    monkeypatch.setattr(module, "_start_worker", _die)
+    with pytest.raises(ConfigError, match="a worker process died.*fewer --workers"):
+        preprocess([path], tmp_path / "out" / "x", tokenizer, workers=2, chunk_bytes=100)
+    assert not (tmp_path / "out").exists()
+
+
+def _die(tokenizer_path):
+    os._exit(9)
+
+
+BAD_RUNS = {
+    "bad row": (lambda path: [path], [], [".jsonl:2: ", "'Cot'", "direct, cot"]),
+    "no input": (lambda path: [f"{path}.absent"], [], ["absent matches no file", "--input"]),
+    "bad keys": (lambda path: [path], ["--json-keys", "condition", "question", "response"],
+                 [".jsonl:1: ", "'question'", "--json-keys"]),
+    "no tokenizer": (lambda path: [path], ["--tokenizer-model", "nowhere"], ["nowhere", "tools/train_tokenizer.py"]),
+    "no workers": (lambda path: [path], ["--workers", "0"], ["--workers 0", "at least 1"]),
+    "no context": (lambda path: [path], ["--context-size", "0"], ["--context-size 0", "at least 1"]),
+    "nothing left": (lambda path: [path], ["--context-size", "2", "--on-bad-row", "skip"], ["no example to write"]),
+}
+
+
+@pytest.mark.parametrize("run", BAD_RUNS)
+def test_refusals_are_one_line_and_leave_nothing(write_jsonl, tmp_path, tokenizer, tool, capsys, run):
+    path = write_jsonl("in/a.jsonl", [good_row(0), {**good_row(1), "condition": "Cot"}])
+    inputs, more, parts = BAD_RUNS[run]
+    arguments = ["--input", *map(str, inputs(path)), "--output-prefix", str(tmp_path / "out" / "x"),
+                 "--tokenizer-model", str(tokenizer.path), *more]
+    assert tool("preprocess_data")(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert all(part in error for part in parts), error
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_tool_writes_reports_and_overwrites_only_when_told(write_jsonl, tmp_path, tokenizer, tool, capsys):
+    path = write_jsonl("a.jsonl", [{"tags": "cot", "q": "three", "a": "four"}, "{", {"tags": "", "q": "3", "a": "4"}])
+    prefix = tmp_path / "x"
+    arguments = ["--input", str(path), "--output-prefix", str(prefix), "--tokenizer-model", str(tokenizer.path.parent),
+                 "--json-keys", "tags", "q", "a", "--on-bad-row", "skip"]
+    assert tool("preprocess_data")(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "2 examples" in printed and "1 rows skipped" in printed and f"broken JSON, first {path}:2: " in printed
+    assert stored(prefix)[0] == (tokenizer.encode_prefix("cot", "three"), tokenizer.encode_response("four"))
+    before = outputs(prefix)
+    path = write_jsonl("a.jsonl", [{"tags": "", "q": "5", "a": "6"}])
+    assert tool("preprocess_data")(arguments) == 1
+    assert "--overwrite" in capsys.readouterr().err and outputs(prefix) == before
+    assert tool("preprocess_data")([*arguments, "--overwrite"]) == 0
+    assert len(stored(prefix)) == 1
+
+
+def run_script(name, *arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)], text=True,
+                          capture_output=True, env=environment, **options)
+
+
+@pytest.mark.parametrize("bytes_free", [20_000, 70_000])  # the .bin fails; the .bin fits and the .idx fails
+def test_a_full_disk_is_one_line_and_leaves_nothing(write_jsonl, tmp_path, tokenizer, bytes_free):
+    path = write_jsonl("in/a.jsonl", [{"condition": "", "instruction": "3", "response": "4"}] * 5_000)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_free, bytes_free))
+
+    done = run_script("preprocess_data", "--input", path, "--output-prefix", tmp_path / "out" / "x",
+                      "--tokenizer-model", tokenizer.path, preexec_fn=limit)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith(f"error: {tmp_path / 'out' / 'x'}: cannot write (File too large); free some space")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_both_tools_run_as_programs(write_jsonl, tmp_path):
+    path = write_jsonl("a.jsonl", map(good_row, range(40)))
+    done = run_script("train_tokenizer", "--input", path, "--output", tmp_path / "tok", "--vocab-size", 300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'tok'}: 300 entries\n", "")
+    done = run_script("preprocess_data", "--input", path, "--output-prefix", tmp_path / "x", "--tokenizer-model",
+                      tmp_path / "tok", "--workers", 2)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{tmp_path / 'x'}: 40 examples, ")
+    assert stored(tmp_path / "x") == expected(TextTokenizer(tmp_path / "tok"), [path])
+
+
+def test_training_sees_the_first_characters_only(write_jsonl, tmp_path):
+    rows = [{"condition": "", "instruction": "ab" * 3 + "qz" * 50, "response": "ab" * 3 + "qz" * 50}]
+    path = write_jsonl("a.jsonl", rows)
+    for max_chars, learns in ((6, False), (60, True)):
+        tokenizer = learn_tokenizer([path], tmp_path / str(max_chars), 400, max_chars)
+        assert tokenizer.tokenizer.token_to_id("ab") is not None
+        assert (tokenizer.tokenizer.token_to_id("qz") is not None) == learns
+
+
+@pytest.mark.parametrize("rows, more, parts", [
+    ([good_row(0), "{"], [], [".jsonl:2: broken JSON"]),
+    ([""], [], ["no examples in", "--input"]),
+    ([good_row(0)], ["--vocab-size", "31"], ["vocab_size=31", "287"]),
+    ([good_row(0)], ["--max-chars", "0"], ["--max-chars 0"]),
+])
+def test_training_refusals_are_one_line_and_leave_nothing(write_jsonl, tmp_path, tool, capsys, rows, more, parts):
+    path = write_jsonl("in/a.jsonl", rows)
+    assert tool("train_tokenizer")(["--input", str(path), "--output", str(tmp_path / "tok"), *more]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert all(part in error for part in parts), error
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_training_overwrites_only_when_told(write_jsonl, tmp_path, tool, capsys):
+    path = write_jsonl("a.jsonl", map(good_row, range(9)))
+    arguments = ["--input", str(path), "--output", str(tmp_path / "tok"), "--vocab-size"]
+    assert tool("train_tokenizer")([*arguments, "290"]) == 0
+    assert tool("train_tokenizer")([*arguments, "295"]) == 1
+    assert "--overwrite" in capsys.readouterr().err and TextTokenizer(tmp_path / "tok").vocab_size == 290
+    assert tool("train_tokenizer")([*arguments, "295", "--overwrite"]) == 0
+    assert TextTokenizer(tmp_path / "tok").vocab_size == 295
+
+
+def test_examples_of_one_response_token_survive(write_jsonl, tmp_path, tokenizer):
+    path = write_jsonl("a.jsonl", [{"condition": "", "instruction": "a" * 8, "response": "b"}])
+    preprocess([path], tmp_path / "x", tokenizer, context_size=10)
+    (prefix, target), = stored(tmp_path / "x")
+    assert (len(prefix), len(target)) == (10, 1)
+    assert np.array_equal(ExampleStore(tmp_path / "x").lengths(), [[10], [1]])
+    assert json.loads((tmp_path / "x.json").read_text())["max_row_length"] == 10
