@@ -1,11 +1,16 @@
 """Settings for all tests: one thread per process, and GPU tests skipped where there is no GPU."""
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; ranks share the cores
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -15,3 +20,54 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def single_rank():
+    """This process as the only rank of a Megatron world, for all tests that ask."""
+    from hrm_megatron.parallel.cpu import activate
+
+    activate()
+    from hrm_megatron.parallel.single import single_rank
+
+    with single_rank():
+        yield
+
+
+@pytest.fixture(scope="session")
+def golden_case():
+    """Read a golden case: `.tensors` of NAME.safetensors and `.facts` of NAME.json, where they exist."""
+    def read(name: str) -> SimpleNamespace:
+        from safetensors.torch import load_file
+
+        tensors, facts = GOLDEN / f"{name}.safetensors", GOLDEN / f"{name}.json"
+        return SimpleNamespace(tensors=load_file(tensors) if tensors.exists() else {},
+                               facts=json.loads(facts.read_text()) if facts.exists() else {})
+    return read
+
+
+@pytest.fixture(scope="session")
+def reference_model(single_rank):
+    """Build an HRMModel from a reference config and full reference weights."""
+    from hrm_megatron.config import Architecture, ffn_hidden_size
+    from hrm_megatron.convert.table import table
+    from hrm_megatron.model.hrm import HRMModel
+    from hrm_megatron.model.hrm_config import hrm_config
+
+    def build(config: dict, weights: dict, vocab_size: int, **overrides):
+        import torch
+
+        h = config["hidden_size"]
+        architecture = Architecture(
+            num_layers=config["n_layers"] // 2, hidden_size=h, num_attention_heads=config["num_heads"],
+            ffn_hidden_size=ffn_hidden_size(h, config["expansion"]), vocab_size=vocab_size,
+            h_cycles=config["H_cycles"], l_cycles=config["L_cycles"], norm_placement=config["norm_type"],
+            h_norm_placement=config["H_override"].get("norm_type"), init_scheme=config["init_type"],
+            init_std=config.get("init_std"))
+        model = HRMModel(hrm_config(architecture, **overrides), seed=11)
+        places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        with torch.no_grad():
+            for entry in table(architecture):
+                places[entry.megatron].copy_(entry.to_megatron(weights[entry.native]))
+        return model
+    return build

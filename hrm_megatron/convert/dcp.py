@@ -56,8 +56,8 @@ class DCPFolder:
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
         except OSError as error:
-            raise ConfigError(f"{place}: cannot read ({error.strerror}); the folder is no torch.distributed checkpoint, "
-                              "or its writing was cut off") from error
+            raise ConfigError(f"{place}: cannot read ({error.strerror}); the folder is no torch.distributed "
+                              "checkpoint, or its writing was cut off") from error
         except Exception as error:  # what pickle raises over damaged bytes is not bounded
             raise ConfigError(f"{place}: damaged ({error}); copy the checkpoint again") from error
 
@@ -100,8 +100,8 @@ class DCPFolder:
         try:
             info = self._storage[index]
         except KeyError:
-            raise ConfigError(f"{self.path}: {index.fqn}: {METADATA_FILE} does not say where it is; copy the checkpoint "
-                              "again") from None
+            raise ConfigError(f"{self.path}: {index.fqn}: {METADATA_FILE} does not say where it is; copy the "
+                              "checkpoint again") from None
         place = self.path / info.relative_path
         if Path(info.relative_path).name != info.relative_path or info.transform_descriptors:
             raise ConfigError(f"{self.path}: {index.fqn} is stored at {info.relative_path!r}, transformed by "

@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
 from hrm_megatron.convert.table import Rename, check, table
-from hrm_megatron.data.tokenizer import BOQ, EOA, PAD, PREFIX_LM_TEMPLATE, SPECIAL_TOKENS, TextTokenizer, save_tokenizer
+from hrm_megatron.data.tokenizer import BOQ, EOA, PAD, SPECIAL_TOKENS, TextTokenizer, save_tokenizer
 from hrm_megatron.model.schedule import split_bp_steps
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -50,7 +49,7 @@ def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: dict[str, int]) ->
 
 def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str = "float32",
              tokenizer: str | Path | None = None, max_shard_size: int | str = "5GB",
-             progress: Callable[[], None] = lambda: None) -> None:
+             progress: Callable[[], object] = lambda: None) -> None:
     """Write the weights of this kind so that unmodified transformers computes the same logits.
 
     With a `tokenizer` (folder or tokenizer.json), `generate(**tokenizer(prompt))` sees the prompt both ways, as
@@ -64,8 +63,8 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
         text = TextTokenizer(tokenizer)
         token_ids |= {"bos_token_id": text.boq, "eos_token_id": text.eoa}
         if padded_vocab_size(text.vocab_size) != checkpoint.architecture.padded_vocab_size:
-            raise ConfigError(f"{text.path}: has {text.vocab_size} tokens, the model {checkpoint.path} was trained with "
-                              f"{checkpoint.architecture.vocab_size}; give its own tokenizer as --tokenizer-model")
+            raise ConfigError(f"{text.path}: has {text.vocab_size} tokens, the model {checkpoint.path} was trained "
+                              f"with {checkpoint.architecture.vocab_size}; give its own tokenizer as --tokenizer-model")
     config = _config_of(checkpoint, dtype, token_ids)
     folder.mkdir(parents=True, exist_ok=True)
     if text:
@@ -94,8 +93,11 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
 def save_prefix_lm_tokenizer(path: Path, folder: Path) -> None:
     """Save this tokenizer.json so that transformers marks a prompt as prefix, and a second text as response."""
     tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.post_processor = PREFIX_LM_TEMPLATE
-    save_tokenizer(tokenizer, folder)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A:1", pair="$A:1 $B:0")
+    save_tokenizer(tokenizer, folder / "tokenizer")
+    for file in (folder / "tokenizer").iterdir():
+        file.rename(folder / file.name)
+    (folder / "tokenizer").rmdir()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -142,41 +144,37 @@ def read_hf(folder: str | Path) -> Checkpoint:
     config = _read_json(folder / CONFIG_FILE)
     try:
         architecture = _architecture(config)
-        l_bp = config.get("L_bp_cycles") or [architecture.l_cycles] * architecture.h_cycles
+        # transformers: [2] by default, and 1 for every earlier cycle.
+        l_bp = [1] * architecture.h_cycles + [int(n) for n in config.get("L_bp_cycles") or [2]]
         training = Training(seq_length=int(config["max_position_embeddings"]),
-                            bp_max_steps=max(2, architecture.h_cycles + sum(map(int, l_bp[-architecture.h_cycles:]))))
+                            bp_max_steps=max(2, architecture.h_cycles + sum(l_bp[-architecture.h_cycles:])))
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: lacks a setting or has an odd one ({error}); copy the folder again"
                           ) from error
+    files = {WEIGHTS_FILE}
     if (folder / INDEX_FILE).exists():
-        files = dict(_read_json(folder / INDEX_FILE).get("weight_map", {}))
-    else:
-        files = dict.fromkeys((name for name, _ in _slices(folder / WEIGHTS_FILE)), WEIGHTS_FILE)
-    shapes = {name: shape for file in sorted(set(files.values())) for name, shape in _slices(folder / file)}
+        files = set(_read_json(folder / INDEX_FILE).get("weight_map", {}).values())
+    file_of: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in (folder / Path(file).name for file in sorted(files)):
+        with _open(path) as opened:
+            for name in opened.keys():  # noqa: SIM118  # no dict
+                file_of[name], shapes[name] = path, tuple(opened.get_slice(name).get_shape())
     check(folder, "hf", table(architecture), shapes)
 
     def read(part: str, entry: Rename) -> torch.Tensor:
-        with _opened(folder / files[entry.hf]) as file:
-            tensor: torch.Tensor = file.get_tensor(entry.hf)
-        # HRM-Text's z_L start is bf16 in every run.
+        with _open(file_of[entry.hf]) as opened:
+            tensor: torch.Tensor = opened.get_tensor(entry.hf)
+        # HRM-Text's start of z_L is bf16 in every run.
         return entry.to_megatron(tensor.float() if entry.trained else tensor.to(torch.bfloat16))
 
     return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read)
 
 
-def _opened(path: Path) -> Any:
-    if Path(path.name) != path.relative_to(path.parent):
-        raise ConfigError(f"{path}: not a file of the folder itself")
+def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot read ({error}); copy the folder again") from error
-
-
-def _slices(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    with ExitStack() as stack:
-        file = stack.enter_context(_opened(path))
-        for name in file.keys():  # noqa: SIM118  # no dict
-            yield name, tuple(file.get_slice(name).get_shape())

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from hrm_megatron.config import Architecture, ConfigError, ffn_hidden_size
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
@@ -166,7 +166,7 @@ def _metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
             boq=BOQ, eoq=EOQ, eoa=EOA, condition_mapping=dict(TAG_TOKENS), tokenizer_path="tokenizer"))
 
 
-def write_native(checkpoint: Checkpoint, folder: Path, progress: Callable[[], None] = lambda: None) -> None:
+def write_native(checkpoint: Checkpoint, folder: Path, progress: Callable[[], object] = lambda: None) -> None:
     """Write a folder that HRM-Text resumes from, of epoch 1 (0 for a model before its first step).
 
     `progress` is called once for every tensor of the table. All of the state is in memory at once.
@@ -191,7 +191,7 @@ def write_native(checkpoint: Checkpoint, folder: Path, progress: Callable[[], No
     folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch remarks on the absence of a process group, which is meant
-        dcp.save({"model": model, "optim": {"state": state, "param_groups": [group]}},
+        save_dcp({"model": model, "optim": {"state": state, "param_groups": [group]}},
                  checkpoint_id=folder / f"fsdp2_epoch_{epoch}", no_dist=True)
     torch.save(None, folder / f"carry_epoch_{epoch}.0.pt")
     for name, values in ((CONFIG_FILE, config), (METADATA_FILE, metadata)):

@@ -89,7 +89,8 @@ def is_embedding(entry: Rename) -> bool:
 def check(place: object, side: Side, entries: Iterable[Rename], found: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse tensors `found` (name > shape) at `place` that are not exactly those of the table."""
     expected = {entry.name(side): entry.shape for entry in entries}
-    for complaint, names in (("missing", expected.keys() - found.keys()), ("left over", found.keys() - expected.keys())):
+    for complaint, names in (("missing", expected.keys() - found.keys()),
+                             ("left over", found.keys() - expected.keys())):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ConfigError(f"{place}: tensors {complaint}: {', '.join(sorted(names)[:3])}{more}; it is not the HRM "

@@ -1,7 +1,8 @@
 """Packed PrefixLM attention behind one door: `core_attention(kernel)` picks the class that a layer builds.
 
-`DenseAttention` is the definition; `SdpaAttention` computes the same one example at a time and never holds a
-mask of the whole row. A kernel for a GPU library becomes one more class in `KERNELS`.
+`DenseAttention` is the definition. The others make two calls per example, prefixes without a mask and responses
+with a causal one at the bottom right, and never hold a mask of the whole row. A kernel of a GPU library becomes
+one more class in `KERNELS`.
 """
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.model.cpu_flash import PackedCpuFlash
 from hrm_megatron.model.prefix_lm import PrefixSequences
 
 
@@ -61,7 +63,7 @@ class DenseAttention(PrefixLMAttention):
 
 
 class SdpaAttention(PrefixLMAttention):
-    """torch's scaled_dot_product_attention, one call per example: for CPUs and for any GPU."""
+    """torch's scaled_dot_product_attention, two calls per example: for any GPU without a better kernel."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
                row: int) -> torch.Tensor:
@@ -73,22 +75,35 @@ class SdpaAttention(PrefixLMAttention):
         for (p, r), example in zip(pairs, zip(*(t.split([*sizes, pad]) for t in (q, k, v)), strict=True),
                                    strict=False):
             q_i, k_i, v_i = (t.transpose(0, 1).unsqueeze(0) for t in example)  # [1, heads/tp, p + r, d]
-            bias = sequences.example_bias(p, r, q_i) if r else None
-            out = F.scaled_dot_product_attention(q_i, k_i, v_i, attn_mask=bias, scale=self.softmax_scale)
-            outputs.append(out.squeeze(0).transpose(0, 1).flatten(1))
+            prefix, response = q_i.split([p, r], 2)
+            parts = [F.scaled_dot_product_attention(prefix, k_i[:, :, :p], v_i[:, :, :p], scale=self.softmax_scale)]
+            if r:
+                parts.append(F.scaled_dot_product_attention(
+                    response, k_i, v_i, attn_mask=sequences.response_bias(p, r, q), scale=self.softmax_scale))
+            outputs += [part.squeeze(0).transpose(0, 1).flatten(1) for part in parts]
         if pad:
             outputs.append(q.new_zeros(pad, q.shape[1] * q.shape[2]))
         return torch.cat(outputs)
 
 
-KERNELS: dict[str, type[PrefixLMAttention]] = {"dense": DenseAttention, "sdpa": SdpaAttention}
+class CpuAttention(PrefixLMAttention):
+    """The same two calls on torch's CPU flash kernel, as one autograd function over the row."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
+               row: int) -> torch.Tensor:
+        out: torch.Tensor = PackedCpuFlash.apply(q, k, v, sequences, row, self.softmax_scale)
+        return out.flatten(1)
+
+
+KERNELS: dict[str, type[PrefixLMAttention]] = {"dense": DenseAttention, "sdpa": SdpaAttention,
+                                            "cpu": CpuAttention}
 AUTO = "auto"
 
 
 def core_attention(kernel: str = AUTO) -> type[PrefixLMAttention]:
     """Return the class for `--attention-kernel`; "auto" takes the fastest that runs here."""
     if kernel == AUTO:
-        return SdpaAttention
+        return SdpaAttention if torch.cuda.is_available() else CpuAttention
     if kernel not in KERNELS:
         raise ConfigError(f"attention_kernel={kernel!r}: choose one of {AUTO}, {', '.join(KERNELS)}")
     return KERNELS[kernel]

@@ -19,8 +19,9 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        y = (wide * inverse).to(x.dtype)
+        buffer = wide * wide
+        inverse = buffer.mean(-1, keepdim=True).add_(eps).rsqrt_()
+        y = torch.mul(wide, inverse, out=buffer).to(x.dtype)
         ctx.save_for_backward(y, inverse)
         return y
 
@@ -28,28 +29,33 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         y, inverse = (t.float() for t in ctx.saved_tensors)
         g = grads[0].float()
-        mean = torch.linalg.vecdot(g, y).unsqueeze(-1).div_(y.shape[-1])
+        # As a matrix product it reads each operand once and stores no product.
+        mean = torch.einsum("...h,...h->...", g, y).unsqueeze(-1).div_(y.shape[-1])
         return torch.addcmul(g, y, mean, value=-1).mul_(inverse).to(grads[0].dtype), None
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """`silu(a) * b` of the halves [a | b] of the last axis (Shazeer, arXiv 2002.05202). Keeps its input only."""
+    """`silu(a) * b` of the halves [a | b] of the last axis (Shazeer, arXiv 2002.05202).
+
+    Keeps silu(a) beside its input: on a CPU memory is plenty and exponentials are dear.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
         a, b = x.float().chunk(2, -1)
-        return F.silu(a).mul_(b).to(x.dtype)
+        activated = F.silu(a)
+        ctx.save_for_backward(x, activated)
+        return (activated * b).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        x, = ctx.saved_tensors
+        x, activated = ctx.saved_tensors
         g = grads[0].float()
         a, b = x.float().chunk(2, -1)
         out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         da, db = out.chunk(2, -1)
         torch.ops.aten.silu_backward.grad_input(g * b, a, grad_input=da)
-        torch.mul(g, F.silu(a), out=db)
+        torch.mul(g, activated, out=db)
         return out.to(x.dtype)
 
 

@@ -35,12 +35,10 @@ class PrefixSequences:
             start = end
         return allowed
 
-    def example_bias(self, prefix: int, response: int, like: torch.Tensor) -> torch.Tensor:
-        """Additive mask [p + r, p + r] of one example, made once and shared by all ticks and layers."""
+    def response_bias(self, prefix: int, response: int, like: torch.Tensor) -> torch.Tensor:
+        """Additive mask [r, p + r] of one example's responses, made once and shared by all ticks and layers."""
         key = (prefix, response, like.dtype, like.device)
         if key not in self._biases:
-            n = prefix + response
-            bias = torch.full((n, n), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
-            bias[:prefix, :prefix] = 0
-            self._biases[key] = bias
+            self._biases[key] = torch.full((response, prefix + response), float("-inf"), dtype=like.dtype,
+                                           device=like.device).triu(prefix + 1)
         return self._biases[key]

@@ -19,6 +19,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_states
 from hrm_megatron.optim.schedule import LRSchedule
 
+# What a converted checkpoint holds in place of a schedule.
+STEPS_DONE = "steps_done"
 EMBEDDING = "is_embedding"
 # The embedding has a group of its own because its updates are counted apart. `is_decoupled_lr` is among the
 # keys by which Megatron finds a saved group again and is read for nothing else in 0.19.2.
@@ -91,7 +93,13 @@ class StepScheduler(OptimizerParamScheduler):  # type: ignore[misc]
             **checkpoint_rules)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint stands, by its settings or ours as Megatron's flags say."""
+        """Go on where the checkpoint stands, by its settings or ours as Megatron's flags say.
+
+        A converted checkpoint knows its step alone: rates and rows per step are the command line's.
+        """
+        if STEPS_DONE in state_dict:
+            self.step(state_dict[STEPS_DONE] * self.rows_per_step)
+            return
         super().load_state_dict(state_dict)
         self.schedule = LRSchedule(self.max_lr, self.min_lr, self.lr_warmup_steps // self.rows_per_step,
                                    self.lr_decay_steps // self.rows_per_step)

@@ -19,6 +19,7 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 FACTORIES = (
@@ -81,6 +82,8 @@ class NullEvent(NullStream):
 
 
 def _patch_tensors() -> None:
+    # `with torch.device(...)` knows factories by identity and remembers them at its first use: let it see the stock ones.
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for cls in (torch.Tensor, torch.nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("mathematics_dataset")
-from examples.demo.questions import MODULES, constant_answer_accuracy, write_questions
+from examples.demo.questions import MODULES, _distinct_rows, constant_answer_accuracy, write_questions
 from hrm_megatron.config import ConfigError
 
 COUNTS = {"train": 1300, "valid": 31, "test": 47}
@@ -71,3 +71,13 @@ def test_the_best_constant_answer_is_per_module():
     train = rows("a", "1", "1", "2") + rows("b", "True", "False", "False")
     test = rows("a", "1", "2") + rows("b", "False", "1", "True") + rows("unseen", "1")
     assert constant_answer_accuracy(train, test) == 2 / 6
+
+
+def test_a_module_with_too_few_questions_is_refused():
+    class TinyModule:
+        def starmap(self, *_, **__):
+            return [[("1 + 1?", "2"), ("1 + 2?", "3")]]
+
+    assert len(_distinct_rows(TinyModule(), "tiny", 2, seed=0)) == 2
+    with pytest.raises(ConfigError, match="tiny: 3 different questions wanted, there are about 2"):
+        _distinct_rows(TinyModule(), "tiny", 3, seed=0)

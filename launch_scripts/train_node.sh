@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Train on the GPUs of one node.
+#   PRESET=L TP=2 launch_scripts/train_node.sh [--dry-run] --data-path runs/data/train --save runs/L ...
+# PRESET  size, see hrm_megatron/config.py (default B)
+# TP PP CP  tensor, pipeline and context parallel ranks (default 1 each)
+# DP      data parallel ranks (default: what the GPUs of this node leave)
+# TORCHRUN  the launcher (default: that of .venv, else the one on PATH)
+# Every other argument goes to hrm_megatron.pretrain as it is. --dry-run prints the command and runs nothing.
+set -euo pipefail
+
+preset=${PRESET:-B} tp=${TP:-1} pp=${PP:-1} cp=${CP:-1}
+for size in "$tp" "$pp" "$cp" "${DP:-1}"; do
+    if ! [[ $size =~ ^[1-9][0-9]*$ ]]; then
+        echo "train_node.sh: TP, PP, CP and DP are whole numbers from 1, not '$size'" >&2
+        exit 2
+    fi
+done
+
+dry_run=false
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --dry-run ]; then dry_run=true; else arguments+=("$argument"); fi
+done
+
+model_ranks=$((tp * pp * cp))
+if [ -z "${DP:-}" ]; then
+    gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+    if ((gpus == 0)); then gpus=$model_ranks; fi # no GPU: one replica, on the CPU
+    if ((gpus % model_ranks != 0)); then
+        echo "train_node.sh: TP*PP*CP=$model_ranks does not divide the $gpus GPUs of this node; set DP" >&2
+        exit 2
+    fi
+    DP=$((gpus / model_ranks))
+fi
+
+torchrun=${TORCHRUN:-$(dirname "$0")/../.venv/bin/torchrun}
+if ! [ -x "$torchrun" ]; then torchrun=torchrun; fi
+
+command=("$torchrun" --standalone --nproc-per-node $((model_ranks * DP)) -m hrm_megatron.pretrain
+    --hrm-preset "$preset"
+    --tensor-model-parallel-size "$tp"
+    --pipeline-model-parallel-size "$pp"
+    --context-parallel-size "$cp")
+if ((tp > 1)); then
+    # Megatron orders its tensor parallel messages by this variable.
+    command=(env CUDA_DEVICE_MAX_CONNECTIONS=1 "${command[@]}" --sequence-parallel)
+fi
+command+=(${arguments[@]+"${arguments[@]}"})
+
+if $dry_run; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit 0
+fi
+exec "${command[@]}"

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, HrmTextConfig, HrmTextForCausalLM
+
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.convert.hf import bp_list, read_hf, write_hf
+from hrm_megatron.convert.native import read_native
+from hrm_megatron.data.batch import PackedBatch, assemble_row
+from hrm_megatron.data.tokenizer import BOQ, EOQ, save_tokenizer, train_tokenizer
+from hrm_megatron.model.hrm import HRMModel
+from hrm_megatron.model.hrm_config import hrm_config
+from hrm_megatron.parallel.single import single_rank
+
+
+@pytest.fixture(scope="module")
+def exported(golden, tmp_path_factory):
+    """Folders of the golden native checkpoint, by kind of weights."""
+    folder = tmp_path_factory.mktemp("hf")
+    for kind in ("ema", "raw"):
+        write_hf(read_native(golden / "native_ckpt"), folder / kind, kind)
+    return folder
+
+
+def test_the_export_is_the_golden_one_bitwise(golden, exported):
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (exported / "ema", golden / "hf_export/ema"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
+    ours, theirs = (json.loads((folder / "config.json").read_text())
+                    for folder in (exported / "ema", golden / "hf_export" / "ema"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", ["ema", "raw"])
+def test_transformers_computes_the_logits_of_the_reference(golden, exported, kind):
+    model = AutoModelForCausalLM.from_pretrained(exported / kind)
+    logits = load_file(golden / "hf_logits.safetensors")
+    for i, prompt in enumerate(json.loads((golden / "hf_logits.json").read_text())["prompts"]):
+        types = [1] * len(prompt["prefix"]) + [0] * len(prompt["response"])
+        with torch.no_grad():
+            ours = model(torch.tensor([prompt["prefix"] + prompt["response"]]), token_type_ids=torch.tensor([types]))
+        torch.testing.assert_close(ours.logits[0], logits[f"{kind}.p{i}.reference_logits"], rtol=0, atol=1e-5)
+
+
+def test_transformers_generates_the_tokens_of_the_reference(golden, exported):
+    model = AutoModelForCausalLM.from_pretrained(exported / "ema")
+    for prompt in json.loads((golden / "generate.json").read_text())["prompts"]:
+        ids = torch.tensor([prompt["prompt"]])
+        out = model.generate(ids, token_type_ids=torch.ones_like(ids), attention_mask=torch.ones_like(ids),
+                             max_new_tokens=10, do_sample=False, eos_token_id=None)
+        assert out[0, ids.shape[1]:].tolist() == prompt["greedy_tokens"]
+
+
+def test_a_model_of_transformers_computes_the_same_in_megatron(tmp_path):
+    config = HrmTextConfig(vocab_size=256, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                           num_attention_heads=3, head_dim=8, H_cycles=3, L_cycles=2, initializer_range=0.1,
+                           max_position_embeddings=32)
+    torch.manual_seed(1)
+    theirs = HrmTextForCausalLM(config)
+    theirs.model.z_L_init.data.copy_(torch.randn(24).bfloat16())
+    theirs.save_pretrained(tmp_path)
+    checkpoint = read_hf(tmp_path)
+    assert checkpoint.architecture.num_layers == 2  # transformers stores 2 * 3 * (2 + 1)
+    assert checkpoint.architecture.embedding_scale == pytest.approx(10)
+    prefix, target = torch.arange(3, 10).numpy(), torch.arange(20, 26).numpy()
+    row = assemble_row([(prefix, target)], 12)
+    batch = PackedBatch.from_rows({name: tensor[None] for name, tensor in row.items()})
+    with single_rank(), torch.no_grad():
+        ours = HRMModel(hrm_config(checkpoint.architecture, use_cpu_initialization=True), seed=5).eval()
+        missing, unexpected = ours.load_state_dict(dict(checkpoint.weights("raw")), strict=False)
+        assert not unexpected and all("_extra_state" in name for name in missing)
+        logits = ours.logits_at(ours.states(batch), torch.arange(12))
+        types = torch.tensor([[1] * 7 + [0] * 5])
+        expected = theirs(batch.tokens, token_type_ids=types).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_shards_and_bfloat16(tmp_path, random_checkpoint):
+    checkpoint = random_checkpoint()
+    write_hf(checkpoint, tmp_path, "ema", "bfloat16", max_shard_size="30KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again, expected = dict(read_hf(tmp_path).weights("raw")), dict(checkpoint.weights("ema"))
+    assert all(torch.equal(again[name].float(), expected[name].bfloat16().float()) for name in expected)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="--max-shard-size much: .*5GB"):
+        write_hf(checkpoint, tmp_path, max_shard_size="much")
+
+
+def test_weights_and_architecture_survive(tmp_path, random_checkpoint):
+    checkpoint = random_checkpoint(Architecture(2, 24, 3, 40, 256, h_cycles=3, l_cycles=2, init_scheme="fixed_normal",
+                                                init_std=0.05, rope_theta=5e4, norm_epsilon=1e-5))
+    write_hf(checkpoint, tmp_path, "raw")
+    again = read_hf(tmp_path)
+    assert again.architecture == checkpoint.architecture
+    assert again.training.bp_max_steps == checkpoint.training.bp_max_steps
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for (_, one), (_, other) in
+               zip(again.weights("raw"), checkpoint.weights("raw"), strict=True))
+
+
+def test_the_tokenizer_makes_a_prompt_a_prefix(golden, tmp_path, random_checkpoint):
+    tokenizer = train_tokenizer(["What is three plus four?"] * 3, 300)
+    tokenizer.post_processor = None
+    save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    checkpoint = random_checkpoint(Architecture(1, 24, 3, 40, tokenizer.get_vocab_size()))
+    write_hf(checkpoint, tmp_path / "hf", tokenizer=tmp_path / "tokenizer")
+    assert {path.name for path in (tmp_path / "hf").iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    prompt = loaded(f"{BOQ}three{EOQ}", return_tensors="pt")
+    assert prompt["token_type_ids"].eq(1).all() and prompt["input_ids"][0, 0] == 6
+    assert loaded("three", "four")["token_type_ids"][-1] == 0
+    out = model.generate(**prompt, max_new_tokens=1, do_sample=False)
+    with torch.no_grad():
+        both_ways, causal = (model(prompt["input_ids"], token_type_ids=types).logits[0, -1]
+                             for types in (prompt["token_type_ids"], torch.zeros_like(prompt["token_type_ids"])))
+    assert out[0, -1] == both_ways.argmax() and not torch.allclose(both_ways, causal)
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (6, 11)
+    other = dataclasses.replace(checkpoint.architecture, vocab_size=700)
+    with pytest.raises(ConfigError, match="has 300 tokens, the model random was trained with 700; .*--tokenizer-model"):
+        write_hf(random_checkpoint(other), tmp_path / "wrong", tokenizer=tmp_path / "tokenizer")
+
+
+def test_gradient_ticks_are_listed_per_cycle():
+    assert [bp_list(2, 3, bp) for bp in (2, 3, 5, 8)] == [[0, 1], [0, 1], [0, 3], [3, 3]]
+    assert bp_list(3, 2, 7) == [0, 2, 2]
+
+
+def test_post_norm_has_no_place_in_transformers(tmp_path, random_checkpoint):
+    architecture = Architecture(1, 24, 3, 40, 256, norm_placement="post")
+    with pytest.raises(ConfigError, match="random: post-norm layers, .*save as megatron or native"):
+        write_hf(random_checkpoint(architecture), tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model_type="llama"), r"config\.json: model_type: 'llama' is not the HRM"),
+    (dict(num_layers_per_stack=2), "tensors missing: "),
+    (dict(intermediate_size=512), "has shape .*its settings ask for"),
+    (dict(head_dim=128), "head_dim: 128 is not hidden_size / num_attention_heads = 12"),
+    (dict(vocab_size=255), "vocab_size: 255 is no multiple of 256"),
+    (dict(tie_word_embeddings=True), "tie_word_embeddings: True"),
+    (dict(rope_parameters={"rope_type": "yarn"}), "rope_type: 'yarn' is not built here"),
+    (dict(hidden_size="wide"), "odd one .*'wide'"),
+    (dict(H_cycles=None), "lacks a setting or has an odd one"),
+])
+def test_a_config_that_does_not_fit_is_refused_by_name(golden, tmp_path, change, message):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((golden / "hf_export" / "ema" / name).read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        read_hf(tmp_path)
+
+
+def test_missing_and_damaged_files_are_named(golden, tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json: cannot read"):
+        read_hf(tmp_path)
+    (tmp_path / "config.json").write_bytes((golden / "hf_export/ema/config.json").read_bytes())
+    with pytest.raises(ConfigError, match=r"model\.safetensors: cannot read"):
+        read_hf(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((golden / "hf_export/ema/model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ConfigError, match=r"model\.safetensors: cannot read"):
+        read_hf(tmp_path)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
+from safetensors.torch import load_file
+
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.convert.dcp import DCPFolder
+from hrm_megatron.convert.hf import write_hf
+from hrm_megatron.convert.megatron import find_iteration, read_megatron, write_megatron
+from hrm_megatron.convert.native import read_native, write_native
+
+
+@pytest.fixture(scope="module")
+def converted(golden, tmp_path_factory):
+    """The golden native checkpoint (10 steps) as Megatron's."""
+    folder = tmp_path_factory.mktemp("megatron") / "converted"
+    write_megatron(read_native(golden / "native_ckpt"), folder)
+    return folder
+
+
+def test_native_to_megatron_to_native_is_bitwise(golden, converted, tmp_path, same_state):
+    source, middle = read_native(golden / "native_ckpt"), read_megatron(find_iteration(converted))
+    assert same_state(source, middle)
+    assert middle.architecture == source.architecture and middle.training == source.training
+    write_native(middle, tmp_path)
+    assert same_state(source, read_native(tmp_path))
+    assert read_native(tmp_path).training == source.training
+
+
+def test_native_to_megatron_to_hf_is_bitwise(golden, converted, tmp_path):
+    write_hf(read_megatron(find_iteration(converted)), tmp_path)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, golden / "hf_export" / "ema"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((tmp_path / "config.json").read_text()) \
+        == json.loads((golden / "hf_export" / "ema" / "config.json").read_text())
+
+
+def test_the_folder_says_what_megatron_asks(converted):
+    assert (converted / "latest_checkpointed_iteration.txt").read_text() == "10"
+    common = load_common_state_dict(str(converted / "iter_0000010"))
+    args = common["args"]
+    assert (args.num_layers, args.hidden_size, args.num_attention_heads) == (1, 24, 2) and args.add_position_embedding
+    assert args.no_save_rng and args.consumed_train_samples == 0
+    assert [group["updates"] for group in common["optimizer"]["optimizer"]["param_groups"]] == [10, 2]
+    assert common["opt_param_scheduler"] == {"steps_done": 10}
+    assert common["content_metadata"]["distrib_optim_sharding_type"] == "fully_reshardable"
+
+
+def test_unequal_sizes_survive(tmp_path, random_checkpoint, same_state):
+    checkpoint = random_checkpoint(Architecture(2, 24, 3, 40, 250, h_cycles=3, l_cycles=2, norm_placement="post",
+                                                init_scheme="fixed_normal", init_std=0.05, norm_epsilon=1e-5))
+    write_megatron(checkpoint, tmp_path)
+    again = read_megatron(find_iteration(tmp_path))
+    assert again.architecture == checkpoint.architecture and again.training == checkpoint.training
+    assert same_state(again, checkpoint)
+
+
+def test_weights_alone_become_a_model_before_its_first_step(tmp_path, random_checkpoint):
+    checkpoint = random_checkpoint()
+    write_megatron(checkpoint.only_weights("ema"), tmp_path)
+    again = read_megatron(find_iteration(tmp_path))
+    assert (again.iteration, again.embedding_updates) == (0, 0)
+    expected = dict(checkpoint.weights("ema"))
+    for kind in ("raw", "ema"):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in again.weights(kind))
+    name = "optimizer.state.exp_avg_sq.output_layer.weight"
+    assert not DCPFolder(find_iteration(tmp_path)).tensor(name).any()
+
+
+def test_without_optimizer_state_there_are_weights_but_no_ema(converted, monkeypatch):
+    path = find_iteration(converted)
+    shapes = DCPFolder(path).shapes()
+    monkeypatch.setattr(DCPFolder, "shapes", lambda self: {
+        name: shape for name, shape in shapes.items() if not name.startswith("optimizer.")})
+    checkpoint = read_megatron(path)
+    assert checkpoint.parts == {"raw"}
+    stored = DCPFolder(path)
+    assert all(torch.equal(tensor, stored.tensor(name)) for name, tensor in checkpoint.weights("raw"))
+    with pytest.raises(ConfigError, match="holds no EMA weights, only raw; choose --weights raw"):
+        next(checkpoint.weights("ema"))
+
+
+def test_a_norm_without_a_flag_is_refused(tmp_path, random_checkpoint):
+    architecture = dataclasses.replace(random_checkpoint().architecture, h_norm_placement="post")
+    with pytest.raises(ConfigError, match="the H stack alone has post-norm layers.*save as native"):
+        write_megatron(random_checkpoint(architecture), tmp_path)
+
+
+def test_the_iteration_is_found(converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "copy")
+    shutil.copytree(folder / "iter_0000010", folder / "iter_0000020")
+    assert find_iteration(folder).name == "iter_0000010"
+    assert find_iteration(folder, 20).name == "iter_0000020"
+    assert find_iteration(folder / "iter_0000020").name == "iter_0000020"
+    with pytest.raises(ConfigError, match=r"iter_0000030: not there; .*complete: iter_0000010, iter_0000020\)"):
+        find_iteration(folder, 30)
+    (folder / "iter_0000010" / "metadata.json").unlink()
+    for path in (folder, folder / "iter_0000010"):
+        with pytest.raises(ConfigError, match=r"iter_0000010: half-written, without metadata\.json; choose another "
+                                              r"with --ckpt-step \(complete: iter_0000020\)"):
+            find_iteration(path)
+    (folder / "latest_checkpointed_iteration.txt").write_text("soon")
+    with pytest.raises(ConfigError, match=r"iteration\.txt: holds no iteration; choose one with --ckpt-step"):
+        find_iteration(folder)
+    with pytest.raises(ConfigError, match=r"cannot read \(No such file.*none is complete there"):
+        find_iteration(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(golden, tmp_path, converted, monkeypatch):
+    with pytest.raises(ConfigError, match="holds no value common_state"):
+        read_megatron(golden / "native_ckpt" / "fsdp2_epoch_1")
+    stock = DCPFolder.object
+
+    def without_cycles(self, *arguments):
+        common = stock(self, *arguments)
+        del common[0]["args"].h_cycles
+        return common
+
+    monkeypatch.setattr(DCPFolder, "object", without_cycles)
+    with pytest.raises(ConfigError, match="a Megatron checkpoint, but not of an HRM .*h_cycles"):
+        read_megatron(find_iteration(converted))

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from hrm_megatron.convert import run
+from hrm_megatron.convert.hf import read_hf
+from hrm_megatron.convert.megatron import find_iteration, read_megatron
+from hrm_megatron.convert.native import read_native
+
+
+@pytest.fixture
+def command(golden, tmp_path, tool, capsys):
+    """Run the tool from the golden native checkpoint to an output; return (status, stdout, stderr)."""
+    def call(*flags, save_format="hf", save="out", load=golden / "native_ckpt", load_format="native"):
+        status = tool(["--load", str(load), "--load-format", load_format, "--save", str(tmp_path / save),
+                       "--save-format", save_format, *flags])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+    return call
+
+
+def _entries(tmp_path):
+    return sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_it_converts_and_says_what(command, tmp_path, golden):
+    status, out, err = command()
+    assert (status, err.count("error")) == (0, 0)
+    assert "ema weights of iteration 10, 11 tensors" in out
+    assert _entries(tmp_path) == ["out"]
+    status, out, _ = command("--weights", "raw", save="raw")
+    source = dict(read_native(golden / "native_ckpt").weights("raw"))
+    assert status == 0 and all(torch.equal(tensor, source[name])
+                               for name, tensor in read_hf(tmp_path / "raw").weights("raw"))
+
+
+def test_every_format_leads_to_every_other(command, tmp_path, golden, same_state):
+    source = read_native(golden / "native_ckpt")
+    assert command(save_format="megatron", save="m")[0] == 0
+    assert command(load=tmp_path / "m", load_format="megatron", save_format="native", save="n")[0] == 0
+    assert same_state(source, read_native(tmp_path / "n"))
+    assert command(load=tmp_path / "m", load_format="megatron", save="h")[0] == 0
+    assert command(load=tmp_path / "h", load_format="hf", save_format="megatron", save="m2")[0] == 0
+    imported, ema = read_megatron(find_iteration(tmp_path / "m2")), dict(source.weights("ema"))
+    assert imported.iteration == 0
+    assert all(torch.equal(tensor, ema[name]) for name, tensor in imported.weights("raw"))
+    assert command("--weights", "ema", save_format="native", save="fresh")[0] == 0
+    fresh = read_native(tmp_path / "fresh")
+    assert fresh.iteration == 0 and all(torch.equal(tensor, ema[name]) for name, tensor in fresh.weights("raw"))
+
+
+def test_an_existing_output_stays_unless_told(command, tmp_path):
+    assert command()[0] == 0
+    (tmp_path / "out" / "marker").touch()
+    status, _, err = command(save_format="native")
+    assert status == 1 and err.startswith("error: --save ") and "pass --overwrite" in err and err.count("\n") == 1
+    assert (tmp_path / "out" / "marker").exists()
+    assert command("--overwrite", save_format="native")[0] == 0
+    assert (tmp_path / "out" / "all_config.yaml").exists() and not (tmp_path / "out" / "marker").exists()
+    assert _entries(tmp_path) == ["out"]
+
+
+def test_a_folder_of_something_else_is_never_replaced(command, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    status, _, err = command("--overwrite")
+    assert status == 1 and "exists and is no checkpoint" in err and (tmp_path / "out" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("failure, message", [
+    (OSError(28, "No space left on device"), "cannot write (No space left on device); nothing was left there"),
+    (KeyboardInterrupt(), None), (RuntimeError("bug"), None),
+])
+def test_a_failure_leaves_the_old_output_and_nothing_else(command, tmp_path, monkeypatch, failure, message):
+    assert command()[0] == 0
+
+    def fail(checkpoint, folder, *_):
+        folder.mkdir(exist_ok=True)
+        (folder / "half").touch()
+        raise failure
+
+    monkeypatch.setattr(run, "write_hf", fail)
+    if message:
+        status, _, err = command("--overwrite")
+        assert status == 1 and message in err and err.count("\n") == 1
+    else:
+        with pytest.raises(type(failure)):
+            command("--overwrite")
+    assert _entries(tmp_path) == ["out"] and (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    status, _, err = command()
+    assert status == 1 and "needs 0.00 GB, 0.00 GB are free; free some space" in err
+    assert _entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("flags, options, message", [
+    ([], dict(load="nowhere"), "no fsdp2_epoch_N in it"),
+    ([], dict(load="nowhere", load_format="megatron"), "latest_checkpointed_iteration.txt: cannot read"),
+    ([], dict(load="nowhere", load_format="hf"), "config.json: cannot read"),
+    (["--ckpt-step", "3"], dict(), "choose --ckpt-step from 1"),
+    (["--ckpt-step", "3"], dict(load_format="hf"), "a transformers folder has no steps"),
+    (["--tokenizer-model", "nowhere"], dict(), "no tokenizer there"),
+    (["--dtype", "bfloat16"], dict(save_format="native"), "are for --save-format hf"),
+    ([], dict(load=".", save="out"), "overlaps --load"),
+])
+def test_bad_input_is_one_line(command, tmp_path, monkeypatch, flags, options, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command(*flags, **options)
+    assert status == 1 and not out
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert _entries(tmp_path) == []

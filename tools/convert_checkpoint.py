@@ -1,0 +1,56 @@
+"""Convert a checkpoint between Megatron (of hrm_megatron.pretrain), transformers (hf) and HRM-Text (native)."""
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from hrm_megatron.parallel.cpu import activate
+
+# Megatron remarks on optional packages that a conversion has no use for.
+warnings.simplefilter("ignore")
+logging.disable(logging.WARNING)
+activate()
+
+from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.convert.checkpoint import EMA, RAW  # noqa: E402
+from hrm_megatron.convert.hf import DTYPES  # noqa: E402
+from hrm_megatron.convert.run import FORMATS, Conversion, convert  # noqa: E402
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> Conversion:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="checkpoint folder to read")
+    parser.add_argument("--load-format", choices=FORMATS, required=True)
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--save-format", choices=FORMATS, required=True)
+    parser.add_argument("--weights", choices=(EMA, RAW),
+                        help="take these weights alone, without optimizer state (default: ema for hf; the other "
+                             "formats get weights, EMA and optimizer state)")
+    parser.add_argument("--ckpt-step", type=int, metavar="N",
+                        help="iteration (megatron) or epoch (native) to read (default: the latest)")
+    parser.add_argument("--tokenizer-model", type=Path, metavar="PATH",
+                        help="tokenizer folder or tokenizer.json to put beside the model (hf)")
+    parser.add_argument("--dtype", choices=[*DTYPES], default="float32",
+                        help="of the weights (hf; default: %(default)s)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
+                        help="largest file of weights (hf; default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder, all of it")
+    return Conversion(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    job = parse_arguments(arguments)
+    try:
+        print(convert(job))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

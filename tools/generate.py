@@ -1,0 +1,72 @@
+"""Answer prompts from a Megatron checkpoint.
+
+    python tools/generate.py --load runs/demo/checkpoints --tokenizer-model runs/demo/tokenizer \\
+        --condition direct --prompt "What is the tens digit of 7543?"
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from hrm_megatron.parallel.cpu import activate
+
+activate()
+warnings.filterwarnings("ignore")  # Megatron's, about packages that answering needs not
+
+from tqdm import tqdm  # noqa: E402
+
+from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.convert.checkpoint import EMA, RAW  # noqa: E402
+from hrm_megatron.data.tokenizer import TextTokenizer  # noqa: E402
+from hrm_megatron.generate.decode import Sampling, generate  # noqa: E402
+from hrm_megatron.generate.load import load_model, open_checkpoint  # noqa: E402
+from hrm_megatron.parallel.single import single_rank  # noqa: E402
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--load", required=True, help="folder that --save named, or one iteration in it")
+    p.add_argument("--ckpt-step", type=int, help="iteration to take instead of the latest")
+    p.add_argument("--weights", choices=[EMA, RAW], default=EMA)
+    p.add_argument("--tokenizer-model", required=True, help="tokenizer folder of the training data")
+    prompts = p.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", help="one instruction")
+    prompts.add_argument("--prompt-file", type=Path, help="one instruction per line")
+    p.add_argument("--condition", default="direct", help="comma-separated tags (direct, cot, noisy, synth), or ''")
+    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=1234)
+    return p
+
+
+def answer(args: argparse.Namespace) -> None:
+    """Print one answer per prompt."""
+    tokenizer = TextTokenizer(args.tokenizer_model)
+    checkpoint = open_checkpoint(args.load, args.ckpt_step)
+    if tokenizer.vocab_size != checkpoint.architecture.vocab_size:
+        raise ConfigError(f"{args.tokenizer_model}: {tokenizer.vocab_size} entries, the checkpoint has "
+                          f"{checkpoint.architecture.vocab_size}; give the tokenizer of its training data")
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    prompts = [args.prompt] if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8").splitlines()
+    encoded = [tokenizer.encode_prefix(args.condition, prompt) for prompt in prompts]
+    with single_rank(), tqdm(total=len(prompts), unit="answer", disable=len(prompts) == 1) as bar:
+        answers = generate(load_model(checkpoint, args.weights), encoded, tokenizer.eoa, tokenizer.vocab_size,
+                           args.max_new_tokens, sampling, on_answer=bar.update)
+    for ids in answers:
+        print(tokenizer.decode(token for token in ids if token != tokenizer.eoa))
+
+
+def main() -> int:
+    try:
+        answer(parser().parse_args())
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
