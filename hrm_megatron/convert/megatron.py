@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
@@ -159,7 +158,7 @@ def write_megatron(checkpoint: Checkpoint, folder: Path, progress: Callable[[], 
     args = _arguments_for(checkpoint)
     target = folder / f"iter_{checkpoint.iteration:07d}"
     target.mkdir(parents=True)
-    with contextlib.nullcontext() if torch.distributed.is_initialized() else single_rank():
+    with single_rank():
         model = HRMModel(hrm_config(checkpoint.architecture, use_cpu_initialization=True), seed=0)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         weights = model.sharded_state_dict(metadata=dict(SHARDING, dp_cp_group=group))

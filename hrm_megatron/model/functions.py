@@ -54,7 +54,7 @@ class SwiGLUFunction(torch.autograd.Function):
         a, b = x.float().chunk(2, -1)
         out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         da, db = out.chunk(2, -1)
-        torch.ops.aten.silu_backward.grad_input(g * b, a, grad_input=da)
+        torch.ops.aten.silu_backward.grad_input(torch.mul(g, b, out=da), a, grad_input=da)
         torch.mul(g, activated, out=db)
         return out.to(x.dtype)
 

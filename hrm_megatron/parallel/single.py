@@ -10,7 +10,10 @@ from megatron.core import parallel_state, tensor_parallel
 
 @contextlib.contextmanager
 def single_rank(seed: int = 1234) -> Iterator[None]:
-    """Hold a world of one rank while the block runs (gloo without CUDA, else NCCL)."""
+    """Hold a world of one rank while the block runs (gloo without CUDA, else NCCL); keep one that is there."""
+    if torch.distributed.is_initialized():
+        yield
+        return
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=0, world_size=1,
                                          store=store)

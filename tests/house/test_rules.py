@@ -24,9 +24,10 @@ TOP_LEVEL = {"hrm_megatron", "tools", "examples", "tests", "launch_scripts", "do
              "pyproject.toml", "Makefile", "LICENSE"}  # and what starts with a dot
 DISTRIBUTIONS = {"megatron": "megatron-core", "yaml": "pyyaml"}  # where the import has another name
 # In pieces, so that this file does not break its own rule.
-WORKPLACE = re.compile("|".join((r"(?<![\w.])/wo" + r"rk(?![a-z])", "shared" + "/golden", r"py" + r"pi\.org",
-                                 "files.python" + "hosted", r"download\.py" + r"torch\.org", r"registry\.np" + r"mjs",
-                                 r"conda\.ana" + r"conda\.org", r"py" + r"pi\.nvidia\.com")))
+PRIVATE_PLACES = re.compile("|".join((
+    r"(?<![\w.])/wo" + r"rk(?![a-z])", "shared" + "/golden", r"py" + r"pi\.org", "files.python" + "hosted",
+    r"download\.py" + r"torch\.org", r"registry\.np" + r"mjs",
+    r"conda\.ana" + r"conda\.org", r"py" + r"pi\.nvidia\.com")))
 
 Rule = Callable[[str, str], list[str]]  # (path from the root, source) -> what breaks the rule
 
@@ -100,9 +101,9 @@ def swallows_nothing(path: str, source: str) -> list[str]:
             and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))]
 
 
-def stays_out_of_the_workplace(path: str, source: str) -> list[str]:
+def names_no_private_place(path: str, source: str) -> list[str]:
     return [f"{path}:{number}: speaks of {found.group()}" for number, line in enumerate(source.splitlines(), 1)
-            if (found := WORKPLACE.search(line))]
+            if (found := PRIVATE_PLACES.search(line))]
 
 
 def declares_its_imports(path: str, source: str) -> list[str]:
@@ -146,7 +147,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...], str], ...] = (  # rule, where it holds
     (is_short_and_named, ("",), ".py"),
     (is_short_and_named, ("",), ".sh"),
     (swallows_nothing, ("",), ".py"),
-    (stays_out_of_the_workplace, ("",), ""),
+    (names_no_private_place, ("",), ""),
     (declares_its_imports, ("hrm_megatron/", "tools/"), ".py"),
 )
 
@@ -192,9 +193,9 @@ MODEL = "hrm_megatron/model/hrm.py"
     (is_short_and_named, "hrm_megatron/data/utils.py", ""),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept:\n    pass"),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept Exception as error:\n    pass"),
-    (stays_out_of_the_workplace, "README.md", "cd /wo" + "rk/main"),
-    (stays_out_of_the_workplace, "Makefile", "pip install -i https://py" + "pi.org/simple x"),
-    (stays_out_of_the_workplace, MODEL, "# see shared" + "/golden"),
+    (names_no_private_place, "README.md", "cd /wo" + "rk/main"),
+    (names_no_private_place, "Makefile", "pip install -i https://py" + "pi.org/simple x"),
+    (names_no_private_place, MODEL, "# see shared" + "/golden"),
     (declares_its_imports, MODEL, "import pandas.io"),
     (declares_its_imports, "tools/plan.py", "def f():\n    from einops import rearrange"),
 ])
@@ -213,7 +214,7 @@ def test_a_rule_catches(rule: Rule, path: str, source: str) -> None:
     (only_training_asks_for_args, "hrm_megatron/training/step.py", "from megatron.training import get_args"),
     (only_training_asks_for_args, "tools/plan.py", "from typing import get_args"),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept KeyError:\n    pass"),
-    (stays_out_of_the_workplace, "README.md", "8 GPUs/workers, docs/work, --workers"),
+    (names_no_private_place, "README.md", "8 GPUs/workers, docs/work, --workers"),
     (declares_its_imports, MODEL, "import os\nimport yaml\nfrom megatron.core import mpu\nfrom . import specs"),
 ])
 def test_a_rule_lets_pass(rule: Rule, path: str, source: str) -> None:
