@@ -150,6 +150,11 @@ class ExampleStore:
     def __len__(self) -> int:
         return len(self._dataset) // 2
 
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the tokenizer that wrote the ids."""
+        return int(self.metadata["vocab_size"])
+
     def __getitem__(self, i: int) -> tuple[Ids, Ids]:
         # Copies: Megatron unmaps its files when the reader goes, and a view left behind would crash the process.
         return self._dataset[2 * int(i)].copy(), self._dataset[2 * int(i) + 1].copy()

@@ -68,7 +68,7 @@ def next_token_logits(model: HRMModel, prompts: Sequence[Sequence[int]],
 
 def generate(model: HRMModel, prompts: Sequence[Sequence[int]], stop_token: int, vocab_size: int, max_new_tokens: int,
              sampling: Sampling | None = None, row_tokens: int = 4096,
-             on_answer: Callable[[int], None] = lambda count: None) -> list[list[int]]:
+             on_answer: Callable[[int], object] = lambda count: None) -> list[list[int]]:
     """Continue each prompt until `stop_token` (kept) or `max_new_tokens`; padded vocabulary is never chosen.
 
     `on_answer` is told how many answers just ended. Needs an HRMModel on one rank.

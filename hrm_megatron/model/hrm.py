@@ -1,7 +1,7 @@
 """The Hierarchical Reasoning Model for text: two transformer stacks applied in turn, then one head."""
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -55,7 +55,8 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
                 pg_collection=self.pg_collection))
         if post_process:
             # Labelled positions are gathered before the head, so its input is whole even under SP.
-            whole_rows = dataclasses.replace(config, sequence_parallel=False) if config.sequence_parallel else config
+            whole_rows = copy.copy(config)
+            whole_rows.sequence_parallel = False
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 arch.hidden_size, arch.padded_vocab_size, config=whole_rows, init_method=config.init_method,
                 bias=False, skip_bias_add=False, gather_output=False, tp_group=self.tp_group)

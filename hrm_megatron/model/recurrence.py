@@ -1,7 +1,7 @@
 """Run the ticks of an HRM over two stacks: which input each takes, which build a graph."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -11,7 +11,7 @@ Stack = Callable[[torch.Tensor], torch.Tensor]
 Recorder = Callable[[str, torch.Tensor], None]
 
 
-def run_ticks(ticks: Iterable[Tick], stacks: dict[str, Stack], z_h: torch.Tensor, z_l: torch.Tensor, *,
+def run_ticks(ticks: Iterable[Tick], stacks: Mapping[str, Stack], z_h: torch.Tensor, z_l: torch.Tensor, *,
               recompute: bool = False, record: Recorder | None = None) -> torch.Tensor:
     """Return the last z_H: each tick replaces its stack's state by stack(z_L + z_H), all [s, b, h].
 

@@ -82,7 +82,7 @@ class NullEvent(NullStream):
 
 
 def _patch_tensors() -> None:
-    # `with torch.device(...)` knows factories by identity and remembers them at its first use: let it see the stock ones.
+    # `with torch.device(...)` knows factories by identity, from its first use on: let it see the stock ones.
     _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -91,10 +91,10 @@ def _patch_tensors() -> None:
             if _is_cuda(kwargs.get("device")):
                 kwargs["device"] = CPU
             return _stock(self, *(CPU if _is_cuda(a) else a for a in args), **kwargs)
-        cls.to = to  # type: ignore[assignment]
-        cls.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
-    torch.Tensor.new_empty = _on_cpu(torch.Tensor.new_empty)  # type: ignore[method-assign,assignment]
-    torch.Tensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+        cls.to = to  # type: ignore[method-assign]
+        cls.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.Tensor.new_empty = _on_cpu(torch.Tensor.new_empty)  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign]
     stock_type = torch.Tensor.type
 
     def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -137,17 +137,22 @@ def _patch_cuda_module() -> None:
     cuda.nvtx.range = lambda *_, **__: contextlib.nullcontext()
 
 
+def _with_gloo(make_group: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(make_group)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(make_group).bind_partial(*args, **kwargs).arguments
+        if call.get("backend") in (None, "nccl"):
+            call["backend"] = "gloo"
+        for cuda_only in ("device_id", "pg_options"):
+            call.pop(cuda_only, None)
+        return make_group(**call)
+    return wrapper
+
+
 def _patch_process_groups() -> None:
     distributed: Any = torch.distributed
     for name in ("init_process_group", "new_group"):
-        def make(*args: Any, _stock: Callable[..., Any] = getattr(distributed, name), **kwargs: Any) -> Any:
-            call = inspect.signature(_stock).bind_partial(*args, **kwargs).arguments
-            if call.get("backend") in (None, "nccl"):
-                call["backend"] = "gloo"
-            for cuda_only in ("device_id", "pg_options"):
-                call.pop(cuda_only, None)
-            return _stock(**call)
-        setattr(distributed, name, make)
+        setattr(distributed, name, _with_gloo(getattr(distributed, name)))
     from_group = distributed.DeviceMesh.from_group
     distributed.DeviceMesh.from_group = staticmethod(  # torch FSDP2 asks for a mesh of "cuda"
         lambda group, device_type, *args, **kwargs: from_group(group, "cpu", *args, **kwargs))

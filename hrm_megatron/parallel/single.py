@@ -14,7 +14,7 @@ def single_rank(seed: int = 1234) -> Iterator[None]:
     if torch.distributed.is_initialized():
         yield
         return
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", rank=0, world_size=1,
                                          store=store)
     try:

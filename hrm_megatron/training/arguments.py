@@ -91,7 +91,8 @@ def fill_from_preset(args: argparse.Namespace) -> None:
 
 def architecture_of(args: argparse.Namespace, vocab_size: int) -> Architecture:
     """Read the model's architecture off the arguments of a run (or of a checkpoint)."""
-    return Architecture(vocab_size=vocab_size, norm_epsilon=args.layernorm_epsilon, rope_theta=float(args.rotary_base), **{
+    return Architecture(vocab_size=vocab_size, norm_epsilon=args.layernorm_epsilon,
+                        rope_theta=float(args.rotary_base), **{
         name: getattr(args, name) for name in (
             "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
             "norm_placement", "init_scheme", "init_std")})
@@ -170,4 +171,5 @@ def lr_schedule(args: argparse.Namespace) -> LRSchedule:
 def model_config(args: argparse.Namespace) -> HRMConfig:
     """Build the TransformerConfig of a run."""
     config: HRMConfig = core_transformer_config_from_args(args, HRMConfig)
-    return dataclasses.replace(config, architecture=architecture_of(args, args.vocab_size), **swiglu_settings())
+    own: dict[str, Any] = dict(architecture=architecture_of(args, args.vocab_size), **swiglu_settings())
+    return dataclasses.replace(config, **own)

@@ -62,7 +62,8 @@ def open_sources(args: argparse.Namespace) -> Sources:
     return Sources(source, stores.get("valid"), stores.get("test"), split=bool(whole))
 
 
-def datasets_provider(args: argparse.Namespace, sources: Sources, on_ready: Callable[[], None]) -> Callable[..., Datasets]:
+def datasets_provider(args: argparse.Namespace, sources: Sources,
+                      on_ready: Callable[[], None]) -> Callable[..., Datasets]:
     """Make Megatron's datasets provider; `on_ready` is called when training may begin."""
     def rows(name: str, source: Source | None, count: int | None, **options: object) -> PackedRows | None:
         if source is None or not count:
@@ -81,8 +82,8 @@ def datasets_provider(args: argparse.Namespace, sources: Sources, on_ready: Call
             parts = split_store(len(sources.train), args.split or "969,30,1", args.seed)
             found: Datasets = (
                 rows("training", sources.train, train, example_ids=parts.train),
-                rows("validation", sources.train if len(parts.valid) else None, valid, example_ids=parts.valid, fixed=True),
-                rows("test", sources.train if len(parts.test) else None, test, example_ids=parts.test, fixed=True))
+                rows("validation", sources.train, len(parts.valid) and valid, example_ids=parts.valid, fixed=True),
+                rows("test", sources.train, len(parts.test) and test, example_ids=parts.test, fixed=True))
         else:
             found = (rows("training", sources.train, train), rows("validation", sources.valid, valid, fixed=True),
                      rows("test", sources.test, test, fixed=True))

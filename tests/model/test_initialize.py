@@ -1,5 +1,4 @@
 """Initial weights depend on the seed and the name, and on nothing else."""
-from types import SimpleNamespace
 
 import torch
 
@@ -13,7 +12,7 @@ def blank(shape, dim, stride, tp):
     local = list(shape)
     local[dim] //= tp
     weight = torch.empty(local)
-    for name, value in SimpleNamespace(tensor_model_parallel=True, partition_dim=dim, partition_stride=stride).__dict__.items():
+    for name, value in dict(tensor_model_parallel=True, partition_dim=dim, partition_stride=stride).items():
         setattr(weight, name, value)
     return weight
 
