@@ -1,0 +1,83 @@
+"""Learning rate and gradient ticks of every step against the reference's own tables, without a tolerance."""
+import math
+
+import pytest
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.optim.schedule import BPSchedule, LRSchedule, as_fp32
+
+
+def test_learning_rates_equal_the_reference(golden_case):
+    cases = golden_case("schedule").facts["lr"]
+    assert len(cases) == 6
+    for case in cases:
+        schedule = LRSchedule(case["lr"], case["lr"] * case["lr_min_ratio"], case["lr_warmup_steps"],
+                              case["total_steps"])
+        assert case["columns"] == ["step", "lr_python_float", "lr_fp32_used"]
+        for step, _, want in case["table"]:
+            assert schedule.at(step) == want, (case["lr"], step)
+
+
+def test_gradient_ticks_equal_the_reference(golden_case):
+    cases = golden_case("schedule").facts["bp"]
+    assert len(cases) == 6
+    for case in cases:
+        schedule = BPSchedule(case["bp_min_steps"], case["bp_max_steps"], case["bp_warmup_ratio"], case["total_steps"])
+        for step, want in case["table"]:
+            assert schedule.at(step) == want, (case["bp_warmup_ratio"], step)
+
+
+@pytest.mark.parametrize("run", ["trajectory", "fullbatch/run"])
+def test_a_run_of_the_reference_used_the_same_numbers(golden_case, run):
+    facts = golden_case(run).facts
+    config, total_steps = facts["config"], facts["total_steps"]
+    arch = config["arch"]
+    lr = LRSchedule(config["lr"], config["lr"] * config["lr_min_ratio"], config["lr_warmup_steps"], total_steps)
+    bp = BPSchedule(arch["bp_min_steps"], arch["bp_max_steps"], arch["bp_warmup_ratio"], total_steps)
+    steps = facts["steps"]
+    assert len(steps) > 20
+    assert [(lr.at(each["step"]), bp.at(each["step"])) for each in steps] \
+        == [(each["lr"], each["bp_steps"]) for each in steps]
+
+
+def test_the_ends_of_a_schedule_are_what_was_asked():
+    schedule = LRSchedule(3e-4, 3e-5, warmup_steps=7, total_steps=31)
+    assert schedule.at(7) == as_fp32(3e-4) and schedule.at(31) == as_fp32(3e-5)
+    assert schedule.at(1) == as_fp32(3e-4 / 7)
+    assert schedule.at(19) == as_fp32((3e-4 + 3e-5) / 2)  # half of the cosine
+    assert [LRSchedule(3e-4, 3e-4, 0, 5).at(step) for step in (1, 3, 5)] == [as_fp32(3e-4)] * 3
+    assert [LRSchedule(0.0, 0.0, 2, 5).at(step) for step in (1, 4)] == [0.0, 0.0]
+    assert [BPSchedule(2, 5, 0.0, 31).at(step) for step in (1, 31)] == [5, 5]
+    assert BPSchedule(2, 6, 1.0, 31).at(31) == 6 and BPSchedule(2, 6, 1.0, 31).at(30) == 5
+
+
+def test_rounding_to_fp32_is_that_of_the_hardware():
+    import numpy as np
+
+    values = [0.1, 1 / 3, 2.2e-4, 1e-30, 16777217.0]
+    assert [as_fp32(value) for value in values] == [float(np.float32(value)) for value in values]
+    assert as_fp32(16777217.0) == 16777216.0
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ((1e-3, 2e-3, 0, 9), r"min_lr=0\.002 must lie between 0 and lr=0\.001"),
+    ((1e-3, -1e-9, 0, 9), "min_lr=-1e-09 must lie between 0 and lr"),
+    ((math.nan, 0.0, 0, 9), "must lie between 0 and lr=nan"),
+    ((1e-3, 0.0, 10, 9), "warmup_steps=10 must lie between 0 and total_steps=9: lower --lr-warmup-iters"),
+    ((1e-3, 0.0, -1, 9), "warmup_steps=-1 must lie between"),
+])
+def test_an_impossible_learning_rate_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        LRSchedule(*settings)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ((1, 5, 0.2, 9), "bp_min_steps=1, bp_max_steps=5: need 2 <= min <= max"),
+    ((4, 3, 0.2, 9), "bp_min_steps=4, bp_max_steps=3: need"),
+    ((2, 5, 1.1, 9), r"bp_warmup_fraction=1\.1 must lie between 0 and 1"),
+    ((2, 5, -0.1, 9), r"bp_warmup_fraction=-0\.1 must lie"),
+    ((2, 5, math.nan, 9), "bp_warmup_fraction=nan must lie"),
+])
+def test_impossible_gradient_ticks_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        BPSchedule(*settings)
