@@ -1,0 +1,177 @@
+"""AdamATan2 inside Megatron: its groups, its gradients, its state on disk, and the schedule that drives it."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from hrm_megatron.config import Architecture
+from hrm_megatron.data.batch import PackedBatch, assemble_row
+from hrm_megatron.optim.adam_atan2 import UPDATES
+from hrm_megatron.optim.schedule import LRSchedule
+
+ARCHITECTURE = Architecture(2, 24, 3, 40, 250, h_cycles=2, l_cycles=2)
+SCHEDULE = LRSchedule(0.01, 0.001, warmup_steps=3, total_steps=11)
+
+
+def batch(seed, *pairs, row_tokens=23):
+    generator = torch.Generator().manual_seed(seed)
+    examples = [tuple(torch.randint(1, 250, (n,), generator=generator).numpy() for n in (p, r + 1)) for p, r in pairs]
+    return PackedBatch.from_rows({name: t[None] for name, t in assemble_row(examples, row_tokens).items()})
+
+
+@pytest.fixture
+def build(trainer):
+    def build(seed=5, schedule=SCHEDULE, **settings):
+        from hrm_megatron.model.hrm import HRMModel
+        from hrm_megatron.model.hrm_config import hrm_config
+
+        return trainer(HRMModel(hrm_config(ARCHITECTURE, calculate_per_token_loss=True), seed), schedule, **settings)
+    return build
+
+
+def test_the_embedding_alone_has_its_own_group(build):
+    run = build()
+    layers, embedding = run.groups()
+    assert [sum(p.numel() for p in group["params"]) for group in (layers, embedding)] \
+        == [sum(p.numel() for name, p in run.model.named_parameters() if ("embedding" in name) == inside)
+            for inside in (False, True)]
+    assert embedding["is_embedding"] and not layers.get("is_embedding")
+    assert layers["weight_decay"] == embedding["weight_decay"] == 0.1
+
+
+def test_the_embedding_waits_while_few_ticks_have_gradient(build):
+    run = build()
+    before = run.model.embedding.word_embeddings.weight.detach().clone()
+    counts = []
+    for step, bp_steps in enumerate([2, 2, 3, 2, 4]):  # h_cycles is 2
+        run.step([batch(step, (5, 3), (4, 7))], bp_steps)
+        counts.append([group[UPDATES] for group in run.groups()])
+        moved = not torch.equal(run.model.embedding.word_embeddings.weight.detach(), before)
+        assert moved == (step >= 2)
+    assert counts == [[1, 0], [2, 0], [3, 1], [4, 1], [5, 2]]
+
+
+def test_unequal_micro_batches_give_the_mean_over_all_labels(build):
+    run = build()
+    parts = [batch(1, (5, 3)), batch(2, (4, 7), (2, 5))]  # 4 and 14 labels
+    plain = build().model
+    scores = [plain(batch=each, bp_steps=4)[0] for each in parts]
+    assert [len(losses) for losses in scores] == [4, 14]
+    mean = torch.cat(scores).mean()
+    gradients = dict(zip((name for name, _ in plain.named_parameters()),
+                         torch.autograd.grad(mean, list(plain.parameters())), strict=True))
+    assert run.step(parts, 4) == pytest.approx(mean.item(), rel=1e-6)
+    state = run.state()
+    for name, gradient in gradients.items():
+        have = state[f"exp_avg.{name}"].view_as(gradient)
+        assert (have - 0.1 * gradient).abs().max() <= 2e-6 * gradient.abs().max(), name
+
+
+def test_everything_survives_a_checkpoint_and_the_command_line_wins(build, tmp_path):
+    from megatron.core import dist_checkpointing
+
+    first = build(ema_decay=0.5)
+    for step, bp_steps in enumerate([2, 4, 4]):
+        first.step([batch(step, (5, 3), (4, 7))], bp_steps)
+    dist_checkpointing.save(first.sharded(), str(tmp_path))
+    want = {name: tensor.clone() for name, tensor in first.state().items()}
+    assert {name.split(".")[0] for name in want} == {"param", "exp_avg", "exp_avg_sq", "ema"}
+
+    other = build(seed=6, schedule=LRSchedule(0.5, 0.5, 0, 11), weight_decay=0.3, ema_decay=0.25, betas=(0.8, 0.9))
+    other.step([batch(9, (5, 3))], 4)
+    loaded = dist_checkpointing.load(other.sharded(is_loading=True), str(tmp_path))
+    other.model.load_state_dict(loaded["model"])
+    other.optimizer.load_state_dict(loaded["optimizer"])
+    have = other.state()
+    assert have.keys() == want.keys() and all(torch.equal(have[name], want[name]) for name in want)
+    assert [group[UPDATES] for group in other.groups()] == [3, 2]
+    for group in other.groups():
+        assert (group["lr"], group["weight_decay"], group["ema_decay"], group["betas"]) == (0.5, 0.3, 0.25, (0.8, 0.9))
+
+    same = build(seed=7, ema_decay=0.5)
+    loaded = dist_checkpointing.load(same.sharded(is_loading=True), str(tmp_path))
+    same.model.load_state_dict(loaded["model"])
+    same.optimizer.load_state_dict(loaded["optimizer"])
+    same.scheduler.load_state_dict(first.scheduler.state_dict())
+    losses = [run.step([batch(4, (5, 3), (4, 7))], 4) for run in (first, same)]
+    assert losses[0] == losses[1]
+    have, want = same.state(), first.state()
+    assert all(torch.equal(have[name], want[name]) for name in want)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(build, tmp_path):
+    from megatron.core import dist_checkpointing
+
+    run = build()
+    run.step([batch(0, (5, 3))], 4)
+    state = run.sharded()
+    for parts in state["optimizer"]["param_state"].values():
+        del parts["ema"]
+    dist_checkpointing.save(state, str(tmp_path))
+    with pytest.raises(CheckpointException, match="optimizer.state.ema.* not in state dict"):
+        dist_checkpointing.load(build().sharded(is_loading=True), str(tmp_path))
+
+
+def test_megatron_has_its_own_names_back(build):
+    import megatron.core.optimizer as megatron_optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    from hrm_megatron.optim.builder import EMADistributedOptimizer
+
+    before = megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER
+    run = build()
+    assert (megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER) == before
+    assert megatron_optimizer.DistributedOptimizer is DistributedOptimizer
+    (part,) = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
+    assert isinstance(part, EMADistributedOptimizer)
+
+
+@pytest.fixture
+def schedule(single_rank):
+    """A scheduler of 6 rows per step over two groups, and the groups."""
+    from hrm_megatron.optim.builder import StepScheduler
+
+    def make(schedule=SCHEDULE, weight_decay=0.1, rows_per_step=6, **rules):
+        groups = [{}, {"wd_mult": 1.0}]
+        optimizer = SimpleNamespace(param_groups=groups)
+        return StepScheduler(optimizer, schedule, rows_per_step, weight_decay, **rules), groups
+    return make
+
+
+def test_the_first_step_is_step_one(schedule):
+    scheduler, groups = schedule()
+    for step in range(1, 12):
+        assert [(group["lr"], group["weight_decay"]) for group in groups] == [(SCHEDULE.at(step), 0.1)] * 2
+        scheduler.step(6)
+
+
+def test_a_schedule_goes_on_where_its_checkpoint_stands(schedule):
+    first, _ = schedule()
+    first.step(6 * 7)
+    second, groups = schedule()
+    second.load_state_dict(first.state_dict())
+    assert groups[0]["lr"] == SCHEDULE.at(8)
+
+
+def test_a_converted_checkpoint_knows_its_step_alone(schedule):
+    other = LRSchedule(0.5, 0.1, 2, 30)
+    scheduler, groups = schedule(other, rows_per_step=4)
+    scheduler.load_state_dict({"steps_done": 7})
+    assert groups[0]["lr"] == other.at(8)
+    scheduler.step(4)
+    assert groups[0]["lr"] == other.at(9)
+
+
+def test_changed_settings_are_refused_or_taken_as_the_flags_say(schedule):
+    first, _ = schedule()
+    first.step(6 * 7)
+    other = LRSchedule(0.5, 0.1, 2, 30)
+    with pytest.raises(AssertionError, match="learning rate do not match"):
+        schedule(other, use_checkpoint_opt_param_scheduler=False)[0].load_state_dict(first.state_dict())
+    for rules, want in (
+            (dict(use_checkpoint_opt_param_scheduler=True), SCHEDULE),
+            (dict(use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True), other)):
+        scheduler, groups = schedule(other, **rules)
+        scheduler.load_state_dict(first.state_dict())
+        assert groups[0]["lr"] == want.at(8)
