@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from hrm_megatron.parallel.cpu import activate
 
 activate()
+logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")  # Megatron's would log among the answers
 warnings.filterwarnings("ignore")  # Megatron's, about packages that answering needs not
 
 from tqdm import tqdm  # noqa: E402
@@ -42,6 +44,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def read_prompts(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from error
+
+
 def answer(args: argparse.Namespace) -> None:
     """Print one answer per prompt."""
     tokenizer = TextTokenizer(args.tokenizer_model)
@@ -50,7 +59,7 @@ def answer(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.tokenizer_model}: {tokenizer.vocab_size} entries, the checkpoint has "
                           f"{checkpoint.architecture.vocab_size}; give the tokenizer of its training data")
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    prompts = [args.prompt] if args.prompt_file is None else args.prompt_file.read_text(encoding="utf-8").splitlines()
+    prompts = [args.prompt] if args.prompt_file is None else read_prompts(args.prompt_file)
     encoded = [tokenizer.encode_prefix(args.condition, prompt) for prompt in prompts]
     with single_rank(), tqdm(total=len(prompts), unit="answer", disable=len(prompts) == 1) as bar:
         answers = generate(load_model(checkpoint, args.weights), encoded, tokenizer.eoa, tokenizer.vocab_size,

@@ -21,7 +21,7 @@ class Sampling:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # NaN too
             raise ConfigError(f"temperature={self.temperature}: must be 0 (greedy) or positive")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: must be above 0 and at most 1")

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def converted(single_rank, tmp_path_factory):
+    """The golden native checkpoint (10 steps) as Megatron's: the folder that --load names."""
+    from hrm_megatron.convert.megatron import write_megatron
+    from hrm_megatron.convert.native import read_native
+
+    folder = tmp_path_factory.mktemp("generate") / "checkpoints"
+    write_megatron(read_native(ROOT / "tests" / "golden" / "native_ckpt"), folder)
+    return folder
+
+
+@pytest.fixture
+def model(converted):
+    """The model with EMA weights, made anew for each test."""
+    from hrm_megatron.generate.load import load_model, open_checkpoint
+
+    return load_model(open_checkpoint(converted))
