@@ -102,6 +102,12 @@ class Architecture:
         return padded_vocab_size(self.vocab_size)
 
     @property
+    def num_parameters(self) -> int:
+        """Trained weights: both stacks, embedding and head."""
+        layer = self.hidden_size * (5 * self.hidden_size + 3 * self.ffn_hidden_size)  # gate, q, k, v, output; SwiGLU
+        return 2 * (self.num_layers * layer + self.padded_vocab_size * self.hidden_size)
+
+    @property
     def input_std(self) -> float:
         """Standard deviation of the matrices that read the residual stream, of the embedding and of the head."""
         if self.init_scheme == "fixed_normal":

@@ -16,7 +16,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.training.arguments import parse_arguments  # noqa: E402
-from hrm_megatron.training.checkpoint import check_checkpoint  # noqa: E402
+from hrm_megatron.training.checkpoint import check_checkpoint, guard_saves  # noqa: E402
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
@@ -34,6 +34,7 @@ def train() -> None:
     check_checkpoint(args)
     step = TrainingStep(args)
     install(args, step)
+    guard_saves(args)
     pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, sources["all"], step.meter.restart),
              ModelType.encoder_or_decoder, step.forward, step.build_model)
     if torch.distributed.is_initialized():

@@ -35,6 +35,16 @@ def single_rank():
 
 
 @pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """Run `hrm_megatron.pretrain` on forked ranks: `launch(*arguments, ranks=2)`, see tests/launch.py."""
+    from tests.launch import Launcher
+
+    launcher = Launcher(tmp_path_factory.mktemp("launch"))
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
 def golden_case():
     """Read a golden case: `.tensors` of NAME.safetensors and `.facts` of NAME.json, where they exist."""
     def read(name: str) -> SimpleNamespace:

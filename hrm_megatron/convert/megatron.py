@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,66 +10,24 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.safe_globals import SAFE_GLOBALS
 from megatron.training import arguments as megatron_arguments
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import PARTS, RAW, Checkpoint, Training
-from hrm_megatron.convert.dcp import METADATA_FILE, DCPFolder
 from hrm_megatron.convert.table import Rename, check, table
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.hrm_config import hrm_config
 from hrm_megatron.optim.adam_atan2 import UPDATES
 from hrm_megatron.optim.builder import EMBEDDING, STEPS_DONE
 from hrm_megatron.parallel.single import single_rank
-from hrm_megatron.training.arguments import FORCED, add_hrm_arguments, architecture_of, fill_from_preset
+from hrm_megatron.training.arguments import FORCED, add_hrm_arguments, fill_from_preset
+from hrm_megatron.training.checkpoint import TRACKER_FILE, common_state, stored_architecture
+from hrm_megatron.training.dcp import DCPFolder
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-COMPLETE_FILES = ("metadata.json", METADATA_FILE)  # Megatron writes them last
-COMMON = "common_state/shard_0_1"
 STATE_NAMES = {RAW: "param", **{part: part for part in PARTS if part != RAW}}  # Megatron calls fp32 masters "param"
 # `--dist-ckpt-optim-fully-reshardable`: optimizer state by the names of the weights, for any layout.
 SHARDING = dict(distrib_optim_sharding_type="fully_reshardable", distrib_optim_fully_reshardable_mem_efficient=False,
                 singleton_local_shards=False, chained_optim_avoid_prefix=True)
-
-
-def _is_complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in COMPLETE_FILES)
-
-
-def find_iteration(load: str | Path, step: int | None = None) -> Path:
-    """Return the folder of one iteration: `load` itself if it is one, else that of `step`, else the latest."""
-    load = Path(load)
-    if re.fullmatch(r"iter_\d{7,}|release", load.name) and step is None:
-        if not _is_complete(load):
-            raise _incomplete(load, load.parent)
-        return load
-    if step is None:
-        try:
-            text = (load / TRACKER_FILE).read_text().strip()
-            step = None if text == "release" else int(text)
-        except OSError as error:
-            raise ConfigError(f"{load / TRACKER_FILE}: cannot read ({error.strerror}); give the folder that --save "
-                              f"named, or one of its iterations{_listed(load)}") from error
-        except ValueError as error:
-            raise ConfigError(f"{load / TRACKER_FILE}: holds no iteration; choose one with --ckpt-step{_listed(load)}"
-                              ) from error
-    folder = load / ("release" if step is None else f"iter_{step:07d}")
-    if not _is_complete(folder):
-        raise _incomplete(folder, load)
-    return folder
-
-
-def _listed(load: Path) -> str:
-    folders = load.iterdir() if load.is_dir() else ()
-    complete = sorted(path.name for path in folders if path.name.startswith("iter_") and _is_complete(path))
-    return f" (complete: {', '.join(complete)})" if complete else " (none is complete there)"
-
-
-def _incomplete(folder: Path, load: Path) -> ConfigError:
-    state = "half-written, without " + " and ".join(
-        name for name in COMPLETE_FILES if not (folder / name).is_file()) if folder.is_dir() else "not there"
-    return ConfigError(f"{folder}: {state}; choose another with --ckpt-step{_listed(load)}")
 
 
 def read_megatron(path: str | Path) -> Checkpoint:
@@ -78,9 +35,9 @@ def read_megatron(path: str | Path) -> Checkpoint:
     path = Path(path)
     stored = DCPFolder(path)
     try:
-        common = stored.object(COMMON, SAFE_GLOBALS)[0]
+        common = common_state(stored)
         args = common["args"]
-        architecture = architecture_of(args, args.vocab_size)
+        architecture = stored_architecture(stored)
         training, iteration = _training_of(args, common), int(common["iteration"])
     except ConfigError:
         raise

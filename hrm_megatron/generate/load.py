@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from hrm_megatron.convert.checkpoint import EMA, Checkpoint
-from hrm_megatron.convert.megatron import find_iteration, read_megatron
+from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.hrm_config import hrm_config
+from hrm_megatron.training.checkpoint import find_iteration
 
 
 @torch.no_grad()

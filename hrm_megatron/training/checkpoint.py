@@ -1,8 +1,199 @@
-"""Refuse a checkpoint that does not fit the run, before Megatron builds anything."""
+"""Which checkpoint a run goes on from, what it must agree on, and a save that never spoils an older one."""
 from __future__ import annotations
 
 import argparse
+import functools
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.safe_globals import SAFE_GLOBALS
+from megatron.training import training as megatron_training
+from torch.distributed.checkpoint.api import CheckpointException
+
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.optim.adam_atan2 import STATE_KEYS
+from hrm_megatron.training.arguments import architecture_of
+from hrm_megatron.training.dcp import METADATA_FILE, DCPFolder
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+CONFIG_FILE = "metadata.json"
+COMPLETE_FILES = (CONFIG_FILE, METADATA_FILE)  # Megatron writes them last
+COMMON = "common_state/shard_0_1"
+# What decides the function that the weights stand for; how they were drawn does not matter any more.
+MUST_AGREE = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size", "h_cycles",
+              "l_cycles", "norm_placement", "rope_theta", "norm_epsilon")
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether the save of this iteration came to its end."""
+    try:
+        json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return (folder / METADATA_FILE).is_file()
+
+
+def complete_iterations(load: Path) -> list[str]:
+    """Names of the complete iterations under `load`, ascending."""
+    folders = load.iterdir() if load.is_dir() else ()
+    return sorted(path.name for path in folders if re.fullmatch(r"iter_\d{7,}", path.name) and is_complete(path))
+
+
+def find_iteration(load: str | Path, step: int | None = None) -> Path:
+    """Return the folder of one iteration: `load` itself if it is one, else that of `step`, else the latest."""
+    load = Path(load)
+    if re.fullmatch(r"iter_\d{7,}|release", load.name) and step is None:
+        folder, load = load, load.parent
+    elif step is not None:
+        folder = load / f"iter_{step:07d}"
+    else:
+        folder = load / _tracked(load)
+    if not is_complete(folder):
+        state = "half-written" if folder.is_dir() else "not there"
+        raise ConfigError(f"{folder}: {state}; choose another with --ckpt-step{_listed(load)}")
+    return folder
+
+
+def _tracked(load: Path) -> str:
+    place = load / TRACKER_FILE
+    try:
+        text = place.read_text().strip()
+        return text if text == "release" else f"iter_{int(text):07d}"
+    except OSError as error:
+        raise ConfigError(f"{place}: cannot read ({error.strerror}); give the folder that --save named, or one of its "
+                          f"iterations{_listed(load)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{place}: holds no iteration; choose one with --ckpt-step{_listed(load)}") from error
+
+
+def _listed(load: Path) -> str:
+    complete = complete_iterations(load)
+    return f" (complete: {', '.join(complete)})" if complete else " (none is complete there)"
+
+
+def starting_point(args: argparse.Namespace) -> Path | None:
+    """Return the iteration that the run goes on from; None for a run that begins.
+
+    A run that was killed while it saved goes on from the latest complete iteration: the tracker file is put right.
+    """
+    for flag, load in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        if load is None:
+            continue
+        if args.ckpt_step:
+            return find_iteration(load, args.ckpt_step)
+        tracker, complete = Path(load) / TRACKER_FILE, complete_iterations(Path(load))
+        if tracker.exists() or complete:
+            try:
+                return find_iteration(load)
+            except ConfigError as error:
+                if not complete:
+                    raise
+                _say(f"{error}; going on from {complete[-1]}, the latest that is complete")
+                _write_aside(tracker, str(int(complete[-1].removeprefix("iter_"))))
+                return find_iteration(load)
+        begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
+        if not begins_here or args.exit_on_missing_checkpoint:
+            raise ConfigError(f"{flag} {load}: no checkpoint there; correct the path, or leave the flag out to begin "
+                              "with new weights")
+    return None
 
 
 def check_checkpoint(args: argparse.Namespace) -> None:
-    return
+    """Refuse to train where nothing could be saved, and to go on from a checkpoint that does not fit the run."""
+    ours = architecture_of(args, args.vocab_size)
+    if args.save:
+        if args.save != args.load and (found := complete_iterations(Path(args.save))):
+            raise ConfigError(f"--save {args.save}: holds {found[-1]} of another run; give --load {args.save} to go "
+                              "on with that, or another --save")
+        _check_space(args, ours)
+    folder = starting_point(args)
+    if folder is None:
+        return
+    stored = DCPFolder(folder)
+    theirs = stored_architecture(stored)
+    for name in MUST_AGREE:
+        if getattr(theirs, name) != getattr(ours, name):
+            raise ConfigError(f"{folder}: its model has {name}={getattr(theirs, name)}, the command line makes "
+                              f"{getattr(ours, name)}; train with its sizes, or give another --load")
+    if args.no_load_optim or args.finetune:
+        return
+    keys = stored.keys()
+    for name in STATE_KEYS:
+        if not any(key.startswith(f"optimizer.state.{name}.") for key in keys):
+            raise ConfigError(f"{folder}: holds no {name} of the optimizer; give --no-load-optim to go on with a new "
+                              "optimizer and an EMA that starts at its weights, or another --load")
+
+
+def common_state(stored: DCPFolder) -> dict[str, Any]:
+    """Read what a Megatron checkpoint holds beside tensors."""
+    state: dict[str, Any] = stored.object(COMMON, SAFE_GLOBALS)[0]
+    return state
+
+
+def stored_architecture(stored: DCPFolder) -> Architecture:
+    """Read which model a Megatron checkpoint is of."""
+    try:
+        args = common_state(stored)["args"]
+        return architecture_of(args, args.vocab_size)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ConfigError(f"{stored.path}: a Megatron checkpoint, but not of an HRM ({error}); give one that "
+                          "hrm_megatron.pretrain saved") from error
+
+
+def guard_saves(args: argparse.Namespace) -> None:
+    """Let Megatron's loop save through a function that keeps a half-written iteration from looking whole."""
+    stock: Callable[..., None] = megatron_training.save_checkpoint
+
+    @functools.wraps(stock)
+    def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> None:
+        folder = Path(args.save) / f"iter_{iteration:07d}"
+        if not torch.distributed.get_rank():
+            for name in COMPLETE_FILES:  # an older save of the same iteration is about to be written over
+                (folder / name).unlink(missing_ok=True)
+        torch.distributed.barrier()
+        try:
+            stock(iteration, *rest, **options)
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(folder, ignore_errors=True)  # give its space back
+            raise ConfigError(f"--save {args.save}: cannot write iteration {iteration} ({_first_cause(error)}); free "
+                              f"some space and start again{_listed(Path(args.save))}") from error
+
+    megatron_training.save_checkpoint = save_checkpoint
+
+
+def _first_cause(error: BaseException) -> str:
+    """Find the reason in torch's exception for several ranks."""
+    if isinstance(error, CheckpointException):
+        return _first_cause(next(iter(error.failures.values()))[0])
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
+def _check_space(args: argparse.Namespace, architecture: Architecture) -> None:
+    place = Path(args.save).resolve()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"--save {args.save}: cannot write to {place}; choose another folder")
+    state_bytes = 0 if args.no_save_optim else 4 * (1 + len(STATE_KEYS))  # fp32 masters and the state beside them
+    needed = architecture.num_parameters * (args.params_dtype.itemsize + state_bytes)
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise ConfigError(f"--save {args.save}: one checkpoint needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+                          "free; free some space or choose another disk")
+
+
+def _write_aside(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # before there is a process group
+        print(f"checkpoint: {line}", flush=True)

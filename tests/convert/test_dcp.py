@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.convert.dcp import DCPFolder
+from hrm_megatron.training.dcp import DCPFolder
 
 KEY = "model.lm_head.weight"
 

@@ -10,10 +10,11 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file
 
 from hrm_megatron.config import Architecture, ConfigError
-from hrm_megatron.convert.dcp import DCPFolder
 from hrm_megatron.convert.hf import write_hf
-from hrm_megatron.convert.megatron import find_iteration, read_megatron, write_megatron
+from hrm_megatron.convert.megatron import read_megatron, write_megatron
 from hrm_megatron.convert.native import read_native, write_native
+from hrm_megatron.training.checkpoint import find_iteration
+from hrm_megatron.training.dcp import DCPFolder
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +103,8 @@ def test_the_iteration_is_found(converted, tmp_path):
         find_iteration(folder, 30)
     (folder / "iter_0000010" / "metadata.json").unlink()
     for path in (folder, folder / "iter_0000010"):
-        with pytest.raises(ConfigError, match=r"iter_0000010: half-written, without metadata\.json; choose another "
-                                              r"with --ckpt-step \(complete: iter_0000020\)"):
+        with pytest.raises(ConfigError, match=r"iter_0000010: half-written; choose another with "
+                                              r"--ckpt-step \(complete: iter_0000020\)"):
             find_iteration(path)
     (folder / "latest_checkpointed_iteration.txt").write_text("soon")
     with pytest.raises(ConfigError, match=r"iteration\.txt: holds no iteration; choose one with --ckpt-step"):
