@@ -50,9 +50,8 @@ class Launcher:
         return Run(next((code for code in codes if code), 0), Path(f"{log}.0").read_text(errors="replace"))
 
     def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.kill()  # its input may stay open in some process that was forked here
+        self.process.communicate()
 
 
 def _be_rank(rank: int, order: dict, port: int) -> None:

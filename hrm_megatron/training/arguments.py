@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import traceback
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ DEFAULTS: dict[str, Any] = dict(
     optimizer=OPTIMIZER, tokenizer_type="NullTokenizer", position_embedding_type="rope", transformer_impl="local",
     layernorm_epsilon=1e-6,  # HRM-Text, norm_eps
     ckpt_format="torch_dist", use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True,
-    log_interval=10, eval_interval=1000, eval_iters=10, num_workers=2,
+    log_interval=10, eval_interval=1000, eval_iters=10, save_interval=1000, num_workers=2,
 )
 # What makes the model an HRM: not the user's to choose.
 FORCED: dict[str, Any] = dict(
@@ -143,7 +144,8 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     try:
         megatron_arguments.validate_args(args)
     except AssertionError as error:
-        raise ConfigError(f"command line: {str(error) or 'refused by Megatron'}") from error
+        reason = str(error) or f"Megatron demands `{traceback.extract_tb(error.__traceback__)[-1].line}`"
+        raise ConfigError(f"command line: {reason}") from error
     if args.train_iters is None and args.train_samples:
         args.train_iters = args.train_samples // args.global_batch_size
     if not args.train_iters:

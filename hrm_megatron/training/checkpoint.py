@@ -26,6 +26,7 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "metadata.json"
 COMPLETE_FILES = (CONFIG_FILE, METADATA_FILE)  # Megatron writes them last
 COMMON = "common_state/shard_0_1"
+RESERVE_BYTES = 1 << 20
 # What decides the function that the weights stand for; how they were drawn does not matter any more.
 MUST_AGREE = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size", "h_cycles",
               "l_cycles", "norm_placement", "rope_theta", "norm_epsilon")
@@ -161,18 +162,22 @@ def guard_saves(args: argparse.Namespace) -> None:
         try:
             stock(iteration, *rest, **options)
         except (OSError, CheckpointException) as error:
+            reason = _reason(error, Path(args.save))
             shutil.rmtree(folder, ignore_errors=True)  # give its space back
-            raise ConfigError(f"--save {args.save}: cannot write iteration {iteration} ({_first_cause(error)}); free "
-                              f"some space and start again{_listed(Path(args.save))}") from error
+            raise ConfigError(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start "
+                              f"again with --load {args.save}{_listed(Path(args.save))}") from error
 
     megatron_training.save_checkpoint = save_checkpoint
 
 
-def _first_cause(error: BaseException) -> str:
-    """Find the reason in torch's exception for several ranks."""
+def _reason(error: Exception | CheckpointException, save: Path) -> str:
+    """Say why a save failed; Megatron's writer hands on no more than the class of what happened to it."""
+    if shutil.disk_usage(save).free < RESERVE_BYTES:
+        return "no space left on the disk"
     if isinstance(error, CheckpointException):
-        return _first_cause(next(iter(error.failures.values()))[0])
-    return getattr(error, "strerror", None) or " ".join(str(error).split())
+        causes = [str(cause[0]) for cause in error.failures.values()]
+        return f"see the lines above; {causes[0]}" if causes else "another rank could not"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _check_space(args: argparse.Namespace, architecture: Architecture) -> None:

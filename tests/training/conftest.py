@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from hrm_megatron.parallel.cpu import activate
+
+activate()
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 FULLBATCH = GOLDEN / "fullbatch"
 

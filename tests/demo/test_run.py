@@ -1,0 +1,192 @@
+"""The demo end to end at a tiny scale, and its parts: commands, progress, the folder, the promise, the picture."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("mathematics_dataset")
+pytest.importorskip("matplotlib")
+from examples.demo.commands import CommandFailed, run, shown
+from examples.demo.picture import draw, read_curves, running_mean
+from examples.demo.progress import TrainingProgress
+from examples.demo.run import MARKER, QUICK, RESULTS, DemoFailed, judge, prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SLEEP = "import time; time.sleep(60)"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the printed text of a quick demo."""
+    folder: Path = tmp_path_factory.mktemp("runs") / "demo"
+    done = subprocess.run([sys.executable, "examples/demo/run.py", "--quick", "--output", str(folder)], cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_the_demo_leaves_all_that_it_lists(demo):
+    folder, printed = demo
+    assert {path.name for path in folder.iterdir()} == {*RESULTS, MARKER}
+    assert all(re.search(rf"^  {re.escape(name)} ", printed, re.M) for name in RESULTS)
+    assert sorted(path.name for path in (folder / "checkpoints").glob("iter_*")) == ["iter_0000003", "iter_0000005"]
+
+
+def test_no_test_question_was_in_training(demo):
+    files = {name: (demo[0] / "questions" / f"{name}.jsonl").read_text() for name in ("train", "valid", "test")}
+    texts = {name: {json.loads(line)["instruction"] for line in text.splitlines()} for name, text in files.items()}
+    assert [len(texts[name]) for name in texts] == [QUICK.train_questions, QUICK.valid_questions, QUICK.test_questions]
+    assert not texts["train"] & texts["test"] and not texts["valid"] & texts["test"]
+
+
+def test_the_log_has_losses_on_both_sides_of_the_resume(demo):
+    curves = read_curves(demo[0] / "tensorboard")
+    steps, losses = curves["lm loss"]
+    assert steps == [1, 2, 3, 4, 5] and all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
+    assert curves["lm loss validation"][0] == curves["exact accuracy validation"][0] == [2, 4, 5]
+    assert len(list((demo[0] / "tensorboard").glob("events*"))) == 2  # one per command
+
+
+def test_the_picture_is_one(demo):
+    from matplotlib.image import imread
+
+    image = imread(demo[0] / "training.png")
+    assert image.shape[0] > 400 and image.shape[1] > 600
+    assert image.std() > 0.05  # not blank
+
+
+def test_the_export_loads_in_transformers(demo):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo[0] / "hf")
+    prompt = tokenizer("What is the tens digit of 57?", return_tensors="pt")
+    logits = AutoModelForCausalLM.from_pretrained(demo[0] / "hf")(**prompt).logits
+    assert logits.shape[1] == prompt["input_ids"].shape[1] and logits.isfinite().all()
+
+
+def test_the_summary_has_the_accuracies_and_every_command(demo):
+    folder, printed = demo
+    for name in ("before training", "best constant answer per module", "after training"):
+        assert re.search(rf"^  {name} +\d+\.\d%$", printed, re.M), printed
+    assert "the Megatron checkpoint gives the same ten answers" in printed
+    assert len(re.findall(r"^  (?:right|wrong)  ", printed, re.M)) == 10
+    logged = (folder / "commands.log").read_text()
+    commands = [line for line in logged.splitlines() if line.startswith("$ ")]
+    assert len(commands) == 6
+    flat = printed.replace(" \\\n     ", "").replace("    --", "--")
+    for command in commands:
+        assert " ".join(command.split()) in " ".join(flat.split())
+    assert re.search(r"^  step +3/5: loss \d\.\d{3}, .* left$", printed, re.M)
+    assert f"step    3 loaded from {folder / 'checkpoints'}" in printed
+
+
+def test_a_folder_of_others_is_refused_in_one_line(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "precious").touch()
+    done = subprocess.run([sys.executable, ROOT / "examples/demo/run.py", "--output", tmp_path], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: --output {tmp_path}: {tmp_path / 'hf'} is not of this demo; choose another folder\n"
+    assert (tmp_path / "hf" / "precious").exists()
+
+
+def test_only_the_results_of_an_earlier_demo_are_replaced(tmp_path):
+    own = tmp_path / "new" / "demo"
+    prepare(own)
+    (own / "stores").mkdir()
+    (own / "training.png").touch()
+    (own / "notes.txt").touch()
+    prepare(own)
+    assert {path.name for path in own.iterdir()} == {MARKER, "notes.txt"}
+
+
+def test_the_promise_is_40_percent_and_twice_the_constant():
+    judge(0.45, constant=0.22)
+    for after, constant in ((0.39, 0.1), (0.45, 0.23)):
+        with pytest.raises(DemoFailed, match=f"{after:.1%} right after training"):
+            judge(after, constant)
+
+
+def test_a_command_is_shown_so_that_a_shell_takes_it(tmp_path, capfd):
+    words = ["printf", "%s|", *(word for i in range(12) for word in (f"--flag-{i}", "a b")), "it's"]
+    run(words, tmp_path / "log")
+    text = shown(words)
+    assert len(text.splitlines()) == 2
+    assert subprocess.run(["sh", "-c", text], capture_output=True, text=True).stdout \
+        == (tmp_path / "log").read_text().split("\n", 1)[1] == "|".join(words[2:]) + "|"
+
+
+def test_a_failed_command_tells_its_last_lines_and_where_the_others_are(tmp_path, capfd):
+    program = "import sys\nfor i in range(100): print('line', i)\nsys.exit(3)"
+    with pytest.raises(CommandFailed, match="status 3") as caught:
+        run([sys.executable, "-c", program], tmp_path / "log", lambda line: "seen" if "line 7\n" == line else None)
+    assert "line 99\n" in str(caught.value) and "line 80\n" not in str(caught.value)
+    assert str(tmp_path / "log") in str(caught.value)
+    assert "line 80\n" in (tmp_path / "log").read_text()
+    assert capfd.readouterr().out.count("  seen\n") == 1
+
+
+def test_an_interrupt_ends_a_command_and_what_it_started(tmp_path):
+    # As torchrun does it: a session of its own for each rank.
+    launcher = ("import subprocess, sys, time\n"
+                f"child = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], start_new_session=True)\n"
+                f"print(child.pid, flush=True)\n{SLEEP}")
+    pids = []
+
+    def interrupt(line: str) -> None:
+        pids.append(int(line))
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run([sys.executable, "-c", launcher], tmp_path / "log", interrupt)
+    assert time.monotonic() - started < 30
+    assert not psutil.pid_exists(pids[0]) or psutil.Process(pids[0]).status() == psutil.STATUS_ZOMBIE
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+STEP = (
+    " [2026-01-02 03:04:05.678901] iteration       {step}/     400 | consumed samples:           40 | elapsed time per "
+    "iteration (ms): 500.0 | learning rate: 3.000000E-03 | global batch size:     2 | lm loss: 2.863254E+00 | "
+    "accuracy: 4.155554E-01 | exact accuracy: 1.326828E-01 | bp steps: 3.600000E+00 | tokens per second: 3.266312E+03 "
+    "| loss scale: 1.0 | grad norm: 1.079 | number of skipped iterations:   0 | number of nan iterations:   0 |\n")
+VALIDATION = (
+    " validation loss at iteration 20 | lm loss value: 1.384550E+00 | lm loss PPL: 3.993028E+00 | accuracy value: "
+    "5.383071E-01 | accuracy PPL: 1.713104E+00 | exact accuracy value: 2.223214E-01 | exact accuracy PPL: 1.2E+00 | \n")
+
+
+def test_progress_is_a_short_line_with_the_time_left():
+    times = iter([100.0, 130.0])
+    progress = TrainingProgress(clock=lambda: next(times))
+    assert progress("Evaluating iter 1/5\n") is None
+    assert progress(STEP.format(step=10)) == "step   10/400: loss 2.863,  13.3% exact, 3,266 tokens/s, 3:15 left"
+    # 3 seconds a step since the first report, not Megatron's half, which leaves out validation.
+    assert progress(STEP.format(step=20)) == "step   20/400: loss 2.863,  13.3% exact, 3,266 tokens/s, 19:00 left"
+    assert progress(VALIDATION) == "step   20 validation: loss 1.385,  22.2% exact on unseen questions"
+
+
+def test_the_picture_needs_only_a_log(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    for steps in (range(1, 6), range(4, 9)):  # a resume writes some steps again
+        with SummaryWriter(tmp_path / "log") as writer:
+            for step in steps:
+                for name in ("lm loss", "exact accuracy", "lm loss validation", "exact accuracy validation"):
+                    writer.add_scalar(name, step / 10, step)
+    assert read_curves(tmp_path / "log")["lm loss"][0] == [*range(1, 9)]
+    draw(tmp_path / "log", 4, 0.2, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(PNG_SIGNATURE)
+    assert running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]

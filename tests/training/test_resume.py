@@ -1,0 +1,111 @@
+"""A run that stopped, or was killed while it saved, goes on as if nothing had happened."""
+import shutil
+import textwrap
+
+import pytest
+import torch
+
+from hrm_megatron.training.checkpoint import TRACKER_FILE, complete_iterations, find_iteration
+from hrm_megatron.training.dcp import DCPFolder
+from tests.training.conftest import scalars
+
+
+def tensors_that_differ(one, other):
+    a, b = DCPFolder(one), DCPFolder(other)
+    assert a.shapes() == b.shapes()
+    return [key for key in a.shapes() if not torch.equal(a.tensor(key), b.tensor(key))]
+
+
+@pytest.fixture
+def stopped(uninterrupted, tmp_path):
+    """The folder of a run that has saved at step 12 and no more."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(uninterrupted / "checkpoints" / "iter_0000012", folder / "iter_0000012")
+    (folder / TRACKER_FILE).write_text("12")
+    return folder
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(launch, fullbatch_arguments, uninterrupted, stopped, tmp_path):
+    run = launch(*fullbatch_arguments, "--load", stopped, "--save", stopped, "--save-interval", 12,
+                 "--tensorboard-dir", tmp_path / "log")
+    assert run.code == 0, run.output
+    whole, rest = scalars(uninterrupted / "log"), scalars(tmp_path / "log")
+    assert rest == {step: whole[step] for step in range(13, 25)}
+    rates = [scalars(folder / "log", "learning-rate") for folder in (uninterrupted, tmp_path)]
+    assert rates[1].items() <= rates[0].items()
+    ends = [find_iteration(folder) for folder in (stopped, uninterrupted / "checkpoints")]
+    assert len(DCPFolder(ends[0]).shapes()) == 18 * 5 + 1  # weights, masters, m, v, EMA; and zL_init
+    assert not tensors_that_differ(*ends)
+    assert tensors_that_differ(ends[0], stopped / "iter_0000012")  # it has trained
+
+
+# Where the process dies, as Python that arms it.
+MOMENTS = {
+    "between two tensors": """
+        import functools
+        from megatron.core.dist_checkpointing.strategies import filesystem_async as place
+        written, stock, me = [], place._write_item, os.getpid()
+        @functools.wraps(stock)
+        def write(*arguments, **options):
+            written.append(1)
+            if len(written) > 20:
+                os.kill(me, signal.SIGKILL)
+                os._exit(1)
+            return stock(*arguments, **options)
+        place._write_item = write""",
+    "after the data": """
+        from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync as place
+        place.finish = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)""",
+    "in its last file": """
+        from megatron.core.dist_checkpointing import serialization as place
+        def save_config(config, folder):
+            open(os.path.join(folder, "metadata.json"), "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        place.save_config = save_config""",
+    "in the tracker": """
+        from megatron.training import checkpointing as place
+        stock = place.get_checkpoint_tracker_filename
+        def tracker(folder):
+            found = stock(folder)
+            if os.path.exists(os.path.join(folder, "iter_0000013", "metadata.json")):
+                open(found, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+        place.get_checkpoint_tracker_filename = tracker""",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_during_a_save_costs_no_more_than_that_save(launch, fullbatch_arguments, uninterrupted, stopped, moment,
+                                                           tmp_path):
+    flags = [*fullbatch_arguments, "--load", stopped, "--save", stopped, "--save-interval", 13, "--exit-interval", 13]
+    killed = launch(*flags, prelude="import os, signal\n" + textwrap.dedent(MOMENTS[moment]))
+    assert killed.code == -9, killed.output
+    assert (stopped / "iter_0000013").is_dir()
+    whole = moment == "in the tracker"
+    assert complete_iterations(stopped) == ["iter_0000012"] + ["iter_0000013"] * whole
+
+    again = launch(*flags, "--tensorboard-dir", tmp_path / "log")
+    assert again.code == 0, again.output
+    first = 14 if whole else 13
+    assert ("going on from iter_0000013, the latest that is complete" in again.output) == whole
+    assert scalars(tmp_path / "log")[first] == scalars(uninterrupted / "log")[first]
+    assert find_iteration(stopped).name == ("iter_0000024" if whole else "iter_0000013")
+
+
+# A limit on the size of a file stands in for a full disk: the write fails in the same place.
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_failing_disk_is_one_line_and_keeps_what_was_saved(launch, fullbatch_arguments, stopped, ranks):
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    run = launch(*fullbatch_arguments, "--load", stopped, "--save", stopped, "--save-interval", 13, ranks=ranks,
+                 prelude=LIMIT)
+    assert run.code == 2 and "Traceback" not in run.output
+    assert len(run.errors) == 1
+    assert f"--save {stopped}: cannot write iteration 13 (see the lines above; " in run.errors[0]
+    assert f"start again with --load {stopped} (complete: iter_0000012)" in run.errors[0]
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}.items() >= {
+        path: time for path, time in before.items() if path.is_file()}.items()
+    assert find_iteration(stopped).name == "iter_0000012"
