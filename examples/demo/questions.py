@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,7 +38,9 @@ def write_questions(folder: str | Path, train_count: int, valid_count: int, test
         raise ConfigError(f"modules={sorted(unknown)}: not in mathematics_dataset; choose from {sorted(_generators())}")
     counts = {"train": train_count, "valid": valid_count, "test": test_count}
     files: dict[str, list[Row]] = {name: [] for name in counts}
-    with _fixed_hashes(), multiprocessing.get_context("spawn").Pool(processes) as pool:
+    # Ctrl-C is for this process, which ends them.
+    with _fixed_hashes(), multiprocessing.get_context("spawn").Pool(
+            processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         for place, module in enumerate(modules):
             shares = {name: len(range(place, count, len(modules))) for name, count in counts.items()}
             rows = iter(_distinct_rows(pool, module, sum(shares.values()), seed))

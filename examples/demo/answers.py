@@ -1,0 +1,75 @@
+"""Let models answer the demo's questions: ours through hrm_megatron.generate, the export through transformers."""
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from hrm_megatron.parallel.cpu import activate
+
+warnings.simplefilter("ignore")
+logging.disable(logging.WARNING)  # Megatron remarks on optional packages that answering has no use for
+activate()
+
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+from examples.demo.questions import Row  # noqa: E402
+from hrm_megatron.config import Architecture  # noqa: E402
+from hrm_megatron.data.tokenizer import BOQ, EOQ, TAG_TOKENS, TextTokenizer  # noqa: E402
+from hrm_megatron.generate.decode import generate  # noqa: E402
+from hrm_megatron.generate.load import load_model, open_checkpoint  # noqa: E402
+from hrm_megatron.model.hrm import HRMModel  # noqa: E402
+from hrm_megatron.model.hrm_config import hrm_config  # noqa: E402
+from hrm_megatron.parallel.single import single_rank  # noqa: E402
+
+ROW_TOKENS = 1024  # as many packed prompts run at once
+UNFINISHED = " ..."  # no right answer ends so
+
+
+def of_untrained(architecture: Architecture, seed: int, tokenizer: TextTokenizer, rows: Sequence[Row]) -> list[str]:
+    """Answer with the model that a run of this seed begins with: weights depend on the seed and their names alone."""
+    with single_rank():
+        return _answers(HRMModel(hrm_config(architecture), seed), tokenizer, rows)
+
+
+def of_checkpoint(folder: Path, tokenizer: TextTokenizer, rows: Sequence[Row]) -> list[str]:
+    """Answer with the EMA weights of the latest Megatron checkpoint in `folder`."""
+    with single_rank():
+        return _answers(load_model(open_checkpoint(folder)), tokenizer, rows)
+
+
+def _answers(model: HRMModel, tokenizer: TextTokenizer, rows: Sequence[Row]) -> list[str]:
+    prompts = [tokenizer.encode_prefix(row["condition"], row["instruction"]) for row in rows]
+    answers = generate(model, prompts, tokenizer.eoa, tokenizer.vocab_size, longest_answer(tokenizer, rows),
+                       row_tokens=ROW_TOKENS)
+    return [tokenizer.decode(ids) + (UNFINISHED if ids[-1] != tokenizer.eoa else "") for ids in answers]
+
+
+def longest_answer(tokenizer: TextTokenizer, rows: Sequence[Row]) -> int:
+    """Tokens of the longest right answer, its end included: what goes on beyond it is wrong anyway."""
+    return max(map(len, tokenizer.encode_responses([row["response"] for row in rows])))
+
+
+def of_export(folder: Path, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
+    """Answer with a Hugging Face folder in plain transformers: nothing of this project takes part."""
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    padding = list(range(len(tokenizer), model.config.vocab_size))  # rows of the head that stand for no token
+    answers = []
+    for row in rows:
+        # The tokenizer gives every token of a prompt the type 1, a prefix, which the model reads both ways.
+        prompt = tokenizer(f"{BOQ}{TAG_TOKENS[row['condition']]}{row['instruction']}{EOQ}", return_tensors="pt")
+        assert prompt["token_type_ids"].eq(1).all()
+        out = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False,
+                             suppress_tokens=padding or None)[0]
+        text = tokenizer.decode(out[prompt["input_ids"].shape[1]:], skip_special_tokens=True)
+        answers.append(text + (UNFINISHED if out[-1] != tokenizer.eos_token_id else ""))
+    return answers
+
+
+def right_share(answers: Sequence[str], rows: Sequence[Row]) -> float:
+    """Share of the answers that are exactly right."""
+    return sum(answer == row["response"] for answer, row in zip(answers, rows, strict=True)) / len(rows)

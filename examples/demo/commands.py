@@ -1,0 +1,97 @@
+"""Run command lines as a user would: shown, logged whole, a few of their lines passed on, ended with the demo."""
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+TAIL_LINES = 15
+GRACE_SECONDS = 10  # for a launcher and its ranks, between asking and killing
+WIDTH = 110
+
+Watch = Callable[[str], str | None]  # a line of output > what the user sees of it
+
+
+class CommandFailed(Exception):
+    """A command ended with an error; the message has its last lines and the place of the others."""
+
+
+def python(*arguments: str | Path) -> list[str]:
+    """Put this interpreter before the arguments, by the short path that works from here."""
+    executable, here = Path(sys.executable), Path.cwd()
+    name = executable.relative_to(here) if executable.is_relative_to(here) else executable
+    return [str(name), *map(str, arguments)]
+
+
+def shown(command: list[str]) -> str:
+    """Spell a command so that a shell takes it, one line per few flags."""
+    pieces: list[str] = []
+    for word in map(shlex.quote, command):
+        if word.startswith("--") or not pieces:
+            pieces.append(word)
+        else:
+            pieces[-1] += f" {word}"
+    lines = [pieces[0]]
+    for piece in pieces[1:]:
+        if len(lines[-1]) + len(piece) < WIDTH:
+            lines[-1] += f" {piece}"
+        else:
+            lines.append(f"    {piece}")
+    return " \\\n  ".join(lines)
+
+
+def run(command: list[str], log: Path, watch: Watch = lambda line: None) -> None:
+    """Show the command, run it, append its output to `log` and print what `watch` makes of each line.
+
+    Raises CommandFailed. Whatever is raised here, Ctrl-C included, the command and its children have ended.
+    """
+    print(f"  $ {shown(command)}", flush=True)
+    last: deque[str] = deque(maxlen=TAIL_LINES)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with open(log, "a", encoding="utf-8") as file, _ended(subprocess.Popen(
+            # A session of its own: Ctrl-C reaches it once, through us, and a launcher can end its ranks in peace.
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", env=environment, start_new_session=True)) as process:
+        file.write(f"$ {shlex.join(command)}\n")
+        assert process.stdout
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            last.append(line)
+            if text := watch(line):
+                print(f"  {text}", flush=True)
+        if process.wait():
+            raise CommandFailed(f"this command ended with status {process.returncode}; its last lines:\n"
+                                f"{''.join(last)}(all of its output is in {log})")
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Hold a process; at the end of the block it has ended, and so has what it started."""
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            _stop(psutil.Process(process.pid))
+        process.wait()
+
+
+def _stop(launcher: psutil.Process) -> None:
+    impatience = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave ranks behind
+    try:
+        alive = [launcher, *launcher.children(recursive=True)]
+        for send in (psutil.Process.terminate, psutil.Process.kill):
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    send(process)
+            _, alive = psutil.wait_procs(alive, GRACE_SECONDS)
+    finally:
+        signal.signal(signal.SIGINT, impatience)
