@@ -86,6 +86,8 @@ def fill_from_preset(args: argparse.Namespace) -> None:
         args._is_global_batch_size_explicitly_specified = True
     if args.min_lr is None:
         args.min_lr = args.lr  # HRM-Text, min_ratio 1: a constant rate after the warm-up
+    if not 0 <= args.min_lr <= args.lr:
+        raise ConfigError(f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}")
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
 

@@ -7,12 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.utils import unwrap_model
 
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.schedule import trains_embedding
 from hrm_megatron.training.arguments import bp_schedule, model_config
 from hrm_megatron.training.metrics import Report, ThroughputMeter, loss_sums
+from hrm_megatron.training.overlap import OverlappedReduction
 
 
 class TrainingStep:
@@ -22,6 +24,7 @@ class TrainingStep:
         self.args = args
         self.bp_schedule = bp_schedule(args)
         self.meter = ThroughputMeter(args.data_parallel_size)
+        self.reduction = OverlappedReduction()
 
     def build_model(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None,
                     config: Any = None, pg_collection: Any = None) -> HRMModel:
@@ -42,6 +45,11 @@ class TrainingStep:
                 model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         """Run one micro-batch: its scores [2, n] and the function that makes a loss of them."""
         batch = PackedBatch.from_rows(next(data_iterator)).to(f"cuda:{torch.cuda.current_device()}")
+        if model.training:
+            whole = unwrap_model(model)
+            untrained = whole.pre_process and not self.embedding_has_gradient()
+            self.reduction.before_forward(model, self.bp_steps,
+                                          whole.embedding.word_embeddings.weight if untrained else None)
         scores = model(batch=batch, bp_steps=self.bp_steps if model.training else None)
         return scores, partial(self.loss, batch, model.training)
 

@@ -1,0 +1,123 @@
+"""What a user gets wrong costs one line, and nothing that is on disk."""
+import shutil
+
+import numpy as np
+import pytest
+
+from hrm_megatron.data.store import StoreWriter
+from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.training.checkpoint import TRACKER_FILE
+from tests.training.conftest import FULLBATCH, GOLDEN
+
+TOKENIZER = GOLDEN / "tokenizer"
+SIZES = ["--num-layers", 1, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 96, "--lr", 1e-3,
+         "--train-iters", 3, "--eval-iters", 0, "--global-batch-size", 2]
+SAMPLED = ["--sampled-data-path", FULLBATCH / "sampled"]
+
+
+@pytest.fixture
+def refused(launch, tmp_path):
+    """Check that a run ends with one line that holds `parts`, writes nothing, and trains not a step."""
+    def check(*arguments, parts, ranks=1):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        run = launch(*arguments, ranks=ranks)
+        assert run.code == 2 and "Traceback" not in run.output, run.output
+        assert len(run.errors) == 1 and all(part in run.errors[0] for part in parts), run.output
+        assert "iteration        1/" not in run.output
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    return check
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--tensor-model-parallel-size", 3], ["--tensor-model-parallel-size 3 does not divide the 4 attention heads",
+                                           "choose one of 1, 2, 4"]),
+    (["--tensor-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
+    (["--pipeline-model-parallel-size", 2], ["--pipeline-model-parallel-size 2", "use 1"]),
+    (["--context-parallel-size", 2], ["--context-parallel-size 2", "use 1"]),
+    (["--bp-max-steps", 9], ["bp_steps=9", "choose 2 to 8"]),
+    (["--bp-min-steps", 1], ["bp_steps=1", "choose 2 to 8"]),
+    (["--bp-min-steps", 4, "--bp-max-steps", 3], ["bp_min_steps=4, bp_max_steps=3"]),
+    (["--bp-warmup-fraction", 1.5], ["bp_warmup_fraction=1.5 must lie between 0 and 1"]),
+    (["--lr-warmup-iters", 4], ["warmup_steps=4", "--lr-warmup-iters"]),
+    (["--lr-decay-style", "linear"], ["--lr-decay-style linear: only cosine"]),
+    (["--min-lr", 1], ["--min-lr 1.0 must lie between 0 and --lr 0.001"]),
+    (["--hidden-size", 30], ["hidden_size=30 is not a multiple of num_attention_heads=4"]),
+    (["--seq-length", 40], ["example", "takes 48 positions, more than a row of 40", "raise --seq-length"]),
+    (["--global-batch-size", 3, "--micro-batch-size", 2], ["command line: ", "(3) must be divisible by"]),
+    (["--data-path", "somewhere"], ["no training data, or two kinds of it"]),
+    (["--load", "nowhere"], ["--load nowhere: no checkpoint there"]),
+    (["--init-scheme", "fixed_normal", "--h-cycles", 0], ["h_cycles=0: must be at least 1"]),
+])
+def test_settings(refused, flags, parts):
+    refused(*SIZES, *SAMPLED, *flags, parts=parts)
+
+
+def test_a_size_that_nobody_gave_is_named(refused):
+    refused("--hrm-preset", "B", *SAMPLED, "--seq-length", 96, "--train-iters", 3, parts=["--lr is not set"])
+
+
+def test_a_sampled_folder_with_an_index_out_of_range(refused, tmp_path):
+    folder = shutil.copytree(FULLBATCH / "sampled", tmp_path / "sampled")
+    starts = np.load(folder / "epoch_1" / "resp_start.npy")
+    starts[3] = 10**6
+    np.save(folder / "epoch_1" / "resp_start.npy", starts)
+    refused(*SIZES, "--sampled-data-path", folder, parts=[f"{folder}/epoch_1/resp_start.npy: row 3 with value 1000000"])
+
+
+@pytest.fixture
+def store(tmp_path):
+    tokenizer = TextTokenizer(TOKENIZER)
+    with StoreWriter(tmp_path / "store", tokenizer) as writer:
+        for i in range(9):
+            writer.add(tokenizer.encode_prefix("direct", "q" * i + "?"), tokenizer.encode_response(str(i)))
+    return tmp_path / "store"
+
+
+def test_a_truncated_store(refused, store):
+    with open(f"{store}.bin", "r+b") as file:
+        file.truncate(20)
+    refused(*SIZES, "--data-path", store, parts=[f"{store}.bin: truncated: 20 bytes"])
+
+
+def test_a_store_of_another_tokenizer(refused, store, tmp_path):
+    other = tmp_path / "tokenizer.json"
+    other.write_text((TOKENIZER / "tokenizer.json").read_text() + "\n")
+    refused(*SIZES, "--data-path", store, "--tokenizer-model", other,
+            parts=[f"{store} was written with tokenizer", "give that tokenizer or run"])
+
+
+@pytest.fixture
+def saved(uninterrupted, tmp_path):
+    return shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--num-layers", 3], ["iter_0000024: its model has num_layers=2, the command line makes 3"]),
+    (["--ffn-hidden-size", 128], ["its model has ffn_hidden_size=256, the command line makes 128"]),
+    (["--l-cycles", 2], ["its model has l_cycles=3, the command line makes 2"]),
+    (["--norm-placement", "post"], ["its model has norm_placement=pre"]),
+    (["--ckpt-step", 7], ["iter_0000007: not there; choose another with --ckpt-step (complete: iter_0000012, iter_"]),
+])
+def test_a_checkpoint_that_does_not_fit(refused, fullbatch_arguments, saved, flags, parts):
+    refused(*fullbatch_arguments, "--load", saved, *flags, parts=parts)
+
+
+def test_a_checkpoint_with_nothing_complete(refused, fullbatch_arguments, saved):
+    for folder in saved.glob("iter_*"):
+        (folder / ".metadata").unlink()
+    refused(*fullbatch_arguments, "--load", saved, "--save", saved, parts=["iter_0000024: half-written", "none is complete"])
+
+
+def test_the_checkpoints_of_another_run_are_not_written_over(refused, fullbatch_arguments, saved, native_start):
+    for load in ([], ["--load", native_start]):
+        refused(*fullbatch_arguments, *load, "--save", saved, parts=[f"--save {saved}: holds iter_0000024 of another run",
+                                                                     f"give --load {saved}"])
+
+
+def test_a_checkpoint_without_an_average(launch, refused, fullbatch_arguments, tmp_path):
+    folder = tmp_path / "checkpoints"
+    flags = [*fullbatch_arguments, "--save", folder, "--save-interval", 2, "--exit-interval", 2]
+    assert launch(*flags, "--no-save-optim").code == 0
+    refused(*flags, "--load", folder, parts=["iter_0000002: holds no exp_avg of the optimizer", "--no-load-optim"])
+    again = launch(*flags, "--load", folder, "--no-load-optim", "--exit-interval", 4)
+    assert again.code == 0 and (folder / TRACKER_FILE).read_text() == "4"
