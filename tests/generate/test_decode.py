@@ -27,6 +27,20 @@ def test_greedy_answers_equal_the_reference(model, golden, row_tokens):
     assert generate(model, prompts, NEVER, 256, 10, row_tokens=row_tokens) == answers
 
 
+def test_a_row_holds_what_fits(model, golden, monkeypatch):
+    from hrm_megatron.generate import decode
+
+    rows = []
+    stock = decode.next_token_logits
+
+    def next_token_logits(model, prompts, answers):
+        rows.append([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)])
+        return stock(model, prompts, answers)
+    monkeypatch.setattr(decode, "next_token_logits", next_token_logits)
+    decode.generate(model, golden[0], NEVER, 256, 3, row_tokens=14)
+    assert rows == [[4, 9], [15], [5], [10], [16], [6], [11], [17]]  # 15 and more: alone in a row that is too long
+
+
 def test_logits_equal_the_reference_packed_and_alone(model, golden):
     from hrm_megatron.generate.decode import next_token_logits
 
