@@ -20,10 +20,12 @@ GRACE_SECONDS = 5  # for the other ranks, once one has failed
 
 @dataclass(frozen=True)
 class Run:
-    """How a run ended: the exit code of the first rank that failed (negative: its signal), and what rank 0 said."""
+    """How a run ended: the exit code of the first rank that failed (negative: its signal), what rank 0 said, and the
+    last rank, to which Megatron leaves the lines about iterations."""
 
     code: int
     output: str
+    last_output: str
 
     @property
     def errors(self) -> list[str]:
@@ -47,7 +49,8 @@ class Launcher:
         assert self.process.stdin and self.process.stdout
         print(json.dumps(order), file=self.process.stdin, flush=True)
         codes = json.loads(self.process.stdout.readline())
-        return Run(next((code for code in codes if code), 0), Path(f"{log}.0").read_text(errors="replace"))
+        first, last = (Path(f"{log}.{rank}").read_text(errors="replace") for rank in (0, ranks - 1))
+        return Run(next((code for code in codes if code), 0), first, last)
 
     def close(self) -> None:
         self.process.kill()  # its input may stay open in some process that was forked here

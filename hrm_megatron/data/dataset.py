@@ -26,7 +26,7 @@ class Split(NamedTuple):
     test: Ids
 
 
-def split_store(count: int, split: str = "969,30,1", seed: int = 1234) -> Split:
+def split_store(count: int, split: str, seed: int) -> Split:
     """Divide `count` examples in the proportions of `split`, by a permutation of the seed.
 
     A part with a positive weight gets at least one example while training has more than one to give.
@@ -36,7 +36,7 @@ def split_store(count: int, split: str = "969,30,1", seed: int = 1234) -> Split:
     except ValueError:
         weights = []
     if not 1 <= len(weights) <= 3 or not np.isfinite(weights).all() or min(weights) < 0 or sum(weights) <= 0:
-        raise ConfigError(f"split={split!r}: give up to three weights for train, valid, test, for example 969,30,1")
+        raise ConfigError(f"split={split!r}: give up to three weights for train, valid, test, for example 97,3,0")
     weights += [0.0] * (3 - len(weights))
     sizes = [int(count * weight / sum(weights)) for weight in weights]
     largest = int(np.argmax(weights))

@@ -14,6 +14,9 @@ from hrm_megatron.data.sampled import SampledFolder
 from hrm_megatron.data.store import ExampleStore
 from hrm_megatron.data.tokenizer import TextTokenizer
 
+# Three in a hundred for validation. None for a test part: Megatron would log its loss as one more "validation".
+DEFAULT_SPLIT = "97,3,0"
+
 Source = ExampleStore | SampledFolder
 Datasets = tuple[PackedRows | None, PackedRows | None, PackedRows | None]
 
@@ -79,7 +82,7 @@ def datasets_provider(args: argparse.Namespace, sources: Sources,
             torch.distributed.barrier()  # rank 0 plans the rows, the others read its plan
         if sources.split:
             assert isinstance(sources.train, ExampleStore)
-            parts = split_store(len(sources.train), args.split or "969,30,1", args.seed)
+            parts = split_store(len(sources.train), args.split or DEFAULT_SPLIT, args.seed)
             found: Datasets = (
                 rows("training", sources.train, train, example_ids=parts.train),
                 rows("validation", sources.train, len(parts.valid) and valid, example_ids=parts.valid, fixed=True),
