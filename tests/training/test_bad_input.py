@@ -105,13 +105,14 @@ def test_a_checkpoint_that_does_not_fit(refused, fullbatch_arguments, saved, fla
 def test_a_checkpoint_with_nothing_complete(refused, fullbatch_arguments, saved):
     for folder in saved.glob("iter_*"):
         (folder / ".metadata").unlink()
-    refused(*fullbatch_arguments, "--load", saved, "--save", saved, parts=["iter_0000024: half-written", "none is complete"])
+    refused(*fullbatch_arguments, "--load", saved, "--save", saved,
+            parts=["iter_0000024: half-written", "none is complete"])
 
 
 def test_the_checkpoints_of_another_run_are_not_written_over(refused, fullbatch_arguments, saved, native_start):
     for load in ([], ["--load", native_start]):
-        refused(*fullbatch_arguments, *load, "--save", saved, parts=[f"--save {saved}: holds iter_0000024 of another run",
-                                                                     f"give --load {saved}"])
+        refused(*fullbatch_arguments, *load, "--save", saved,
+                parts=[f"--save {saved}: holds iter_0000024 of another run", f"give --load {saved}"])
 
 
 def test_a_checkpoint_without_an_average(launch, refused, fullbatch_arguments, tmp_path):

@@ -28,8 +28,8 @@ def trained(store, launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     run = launch("--data-path", store, "--split", SPLIT, "--tokenizer-model", GOLDEN / "tokenizer", "--seed", SEED,
                  "--num-layers", 1, "--hidden-size", 32, "--num-attention-heads", 2, "--seq-length", 64,
-                 "--global-batch-size", 4, "--micro-batch-size", 2, "--train-iters", 16, "--lr", 2e-2, "--ema-decay", 0.5,
-                 "--eval-interval", 8, "--eval-iters", 3, "--log-interval", 4, "--save", folder / "checkpoints",
+                 "--global-batch-size", 4, "--micro-batch-size", 2, "--train-iters", 16, "--lr", 2e-2,
+                 "--ema-decay", 0.5, "--eval-interval", 8, "--eval-iters", 3, "--log-interval", 4, "--save", folder / "checkpoints",
                  "--tensorboard-dir", folder / "log", ranks=2)
     assert run.code == 0, run.output
     return folder, run
@@ -64,7 +64,8 @@ def test_validation_is_what_transformers_computes(trained, store, tmp_path):
     assert 0 < exact < len(shown) and right < labels
 
     # fp32 sums over about a hundred labels.
-    for name, value in (("lm loss", losses / labels), ("accuracy", right / labels), ("exact accuracy", exact / len(shown))):
+    expected = {"lm loss": losses / labels, "accuracy": right / labels, "exact accuracy": exact / len(shown)}
+    for name, value in expected.items():
         assert scalars(folder / "log", f"{name} validation")[16] == pytest.approx(value, abs=2e-6)
 
 
