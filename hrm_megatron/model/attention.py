@@ -50,16 +50,16 @@ class PrefixLMAttention(MegatronModule):  # type: ignore[misc]
 
 
 class DenseAttention(PrefixLMAttention):
-    """The definition, with the mask of the whole row: quadratic in the row, for tests and small rows."""
+    """The definition in fp64, with the mask of the whole row: quadratic in the row, for tests and small rows."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
                row: int) -> torch.Tensor:
         scale = self.softmax_scale or q.shape[-1] ** -0.5
         allowed = sequences.dense_mask(row, q.shape[0]).to(q.device)
-        scores = torch.einsum("ihd,jhd->hij", q.float(), k.float()) * scale
+        scores = torch.einsum("ihd,jhd->hij", q.double(), k.double()) * scale
         # A finite floor: a padding position sees nobody, and -inf everywhere would give NaN gradients.
         weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~allowed, 0)
-        return torch.einsum("hij,jhd->ihd", weights, v.float()).flatten(1).to(q.dtype)
+        return torch.einsum("hij,jhd->ihd", weights, v.double()).flatten(1).to(q.dtype)
 
 
 class SdpaAttention(PrefixLMAttention):

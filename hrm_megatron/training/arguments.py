@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import traceback
 from typing import Any
 
@@ -134,6 +135,8 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     if not torch.cuda.is_available():
         for name, value in WITHOUT_CUDA.items():
             setattr(args, name, value)
+    elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        args.gradient_accumulation_fusion = False  # a kernel of Apex (tensor_parallel/layers.py)
     args.vocab_size = vocab_size_of(args)
     architecture = architecture_of(args, args.vocab_size)
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
@@ -167,6 +170,9 @@ def lr_schedule(args: argparse.Namespace) -> LRSchedule:
                           "--min-lr the value of --lr")
     warmup_steps = args.lr_warmup_iters or args.lr_warmup_samples // args.global_batch_size
     total_steps = args.lr_decay_iters or args.train_iters
+    if total_steps < args.train_iters:
+        raise ConfigError(f"--lr-decay-iters {total_steps} is less than --train-iters {args.train_iters}: the cosine would "
+                          "rise again after its end; train shorter, or decay longer")
     if args.lr_warmup_fraction:
         warmup_steps = int(args.lr_warmup_fraction * total_steps)
     return LRSchedule(args.lr, args.min_lr, warmup_steps, total_steps)

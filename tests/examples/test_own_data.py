@@ -15,8 +15,8 @@ def run(command, **environment):
 
 def test_own_data_becomes_an_exported_model(tmp_path):
     data, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    data.write_text("".join(json.dumps(dict(condition="direct", instruction=f"What is {i} + 1?", response=str(i + 1))) + "\n"
-                            for i in range(40)))
+    rows = [dict(condition="direct", instruction=f"What is {i} + 1?", response=str(i + 1)) for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = dict(DATA=str(data), OUT=str(out), VOCAB_SIZE="300", ROW_TOKENS="64", ROWS_PER_STEP="2", TRAIN_ITERS="2",
                     TORCHRUN=str(Path(sys.executable).with_name("torchrun")))
     tiny = ["--num-layers", 1, "--hidden-size", 32, "--num-attention-heads", 2, "--eval-iters", 1]

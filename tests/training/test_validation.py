@@ -29,8 +29,8 @@ def trained(store, launch, tmp_path_factory):
     run = launch("--data-path", store, "--split", SPLIT, "--tokenizer-model", GOLDEN / "tokenizer", "--seed", SEED,
                  "--num-layers", 1, "--hidden-size", 32, "--num-attention-heads", 2, "--seq-length", 64,
                  "--global-batch-size", 4, "--micro-batch-size", 2, "--train-iters", 16, "--lr", 2e-2,
-                 "--ema-decay", 0.5, "--eval-interval", 8, "--eval-iters", 3, "--log-interval", 4, "--save", folder / "checkpoints",
-                 "--tensorboard-dir", folder / "log", ranks=2)
+                 "--ema-decay", 0.5, "--eval-interval", 8, "--eval-iters", 3, "--log-interval", 4,
+                 "--save", folder / "checkpoints", "--tensorboard-dir", folder / "log", ranks=2)
     assert run.code == 0, run.output
     return folder, run
 
