@@ -56,6 +56,8 @@ def test_two_ranks_from_the_command_line_do_the_same(uninterrupted, fullbatch_ar
     pytest.param(["--overlap-grad-reduce", "--overlap-param-gather"], id="overlap both ways"),
     pytest.param(["--micro-batch-size", 4, "--recompute-granularity", "full", "--recompute-method", "uniform",
                   "--recompute-num-layers", 1], id="recompute"),
+    pytest.param(["--tensor-model-parallel-size", 2], id="tensor parallel"),
+    pytest.param(["--tensor-model-parallel-size", 2, "--sequence-parallel"], id="tensor and sequence parallel"),
 ])
 def test_other_ways_of_two_ranks_do_the_same(launch, uninterrupted, fullbatch_arguments, native_start, tmp_path, flags):
     """Through the whole bp warm-up, when counts of gradients change and the embedding begins to train."""
