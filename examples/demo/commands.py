@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-TAIL_LINES = 15
+TAIL_LINES = 20
+LAUNCHER_REPORTS = " failed (exitcode: "  # what torchrun says from here on is long and no cause
 GRACE_SECONDS = 10  # for a launcher and its ranks, between asking and killing
 WIDTH = 110
 
@@ -29,6 +30,11 @@ def python(*arguments: str | Path) -> list[str]:
     executable, here = Path(sys.executable), Path.cwd()
     name = executable.relative_to(here) if executable.is_relative_to(here) else executable
     return [str(name), *map(str, arguments)]
+
+
+def flags(**values: object) -> list[str]:
+    """Spell settings as command-line flags."""
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def shown(command: list[str]) -> str:
@@ -55,6 +61,7 @@ def run(command: list[str], log: Path, watch: Watch = lambda line: None) -> None
     """
     print(f"  $ {shown(command)}", flush=True)
     last: deque[str] = deque(maxlen=TAIL_LINES)
+    reported = False
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with open(log, "a", encoding="utf-8") as file, _ended(subprocess.Popen(
             # A session of its own: Ctrl-C reaches it once, through us, and a launcher can end its ranks in peace.
@@ -65,11 +72,13 @@ def run(command: list[str], log: Path, watch: Watch = lambda line: None) -> None
         for line in process.stdout:
             file.write(line)
             file.flush()
-            last.append(line)
+            reported |= LAUNCHER_REPORTS in line
+            if not reported:
+                last.append(line)
             if text := watch(line):
                 print(f"  {text}", flush=True)
         if process.wait():
-            raise CommandFailed(f"this command ended with status {process.returncode}; its last lines:\n"
+            raise CommandFailed(f"this command ended with status {process.returncode}; its last words:\n"
                                 f"{''.join(last)}(all of its output is in {log})")
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for a start by path, as `make demo` does
 
 # No torch and no Megatron up here: the processes that make the questions import this file again.
-from examples.demo.commands import CommandFailed, python, run, shown  # noqa: E402
+from examples.demo.commands import CommandFailed, flags, python, run, shown  # noqa: E402
 from examples.demo.progress import TrainingProgress, minutes  # noqa: E402
 from examples.demo.questions import Row, constant_answer_accuracy, write_questions  # noqa: E402
 from hrm_megatron.config import Architecture, ConfigError  # noqa: E402
@@ -29,8 +29,8 @@ from hrm_megatron.data.tokenizer import TextTokenizer  # noqa: E402
 HIDDEN_SIZE = 128
 VOCAB_SIZE = 512  # at most: these questions make about 400
 RANKS = 2  # data parallel, a core each
-ROWS_PER_STEP = 2
-ROW_TOKENS = 1024
+# Packing puts examples of like length together: many short rows make a more even step than a few long ones.
+ROWS_PER_STEP, ROW_TOKENS = 8, 256
 SEED = 1234
 SHOWN_QUESTIONS = 10
 PROMISED_ACCURACY, PROMISED_TIMES_CONSTANT = 0.4, 2.0
@@ -68,10 +68,10 @@ class Scale:
     log_interval: int
 
 
-# 51,000 questions fill the rows of all 440 steps once. The last step is no multiple of the evaluation interval:
-# Megatron evaluates there anyway.
-FULL = Scale(51_000, 540, 500, train_iters=440, stop_after=220, eval_interval=60, eval_rows=10, log_interval=10)
-QUICK = Scale(300, 80, 40, train_iters=5, stop_after=3, eval_interval=2, eval_rows=2, log_interval=1)
+# 40,300 questions fill the rows of 350 steps once. The last step is no multiple of the evaluation interval: Megatron
+# evaluates there anyway.
+FULL = Scale(40_300, 562, 500, train_iters=350, stop_after=175, eval_interval=60, eval_rows=40, log_interval=10)
+QUICK = Scale(300, 110, 40, train_iters=5, stop_after=3, eval_interval=2, eval_rows=8, log_interval=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +107,7 @@ def demo(folder: Path, scale: Scale, judged: bool) -> None:
     prepare(folder)
     log = folder / "commands.log"
 
-    clock.heading("Questions of DeepMind's mathematics_dataset")
+    clock.heading("Questions of DeepMind's mathematics_dataset (about 20 s)")
     files = write_questions(folder / "questions", scale.train_questions, scale.valid_questions, scale.test_questions)
     train, test = files["train"], files["test"]
     constant = constant_answer_accuracy(train, test)
@@ -119,7 +119,7 @@ def demo(folder: Path, scale: Scale, judged: bool) -> None:
     architecture = Architecture(num_layers=2, hidden_size=HIDDEN_SIZE, num_attention_heads=4,
                                 ffn_hidden_size=2 * HIDDEN_SIZE, vocab_size=tokenizer.vocab_size)
 
-    clock.heading("The untrained model answers the test")
+    clock.heading("The untrained model answers the test (about 20 s)")
     from examples.demo import answers
     before = answers.right_share(answers.of_untrained(architecture, SEED, tokenizer, test), test)
     print(f"  {before:.1%} of {len(test)} right")
@@ -208,7 +208,8 @@ def train_with_a_stop(folder: Path, scale: Scale, architecture: Architecture, lo
                tokenizer_model=folder / "tokenizer", num_layers=architecture.num_layers,
                hidden_size=architecture.hidden_size, ffn_hidden_size=architecture.ffn_hidden_size,
                num_attention_heads=architecture.num_attention_heads,
-               seq_length=ROW_TOKENS, global_batch_size=ROWS_PER_STEP, train_iters=scale.train_iters, seed=SEED,
+               seq_length=ROW_TOKENS, micro_batch_size=ROWS_PER_STEP // RANKS, global_batch_size=ROWS_PER_STEP,
+               train_iters=scale.train_iters, seed=SEED,
                lr=2e-3, min_lr=2e-4, lr_warmup_fraction=0.05, ema_decay=0.99,
                eval_interval=scale.eval_interval, eval_iters=scale.eval_rows // ROWS_PER_STEP,
                log_interval=scale.log_interval, tensorboard_dir=folder / "tensorboard", save=checkpoints,
@@ -224,11 +225,6 @@ def train_with_a_stop(folder: Path, scale: Scale, architecture: Architecture, lo
 def tool(name: str) -> str:
     """Path of a program in tools/, as short as it can be from here."""
     return os.path.relpath(ROOT / "tools" / name)
-
-
-def flags(**values: object) -> list[str]:
-    """Spell settings as command-line flags."""
-    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def show_answers(rows: Sequence[Row], answers: Sequence[str]) -> None:
@@ -252,9 +248,8 @@ def summarize(folder: Path, count: int, before: float, constant: float, after: f
     ask = python(tool("generate.py"), "--load", folder / "checkpoints", "--tokenizer-model", folder / "tokenizer",
                  "--prompt", "What is the tens digit of 7543?")
     see = python("-m", "tensorboard.main", "--logdir", folder / "tensorboard")
-    print(f"\nNext\n  ask it:        {shown(ask)}\n  see its run:   {shown(see)}\n"
-          "  your own data: write a jsonl file with condition, instruction and response in each line, then run the\n"
-          "                 commands above with its name, from tools/train_tokenizer.py on")
+    print(f"\nNext\n  ask it something:\n    {shown(ask)}\n  see the run in a browser:\n    {shown(see)}\n"
+          f"  train on your own data:\n    DATA=my.jsonl {os.path.relpath(ROOT / 'examples/own_data.sh')}")
 
 
 if __name__ == "__main__":

@@ -130,12 +130,14 @@ def test_a_command_is_shown_so_that_a_shell_takes_it(tmp_path, capfd):
 
 
 def test_a_failed_command_tells_its_last_lines_and_where_the_others_are(tmp_path, capfd):
-    program = "import sys\nfor i in range(100): print('line', i)\nsys.exit(3)"
+    program = ("import sys\nfor i in range(100): print('line', i)\n"
+               "print('E0102 x.py:986] failed (exitcode: 2)')\nprint('Root Cause: see elsewhere')\nsys.exit(3)")
     with pytest.raises(CommandFailed, match="status 3") as caught:
         run([sys.executable, "-c", program], tmp_path / "log", lambda line: "seen" if "line 7\n" == line else None)
-    assert "line 99\n" in str(caught.value) and "line 80\n" not in str(caught.value)
+    assert "line 99\n" in str(caught.value) and "line 79\n" not in str(caught.value)
+    assert "Root Cause" not in str(caught.value)
     assert str(tmp_path / "log") in str(caught.value)
-    assert "line 80\n" in (tmp_path / "log").read_text()
+    assert "line 79\nline 80\n" in (tmp_path / "log").read_text()
     assert capfd.readouterr().out.count("  seen\n") == 1
 
 
