@@ -14,6 +14,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from hrm_megatron.data.batch import PackedBatch
+from hrm_megatron.model.cpu_linear import local_provider
 from hrm_megatron.model.hrm_config import HRMConfig
 from hrm_megatron.model.initialize import draw, initialize
 from hrm_megatron.model.prefix_lm import PrefixSequences
@@ -38,6 +39,7 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
                  vp_stage: int | None = None) -> None:
         super().__init__(config, pg_collection)
         arch = config.arch
+        backend = backend or local_provider()
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = False
         if pre_process:
@@ -57,7 +59,7 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
             # Labelled positions are gathered before the head, so its input is whole even under SP.
             whole_rows = copy.copy(config)
             whole_rows.sequence_parallel = False
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
+            self.output_layer = backend.column_parallel_linear()(
                 arch.hidden_size, arch.padded_vocab_size, config=whole_rows, init_method=config.init_method,
                 bias=False, skip_bias_add=False, gather_output=False, tp_group=self.tp_group)
         self.setup_embeddings_and_output_layer()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -52,13 +52,11 @@ def add_then_norm(norm: WeightlessRMSNorm) -> Callable[..., Any]:
     return make
 
 
-def stack_spec(config: HRMConfig, norm_placement: str,
-               backend: BackendSpecProvider | None = None) -> TransformerBlockSubmodules:
+def stack_spec(config: HRMConfig, norm_placement: str, backend: BackendSpecProvider) -> TransformerBlockSubmodules:
     """Describe one stack: this pipeline stage's layers and, for pre-norm, the norm at the stack's exit.
 
-    `backend` names the linear layers (Megatron's local ones if None).
+    `backend` names the linear layers.
     """
-    backend = backend or LocalSpecProvider()
     if norm_placement == "pre":
         norm, bias_dropout_add, exit_norm = WeightlessRMSNorm, get_bias_dropout_add, WeightlessRMSNorm
     else:

@@ -171,8 +171,8 @@ def lr_schedule(args: argparse.Namespace) -> LRSchedule:
     warmup_steps = args.lr_warmup_iters or args.lr_warmup_samples // args.global_batch_size
     total_steps = args.lr_decay_iters or args.train_iters
     if total_steps < args.train_iters:
-        raise ConfigError(f"--lr-decay-iters {total_steps} is less than --train-iters {args.train_iters}: the cosine would "
-                          "rise again after its end; train shorter, or decay longer")
+        raise ConfigError(f"--lr-decay-iters {total_steps} is less than --train-iters {args.train_iters}: the cosine "
+                          "would rise again after its end; train shorter, or decay longer")
     if args.lr_warmup_fraction:
         warmup_steps = int(args.lr_warmup_fraction * total_steps)
     return LRSchedule(args.lr, args.min_lr, warmup_steps, total_steps)
