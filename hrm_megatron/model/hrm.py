@@ -49,12 +49,15 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
             weight = self.embedding.word_embeddings.weight
             # bf16 in every run, never trained, the same on all ranks (HRM-Text, zL_init).
             self.register_buffer("zL_init", torch.empty(arch.hidden_size, dtype=torch.bfloat16, device=weight.device))
+        # Virtual chunks are ticks here: each runs all of the stage's layers of its stack.
+        block_config = copy.copy(config)
+        block_config.virtual_pipeline_model_parallel_size = None
         placements = {"H": arch.h_norm_placement or arch.norm_placement, "L": arch.norm_placement}
         for stack, name in STACKS.items():
             # pre_process=True on every stage: the input of a tick is an argument, never `input_tensor`.
             self.add_module(name, TransformerBlock(
-                config, stack_spec(config, placements[stack], backend), pre_process=True, post_process=post_process,
-                pg_collection=self.pg_collection))
+                block_config, stack_spec(block_config, placements[stack], backend), pre_process=True,
+                post_process=post_process, pg_collection=self.pg_collection))
         if post_process:
             # Labelled positions are gathered before the head, so its input is whole even under SP.
             whole_rows = copy.copy(config)
@@ -79,18 +82,32 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
         """Take what the pipeline schedule received (part of the interface that schedules expect)."""
         self.input_tensor = input_tensor
 
-    def states(self, batch: PackedBatch, bp_steps: int | None = None, record: Recorder | None = None) -> torch.Tensor:
+    def states(self, batch: PackedBatch, bp_steps: int | None = None, record: Recorder | None = None,
+               sequences: PrefixSequences | None = None) -> torch.Tensor:
         """Run all ticks and return z_H, [s/tp under SP, b, h]; the last `bp_steps` ticks build a graph (None: all)."""
         arch = self.config.arch
-        x = self.embedding(batch.tokens, batch.position_ids) * arch.embedding_scale
+        x = self.embed(batch)
         if record:
             record("embedding_out", x)
-        sequences = PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, arch.head_dim, arch.rope_theta))
+        sequences = sequences or self.sequences(batch)
         stacks = {stack: partial(getattr(self, name), attention_mask=None, packed_seq_params=sequences)
                   for stack, name in STACKS.items()}
-        return run_ticks(unroll(arch.h_cycles, arch.l_cycles, bp_steps), stacks, z_h=x,
-                         z_l=self.zL_init.to(x.dtype).expand_as(x),
+        return run_ticks(unroll(arch.h_cycles, arch.l_cycles, bp_steps), stacks, z_h=x, z_l=self.first_z_l(x),
                          recompute=self.config.recompute_granularity is not None, record=record)
+
+    def embed(self, batch: PackedBatch) -> torch.Tensor:
+        """Embed the tokens with unit variance, [s/tp under SP, b, h]: the first z_H."""
+        x: torch.Tensor = self.embedding(batch.tokens, batch.position_ids)
+        return x * self.config.arch.embedding_scale
+
+    def first_z_l(self, like: torch.Tensor) -> torch.Tensor:
+        """Return the first z_L, the same at every position."""
+        return self.zL_init.to(like.dtype).expand_as(like)
+
+    def sequences(self, batch: PackedBatch) -> PrefixSequences:
+        """Prepare what attention needs of a micro-batch, for all ticks."""
+        arch = self.config.arch
+        return PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, arch.head_dim, arch.rope_theta))
 
     def logits_at(self, z_h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Apply the head at positions `index` [n] of the flattened [s, b] rows: [n, v/tp]."""
@@ -100,9 +117,14 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
         logits, _ = self.output_layer(z_h.flatten(0, 1)[index].unsqueeze(1))
         return logits.squeeze(1)
 
-    def forward(self, batch: PackedBatch, bp_steps: int | None = None) -> torch.Tensor:
+    def forward(self, batch: PackedBatch, bp_steps: int | None = None,
+                sequences: PrefixSequences | None = None) -> torch.Tensor:
         """Score the labels of `batch`: fp32 [2, n], the cross-entropy of each and 1 where it is the likeliest token."""
-        logits = self.logits_at(self.states(batch, bp_steps), batch.label_index)
+        return self.scores(self.states(batch, bp_steps, sequences=sequences), batch)
+
+    def scores(self, z_h: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """Score the labels by the last z_H, see `forward`."""
+        logits = self.logits_at(z_h, batch.label_index)
         labels = batch.flat_labels
         correct = self._likeliest(logits.detach()) == labels
         # The stock loss turns fp32 logits into softmax values in place: nothing may read them after it.

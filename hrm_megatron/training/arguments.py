@@ -17,6 +17,7 @@ from hrm_megatron.model.attention import AUTO, KERNELS, core_attention
 from hrm_megatron.model.hrm_config import HRM_SETTINGS, HRMConfig, swiglu_settings
 from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
+from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, stage_layers
 
 OPTIMIZER = "adam_atan2"
 
@@ -112,14 +113,24 @@ def check_layout(args: argparse.Namespace, architecture: Architecture) -> None:
             divisors = [d for d in range(1, min(size, 64) + 1) if size % d == 0]
             raise ConfigError(f"--tensor-model-parallel-size {tp} does not divide the {size} {name}: "
                               f"choose one of {', '.join(map(str, divisors))}")
-    for flag, size in (("--pipeline-model-parallel-size", args.pipeline_model_parallel_size),
-                       ("--context-parallel-size", args.context_parallel_size)):
-        if size > 1:
-            raise ConfigError(f"{flag} {size}: not built yet for the recurrence; use 1")
+    if args.context_parallel_size > 1:
+        raise ConfigError(f"--context-parallel-size {args.context_parallel_size}: not built yet; use 1")
     whole = tp * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % whole:
         raise ConfigError(f"{args.world_size} processes cannot be divided into model replicas of {whole}: start a "
                           f"multiple of {whole}")
+
+
+def set_pipeline(args: argparse.Namespace, architecture: Architecture) -> None:
+    """Make every tick a virtual chunk, and share the layers; Megatron's flags for the first and last stage win."""
+    stages = args.pipeline_model_parallel_size
+    replicas = args.world_size // (args.tensor_model_parallel_size * stages * args.context_parallel_size)
+    microbatch_group((args.global_batch_size or args.micro_batch_size * replicas) // (args.micro_batch_size * replicas),
+                     stages)
+    args.num_virtual_stages_per_pipeline_rank = architecture.h_cycles * (architecture.l_cycles + 1)
+    if args.decoder_first_pipeline_num_layers is None and args.decoder_last_pipeline_num_layers is None:
+        layers = stage_layers(args.num_layers, stages, head_in_layers(architecture, args.bp_max_steps))
+        args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers = layers[0], layers[-1]
 
 
 def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
@@ -145,6 +156,8 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     core_attention(args.attention_kernel)
     for bp_steps in (args.bp_min_steps, args.bp_max_steps):
         split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)
+    if args.pipeline_model_parallel_size > 1:
+        set_pipeline(args, architecture)
     args.optimizer = "adam"  # Megatron's name of the slot; optim.builder puts AdamATan2 into it
     try:
         megatron_arguments.validate_args(args)
@@ -180,6 +193,14 @@ def lr_schedule(args: argparse.Namespace) -> LRSchedule:
 
 def model_config(args: argparse.Namespace) -> HRMConfig:
     """Build the TransformerConfig of a run."""
-    config: HRMConfig = core_transformer_config_from_args(args, HRMConfig)
+    # Megatron would demand that the chunks divide the layers; here each chunk runs all of its stage's.
+    config: HRMConfig = core_transformer_config_from_args(
+        argparse.Namespace(**{**vars(args), "virtual_pipeline_model_parallel_size": None}), HRMConfig)
     own: dict[str, Any] = dict(architecture=architecture_of(args, args.vocab_size), **swiglu_settings())
-    return dataclasses.replace(config, **own)
+    config = dataclasses.replace(config, **own)
+    if args.pipeline_model_parallel_size > 1:
+        config.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size
+        config.microbatch_group_size_per_vp_stage = microbatch_group(
+            args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
+            args.pipeline_model_parallel_size)
+    return config

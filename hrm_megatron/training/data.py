@@ -77,6 +77,8 @@ def datasets_provider(args: argparse.Namespace, sources: Sources,
         return dataset
 
     def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:
+        if vp_stage:
+            return None, None, None  # the chunk of tick 0 reads for all
         train, valid, test = num_samples
         if torch.distributed.get_rank() and args.data_cache_path:
             torch.distributed.barrier()  # rank 0 plans the rows, the others read its plan

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,6 +12,8 @@ from megatron.core.utils import unwrap_model
 
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
+from hrm_megatron.model.pipeline import PipelinedHRM, TickChunk
+from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.schedule import trains_embedding
 from hrm_megatron.training.arguments import bp_schedule, model_config
 from hrm_megatron.training.metrics import Report, ThroughputMeter, loss_sums
@@ -25,12 +28,22 @@ class TrainingStep:
         self.bp_schedule = bp_schedule(args)
         self.meter = ThroughputMeter(args.data_parallel_size)
         self.reduction = OverlappedReduction()
+        self.stage: PipelinedHRM
+        self.waiting: list[deque[tuple[PackedBatch, PrefixSequences]]] = []
 
     def build_model(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None,
-                    config: Any = None, pg_collection: Any = None) -> HRMModel:
-        """Build this rank's part of the model (Megatron's `model_provider`)."""
-        return HRMModel(config or model_config(self.args), self.args.seed, pre_process, post_process,
-                        pg_collection=pg_collection, vp_stage=vp_stage)
+                    config: Any = None, pg_collection: Any = None) -> HRMModel | TickChunk:
+        """Build this rank's model, or in a pipeline one of its chunks (Megatron's `model_provider`)."""
+        config = config or model_config(self.args)
+        if vp_stage is None:
+            return HRMModel(config, self.args.seed, pre_process, post_process, pg_collection=pg_collection)
+        if vp_stage:
+            return TickChunk(self.stage, vp_stage)
+        stages = pg_collection.pp
+        self.stage = PipelinedHRM(config, self.args.seed, stages.rank() == 0, stages.rank() == stages.size() - 1,
+                                  pg_collection=pg_collection)
+        self.waiting = [deque() for _ in range(self.stage.num_ticks)]
+        return self.stage
 
     @property
     def bp_steps(self) -> int:
@@ -43,15 +56,28 @@ class TrainingStep:
 
     def forward(self, data_iterator: Iterator[dict[str, torch.Tensor]],
                 model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        """Run one micro-batch: its scores [2, n] and the function that makes a loss of them."""
-        batch = PackedBatch.from_rows(next(data_iterator)).to(f"cuda:{torch.cuda.current_device()}")
-        if model.training:
-            whole = unwrap_model(model)
-            untrained = whole.pre_process and not self.embedding_has_gradient()
+        """Run one micro-batch through the model or a chunk: what comes out, and the function that makes a loss of
+        scores [2, n]."""
+        part = unwrap_model(model)
+        batch, sequences = self.micro_batch(data_iterator, part)
+        if model.training and isinstance(part, HRMModel):
+            # In a pipeline the embedding gets zeros.
+            untrained = part.pre_process and not self.embedding_has_gradient() and not isinstance(part, PipelinedHRM)
             self.reduction.before_forward(model, self.bp_steps,
-                                          whole.embedding.word_embeddings.weight if untrained else None)
-        scores = model(batch=batch, bp_steps=self.bp_steps if model.training else None)
-        return scores, partial(self.loss, batch, model.training)
+                                          part.embedding.word_embeddings.weight if untrained else None)
+        out = model(batch=batch, bp_steps=self.bp_steps if model.training else None, sequences=sequences)
+        return out, partial(self.loss, batch, model.training)
+
+    def micro_batch(self, data_iterator: Iterator[dict[str, torch.Tensor]],
+                    part: HRMModel | TickChunk) -> tuple[PackedBatch, PrefixSequences]:
+        """Return the next micro-batch; in a pipeline chunk 0 reads it and the chunks of later ticks take it up."""
+        if isinstance(part, TickChunk):
+            return self.waiting[part.index].popleft()
+        batch = PackedBatch.from_rows(next(data_iterator)).to(f"cuda:{torch.cuda.current_device()}")
+        read = batch, part.sequences(batch)
+        for queue in self.waiting[1:]:
+            queue.append(read)
+        return read
 
     def loss(self, batch: PackedBatch, training: bool,
              scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:

@@ -1,0 +1,129 @@
+"""Pipeline of a recurrence: a stage owns a slice of both stacks, and every tick is a virtual chunk of Megatron's
+interleaved schedule, which stays as it is. All chunks of a stage share its weights.
+
+Between stages and from the last stage back to the first travels one tensor [s/tp under SP, b, h], the newest state.
+The first stage parks the pair (z_H, z_L) of each micro-batch from tick to tick. Chunk 0 is the stage's `PipelinedHRM`
+and owns everything; the others are `TickChunk`s, which own nothing and so have no parameters in their DDP.
+"""
+from __future__ import annotations
+
+from collections import deque
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+
+from hrm_megatron.data.batch import PackedBatch
+from hrm_megatron.model.hrm import STACKS, HRMModel
+from hrm_megatron.model.hrm_config import HRMConfig
+from hrm_megatron.model.prefix_lm import PrefixSequences
+from hrm_megatron.model.recurrence import Stack
+from hrm_megatron.model.schedule import unroll
+
+
+class NoGradTick(torch.autograd.Function):
+    """Run a stack without a graph. Its backward sends zeros: without them the stage before would wait for ever."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, stack: Stack) -> torch.Tensor:
+        # Detached: stock layers turn gradients on again for their residual sum (bias_dropout_add_exec_handler).
+        return stack(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(grads[0]), None
+
+
+class Enter(torch.autograd.Function):
+    """Enter the first tick as `x`; in backward add the gradients that later ticks left on `parked`, its detached copy.
+
+    Their backwards have run before: the schedule visits a micro-batch's chunks in reverse.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, parked: torch.Tensor) -> torch.Tensor:
+        ctx.parked = parked
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        later = ctx.parked.grad
+        return grads[0] if later is None else grads[0] + later, None
+
+
+class PipelinedHRM(HRMModel):
+    """One stage of an HRM, which is also the chunk of tick 0."""
+
+    def __init__(self, config: HRMConfig, seed: int, first_stage: bool, last_stage: bool,
+                 pg_collection: Any = None) -> None:
+        super().__init__(config, seed, pre_process=first_stage, post_process=last_stage, pg_collection=pg_collection)
+        self.first_stage, self.last_stage = first_stage, last_stage
+        self.num_ticks = len(unroll(config.arch.h_cycles, config.arch.l_cycles))
+        self.parked: list[deque[tuple[torch.Tensor, torch.Tensor]]] = [deque() for _ in range(self.num_ticks)]
+        # Megatron asks the chunk, not the stage, for its part in the whole.
+        self.post_process = False
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take what arrived from the stage before (or from the last one)."""
+        self.received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(self, batch: PackedBatch, bp_steps: int | None = None,
+                sequences: PrefixSequences | None = None) -> torch.Tensor:
+        """Run this stage's part of tick 0: [s/tp under SP, b, h]."""
+        return self.run_tick(0, self.received, batch, bp_steps, sequences)
+
+    def run_tick(self, index: int, received: torch.Tensor | None, batch: PackedBatch, bp_steps: int | None,
+                 sequences: PrefixSequences | None) -> torch.Tensor:
+        """Run this stage's layers of one tick; the last stage turns the last tick into scores [2, n]."""
+        arch = self.config.arch
+        ticks = unroll(arch.h_cycles, arch.l_cycles, bp_steps)
+        x = self._enter([tick.stack for tick in ticks], index, received, batch) if self.first_stage else received
+        assert x is not None
+        stack = partial(getattr(self, STACKS[ticks[index].stack]), attention_mask=None, packed_seq_params=sequences)
+        out: torch.Tensor = stack(x) if ticks[index].with_grad else NoGradTick.apply(x, stack)
+        return self.scores(out, batch) if self.last_stage and index == self.num_ticks - 1 else out
+
+    def _enter(self, stacks: list[str], index: int, received: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:
+        """Return the input of a tick, and park the pair of states that it came from for the next."""
+        if index == 0:
+            x = self.embed(batch)
+            z_h, z_l = x.detach().requires_grad_(torch.is_grad_enabled()), self.first_z_l(x)
+            inside = Enter.apply(x, z_h)
+        else:
+            # `received` is a leaf: later ticks add to the .grad of it that the schedule sends back after this chunk's
+            # own backward.
+            assert received is not None
+            z_h, z_l = self.parked[index - 1].popleft()
+            z_h, z_l = (received, z_l) if stacks[index - 1] == "H" else (z_h, received)
+            inside = z_h
+        if index < self.num_ticks - 1:
+            self.parked[index].append((z_h, z_l))
+        return inside + z_l
+
+
+class TickChunk(MegatronModule):  # type: ignore[misc]
+    """The chunk of a later tick: it runs the stage's own layers and owns no weight."""
+
+    def __init__(self, stage: PipelinedHRM, index: int) -> None:
+        super().__init__(stage.config)
+        object.__setattr__(self, "stage", stage)  # not registered: no parameters of it here
+        self.index = index
+        self.pre_process = False
+        self.post_process = stage.last_stage and index == stage.num_ticks - 1
+        self.share_embeddings_and_output_weights = False
+        self.pg_collection = stage.pg_collection
+        self.received: torch.Tensor | None = None
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take what arrived from the stage before (or from the last one)."""
+        self.received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(self, batch: PackedBatch, bp_steps: int | None = None,
+                sequences: PrefixSequences | None = None) -> torch.Tensor:
+        """Run this stage's part of the tick: [s/tp under SP, b, h], or scores [2, n] at the end of all."""
+        return self.stage.run_tick(self.index, self.received, batch, bp_steps, sequences)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Store nothing: chunk 0 does."""
+        return {}

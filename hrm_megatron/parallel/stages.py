@@ -1,0 +1,42 @@
+"""Who owns which layers in a pipeline, and how many micro-batches take turns: plain arithmetic."""
+from __future__ import annotations
+
+from hrm_megatron.config import Architecture, ConfigError
+
+
+def head_in_layers(architecture: Architecture, ticks_with_gradient: int) -> float:
+    """Cost of the head in layers of a stage, by multiplications; every label counted, forward and backward.
+
+    A stage's n layers run at every tick of their stack, and twice more in the backward of those with gradient.
+    """
+    h, f = architecture.hidden_size, architecture.ffn_hidden_size
+    ticks = architecture.h_cycles * (architecture.l_cycles + 1)
+    return 3 * architecture.padded_vocab_size / ((ticks + 2 * ticks_with_gradient) * (5 * h + 3 * f))
+
+
+def stage_layers(num_layers: int, stages: int, head_layers: float) -> list[int]:
+    """Cut `num_layers` layers of each stack: the slowest stage as fast as can be, then as even as can be.
+
+    The last stage also has the head, worth `head_layers`. All stages between the first and the last own equally
+    many (Megatron counts so), and every stage at least one.
+    """
+    cuts = [[first, *[middle] * (stages - 2), last]
+            for middle in (range(1, num_layers + 1) if stages > 2 else (0,))
+            for last in range(1, num_layers + 1)
+            if (first := num_layers - middle * (stages - 2) - last) >= 1]
+    if not cuts:
+        raise ConfigError(f"--pipeline-model-parallel-size {stages} leaves stages without one of the {num_layers} "
+                          f"layers of each stack: choose at most {num_layers}")
+    return min(cuts, key=lambda cut: (max(*cut[:-1], cut[-1] + head_layers), max(cut) - min(cut), cut))
+
+
+def microbatch_group(microbatches: int, stages: int) -> int:
+    """Smallest number of micro-batches per visit of a virtual chunk that Megatron's interleaved schedule accepts.
+
+    It must be at least `stages` and leave a remainder of none or at least `stages`; more costs memory.
+    """
+    if microbatches < stages:
+        raise ConfigError(f"{microbatches} micro-batches per step are fewer than the {stages} pipeline stages: raise "
+                          f"--global-batch-size to {stages} micro-batches per replica, or lower "
+                          "--pipeline-model-parallel-size")
+    return next(n for n in range(stages, microbatches + 1) if microbatches % n == 0 or microbatches % n >= stages)
