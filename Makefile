@@ -32,7 +32,7 @@ ruff: $(STAMP)
 	$(BIN)/ruff check
 
 mypy: $(STAMP)
-	$(BIN)/mypy hrm_megatron $(wildcard tools/*.py)
+	$(BIN)/mypy hrm_megatron $(wildcard tools/*.py) $(wildcard examples/demo/*.py)
 
 slow: $(STAMP)  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

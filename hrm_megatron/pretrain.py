@@ -48,7 +48,7 @@ def main() -> None:
         train()
     except ConfigError as error:
         if rank:
-            time.sleep(2)  # where all ranks see the same, the launcher ends this one before it repeats rank 0
+            time.sleep(5)  # where all ranks see the same, the launcher ends this one before it repeats rank 0
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

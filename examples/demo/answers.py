@@ -57,14 +57,12 @@ def of_export(folder: Path, rows: Sequence[Row], max_new_tokens: int) -> list[st
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    padding = list(range(len(tokenizer), model.config.vocab_size))  # rows of the head that stand for no token
     answers = []
     for row in rows:
         # The tokenizer gives every token of a prompt the type 1, a prefix, which the model reads both ways.
         prompt = tokenizer(f"{BOQ}{TAG_TOKENS[row['condition']]}{row['instruction']}{EOQ}", return_tensors="pt")
         assert prompt["token_type_ids"].eq(1).all()
-        out = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False,
-                             suppress_tokens=padding or None)[0]
+        out = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)[0]
         text = tokenizer.decode(out[prompt["input_ids"].shape[1]:], skip_special_tokens=True)
         answers.append(text + (UNFINISHED if out[-1] != tokenizer.eos_token_id else ""))
     return answers

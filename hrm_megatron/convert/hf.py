@@ -83,7 +83,9 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
             tensors[name] = tensor.to(DTYPES[dtype]).contiguous()
             progress()
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    files = {CONFIG_FILE: config, GENERATION_FILE: token_ids}
+    arch = checkpoint.architecture
+    padding = list(range(arch.vocab_size, arch.padded_vocab_size))  # rows of the head that stand for no token
+    files = {CONFIG_FILE: config, GENERATION_FILE: {**token_ids, **({"suppress_tokens": padding} if padding else {})}}
     if plan.is_sharded:
         files[INDEX_FILE] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     for file, values in files.items():

@@ -15,7 +15,7 @@ def head_in_layers(architecture: Architecture, ticks_with_gradient: int) -> floa
 
 
 def stage_layers(num_layers: int, stages: int, head_layers: float) -> list[int]:
-    """Cut `num_layers` layers of each stack: the slowest stage as fast as can be, then as even as can be.
+    """Cut `num_layers` layers of each stack: the slowest stage as fast, then all as even, then the last as light as can be.
 
     The last stage also has the head, worth `head_layers`. All stages between the first and the last own equally
     many (Megatron counts so), and every stage at least one.
@@ -27,7 +27,7 @@ def stage_layers(num_layers: int, stages: int, head_layers: float) -> list[int]:
     if not cuts:
         raise ConfigError(f"--pipeline-model-parallel-size {stages} leaves stages without one of the {num_layers} "
                           f"layers of each stack: choose at most {num_layers}")
-    return min(cuts, key=lambda cut: (max(*cut[:-1], cut[-1] + head_layers), max(cut) - min(cut), cut))
+    return min(cuts, key=lambda cut: (max(*cut[:-1], cut[-1] + head_layers), max(cut) - min(cut), cut[::-1]))
 
 
 def microbatch_group(microbatches: int, stages: int) -> int:

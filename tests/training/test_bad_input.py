@@ -32,7 +32,7 @@ def refused(launch, tmp_path):
     (["--tensor-model-parallel-size", 3], ["--tensor-model-parallel-size 3 does not divide the 4 attention heads",
                                            "choose one of 1, 2, 4"]),
     (["--tensor-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
-    (["--pipeline-model-parallel-size", 2], ["--pipeline-model-parallel-size 2", "use 1"]),
+    (["--pipeline-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
     (["--context-parallel-size", 2], ["--context-parallel-size 2", "use 1"]),
     (["--bp-max-steps", 9], ["bp_steps=9", "choose 2 to 8"]),
     (["--bp-min-steps", 1], ["bp_steps=1", "choose 2 to 8"]),
@@ -51,6 +51,15 @@ def refused(launch, tmp_path):
 ])
 def test_settings(refused, flags, parts):
     refused(*SIZES, *SAMPLED, *flags, parts=parts)
+
+
+@pytest.mark.parametrize("flags, parts", [
+    ([], ["--pipeline-model-parallel-size 2 leaves stages without one of the 1 layers", "choose at most 1"]),
+    (["--num-layers", 2, "--global-batch-size", 1], ["1 micro-batches per step are fewer than the 2 pipeline stages",
+                                                     "raise --global-batch-size to 2"]),
+])
+def test_a_pipeline_that_cannot_be(refused, flags, parts):
+    refused(*SIZES, *SAMPLED, "--pipeline-model-parallel-size", 2, *flags, parts=parts, ranks=2)
 
 
 def test_a_size_that_nobody_gave_is_named(refused):

@@ -52,6 +52,7 @@ def test_two_ranks_from_the_command_line_do_the_same(uninterrupted, fullbatch_ar
 
 
 @pytest.mark.parametrize("flags", [
+    pytest.param(["--pipeline-model-parallel-size", 2], id="pipeline parallel"),
     pytest.param(["--overlap-grad-reduce", "--ddp-bucket-size", 20_000], id="overlap in several buckets"),
     pytest.param(["--overlap-grad-reduce", "--overlap-param-gather"], id="overlap both ways"),
     pytest.param(["--micro-batch-size", 4, "--recompute-granularity", "full", "--recompute-method", "uniform",
