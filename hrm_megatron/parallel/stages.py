@@ -15,7 +15,7 @@ def head_in_layers(architecture: Architecture, ticks_with_gradient: int) -> floa
 
 
 def stage_layers(num_layers: int, stages: int, head_layers: float) -> list[int]:
-    """Cut `num_layers` layers of each stack: the slowest stage as fast, then all as even, then the last as light as can be.
+    """Cut `num_layers` layers of each stack: the slowest stage as fast as can be, then all as even, the last lightest.
 
     The last stage also has the head, worth `head_layers`. All stages between the first and the last own equally
     many (Megatron counts so), and every stage at least one.

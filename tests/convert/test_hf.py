@@ -107,7 +107,8 @@ def test_transformers_never_answers_with_padding_of_the_vocabulary(tmp_path, ran
     write_hf(checkpoint, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompt = torch.tensor([[1, 2]])
-    out = model.generate(prompt, token_type_ids=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    out = model.generate(prompt, token_type_ids=torch.ones_like(prompt), max_new_tokens=8, do_sample=False,
+                         eos_token_id=-1)
     assert out.shape == (1, 10) and out.max() < 3
 
 
