@@ -68,8 +68,8 @@ def transformers_step(row: dict[str, torch.Tensor]) -> Callable[[], float]:
         H_cycles=a.h_cycles, L_cycles=a.l_cycles, L_bp_cycles=[0] * (a.h_cycles - 1) + [l_bp],
         initializer_range=a.input_std, max_position_embeddings=ROW_TOKENS, pad_token_id=0)).train()
     batch = PackedBatch.from_rows(row)
-    sequences = PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, a.head_dim, a.rope_theta))
-    mask = torch.zeros(1, 1, ROW_TOKENS, ROW_TOKENS).masked_fill(~sequences.dense_mask(0, ROW_TOKENS), float("-inf"))
+    sequences = PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, a.head_dim, a.rope_theta), ROW_TOKENS)
+    mask = torch.zeros(1, 1, ROW_TOKENS, ROW_TOKENS).masked_fill(~sequences.dense_mask(0), float("-inf"))
     # transformers shifts labels by one itself; ours are already shifted.
     labels = torch.cat([torch.full((1, 1), IGNORED_LABEL), batch.labels[:, :-1]], 1)
 

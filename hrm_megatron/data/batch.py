@@ -49,7 +49,8 @@ class PackedBatch:
 
     `tokens`, `labels`, `position_ids` are [b, s]; `lengths[row]` lists (prefix, response) positions of each
     example in order. `label_index` [n] points into the flattened [s, b] positions that have a label;
-    `label_example` [n] numbers the example (0 to `num_examples` - 1) of each.
+    `label_example` [n] numbers the example (0 to `num_examples` - 1) of each. After `on_context_rank` the tensors are
+    a rank's slice, [b, s/cp], with its labels; `lengths` and `row_tokens` stay those of the whole rows.
     """
 
     tokens: torch.Tensor
@@ -58,6 +59,7 @@ class PackedBatch:
     lengths: tuple[tuple[tuple[int, int], ...], ...]
     label_index: torch.Tensor
     label_example: torch.Tensor
+    row_tokens: int
 
     @classmethod
     def from_rows(cls, rows: dict[str, torch.Tensor]) -> PackedBatch:
@@ -76,7 +78,7 @@ class PackedBatch:
             count += len(pairs)
         index = (rows["labels"].t().reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1)
         return cls(rows["tokens"], rows["labels"], rows["position_ids"], lengths, index,
-                   example.t().reshape(-1)[index])
+                   example.t().reshape(-1)[index], s)
 
     @property
     def num_examples(self) -> int:
@@ -86,6 +88,17 @@ class PackedBatch:
     def flat_labels(self) -> torch.Tensor:
         """Labels at `label_index`, [n]."""
         return self.labels.t().reshape(-1)[self.label_index]
+
+    def on_context_rank(self, positions: torch.Tensor) -> PackedBatch:
+        """Keep these positions [s/cp] of every row."""
+        b, s = self.labels.shape
+        example = torch.zeros(s * b, dtype=torch.int64)
+        example[self.label_index] = self.label_example
+        labels = self.labels[:, positions]
+        index = (labels.t().reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1)
+        return replace(self, tokens=self.tokens[:, positions], labels=labels,
+                       position_ids=self.position_ids[:, positions], label_index=index,
+                       label_example=example.view(s, b)[positions].reshape(-1)[index])
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Move the tensors; the lengths stay plain numbers."""

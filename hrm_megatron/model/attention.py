@@ -6,6 +6,7 @@ one more class in `KERNELS`.
 """
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -16,36 +17,37 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from hrm_megatron.config import ConfigError
 from hrm_megatron.model.cpu_flash import PackedCpuFlash
 from hrm_megatron.model.prefix_lm import PrefixSequences
+from hrm_megatron.parallel.context import GatherRows
 
 
 class PrefixLMAttention(MegatronModule):  # type: ignore[misc]
     """Core attention of a stock SelfAttention: rotate queries and keys, then attend inside each example.
 
-    Query, key, value come as [s, b, heads/tp, d], the result leaves as [s, b, heads/tp * d]; padding gives
+    Query, key, value come as [s/cp, b, heads/tp, d], the result leaves as [s/cp, b, heads/tp * d]; padding gives
     zeros. The rotation happens here rather than in the layer, in fp32 and with a table made once per batch
-    (the stock unfused one rounds cosines to bf16).
+    (the stock unfused one rounds cosines to bf16). Under context parallelism keys and values are gathered.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str,
-                 softmax_scale: float | None = None, **_: Any) -> None:
+                 softmax_scale: float | None = None, pg_collection: Any = None, **_: Any) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ConfigError(f"context_parallel_size={config.context_parallel_size}: this attention kernel sees "
-                              "whole rows only; use 1")
         self.softmax_scale = softmax_scale
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None = None,
                 attn_mask_type: Any = None, attention_bias: None = None,
                 packed_seq_params: PrefixSequences | None = None) -> torch.Tensor:
         assert packed_seq_params is not None, "PrefixLM attention needs the lengths of its examples"
-        rotate = packed_seq_params.rotation
+        query, key = packed_seq_params.rotation(query), packed_seq_params.rotation(key)
+        if self.context_group is not None:
+            key, value = GatherRows.apply(torch.stack((key, value), 1), self.context_group).unbind(1)
         rows = [self.attend(q, k, v, packed_seq_params, row) for row, (q, k, v) in enumerate(zip(
-            rotate(query).unbind(1), rotate(key).unbind(1), value.unbind(1), strict=True))]
+            query.unbind(1), key.unbind(1), value.unbind(1), strict=True))]
         return rows[0].unsqueeze(1) if len(rows) == 1 else torch.stack(rows, 1)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
                row: int) -> torch.Tensor:
-        """Attention of one row: q, k, v [s, heads/tp, d] to [s, heads/tp * d]."""
+        """Attention of one row: q [s/cp, heads/tp, d] and k, v [s, heads/tp, d] to [s/cp, heads/tp * d]."""
         raise NotImplementedError
 
 
@@ -55,7 +57,10 @@ class DenseAttention(PrefixLMAttention):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
                row: int) -> torch.Tensor:
         scale = self.softmax_scale or q.shape[-1] ** -0.5
-        allowed = sequences.dense_mask(row, q.shape[0]).to(q.device)
+        allowed = sequences.dense_mask(row)
+        if sequences.spans:
+            allowed = torch.cat([allowed[span.start:span.start + span.length] for span in sequences.spans])
+        allowed = allowed.to(q.device)
         scores = torch.einsum("ihd,jhd->hij", q.double(), k.double()) * scale
         # A finite floor: a padding position sees nobody, and -inf everywhere would give NaN gradients.
         weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~allowed, 0)
@@ -63,31 +68,31 @@ class DenseAttention(PrefixLMAttention):
 
 
 class SdpaAttention(PrefixLMAttention):
-    """torch's scaled_dot_product_attention, two calls per example: for any GPU without a better kernel."""
+    """torch's scaled_dot_product_attention, one call per piece: for any GPU without a better kernel."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
                row: int) -> torch.Tensor:
-        pairs = sequences.lengths[row]
-        sizes = [p + r for p, r in pairs]
-        pad = q.shape[0] - sum(sizes)
+        sizes = [p + r for p, r in sequences.lengths[row]]
+        starts = [0, *itertools.accumulate(sizes)]
+        # split, not slices of the row: their backward would add one tensor of the row's size per piece.
+        examples = dict(zip(starts, zip(*(t[:starts[-1]].split(sizes) for t in (k, v)), strict=True), strict=False))
+        pieces = sequences.pieces(row)
+        lengths = [piece.queries[1] for piece in pieces]
+        pad = len(q) - sum(lengths)  # the end of the row, so also the end of each rank's slice
         outputs = []
-        # split, not slices: their backward would add one full-size zero tensor per example.
-        for (p, r), example in zip(pairs, zip(*(t.split([*sizes, pad]) for t in (q, k, v)), strict=True),
-                                   strict=False):
-            q_i, k_i, v_i = (t.transpose(0, 1).unsqueeze(0) for t in example)  # [1, heads/tp, p + r, d]
-            prefix, response = q_i.split([p, r], 2)
-            parts = [F.scaled_dot_product_attention(prefix, k_i[:, :, :p], v_i[:, :, :p], scale=self.softmax_scale)]
-            if r:
-                parts.append(F.scaled_dot_product_attention(
-                    response, k_i, v_i, attn_mask=sequences.response_bias(p, r, q), scale=self.softmax_scale))
-            outputs += [part.squeeze(0).transpose(0, 1).flatten(1) for part in parts]
+        for piece, query in zip(pieces, q.split([*lengths, pad]), strict=False):
+            keys, values = (t[:piece.keys[1]] for t in examples[piece.keys[0]])
+            query, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (query, keys, values))
+            part = F.scaled_dot_product_attention(query, keys, values, scale=self.softmax_scale,
+                                                  attn_mask=sequences.causal_bias(piece, q))
+            outputs.append(part.squeeze(0).transpose(0, 1).flatten(1))
         if pad:
             outputs.append(q.new_zeros(pad, q.shape[1] * q.shape[2]))
         return torch.cat(outputs)
 
 
 class CpuAttention(PrefixLMAttention):
-    """The same two calls on torch's CPU flash kernel, as one autograd function over the row."""
+    """The same pieces on torch's CPU flash kernel, as one autograd function over the row."""
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
                row: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from hrm_megatron.model.recurrence import Recorder, run_ticks
 from hrm_megatron.model.rotary import Rotation
 from hrm_megatron.model.schedule import unroll
 from hrm_megatron.model.specs import stack_spec
+from hrm_megatron.parallel.context import context_spans
 
 STACKS = {"H": "h_stack", "L": "l_stack"}
 EMBEDDING_WEIGHT = "embedding.word_embeddings.weight"
@@ -106,8 +107,10 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
 
     def sequences(self, batch: PackedBatch) -> PrefixSequences:
         """Prepare what attention needs of a micro-batch, for all ticks."""
-        arch = self.config.arch
-        return PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, arch.head_dim, arch.rope_theta))
+        arch, group = self.config.arch, self.pg_collection.cp
+        spans = context_spans(batch.row_tokens, group.rank(), group.size()) if group.size() > 1 else None
+        return PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, arch.head_dim, arch.rope_theta),
+                               batch.row_tokens, spans)
 
     def logits_at(self, z_h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Apply the head at positions `index` [n] of the flattened [s, b] rows: [n, v/tp]."""

@@ -113,8 +113,10 @@ def check_layout(args: argparse.Namespace, architecture: Architecture) -> None:
             divisors = [d for d in range(1, min(size, 64) + 1) if size % d == 0]
             raise ConfigError(f"--tensor-model-parallel-size {tp} does not divide the {size} {name}: "
                               f"choose one of {', '.join(map(str, divisors))}")
-    if args.context_parallel_size > 1:
-        raise ConfigError(f"--context-parallel-size {args.context_parallel_size}: not built yet; use 1")
+    slices = 2 * args.context_parallel_size * (tp if args.sequence_parallel else 1)
+    if args.context_parallel_size > 1 and args.seq_length % slices:
+        raise ConfigError(f"--context-parallel-size {args.context_parallel_size} cuts a row into {slices} pieces, but "
+                          f"--seq-length {args.seq_length} is no multiple of that: choose one")
     whole = tp * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % whole:
         raise ConfigError(f"{args.world_size} processes cannot be divided into model replicas of {whole}: start a "

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,19 +12,25 @@ from hrm_megatron.data.batch import PackedBatch
 Report = dict[str, torch.Tensor]  # name > [numerator, denominator]
 
 
-def loss_sums(batch: PackedBatch, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
+def loss_sums(batch: PackedBatch, scores: torch.Tensor,
+              context_group: Any = None) -> tuple[torch.Tensor, torch.Tensor, Report]:
     """Reduce the scores [2, n] of HRMModel to (sum of losses, count of labels, report).
 
     With `--calculate-per-token-loss` Megatron divides gradients by the count over all ranks and micro-batches:
-    the token mean of the global batch. An example is exactly right if all its labels are.
+    the token mean of the global batch. An example is exactly right if all its labels are, those on the other ranks of
+    `context_group` too; each of these ranks reports its share.
     """
     losses, correct = scores
     loss = losses.sum()
     wrong = torch.zeros(batch.num_examples, device=losses.device).index_add_(0, batch.label_example, 1 - correct)
+    ranks = 1
+    if context_group is not None:
+        torch.distributed.all_reduce(wrong, group=context_group)
+        ranks = context_group.size()
     values = {
         "lm loss": (loss.detach(), losses.numel()),
         "accuracy": (correct.sum(), losses.numel()),
-        "exact accuracy": ((wrong == 0).sum(), batch.num_examples),
+        "exact accuracy": ((wrong == 0).sum() / ranks, batch.num_examples / ranks),
     }
     report = {name: torch.stack([torch.as_tensor(x, dtype=torch.float32, device=losses.device) for x in pair])
               for name, pair in values.items()}

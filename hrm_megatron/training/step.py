@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
 from hrm_megatron.data.batch import PackedBatch
@@ -15,6 +16,7 @@ from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.pipeline import PipelinedHRM, TickChunk
 from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.schedule import trains_embedding
+from hrm_megatron.parallel.context import context_positions
 from hrm_megatron.training.arguments import bp_schedule, model_config
 from hrm_megatron.training.metrics import Report, ThroughputMeter, loss_sums
 from hrm_megatron.training.overlap import OverlappedReduction
@@ -26,7 +28,7 @@ class TrainingStep:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.bp_schedule = bp_schedule(args)
-        self.meter = ThroughputMeter(args.data_parallel_size)
+        self.meter = ThroughputMeter(args.data_parallel_size * args.context_parallel_size)
         self.reduction = OverlappedReduction()
         self.stage: PipelinedHRM
         self.waiting: list[deque[tuple[PackedBatch, PrefixSequences]]] = []
@@ -73,7 +75,11 @@ class TrainingStep:
         """Return the next micro-batch; in a pipeline chunk 0 reads it and the chunks of later ticks take it up."""
         if isinstance(part, TickChunk):
             return self.waiting[part.index].popleft()
-        batch = PackedBatch.from_rows(next(data_iterator)).to(f"cuda:{torch.cuda.current_device()}")
+        batch = PackedBatch.from_rows(next(data_iterator))
+        context = part.pg_collection.cp
+        if context.size() > 1:
+            batch = batch.on_context_rank(context_positions(batch.row_tokens, context.rank(), context.size()))
+        batch = batch.to(f"cuda:{torch.cuda.current_device()}")
         read = batch, part.sequences(batch)
         for queue in self.waiting[1:]:
             queue.append(read)
@@ -82,7 +88,8 @@ class TrainingStep:
     def loss(self, batch: PackedBatch, training: bool,
              scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
         """Reduce scores to (sum of losses, count of labels, report) for Megatron's per-token loss."""
-        loss, count, report = loss_sums(batch, scores)
+        group = parallel_state.get_context_parallel_group() if self.args.context_parallel_size > 1 else None
+        loss, count, report = loss_sums(batch, scores, group)
         if training:
             report["bp steps"] = scores.new_tensor([self.bp_steps, 1])
             report["tokens per second"] = scores.new_tensor(self.meter.lap(batch.tokens.numel()))

@@ -5,6 +5,7 @@ import torch
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.rotary import Rotation
+from hrm_megatron.parallel.context import context_positions, context_spans
 
 HEADS, D = 3, 8
 PACKINGS = {
@@ -30,7 +31,7 @@ def sequences_of(lengths, row_tokens):
     for row, pairs in enumerate(lengths):
         where = torch.cat([torch.arange(p + r) for p, r in pairs])
         positions[row, :len(where)] = where
-    return PrefixSequences(lengths, Rotation.of(positions, D, 1e4))
+    return PrefixSequences(lengths, Rotation.of(positions, D, 1e4), row_tokens)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "cpu"])
@@ -51,6 +52,44 @@ def test_outputs_and_gradients_equal_the_definition(single_rank, name, packing):
 
 
 @pytest.mark.parametrize("name", ["dense", "sdpa", "cpu"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_slices_of_context_ranks_are_those_of_the_whole(single_rank, name, size):
+    """Each rank with its queries and all keys: outputs and query gradients are slices, key gradients add up."""
+    lengths, row_tokens = PACKINGS["padding"], 24
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(row_tokens, len(lengths), HEADS, D, generator=generator) for _ in range(3))
+    probe = torch.randn(row_tokens, len(lengths), HEADS * D, generator=generator)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    whole = kernel("dense")(*leaves, packed_seq_params=sequences_of(lengths, row_tokens))
+    want = torch.autograd.grad((whole * probe).sum(), leaves)
+    layer, totals, seen = kernel(name), [torch.zeros_like(k), torch.zeros_like(v)], []
+    for rank in range(size):
+        positions = context_positions(row_tokens, rank, size)
+        seen += positions.tolist()
+        leaves = [q[positions].clone().requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_()]
+        sequences = sequences_of(lengths, row_tokens)
+        sequences.spans = context_spans(row_tokens, rank, size)
+        rows = [layer.attend(*(t[:, row] for t in rotated(leaves, sequences, positions)), sequences, row)
+                for row in range(len(lengths))]
+        out = torch.stack(rows, 1)
+        assert (out - whole[positions]).abs().max() < 2e-6
+        dq, dk, dv = torch.autograd.grad((out * probe[positions]).sum(), leaves)
+        assert (dq - want[0][positions]).abs().max() < 2e-6
+        for total, part in zip(totals, (dk, dv), strict=True):
+            total += part
+    assert sorted(seen) == list(range(row_tokens))
+    for total, wanted in zip(totals, want[1:], strict=True):
+        assert (total - wanted).abs().max() < 4e-6  # a sum over the ranks
+
+
+def rotated(leaves, sequences, positions):
+    """Rotate the queries of a rank, and all keys, as the layers of all ranks would together."""
+    q, k, v = leaves
+    cos, sin = sequences.rotation.cos, sequences.rotation.sin
+    return Rotation(cos[positions], sin[positions])(q), sequences.rotation(k), v
+
+
+@pytest.mark.parametrize("name", ["dense", "sdpa", "cpu"])
 def test_padding_gives_zeros(single_rank, name):
     lengths = PACKINGS["padding"]
     q, k, v = (torch.randn(ROW_TOKENS, 2, HEADS, D) for _ in range(3))
@@ -61,7 +100,7 @@ def test_padding_gives_zeros(single_rank, name):
 
 def test_the_mask_says_what_prefix_lm_means():
     lengths = [[(2, 3), (1, 0), (3, 1)]]
-    allowed = PrefixSequences(lengths, None).dense_mask(0, 12)
+    allowed = PrefixSequences(lengths, None, 12).dense_mask(0)
     example = [0] * 5 + [1] + [2] * 4
     prefix = [True, True, False, False, False, True, True, True, True, False]
     for query in range(12):

@@ -60,8 +60,8 @@ def test_packed_rows_equal_transformers_with_the_rows_mask(single_rank, case, si
     examples = random_examples(torch.Generator().manual_seed(case), [(5, 3), (1, 0), (4, 7), (6, 1)])
     row = {name: tensor[None] for name, tensor in assemble_row(examples, 31).items()}  # 4 positions of padding
     batch = PackedBatch.from_rows(row)
-    sequences = PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, 2, 1e4))
-    allowed = sequences.dense_mask(0, 31)
+    sequences = PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, 2, 1e4), 31)
+    allowed = sequences.dense_mask(0)
     allowed[27:] = torch.eye(31, dtype=torch.bool)[27:]  # padding must see something there; it is not compared
     mask = torch.zeros(1, 1, 31, 31).masked_fill(~allowed, float("-inf"))
     with torch.no_grad():

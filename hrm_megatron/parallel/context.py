@@ -1,0 +1,53 @@
+"""Context parallelism: which positions of a row a rank holds, and the whole keys and values for its queries.
+
+A row is cut into twice as many chunks as ranks; rank i holds chunks i and 2 * size - 1 - i, as stock Megatron cuts
+(core/utils.py, get_batch_on_this_cp_rank), so that early and late positions are shared evenly.
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Span(NamedTuple):
+    """Neighbouring positions of a row that a rank holds: where they lie in its slice and in the row."""
+
+    local: int
+    start: int
+    length: int
+
+
+def context_spans(row_tokens: int, rank: int = 0, size: int = 1) -> list[Span]:
+    """List the positions of `rank`, in the order of its slice."""
+    if size == 1:
+        return [Span(0, 0, row_tokens)]
+    chunk = row_tokens // (2 * size)
+    assert chunk * 2 * size == row_tokens, (row_tokens, size)
+    return [Span(0, rank * chunk, chunk), Span(chunk, (2 * size - 1 - rank) * chunk, chunk)]
+
+
+def context_positions(row_tokens: int, rank: int, size: int) -> torch.Tensor:
+    """Positions of `rank` in the row, [s / size]."""
+    return torch.cat([torch.arange(span.start, span.start + span.length)
+                      for span in context_spans(row_tokens, rank, size)])
+
+
+class GatherRows(torch.autograd.Function):
+    """Slices [s/cp, ...] of all ranks to the whole [s, ...] in the row's order; gradients are summed and cut again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        size = group.size()
+        gathered = x.new_empty(len(x) * size, *x.shape[1:])
+        torch.distributed.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        ctx.group = group
+        ctx.order = torch.cat([context_positions(len(gathered), rank, size) for rank in range(size)]).to(x.device)
+        return torch.empty_like(gathered).index_copy_(0, ctx.order, gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        g = grads[0]
+        out = g.new_empty(len(g) // ctx.group.size(), *g.shape[1:])
+        torch.distributed.reduce_scatter_tensor(out, g[ctx.order], group=ctx.group)
+        return out, None
