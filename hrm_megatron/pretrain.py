@@ -18,6 +18,7 @@ from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.training.arguments import parse_arguments  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, guard_saves  # noqa: E402
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
+from hrm_megatron.training.layout import describe  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 
@@ -32,6 +33,8 @@ def train() -> None:
 
     args = parse_arguments(vocab_size_of)
     check_checkpoint(args)
+    if not args.rank:
+        print(describe(args), flush=True)
     step = TrainingStep(args)
     install(args, step)
     guard_saves(args)

@@ -1,0 +1,89 @@
+"""What a pipeline schedule of a recurrence costs, before anything runs: bubble and live graphs, by plain arithmetic.
+
+Every stage runs a fixed list of operations in order, as Megatron-Core does; one starts when the stage is free and its
+input has arrived. A tick's forward takes 1, its backward 2 where it has a gradient and nothing where it answers
+zeros, whose message still travels; a message takes `LATENCY`. Head, embedding, optimizer and data parallel
+reduction are left out.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+BACKWARD, LATENCY = 2.0, 0.05  # in forwards of a tick
+
+
+class Operation(NamedTuple):
+    """Forward or backward of one tick of one micro-batch on one stage."""
+
+    backward: bool
+    microbatch: int
+    tick: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`bubble` is the share of time in which a stage waits; `live_graphs` the most ticks on one stage whose forward
+    has run and whose backward has not."""
+
+    bubble: float
+    live_graphs: int
+
+
+def interleaved(microbatches: int, ticks: range, stage: int, stages: int, group: int) -> list[Operation]:
+    """List the operations of one stage in Megatron's interleaved schedule, a virtual chunk for every tick.
+
+    Source: core/pipeline_parallel/schedules.py, get_schedule_table and get_pp_rank_microbatches.
+    """
+    visits = [(m, tick) for start in range(0, microbatches, group) for tick in ticks
+              for m in range(start, min(start + group, microbatches))]
+    forward = [Operation(False, m, tick) for m, tick in visits]
+    backward = [Operation(True, m, ticks[0] + ticks[-1] - tick) for m, tick in visits]
+    warmup = min(len(forward), 2 * (stages - stage - 1) + (len(ticks) - 1) * group)
+    steady = [operation for pair in zip(forward[warmup:], backward, strict=False) for operation in pair]
+    return forward[:warmup] + steady + backward[len(forward) - warmup:]
+
+
+def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool]) -> Estimate:
+    """Run the operations of all stages; `with_grad[tick]` tells which ticks build a graph."""
+    stages, last = len(orders), len(with_grad) - 1
+    done: dict[tuple[Operation, int], float] = {}
+    clock, position, live, most = [0.0] * stages, [0] * stages, [0] * stages, 0
+    while any(position[stage] < len(orders[stage]) for stage in range(stages)):
+        before = sum(position)
+        for stage, order in enumerate(orders):
+            while position[stage] < len(order):
+                operation = order[position[stage]]
+                source = _source(operation, stage, stages, last)
+                if source is not None and source not in done:
+                    break
+                arrival = 0.0 if source is None else done[source] + LATENCY * (source[1] != stage)
+                grad = with_grad[operation.tick]
+                cost = BACKWARD * grad if operation.backward else 1.0
+                clock[stage] = done[operation, stage] = max(clock[stage], arrival) + cost
+                live[stage] += grad * (-1 if operation.backward else 1)
+                most = max(most, live[stage])
+                position[stage] += 1
+        assert sum(position) > before, "the schedule waits for itself"
+    microbatches = 1 + max(operation.microbatch for operation in orders[0])
+    useful = microbatches * (len(with_grad) + BACKWARD * sum(with_grad))
+    return Estimate(1 - useful / max(clock), most)
+
+
+def _source(operation: Operation, stage: int, stages: int, last: int) -> tuple[Operation, int] | None:
+    """Return the operation, and its stage, whose result this one needs."""
+    backward, m, tick = operation
+    if not backward:
+        if stage:
+            return operation, stage - 1
+        return (Operation(False, m, tick - 1), stages - 1) if tick else None
+    if stage < stages - 1:
+        return operation, stage + 1
+    return (Operation(False, m, tick), stage) if tick == last else (Operation(True, m, tick + 1), 0)
+
+
+def stock(microbatches: int, with_grad: Sequence[bool], stages: int, group: int) -> Estimate:
+    """Estimate Megatron's interleaved schedule over all ticks."""
+    ticks = range(len(with_grad))
+    return estimate([interleaved(microbatches, ticks, stage, stages, group) for stage in range(stages)], with_grad)

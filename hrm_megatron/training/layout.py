@@ -1,0 +1,64 @@
+"""Say at the start what a run is laid out as: who holds what, and how long its pipeline waits."""
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from hrm_megatron.config import Architecture
+from hrm_megatron.model.schedule import unroll
+from hrm_megatron.optim.adam_atan2 import STATE_KEYS
+from hrm_megatron.parallel.simulate import stock
+from hrm_megatron.parallel.stages import microbatch_group
+from hrm_megatron.training.arguments import architecture_of
+
+
+def stage_parameters(architecture: Architecture, layers: list[int]) -> list[int]:
+    """Count the weights of each pipeline stage, over all its tensor parallel ranks."""
+    table = architecture.padded_vocab_size * architecture.hidden_size  # embedding on the first, head on the last
+    layer = (architecture.num_parameters - 2 * table) // (2 * architecture.num_layers)
+    counts = [2 * layer * n for n in layers]
+    counts[0] += table
+    counts[-1] += table
+    return counts
+
+
+def layers_of_stages(args: argparse.Namespace) -> list[int]:
+    """Layers per stack on each stage, as Megatron cuts them."""
+    stages, total = args.pipeline_model_parallel_size, args.num_layers
+    ends = [args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers]
+    if stages == 1:
+        return [total]
+    given = [end for end in ends if end is not None]
+    between = (total - sum(given)) // max(1, stages - len(given))
+    first, last = (between if end is None else end for end in ends)
+    return [first, *[between] * (stages - 2), last]
+
+
+def describe(args: argparse.Namespace) -> str:
+    """Describe the layout of a run in a few lines."""
+    tp, pp, cp, dp = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size,
+                      args.data_parallel_size)
+    microbatches = args.global_batch_size // (args.micro_batch_size * dp)
+    lines = [f"layout: {args.world_size} ranks = TP {tp} x PP {pp} x CP {cp} x DP {dp}"
+             f"{', sequence parallel' if args.sequence_parallel else ''}; a step is {microbatches} micro-batches of "
+             f"{args.micro_batch_size} x {args.seq_length} tokens on each replica"]
+    layers = layers_of_stages(args)
+    weight_bytes = args.params_dtype.itemsize
+    # fp32 moments and average, and fp32 masters where the weights themselves are narrower.
+    state_bytes = 4 * (len(STATE_KEYS) + (args.params_dtype != torch.float32)) / (dp * cp)
+    for stage, (n, count) in enumerate(zip(layers, stage_parameters(architecture_of(args, args.vocab_size), layers),
+                                           strict=True)):
+        rank = count / tp
+        lines.append(f"  stage {stage}: {n} layers of each stack, {rank / 1e6:.2f} M parameters a rank; weights "
+                     f"{rank * weight_bytes / 2**30:.3f}, gradients {rank * 4 / 2**30:.3f}, optimizer "
+                     f"{rank * state_bytes / 2**30:.3f} GiB")
+    if pp > 1:
+        group = microbatch_group(microbatches, pp)
+        graphs = {bp: [tick.with_grad for tick in unroll(args.h_cycles, args.l_cycles, bp)]
+                  for bp in sorted({args.bp_min_steps, args.bp_max_steps})}
+        bubbles = {bp: stock(microbatches, with_grad, pp, group) for bp, with_grad in graphs.items()}
+        lines.append(f"  pipeline: interleaved, a chunk per tick, {group} micro-batches in turn; simulated bubble "
+                     + ", ".join(f"{found.bubble:.1%} at bp {bp} ({found.live_graphs} ticks alive)"
+                                 for bp, found in bubbles.items()))
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""The simulated schedule: its figures, and that it is Megatron's."""
+import pytest
+
+from hrm_megatron.model.schedule import unroll
+from hrm_megatron.parallel.simulate import Operation, interleaved, stock
+
+
+def gradients(bp_steps):
+    return [tick.with_grad for tick in unroll(2, 3, bp_steps)]
+
+
+@pytest.mark.parametrize("stages, microbatches, bp_steps, percent", [
+    (2, 32, 2, 6.9), (4, 32, 2, 10.9), (8, 32, 2, 15.3), (2, 32, 5, 4.0), (4, 16, 5, 8.1), (4, 32, 5, 6.9),
+    (8, 32, 5, 10.2), (4, 32, 8, 1.6)])
+def test_bubbles_are_those_of_an_independent_simulation(stages, microbatches, bp_steps, percent):
+    """Figures of a prototype whose order of operations was held against the real schedule."""
+    found = stock(microbatches, gradients(bp_steps), stages, stages)
+    assert 100 * found.bubble == pytest.approx(percent, abs=0.05)
+
+
+@pytest.mark.parametrize("stages, bp_steps", [(2, 5), (4, 5), (8, 2), (4, 3)])
+def test_a_gradient_tick_is_alive_on_one_stage_for_each_stage(stages, bp_steps):
+    assert stock(32, gradients(bp_steps), stages, stages).live_graphs == bp_steps * stages
+
+
+def test_one_stage_never_waits():
+    assert stock(5, gradients(5), 1, 1).bubble == pytest.approx(0)
+
+
+def test_every_tick_of_every_micro_batch_runs_once_each_way():
+    for stage in range(4):
+        order = interleaved(7, range(8), stage, 4, 7)
+        assert len(order) == len(set(order)) == 2 * 7 * 8
+        for m in range(7):
+            mine = [op for op in order if op.microbatch == m]
+            assert [op.tick for op in mine if not op.backward] == list(range(8))
+            assert [op.tick for op in mine if op.backward] == list(range(7, -1, -1))
+            assert all(mine.index(Operation(False, m, t)) < mine.index(Operation(True, m, t)) for t in range(8))
+
+
+@pytest.mark.parametrize("microbatches, stages, group", [(4, 4, 4), (8, 4, 4), (5, 4, 5), (6, 2, 2), (7, 2, 2)])
+def test_the_order_is_that_of_megatron(single_rank, microbatches, stages, group):
+    from megatron.core.pipeline_parallel.schedules import get_schedule_table
+
+    table = get_schedule_table(microbatches, 8, group)
+    for stage in range(stages):
+        forward = [op for op in interleaved(microbatches, range(8), stage, stages, group) if not op.backward]
+        assert [(op.microbatch, op.tick) for op in forward] == [tuple(entry) for entry in table]

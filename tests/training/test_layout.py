@@ -1,0 +1,39 @@
+"""The layout that is announced is the one that is built."""
+import argparse
+
+import torch
+
+from hrm_megatron.config import Architecture
+from hrm_megatron.training.layout import describe, stage_parameters
+
+ARGUMENTS = dict(
+    world_size=16, tensor_model_parallel_size=2, pipeline_model_parallel_size=4, context_parallel_size=1,
+    data_parallel_size=2, sequence_parallel=True, global_batch_size=64, micro_batch_size=1, seq_length=96, num_layers=7,
+    hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, vocab_size=250, h_cycles=2, l_cycles=3,
+    norm_placement="pre", init_scheme="lecun_normal", init_std=None, layernorm_epsilon=1e-6, rotary_base=10_000,
+    bp_min_steps=2, bp_max_steps=5,
+    decoder_first_pipeline_num_layers=2, decoder_last_pipeline_num_layers=1, params_dtype=torch.bfloat16)
+
+
+def test_stages_hold_together_what_one_model_holds(single_rank):
+    from hrm_megatron.model.hrm import HRMModel
+    from hrm_megatron.model.hrm_config import hrm_config
+
+    architecture = Architecture(7, 32, 4, 48, 250)
+    model = HRMModel(hrm_config(architecture), seed=1)
+    counted = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    stages = stage_parameters(architecture, [2, 2, 2, 1])
+    assert sum(stages) == sum(counted.values()) == architecture.num_parameters
+    third = sum(n for name, n in counted.items() if ".layers.4." in name or ".layers.5." in name)
+    assert stages[2] == third and stages[0] == third + counted["embedding.word_embeddings.weight"]
+
+
+def test_the_description_counts_per_rank():
+    lines = describe(argparse.Namespace(**ARGUMENTS)).splitlines()
+    assert lines[0] == ("layout: 16 ranks = TP 2 x PP 4 x CP 1 x DP 2, sequence parallel; a step is 32 micro-batches "
+                        "of 1 x 96 tokens on each replica")
+    layer = 32 * (5 * 32 + 3 * 48)
+    assert lines[3].startswith(f"  stage 2: 2 layers of each stack, {2 * 2 * layer / 2 / 1e6:.2f} M parameters a rank")
+    assert [line.split(":")[1].split(" layers")[0].strip() for line in lines[1:5]] == ["2", "2", "2", "1"]
+    assert lines[5] == ("  pipeline: interleaved, a chunk per tick, 4 micro-batches in turn; simulated bubble 10.9% at "
+                        "bp 2 (8 ticks alive), 6.9% at bp 5 (20 ticks alive)")
