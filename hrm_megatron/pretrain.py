@@ -20,6 +20,7 @@ from hrm_megatron.training.checkpoint import check_checkpoint, guard_saves  # no
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
+from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 
 
@@ -37,6 +38,7 @@ def train() -> None:
         print(describe(args), flush=True)
     step = TrainingStep(args)
     install(args, step)
+    install_schedule(args, step)
     guard_saves(args)
     pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, sources["all"], step.meter.restart),
              ModelType.encoder_or_decoder, step.forward, step.build_model)

@@ -34,6 +34,26 @@ def single_rank():
         yield
 
 
+PARITY = pytest.StashKey[list[tuple[str, float, float]]]()
+
+
+@pytest.fixture
+def parity(request):
+    """Hold a difference against its tolerance, `parity(what, difference, tolerance)`, and put it into the table."""
+    def hold(what: str, difference: float, tolerance: float) -> None:
+        request.config.stash.setdefault(PARITY, []).append((what, difference, tolerance))
+        assert difference <= tolerance, what
+    return hold
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Print the table of all differences that tests have held against a tolerance."""
+    if rows := config.stash.get(PARITY, []):
+        terminalreporter.section("parity")
+        for what, difference, tolerance in rows:
+            terminalreporter.line(f"{what:64} {difference:9.1e}   at most {tolerance:.0e}")
+
+
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
     """Run `hrm_megatron.pretrain` on forked ranks: `launch(*arguments, ranks=2)`, see tests/launch.py."""

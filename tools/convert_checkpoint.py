@@ -12,7 +12,8 @@ from hrm_megatron.parallel.cpu import activate
 
 # Megatron remarks on optional packages that a conversion has no use for.
 warnings.simplefilter("ignore")
-logging.disable(logging.WARNING)
+for name in ("megatron", "torch.utils.cpp_extension"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 activate()
 
 from hrm_megatron.config import ConfigError  # noqa: E402

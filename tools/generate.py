@@ -13,9 +13,9 @@ from pathlib import Path
 
 from hrm_megatron.parallel.cpu import activate
 
-logging.disable(logging.WARNING)  # of what is not installed and not needed
+for name in ("megatron", "torch.utils.cpp_extension"):  # about what is not installed and not needed
+    logging.getLogger(name).setLevel(logging.ERROR)
 activate()
-logging.disable(logging.NOTSET)
 logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")  # Megatron's would log among the answers
 warnings.filterwarnings("ignore")  # Megatron's, about packages that answering needs not
 

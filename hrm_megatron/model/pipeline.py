@@ -61,6 +61,8 @@ class PipelinedHRM(HRMModel):
         self.first_stage, self.last_stage = first_stage, last_stage
         self.num_ticks = len(unroll(config.arch.h_cycles, config.arch.l_cycles))
         self.parked: list[deque[tuple[torch.Tensor, torch.Tensor]]] = [deque() for _ in range(self.num_ticks)]
+        # Where the step has two phases: the first tick of the second, and the states that the first phase ended with.
+        self.second_phase, self.handed = 0, deque[torch.Tensor]()
         # Megatron asks the chunk, not the stage, for its part in the whole.
         self.post_process = False
 
@@ -80,26 +82,33 @@ class PipelinedHRM(HRMModel):
         ticks = unroll(arch.h_cycles, arch.l_cycles, bp_steps)
         x = self._enter([tick.stack for tick in ticks], index, received, batch) if self.first_stage else received
         assert x is not None
+        if ticks[index].with_grad and self.config.recompute_granularity and not x.requires_grad:
+            x.requires_grad_(torch.is_grad_enabled())  # else reentrant recomputation gives the weights no gradient
         stack = partial(getattr(self, STACKS[ticks[index].stack]), attention_mask=None, packed_seq_params=sequences)
         out: torch.Tensor = stack(x) if ticks[index].with_grad else NoGradTick.apply(x, stack)
         return self.scores(out, batch) if self.last_stage and index == self.num_ticks - 1 else out
 
     def _enter(self, stacks: list[str], index: int, received: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:
         """Return the input of a tick, and park the pair of states that it came from for the next."""
-        if index == 0:
-            x = self.embed(batch)
-            z_h, z_l = x.detach().requires_grad_(torch.is_grad_enabled()), self.first_z_l(x)
-            inside = Enter.apply(x, z_h)
-        else:
+        begins = index in (0, self.second_phase)  # nothing before it is in this graph
+        z_h = z_l = None
+        if index:
+            z_h, z_l = self.parked[index - 1].popleft()
+            if begins:
+                received, z_h, z_l = self.handed.popleft(), z_h.detach(), z_l.detach()
             # `received` is a leaf: later ticks add to the .grad of it that the schedule sends back after this chunk's
             # own backward.
-            assert received is not None
-            z_h, z_l = self.parked[index - 1].popleft()
             z_h, z_l = (received, z_l) if stacks[index - 1] == "H" else (z_h, received)
-            inside = z_h
+        entering = z_h
+        if begins and "H" not in stacks[:index]:  # z_H is the embedding still
+            embedded = self.embed(batch)
+            z_h = embedded.detach().requires_grad_(torch.is_grad_enabled())
+            z_l = self.first_z_l(embedded) if z_l is None else z_l
+            entering = Enter.apply(embedded, z_h)
+        assert entering is not None and z_h is not None and z_l is not None
         if index < self.num_ticks - 1:
             self.parked[index].append((z_h, z_l))
-        return inside + z_l
+        return entering + z_l
 
 
 class TickChunk(MegatronModule):  # type: ignore[misc]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+AUTO, STOCK, TWO_PHASE = SCHEDULES = ("auto", "stock", "two-phase")  # `--pipeline-schedule`
 BACKWARD, LATENCY = 2.0, 0.05  # in forwards of a tick
 
 
@@ -45,10 +46,14 @@ def interleaved(microbatches: int, ticks: range, stage: int, stages: int, group:
     return forward[:warmup] + steady + backward[len(forward) - warmup:]
 
 
-def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool]) -> Estimate:
-    """Run the operations of all stages; `with_grad[tick]` tells which ticks build a graph."""
+def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool], barrier: int | None = None) -> Estimate:
+    """Run the operations of all stages; `with_grad[tick]` tells which ticks build a graph.
+
+    The first stage begins tick `barrier` when all micro-batches have left the one before.
+    """
     stages, last = len(orders), len(with_grad) - 1
     done: dict[tuple[Operation, int], float] = {}
+    microbatches = 1 + max(operation.microbatch for operation in orders[0])
     clock, position, live, most = [0.0] * stages, [0] * stages, [0] * stages, 0
     while any(position[stage] < len(orders[stage]) for stage in range(stages)):
         before = sum(position)
@@ -56,6 +61,8 @@ def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool]) -
             while position[stage] < len(order):
                 operation = order[position[stage]]
                 source = _source(operation, stage, stages, last)
+                if source and not operation.backward and not stage and operation.tick == barrier:
+                    source = Operation(False, microbatches - 1, barrier - 1), stages - 1
                 if source is not None and source not in done:
                     break
                 arrival = 0.0 if source is None else done[source] + LATENCY * (source[1] != stage)
@@ -66,7 +73,6 @@ def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool]) -
                 most = max(most, live[stage])
                 position[stage] += 1
         assert sum(position) > before, "the schedule waits for itself"
-    microbatches = 1 + max(operation.microbatch for operation in orders[0])
     useful = microbatches * (len(with_grad) + BACKWARD * sum(with_grad))
     return Estimate(1 - useful / max(clock), most)
 
@@ -87,3 +93,36 @@ def stock(microbatches: int, with_grad: Sequence[bool], stages: int, group: int)
     """Estimate Megatron's interleaved schedule over all ticks."""
     ticks = range(len(with_grad))
     return estimate([interleaved(microbatches, ticks, stage, stages, group) for stage in range(stages)], with_grad)
+
+
+def forward_only(microbatches: int, ticks: range, group: int) -> list[Operation]:
+    """List the operations of any stage when Megatron runs the interleaved schedule forward only."""
+    return [operation for operation in interleaved(microbatches, ticks, 0, 1, group) if not operation.backward]
+
+
+def two_phase(microbatches: int, with_grad: Sequence[bool], stages: int, group: int) -> Estimate:
+    """Estimate the leading ticks without gradient forward only, for all micro-batches, and then the others.
+
+    Each phase has visits of equal cost, so that stages wait less for each other, where micro-batches are many.
+    """
+    prefix = leading(with_grad)
+    rest = range(prefix, len(with_grad))
+    orders = [forward_only(microbatches, range(prefix), group) + interleaved(microbatches, rest, stage, stages, group)
+              for stage in range(stages)]
+    return estimate(orders, with_grad, barrier=prefix)
+
+
+def leading(with_grad: Sequence[bool]) -> int:
+    """Count the ticks before the first one with a gradient."""
+    return list(with_grad).index(True)
+
+
+def second_phase(schedule: str, with_grad: Sequence[bool], microbatches: int, stages: int, group: int) -> int:
+    """First tick of the second phase; 0 where a step has one phase: by force, or because two have no smaller bubble."""
+    prefix = leading(with_grad)
+    if schedule == STOCK or not prefix:
+        return 0
+    if schedule == AUTO and (two_phase(microbatches, with_grad, stages, group).bubble
+                             >= stock(microbatches, with_grad, stages, group).bubble):
+        return 0
+    return prefix

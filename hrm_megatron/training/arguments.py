@@ -17,6 +17,8 @@ from hrm_megatron.model.attention import AUTO, KERNELS, core_attention
 from hrm_megatron.model.hrm_config import HRM_SETTINGS, HRMConfig, swiglu_settings
 from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
+from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
+from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, stage_layers
 
 OPTIMIZER = "adam_atan2"
@@ -57,6 +59,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--init-std", type=float, help="standard deviation for fixed_normal and megatron")
     group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre")
     group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO)
+    group.add_argument("--pipeline-schedule", choices=SCHEDULES, default=AUTO_SCHEDULE,
+                       help="of a step through a pipeline; auto: in two phases where these wait less by a simulation")
     group.add_argument("--sampled-data-path", metavar="DIR", help="train on HRM-Text's own sampled folder")
     for action in parser._actions:
         if action.dest == "optimizer":

@@ -8,7 +8,7 @@ import torch
 from hrm_megatron.config import Architecture
 from hrm_megatron.model.schedule import unroll
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
-from hrm_megatron.parallel.simulate import stock
+from hrm_megatron.parallel.simulate import second_phase, stock, two_phase
 from hrm_megatron.parallel.stages import microbatch_group
 from hrm_megatron.training.arguments import architecture_of
 
@@ -57,8 +57,9 @@ def describe(args: argparse.Namespace) -> str:
         group = microbatch_group(microbatches, pp)
         graphs = {bp: [tick.with_grad for tick in unroll(args.h_cycles, args.l_cycles, bp)]
                   for bp in sorted({args.bp_min_steps, args.bp_max_steps})}
-        bubbles = {bp: stock(microbatches, with_grad, pp, group) for bp, with_grad in graphs.items()}
-        lines.append(f"  pipeline: interleaved, a chunk per tick, {group} micro-batches in turn; simulated bubble "
-                     + ", ".join(f"{found.bubble:.1%} at bp {bp} ({found.live_graphs} ticks alive)"
-                                 for bp, found in bubbles.items()))
+        for bp, with_grad in graphs.items():
+            phases = bool(second_phase(args.pipeline_schedule, with_grad, microbatches, pp, group))
+            found = (two_phase if phases else stock)(microbatches, with_grad, pp, group)
+            lines.append(f"  pipeline at bp {bp}: {'two phases' if phases else 'one phase'}, {group} micro-batches in "
+                         f"turn; simulated bubble {found.bubble:.1%}, {found.live_graphs} ticks alive on a stage")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.pipeline import PipelinedHRM, TickChunk
 from hrm_megatron.model.prefix_lm import PrefixSequences
-from hrm_megatron.model.schedule import trains_embedding
+from hrm_megatron.model.schedule import trains_embedding, unroll
 from hrm_megatron.parallel.context import context_positions
 from hrm_megatron.training.arguments import bp_schedule, model_config
 from hrm_megatron.training.metrics import Report, ThroughputMeter, loss_sums
@@ -52,6 +52,11 @@ class TrainingStep:
         """Gradient ticks of the step that is running; Megatron counts steps from 0."""
         return self.bp_schedule.at(self.args.curr_iteration + 1)
 
+    @property
+    def with_grad(self) -> list[bool]:
+        """Which ticks of the step that is running build a graph."""
+        return [tick.with_grad for tick in unroll(self.args.h_cycles, self.args.l_cycles, self.bp_steps)]
+
     def embedding_has_gradient(self) -> bool:
         """Tell the optimizer whether the step that is running has a graph down to the embedding."""
         return trains_embedding(self.args.h_cycles, self.bp_steps)
@@ -62,13 +67,18 @@ class TrainingStep:
         scores [2, n]."""
         part = unwrap_model(model)
         batch, sequences = self.micro_batch(data_iterator, part)
-        if model.training and isinstance(part, HRMModel):
-            # In a pipeline the embedding gets zeros.
-            untrained = part.pre_process and not self.embedding_has_gradient() and not isinstance(part, PipelinedHRM)
-            self.reduction.before_forward(model, self.bp_steps,
-                                          part.embedding.word_embeddings.weight if untrained else None)
+        if model.training and isinstance(part, HRMModel) and not getattr(part, "second_phase", 0):
+            self.prepare_reduction(model, part)
         out = model(batch=batch, bp_steps=self.bp_steps if model.training else None, sequences=sequences)
         return out, partial(self.loss, batch, model.training)
+
+    def prepare_reduction(self, model: torch.nn.Module, part: HRMModel) -> None:
+        """Tell DDP which gradients of a micro-batch to expect; `part` is the model inside `model`."""
+        untrained = part.pre_process and not self.embedding_has_gradient()
+        if isinstance(part, PipelinedHRM) and not part.second_phase:
+            untrained = False  # its gradient is there, and zero
+        self.reduction.before_forward(model, self.bp_steps,
+                                      part.embedding.word_embeddings.weight if untrained else None)
 
     def micro_batch(self, data_iterator: Iterator[dict[str, torch.Tensor]],
                     part: HRMModel | TickChunk) -> tuple[PackedBatch, PrefixSequences]:

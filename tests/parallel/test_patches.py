@@ -60,6 +60,8 @@ STOCK = [
     # hrm_megatron/training
     ("megatron.training.training", "get_megatron_optimizer", BUILD_ARGUMENTS),
     ("megatron.training.training", "get_optimizer_param_scheduler", "(optimizer)"),
+    ("megatron.training.training", "get_forward_backward_func",
+     "(pp_size=None, vp_size=None, schedule_pg_collection=None)"),
     ("megatron.training.training", "save_checkpoint",
      "(iteration, model, optimizer, opt_param_scheduler, num_floating_point_operations_so_far, "
      "checkpointing_context=None, pipeline_rank=None, expert_rank=None, tensor_rank=None, pipeline_parallel=None, "

@@ -2,7 +2,16 @@
 import pytest
 
 from hrm_megatron.model.schedule import unroll
-from hrm_megatron.parallel.simulate import Operation, interleaved, stock
+from hrm_megatron.parallel.simulate import (
+    AUTO,
+    STOCK,
+    TWO_PHASE,
+    Operation,
+    interleaved,
+    second_phase,
+    stock,
+    two_phase,
+)
 
 
 def gradients(bp_steps):
@@ -16,6 +25,23 @@ def test_bubbles_are_those_of_an_independent_simulation(stages, microbatches, bp
     """Figures of a prototype whose order of operations was held against the real schedule."""
     found = stock(microbatches, gradients(bp_steps), stages, stages)
     assert 100 * found.bubble == pytest.approx(percent, abs=0.05)
+
+
+@pytest.mark.parametrize("stages, microbatches, bp_steps, percent", [
+    (2, 32, 2, 3.1), (4, 32, 2, 5.2), (8, 32, 2, 9.0), (2, 32, 5, 1.4), (4, 16, 5, 5.2), (4, 32, 5, 2.9),
+    (8, 32, 5, 5.8), (8, 64, 5, 3.3)])
+def test_two_phases_wait_less(stages, microbatches, bp_steps, percent):
+    found = two_phase(microbatches, gradients(bp_steps), stages, stages)
+    assert 100 * found.bubble == pytest.approx(percent, abs=0.05)
+    first = gradients(bp_steps).index(True)
+    assert second_phase(AUTO, gradients(bp_steps), microbatches, stages, stages) == first > 0
+    assert found.live_graphs <= (bp_steps + 1) * stages
+
+
+def test_two_phases_are_not_taken_where_they_lose():
+    assert second_phase(AUTO, gradients(5), 8, 8, 8) == 0  # as many micro-batches as stages
+    assert second_phase(TWO_PHASE, gradients(5), 8, 8, 8) == 3 and second_phase(STOCK, gradients(5), 32, 4, 4) == 0
+    assert second_phase(TWO_PHASE, gradients(8), 32, 4, 4) == 0  # no tick without gradient
 
 
 @pytest.mark.parametrize("stages, bp_steps", [(2, 5), (4, 5), (8, 2), (4, 3)])

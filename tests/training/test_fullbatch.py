@@ -47,23 +47,5 @@ def test_two_ranks_from_the_command_line_do_the_same(uninterrupted, fullbatch_ar
     assert done.returncode == 0, done.stderr
     ours, one = scalars(tmp_path), scalars(uninterrupted / "log")
     assert ours.keys() == set(range(1, 21))
-    # Half of the rows on each rank, so each loss is a sum in another order; three ulps of a loss near 5.
+    # Half of the rows on each rank, so each loss is a sum in another order; two steps of fp32 near 5.
     assert max(abs(ours[step] - one[step]) for step in ours) < 1e-6
-
-
-@pytest.mark.parametrize("flags", [
-    pytest.param(["--pipeline-model-parallel-size", 2], id="pipeline parallel"),
-    pytest.param(["--overlap-grad-reduce", "--ddp-bucket-size", 20_000], id="overlap in several buckets"),
-    pytest.param(["--overlap-grad-reduce", "--overlap-param-gather"], id="overlap both ways"),
-    pytest.param(["--micro-batch-size", 4, "--recompute-granularity", "full", "--recompute-method", "uniform",
-                  "--recompute-num-layers", 1], id="recompute"),
-    pytest.param(["--tensor-model-parallel-size", 2], id="tensor parallel"),
-    pytest.param(["--tensor-model-parallel-size", 2, "--sequence-parallel"], id="tensor and sequence parallel"),
-])
-def test_other_ways_of_two_ranks_do_the_same(launch, uninterrupted, fullbatch_arguments, native_start, tmp_path, flags):
-    """Through the whole bp warm-up, when counts of gradients change and the embedding begins to train."""
-    run = launch(*fullbatch_arguments, "--load", native_start, "--tensorboard-dir", tmp_path, *flags, ranks=2)
-    assert run.code == 0, run.output
-    ours, one = scalars(tmp_path), scalars(uninterrupted / "log")
-    assert ours.keys() == one.keys()
-    assert max(abs(ours[step] - one[step]) for step in ours) < LOSS_TOLERANCE

@@ -1,0 +1,91 @@
+"""A pipelined step in two calls of Megatron's interleaved schedule, where that waits less.
+
+First the leading ticks without gradient, forward only, for all micro-batches; then 1F1B over the other ticks. In
+between the last stage hands the states to the first, which keeps two tensors for each micro-batch.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_with_interleaving
+from megatron.core.utils import get_model_config
+from megatron.training import training as megatron_training
+
+from hrm_megatron.parallel.simulate import second_phase
+from hrm_megatron.training.step import TrainingStep
+
+
+def install_schedule(args: argparse.Namespace, step: TrainingStep) -> None:
+    """Let Megatron's loop run its steps by `two_phase_schedule` if there is a pipeline."""
+    if args.pipeline_model_parallel_size > 1:
+        megatron_training.get_forward_backward_func = lambda **_: two_phase_schedule(args.pipeline_schedule, step)
+
+
+def two_phase_schedule(schedule: str, step: TrainingStep) -> Callable[..., Any]:
+    """Make a function with the interface of Megatron's schedules."""
+    chosen: dict[int, int] = {}  # by bp_steps
+
+    def run(*, model: list[torch.nn.Module], data_iterator: list[Iterator[Any]], forward_step_func: Callable[..., Any],
+            num_microbatches: int, forward_only: bool, **options: Any) -> Any:
+        stage, config = step.stage, get_model_config(model[0])
+        if step.bp_steps not in chosen:
+            chosen[step.bp_steps] = second_phase(schedule, step.with_grad, num_microbatches,
+                                                 config.pipeline_model_parallel_size,
+                                                 config.microbatch_group_size_per_vp_stage)
+        stage.second_phase = prefix = 0 if forward_only else chosen[step.bp_steps]
+
+        def phase(part: slice, **changes: Any) -> Any:
+            return forward_backward_pipelining_with_interleaving(**{
+                **options, "model": model[part], "data_iterator": data_iterator[part],
+                "forward_step_func": forward_step_func, "num_microbatches": num_microbatches,
+                "forward_only": forward_only, **changes})
+        if not prefix:
+            return phase(slice(None))
+
+        # Here and not with its first micro-batch: a forward-only phase counts no gradients.
+        step.prepare_reduction(model[0], stage)
+
+        def without_loss(*arguments: Any) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
+            return forward_step_func(*arguments)[0], lambda state, non_loss_data: state
+        with _parts_of(config, model, prefix), torch.no_grad():
+            states = phase(slice(prefix), forward_step_func=without_loss, forward_only=True, collect_non_loss_data=True)
+        stage.handed.extend(_hand_over(states, stage.parked[prefix - 1]))
+        with _parts_of(config, model, len(model) - prefix):
+            return phase(slice(prefix, None))
+    return run
+
+
+@contextmanager
+def _parts_of(config: Any, model: list[torch.nn.Module], chunks: int) -> Iterator[None]:
+    """Show the schedule so many chunks, and let what concerns the weights, all in chunk 0, be done over all of them."""
+    finalize = config.finalize_model_grads_func
+    changes = dict(virtual_pipeline_model_parallel_size=chunks, grad_sync_func=None, param_sync_func=None,
+                   finalize_model_grads_func=lambda _, *arguments, **options: finalize(model, *arguments, **options))
+    stock = {name: getattr(config, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in stock.items():
+            setattr(config, name, value)
+
+
+def _hand_over(states: Sequence[torch.Tensor],
+               parked: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Send the last stage's states to the first stage, which has parked a pair for each; others get none."""
+    first, last = (rank() for rank in (parallel_state.get_pipeline_model_parallel_first_rank,
+                                       parallel_state.get_pipeline_model_parallel_last_rank))
+    rank = torch.distributed.get_rank()
+    if rank == last:
+        torch.distributed.send(torch.stack(list(states)), first)
+    if rank != first:
+        return []
+    buffer = torch.empty(len(parked), *parked[0][0].shape, dtype=parked[0][0].dtype, device=parked[0][0].device)
+    torch.distributed.recv(buffer, last)
+    return list(buffer.unbind())

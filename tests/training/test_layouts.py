@@ -1,0 +1,128 @@
+"""Every parallel layout trains the reference's model as one process does, and each goes on where another stopped.
+
+`make ranks` runs all of it and prints the table; `make test` an important third.
+"""
+import pytest
+from safetensors.torch import load_file
+
+from hrm_megatron.convert.megatron import read_megatron
+from hrm_megatron.convert.table import table
+from hrm_megatron.training.checkpoint import find_iteration
+from tests.training.conftest import FULLBATCH, scalars
+
+TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
+TWO_PHASES = ["--micro-batch-size", 1, "--pipeline-schedule", "two-phase"]
+LAYOUTS = {  # ranks and flags; golden/fullbatch has 2 layers per stack, 8 rows of 96 and 4 heads
+    "1 process": (1, []),
+    "recompute": (1, RECOMPUTE),
+    "TP 2": (2, [TP, 2]),
+    "TP 2 + SP": (2, [TP, 2, "--sequence-parallel"]),
+    "TP 4": (4, [TP, 4]),
+    "PP 2": (2, [PP, 2]),
+    "PP 2, 8 micro-batches": (2, [PP, 2, "--micro-batch-size", 1]),
+    "CP 2": (2, [CP, 2]),
+    "DP 2": (2, []),
+    "DP 2, overlap": (2, OVERLAP),
+    "DP 2, overlap, small buckets": (2, ["--overlap-grad-reduce", "--ddp-bucket-size", 20_000]),
+    "TP 2 x PP 2 + SP": (4, [TP, 2, PP, 2, "--sequence-parallel"]),
+    "TP 2 x DP 2": (4, [TP, 2]),
+    "PP 2 x DP 2, overlap": (4, [PP, 2, *OVERLAP]),
+    "CP 2 x TP 2 + SP": (4, [CP, 2, TP, 2, "--sequence-parallel"]),
+    "PP 2 x CP 2": (4, [PP, 2, CP, 2]),
+    "PP 2, recompute": (2, [PP, 2, *RECOMPUTE]),
+    "PP 2, one phase": (2, [PP, 2, "--micro-batch-size", 1, "--pipeline-schedule", "stock"]),
+    "PP 2, two phases, recompute": (2, [PP, 2, *TWO_PHASES, *RECOMPUTE]),
+    "PP 2 x DP 2, two phases, overlap": (4, [PP, 2, *TWO_PHASES, *OVERLAP]),
+}
+ALWAYS = {"TP 2 + SP", "PP 2", "PP 2 x DP 2, two phases, overlap", "CP 2",
+          "DP 2, overlap, small buckets", "TP 2 x PP 2 + SP", "recompute"}
+PAIRS = [("1 process", "PP 2"), ("PP 2", "CP 2"), ("TP 2 x PP 2 + SP", "1 process"), ("1 process", "TP 4"),
+         ("TP 2 + SP", "PP 2"), ("CP 2", "TP 2 + SP"), ("DP 2, overlap", "PP 2"), ("DP 2", "1 process"),
+         ("PP 2 x DP 2, overlap", "TP 2"), ("CP 2", "DP 2"), ("PP 2", "1 process"), 
+         ("TP 2 x PP 2 + SP", "CP 2 x TP 2 + SP")]
+LOSS_TOLERANCE = AVERAGE_TOLERANCE = 1e-4  # demanded; 9.5e-7 and 8e-7 measured, sums in another order
+RESUME_TOLERANCE = 1e-5  # of the five losses after
+
+pytestmark = pytest.mark.ranks
+
+
+def some(names, always):
+    return [pytest.param(name, id=name if isinstance(name, str) else " to ".join(name),
+                         marks=[] if name in always else pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(scope="session")
+def trained(launch, fullbatch_arguments, native_start, tmp_path_factory):
+    """Train 24 steps in a layout, saving at 12 and 24; once for all tests."""
+    done = {}
+
+    def train(layout):
+        if layout not in done:
+            ranks, flags = LAYOUTS[layout]
+            folder = tmp_path_factory.mktemp("layout")
+            run = launch(*fullbatch_arguments, "--load", native_start, "--save", folder / "checkpoints",
+                         "--save-interval", 12, "--tensorboard-dir", folder / "log", *flags, ranks=ranks)
+            assert run.code == 0, run.output[-5000:]
+            done[layout] = folder
+        return done[layout]
+    return train
+
+
+@pytest.mark.parametrize("layout", some(LAYOUTS, ALWAYS))
+def test_a_layout_trains_as_the_reference(trained, uninterrupted, parity, layout):
+    folder = trained(layout)
+    ours, one = scalars(folder / "log"), scalars(uninterrupted / "log")
+    assert ours.keys() == one.keys() == set(range(1, 25))
+    ends = [read_megatron(find_iteration(place / "checkpoints")) for place in (folder, uninterrupted)]
+    reference = load_file(FULLBATCH / "final_state.safetensors")
+    average = max((ends[0].read("ema", entry) - entry.to_megatron(reference[f"ema.{entry.native}"])).abs().max().item()
+                  for entry in table(ends[0].architecture) if entry.trained)
+    parity(f"{layout}: 24 losses", max(abs(ours[step] - one[step]) for step in one), LOSS_TOLERANCE)
+    parity(f"{layout}: average against HRM-Text's", average, AVERAGE_TOLERANCE)
+    assert ends[0].embedding_updates == ends[1].embedding_updates < 24
+
+
+@pytest.mark.parametrize("pair", some(PAIRS, PAIRS[:3]))
+def test_a_layout_goes_on_where_another_stopped(trained, uninterrupted, launch, fullbatch_arguments, parity, tmp_path,
+                                                pair):
+    saved, loaded = pair
+    ranks, flags = LAYOUTS[loaded]
+    run = launch(*fullbatch_arguments, "--load", trained(saved) / "checkpoints", "--ckpt-step", 12,
+                 "--exit-interval", 17, "--tensorboard-dir", tmp_path, *flags, ranks=ranks)
+    assert run.code == 0, run.output[-5000:]
+    ours, one = scalars(tmp_path), scalars(uninterrupted / "log")
+    assert ours.keys() == set(range(13, 18))
+    parity(f"{saved} to {loaded}: 5 losses", max(abs(ours[step] - one[step]) for step in ours), RESUME_TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", some(["TP 2 + SP", "PP 2", "CP 2", "TP 4", "TP 2 x PP 2 + SP"], {"PP 2"}))
+def test_all_layouts_begin_with_the_same_model(launch, fullbatch_arguments, parity, tmp_path, layout):
+    """Bitwise: a step at a rate of zero, saved."""
+    ends = []
+    for name in ("1 process", layout):
+        ranks, flags = LAYOUTS[name]
+        folder = tmp_path / name.replace(" ", "")
+        run = launch(*fullbatch_arguments, "--lr", 0, "--min-lr", 0, "--train-iters", 1, "--lr-warmup-iters", 0,
+                     "--save", folder, *flags, ranks=ranks)
+        assert run.code == 0, run.output[-5000:]
+        ends.append(read_megatron(find_iteration(folder)))
+    difference = max((ends[0].read("raw", entry) - ends[1].read("raw", entry)).abs().max().item()
+                     for entry in table(ends[0].architecture))
+    parity(f"{layout}: initial weights", difference, 0.0)
+
+
+@pytest.mark.slow
+def test_bf16_follows_one_process(launch, fullbatch_arguments, native_start, parity, tmp_path):
+    losses = []
+    for name in ("1 process", "TP 2 x PP 2 + SP"):
+        ranks, flags = LAYOUTS[name]
+        folder = tmp_path / str(ranks)
+        run = launch(*fullbatch_arguments, "--load", native_start, "--bf16", "--exit-interval", 20, "--tensorboard-dir",
+                     folder, *flags, ranks=ranks)
+        assert run.code == 0, run.output[-5000:]
+        losses.append(scalars(folder))
+    assert losses[0].keys() == set(range(1, 21))
+    difference = max(abs(losses[0][step] - losses[1][step]) for step in losses[0])
+    parity("TP 2 x PP 2 + SP in bf16: 20 losses", difference, 1e-3)
