@@ -37,7 +37,7 @@ mypy: $(STAMP)
 slow: $(STAMP)  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 
-ranks: $(STAMP)  ## Run the tests on several gloo ranks
+ranks: $(STAMP)  ## Train in every parallel layout and print how far each is from one process
 	$(BIN)/python -m pytest -m ranks
 
 gpu: $(STAMP)  ## Run the tests that need a GPU, then the benchmark

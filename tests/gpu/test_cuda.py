@@ -121,7 +121,7 @@ def test_the_kernels_agree_forward_and_backward(single_rank, device, packing, dt
         leaves = [t.clone().requires_grad_() for t in inputs]
         attention = core_attention(kernel)(config, layer_number=1, attn_mask_type=None, attention_type="self")
         out = attention(*leaves, packed_seq_params=PrefixSequences(
-            lengths, Rotation.of(positions.to(device), D, 1e4)))
+            lengths, Rotation.of(positions.to(device), D, 1e4), positions.shape[1]))
         assert out.dtype == dtype and out.device.type == device
         results[kernel] = [out, *torch.autograd.grad((out * probe.flatten(2)).sum(), leaves)]
     for have, want in zip(results["sdpa"], results["dense"], strict=True):

@@ -33,7 +33,7 @@ def refused(launch, tmp_path):
                                            "choose one of 1, 2, 4"]),
     (["--tensor-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
     (["--pipeline-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
-    (["--context-parallel-size", 2], ["--context-parallel-size 2", "use 1"]),
+    (["--context-parallel-size", 2, "--seq-length", 98], ["--context-parallel-size 2 cuts a row into 4 pieces", "98"]),
     (["--bp-max-steps", 9], ["bp_steps=9", "choose 2 to 8"]),
     (["--bp-min-steps", 1], ["bp_steps=1", "choose 2 to 8"]),
     (["--bp-min-steps", 4, "--bp-max-steps", 3], ["bp_min_steps=4, bp_max_steps=3"]),
