@@ -5,6 +5,7 @@ Run as a program it reads orders, one JSON object per line, and answers each wit
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -75,7 +76,8 @@ def _run(order: dict) -> list[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    running = set()
+    running: set[int] = set()
+    ranks: list[int] = []
     for rank in range(order["ranks"]):
         pid = os.fork()
         if not pid:
@@ -93,6 +95,7 @@ def _run(order: dict) -> list[int]:
                 sys.stderr.flush()
                 os._exit(code)
         running.add(pid)
+        ranks.append(pid)
     codes: list[int] = []
     deadline = time.monotonic() + order["timeout_seconds"]
     while running:
@@ -107,6 +110,9 @@ def _run(order: dict) -> list[int]:
             for pid in running:
                 os.killpg(pid, signal.SIGKILL)
         time.sleep(0.01)
+    for pid in ranks:  # a killed rank leaves the processes that it had started
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     return codes
 
 
