@@ -117,6 +117,10 @@ def check_layout(args: argparse.Namespace, architecture: Architecture) -> None:
             divisors = [d for d in range(1, min(size, 64) + 1) if size % d == 0]
             raise ConfigError(f"--tensor-model-parallel-size {tp} does not divide the {size} {name}: "
                               f"choose one of {', '.join(map(str, divisors))}")
+    for flag in ("use_torch_fsdp2", "use_megatron_fsdp"):
+        if getattr(args, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')}: not built for this model; leave it out: the distributed "
+                              "optimizer shards masters, moments and average already")
     slices = 2 * args.context_parallel_size * (tp if args.sequence_parallel else 1)
     if args.context_parallel_size > 1 and args.seq_length % slices:
         raise ConfigError(f"--context-parallel-size {args.context_parallel_size} cuts a row into {slices} pieces, but "

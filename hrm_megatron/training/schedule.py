@@ -28,16 +28,16 @@ def install_schedule(args: argparse.Namespace, step: TrainingStep) -> None:
 
 def two_phase_schedule(schedule: str, step: TrainingStep) -> Callable[..., Any]:
     """Make a function with the interface of Megatron's schedules."""
-    chosen: dict[int, int] = {}  # by bp_steps
+    chosen: dict[tuple[int, int], int] = {}  # by bp_steps and micro-batches
 
     def run(*, model: list[torch.nn.Module], data_iterator: list[Iterator[Any]], forward_step_func: Callable[..., Any],
             num_microbatches: int, forward_only: bool, **options: Any) -> Any:
         stage, config = step.stage, get_model_config(model[0])
-        if step.bp_steps not in chosen:
-            chosen[step.bp_steps] = second_phase(schedule, step.with_grad, num_microbatches,
-                                                 config.pipeline_model_parallel_size,
-                                                 config.microbatch_group_size_per_vp_stage)
-        stage.second_phase = prefix = 0 if forward_only else chosen[step.bp_steps]
+        key = step.bp_steps, num_microbatches
+        if key not in chosen:
+            chosen[key] = second_phase(schedule, step.with_grad, num_microbatches, config.pipeline_model_parallel_size,
+                                       config.microbatch_group_size_per_vp_stage)
+        stage.second_phase = prefix = 0 if forward_only else chosen[key]
 
         def phase(part: slice, **changes: Any) -> Any:
             return forward_backward_pipelining_with_interleaving(**{

@@ -34,6 +34,8 @@ def refused(launch, tmp_path):
     (["--tensor-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
     (["--pipeline-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
     (["--context-parallel-size", 2, "--seq-length", 98], ["--context-parallel-size 2 cuts a row into 4 pieces", "98"]),
+    (["--use-torch-fsdp2"], ["--use-torch-fsdp2: not built for this model; leave it out"]),
+    (["--use-megatron-fsdp"], ["--use-megatron-fsdp: not built for this model"]),
     (["--bp-max-steps", 9], ["bp_steps=9", "choose 2 to 8"]),
     (["--bp-min-steps", 1], ["bp_steps=1", "choose 2 to 8"]),
     (["--bp-min-steps", 4, "--bp-max-steps", 3], ["bp_min_steps=4, bp_max_steps=3"]),
