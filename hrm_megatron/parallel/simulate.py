@@ -26,10 +26,11 @@ class Operation(NamedTuple):
 @dataclass(frozen=True)
 class Estimate:
     """`bubble` is the share of time in which a stage waits; `live_graphs` the most ticks on one stage whose forward
-    has run and whose backward has not."""
+    has run and whose backward has not; `timelines[stage]` lists what runs there as (operation, start, end)."""
 
     bubble: float
     live_graphs: int
+    timelines: list[list[tuple[Operation, float, float]]]
 
 
 def interleaved(microbatches: int, ticks: range, stage: int, stages: int, group: int) -> list[Operation]:
@@ -54,6 +55,7 @@ def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool], b
     stages, last = len(orders), len(with_grad) - 1
     done: dict[tuple[Operation, int], float] = {}
     microbatches = 1 + max(operation.microbatch for operation in orders[0])
+    timelines: list[list[tuple[Operation, float, float]]] = [[] for _ in orders]
     clock, position, live, most = [0.0] * stages, [0] * stages, [0] * stages, 0
     while any(position[stage] < len(orders[stage]) for stage in range(stages)):
         before = sum(position)
@@ -68,13 +70,15 @@ def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool], b
                 arrival = 0.0 if source is None else done[source] + LATENCY * (source[1] != stage)
                 grad = with_grad[operation.tick]
                 cost = BACKWARD * grad if operation.backward else 1.0
-                clock[stage] = done[operation, stage] = max(clock[stage], arrival) + cost
+                start = max(clock[stage], arrival)
+                clock[stage] = done[operation, stage] = start + cost
+                timelines[stage].append((operation, start, start + cost))
                 live[stage] += grad * (-1 if operation.backward else 1)
                 most = max(most, live[stage])
                 position[stage] += 1
         assert sum(position) > before, "the schedule waits for itself"
     useful = microbatches * (len(with_grad) + BACKWARD * sum(with_grad))
-    return Estimate(1 - useful / max(clock), most)
+    return Estimate(1 - useful / max(clock), most, timelines)
 
 
 def _source(operation: Operation, stage: int, stages: int, last: int) -> tuple[Operation, int] | None:

@@ -1,4 +1,9 @@
 """The simulated schedule: its figures, and that it is Megatron's."""
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from hrm_megatron.model.schedule import unroll
@@ -72,3 +77,22 @@ def test_the_order_is_that_of_megatron(single_rank, microbatches, stages, group)
     for stage in range(stages):
         forward = [op for op in interleaved(microbatches, range(8), stage, stages, group) if not op.backward]
         assert [(op.microbatch, op.tick) for op in forward] == [tuple(entry) for entry in table]
+
+
+def test_timelines_are_without_overlap_and_end_together_with_the_step():
+    found = two_phase(8, gradients(5), 4, 4)
+    assert len(found.timelines) == 4
+    for timeline in found.timelines:
+        assert all(end <= start for (_, _, end), (_, start, _) in itertools.pairwise(timeline))
+    busy = sum(end - start for _, start, end in found.timelines[0])
+    assert busy / max(timeline[-1][2] for timeline in found.timelines) == pytest.approx(1 - found.bubble)
+
+
+def test_the_picture_is_drawn_and_what_cannot_be_is_refused(tmp_path):
+    def draw(*arguments):
+        return subprocess.run([sys.executable, "tools/draw_pipeline.py", "--output", tmp_path / "p.png", *arguments],
+                              cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert draw("--stages", "2", "--microbatches", "4").returncode == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    refused = draw("--stages", "4", "--microbatches", "3")
+    assert refused.returncode == 1 and refused.stderr.startswith("error: 3 micro-batches per step are fewer")
