@@ -2,18 +2,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from hrm_megatron.parallel.cpu import activate
+from hrm_megatron.parallel.quiet import be_quiet
 
-# Megatron remarks on optional packages that a conversion has no use for.
-warnings.simplefilter("ignore")
-for name in ("megatron", "torch.utils.cpp_extension"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+be_quiet()
 activate()
 
 from hrm_megatron.config import ConfigError  # noqa: E402

@@ -8,16 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import warnings
 from pathlib import Path
 
 from hrm_megatron.parallel.cpu import activate
+from hrm_megatron.parallel.quiet import be_quiet
 
-for name in ("megatron", "torch.utils.cpp_extension"):  # about what is not installed and not needed
-    logging.getLogger(name).setLevel(logging.ERROR)
+be_quiet()
 activate()
 logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")  # Megatron's would log among the answers
-warnings.filterwarnings("ignore")  # Megatron's, about packages that answering needs not
 
 from tqdm import tqdm  # noqa: E402
 

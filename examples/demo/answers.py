@@ -1,15 +1,13 @@
 """Let models answer the demo's questions: ours through hrm_megatron.generate, the export through transformers."""
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from hrm_megatron.parallel.cpu import activate
+from hrm_megatron.parallel.quiet import be_quiet
 
-warnings.simplefilter("ignore")
-logging.disable(logging.WARNING)  # Megatron remarks on optional packages that answering has no use for
+be_quiet()
 activate()
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402

@@ -21,7 +21,7 @@ from hrm_megatron.optim.adam_atan2 import UPDATES
 from hrm_megatron.optim.builder import EMBEDDING, STEPS_DONE
 from hrm_megatron.parallel.single import single_rank
 from hrm_megatron.training.arguments import FORCED, add_hrm_arguments, fill_from_preset
-from hrm_megatron.training.checkpoint import TRACKER_FILE, common_state, stored_architecture
+from hrm_megatron.training.checkpoint import TRACKER_FILE, not_of_an_hrm, read_run
 from hrm_megatron.training.dcp import DCPFolder
 
 STATE_NAMES = {RAW: "param", **{part: part for part in PARTS if part != RAW}}  # Megatron calls fp32 masters "param"
@@ -34,16 +34,11 @@ def read_megatron(path: str | Path) -> Checkpoint:
     """Open the folder of one iteration (see `find_iteration`), saved under any parallel layout."""
     path = Path(path)
     stored = DCPFolder(path)
+    common, architecture = read_run(stored)
     try:
-        common = common_state(stored)
-        args = common["args"]
-        architecture = stored_architecture(stored)
-        training, iteration = _training_of(args, common), int(common["iteration"])
-    except ConfigError:
-        raise
+        training, iteration = _training_of(common["args"], common), int(common["iteration"])
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: a Megatron checkpoint, but not of an HRM ({error}); give one that "
-                          "hrm_megatron.pretrain saved") from error
+        raise not_of_an_hrm(path, error) from error
     entries = table(architecture)
     shapes = stored.shapes()
     check(path, "megatron", entries, {key: shape for key, shape in shapes.items() if not key.startswith("optimizer.")})

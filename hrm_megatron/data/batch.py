@@ -76,7 +76,7 @@ class PackedBatch:
             ids = torch.repeat_interleave(torch.arange(count, count + len(pairs)), sizes)
             example[row, :len(ids)] = ids
             count += len(pairs)
-        index = (rows["labels"].t().reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1)
+        index = _labelled(rows["labels"])
         return cls(rows["tokens"], rows["labels"], rows["position_ids"], lengths, index,
                    example.t().reshape(-1)[index], s)
 
@@ -95,7 +95,7 @@ class PackedBatch:
         example = torch.zeros(s * b, dtype=torch.int64)
         example[self.label_index] = self.label_example
         labels = self.labels[:, positions]
-        index = (labels.t().reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1)
+        index = _labelled(labels)
         return replace(self, tokens=self.tokens[:, positions], labels=labels,
                        position_ids=self.position_ids[:, positions], label_index=index,
                        label_example=example.view(s, b)[positions].reshape(-1)[index])
@@ -105,3 +105,8 @@ class PackedBatch:
         moved = {name: getattr(self, name).to(device, non_blocking=True)
                  for name in ("tokens", "labels", "position_ids", "label_index", "label_example")}
         return replace(self, **moved)
+
+
+def _labelled(labels: torch.Tensor) -> torch.Tensor:
+    """Return the places [n] in the flattened [s, b] positions of labels [b, s] that have one."""
+    return (labels.t().reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1)

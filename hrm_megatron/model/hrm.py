@@ -36,12 +36,11 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
     """
 
     def __init__(self, config: HRMConfig, seed: int, pre_process: bool = True, post_process: bool = True,
-                 backend: BackendSpecProvider | None = None, pg_collection: Any = None,
-                 vp_stage: int | None = None) -> None:
+                 backend: BackendSpecProvider | None = None, pg_collection: Any = None) -> None:
         super().__init__(config, pg_collection)
         arch = config.arch
         backend = backend or local_provider()
-        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = False
         if pre_process:
             self.embedding = LanguageModelEmbedding(

@@ -5,8 +5,7 @@ Sharding, fp32 masters, overlap and checkpoints stay stock.
 """
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -18,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_states
 from hrm_megatron.optim.schedule import LRSchedule
+from hrm_megatron.parallel.replaced import temporarily
 
 # What a converted checkpoint holds in place of a schedule.
 STEPS_DONE = "steps_done"
@@ -46,19 +46,6 @@ class EMADistributedOptimizer(megatron_optimizer.DistributedOptimizer):  # type:
         super().load_state_dict({**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}})
 
 
-@contextlib.contextmanager
-def _adam_is(build: Callable[..., torch.optim.Optimizer]) -> Iterator[None]:
-    replaced = dict(Adam=build, USING_PYTORCH_OPTIMIZER=False, DistributedOptimizer=EMADistributedOptimizer)
-    stock = {name: getattr(megatron_optimizer, name) for name in replaced}
-    try:
-        for name, value in replaced.items():
-            setattr(megatron_optimizer, name, value)
-        yield
-    finally:
-        for name, value in stock.items():
-            setattr(megatron_optimizer, name, value)
-
-
 def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module], ema_decay: float,
                     embedding_has_gradient: Callable[[], bool], config_overrides: dict[ParamKey, Any] | None = None,
                     **stock_arguments: Any) -> MegatronOptimizer:
@@ -71,7 +58,8 @@ def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module]
         return AdamATan2(params, lr, betas, weight_decay, ema_decay,
                          has_gradient=lambda group: not group.get(EMBEDDING) or embedding_has_gradient())
 
-    with _adam_is(build):
+    replaced = dict(Adam=build, USING_PYTORCH_OPTIMIZER=False, DistributedOptimizer=EMADistributedOptimizer)
+    with temporarily(megatron_optimizer, **replaced):
         optimizer = megatron_optimizer.get_megatron_optimizer(
             config, model_chunks, config_overrides={**(config_overrides or {}), **EMBEDDING_GROUP}, **stock_arguments)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

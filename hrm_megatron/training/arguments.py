@@ -183,6 +183,11 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     return args
 
 
+def microbatches_of(args: argparse.Namespace) -> int:
+    """Micro-batches of a step on each replica."""
+    return int(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size))
+
+
 def bp_schedule(args: argparse.Namespace) -> BPSchedule:
     return BPSchedule(args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction, args.train_iters)
 
@@ -210,7 +215,6 @@ def model_config(args: argparse.Namespace) -> HRMConfig:
     config = dataclasses.replace(config, **own)
     if args.pipeline_model_parallel_size > 1:
         config.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size
-        config.microbatch_group_size_per_vp_stage = microbatch_group(
-            args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
-            args.pipeline_model_parallel_size)
+        config.microbatch_group_size_per_vp_stage = microbatch_group(microbatches_of(args),
+                                                                     args.pipeline_model_parallel_size)
     return config

@@ -118,7 +118,7 @@ def check_checkpoint(args: argparse.Namespace) -> None:
     if folder is None:
         return
     stored = DCPFolder(folder)
-    theirs = stored_architecture(stored)
+    _, theirs = read_run(stored)
     for name in MUST_AGREE:
         if getattr(theirs, name) != getattr(ours, name):
             raise ConfigError(f"{folder}: its model has {name}={getattr(theirs, name)}, the command line makes "
@@ -132,20 +132,19 @@ def check_checkpoint(args: argparse.Namespace) -> None:
                               "optimizer and an EMA that starts at its weights, or another --load")
 
 
-def common_state(stored: DCPFolder) -> dict[str, Any]:
-    """Read what a Megatron checkpoint holds beside tensors."""
-    state: dict[str, Any] = stored.object(COMMON, SAFE_GLOBALS)[0]
-    return state
-
-
-def stored_architecture(stored: DCPFolder) -> Architecture:
-    """Read which model a Megatron checkpoint is of."""
+def read_run(stored: DCPFolder) -> tuple[dict[str, Any], Architecture]:
+    """Read what a Megatron checkpoint holds beside tensors, and which model it is of."""
     try:
-        args = common_state(stored)["args"]
-        return architecture_of(args, args.vocab_size)
+        common: dict[str, Any] = stored.object(COMMON, SAFE_GLOBALS)[0]
+        args = common["args"]
+        return common, architecture_of(args, args.vocab_size)
     except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(f"{stored.path}: a Megatron checkpoint, but not of an HRM ({error}); give one that "
-                          "hrm_megatron.pretrain saved") from error
+        raise not_of_an_hrm(stored.path, error) from error
+
+
+def not_of_an_hrm(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: a Megatron checkpoint, but not of an HRM ({error}); give one that "
+                       "hrm_megatron.pretrain saved")
 
 
 def guard_saves(args: argparse.Namespace) -> None:

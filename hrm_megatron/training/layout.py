@@ -10,7 +10,7 @@ from hrm_megatron.model.schedule import unroll
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.parallel.simulate import second_phase, stock, two_phase
 from hrm_megatron.parallel.stages import microbatch_group
-from hrm_megatron.training.arguments import architecture_of
+from hrm_megatron.training.arguments import architecture_of, microbatches_of
 
 
 def stage_parameters(architecture: Architecture, layers: list[int]) -> list[int]:
@@ -39,7 +39,7 @@ def describe(args: argparse.Namespace) -> str:
     """Describe the layout of a run in a few lines."""
     tp, pp, cp, dp = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size,
                       args.data_parallel_size)
-    microbatches = args.global_batch_size // (args.micro_batch_size * dp)
+    microbatches = microbatches_of(args)
     lines = [f"layout: {args.world_size} ranks = TP {tp} x PP {pp} x CP {cp} x DP {dp}"
              f"{', sequence parallel' if args.sequence_parallel else ''}; a step is {microbatches} micro-batches of "
              f"{args.micro_batch_size} x {args.seq_length} tokens on each replica"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_pipelinin
 from megatron.core.utils import get_model_config
 from megatron.training import training as megatron_training
 
+from hrm_megatron.parallel.replaced import temporarily
 from hrm_megatron.parallel.simulate import second_phase
 from hrm_megatron.training.step import TrainingStep
 
@@ -60,20 +61,12 @@ def two_phase_schedule(schedule: str, step: TrainingStep) -> Callable[..., Any]:
     return run
 
 
-@contextmanager
-def _parts_of(config: Any, model: list[torch.nn.Module], chunks: int) -> Iterator[None]:
+def _parts_of(config: Any, model: list[torch.nn.Module], chunks: int) -> AbstractContextManager[None]:
     """Show the schedule so many chunks, and let what concerns the weights, all in chunk 0, be done over all of them."""
     finalize = config.finalize_model_grads_func
-    changes = dict(virtual_pipeline_model_parallel_size=chunks, grad_sync_func=None, param_sync_func=None,
-                   finalize_model_grads_func=lambda _, *arguments, **options: finalize(model, *arguments, **options))
-    stock = {name: getattr(config, name) for name in changes}
-    try:
-        for name, value in changes.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in stock.items():
-            setattr(config, name, value)
+    return temporarily(
+        config, virtual_pipeline_model_parallel_size=chunks, grad_sync_func=None, param_sync_func=None,
+        finalize_model_grads_func=lambda _, *arguments, **options: finalize(model, *arguments, **options))
 
 
 def _hand_over(states: Sequence[torch.Tensor],
