@@ -30,31 +30,42 @@ class LinearFunction(torch.autograd.Function):
     """x [m, k] and weight [n, k] to x weight^T [m, n]."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, main_grad: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.main_grad = main_grad
         return product(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, weight = ctx.saved_tensors
         dx = product(grads[0], weight.t()) if ctx.needs_input_grad[0] else None
-        return dx, grads[0].t() @ x if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        if ctx.main_grad is None:
+            return dx, grads[0].t() @ x, None
+        ctx.main_grad.addmm_(grads[0].t(), x)
+        weight.grad_added_to_main_grad = True
+        return dx, weight.new_zeros(()).expand_as(weight), None  # DDP's hooks want a gradient to have been there
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., k] and weight [n, k] to x weight^T [..., n], fp32."""
-    out: torch.Tensor = LinearFunction.apply(x.flatten(0, -2), weight)
+def linear(x: torch.Tensor, weight: torch.Tensor, fusion: bool = False) -> torch.Tensor:
+    """x [..., k] and weight [n, k] to x weight^T [..., n], fp32; under `fusion` the gradient of the weight is added to
+    its `main_grad`."""
+    main_grad = weight.main_grad if fusion else None  # type: ignore[attr-defined]  # Megatron's DDP put it there
+    out: torch.Tensor = LinearFunction.apply(x.flatten(0, -2), weight, main_grad)
     return out.unflatten(0, x.shape[:-1])
 
 
 def on_onednn(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Make the `_forward_impl` of a linear layer: ours for a plain product in fp32, else the stock one."""
     def forward_impl(*, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, allreduce_dgrad: bool,
-                     sequence_parallel: bool, **options: Any) -> torch.Tensor:
+                     sequence_parallel: bool, gradient_accumulation_fusion: bool,
+                     **options: Any) -> torch.Tensor:
         if allreduce_dgrad or sequence_parallel or bias is not None or weight.dtype != torch.float32:
             return stock(input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
-                         sequence_parallel=sequence_parallel, **options)
-        return linear(input, weight)
+                         sequence_parallel=sequence_parallel,
+                         gradient_accumulation_fusion=gradient_accumulation_fusion, **options)
+        return linear(input, weight, gradient_accumulation_fusion)
     return forward_impl
 
 

@@ -193,6 +193,18 @@ def _patch_training(module: Any) -> None:
     module.build_train_valid_test_data_iterators = build
 
 
+def _add_weight_gradient(x: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """main_grad [n, k] += grad^T x, for x [m, k] and grad [m, n]: what Apex's kernel of this name does on a GPU."""
+    main_grad.addmm_(grad.t().to(main_grad.dtype), x.to(main_grad.dtype))
+
+
+def _provide_weight_gradients() -> None:
+    # Without it autograd would add up the gradients of all ticks in the weight's dtype, bf16, and round each time.
+    kernels = types.ModuleType("fused_weight_gradient_mlp_cuda")
+    kernels.wgrad_gemm_accum_fp32 = kernels.wgrad_gemm_accum_fp16 = _add_weight_gradient  # type: ignore[attr-defined]
+    sys.modules[kernels.__name__] = kernels
+
+
 def _patch_async_save(module: Any) -> None:
     # A spawned queue manager would import the main program again; forked, it costs nothing.
     module.get_write_results_queue = functools.partial(module.get_write_results_queue, mp_mode="fork")
@@ -262,3 +274,4 @@ def activate() -> None:
     _patch_tensors()
     _patch_cuda_module()
     _patch_process_groups()
+    _provide_weight_gradients()

@@ -39,7 +39,7 @@ FORCED: dict[str, Any] = dict(
 )
 # Fused kernels that exist only where CUDA, Apex or Transformer Engine do.
 WITHOUT_CUDA: dict[str, Any] = dict(
-    distributed_backend="gloo", use_cpu_initialization=True, gradient_accumulation_fusion=False, num_workers=0,
+    distributed_backend="gloo", use_cpu_initialization=True, num_workers=0,
     masked_softmax_fusion=False, no_persist_layer_norm=True,
 )
 

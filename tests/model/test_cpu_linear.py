@@ -28,11 +28,21 @@ def test_product_and_gradients_are_those_of_a_linear_layer(monkeypatch, rows, k,
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-5)  # fp32 sums of up to 130 products
 
 
+def test_a_fused_gradient_is_added_to_the_buffer():
+    x, weight = torch.ones(2, 3), torch.ones(4, 3, requires_grad=True)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.full((4, 3), 0.5), False
+    for _ in range(2):
+        linear(x, weight, fusion=True).sum().backward()
+    assert torch.equal(weight.main_grad, torch.full((4, 3), 4.5)) and weight.grad_added_to_main_grad
+    assert weight.grad is not None  # Megatron's DDP demands that its hook finds one
+
+
 def test_what_is_no_plain_product_stays_stock():
     calls = []
     impl = on_onednn(lambda **options: calls.append(options) or torch.zeros(()))
     x, weight = torch.ones(2, 3), torch.ones(4, 3)
-    plain = dict(input=x, weight=weight, bias=None, allreduce_dgrad=False, sequence_parallel=False, tp_group=None)
+    plain = dict(input=x, weight=weight, bias=None, allreduce_dgrad=False, sequence_parallel=False, tp_group=None,
+                 gradient_accumulation_fusion=False)
     assert torch.equal(impl(**plain), torch.full((2, 4), 3.0)) and not calls
     for other in (dict(bias=torch.zeros(4)), dict(allreduce_dgrad=True), dict(sequence_parallel=True),
                   dict(weight=weight.bfloat16())):

@@ -244,6 +244,17 @@ def test_a_forked_generator_goes_on_and_leaves_the_other_alone(without_cuda):
         pass
 
 
+def test_weight_gradients_are_added_in_the_precision_of_their_buffer(without_cuda):
+    from megatron.core.tensor_parallel import layers
+
+    generator = torch.Generator().manual_seed(2)
+    x, grad = (torch.randn(5, n, generator=generator).bfloat16() for n in (3, 4))
+    buffer = torch.full((4, 3), 1e3)
+    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x, grad, buffer)
+    wanted = 1e3 + grad.double().t() @ x.double()
+    torch.testing.assert_close(buffer.double(), wanted, rtol=0, atol=2e-4)  # fp32 near 1000; bf16 has steps of 4 there
+
+
 def test_building_data_iterators_draws_no_random_numbers(without_cuda):
     from hrm_megatron.parallel import cpu
 
