@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from hrm_megatron.config import ConfigError
 from hrm_megatron.model.schedule import unroll
 from hrm_megatron.parallel.simulate import Estimate, stock, two_phase
-from hrm_megatron.parallel.stages import microbatch_group
 
 FORWARD, NO_GRADIENT, BACKWARD = "#4c78a8", "#b6cbe3", "#f58518"
 
@@ -41,10 +40,9 @@ def draw_row(axes: Axes, title: str, found: Estimate, with_grad: list[bool]) -> 
 def draw(stages: int, microbatches: int, bp_steps: int, output: Path) -> None:
     """Write a picture of both schedules, one under the other, on one axis of time."""
     with_grad = [tick.with_grad for tick in unroll(2, 3, bp_steps)]
-    group = microbatch_group(microbatches, stages)
     figure, rows = plt.subplots(2, 1, figsize=(14, 1.2 + 0.7 * stages), sharex=True, layout="constrained")
     for axes, title, schedule in ((rows[0], "one phase", stock), (rows[1], "two phases", two_phase)):
-        draw_row(axes, title, schedule(microbatches, with_grad, stages, group), with_grad)
+        draw_row(axes, title, schedule(microbatches, with_grad, stages), with_grad)
     rows[1].set_xlabel(f"time, in forwards of a tick on a stage; bp {bp_steps}, {microbatches} micro-batches. Light: a "
                        "tick without gradient, dark: with, orange: backward. Figures: ticks of micro-batch 0",
                        fontsize=8)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hrm_megatron.parallel.stages import microbatch_group, microbatch_windows
+
 AUTO, STOCK, TWO_PHASE = SCHEDULES = ("auto", "stock", "two-phase")  # `--pipeline-schedule`
 BACKWARD, LATENCY = 2.0, 0.05  # in forwards of a tick
 
@@ -23,6 +25,14 @@ class Operation(NamedTuple):
     tick: int
 
 
+class Barrier(NamedTuple):
+    """The first stage begins `tick` of micro-batch m when `last[m]`, the last one of m's window, has left the tick
+    before."""
+
+    tick: int
+    last: Sequence[int]
+
+
 @dataclass(frozen=True)
 class Estimate:
     """`bubble` is the share of time in which a stage waits; `live_graphs` the most ticks on one stage whose forward
@@ -33,13 +43,14 @@ class Estimate:
     timelines: list[list[tuple[Operation, float, float]]]
 
 
-def interleaved(microbatches: int, ticks: range, stage: int, stages: int, group: int) -> list[Operation]:
+def interleaved(microbatches: range, ticks: range, stage: int, stages: int) -> list[Operation]:
     """List the operations of one stage in Megatron's interleaved schedule, a virtual chunk for every tick.
 
     Source: core/pipeline_parallel/schedules.py, get_schedule_table and get_pp_rank_microbatches.
     """
-    visits = [(m, tick) for start in range(0, microbatches, group) for tick in ticks
-              for m in range(start, min(start + group, microbatches))]
+    group = microbatch_group(len(microbatches), stages)
+    visits = [(m, tick) for start in range(0, len(microbatches), group) for tick in ticks
+              for m in microbatches[start:start + group]]
     forward = [Operation(False, m, tick) for m, tick in visits]
     backward = [Operation(True, m, ticks[0] + ticks[-1] - tick) for m, tick in visits]
     warmup = min(len(forward), 2 * (stages - stage - 1) + (len(ticks) - 1) * group)
@@ -47,11 +58,9 @@ def interleaved(microbatches: int, ticks: range, stage: int, stages: int, group:
     return forward[:warmup] + steady + backward[len(forward) - warmup:]
 
 
-def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool], barrier: int | None = None) -> Estimate:
-    """Run the operations of all stages; `with_grad[tick]` tells which ticks build a graph.
-
-    The first stage begins tick `barrier` when all micro-batches have left the one before.
-    """
+def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool],
+             barrier: Barrier | None = None) -> Estimate:
+    """Run the operations of all stages; `with_grad[tick]` tells which ticks build a graph."""
     stages, last = len(orders), len(with_grad) - 1
     done: dict[tuple[Operation, int], float] = {}
     microbatches = 1 + max(operation.microbatch for operation in orders[0])
@@ -63,8 +72,8 @@ def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool], b
             while position[stage] < len(order):
                 operation = order[position[stage]]
                 source = _source(operation, stage, stages, last)
-                if source and not operation.backward and not stage and operation.tick == barrier:
-                    source = Operation(False, microbatches - 1, barrier - 1), stages - 1
+                if barrier and not operation.backward and not stage and operation.tick == barrier.tick:
+                    source = Operation(False, barrier.last[operation.microbatch], barrier.tick - 1), stages - 1
                 if source is not None and source not in done:
                     break
                 arrival = 0.0 if source is None else done[source] + LATENCY * (source[1] != stage)
@@ -93,27 +102,32 @@ def _source(operation: Operation, stage: int, stages: int, last: int) -> tuple[O
     return (Operation(False, m, tick), stage) if tick == last else (Operation(True, m, tick + 1), 0)
 
 
-def stock(microbatches: int, with_grad: Sequence[bool], stages: int, group: int) -> Estimate:
+def stock(microbatches: int, with_grad: Sequence[bool], stages: int) -> Estimate:
     """Estimate Megatron's interleaved schedule over all ticks."""
     ticks = range(len(with_grad))
-    return estimate([interleaved(microbatches, ticks, stage, stages, group) for stage in range(stages)], with_grad)
+    return estimate([interleaved(range(microbatches), ticks, stage, stages) for stage in range(stages)], with_grad)
 
 
-def forward_only(microbatches: int, ticks: range, group: int) -> list[Operation]:
-    """List the operations of any stage when Megatron runs the interleaved schedule forward only."""
-    return [operation for operation in interleaved(microbatches, ticks, 0, 1, group) if not operation.backward]
+def two_phase_orders(windows: Sequence[range], with_grad: Sequence[bool], stages: int) -> list[list[Operation]]:
+    """List the operations of all stages where each window runs its leading ticks without gradient forward only, and
+    then the others."""
+    prefix = leading(with_grad)
+    phases = range(prefix), range(prefix, len(with_grad))
+
+    def order(stage: int, window: range) -> list[Operation]:
+        first, second = (interleaved(window, ticks, stage, stages) for ticks in phases)
+        return [operation for operation in first if not operation.backward] + second
+    return [[operation for window in windows for operation in order(stage, window)] for stage in range(stages)]
 
 
-def two_phase(microbatches: int, with_grad: Sequence[bool], stages: int, group: int) -> Estimate:
-    """Estimate the leading ticks without gradient forward only, for all micro-batches, and then the others.
+def two_phase(microbatches: int, with_grad: Sequence[bool], stages: int, window: int | None = None) -> Estimate:
+    """Estimate a step in two phases, or in two for each window of micro-batches.
 
     Each phase has visits of equal cost, so that stages wait less for each other, where micro-batches are many.
     """
-    prefix = leading(with_grad)
-    rest = range(prefix, len(with_grad))
-    orders = [forward_only(microbatches, range(prefix), group) + interleaved(microbatches, rest, stage, stages, group)
-              for stage in range(stages)]
-    return estimate(orders, with_grad, barrier=prefix)
+    windows = microbatch_windows(microbatches, stages, window)
+    barrier = Barrier(leading(with_grad), [part[-1] for part in windows for _ in part])
+    return estimate(two_phase_orders(windows, with_grad, stages), with_grad, barrier)
 
 
 def leading(with_grad: Sequence[bool]) -> int:
@@ -121,12 +135,13 @@ def leading(with_grad: Sequence[bool]) -> int:
     return list(with_grad).index(True)
 
 
-def second_phase(schedule: str, with_grad: Sequence[bool], microbatches: int, stages: int, group: int) -> int:
+def second_phase(schedule: str, with_grad: Sequence[bool], microbatches: int, stages: int,
+                 window: int | None = None) -> int:
     """First tick of the second phase; 0 where a step has one phase: by force, or because two have no smaller bubble."""
     prefix = leading(with_grad)
     if schedule == STOCK or not prefix:
         return 0
-    if schedule == AUTO and (two_phase(microbatches, with_grad, stages, group).bubble
-                             >= stock(microbatches, with_grad, stages, group).bubble):
+    if schedule == AUTO and (two_phase(microbatches, with_grad, stages, window).bubble
+                             >= stock(microbatches, with_grad, stages).bubble):
         return 0
     return prefix

@@ -40,3 +40,14 @@ def microbatch_group(microbatches: int, stages: int) -> int:
                           f"--global-batch-size to {stages} micro-batches per replica, or lower "
                           "--pipeline-model-parallel-size")
     return next(n for n in range(stages, microbatches + 1) if microbatches % n == 0 or microbatches % n >= stages)
+
+
+def microbatch_windows(microbatches: int, stages: int, window: int | None) -> list[range]:
+    """Cut a step's micro-batches into windows of `window` (None: one of all), each of at least `stages`."""
+    if window is None:
+        return [range(microbatches)]
+    if window < stages:
+        raise ConfigError(f"--pipeline-window {window} is less than the {stages} pipeline stages: give at least "
+                          f"{stages}")
+    starts = [start for start in range(0, microbatches, window) if not start or microbatches - start >= stages]
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], microbatches], strict=True)]

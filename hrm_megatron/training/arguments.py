@@ -19,7 +19,7 @@ from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
-from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, stage_layers
+from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
 
 OPTIMIZER = "adam_atan2"
 
@@ -61,6 +61,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO)
     group.add_argument("--pipeline-schedule", choices=SCHEDULES, default=AUTO_SCHEDULE,
                        help="of a step through a pipeline; auto: in two phases where these wait less by a simulation")
+    group.add_argument("--pipeline-window", type=int, metavar="N",
+                       help="micro-batches of which two phases keep states at a time (default: all of a step)")
     group.add_argument("--sampled-data-path", metavar="DIR", help="train on HRM-Text's own sampled folder")
     for action in parser._actions:
         if action.dest == "optimizer":
@@ -125,6 +127,9 @@ def check_layout(args: argparse.Namespace, architecture: Architecture) -> None:
     if args.context_parallel_size > 1 and args.seq_length % slices:
         raise ConfigError(f"--context-parallel-size {args.context_parallel_size} cuts a row into {slices} pieces, but "
                           f"--seq-length {args.seq_length} is no multiple of that: choose one")
+    if args.rampup_batch_size:
+        raise ConfigError("--rampup-batch-size: not built: learning rate and gradient ticks are counted in steps of "
+                          "one size; leave it out")
     whole = tp * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % whole:
         raise ConfigError(f"{args.world_size} processes cannot be divided into model replicas of {whole}: start a "
@@ -135,8 +140,8 @@ def set_pipeline(args: argparse.Namespace, architecture: Architecture) -> None:
     """Make every tick a virtual chunk, and share the layers; Megatron's flags for the first and last stage win."""
     stages = args.pipeline_model_parallel_size
     replicas = args.world_size // (args.tensor_model_parallel_size * stages * args.context_parallel_size)
-    microbatch_group((args.global_batch_size or args.micro_batch_size * replicas) // (args.micro_batch_size * replicas),
-                     stages)
+    microbatches = (args.global_batch_size or args.micro_batch_size * replicas) // (args.micro_batch_size * replicas)
+    microbatch_group(microbatches, stages), microbatch_windows(microbatches, stages, args.pipeline_window)
     args.num_virtual_stages_per_pipeline_rank = architecture.h_cycles * (architecture.l_cycles + 1)
     if args.decoder_first_pipeline_num_layers is None and args.decoder_last_pipeline_num_layers is None:
         layers = stage_layers(args.num_layers, stages, head_in_layers(architecture, args.bp_max_steps))

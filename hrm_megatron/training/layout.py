@@ -9,7 +9,7 @@ from hrm_megatron.config import Architecture
 from hrm_megatron.model.schedule import unroll
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.parallel.simulate import second_phase, stock, two_phase
-from hrm_megatron.parallel.stages import microbatch_group
+from hrm_megatron.parallel.stages import microbatch_windows
 from hrm_megatron.training.arguments import architecture_of, microbatches_of
 
 
@@ -54,12 +54,20 @@ def describe(args: argparse.Namespace) -> str:
                      f"{rank * weight_bytes / 2**30:.3f}, gradients {rank * 4 / 2**30:.3f}, optimizer "
                      f"{rank * state_bytes / 2**30:.3f} GiB")
     if pp > 1:
-        group = microbatch_group(microbatches, pp)
+        window = args.pipeline_window
         graphs = {bp: [tick.with_grad for tick in unroll(args.h_cycles, args.l_cycles, bp)]
                   for bp in sorted({args.bp_min_steps, args.bp_max_steps})}
         for bp, with_grad in graphs.items():
-            phases = bool(second_phase(args.pipeline_schedule, with_grad, microbatches, pp, group))
-            found = (two_phase if phases else stock)(microbatches, with_grad, pp, group)
-            lines.append(f"  pipeline at bp {bp}: {'two phases' if phases else 'one phase'}, {group} micro-batches in "
-                         f"turn; simulated bubble {found.bubble:.1%}, {found.live_graphs} ticks alive on a stage")
+            if second_phase(args.pipeline_schedule, with_grad, microbatches, pp, window):
+                windows = microbatch_windows(microbatches, pp, window)
+                found, longest = two_phase(microbatches, with_grad, pp, window), max(map(len, windows))
+                # The pair of states of every micro-batch, and what the last stage hands over.
+                state_bytes = 3 * longest * args.micro_batch_size * args.seq_length * args.hidden_size * weight_bytes
+                state_bytes /= cp * (tp if args.sequence_parallel else 1)
+                how = (f"two phases{f' for each of {len(windows)} windows' if len(windows) > 1 else ''}; the first "
+                       f"stage keeps {state_bytes / 2**30:.3f} GiB of states")
+            else:
+                found, how = stock(microbatches, with_grad, pp), "one phase"
+            lines.append(f"  pipeline at bp {bp}: {how}; simulated bubble {found.bubble:.1%}, {found.live_graphs} "
+                         "ticks alive on a stage")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ import itertools
 import pytest
 
 from hrm_megatron.config import PRESETS, Architecture, ConfigError
-from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, stage_layers
+from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
 
 
 @pytest.mark.parametrize("num_layers, stages, head, layers", [
@@ -45,3 +45,13 @@ def test_microbatch_groups_leave_what_megatron_accepts():
         microbatch_group(3, 4)
     with pytest.raises(ConfigError, match="leaves stages without one of the 3 layers of each stack: choose at most 3"):
         stage_layers(3, 4, 0.0)
+
+
+def test_windows_hold_every_micro_batch_once_and_enough_for_all_stages():
+    for stages, window, count in itertools.product((2, 4), (4, 5, 8), range(4, 40)):
+        windows = microbatch_windows(count, stages, window)
+        assert [m for part in windows for m in part] == list(range(count))
+        assert all(len(part) == window for part in windows[:-1]) and stages <= len(windows[-1]) < window + stages
+    assert microbatch_windows(9, 4, None) == [range(9)]
+    with pytest.raises(ConfigError, match="--pipeline-window 3 is less than the 4 pipeline stages: give at least 4"):
+        microbatch_windows(8, 4, 3)

@@ -35,6 +35,8 @@ LAYOUTS = {  # ranks and flags; golden/fullbatch has 2 layers per stack, 8 rows 
     "PP 2, one phase": (2, [PP, 2, "--micro-batch-size", 1, "--pipeline-schedule", "stock"]),
     "PP 2, two phases, recompute": (2, [PP, 2, *TWO_PHASES, *RECOMPUTE]),
     "PP 2 x DP 2, two phases, overlap": (4, [PP, 2, *TWO_PHASES, *OVERLAP]),
+    "PP 2, two phases in windows": (2, [PP, 2, *TWO_PHASES, "--pipeline-window", 3, "--overlap-grad-reduce"]),
+    "PP 2 x DP 2, windows, overlap": (4, [PP, 2, *TWO_PHASES, "--pipeline-window", 2, *OVERLAP]),
 }
 ALWAYS = {"TP 2 + SP", "PP 2", "PP 2 x DP 2, two phases, overlap", "CP 2",
           "DP 2, overlap, small buckets", "TP 2 x PP 2 + SP", "recompute"}
