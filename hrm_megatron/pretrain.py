@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import Any
 
 from hrm_megatron.parallel.cpu import activate
 
@@ -15,6 +16,7 @@ from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
 from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import parse_arguments  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, guard_saves  # noqa: E402
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
@@ -40,8 +42,14 @@ def train() -> None:
     install(args, step)
     install_schedule(args, step)
     guard_saves(args)
+
+    def build_model(vp_stage: int | None = None, **options: Any) -> Any:
+        if not vp_stage:  # the first call, and the first moment at which there is a process group
+            check_agreement(sources["all"].files)
+        return step.build_model(vp_stage=vp_stage, **options)
+
     pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, sources["all"], step.meter.restart),
-             ModelType.encoder_or_decoder, step.forward, step.build_model)
+             ModelType.encoder_or_decoder, step.forward, build_model)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

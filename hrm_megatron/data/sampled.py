@@ -44,6 +44,11 @@ class SampledFolder:
                                                       for name in ARRAYS)
         return self._tokens[inst_start:inst_start + inst_len], self._tokens[resp_start:resp_start + resp_len]
 
+    @property
+    def files(self) -> list[Path]:
+        epochs = [self._folder(epoch) / f"{name}.npy" for epoch in range(self.epochs) for name in ARRAYS]
+        return [self.path / "metadata.json", self.path / "tokens.npy", *epochs]
+
     def _folder(self, epoch: int) -> Path:
         return self.path / f"epoch_{epoch}"
 

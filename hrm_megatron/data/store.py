@@ -151,6 +151,10 @@ class ExampleStore:
         return len(self._dataset) // 2
 
     @property
+    def files(self) -> list[Path]:
+        return [*store_files(self.prefix).values()]
+
+    @property
     def vocab_size(self) -> int:
         """Entries of the tokenizer that wrote the ids."""
         return int(self.metadata["vocab_size"])

@@ -52,7 +52,7 @@ class SwiGLUFunction(torch.autograd.Function):
         x, activated = ctx.saved_tensors
         g = grads[0].float()
         a, b = x.float().chunk(2, -1)
-        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        out = torch.empty(x.shape, dtype=a.dtype, device=x.device)
         da, db = out.chunk(2, -1)
         torch.ops.aten.silu_backward.grad_input(torch.mul(g, b, out=da), a, grad_input=da)
         torch.mul(g, activated, out=db)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from megatron.training.utils import print_rank_0
@@ -33,6 +34,11 @@ class Sources:
     @property
     def vocab_size(self) -> int:
         return self.train.vocab_size
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that are read."""
+        return [file for source in (self.train, self.valid, self.test) if source for file in source.files]
 
 
 def _single(flag: str, paths: Sequence[str] | None) -> str | None:

@@ -20,9 +20,9 @@ def loss_sums(batch: PackedBatch, scores: torch.Tensor,
     the token mean of the global batch. An example is exactly right if all its labels are, those on the other ranks of
     `context_group` too; each of these ranks reports its share.
     """
-    losses, correct = scores
+    losses, correct = scores[0], scores[1].detach()  # a report that hung on the graph would keep it alive
     loss = losses.sum()
-    wrong = torch.zeros(batch.num_examples, device=losses.device).index_add_(0, batch.label_example, 1 - correct)
+    wrong = correct.new_zeros(batch.num_examples).index_add_(0, batch.label_example, 1 - correct)
     ranks = 1
     if context_group is not None:
         torch.distributed.all_reduce(wrong, group=context_group)

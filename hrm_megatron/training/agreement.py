@@ -1,0 +1,61 @@
+"""At the start: do all ranks run the same code over the same data? Else they would train nonsense without an error."""
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+import hrm_megatron
+from hrm_megatron.config import ConfigError
+
+PACKAGES = ("torch", "megatron-core")  # whose version is part of the code
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a large file
+WAYS_OUT = {"code": "install the same version of hrm_megatron, megatron-core and torch on every node",
+            "data": "let every node read the same files"}
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """Hash files: names, sizes, and their bytes, of large ones 64 blocks of 64 KiB from the first to the last."""
+    hashed = hashlib.sha256()
+    for path in sorted(paths):
+        size = path.stat().st_size
+        hashed.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                if size > SAMPLES * SAMPLE_BYTES:
+                    file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                hashed.update(file.read(SAMPLE_BYTES))
+    return hashed.hexdigest()
+
+
+def fingerprint(data_files: Iterable[Path]) -> dict[str, str]:
+    """Describe this process: its node, and a digest of its code and of its data."""
+    root = Path(hrm_megatron.__file__).parent
+    versions = " ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
+    return dict(node=platform.node(), data=digest(data_files),
+                code=f"{versions} python {sys.version_info[:2]} {digest(root.rglob('*.py'))}")
+
+
+def check_agreement(data_files: Iterable[Path]) -> None:
+    """Compare all ranks with rank 0; raise ConfigError on each of them if one differs."""
+    mine = fingerprint(data_files)
+    everyone: list[dict[str, str]] = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    compare(everyone)
+
+
+def compare(everyone: Sequence[dict[str, str]]) -> None:
+    """Raise ConfigError that names the ranks whose code or data is not rank 0's."""
+    first = everyone[0]
+    for what, way_out in WAYS_OUT.items():
+        others = [rank for rank, theirs in enumerate(everyone) if theirs[what] != first[what]]
+        if others:
+            nodes = sorted({everyone[rank]["node"] for rank in others})
+            raise ConfigError(f"the {what} of {len(others)} of {len(everyone)} ranks, the first of them {others[0]} "
+                              f"(on {', '.join(nodes[:8])}{' ...' * (len(nodes) > 8)}), is not that of rank 0 (on "
+                              f"{first['node']}): {way_out}")
