@@ -118,6 +118,7 @@ def check_checkpoint(args: argparse.Namespace) -> None:
     if folder is None:
         return
     stored = DCPFolder(folder)
+    stored.check_files()
     _, theirs = read_run(stored)
     for name in MUST_AGREE:
         if getattr(theirs, name) != getattr(ours, name):
@@ -125,11 +126,13 @@ def check_checkpoint(args: argparse.Namespace) -> None:
                               f"{getattr(ours, name)}; train with its sizes, or give another --load")
     if args.no_load_optim or args.finetune:
         return
-    keys = stored.keys()
+    keys = set(stored.keys())
     for name in STATE_KEYS:
-        if not any(key.startswith(f"optimizer.state.{name}.") for key in keys):
-            raise ConfigError(f"{folder}: holds no {name} of the optimizer; give --no-load-optim to go on with a new "
-                              "optimizer and an EMA that starts at its weights, or another --load")
+        missing = [key for key in stored.shapes() if key.endswith(".weight") and not key.startswith("optimizer.")
+                   and f"optimizer.state.{name}.{key}" not in keys]
+        if missing:
+            raise ConfigError(f"{folder}: holds no {name} of the optimizer for {missing[0]}; give --no-load-optim to "
+                              "go on with a new optimizer and an EMA that starts at its weights, or another --load")
 
 
 def read_run(stored: DCPFolder) -> tuple[dict[str, Any], Architecture]:

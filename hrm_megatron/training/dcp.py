@@ -69,6 +69,22 @@ class DCPFolder:
         return {key: tuple(entry.size) for key, entry in self._entries.items()
                 if isinstance(entry, TensorStorageMetadata)}
 
+    def check_files(self) -> None:
+        """Raise ConfigError unless every piece of every tensor lies in a file that is long enough."""
+        for key, entry in self._entries.items():
+            if isinstance(entry, TensorStorageMetadata) and sum(
+                    chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                raise ConfigError(f"{self.path}: {key}: its pieces are not the whole tensor of {list(entry.size)}; "
+                                  "copy the checkpoint again, or choose another with --ckpt-step")
+        ends: dict[str, int] = {}
+        for info in self._storage.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in ends.items():
+            place = self.path / name
+            if (size := place.stat().st_size if place.is_file() else 0) < end:
+                raise ConfigError(f"{place}: {size} bytes are there, {METADATA_FILE} promises {end}; copy the "
+                                  "checkpoint again, or choose another with --ckpt-step")
+
     def tensor(self, key: str) -> torch.Tensor:
         """Read one tensor, put together from the pieces that all ranks wrote."""
         entry = self._entry(key, TensorStorageMetadata)

@@ -39,6 +39,23 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(launch, fullbatch_argume
     assert tensors_that_differ(ends[0], stopped / "iter_0000012")  # it has trained
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_save_in_the_background_is_the_same_save(launch, fullbatch_arguments, native_start, uninterrupted, tmp_path,
+                                                   ranks):
+    run = launch(*fullbatch_arguments, "--load", native_start, "--save", tmp_path, "--save-interval", 6, "--async-save",
+                 "--exit-interval", 12, ranks=ranks)
+    assert run.code == 0, run.output[-3000:]
+    assert complete_iterations(tmp_path) == ["iter_0000006", "iter_0000012"]
+    assert (tmp_path / TRACKER_FILE).read_text() == "12"
+    if ranks == 1:
+        assert not tensors_that_differ(tmp_path / "iter_0000012", uninterrupted / "checkpoints" / "iter_0000012")
+    again = launch(*fullbatch_arguments, "--load", tmp_path, "--exit-interval", 14, "--tensorboard-dir",
+                   tmp_path / "log")
+    assert again.code == 0, again.output[-3000:]
+    whole, rest = scalars(uninterrupted / "log"), scalars(tmp_path / "log")
+    assert rest == pytest.approx({step: whole[step] for step in (13, 14)}, abs=0 if ranks == 1 else 1e-5)
+
+
 # Where the process dies, as Python that arms it.
 MOMENTS = {
     "between two tensors": """
@@ -97,11 +114,11 @@ def test_a_kill_during_a_save_costs_no_more_than_that_save(launch, fullbatch_arg
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_failing_disk_is_one_line_and_keeps_what_was_saved(launch, fullbatch_arguments, stopped, ranks):
+@pytest.mark.parametrize("ranks, flags", [(1, []), (2, []), (2, ["--async-save"])])
+def test_a_failing_disk_is_one_line_and_keeps_what_was_saved(launch, fullbatch_arguments, stopped, ranks, flags):
     before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
-    run = launch(*fullbatch_arguments, "--load", stopped, "--save", stopped, "--save-interval", 13, ranks=ranks,
-                 prelude=LIMIT)
+    run = launch(*fullbatch_arguments, "--load", stopped, "--save", stopped, "--save-interval", 13, *flags,
+                 ranks=ranks, prelude=LIMIT)
     assert run.code == 2 and "Traceback" not in run.output
     assert len(run.errors) == 1
     assert f"--save {stopped}: cannot write iteration 13 (see the lines above; " in run.errors[0]
