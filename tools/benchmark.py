@@ -1,14 +1,19 @@
-"""Time one training step against another implementation of the same model, in the same process and run.
+"""Time training: one step against another implementation of the same model, or whole steps as users run them.
 
-    python tools/benchmark.py step      # fp32 on the CPU, against transformers' HrmText
+    python tools/benchmark.py step      # fp32 on the CPU, against transformers' HrmText, in the same process
+    python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 [-- --fp8-format hybrid ...]
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import platform
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from hrm_megatron.parallel.cpu import activate
 
@@ -19,8 +24,12 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import HrmTextConfig, HrmTextForCausalLM  # noqa: E402
 
-from hrm_megatron.config import Architecture, ffn_hidden_size  # noqa: E402
+from hrm_megatron.benchmark.peak import matmul_flops_per_second  # noqa: E402
+from hrm_megatron.benchmark.train import measure  # noqa: E402
+from hrm_megatron.config import PRESETS, Architecture, ConfigError, Preset, ffn_hidden_size  # noqa: E402
 from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch, assemble_row  # noqa: E402
+from hrm_megatron.data.dataset import PackedRows  # noqa: E402
+from hrm_megatron.data.sampled import SampledFolder  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402
 from hrm_megatron.model.hrm_config import hrm_config  # noqa: E402
 from hrm_megatron.model.prefix_lm import PrefixSequences  # noqa: E402
@@ -57,25 +66,31 @@ def our_step(row: dict[str, torch.Tensor]) -> Callable[[], float]:
     return step
 
 
-def transformers_step(row: dict[str, torch.Tensor]) -> Callable[[], float]:
-    """Forward and backward of transformers' HrmText on the same row, with the row's mask (its only exact way)."""
-    a = ARCHITECTURE
-    h_bp, l_bp = split_bp_steps(a.h_cycles, a.l_cycles, BP_STEPS)
+def transformers_step(row: dict[str, torch.Tensor], a: Architecture = ARCHITECTURE, bp_steps: int = BP_STEPS,
+                      device: str = "cpu", dtype: torch.dtype = torch.float32) -> Callable[[], float]:
+    """Forward and backward of transformers' HrmText on the same row, with the row's mask (its only exact way).
+
+    On a GPU the model is compiled.
+    """
+    row_tokens = row["tokens"].shape[1]
+    h_bp, l_bp = split_bp_steps(a.h_cycles, a.l_cycles, bp_steps)
     assert h_bp == a.h_cycles, "transformers always trains all H ticks"
     model = HrmTextForCausalLM(HrmTextConfig(
         vocab_size=a.vocab_size, hidden_size=a.hidden_size, intermediate_size=a.ffn_hidden_size,
         num_hidden_layers=a.num_layers, num_attention_heads=a.num_attention_heads, head_dim=a.head_dim,
         H_cycles=a.h_cycles, L_cycles=a.l_cycles, L_bp_cycles=[0] * (a.h_cycles - 1) + [l_bp],
-        initializer_range=a.input_std, max_position_embeddings=ROW_TOKENS, pad_token_id=0)).train()
+        initializer_range=a.input_std, max_position_embeddings=row_tokens, pad_token_id=0)).train().to(device, dtype)
+    forward = torch.compile(model) if device == "cuda" else model
     batch = PackedBatch.from_rows(row)
-    sequences = PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, a.head_dim, a.rope_theta), ROW_TOKENS)
-    mask = torch.zeros(1, 1, ROW_TOKENS, ROW_TOKENS).masked_fill(~sequences.dense_mask(0), float("-inf"))
+    sequences = PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, a.head_dim, a.rope_theta), row_tokens)
+    mask = torch.zeros(1, 1, row_tokens, row_tokens, dtype=dtype).masked_fill(~sequences.dense_mask(0), float("-inf"))
+    mask, batch = mask.to(device), batch.to(device)
     # transformers shifts labels by one itself; ours are already shifted.
-    labels = torch.cat([torch.full((1, 1), IGNORED_LABEL), batch.labels[:, :-1]], 1)
+    labels = torch.cat([batch.labels.new_full((1, 1), IGNORED_LABEL), batch.labels[:, :-1]], 1)
 
     def step() -> float:
         model.zero_grad(set_to_none=True)
-        loss = model(input_ids=batch.tokens, attention_mask=mask, position_ids=batch.position_ids, labels=labels,
+        loss = forward(input_ids=batch.tokens, attention_mask=mask, position_ids=batch.position_ids, labels=labels,
                      use_cache=False).loss
         loss.backward()
         return float(loss.item())
@@ -102,13 +117,70 @@ def compare_steps(repeats: int) -> float:
     return ours / theirs
 
 
+def measure_training(args: argparse.Namespace) -> None:
+    """Print speed, share of the device's measured peak, memory, and where the time goes."""
+    preset = PRESETS[args.hrm_preset] if args.hrm_preset else Preset(*args.sizes)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    print(f"{device}; torch {torch.__version__}, CUDA {torch.version.cuda}; python {' '.join(sys.argv)}")
+    folder = Path(tempfile.mkdtemp(prefix="hrm-benchmark-")) if args.output is None else args.output
+    folder.mkdir(parents=True, exist_ok=True)
+    found = measure(preset, args.row_tokens, args.rows, args.steps, args.vocab_size, args.bp_steps, folder,
+                    ["--bf16", *args.flags])
+    peak = matmul_flops_per_second(size=args.peak_size)
+    print(f"{args.rows} rows of {args.row_tokens} tokens a step, bp {args.bp_steps}, bf16 {' '.join(args.flags)}")
+    print(f"tokens/s     {found.tokens_per_second:12,.0f}   median of {args.steps} steps of {found.step_seconds:.3f} s")
+    print(f"TFLOP/s      {found.flops_per_second / 1e12:12.2f}   {found.flops_per_second / peak:.1%} of the "
+          f"{peak / 1e12:.2f} that bf16 matrix products of {args.peak_size} reach here")
+    print(f"peak memory  {found.peak_bytes / 1e9:12.2f}   GB")
+    for share in found.shares:
+        print(f"  {share.share:6.1%}  {share.group}")
+    if args.peer:
+        seconds = peer_seconds(found.architecture, args, folder / "data")
+        print(f"transformers {args.row_tokens / seconds:12,.0f}   tokens/s, forward and backward of a row in bf16, without "
+              f"an optimizer; ours is {found.tokens_per_second * seconds / args.row_tokens:.2f} times as fast with one")
+    print(f"trace, log and output: {folder}")
+
+
+def peer_seconds(architecture: Architecture, args: argparse.Namespace, data: Path) -> float:
+    """Median time of transformers' HrmText for the first row of `data`."""
+    row = PackedRows(SampledFolder(data), args.row_tokens, 0, 1)[0]
+    step = transformers_step({name: tensor[None] for name, tensor in row.items()}, architecture, args.bp_steps,
+                             "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+    seconds = []
+    for repeat in range(args.steps + 2):
+        start = time.perf_counter()
+        step()  # returns a number, so the device has finished
+        if repeat >= 2:
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", help="one training step, fp32 on the CPU, against transformers' HrmText")
     step.add_argument("--repeats", type=int, default=5)
     step.add_argument("--threads", type=int, default=1)
+    gpu = commands.add_parser("gpu", help="training as hrm_megatron.pretrain does it, on one device")
+    size = gpu.add_mutually_exclusive_group(required=True)
+    size.add_argument("--hrm-preset", choices=[*PRESETS])
+    size.add_argument("--sizes", type=int, nargs=3, metavar=("LAYERS", "HIDDEN", "HEADS"))
+    gpu.add_argument("--row-tokens", type=int, default=24_576)
+    gpu.add_argument("--rows", type=int, default=4, help="rows a step, one micro-batch each")
+    gpu.add_argument("--steps", type=int, default=10)
+    gpu.add_argument("--bp-steps", type=int, default=BP_STEPS)
+    gpu.add_argument("--vocab-size", type=int, default=65_536)
+    gpu.add_argument("--peak-size", type=int, default=8192, help="of the matrices that measure the device's peak")
+    gpu.add_argument("--output", type=Path, help="folder for trace, log and output (default: a new one)")
+    gpu.add_argument("--peer", action="store_true", help="also time transformers' HrmText, compiled on a GPU")
+    gpu.add_argument("flags", nargs="*", help="after --: more flags of hrm_megatron.pretrain")
     args = parser.parse_args()
+    if args.command == "gpu":
+        try:
+            measure_training(args)
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
+        return
     torch.set_num_threads(args.threads)
     sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(ARCHITECTURE).items() if value)
     print(f"torch {torch.__version__}, {args.threads} thread(s); {ROW_TOKENS} packed tokens, bp {BP_STEPS}; {sizes}")

@@ -6,6 +6,7 @@ streams; `torch.cuda.is_available()` keeps telling the truth. Places in the comm
 """
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import importlib.abc
@@ -123,7 +124,7 @@ def _patch_cuda_module() -> None:
     for name, answer in answers.items():
         # One function object per name: dynamo's rule table refuses one under two names.
         setattr(cuda, name, lambda *_, _answer=answer, **__: _answer)
-    cuda.memory_stats = lambda *_: {}
+    cuda.memory_stats = lambda *_: collections.defaultdict(int)
     cuda.Stream, cuda.ExternalStream, cuda.Event = NullStream, NullStream, NullEvent
     cuda.stream = lambda *_: contextlib.nullcontext()
     cuda.device = lambda *_: contextlib.nullcontext()

@@ -17,7 +17,8 @@ def test_the_others_stop_and_the_dead_rank_is_named(fullbatch_arguments, tmp_pat
     with log.open("w") as file:
         run = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-             "hrm_megatron.pretrain", *map(str, fullbatch_arguments), "--train-iters", "100000"], stdout=file, stderr=file)
+             "hrm_megatron.pretrain", *map(str, fullbatch_arguments), "--train-iters", "100000"],
+            stdout=file, stderr=file)
         try:
             deadline = time.monotonic() + SECONDS_TO_START
             while " iteration " not in log.read_text():

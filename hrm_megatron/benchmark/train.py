@@ -1,0 +1,93 @@
+"""Measure training as users run it: `hrm_megatron.pretrain` on one device, over random rows of a stated shape."""
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hrm_megatron.benchmark.kernels import Share, breakdown
+from hrm_megatron.benchmark.rows import write_random_examples
+from hrm_megatron.config import Architecture, ConfigError, Preset
+from hrm_megatron.data.batch import PackedBatch
+from hrm_megatron.data.dataset import PackedRows
+from hrm_megatron.data.sampled import SampledFolder
+from hrm_megatron.planner.flops import score_elements, training_flops
+
+WARMUP_STEPS, PROFILED_STEPS = 5, 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`tokens_per_second` is the median over the measured steps; `flops` are those of one step; bytes are the peak of
+    the allocator, 0 on a CPU."""
+
+    architecture: Architecture
+    tokens_per_second: float
+    step_seconds: float
+    flops: float
+    peak_bytes: int
+    shares: list[Share]
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.flops / self.step_seconds
+
+
+def measure(preset: Preset, row_tokens: int, rows: int, steps: int, vocab_size: int, bp_steps: int, folder: Path,
+            flags: Sequence[str] = ()) -> Measured:
+    """Train `steps` steps of `rows` rows after a warm-up; `flags` are more of Megatron's or ours.
+
+    Raises ConfigError with the last line of the run if it fails; its whole output is in `folder`/output.
+    """
+    data = folder / "data"
+    total = WARMUP_STEPS + steps + PROFILED_STEPS
+    write_random_examples(data, row_tokens, rows * (total + 1), vocab_size)
+    sizes = dict(num_layers=preset.num_layers, hidden_size=preset.hidden_size,
+                 num_attention_heads=preset.num_attention_heads, seq_length=row_tokens, global_batch_size=rows,
+                 micro_batch_size=1, train_iters=total, bp_min_steps=bp_steps, bp_max_steps=bp_steps, lr=1e-4,
+                 eval_iters=0, log_interval=1, sampled_data_path=data, tensorboard_dir=folder / "log",
+                 profile_step_start=WARMUP_STEPS + steps, profile_step_end=total, profile_ranks=0)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m",
+               "hrm_megatron.pretrain", "--profile", "--use-pytorch-profiler", "--log-memory-to-tensorboard"]
+    for name, value in sizes.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    with (folder / "output").open("w") as output:
+        code = subprocess.run([*command, *flags], stdout=output, stderr=subprocess.STDOUT).returncode
+    if code:
+        said = re.findall(r"^(?:\[rank0\]: )?((?:error|\w+Error): .*)", (folder / "output").read_text(errors="replace"),
+                          re.MULTILINE)
+        raise ConfigError(f"the run failed: {said[0] if said else f'exit code {code}'}; its output is in "
+                          f"{folder / 'output'}")
+    scalars = _scalars(folder / "log")
+    measured = range(WARMUP_STEPS + 1, WARMUP_STEPS + steps + 1)
+    speed = statistics.median(scalars["tokens per second"][step] for step in measured)
+    architecture = Architecture(preset.num_layers, preset.hidden_size, preset.num_attention_heads,
+                                preset.ffn_hidden_size, vocab_size)
+    flops = _flops(architecture, bp_steps, data, row_tokens, rows, measured)
+    return Measured(architecture, speed, rows * row_tokens / speed, flops,
+                    int(max(scalars["mem-max-allocated-bytes"].values())),
+                    breakdown(folder / "torch_profile" / "rank-0.json.gz"))
+
+
+def _scalars(log: Path) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log))
+    events.Reload()
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+
+
+def _flops(architecture: Architecture, bp_steps: int, data: Path, row_tokens: int, rows: int, steps: range) -> float:
+    """Mean FLOPs of these steps, by the examples that their rows hold."""
+    dataset = PackedRows(SampledFolder(data), row_tokens, 0, rows * steps[-1])  # a sampled folder's order is its own
+    labels = scores = 0
+    for i in range(rows * (steps[0] - 1), rows * steps[-1]):
+        batch = PackedBatch.from_rows({name: tensor[None] for name, tensor in dataset[i].items()})
+        labels += len(batch.label_index)
+        scores += score_elements(batch.lengths[0])
+    total = training_flops(architecture, bp_steps, rows * len(steps) * row_tokens, labels, scores)
+    return total / len(steps)

@@ -1,0 +1,27 @@
+"""Floating point operations of a training step, from the architecture; a multiplication and an addition count as 2."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hrm_megatron.config import Architecture
+from hrm_megatron.model.schedule import unroll
+
+
+def score_elements(lengths: Iterable[tuple[int, int]]) -> int:
+    """Count the (query, key) pairs of packed examples: prefixes see all of themselves, responses what lies before."""
+    return sum(p * p + r * p + r * (r + 1) // 2 for p, r in lengths)
+
+
+def training_flops(architecture: Architecture, bp_steps: int, tokens: int, labels: int, scores: int = 0) -> int:
+    """FLOPs of `tokens` positions, `labels` of them with a label, and `scores` (query, key) pairs.
+
+    Every tick runs its stack's layers forward, those with gradient also backward, at twice the cost. The head is
+    applied to labels only. A pair costs 2 multiplications per channel forward, in Q K^T and in P V. Element-wise
+    work, recomputation and the optimizer are not counted, as in model FLOPs utilization (Chowdhery et al.,
+    arXiv 2204.02311, appendix B).
+    """
+    h, f = architecture.hidden_size, architecture.ffn_hidden_size
+    ticks = unroll(architecture.h_cycles, architecture.l_cycles, bp_steps)
+    passes = sum(3 if tick.with_grad else 1 for tick in ticks) * architecture.num_layers
+    layer = 2 * h * (5 * h + 3 * f)  # gate, q, k, v, output; SwiGLU
+    return passes * (layer * tokens + 4 * h * scores) + 3 * 2 * h * architecture.padded_vocab_size * labels

@@ -1,0 +1,87 @@
+"""What the benchmark of whole steps reads, counts and says."""
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hrm_megatron.benchmark.kernels import breakdown
+from hrm_megatron.benchmark.rows import write_random_examples
+from tests.training.conftest import fullbatch_arguments  # noqa: F401  # a fixture
+
+ROOT = Path(__file__).parents[2]
+
+
+def trace(path, events):
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": [{"ph": "X", "tid": 1, **event} for event in events]}, file)
+    return path
+
+
+def test_kernels_are_summed_by_what_they_do(tmp_path):
+    found = breakdown(trace(tmp_path / "t.gz", [
+        {"cat": "kernel", "name": "nvjet_hsh_128x256", "ts": 0, "dur": 50},
+        {"cat": "kernel", "name": "sm90_xmma_gemm_bf16", "ts": 60, "dur": 10},
+        {"cat": "kernel", "name": "void pytorch_flash::flash_fwd_kernel", "ts": 70, "dur": 25},
+        {"cat": "kernel", "name": "ncclDevKernel_ReduceScatter", "ts": 70, "dur": 5},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 99, "dur": 4},
+        {"cat": "kernel", "name": "triton_poi_fused_silu_mul", "ts": 99, "dur": 6},
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 1000}]))
+    assert [(share.group, round(1e6 * share.seconds)) for share in found] == [
+        ("matrix products", 60), ("attention", 25), ("other element-wise", 6), ("communication", 5),
+        ("copies and casts", 4)]
+    assert [share.share for share in found] == pytest.approx([0.6, 0.25, 0.06, 0.05, 0.04])
+
+
+def test_operators_of_a_cpu_count_without_what_they_call(tmp_path):
+    found = breakdown(trace(tmp_path / "t.gz", [
+        {"cat": "cpu_op", "name": "aten::linear", "ts": 0, "dur": 100},
+        {"cat": "cpu_op", "name": "aten::addmm", "ts": 10, "dur": 60},
+        {"cat": "cpu_op", "name": "aten::copy_", "ts": 12, "dur": 20},
+        {"cat": "cpu_op", "name": "aten::add", "ts": 100, "dur": 7},
+        {"cat": "cpu_op", "name": "aten::mul", "ts": 50, "dur": 3, "tid": 2}]))
+    assert {share.group: round(1e6 * share.seconds) for share in found} == {
+        "matrix products": 40, "copies and casts": 20, "other element-wise": 40 + 7 + 3}
+
+
+@pytest.mark.parametrize("row_tokens", [128, 4096])
+def test_random_examples_fill_the_rows_that_were_asked_for(tmp_path, row_tokens):
+    from hrm_megatron.data.dataset import PackedRows
+    from hrm_megatron.data.sampled import SampledFolder
+
+    write_random_examples(tmp_path / "data", row_tokens, 6, 300)
+    folder = SampledFolder(tmp_path / "data")
+    prefix, response = folder.epoch_lengths(0)
+    assert (prefix + response).sum() > 6 * row_tokens and (prefix + response).max() <= row_tokens / 2
+    rows = PackedRows(folder, row_tokens, 0, 6)
+    assert all(rows[i]["tokens"].max() < 300 for i in range(6))
+
+
+@pytest.mark.slow
+def test_a_run_is_profiled(tmp_path, fullbatch_arguments):  # noqa: F811
+    def run(*flags):
+        return subprocess.run([sys.executable, "tools/profile_training.py", "--output", tmp_path / "out", *flags, "--",
+                               *map(str, fullbatch_arguments)], cwd=ROOT, capture_output=True, text=True)
+    done = run("--first-step", "2", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert "matrix products" in done.stdout and done.stdout.rstrip().endswith("rank-0.json.gz")
+    again = run()
+    assert again.returncode == 1 and again.stderr.startswith("error: ") and "exists; give another" in again.stderr
+
+
+@pytest.mark.slow
+def test_the_tool_measures_and_says_what_failed(tmp_path):
+    def run(*flags):
+        sizes = ["--sizes", "2", "64", "4", "--row-tokens", "256", "--rows", "2", "--steps", "2", "--vocab-size", "512"]
+        return subprocess.run(
+            [sys.executable, "tools/benchmark.py", "gpu", *sizes, "--peak-size", "256", "--output", tmp_path / "out",
+             *flags], cwd=ROOT, capture_output=True, text=True)
+    failed = run("--", "--bp-min-steps", "9")
+    assert failed.returncode == 1 and "error: the run failed: error: bp_steps=9 does not fit" in failed.stderr
+    (tmp_path / "out").rename(tmp_path / "failed")
+    done = run("--peer")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:5]] == ["tokens/s", "TFLOP/s", "peak"]
+    assert "matrix products" in done.stdout and "\ntransformers " in done.stdout

@@ -1,0 +1,44 @@
+"""The count of operations, against the published one and against torch's counter."""
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hrm_megatron.config import PRESETS, Architecture
+from hrm_megatron.planner.flops import score_elements, training_flops
+
+
+def test_a_token_of_xl_costs_what_is_published():
+    xl = PRESETS["XL"]
+    architecture = Architecture(xl.num_layers, xl.hidden_size, xl.num_attention_heads, xl.ffn_hidden_size, 65_536)
+    published_gflops = 18.27  # per token, arXiv 2605.20613
+    assert training_flops(architecture, 5, 1000, 1000) / 1e12 == pytest.approx(published_gflops, abs=0.005)
+
+
+@pytest.mark.parametrize("lengths", [[(3, 4)], [(1, 0), (5, 2), (2, 9)]])
+def test_pairs_are_those_of_the_mask(single_rank, lengths):
+    from hrm_megatron.model.prefix_lm import PrefixSequences
+
+    assert score_elements(lengths) == PrefixSequences([lengths], None, 40).dense_mask(0).sum()
+
+
+@pytest.mark.parametrize("bp_steps", [2, 4, 8])
+def test_products_are_those_that_torch_counts(single_rank, bp_steps):
+    """Of a whole forward and backward, but for attention, which torch counts in no kernel of ours."""
+    from hrm_megatron.data.batch import PackedBatch, assemble_row
+    from hrm_megatron.model.hrm import HRMModel
+    from hrm_megatron.model.hrm_config import hrm_config
+
+    architecture = Architecture(3, 24, 2, 40, 250)
+    rng = np.random.default_rng(5)
+    examples = [(rng.integers(1, 250, p), rng.integers(1, 250, r)) for p, r in ((5, 7), (9, 4))]
+    batch = PackedBatch.from_rows({name: tensor[None] for name, tensor in assemble_row(examples, 29).items()})
+    model = HRMModel(hrm_config(architecture), seed=1).train()
+    with FlopCounterMode(display=False) as counter:
+        model(batch=batch, bp_steps=bp_steps)[0].sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(counted.get(operator, 0) for operator in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    ours = training_flops(architecture, bp_steps, batch.tokens.numel(), len(batch.label_index))
+    # At bp 2 no gradient is wanted of the first gradient tick's input: its first product has no such backward.
+    unwanted = 2 * 24 * (4 * 24) * 29 if bp_steps == 2 else 0
+    assert products == ours - unwanted

@@ -1,0 +1,46 @@
+"""Train some steps under torch's profiler, leave the trace, and print where the time of a step goes.
+
+    python tools/profile_training.py --output runs/profile --nproc-per-node 8 -- --hrm-preset XL --data-path ...
+
+Everything after -- goes to hrm_megatron.pretrain. The trace, DIR/torch_profile/rank-0.json.gz, opens in Perfetto.
+"""
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from hrm_megatron.benchmark.kernels import breakdown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--nproc-per-node", default="1")
+    parser.add_argument("--first-step", type=int, default=10, help="of those that are profiled")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("flags", nargs="+", help="of hrm_megatron.pretrain")
+    args = parser.parse_args()
+    trace = args.output / "torch_profile" / "rank-0.json.gz"
+    if trace.exists():
+        print(f"error: {trace} exists; give another --output, or remove it", file=sys.stderr)
+        return 1
+    last = args.first_step + args.steps
+    code = subprocess.run([
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.nproc_per_node, "-m",
+        "hrm_megatron.pretrain", *args.flags, "--tensorboard-dir", args.output / "log", "--profile",
+        "--use-pytorch-profiler", "--profile-ranks", "0", "--profile-step-start", str(args.first_step),
+        "--profile-step-end", str(last), "--exit-interval", str(last)]).returncode
+    if code or not trace.exists():
+        print(f"error: no trace: the run ended with exit code {code} before step {last}; see its output above, or "
+              "lower --first-step", file=sys.stderr)
+        return code or 1
+    for share in breakdown(trace):
+        print(f"  {share.share:6.1%}  {share.seconds / args.steps:8.4f} s a step  {share.group}")
+    print(trace)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
