@@ -136,8 +136,8 @@ def measure_training(args: argparse.Namespace) -> None:
         print(f"  {share.share:6.1%}  {share.group}")
     if args.peer:
         seconds = peer_seconds(found.architecture, args, folder / "data")
-        print(f"transformers {args.row_tokens / seconds:12,.0f}   tokens/s, forward and backward of a row in bf16, without "
-              f"an optimizer; ours is {found.tokens_per_second * seconds / args.row_tokens:.2f} times as fast with one")
+        print(f"transformers {args.row_tokens / seconds:12,.0f}   tokens/s, forward and backward of a row in bf16, no "
+              f"optimizer; ours is {found.tokens_per_second * seconds / args.row_tokens:.2f} times as fast with one")
     print(f"trace, log and output: {folder}")
 
 
