@@ -18,7 +18,7 @@ from hrm_megatron.model.cpu_flash import PackedCpuFlash
 from hrm_megatron.model.kernel_choice import Facts, choose_kernel
 from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.te_attention import TransformerEngineVarlen
-from hrm_megatron.model.varlen import Primitive, attend_in_calls, torch_varlen, varlen_calls
+from hrm_megatron.model.varlen import Primitive, attend_in_calls, nothing_of, torch_varlen, varlen_calls
 from hrm_megatron.parallel.context import GatherRows
 
 
@@ -94,7 +94,7 @@ class SdpaAttention(PrefixLMAttention):
             outputs.append(part.squeeze(0).transpose(0, 1).flatten(1))
         if pad:
             outputs.append(q.new_zeros(pad, q.shape[1] * q.shape[2]))
-        return torch.cat(outputs)
+        return torch.cat(outputs if pieces else [*outputs, nothing_of(q, k, v).flatten(1)])
 
 
 class CpuAttention(PrefixLMAttention):

@@ -113,7 +113,15 @@ def attend_in_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, calls: Se
         queries = TakeRows.apply(flat_q, call.queries, True)
         keys, values = (TakeRows.apply(t, call.keys, call.distinct_keys) for t in (flat_k, flat_v))
         out.index_copy_(0, call.queries, primitive(queries, keys, values, call, scale))
-    return out.view(*q.shape[:2], -1)
+    return (out if calls else torch.cat((out, nothing_of(flat_q, flat_k, flat_v)))).view(*q.shape[:2], -1)
+
+
+def nothing_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Make [0, heads, d] that depends on all three.
+
+    A context rank that holds nothing but padding must still take part in the backward of the gathered keys.
+    """
+    return q[:0] + k[:0] + v[:0]
 
 
 def plain_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: VarlenCall,

@@ -85,6 +85,17 @@ def test_the_slices_of_context_ranks_are_those_of_the_whole(single_rank, name, s
         assert (total - wanted).abs().max() < 4e-6  # a sum over the ranks
 
 
+@pytest.mark.parametrize("name", ["dense", "sdpa", "cpu", "two calls"])
+def test_a_context_rank_of_padding_alone_takes_part_in_the_backward(single_rank, name):
+    """The backward of gathered keys is a collective: a rank without it would make the others wait for ever."""
+    sequences = PrefixSequences([[(2, 1)], []], None, 16, context_spans(16, 1, 2))  # holds 4 to 12
+    q, k, v = (torch.randn(n, 2, HEADS, D, requires_grad=True) for n in (8, 16, 16))
+    out = kernel(name).attend(q, k, v, sequences)
+    assert out.shape == (8, 2, HEADS * D) and (out == 0).all()
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert (gradient == 0).all()
+
+
 def rotated(leaves, sequences, positions):
     """Rotate the queries of a rank, and all keys, as the layers of all ranks would together."""
     q, k, v = leaves
