@@ -58,7 +58,7 @@ def test_a_row_of_zeros_has_a_finite_norm_and_gradient():
 
 @pytest.mark.parametrize("back", [False, True])
 def test_the_rotation_is_one_graph_for_a_compiler(monkeypatch, back):
-    """What a GPU compiles; here the graph is run as it was traced, with products and sums apart: an ulp of values to 5."""
+    """What a GPU compiles; here the graph runs as traced, with products and sums apart: an ulp of values up to 5."""
     from hrm_megatron.model.functions import _rotate
 
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
