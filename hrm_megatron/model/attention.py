@@ -1,8 +1,8 @@
 """Packed PrefixLM attention behind one door: `core_attention(kernel)` picks the class that a layer builds.
 
-`DenseAttention` is the definition. The others make two calls per example, prefixes without a mask and responses
-with a causal one at the bottom right, and never hold a mask of the whole row. A kernel of a GPU library becomes
-one more class in `KERNELS`.
+`DenseAttention` is the definition. The others attend prefixes without a mask and responses with a causal one at the
+bottom right, and never hold a mask of the whole row: `sdpa` and `cpu` by a call for each piece of an example, `varlen`
+and `te` by two calls for all rows. `model.kernel_choice` says which of them a run takes.
 """
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hrm_megatron.config import ConfigError
 from hrm_megatron.model.cpu_flash import PackedCpuFlash
+from hrm_megatron.model.kernel_choice import Facts, choose_kernel
 from hrm_megatron.model.prefix_lm import PrefixSequences
+from hrm_megatron.model.te_attention import TransformerEngineVarlen
+from hrm_megatron.model.varlen import Primitive, attend_in_calls, nothing_of, torch_varlen, varlen_calls
 from hrm_megatron.parallel.context import GatherRows
 
 
@@ -41,12 +43,16 @@ class PrefixLMAttention(MegatronModule):  # type: ignore[misc]
         query, key = packed_seq_params.rotation(query), packed_seq_params.rotation(key)
         if self.context_group is not None:
             key, value = GatherRows.apply(torch.stack((key, value), 1), self.context_group).unbind(1)
-        rows = [self.attend(q, k, v, packed_seq_params, row) for row, (q, k, v) in enumerate(zip(
-            query.unbind(1), key.unbind(1), value.unbind(1), strict=True))]
+        return self.attend(query, key, value, packed_seq_params)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences) -> torch.Tensor:
+        """Attention of all rows: q [s/cp, b, heads/tp, d] and k, v [s, b, heads/tp, d] to [s/cp, b, heads/tp * d]."""
+        rows = [self.attend_row(*one, sequences, row) for row, one in enumerate(zip(
+            q.unbind(1), k.unbind(1), v.unbind(1), strict=True))]
         return rows[0].unsqueeze(1) if len(rows) == 1 else torch.stack(rows, 1)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
-               row: int) -> torch.Tensor:
+    def attend_row(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
+                   row: int) -> torch.Tensor:
         """Attention of one row: q [s/cp, heads/tp, d] and k, v [s, heads/tp, d] to [s/cp, heads/tp * d]."""
         raise NotImplementedError
 
@@ -54,8 +60,8 @@ class PrefixLMAttention(MegatronModule):  # type: ignore[misc]
 class DenseAttention(PrefixLMAttention):
     """The definition in fp64, with the mask of the whole row: quadratic in the row, for tests and small rows."""
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
-               row: int) -> torch.Tensor:
+    def attend_row(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
+                   row: int) -> torch.Tensor:
         scale = self.softmax_scale or q.shape[-1] ** -0.5
         allowed = sequences.dense_mask(row)
         if sequences.spans:
@@ -70,8 +76,8 @@ class DenseAttention(PrefixLMAttention):
 class SdpaAttention(PrefixLMAttention):
     """torch's scaled_dot_product_attention, one call per piece: for any GPU without a better kernel."""
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
-               row: int) -> torch.Tensor:
+    def attend_row(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
+                   row: int) -> torch.Tensor:
         sizes = [p + r for p, r in sequences.lengths[row]]
         starts = [0, *itertools.accumulate(sizes)]
         # split, not slices of the row: their backward would add one tensor of the row's size per piece.
@@ -88,27 +94,55 @@ class SdpaAttention(PrefixLMAttention):
             outputs.append(part.squeeze(0).transpose(0, 1).flatten(1))
         if pad:
             outputs.append(q.new_zeros(pad, q.shape[1] * q.shape[2]))
-        return torch.cat(outputs)
+        return torch.cat(outputs if pieces else [*outputs, nothing_of(q, k, v).flatten(1)])
 
 
 class CpuAttention(PrefixLMAttention):
     """The same pieces on torch's CPU flash kernel, as one autograd function over the row."""
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
-               row: int) -> torch.Tensor:
+    def attend_row(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
+                   row: int) -> torch.Tensor:
         out: torch.Tensor = PackedCpuFlash.apply(q, k, v, sequences, row, self.softmax_scale)
         return out.flatten(1)
 
 
-KERNELS: dict[str, type[PrefixLMAttention]] = {"dense": DenseAttention, "sdpa": SdpaAttention,
-                                            "cpu": CpuAttention}
-AUTO = "auto"
+class VarlenAttention(PrefixLMAttention):
+    """FlashAttention 2 inside torch, called twice for all rows."""
+
+    bucketed = False  # see varlen_calls
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        self.primitive: Primitive = torch_varlen
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences) -> torch.Tensor:
+        calls = sequences.once(varlen_calls, q.device, self.bucketed)
+        return attend_in_calls(q, k, v, calls, self.primitive, self.softmax_scale)
 
 
-def core_attention(kernel: str = AUTO) -> type[PrefixLMAttention]:
-    """Return the class for `--attention-kernel`; "auto" takes the fastest that runs here."""
-    if kernel == AUTO:
-        return SdpaAttention if torch.cuda.is_available() else CpuAttention
-    if kernel not in KERNELS:
-        raise ConfigError(f"attention_kernel={kernel!r}: choose one of {AUTO}, {', '.join(KERNELS)}")
-    return KERNELS[kernel]
+class TransformerEngineAttention(VarlenAttention):
+    """Transformer Engine's kernels, called twice for all rows."""
+
+    # Transformer Engine selects a backend, and cuDNN before 9.6 builds a plan, for each number of sequences and each
+    # longest length that it meets; of later ones token counts are rounded instead (DotProductAttention.forward, the
+    # note on max_seqlen). Empty sequences at the end and generous bounds change nothing else.
+    bucketed = True
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        self.primitive = TransformerEngineVarlen(config)
+
+
+KERNELS: dict[str, type[PrefixLMAttention]] = {
+    "te": TransformerEngineAttention, "varlen": VarlenAttention, "sdpa": SdpaAttention, "cpu": CpuAttention,
+    "dense": DenseAttention}
+
+
+def core_attention(kernel: str, dtype: torch.dtype, head_dim: int) -> type[PrefixLMAttention]:
+    """Return the class for `--attention-kernel`, queries of `dtype` and heads of `head_dim` on this machine."""
+    return KERNELS[choose_kernel(kernel, dtype, head_dim, Facts.here())[0]]
+
+
+def explain_kernel(kernel: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Say in one line which kernel `core_attention` takes and why."""
+    return choose_kernel(kernel, dtype, head_dim, Facts.here())[1]

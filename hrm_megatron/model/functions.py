@@ -4,6 +4,8 @@ Each computes the formula in its docstring in fp32 and rounds once to the dtype 
 """
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,15 +71,29 @@ class RotateFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
+        return _rotate_on(x)(x, cos, sin, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, sin, -1), None, None
+        return _rotate_on(grads[0])(grads[0], cos, sin, True), None, None
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+def _rotate_on(x: torch.Tensor) -> Callable[..., torch.Tensor]:
+    return _fused_rotate() if x.is_cuda else _rotate
+
+
+@functools.cache
+def _fused_rotate() -> Callable[..., torch.Tensor]:
+    """Make one kernel of `_rotate`, as Megatron makes its own: with torch.compile."""
+    from megatron.core.jit import jit_fuser  # late: what needs no GPU needs no Megatron
+
+    fused: Callable[..., torch.Tensor] = jit_fuser(_rotate)
+    return fused
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+    sign = -1 if back else 1
     wide = x.float()
     a, b = wide.chunk(2, -1)
     out = wide * cos

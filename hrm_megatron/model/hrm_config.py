@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hrm_megatron.config import Architecture
-from hrm_megatron.model.attention import AUTO
+from hrm_megatron.model.kernel_choice import AUTO
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Who may see whom in a packed row: whole prefixes both ways, responses causally, nothing across examples."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,8 +40,14 @@ class PrefixSequences:
     row_tokens: int
     spans: Sequence[Span] | None = None
     qkv_format: str = "sbhd"
-    _biases: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = field(default_factory=dict, repr=False)
-    _pieces: dict[int, list[Piece]] = field(default_factory=dict, repr=False)
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
+
+    def once[T](self, make: Callable[..., T], *values: Hashable) -> T:
+        """Return `make(self, *values)`, made once and shared by all ticks and layers."""
+        if (make, *values) not in self._made:
+            self._made[make, *values] = make(self, *values)
+        made: T = self._made[make, *values]
+        return made
 
     def dense_mask(self, row: int) -> torch.Tensor:
         """Definition of the mask, [s, s] bool: True where the query (rows) may see the key (columns)."""
@@ -55,26 +61,23 @@ class PrefixSequences:
 
     def pieces(self, row: int) -> list[Piece]:
         """Cut this rank's queries of a row into pieces, in their order; padding is in none."""
-        if row not in self._pieces:
-            self._pieces[row] = [
-                Piece((span.local + first - span.start, last - first),
-                      (start, last - start if causal else p), causal)
-                for span in self.spans or context_spans(self.row_tokens)
-                for start, p, r in _starts(self.lengths[row])
-                for begin, end, causal in ((start, start + p, False), (start + p, start + p + r, True))
-                if (first := max(begin, span.start)) < (last := min(end, span.start + span.length))]
-        return self._pieces[row]
+        return self.once(_pieces, row)
 
     def causal_bias(self, piece: Piece, like: torch.Tensor) -> torch.Tensor | None:
-        """Additive mask [queries, keys] of a causal piece, made once and shared by all ticks and layers."""
-        if not piece.causal:
-            return None
-        n, keys = piece.queries[1], piece.keys[1]
-        key = (n, keys, like.dtype, like.device)
-        if key not in self._biases:
-            self._biases[key] = torch.full((n, keys), float("-inf"), dtype=like.dtype,
-                                           device=like.device).triu(keys - n + 1)
-        return self._biases[key]
+        """Additive mask [queries, keys] of a causal piece, in the dtype and on the device of `like`."""
+        return self.once(_bias, piece.queries[1], piece.keys[1], like.dtype, like.device) if piece.causal else None
+
+
+def _pieces(sequences: PrefixSequences, row: int) -> list[Piece]:
+    return [Piece((span.local + first - span.start, last - first), (start, last - start if causal else p), causal)
+            for span in sequences.spans or context_spans(sequences.row_tokens)
+            for start, p, r in _starts(sequences.lengths[row])
+            for begin, end, causal in ((start, start + p, False), (start + p, start + p + r, True))
+            if (first := max(begin, span.start)) < (last := min(end, span.start + span.length))]
+
+
+def _bias(_: PrefixSequences, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full((queries, keys), float("-inf"), dtype=dtype, device=device).triu(keys - queries + 1)
 
 
 def _starts(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:

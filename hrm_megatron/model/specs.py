@@ -67,7 +67,8 @@ def stack_spec(config: HRMConfig, norm_placement: str, backend: BackendSpecProvi
         self_attention=ModuleSpec(
             module=SelfAttention, params={"attn_mask_type": AttnMaskType.arbitrary},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=backend.column_parallel_linear(), core_attention=core_attention(config.attention_kernel),
+                linear_qkv=backend.column_parallel_linear(),
+                core_attention=core_attention(config.attention_kernel, config.params_dtype, config.kv_channels),
                 linear_proj=backend.row_parallel_linear())),
         self_attn_bda=bias_dropout_add,
         pre_mlp_layernorm=norm,

@@ -13,8 +13,9 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.global_vars import set_global_variables
 
 from hrm_megatron.config import INIT_SCHEMES, NORM_PLACEMENTS, PRESETS, Architecture, ConfigError, ffn_hidden_size
-from hrm_megatron.model.attention import AUTO, KERNELS, core_attention
+from hrm_megatron.model.attention import KERNELS, explain_kernel
 from hrm_megatron.model.hrm_config import HRM_SETTINGS, HRMConfig, swiglu_settings
+from hrm_megatron.model.kernel_choice import AUTO
 from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
@@ -58,7 +59,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--init-scheme", choices=INIT_SCHEMES, default="lecun_normal")
     group.add_argument("--init-std", type=float, help="standard deviation for fixed_normal and megatron")
     group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre")
-    group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO)
+    group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO,
+                       help="auto: the fastest that runs here; the start of a run says which and why")
     group.add_argument("--pipeline-schedule", choices=SCHEDULES, default=AUTO_SCHEDULE,
                        help="of a step through a pipeline; auto: in two phases where these wait less by a simulation")
     group.add_argument("--pipeline-window", type=int, metavar="N",
@@ -168,7 +170,6 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
     args.padded_vocab_size = architecture.padded_vocab_size
     check_layout(args, architecture)
-    core_attention(args.attention_kernel)
     for bp_steps in (args.bp_min_steps, args.bp_max_steps):
         split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)
     if args.pipeline_model_parallel_size > 1:
@@ -179,6 +180,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     except AssertionError as error:
         reason = str(error) or f"Megatron demands `{traceback.extract_tb(error.__traceback__)[-1].line}`"
         raise ConfigError(f"command line: {reason}") from error
+    explain_kernel(args.attention_kernel, args.params_dtype, architecture.head_dim)  # refuse an impossible one now
     if args.train_iters is None and args.train_samples:
         args.train_iters = args.train_samples // args.global_batch_size
     if not args.train_iters:

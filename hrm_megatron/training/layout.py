@@ -6,6 +6,7 @@ import argparse
 import torch
 
 from hrm_megatron.config import Architecture
+from hrm_megatron.model.attention import explain_kernel
 from hrm_megatron.model.schedule import unroll
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.parallel.simulate import second_phase, stock, two_phase
@@ -43,12 +44,12 @@ def describe(args: argparse.Namespace) -> str:
     lines = [f"layout: {args.world_size} ranks = TP {tp} x PP {pp} x CP {cp} x DP {dp}"
              f"{', sequence parallel' if args.sequence_parallel else ''}; a step is {microbatches} micro-batches of "
              f"{args.micro_batch_size} x {args.seq_length} tokens on each replica"]
+    architecture = architecture_of(args, args.vocab_size)
     layers = layers_of_stages(args)
     weight_bytes = args.params_dtype.itemsize
     # fp32 moments and average, and fp32 masters where the weights themselves are narrower.
     state_bytes = 4 * (len(STATE_KEYS) + (args.params_dtype != torch.float32)) / (dp * cp)
-    for stage, (n, count) in enumerate(zip(layers, stage_parameters(architecture_of(args, args.vocab_size), layers),
-                                           strict=True)):
+    for stage, (n, count) in enumerate(zip(layers, stage_parameters(architecture, layers), strict=True)):
         rank = count / tp
         lines.append(f"  stage {stage}: {n} layers of each stack, {rank / 1e6:.2f} M parameters a rank; weights "
                      f"{rank * weight_bytes / 2**30:.3f}, gradients {rank * 4 / 2**30:.3f}, optimizer "
@@ -70,4 +71,5 @@ def describe(args: argparse.Namespace) -> str:
                 found, how = stock(microbatches, with_grad, pp), "one phase"
             lines.append(f"  pipeline at bp {bp}: {how}; simulated bubble {found.bubble:.1%}, {found.live_graphs} "
                          "ticks alive on a stage")
+    lines.append(f"  attention: {explain_kernel(args.attention_kernel, args.params_dtype, architecture.head_dim)}")
     return "\n".join(lines)

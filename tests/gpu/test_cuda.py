@@ -103,7 +103,7 @@ PACKINGS = {"padding": [[(3, 4), (5, 0), (1, 6)], [(2, 2)]], "exactly full": [[(
                          ids=["fp32", "bf16"])  # 3e-7 and 6e-3 measured on a CPU
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_the_kernels_agree_forward_and_backward(single_rank, device, packing, dtype, tolerance):
-    from hrm_megatron.model.attention import core_attention
+    from hrm_megatron.model.attention import KERNELS
     from hrm_megatron.model.hrm_config import hrm_config
     from hrm_megatron.model.prefix_lm import PrefixSequences
     from hrm_megatron.model.rotary import Rotation
@@ -119,7 +119,7 @@ def test_the_kernels_agree_forward_and_backward(single_rank, device, packing, dt
     results = {}
     for kernel in ("dense", "sdpa"):
         leaves = [t.clone().requires_grad_() for t in inputs]
-        attention = core_attention(kernel)(config, layer_number=1, attn_mask_type=None, attention_type="self")
+        attention = KERNELS[kernel](config, layer_number=1, attn_mask_type=None, attention_type="self")
         out = attention(*leaves, packed_seq_params=PrefixSequences(
             lengths, Rotation.of(positions.to(device), D, 1e4), positions.shape[1]))
         assert out.dtype == dtype and out.device.type == device

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.config import Architecture
 from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.rotary import Rotation
 from hrm_megatron.parallel.context import context_positions, context_spans
@@ -19,11 +19,16 @@ ROW_TOKENS = 23
 
 
 def kernel(name):
-    from hrm_megatron.model.attention import core_attention
+    from hrm_megatron.model.attention import KERNELS, VarlenAttention
     from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.model.varlen import plain_varlen
 
     config = hrm_config(Architecture(1, HEADS * D, HEADS, 16, 250))
-    return core_attention(name)(config, layer_number=1, attn_mask_type=None, attention_type="self")
+    classes = KERNELS | {"two calls": VarlenAttention}
+    attention = classes[name](config, layer_number=1, attn_mask_type=None, attention_type="self")
+    if name == "two calls":
+        attention.primitive = plain_varlen
+    return attention
 
 
 def sequences_of(lengths, row_tokens):
@@ -34,7 +39,7 @@ def sequences_of(lengths, row_tokens):
     return PrefixSequences(lengths, Rotation.of(positions, D, 1e4), row_tokens)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "cpu"])
+@pytest.mark.parametrize("name", ["sdpa", "cpu", "two calls"])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_outputs_and_gradients_equal_the_definition(single_rank, name, packing):
     lengths = PACKINGS[packing]
@@ -51,7 +56,7 @@ def test_outputs_and_gradients_equal_the_definition(single_rank, name, packing):
         assert (have - want).abs().max() < 2e-6  # one softmax in fp32, summed in another order
 
 
-@pytest.mark.parametrize("name", ["dense", "sdpa", "cpu"])
+@pytest.mark.parametrize("name", ["dense", "sdpa", "cpu", "two calls"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_slices_of_context_ranks_are_those_of_the_whole(single_rank, name, size):
     """Each rank with its queries and all keys: outputs and query gradients are slices, key gradients add up."""
@@ -69,9 +74,7 @@ def test_the_slices_of_context_ranks_are_those_of_the_whole(single_rank, name, s
         leaves = [q[positions].clone().requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_()]
         sequences = sequences_of(lengths, row_tokens)
         sequences.spans = context_spans(row_tokens, rank, size)
-        rows = [layer.attend(*(t[:, row] for t in rotated(leaves, sequences, positions)), sequences, row)
-                for row in range(len(lengths))]
-        out = torch.stack(rows, 1)
+        out = layer.attend(*rotated(leaves, sequences, positions), sequences)
         assert (out - whole[positions]).abs().max() < 2e-6
         dq, dk, dv = torch.autograd.grad((out * probe[positions]).sum(), leaves)
         assert (dq - want[0][positions]).abs().max() < 2e-6
@@ -82,6 +85,17 @@ def test_the_slices_of_context_ranks_are_those_of_the_whole(single_rank, name, s
         assert (total - wanted).abs().max() < 4e-6  # a sum over the ranks
 
 
+@pytest.mark.parametrize("name", ["dense", "sdpa", "cpu", "two calls"])
+def test_a_context_rank_of_padding_alone_takes_part_in_the_backward(single_rank, name):
+    """The backward of gathered keys is a collective: a rank without it would make the others wait for ever."""
+    sequences = PrefixSequences([[(2, 1)], []], None, 16, context_spans(16, 1, 2))  # holds 4 to 12
+    q, k, v = (torch.randn(n, 2, HEADS, D, requires_grad=True) for n in (8, 16, 16))
+    out = kernel(name).attend(q, k, v, sequences)
+    assert out.shape == (8, 2, HEADS * D) and (out == 0).all()
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert (gradient == 0).all()
+
+
 def rotated(leaves, sequences, positions):
     """Rotate the queries of a rank, and all keys, as the layers of all ranks would together."""
     q, k, v = leaves
@@ -89,7 +103,7 @@ def rotated(leaves, sequences, positions):
     return Rotation(cos[positions], sin[positions])(q), sequences.rotation(k), v
 
 
-@pytest.mark.parametrize("name", ["dense", "sdpa", "cpu"])
+@pytest.mark.parametrize("name", ["dense", "sdpa", "cpu", "two calls"])
 def test_padding_gives_zeros(single_rank, name):
     lengths = PACKINGS["padding"]
     q, k, v = (torch.randn(ROW_TOKENS, 2, HEADS, D) for _ in range(3))
@@ -108,10 +122,3 @@ def test_the_mask_says_what_prefix_lm_means():
             same = query < 10 and key < 10 and example[query] == example[key]
             want = same and (prefix[key] or (not prefix[query] and key <= query))
             assert allowed[query, key] == want, (query, key)
-
-
-def test_an_unknown_kernel_is_refused_with_the_choices(single_rank):
-    from hrm_megatron.model.attention import core_attention
-
-    with pytest.raises(ConfigError, match="attention_kernel='flash': choose one of auto, dense, sdpa, cpu"):
-        core_attention("flash")

@@ -54,3 +54,28 @@ def test_a_row_of_zeros_has_a_finite_norm_and_gradient():
     y = RMSNormFunction.apply(x, 1e-6)
     y.sum().backward()
     assert (y == 0).all() and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_the_rotation_is_one_graph_for_a_compiler(monkeypatch, back):
+    """What a GPU compiles; here the graph runs as traced, with products and sums apart: an ulp of values up to 5."""
+    from hrm_megatron.model.functions import _rotate
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    x = torch.randn(7, 2, 3, 6, generator=torch.Generator().manual_seed(1))
+    traced = torch.compile(_rotate, fullgraph=True, backend=backend)(x, COS, SIN, back)
+    assert len(graphs) == 1
+    assert (traced - _rotate(x, COS, SIN, back)).abs().max() <= 1e-6
+
+
+def test_a_cpu_compiles_no_rotation(monkeypatch):
+    from hrm_megatron.model import functions
+
+    monkeypatch.setattr(functions, "_fused_rotate", None)
+    RotateFunction.apply(torch.ones(7, 2, 3, 6, requires_grad=True), COS, SIN).sum().backward()

@@ -11,7 +11,7 @@ ARGUMENTS = dict(
     data_parallel_size=2, sequence_parallel=True, global_batch_size=64, micro_batch_size=1, seq_length=96, num_layers=7,
     hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, vocab_size=250, h_cycles=2, l_cycles=3,
     norm_placement="pre", init_scheme="lecun_normal", init_std=None, layernorm_epsilon=1e-6, rotary_base=10_000,
-    bp_min_steps=2, bp_max_steps=5, pipeline_schedule="auto", pipeline_window=None,
+    bp_min_steps=2, bp_max_steps=5, pipeline_schedule="auto", pipeline_window=None, attention_kernel="sdpa",
     decoder_first_pipeline_num_layers=2, decoder_last_pipeline_num_layers=1, params_dtype=torch.bfloat16)
 
 
@@ -36,11 +36,13 @@ def test_the_description_counts_per_rank():
     assert lines[3].startswith(f"  stage 2: 2 layers of each stack, {2 * 2 * layer / 2 / 1e6:.2f} M parameters a rank")
     assert [line.split(":")[1].split(" layers")[0].strip() for line in lines[1:5]] == ["2", "2", "2", "1"]
     states = 3 * 32 * 96 * 32 * 2 / 2 / 2**30  # a pair and what is handed over, of 32 rows in bf16, halved by SP
-    assert lines[5:] == [
+    assert lines[5:7] == [
         f"  pipeline at bp 2: two phases; the first stage keeps {states:.3f} GiB of states; simulated bubble 5.2%, 11 "
         "ticks alive on a stage",
         f"  pipeline at bp 5: two phases; the first stage keeps {states:.3f} GiB of states; simulated bubble 2.9%, 23 "
         "ticks alive on a stage"]
+    assert lines[7:] == ["  attention: sdpa (torch's scaled_dot_product_attention, a call for each piece of an "
+                         "example), as asked"]
     windows = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_window=16))).splitlines()
     assert windows[6] == ("  pipeline at bp 5: two phases for each of 2 windows; the first stage keeps "
                           f"{states / 2:.3f} GiB of states; simulated bubble 5.2%, 23 ticks alive on a stage")

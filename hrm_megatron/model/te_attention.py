@@ -1,0 +1,50 @@
+"""Transformer Engine's DotProductAttention as a variable-length primitive. Needs Transformer Engine to be built."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.model.varlen import VarlenCall
+
+MASKS = {False: "padding", True: "padding_causal_bottom_right"}
+
+
+class NoFusedKernel(torch.nn.Module):
+    """Stands where Transformer Engine keeps its slow path, which holds the scores of whole sequences in memory."""
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        raise ConfigError("--attention-kernel te: Transformer Engine finds no fused kernel for this run (NVTE_DEBUG=1 "
+                          "NVTE_DEBUG_LEVEL=2 says why); give --attention-kernel varlen, or --attention-backend "
+                          "unfused for its slow path")
+
+
+class TransformerEngineVarlen:
+    """cuDNN's fused attention or FlashAttention, whichever Transformer Engine picks; a module for each kind of call.
+
+    No torch module itself: the inner ones would add `_extra_state` to checkpoints, which are the same for all kernels.
+    Under NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, which Megatron's --deterministic-mode sets, it picks kernels that add in
+    one order.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        from transformer_engine.pytorch import DotProductAttention
+
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        self.modules = {causal: DotProductAttention(
+            heads, config.kv_channels, qkv_format="thd", attention_type="cross", attn_mask_type=mask,
+            softmax_scale=config.softmax_scale) for causal, mask in MASKS.items()}
+        if config.attention_backend != AttnBackend.unfused:
+            for module in self.modules.values():
+                module.unfused_attention = NoFusedKernel()
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: VarlenCall,
+                 scale: float | None) -> torch.Tensor:
+        """Run one call; the modules know the scale."""
+        out: torch.Tensor = self.modules[call.causal](
+            q, k, v, cu_seqlens_q=call.cu_queries, cu_seqlens_kv=call.cu_keys, max_seqlen_q=call.max_queries,
+            max_seqlen_kv=call.max_keys)
+        return out.view(q.shape)

@@ -1,0 +1,148 @@
+"""PrefixLM attention as two variable-length calls over all rows of a micro-batch.
+
+The first holds the queries of prefixes, without a mask; the second those of responses, whose keys are the whole example
+and whose mask is causal at the bottom right. What a kernel needs to know of a micro-batch is worked out on the host
+from the lengths, copied to the device once and read by all ticks and layers: the step waits for no copy back.
+"""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+
+from hrm_megatron.model.prefix_lm import Piece, PrefixSequences
+
+
+@dataclass(frozen=True)
+class VarlenCall:
+    """Sequences of queries one behind the other, and for each the sequence of its keys.
+
+    `queries` [tq] and `keys` [tk] are places in the flattened positions, [s/cp * b] and [s * b]; sequence i is
+    `cu_queries[i]` to `cu_queries[i + 1]` of the former and the same of `cu_keys` in the latter (int32, [n + 1]).
+    `max_queries` and `max_keys` bound the lengths. Under `causal` the last query of a sequence sees all keys, the
+    one before all but the last. `distinct_keys`: no place is in `keys` twice.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    cu_queries: torch.Tensor
+    cu_keys: torch.Tensor
+    max_queries: int
+    max_keys: int
+    causal: bool
+    distinct_keys: bool
+
+
+# q [tq, heads, d], k and v [tk, heads, d], call, softmax scale (None: 1 / sqrt(d)) > [tq, heads, d]
+Primitive = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, VarlenCall, float | None], torch.Tensor]
+
+
+def varlen_calls(sequences: PrefixSequences, device: torch.device, bucketed: bool = False) -> list[VarlenCall]:
+    """List the calls of a micro-batch, at most two: one that would have no query is left out.
+
+    `bucketed` rounds the number of sequences (by empty ones at the end) and the bounds up to a power of two.
+    """
+    pieces = [(row, piece) for row in range(len(sequences.lengths)) for piece in sequences.pieces(row)]
+    chosen = {causal: [one for one in pieces if one[1].causal == causal] for causal in (False, True)}
+    return [_call(part, causal, len(sequences.lengths), device, bucketed) for causal, part in chosen.items() if part]
+
+
+def _call(pieces: list[tuple[int, Piece]], causal: bool, rows: int, device: torch.device, bucketed: bool) -> VarlenCall:
+    (queries, cu_queries), (keys, cu_keys) = (
+        _places([(row, *getattr(piece, what)) for row, piece in pieces], rows) for what in ("queries", "keys"))
+    max_queries, max_keys = (max(getattr(piece, what)[1] for _, piece in pieces) for what in ("queries", "keys"))
+    if bucketed:
+        max_queries, max_keys = bucket(max_queries), bucket(max_keys)
+        empty = bucket(len(pieces)) - len(pieces)
+        cu_queries, cu_keys = (torch.cat((cu, cu[-1:].expand(empty))) for cu in (cu_queries, cu_keys))
+    # Slices of a context rank can both cut one example; then its keys are here twice.
+    distinct = len({(row, piece.keys[0]) for row, piece in pieces}) == len(pieces)
+    return VarlenCall(_send(queries, device), _send(keys, device), _send(cu_queries.int(), device),
+                      _send(cu_keys.int(), device), max_queries, max_keys, causal, distinct)
+
+
+def _places(runs: Sequence[tuple[int, int, int]], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flatten runs (row, start, length) of [s, b = rows]: places [t] of their positions, where each begins [n + 1]."""
+    row, start, length = torch.tensor(runs).unbind(1)
+    ends = length.cumsum(0)
+    within = torch.arange(int(ends[-1])) - (ends - length).repeat_interleave(length)
+    return (start.repeat_interleave(length) + within) * rows + row.repeat_interleave(length), torch.cat(
+        (ends.new_zeros(1), ends))
+
+
+def _send(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # From memory that is not pinned a copy makes the host wait.
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+
+def bucket(n: int, smallest: int = 16) -> int:
+    """Round up to a power of two."""
+    return max(smallest, 1 << (n - 1).bit_length())
+
+
+class TakeRows(torch.autograd.Function):
+    """x [t, ...] at `places`, [n, ...]; `distinct` says that no place is there twice.
+
+    The gradient of index_select adds atomically, which bf16 does slowly; where places are distinct a copy does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, distinct: bool) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.rows, ctx.distinct = len(x), distinct
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        out = grads[0].new_zeros(ctx.rows, *grads[0].shape[1:])
+        (out.index_copy_ if ctx.distinct else out.index_add_)(0, places, grads[0])
+        return out, None, None
+
+
+def attend_in_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, calls: Sequence[VarlenCall],
+                    primitive: Primitive, scale: float | None) -> torch.Tensor:
+    """Attention of q [s/cp, b, heads, d] to k, v [s, b, heads, d]: [s/cp, b, heads * d], zeros at padding."""
+    flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
+    out = q.new_zeros(flat_q.shape)
+    for call in calls:
+        queries = TakeRows.apply(flat_q, call.queries, True)
+        keys, values = (TakeRows.apply(t, call.keys, call.distinct_keys) for t in (flat_k, flat_v))
+        out.index_copy_(0, call.queries, primitive(queries, keys, values, call, scale))
+    return (out if calls else torch.cat((out, nothing_of(flat_q, flat_k, flat_v)))).view(*q.shape[:2], -1)
+
+
+def nothing_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Make [0, heads, d] that depends on all three.
+
+    A context rank that holds nothing but padding must still take part in the backward of the gathered keys.
+    """
+    return q[:0] + k[:0] + v[:0]
+
+
+def plain_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: VarlenCall,
+                 scale: float | None) -> torch.Tensor:
+    """Define what a primitive must do, one sequence after the other in the dtype of its inputs."""
+    outputs = []
+    bounds = (itertools.pairwise(cu.tolist()) for cu in (call.cu_queries, call.cu_keys))
+    for (first, last), (begin, end) in zip(*bounds, strict=True):
+        scores = torch.einsum("ihd,jhd->hij", q[first:last], k[begin:end]) * (scale or q.shape[-1] ** -0.5)
+        if call.causal:
+            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(scores.shape[2] - scores.shape[1] + 1)
+            scores = scores.masked_fill(hidden.to(q.device), float("-inf"))
+        outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[begin:end]))
+    return torch.cat(outputs)
+
+
+def torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: VarlenCall,
+                 scale: float | None) -> torch.Tensor:
+    """FlashAttention 2 inside torch, whose causal mask is at the bottom right of each sequence."""
+    out = varlen_attn(
+        q, k, v, call.cu_queries, call.cu_keys, call.max_queries, call.max_keys, scale=scale,
+        window_size=(-1, 0) if call.causal else (-1, -1))  # torch 2.11's word for causal
+    assert isinstance(out, torch.Tensor)  # and not a pair: no auxiliary output was asked for
+    return out

@@ -1,0 +1,118 @@
+"""Every attention kernel for GPUs against the dense definition in bf16, and what a run relies on beside its values.
+
+Where there is no GPU the same tests run on a CPU, with stand-ins for the libraries.
+"""
+import contextlib
+import random
+
+import pytest
+import torch
+
+from hrm_megatron.config import Architecture
+from tests.model import stand_ins
+
+KERNELS = ("sdpa", "varlen", "te")
+STAND_INS = {"varlen": stand_ins.flash_attention_in_torch, "te": stand_ins.transformer_engine}
+HEADS, ROWS, ROW_TOKENS = 3, 2, 384
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("models live on the GPU where there is one")
+    return request.param
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, device):
+    if device == "cuda" and request.param == "te":
+        pytest.importorskip("transformer_engine.pytorch")
+    with STAND_INS.get(request.param, contextlib.nullcontext)() if device == "cpu" else contextlib.nullcontext():
+        yield request.param
+
+
+def lengths_of_rows():
+    """Rows of short and long examples, of empty responses and of one-token prefixes, and some padding."""
+    draw, rows = random.Random(7), []
+    for _ in range(ROWS):
+        left, pairs = ROW_TOKENS - 5, []
+        while left > 40:
+            p, r = draw.choice((1, 7, 130)), draw.choice((0, 1, 64, 90))
+            p = min(p, left)
+            pairs.append((p, min(r, left - p)))
+            left -= sum(pairs[-1])
+        rows.append(pairs)
+    return rows
+
+
+def tensors(head_dim, device):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(ROW_TOKENS, ROWS, HEADS, head_dim, generator=generator).to(device, torch.bfloat16)
+            for _ in range(4)]
+
+
+def build(name, head_dim):
+    from hrm_megatron.model.attention import KERNELS
+    from hrm_megatron.model.hrm_config import hrm_config
+
+    config = hrm_config(Architecture(1, HEADS * head_dim, HEADS, 16, 250), bf16=True, params_dtype=torch.bfloat16)
+    return KERNELS[name](config, layer_number=1, attn_mask_type=None, attention_type="self")
+
+
+def sequences_on(device, head_dim):
+    from hrm_megatron.model.prefix_lm import PrefixSequences
+    from hrm_megatron.model.rotary import Rotation
+
+    positions = torch.arange(ROW_TOKENS).expand(ROWS, -1).to(device)
+    return PrefixSequences(lengths_of_rows(), Rotation.of(positions, head_dim, 1e4), ROW_TOKENS)
+
+
+def outputs_and_gradients(attention, inputs, sequences):
+    *inputs, probe = inputs
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = attention(*leaves, packed_seq_params=sequences)
+    return [out.detach(), *torch.autograd.grad(out, leaves, probe.flatten(2))]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_bf16_equals_the_definition(single_rank, parity, device, kernel, head_dim):
+    """The definition rounds only its results to bf16, 2^-9 each; a kernel rounds softmax weights and their gradients
+    too, and keys get the sum of two rounded gradients. A mask shifted by one key is off by 0.15 and more."""
+    inputs = tensors(head_dim, device)
+    have, want = (outputs_and_gradients(build(name, head_dim), inputs, sequences_on(device, head_dim))
+                  for name in (kernel, "dense"))
+    assert all(t.dtype == torch.bfloat16 and t.device.type == device for t in have)
+    for what, a, b in zip(("output", "dq", "dk", "dv"), have, want, strict=True):
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        parity(f"{kernel} in bf16 on {device}, heads of {head_dim}: {what}", error.item(), 1e-2)
+        assert (a - b).abs().max() < 3e-2 * b.abs().max()  # no single position is far off
+
+
+def test_deterministic_kernels_repeat_bitwise(single_rank, monkeypatch, device, kernel):
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # with the two above: Megatron's --deterministic-mode
+    try:
+        attention, inputs = build(kernel, 64), tensors(64, device)
+        runs = [outputs_and_gradients(attention, inputs, sequences_on(device, 64)) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["varlen", "te"])
+def test_the_host_never_waits_for_the_device(single_rank, kernel):
+    if kernel == "te":
+        pytest.importorskip("transformer_engine.pytorch")
+    attention, inputs = build(kernel, 64), tensors(64, "cuda")
+    want = outputs_and_gradients(attention, inputs, sequences_on("cuda", 64))  # compiles, and makes plans
+    sequences = sequences_on("cuda", 64)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        have = outputs_and_gradients(attention, inputs, sequences)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (have[0] - want[0]).abs().max() == 0
