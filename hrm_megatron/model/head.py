@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.jit import jit_fuser
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from hrm_megatron.model.cpu_linear import product, runs_faster_on_onednn
@@ -22,7 +21,7 @@ CHUNK_BYTES = 1 << 29  # of the logits of a chunk in fp32: 2,048 positions of 65
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # [m, k] and [n, k] to [m, n]
 
 
-@jit_fuser  # type: ignore[untyped-decorator]
+@torch.compile(dynamic=True)
 def _summarize(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Largest logit in fp32, its column (the first of equals) and the sum of exp(logit - largest): [n, v/tp] to [n]."""
     largest, column = logits.max(-1)
@@ -30,10 +29,10 @@ def _summarize(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     return largest, column, torch.sub(logits, largest.unsqueeze(-1)).exp_().sum(-1)
 
 
-@jit_fuser  # type: ignore[untyped-decorator]
+@torch.compile(dynamic=True)
 def _scaled_exponentials(logits: torch.Tensor, largest: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return scale * exp(logit - largest) for [n, v/tp] and [n, 1], in fp32 and rounded once."""
-    return torch.sub(logits, largest).exp_().mul_(scale).to(logits.dtype)
+    """Return scale * exp(logit - largest) for logits [n, v/tp] and the others [n], in fp32 and rounded once."""
+    return torch.sub(logits, largest.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1)).to(logits.dtype)
 
 
 def add_weight_gradient(total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
@@ -78,8 +77,7 @@ class LabelScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, columns, own, largest, sums = ctx.saved_tensors
-        of_label, largest = grads[0][0].unsqueeze(1), largest.unsqueeze(1)
-        scale, one = of_label / sums.unsqueeze(1), of_label * own.unsqueeze(1)
+        of_label = grads[0][0]
         dx = torch.empty_like(x)
         total, fused = ctx.main_grad, ctx.main_grad is not None
         if not fused:
@@ -89,11 +87,13 @@ class LabelScores(torch.autograd.Function):
         for rows in reversed(ctx.chunks):
             if logits is None:
                 logits = ctx.multiply(x[rows], weight)
+            top = largest[rows].clone()  # a view's offset would be a guard of the compiled functions
+            scale = of_label[rows] / sums[rows]
             # The label's own entry apart: softmax - 1 loses its digits where softmax has been rounded to bf16.
-            of_target = torch.sub(logits.gather(1, columns[rows]), largest[rows]).exp_().mul_(scale[rows])
-            of_target -= one[rows]
-            grad = _scaled_exponentials(logits, largest[rows], scale[rows])
-            grad.scatter_(1, columns[rows], of_target.to(grad.dtype))
+            target = logits.gather(1, columns[rows]).squeeze(1)
+            of_target = torch.sub(target, top).exp_().mul_(scale) - of_label[rows] * own[rows]
+            grad = _scaled_exponentials(logits, top, scale)
+            grad.scatter_(1, columns[rows], of_target.unsqueeze(1).to(grad.dtype))
             logits = None
             dx[rows] = ctx.multiply(grad, weight.t())
             if ctx.group.size() > 1:

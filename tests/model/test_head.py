@@ -134,7 +134,8 @@ def test_the_model_scores_in_chunks_of_so_many_bytes(single_rank, monkeypatch):
     from hrm_megatron.model.hrm import HRMModel
     from hrm_megatron.model.hrm_config import hrm_config
 
-    batch = PackedBatch.from_rows({name: row[None] for name, row in assemble_row([(range(1, 9), range(7))], 17).items()})
+    row = assemble_row([(range(1, 9), range(7))], 17)
+    batch = PackedBatch.from_rows({name: tensor[None] for name, tensor in row.items()})
     scores = []
     for chunk_bytes, rows in ((head.CHUNK_BYTES, 1 << 19), (4 * 256 * 3 + 5, 3), (5, 1)):
         monkeypatch.setattr(head, "CHUNK_BYTES", chunk_bytes)
