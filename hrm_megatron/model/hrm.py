@@ -19,9 +19,9 @@ from hrm_megatron.model.head import LabelHead
 from hrm_megatron.model.hrm_config import HRMConfig
 from hrm_megatron.model.initialize import draw, initialize
 from hrm_megatron.model.prefix_lm import PrefixSequences
-from hrm_megatron.model.recurrence import Recorder, run_ticks
+from hrm_megatron.model.recurrence import Recorder, Stack, recomputed, run_ticks
 from hrm_megatron.model.rotary import Rotation
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.schedule import Tick, unroll
 from hrm_megatron.model.specs import stack_spec
 from hrm_megatron.parallel.context import context_spans
 
@@ -85,15 +85,22 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
     def states(self, batch: PackedBatch, bp_steps: int | None = None, record: Recorder | None = None,
                sequences: PrefixSequences | None = None) -> torch.Tensor:
         """Run all ticks and return z_H, [s/tp under SP, b, h]; the last `bp_steps` ticks build a graph (None: all)."""
-        arch = self.config.arch
         x = self.embed(batch)
         if record:
             record("embedding_out", x)
         sequences = sequences or self.sequences(batch)
-        stacks = {stack: partial(getattr(self, name), attention_mask=None, packed_seq_params=sequences)
-                  for stack, name in STACKS.items()}
-        return run_ticks(unroll(arch.h_cycles, arch.l_cycles, bp_steps), stacks, z_h=x, z_l=self.first_z_l(x),
+        return run_ticks(self.ticks(bp_steps), partial(self.stack_of, sequences), z_h=x, z_l=self.first_z_l(x),
                          recompute=self.config.recompute_granularity is not None, record=record)
+
+    def ticks(self, bp_steps: int | None) -> list[Tick]:
+        """List the ticks of one forward pass."""
+        arch = self.config.arch
+        return unroll(arch.h_cycles, arch.l_cycles, bp_steps, self.config.recompute_ticks)
+
+    def stack_of(self, sequences: PrefixSequences | None, tick: Tick) -> Stack:
+        """Return the stack that runs at `tick`, as a function of its input."""
+        stack = partial(getattr(self, STACKS[tick.stack]), attention_mask=None, packed_seq_params=sequences)
+        return recomputed(stack) if tick.recompute else stack
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
         """Embed the tokens with unit variance, [s/tp under SP, b, h]: the first z_H."""
