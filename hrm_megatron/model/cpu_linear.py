@@ -91,8 +91,12 @@ class OneDNNSpecProvider(LocalSpecProvider):  # type: ignore[misc]
         return OneDNNRowParallelLinear
 
 
+def runs_faster_on_onednn() -> bool:
+    """Tell whether this machine is one of those."""
+    return (not torch.cuda.is_available() and torch.backends.mkldnn.is_available() and CPU_FACTS.exists()
+            and "AuthenticAMD" in CPU_FACTS.read_text())
+
+
 def local_provider() -> LocalSpecProvider:
     """Return the layers for this machine where Transformer Engine is not asked for."""
-    if torch.cuda.is_available() or not torch.backends.mkldnn.is_available() or not CPU_FACTS.exists():
-        return LocalSpecProvider()
-    return OneDNNSpecProvider() if "AuthenticAMD" in CPU_FACTS.read_text() else LocalSpecProvider()
+    return OneDNNSpecProvider() if runs_faster_on_onednn() else LocalSpecProvider()

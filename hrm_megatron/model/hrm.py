@@ -15,12 +15,13 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.cpu_linear import local_provider
+from hrm_megatron.model.head import LabelHead
 from hrm_megatron.model.hrm_config import HRMConfig
 from hrm_megatron.model.initialize import draw, initialize
 from hrm_megatron.model.prefix_lm import PrefixSequences
-from hrm_megatron.model.recurrence import Recorder, run_ticks
+from hrm_megatron.model.recurrence import Recorder, Stack, recomputed, run_ticks
 from hrm_megatron.model.rotary import Rotation
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.schedule import Tick, unroll
 from hrm_megatron.model.specs import stack_spec
 from hrm_megatron.parallel.context import context_spans
 
@@ -62,9 +63,8 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
             # Labelled positions are gathered before the head, so its input is whole even under SP.
             whole_rows = copy.copy(config)
             whole_rows.sequence_parallel = False
-            self.output_layer = backend.column_parallel_linear()(
-                arch.hidden_size, arch.padded_vocab_size, config=whole_rows, init_method=config.init_method,
-                bias=False, skip_bias_add=False, gather_output=False, tp_group=self.tp_group)
+            self.output_layer = LabelHead(arch.hidden_size, arch.padded_vocab_size, config=whole_rows,
+                                          init_method=config.init_method, tp_group=self.tp_group)
         self.setup_embeddings_and_output_layer()
         initialize(self.named_global_parameters(), arch, seed, self.tp_group.rank(), self.tp_group.size())
         if pre_process:
@@ -85,15 +85,22 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
     def states(self, batch: PackedBatch, bp_steps: int | None = None, record: Recorder | None = None,
                sequences: PrefixSequences | None = None) -> torch.Tensor:
         """Run all ticks and return z_H, [s/tp under SP, b, h]; the last `bp_steps` ticks build a graph (None: all)."""
-        arch = self.config.arch
         x = self.embed(batch)
         if record:
             record("embedding_out", x)
         sequences = sequences or self.sequences(batch)
-        stacks = {stack: partial(getattr(self, name), attention_mask=None, packed_seq_params=sequences)
-                  for stack, name in STACKS.items()}
-        return run_ticks(unroll(arch.h_cycles, arch.l_cycles, bp_steps), stacks, z_h=x, z_l=self.first_z_l(x),
+        return run_ticks(self.ticks(bp_steps), partial(self.stack_of, sequences), z_h=x, z_l=self.first_z_l(x),
                          recompute=self.config.recompute_granularity is not None, record=record)
+
+    def ticks(self, bp_steps: int | None) -> list[Tick]:
+        """List the ticks of one forward pass."""
+        arch = self.config.arch
+        return unroll(arch.h_cycles, arch.l_cycles, bp_steps, self.config.recompute_ticks)
+
+    def stack_of(self, sequences: PrefixSequences | None, tick: Tick) -> Stack:
+        """Return the stack that runs at `tick`, as a function of its input."""
+        stack = partial(getattr(self, STACKS[tick.stack]), attention_mask=None, packed_seq_params=sequences)
+        return recomputed(stack) if tick.recompute else stack
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
         """Embed the tokens with unit variance, [s/tp under SP, b, h]: the first z_H."""
@@ -111,12 +118,16 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
         return PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, arch.head_dim, arch.rope_theta),
                                batch.row_tokens, spans)
 
-    def logits_at(self, z_h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Apply the head at positions `index` [n] of the flattened [s, b] rows: [n, v/tp]."""
+    def at(self, z_h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Take the states [n, h] at positions `index` [n] of the flattened [s, b] rows."""
         if self.config.sequence_parallel:
             z_h = tensor_parallel.gather_from_sequence_parallel_region(
                 z_h, tensor_parallel_output_grad=False, group=self.tp_group)
-        logits, _ = self.output_layer(z_h.flatten(0, 1)[index].unsqueeze(1))
+        return z_h.flatten(0, 1)[index]
+
+    def logits_at(self, z_h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Apply the head at positions `index` [n] of the flattened [s, b] rows: [n, v/tp]."""
+        logits, _ = self.output_layer(self.at(z_h, index).unsqueeze(1))
         return logits.squeeze(1)
 
     def forward(self, batch: PackedBatch, bp_steps: int | None = None,
@@ -126,21 +137,5 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
 
     def scores(self, z_h: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """Score the labels by the last z_H, see `forward`."""
-        logits = self.logits_at(z_h, batch.label_index)
-        labels = batch.flat_labels
-        correct = self._likeliest(logits.detach()) == labels
-        # The stock loss turns fp32 logits into softmax values in place: nothing may read them after it.
-        losses = self.compute_language_model_loss(labels.unsqueeze(0), logits.unsqueeze(1)).squeeze(0)
-        return torch.stack((losses.float(), correct.float()))
-
-    def _likeliest(self, logits: torch.Tensor) -> torch.Tensor:
-        """Token of the largest logit over all vocabulary shards (the lowest one of equals): [n, v/tp] to [n]."""
-        value, token = logits.max(-1)
-        if self.tp_group.size() == 1:
-            return token
-        best = value.clone()
-        torch.distributed.all_reduce(best, torch.distributed.ReduceOp.MAX, group=self.tp_group)
-        token = token + self.tp_group.rank() * logits.shape[-1]
-        token = torch.where(value == best, token, torch.iinfo(token.dtype).max)
-        torch.distributed.all_reduce(token, torch.distributed.ReduceOp.MIN, group=self.tp_group)
-        return token
+        scores: torch.Tensor = self.output_layer(self.at(z_h, batch.label_index), labels=batch.flat_labels)
+        return scores

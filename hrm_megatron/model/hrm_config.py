@@ -14,10 +14,14 @@ from hrm_megatron.model.kernel_choice import AUTO
 
 @dataclass
 class HRMConfig(TransformerConfig):  # type: ignore[misc]
-    """A TransformerConfig for both stacks; `num_layers` counts layers per stack."""
+    """A TransformerConfig for both stacks; `num_layers` counts layers per stack.
+
+    The first `recompute_ticks` ticks with gradient keep only their input.
+    """
 
     architecture: Architecture | None = None
     attention_kernel: str = AUTO
+    recompute_ticks: int = 0
 
     @property
     def arch(self) -> Architecture:

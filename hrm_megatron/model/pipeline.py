@@ -8,14 +8,13 @@ and owns everything; the others are `TickChunk`s, which own nothing and so have 
 from __future__ import annotations
 
 from collections import deque
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 
 from hrm_megatron.data.batch import PackedBatch
-from hrm_megatron.model.hrm import STACKS, HRMModel
+from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.hrm_config import HRMConfig
 from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.recurrence import Stack
@@ -78,14 +77,14 @@ class PipelinedHRM(HRMModel):
     def run_tick(self, index: int, received: torch.Tensor | None, batch: PackedBatch, bp_steps: int | None,
                  sequences: PrefixSequences | None) -> torch.Tensor:
         """Run this stage's layers of one tick; the last stage turns the last tick into scores [2, n]."""
-        arch = self.config.arch
-        ticks = unroll(arch.h_cycles, arch.l_cycles, bp_steps)
-        x = self._enter([tick.stack for tick in ticks], index, received, batch) if self.first_stage else received
+        ticks = self.ticks(bp_steps)
+        tick = ticks[index]
+        x = self._enter([each.stack for each in ticks], index, received, batch) if self.first_stage else received
         assert x is not None
-        if ticks[index].with_grad and self.config.recompute_granularity and not x.requires_grad:
+        if tick.with_grad and (self.config.recompute_granularity or tick.recompute) and not x.requires_grad:
             x.requires_grad_(torch.is_grad_enabled())  # else reentrant recomputation gives the weights no gradient
-        stack = partial(getattr(self, STACKS[ticks[index].stack]), attention_mask=None, packed_seq_params=sequences)
-        out: torch.Tensor = stack(x) if ticks[index].with_grad else NoGradTick.apply(x, stack)
+        stack = self.stack_of(sequences, tick)
+        out: torch.Tensor = stack(x) if tick.with_grad else NoGradTick.apply(x, stack)
         return self.scores(out, batch) if self.last_stage and index == self.num_ticks - 1 else out
 
     def _enter(self, stacks: list[str], index: int, received: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:

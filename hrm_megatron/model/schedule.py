@@ -11,6 +11,7 @@ class Tick(NamedTuple):
 
     stack: str  # "H" (slow) or "L" (fast)
     with_grad: bool
+    recompute: bool = False  # keeps only its input and runs again in backward
 
 
 def split_bp_steps(h_cycles: int, l_cycles: int, bp_steps: int) -> tuple[int, int]:
@@ -32,8 +33,11 @@ def trains_embedding(h_cycles: int, bp_steps: int) -> bool:
     return bp_steps > h_cycles
 
 
-def unroll(h_cycles: int, l_cycles: int, bp_steps: int | None = None) -> list[Tick]:
-    """List the ticks of one forward pass, L before H in each cycle; `bp_steps` None: all build a graph."""
+def unroll(h_cycles: int, l_cycles: int, bp_steps: int | None = None, recompute_ticks: int = 0) -> list[Tick]:
+    """List the ticks of one forward pass, L before H in each cycle; `bp_steps` None: all build a graph.
+
+    The first `recompute_ticks` of those with a graph keep only their input: it is their graphs that live longest.
+    """
     total_l = h_cycles * l_cycles
     h_bp, l_bp = split_bp_steps(h_cycles, l_cycles, h_cycles + total_l if bp_steps is None else bp_steps)
     ticks = []
@@ -41,4 +45,5 @@ def unroll(h_cycles: int, l_cycles: int, bp_steps: int | None = None) -> list[Ti
         first_l = cycle * l_cycles
         ticks += [Tick("L", i >= total_l - l_bp) for i in range(first_l, first_l + l_cycles)]
         ticks.append(Tick("H", cycle >= h_cycles - h_bp))
-    return ticks
+    recomputed = [number for number, tick in enumerate(ticks) if tick.with_grad][:recompute_ticks]
+    return [tick._replace(recompute=number in recomputed) for number, tick in enumerate(ticks)]

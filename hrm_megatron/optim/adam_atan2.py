@@ -13,6 +13,30 @@ STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
 UPDATES = "updates"
 
 
+def update(p: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor, ema: torch.Tensor, *, keep: float,
+           b1: float, b2: float, correction: float, rate: float, ema_decay: float) -> None:
+    """Update one tensor and its state in place, see `AdamATan2`.
+
+    What changes from step to step is in `keep` = 1 - lr*wd, `correction` = sqrt(1-b2^t) and `rate` = lr/(1-b1^t): a
+    compiled function must not depend on their values.
+    """
+    g = grad.to(m.dtype)
+    p.mul_(keep)
+    m.lerp_(g, 1 - b1)
+    v.mul_(b2).addcmul_(g, g, value=1 - b2)
+    # A factor, not add_'s alpha, which torch.compile takes for a constant.
+    p.sub_(torch.atan2(m, v.sqrt().div_(correction)).mul_(rate))
+    ema.lerp_(p, 1 - ema_decay)
+
+
+def fused_update() -> Callable[..., None]:
+    """Return `update` as one compiled kernel that reads and writes each tensor once.
+
+    One compilation serves all sizes and steps; parameters go in detached, or it would take their sizes for constants.
+    """
+    return torch.compile(update, dynamic=True)
+
+
 class AdamATan2(torch.optim.Optimizer):
     """Adam with atan2 in place of the division (Everett et al., arXiv 2407.05872), decoupled decay, weight EMA.
 
@@ -28,6 +52,7 @@ class AdamATan2(torch.optim.Optimizer):
                  has_gradient: Callable[[dict[str, Any]], bool] = lambda group: True) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, ema_decay=ema_decay))
         self.has_gradient = has_gradient
+        self.update = fused_update() if torch.cuda.is_available() else update  # on a CPU there may be no compiler
         for group in self.param_groups:
             group.setdefault(UPDATES, 0)
 
@@ -51,17 +76,11 @@ class AdamATan2(torch.optim.Optimizer):
                 continue
             group[UPDATES] += 1
             t, lr, (b1, b2) = group[UPDATES], group["lr"], group["betas"]
+            factors = dict(keep=1 - lr * group["weight_decay"], b1=b1, b2=b2, correction=math.sqrt(1 - b2 ** t),
+                           rate=lr / (1 - b1 ** t), ema_decay=group["ema_decay"])
             for p, state in zip(group["params"], states, strict=True):
-                if p.grad is None:
-                    continue
-                m, v = state["exp_avg"], state["exp_avg_sq"]
-                g = p.grad.to(m.dtype)
-                p.mul_(1 - lr * group["weight_decay"])
-                m.lerp_(g, 1 - b1)
-                v.mul_(b2).addcmul_(g, g, value=1 - b2)
-                denominator = v.sqrt().div_(math.sqrt(1 - b2 ** t))
-                p.add_(torch.atan2(m, denominator), alpha=-lr / (1 - b1 ** t))
-                state["ema"].lerp_(p, 1 - group["ema_decay"])
+                if p.grad is not None and p.numel():
+                    self.update(p.detach(), p.grad, *(state[key] for key in STATE_KEYS), **factors)
 
 
 def init_states(optimizer: AdamATan2, config: Any = None) -> None:

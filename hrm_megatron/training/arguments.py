@@ -21,6 +21,7 @@ from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
+from hrm_megatron.training.memory import check_memory
 
 OPTIMIZER = "adam_atan2"
 
@@ -59,6 +60,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--init-scheme", choices=INIT_SCHEMES, default="lecun_normal")
     group.add_argument("--init-std", type=float, help="standard deviation for fixed_normal and megatron")
     group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre")
+    group.add_argument("--recompute-ticks", type=int, default=0, metavar="K",
+                       help="the first K ticks with gradient keep only their input and run again in backward")
     group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO,
                        help="auto: the fastest that runs here; the start of a run says which and why")
     group.add_argument("--pipeline-schedule", choices=SCHEDULES, default=AUTO_SCHEDULE,
@@ -170,6 +173,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
     args.padded_vocab_size = architecture.padded_vocab_size
     check_layout(args, architecture)
+    check_memory(args)
     for bp_steps in (args.bp_min_steps, args.bp_max_steps):
         split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)
     if args.pipeline_model_parallel_size > 1:

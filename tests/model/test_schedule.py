@@ -25,6 +25,15 @@ def test_the_last_ticks_of_each_stack_build_a_graph(bp_steps, graph):
     assert {i for i, tick in enumerate(unroll(2, 3, bp_steps)) if tick.with_grad} == graph
 
 
+@pytest.mark.parametrize(("bp_steps", "recompute_ticks", "again"), [
+    (2, 0, set()), (2, 1, {6}), (2, 5, {6, 7}), (3, 2, {3, 6}), (4, 3, {3, 5, 6}), (5, 5, {3, 4, 5, 6, 7}),
+    (None, 1, {0})])
+def test_the_first_ticks_with_gradient_run_again(bp_steps, recompute_ticks, again):
+    ticks = unroll(2, 3, bp_steps, recompute_ticks)
+    assert {i for i, tick in enumerate(ticks) if tick.recompute} == again
+    assert [tick[:2] for tick in ticks] == [tick[:2] for tick in unroll(2, 3, bp_steps)]
+
+
 @pytest.mark.parametrize("bp_steps", [-1, 0, 1, 9])
 def test_impossible_gradient_ticks_are_refused(bp_steps):
     with pytest.raises(ConfigError, match=f"bp_steps={bp_steps} does not fit h_cycles=2, l_cycles=3: choose 2 to 8"):

@@ -50,6 +50,18 @@ def refused(launch, tmp_path):
     (["--global-batch-size", 3, "--micro-batch-size", 2], ["command line: ", "(3) must be divisible by"]),
     (["--data-path", "somewhere"], ["no training data, or two kinds of it"]),
     (["--load", "nowhere"], ["--load nowhere: no checkpoint there"]),
+    (["--recompute-ticks", 6], ["--recompute-ticks 6 must lie between 0 and 5", "--bp-max-steps"]),
+    (["--recompute-ticks", -1], ["--recompute-ticks -1 must lie between 0 and 5"]),
+    (["--recompute-ticks", 2, "--recompute-granularity", "full", "--recompute-method", "uniform",
+      "--recompute-num-layers", 1], ["--recompute-granularity full would run layers three times: choose one"]),
+    (["--recompute-ticks", 2, "--fp8-format", "hybrid"], ["--recompute-ticks 2 with --fp8-recipe delayed"]),
+    (["--recompute-granularity", "selective", "--recompute-modules", "mlp", "layernorm"],
+     ["--recompute-modules layernorm: saves nothing in this model; choose among core_attn, mlp"]),
+    (["--recompute-activations", "--recompute-modules", "moe"], ["--recompute-modules moe: saves nothing"]),
+    (["--cpu-offloading-num-layers", 1], ["--cpu-offloading-num-layers: not built for this model"]),
+    (["--fine-grained-activation-offloading"], ["--fine-grained-activation-offloading: not built"]),
+    (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload: not built for this model", "it would train by Adam"]),
+    (["--use-precision-aware-optimizer"], ["--use-precision-aware-optimizer: not built for this model"]),
     (["--init-scheme", "fixed_normal", "--h-cycles", 0], ["h_cycles=0: must be at least 1"]),
 ])
 def test_settings(refused, flags, parts):

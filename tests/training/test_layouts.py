@@ -17,6 +17,9 @@ TWO_PHASES = ["--micro-batch-size", 1, "--pipeline-schedule", "two-phase"]
 LAYOUTS = {  # ranks and flags; golden/fullbatch has 2 layers per stack, 8 rows of 96 and 4 heads
     "1 process": (1, []),
     "recompute": (1, RECOMPUTE),
+    "recompute 3 ticks": (1, ["--recompute-ticks", 3]),
+    "recompute 1 tick, and parts of layers": (1, ["--recompute-ticks", 1, "--recompute-granularity", "selective",
+                                                  "--recompute-modules", "core_attn", "mlp"]),
     "TP 2": (2, [TP, 2]),
     "TP 2 + SP": (2, [TP, 2, "--sequence-parallel"]),
     "TP 4": (4, [TP, 4]),
@@ -32,6 +35,7 @@ LAYOUTS = {  # ranks and flags; golden/fullbatch has 2 layers per stack, 8 rows 
     "CP 2 x TP 2 + SP": (4, [CP, 2, TP, 2, "--sequence-parallel"]),
     "PP 2 x CP 2": (4, [PP, 2, CP, 2]),
     "PP 2, recompute": (2, [PP, 2, *RECOMPUTE]),
+    "PP 2, recompute 2 ticks": (2, [PP, 2, "--recompute-ticks", 2]),
     "PP 2, one phase": (2, [PP, 2, "--micro-batch-size", 1, "--pipeline-schedule", "stock"]),
     "PP 2, two phases, recompute": (2, [PP, 2, *TWO_PHASES, *RECOMPUTE]),
     "PP 2 x DP 2, two phases, overlap": (4, [PP, 2, *TWO_PHASES, *OVERLAP]),

@@ -1,0 +1,133 @@
+"""The output head with its loss in one function, which never holds the logits of a whole micro-batch.
+
+Positions are scored in chunks. The backward computes the logits of a chunk anew, all but the last one's, which the
+forward has kept: the gradient of the weight needs each label's incoming gradient, which the forward does not know, and
+the third matrix product costs HRM-Text XL about one part in a hundred of a step (2 h v operations for each label, of
+18 billion for each token), where all logits in fp32 would take gigabytes. What fits into one chunk is computed once.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear
+
+from hrm_megatron.model.cpu_linear import product, runs_faster_on_onednn
+
+CHUNK_BYTES = 1 << 29  # of the logits of a chunk in fp32: 2,048 positions of 65,536 tokens
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # [m, k] and [n, k] to [m, n]
+
+
+@torch.compile(dynamic=True)
+def _summarize(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Largest logit in fp32, its column (the first of equals) and the sum of exp(logit - largest): [n, v/tp] to [n]."""
+    largest, column = logits.max(-1)
+    largest = largest.float()
+    return largest, column, torch.sub(logits, largest.unsqueeze(-1)).exp_().sum(-1)
+
+
+@torch.compile(dynamic=True)
+def _scaled_exponentials(logits: torch.Tensor, largest: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return scale * exp(logit - largest) for logits [n, v/tp] and the others [n], in fp32 and rounded once."""
+    return torch.sub(logits, largest.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1)).to(logits.dtype)
+
+
+def add_weight_gradient(total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
+    """total [v/tp, h] += grad^T x for grad [n, v/tp] and x [n, h], in the precision of `total`."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.t(), x)
+    elif total.is_cuda:
+        torch.addmm(total, grad.t(), x, out_dtype=total.dtype, out=total)
+    else:  # a product of bf16 into fp32 exists on CUDA only
+        total.addmm_(grad.t().to(total.dtype), x.to(total.dtype))
+
+
+class LabelScores(torch.autograd.Function):
+    """x [n, h], weight [v/tp, h] and labels [n] to fp32 [2, n]: cross-entropies, and 1 where the label is likeliest.
+
+    x and the scores are the same on all ranks of `group`, and the gradient of x is summed over them. Logits have the
+    dtype of x; what follows is in fp32. With `main_grad` the gradient of the weight is added there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int,
+                multiply: Product, group: Any, main_grad: torch.Tensor | None) -> torch.Tensor:
+        width = len(weight)
+        columns = labels - group.rank() * width
+        own = (columns >= 0) & (columns < width)
+        columns = columns.clamp(0, width - 1).unsqueeze(1)
+        largest, sums, targets, hits = x.new_empty(4, len(x), dtype=torch.float32)
+        ctx.chunks = [slice(start, start + chunk_rows) for start in range(0, len(x), chunk_rows)]
+        logits = None
+        for rows in ctx.chunks:
+            logits = multiply(x[rows], weight)
+            largest[rows], column, sums[rows] = _summarize(logits)
+            targets[rows] = logits.gather(1, columns[rows]).squeeze(1)
+            hits[rows] = own[rows] & (column == columns[rows, 0])
+        if group.size() > 1:
+            largest, sums, targets, hits = _over_shards(
+                torch.stack((largest, sums, torch.where(own, targets, 0.0), hits)), group)
+        ctx.save_for_backward(x, weight, columns, own, largest, sums)
+        ctx.multiply, ctx.group, ctx.main_grad, ctx.last_logits = multiply, group, main_grad, logits
+        return torch.stack((sums.log() - (targets - largest), hits))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, columns, own, largest, sums = ctx.saved_tensors
+        of_label = grads[0][0]
+        dx = torch.empty_like(x)
+        total, fused = ctx.main_grad, ctx.main_grad is not None
+        if not fused:
+            total = torch.zeros_like(weight, dtype=torch.float32)
+        logits, ctx.last_logits = ctx.last_logits, None
+        transfers = []
+        for rows in reversed(ctx.chunks):
+            if logits is None:
+                logits = ctx.multiply(x[rows], weight)
+            top = largest[rows].clone()  # a view's offset would be a guard of the compiled functions
+            scale = of_label[rows] / sums[rows]
+            # The label's own entry apart: softmax - 1 loses its digits where softmax has been rounded to bf16.
+            target = logits.gather(1, columns[rows]).squeeze(1)
+            of_target = torch.sub(target, top).exp_().mul_(scale) - of_label[rows] * own[rows]
+            grad = _scaled_exponentials(logits, top, scale)
+            grad.scatter_(1, columns[rows], of_target.unsqueeze(1).to(grad.dtype))
+            logits = None
+            dx[rows] = ctx.multiply(grad, weight.t())
+            if ctx.group.size() > 1:
+                transfers.append(torch.distributed.all_reduce(dx[rows], group=ctx.group, async_op=True))
+            add_weight_gradient(total, grad, x[rows])
+        for transfer in transfers:
+            transfer.wait()
+        if not fused:
+            return dx, total.to(weight.dtype), *[None] * 5
+        weight.grad_added_to_main_grad = True
+        return dx, weight.new_zeros(()).expand_as(weight), *[None] * 5  # DDP's hooks want to have seen a gradient
+
+
+def _over_shards(parts: torch.Tensor, group: Any) -> tuple[torch.Tensor, ...]:
+    """Combine each rank's (largest, sums, targets, hits), [4, n], over the shards of the vocabulary."""
+    gathered = parts.new_empty(group.size() * len(parts), parts.shape[1])
+    torch.distributed.all_gather_into_tensor(gathered, parts, group=group)
+    shard_largest, sums, targets, hits = gathered.view(group.size(), *parts.shape).unbind(1)
+    largest, first = shard_largest.max(0)  # the first of equals has the lowest token
+    sums = (sums * torch.exp(shard_largest - largest)).sum(0)
+    return largest, sums, targets.sum(0), hits.gather(0, first.unsqueeze(0)).squeeze(0)
+
+
+class LabelHead(ColumnParallelLinear):  # type: ignore[misc]
+    """Megatron's output layer (no bias), which scores labels where it is given some."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, bias=False, **options)
+        self.chunk_rows = max(1, CHUNK_BYTES // (4 * self.output_size_per_partition))
+
+    def forward(self, input_: torch.Tensor, *arguments: Any, labels: torch.Tensor | None = None, **options: Any) -> Any:
+        """Apply the head to [s, b, h] as Megatron's does; or score `labels` [n] at [n, h], see `LabelScores`."""
+        if labels is None:
+            return super().forward(input_, *arguments, **options)
+        multiply = product if input_.dtype == torch.float32 and runs_faster_on_onednn() else F.linear
+        main_grad = self.weight.main_grad if self.gradient_accumulation_fusion else None
+        return LabelScores.apply(input_, self.weight, labels, self.chunk_rows, multiply, self.tp_group, main_grad)

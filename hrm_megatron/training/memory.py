@@ -1,0 +1,38 @@
+"""Flags that save memory: what works for this model, and one line for what does not."""
+from __future__ import annotations
+
+import argparse
+
+from hrm_megatron.config import ConfigError
+
+# Of Megatron's --recompute-modules. Its "layernorm" would keep a norm's input in place of its output, which has the
+# same size and is all that norm and linear layer need; the others belong to layers that an HRM does not have.
+RECOMPUTED_MODULES = ("core_attn", "mlp")
+NOT_BUILT = {
+    "cpu_offloading_num_layers": "save activations by --recompute-ticks",
+    "fine_grained_activation_offloading": "save activations by --recompute-ticks",
+    "optimizer_cpu_offload": "it would train by Adam; data parallel ranks share the state already",
+    "use_precision_aware_optimizer": "AdamATan2 keeps its state in fp32",
+}
+
+
+def check_memory(args: argparse.Namespace) -> None:
+    """Refuse what would be wrong, or save nothing."""
+    ticks, full = args.recompute_ticks, args.recompute_granularity == "full"
+    if not 0 <= ticks <= args.bp_max_steps:
+        raise ConfigError(f"--recompute-ticks {ticks} must lie between 0 and {args.bp_max_steps}, the most ticks with "
+                          "gradient (--bp-max-steps)")
+    if ticks and full:
+        raise ConfigError(f"--recompute-ticks {ticks} with --recompute-granularity full would run layers three times: "
+                          "choose one of them, or --recompute-granularity selective")
+    if ticks and args.fp8 and args.fp8_recipe == "delayed":
+        raise ConfigError(f"--recompute-ticks {ticks} with --fp8-recipe delayed: a tick that runs again would find "
+                          "other scales; choose another recipe")
+    if args.recompute_granularity == "selective" or args.recompute_activations:
+        for module in args.recompute_modules or ():
+            if module not in RECOMPUTED_MODULES:
+                raise ConfigError(f"--recompute-modules {module}: saves nothing in this model; choose among "
+                                  f"{', '.join(RECOMPUTED_MODULES)}")
+    for flag, way_out in NOT_BUILT.items():
+        if getattr(args, flag):
+            raise ConfigError(f"--{flag.replace('_', '-')}: not built for this model; leave it out: {way_out}")

@@ -1,0 +1,86 @@
+"""Ticks that keep only their input: gradients as without, and memory as counted."""
+import itertools
+from functools import partial
+
+import pytest
+import torch
+
+from hrm_megatron.config import Architecture
+from hrm_megatron.data.batch import PackedBatch, assemble_row
+
+ARCHITECTURE = Architecture(2, 24, 3, 40, 250)
+TARGETS = [(range(1, 5), range(4)), (range(3, 8), range(1)), (range(1, 2), range(9, 16))]
+ROW_TOKENS = sum(len(p) + len(t) - 1 for p, t in TARGETS) + 1
+
+
+@pytest.fixture(scope="module")
+def build(single_rank):
+    from hrm_megatron.model.hrm import HRMModel
+    from hrm_megatron.model.hrm_config import hrm_config
+
+    return lambda **settings: HRMModel(hrm_config(ARCHITECTURE, **settings), seed=5).train()
+
+
+def batch():
+    return PackedBatch.from_rows({name: tensor[None] for name, tensor in assemble_row(TARGETS, ROW_TOKENS).items()})
+
+
+def gradients(model, bp_steps):
+    model(batch=batch(), bp_steps=bp_steps)[0].sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("bp_steps", [2, 3, 4, 5])
+def test_gradients_are_those_without(build, parity, bp_steps):
+    wanted = gradients(build(), bp_steps)
+    for ticks in range(bp_steps + 1):
+        have, worst = gradients(build(recompute_ticks=ticks), bp_steps), 0.0
+        for name, want in wanted.items():
+            assert (have[name] is None) == (want is None) == (bp_steps == 2 and "embedding" in name), name
+            if want is not None:
+                worst = max(worst, ((have[name] - want).abs().max() / want.abs().max()).item())
+        # Bitwise: the first ticks come last in backward, whether they run again or not.
+        parity(f"recompute {ticks} of {bp_steps} ticks: gradients", worst, 0.0)
+
+
+@pytest.mark.parametrize("modules", [["core_attn"], ["mlp"], ["core_attn", "mlp"]], ids="+".join)
+@pytest.mark.parametrize("ticks", [0, 1, 3])
+def test_layers_recompute_parts_of_themselves_in_every_tick(build, ticks, modules):
+    wanted = gradients(build(recompute_ticks=ticks), 3)
+    have = gradients(build(recompute_ticks=ticks, recompute_granularity="selective", recompute_modules=modules), 3)
+    for name, want in wanted.items():
+        assert torch.equal(have[name], want), name
+
+
+def kept_bytes(run, leave_out):
+    """Bytes of all that `run` saves for its backward, each storage once; without parameters and `leave_out`."""
+    known, kept = {t.untyped_storage().data_ptr() for t in leave_out}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    assert result.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("bp_steps", [2, 5])
+def test_a_tick_that_runs_again_keeps_its_input_alone(build, bp_steps):
+    kept, rows = [], batch()
+    for ticks in range(bp_steps + 1):
+        model = build(recompute_ticks=ticks)
+        sequences = model.sequences(rows)
+        shared = [*model.parameters(), *vars(sequences.rotation).values()]
+        kept.append(kept_bytes(partial(model, batch=rows, bp_steps=bp_steps, sequences=sequences), shared))
+    state = torch.randn(ROW_TOKENS, 1, ARCHITECTURE.hidden_size)
+    # At two steps no gradient enters the first tick, and its first norm keeps less.
+    of_first, of_others = (kept_bytes(partial(model.l_stack, state.clone().requires_grad_(enters), attention_mask=None,
+                                              packed_seq_params=sequences), shared) for enters in (bp_steps > 2, True))
+    input_bytes = state.numel() * 4
+    assert of_others >= of_first > 20 * input_bytes
+    print(f"a tick keeps {of_others} bytes, its input has {input_bytes}; a step keeps {kept}")
+    falls = [before - after for before, after in itertools.pairwise(kept)]
+    assert falls == [of_first - input_bytes, *[of_others - input_bytes] * (bp_steps - 1)]
