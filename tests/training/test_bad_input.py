@@ -49,6 +49,7 @@ def refused(launch, tmp_path):
     (["--global-batch-size", 3, "--micro-batch-size", 2], ["command line: ", "(3) must be divisible by"]),
     (["--data-path", "somewhere"], ["no training data, or two kinds of it"]),
     (["--load", "nowhere"], ["--load nowhere: no checkpoint there"]),
+    (["--attention-kernel", "varlen"], ["--attention-kernel varlen: it ", "works here"]),  # in fp32 on any machine
     (["--init-scheme", "fixed_normal", "--h-cycles", 0], ["h_cycles=0: must be at least 1"]),
 ])
 def test_settings(refused, flags, parts):
