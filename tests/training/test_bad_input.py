@@ -62,6 +62,7 @@ def refused(launch, tmp_path):
     (["--fine-grained-activation-offloading"], ["--fine-grained-activation-offloading: not built"]),
     (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload: not built for this model", "it would train by Adam"]),
     (["--use-precision-aware-optimizer"], ["--use-precision-aware-optimizer: not built for this model"]),
+    (["--attention-kernel", "varlen"], ["--attention-kernel varlen: it ", "works here"]),  # in fp32 on any machine
     (["--init-scheme", "fixed_normal", "--h-cycles", 0], ["h_cycles=0: must be at least 1"]),
 ])
 def test_settings(refused, flags, parts):
