@@ -69,9 +69,22 @@ class PrefixSequences:
 
 
 def _pieces(sequences: PrefixSequences, row: int) -> list[Piece]:
+    return cut(sequences.lengths[row], sequences.spans or context_spans(sequences.row_tokens))
+
+
+def context_loads(lengths: Lengths, row_tokens: int, ranks: int) -> list[int]:
+    """Count the (query, key) pairs of each context parallel rank over these rows."""
+    def pairs(piece: Piece) -> int:
+        queries, keys = piece.queries[1], piece.keys[1]
+        return queries * keys - piece.causal * queries * (queries - 1) // 2
+    return [sum(pairs(piece) for row in lengths for piece in cut(row, context_spans(row_tokens, rank, ranks)))
+            for rank in range(ranks)]
+
+
+def cut(examples: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[Piece]:
+    """Cut the examples of a row, (prefix, response) each, into the pieces of which `spans` hold queries."""
     return [Piece((span.local + first - span.start, last - first), (start, last - start if causal else p), causal)
-            for span in sequences.spans or context_spans(sequences.row_tokens)
-            for start, p, r in _starts(sequences.lengths[row])
+            for span in spans for start, p, r in _starts(examples)
             for begin, end, causal in ((start, start + p, False), (start + p, start + p + r, True))
             if (first := max(begin, span.start)) < (last := min(end, span.start + span.length))]
 

@@ -10,13 +10,16 @@ import torch
 from megatron.training.utils import print_rank_0
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.data.dataset import PackedRows, split_store
 from hrm_megatron.data.sampled import SampledFolder
 from hrm_megatron.data.store import ExampleStore
 from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.model.prefix_lm import context_loads
 
 # Three in a hundred for validation. None for a test part: Megatron would log its loss as one more "validation".
 DEFAULT_SPLIT = "97,3,0"
+MEASURED_ROWS = 64  # whose attention is counted for the shares of context parallel ranks
 
 Source = ExampleStore | SampledFolder
 Datasets = tuple[PackedRows | None, PackedRows | None, PackedRows | None]
@@ -71,6 +74,16 @@ def open_sources(args: argparse.Namespace) -> Sources:
     return Sources(source, stores.get("valid"), stores.get("test"), split=bool(whole))
 
 
+def describe_loads(rows: PackedRows, row_tokens: int, ranks: int) -> str:
+    """Say how evenly the attention of the first rows is shared among context parallel ranks."""
+    count = min(len(rows), MEASURED_ROWS)
+    lengths = [PackedBatch.from_rows({name: tensor[None] for name, tensor in rows[i].items()}).lengths[0]
+               for i in range(count)]
+    loads = context_loads(lengths, row_tokens, ranks)
+    return (f"context parallel: the busiest of {ranks} ranks has {max(loads) * ranks / sum(loads):.2f} times the mean "
+            f"of the attention's (query, key) pairs, over {count} rows")
+
+
 def datasets_provider(args: argparse.Namespace, sources: Sources,
                       on_ready: Callable[[], None]) -> Callable[..., Datasets]:
     """Make Megatron's datasets provider; `on_ready` is called when training may begin."""
@@ -80,6 +93,8 @@ def datasets_provider(args: argparse.Namespace, sources: Sources,
         dataset = PackedRows(source, args.seq_length, args.seed, count, cache_folder=args.data_cache_path,
                              **options)  # type: ignore[arg-type]
         print_rank_0(f" > {name}: {dataset.describe()}")
+        if name == "training" and args.context_parallel_size > 1:
+            print_rank_0(f" > {describe_loads(dataset, args.seq_length, args.context_parallel_size)}")
         return dataset
 
     def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:

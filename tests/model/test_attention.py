@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hrm_megatron.config import Architecture
-from hrm_megatron.model.prefix_lm import PrefixSequences
+from hrm_megatron.model.prefix_lm import PrefixSequences, context_loads
 from hrm_megatron.model.rotary import Rotation
 from hrm_megatron.parallel.context import context_positions, context_spans
 
@@ -122,3 +122,12 @@ def test_the_mask_says_what_prefix_lm_means():
             same = query < 10 and key < 10 and example[query] == example[key]
             want = same and (prefix[key] or (not prefix[query] and key <= query))
             assert allowed[query, key] == want, (query, key)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_pairs_of_context_ranks_are_those_of_the_mask(size):
+    lengths = [[(5, 6), (1, 0), (9, 1)], [(2, 11)], []]
+    row_tokens = 24
+    masks = [PrefixSequences(lengths, None, row_tokens).dense_mask(row) for row in range(3)]
+    positions = [context_positions(row_tokens, rank, size) for rank in range(size)]
+    assert context_loads(lengths, row_tokens, size) == [sum(int(mask[mine].sum()) for mask in masks) for mine in positions]

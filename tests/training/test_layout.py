@@ -1,5 +1,6 @@
 """The layout that is announced is the one that is built."""
 import argparse
+import re
 
 import torch
 
@@ -48,3 +49,11 @@ def test_the_description_counts_per_rank():
                           f"{states / 2:.3f} GiB of states; simulated bubble 5.2%, 23 ticks alive on a stage")
     one = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_schedule="stock"))).splitlines()
     assert one[6] == "  pipeline at bp 5: one phase; simulated bubble 6.9%, 20 ticks alive on a stage"
+
+
+def test_the_shares_of_context_ranks_are_told(launch, fullbatch_arguments):
+    run = launch(*fullbatch_arguments, "--context-parallel-size", 2, "--exit-interval", 1, ranks=2)
+    assert run.code == 0, run.output[-3000:]
+    told = re.search(r" > context parallel: the busiest of 2 ranks has (1\.\d\d) times the mean of .* over 64 rows",
+                     run.output)
+    assert told and 1 <= float(told[1]) < 1.5
