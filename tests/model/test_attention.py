@@ -130,4 +130,5 @@ def test_pairs_of_context_ranks_are_those_of_the_mask(size):
     row_tokens = 24
     masks = [PrefixSequences(lengths, None, row_tokens).dense_mask(row) for row in range(3)]
     positions = [context_positions(row_tokens, rank, size) for rank in range(size)]
-    assert context_loads(lengths, row_tokens, size) == [sum(int(mask[mine].sum()) for mask in masks) for mine in positions]
+    counted = [sum(int(mask[mine].sum()) for mask in masks) for mine in positions]
+    assert context_loads(lengths, row_tokens, size) == counted
