@@ -19,9 +19,7 @@ BF16_CAPABILITY = (8, 0)
 # Source of the former: Transformer Engine, pytorch/quantization.py, _compute_fp8_support and _compute_mxfp8_support.
 FP8_RECIPES = {"delayed": ((8, 9), 16), "tensorwise": ((8, 9), 16), "mxfp8": ((10, 0), 32)}
 NO_MXFP8_FROM = (12, 0)
-# Megatron's flags for FP8 in places that are not Transformer Engine's here.
-NOT_IN_FP8 = {"fp4": "--fp4-format", "fp8_dot_product_attention": "--fp8-dot-product-attention",
-              "fp8_multi_head_attention": "--fp8-multi-head-attention", "fp8_output_proj": "--fp8-output-proj"}
+NOT_BUILT = {"fp4": "--fp4-format", "fp8_output_proj": "--fp8-output-proj"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def check_precision(args: argparse.Namespace, machine: Machine) -> None:
     device = "this GPU (compute capability {}.{})".format(*machine.capability or (0, 0))
     if args.bf16 and machine.capability and machine.capability < BF16_CAPABILITY:
         raise ConfigError(f"--bf16: {device} has no bf16, which begins with 8.0; leave it out to train in fp32")
-    for name, flag in NOT_IN_FP8.items():
+    for name, flag in NOT_BUILT.items():
         if getattr(args, name):
             raise ConfigError(f"{flag}: not built; --fp8-format covers the linear layers of both stacks, attention and "
                               "head stay in bf16")

@@ -98,7 +98,7 @@ def _with_one_scale(x: torch.Tensor, quantizer: Any) -> Any:
                  data_transpose=fp8_transpose(data) if both else None)
     if quantizer.internal:
         return Float8TensorStorage(fake_dtype=x.dtype, **parts)
-    return Float8Tensor(shape=x.shape, dtype=x.dtype, **parts)
+    return Float8Tensor(shape=x.shape, dtype=x.dtype, device=x.device, **parts)
 
 
 def _in_blocks(x: torch.Tensor, quantizer: Any) -> Any:
@@ -116,7 +116,7 @@ def _in_blocks(x: torch.Tensor, quantizer: Any) -> Any:
         parts[f"{name}_scale_inv"] = inverse if wanted else None
     if quantizer.internal:
         return MXFP8TensorStorage(fake_dtype=x.dtype, **parts)
-    return MXFP8Tensor(shape=x.shape, dtype=x.dtype, **parts)
+    return MXFP8Tensor(shape=x.shape, dtype=x.dtype, device=x.device, **parts)
 
 
 def fp8_transpose(data: torch.Tensor, dtype: Any = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -157,10 +157,24 @@ def generic_gemm(a: Any, transpose_a: bool, b: Any, transpose_b: bool, out: torc
     left, right = _operand(b, along_columns=transpose_b), _operand(a, along_columns=not transpose_a)
     product = (left.t() if transpose_b else left) @ (right.t() if transpose_a else right)
     if out is None:
-        shape = product.shape if transpose_b else (*b.shape[:-1], product.shape[-1])
-        return product.to(TE_DType_To_Torch[out_dtype]).view(shape), None, None, None
+        shape = product.shape if transpose_b else (*b.size()[:-1], product.shape[-1])
+        out = torch.empty(shape, dtype=TE_DType_To_Torch[out_dtype])  # no view: autograd tells them apart
+        out.view_as(product).copy_(product)
+        return out, None, None, None
     out.add_(product) if accumulate else out.copy_(product)
     return out, None, None, None
+
+
+def multi_tensor_l2norm(chunk: int, flag: torch.Tensor, lists: list[list[torch.Tensor]],
+                        per_tensor: bool) -> tuple[torch.Tensor, None]:
+    """Norm of all tensors of the first list."""
+    return torch.stack([x.float().norm() for x in lists[0]]).norm().view(1), None
+
+
+def multi_tensor_scale(chunk: int, flag: torch.Tensor, lists: list[list[torch.Tensor]], factor: float) -> None:
+    """Second list = first list * factor."""
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * factor)
 
 
 def install(capability: tuple[int, int] = (9, 0)) -> None:
@@ -170,7 +184,8 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     for name in ("einops", "onnx", "onnxscript", "onnxscript.onnx_opset"):  # for inference and export only
         sys.modules[name] = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
     extension = Extension("transformer_engine_torch")
-    parts: tuple[Any, ...] = (DType, FP8FwdTensors, FP8BwdTensors, quantize, fp8_transpose, generic_gemm)
+    parts: tuple[Any, ...] = (DType, FP8FwdTensors, FP8BwdTensors, quantize, fp8_transpose, generic_gemm,
+                              multi_tensor_l2norm, multi_tensor_scale)
     for part in parts:
         setattr(extension, part.__name__, part)
     answers: dict[str, Callable[[], int]] = dict(get_cudnn_version=lambda: 91900, get_cublasLt_version=lambda: 130000)
@@ -183,4 +198,6 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.get_device_capability = lambda *_: capability
+    cuda.get_device_properties = lambda *_: types.SimpleNamespace(
+        name="stub", major=capability[0], minor=capability[1], multi_processor_count=1, total_memory=1 << 34)
     torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment,method-assign]
