@@ -5,9 +5,9 @@ Importing this module needs Transformer Engine.
 
 Transformer Engine believes that a layer runs once for each micro-batch, and gives `is_first_microbatch` two meanings:
 cast the weight to FP8 anew, and *overwrite* `main_grad` in the backward of this very call (pytorch/module/linear.py,
-`accumulate_wgrad_into_param_main_grad`). Here a stack's first call of a step may build a graph, and its backward is the
-last of the micro-batch: it would wipe out the gradients of the later ticks. So these layers cast by themselves and never
-say that a call is the first. Megatron's schedules set the flag when a step begins
+`accumulate_wgrad_into_param_main_grad`). Here a stack's first call of a step may build a graph, and its backward is
+the last of the micro-batch: it would wipe out the gradients of the later ticks. So these layers cast by themselves and
+never say that a call is the first. Megatron's schedules set the flag when a step begins
 (MegatronModule.set_is_first_microbatch), once for all ticks: of the chunks of a pipeline only chunk 0 owns layers.
 
 Delayed scaling keeps a history of amax values and scales per layer. TransformerBlock.forward enters one FP8 region for
@@ -33,6 +33,8 @@ STATE = ("scale", "amax_history")
 
 class TickLinear(TELinear):  # type: ignore[misc]
     """What both layers below add to Megatron's."""
+
+    is_first_microbatch: bool
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -83,7 +83,7 @@ def check_precision(args: argparse.Namespace, machine: Machine) -> None:
     lowest, multiple = FP8_RECIPES[args.fp8_recipe]
     if machine.capability < FP8_RECIPES["tensorwise"][0]:
         raise ConfigError(f"--fp8-format {args.fp8}: {device} has no FP8, which begins with 8.9; leave it out")
-    if not lowest <= machine.capability or args.fp8_recipe == "mxfp8" and machine.capability >= NO_MXFP8_FROM:
+    if machine.capability < lowest or (args.fp8_recipe == "mxfp8" and machine.capability >= NO_MXFP8_FROM):
         raise ConfigError(f"--fp8-recipe {args.fp8_recipe}: {device} cannot run it (10.0 to 11.x can); "
                           "--fp8-recipe tensorwise works here")
     if args.fp8_recipe == "delayed":
@@ -105,12 +105,11 @@ def _check_delayed(args: argparse.Namespace) -> None:
 def _check_fp8_sizes(args: argparse.Namespace, multiple: int) -> None:
     tp = args.tensor_model_parallel_size
     cuts = args.context_parallel_size * (tp if args.sequence_parallel else 1)
-    for what, size in (("positions of a rank", args.seq_length * args.micro_batch_size // cuts),
-                       ("hidden size of a rank", args.hidden_size // tp),
-                       ("FFN size of a rank", args.ffn_hidden_size // tp)):
+    for what, size in (("positions", args.seq_length * args.micro_batch_size // cuts),
+                       ("hidden channels", args.hidden_size // tp), ("FFN channels", args.ffn_hidden_size // tp)):
         if size % multiple:
-            raise ConfigError(f"--fp8-recipe {args.fp8_recipe}: the {what} are {size}, which is no multiple of "
-                              f"{multiple}; change --seq-length, the sizes or the layout, or leave --fp8-format out")
+            raise ConfigError(f"--fp8-recipe {args.fp8_recipe}: {size} {what} on a rank are no multiple of {multiple}; "
+                              "change --seq-length, the sizes or the layout, or leave --fp8-format out")
     most = args.num_layers // args.pipeline_model_parallel_size
     for end in ("start", "end") if args.first_last_layers_bf16 else ():
         if not 0 <= (layers := getattr(args, f"num_layers_at_{end}_in_bf16")) <= most:

@@ -1,17 +1,20 @@
 """Transformer Engine's Python half on a CPU over tests/te/stub.py; run as a program by test_te.py.
 
-    python -m tests.te.probe CLAIM [ARGUMENT ...]    with Transformer Engine's pure Python package on PYTHONPATH
+    python -m tests.te.probe CAPABILITY CLAIM ...            what each CLAIM, a function below (and argument), returns
+    python -m tests.te.probe CAPABILITY train ARGUMENT ...   what `train` returns for arguments of hrm_megatron.pretrain
 
-CLAIM is the name of a function below; the last line on stdout is what it returns, as JSON.
+The answer is a JSON object in the last line on stdout. CAPABILITY is that of the pretended GPU, such as 9.0.
+Transformer Engine's pure Python package must be on PYTHONPATH.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,12 +26,13 @@ activate()
 
 from tests.te import stub  # noqa: E402
 
-CAPABILITIES = {"mxfp8": (10, 0)}  # of the pretended GPU, by FP8 recipe; else 9.0
-stub.install(next((CAPABILITIES[word] for word in sys.argv if word in CAPABILITIES), (9, 0)))
+major, minor = map(int, sys.argv[1].split("."))
+stub.install((major, minor))
 
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: E402
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noqa: E402
 
 from hrm_megatron.config import PRESETS, Architecture  # noqa: E402
 from hrm_megatron.data.batch import PackedBatch  # noqa: E402
@@ -44,8 +48,9 @@ LOCAL, TE = "local", "transformer_engine"
 ROW_TOKENS = 64
 
 
-def build(implementation: str, seed: int = 3, **overrides: Any) -> HRMModel:
-    return HRMModel(hrm_config(ARCHITECTURE, transformer_impl=implementation, use_cpu_initialization=True,
+def build(implementation: str, seed: int = 3, architecture: Architecture = ARCHITECTURE,
+          **overrides: Any) -> HRMModel:
+    return HRMModel(hrm_config(architecture, transformer_impl=implementation, use_cpu_initialization=True,
                                attention_kernel="sdpa", **overrides), seed)
 
 
@@ -95,7 +100,8 @@ def presets() -> dict[str, Any]:
     for preset, sizes in PRESETS.items():
         architecture = Architecture(2, sizes.hidden_size, sizes.num_attention_heads, sizes.ffn_hidden_size, 65_536)
         # The values are of no interest here, and a meta tensor has none.
-        with temporarily(hrm, initialize=lambda *_: None, draw=lambda *_: torch.zeros((), device="cpu")), torch.device("meta"):
+        nothing = dict(initialize=lambda *_: None, draw=lambda *_: torch.zeros((), device="cpu"))
+        with temporarily(hrm, **nothing), torch.device("meta"):
             for implementation in (LOCAL, TE):
                 model = HRMModel(hrm_config(
                     architecture, transformer_impl=implementation, use_cpu_initialization=implementation == LOCAL,
@@ -142,7 +148,7 @@ def fp32() -> dict[str, float]:
 
 
 def fused() -> dict[str, float]:
-    """Gradients that the layers themselves add to main_grad, against autograd's sums; and stock layers' for contrast."""
+    """Gradients that the layers themselves add to main_grad, against autograd's sums; and those of stock layers."""
     found = {}
     fusion = dict(gradient_accumulation_fusion=True)
     for bp_steps in (2, 4, 5, 8):
@@ -188,11 +194,11 @@ def recast() -> float:
 
 def layers_in_bf16() -> list[str]:
     """Which layers' weights were cast where the first one and the last one of each stack stay in bf16."""
-    global ARCHITECTURE
-    ARCHITECTURE = Architecture(4, 64, 4, 96, 250)
-    model = with_main_grads(build(TE, fp8_recipe="tensorwise", first_last_layers_bf16=True,
-                                  num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=2, **FP8))
+    model = with_main_grads(build(
+        TE, architecture=replace(ARCHITECTURE, num_layers=4), fp8_recipe="tensorwise", first_last_layers_bf16=True,
+        num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=2, **FP8))
     names = {weight.data_ptr(): name for name, weight in model.named_parameters()}
+    stub.CAST_LOG.clear()
     gradients(model)
     return sorted({names[x.data_ptr()].rpartition(".")[0].partition(".self_")[0].partition(".mlp")[0]
                    for x in stub.CAST_LOG if x.data_ptr() in names})
@@ -257,13 +263,20 @@ def fp8_parameters() -> dict[str, float]:
     return vars(found)
 
 
-def train(*arguments: str) -> dict[str, Any]:
-    """Run hrm_megatron.pretrain as this rank: casts of weights in each of its steps."""
+def train(*arguments: str) -> list[list[int]]:
+    """Run hrm_megatron.pretrain as this rank: how often it cast each weight that it cast, in each step."""
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.training import training
 
     from hrm_megatron import pretrain
 
-    steps: list[int] = []
+    coalesced = param_and_grad_buffer._coalescing_manager
+
+    def one_by_one(group: Any, async_ops: bool = False) -> Any:
+        return coalesced(group, async_ops=True) if async_ops else contextlib.nullcontext()
+    # gloo sends coalesced tensors through one dtype: bytes of FP8 weights beside bf16 ones come out as numbers.
+    param_and_grad_buffer._coalescing_manager = one_by_one
+    steps: list[list[int]] = []
     stock = training.train_step
 
     def train_step(forward_step: Any, data: Any, model: list[torch.nn.Module], *rest: Any, **options: Any) -> Any:
@@ -276,18 +289,21 @@ def train(*arguments: str) -> dict[str, Any]:
     training.train_step = train_step
     sys.argv = ["pretrain", *arguments]
     pretrain.train()
-    return dict(steps=steps)
+    return steps
 
 
 def main() -> None:
-    claim, *arguments = sys.argv[1:]
-    if claim == "train":
-        print(json.dumps(train(*arguments)))
+    claims, answers = sys.argv[2:], {}
+    if claims[0] == "train":
+        print(json.dumps(train(*claims[1:])))
         return
     with single_rank():
-        print(json.dumps(globals()[claim](*arguments)))
+        for claim in claims:
+            FP8GlobalStateManager.reset()
+            name, *arguments = claim.split()
+            answers[claim] = globals()[name](*arguments)
+    print(json.dumps(answers))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     main()

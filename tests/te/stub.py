@@ -18,6 +18,8 @@ from unittest import mock
 import torch
 
 CAST_LOG: list[torch.Tensor] = []  # what was cast to FP8, in order
+BUFFERS = {"_data", "_transpose", "_scale_inv", "_rowwise_data", "_columnwise_data", "_rowwise_scale_inv",
+           "_columnwise_scale_inv"}
 BLOCK = 32  # elements that share a scale in MXFP8
 
 DType = enum.IntEnum("DType", "kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 "
@@ -69,10 +71,14 @@ def quantize(x: torch.Tensor, quantizer: Any, out: Any = None, noop: Any = None)
     made = (_in_blocks if type(quantizer).__name__ == "MXFP8Quantizer" else _with_one_scale)(x, quantizer)
     if out is None:
         return made
-    for name, value in made.__dict__.items():
-        if name in ("_data", "_transpose", "_transpose_invalid", "_scale_inv", "_rowwise_data", "_columnwise_data",
-                    "_rowwise_scale_inv", "_columnwise_scale_inv"):
+    for name in BUFFERS & vars(made).keys():
+        value, buffer = getattr(made, name), getattr(out, name)
+        if value is None or buffer is None:
             setattr(out, name, value)
+        else:  # it may be a view of another tensor's
+            buffer.copy_(value.view_as(buffer))
+    if hasattr(made, "_transpose"):
+        out._transpose_invalid = made._transpose is None
     return out
 
 
@@ -89,7 +95,8 @@ def _with_one_scale(x: torch.Tensor, quantizer: Any) -> Any:
     amax = x.float().abs().max()
     if hasattr(quantizer, "scale"):  # delayed: the scale of before, and the maximum kept for later
         scale = quantizer.scale.clone().view(1)
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
+        if quantizer.amax.numel():
+            quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
     else:
         scale = (torch.finfo(FP8[quantizer.dtype]).max / amax.clamp(min=1e-12)).view(1)
     data = _cast(x.float() * scale, quantizer.dtype)
@@ -177,6 +184,19 @@ def multi_tensor_scale(chunk: int, flag: torch.Tensor, lists: list[list[torch.Te
         target.copy_(source * factor)
 
 
+def compute_amax(x: torch.Tensor, amax: torch.Tensor) -> None:
+    """Largest absolute value of `x`."""
+    amax.copy_(x.float().abs().max())
+
+
+def multi_tensor_compute_scale_and_scale_inv(chunk: int, flag: torch.Tensor, lists: list[list[torch.Tensor]],
+                                             largest: float, powers_of_two: bool, epsilon: float) -> None:
+    """Scales and their inverses for lists of [amax], [scale], [inverse]."""
+    for amax, scale, inverse in zip(*lists, strict=True):
+        scale.copy_(largest / amax)
+        inverse.copy_(1 / scale)
+
+
 def install(capability: tuple[int, int] = (9, 0)) -> None:
     """Let transformer_engine.pytorch be imported and its layers take CPU tensors; pretend a GPU of `capability`."""
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # else its common part looks for the compiled core
@@ -185,7 +205,8 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         sys.modules[name] = mock.MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
     extension = Extension("transformer_engine_torch")
     parts: tuple[Any, ...] = (DType, FP8FwdTensors, FP8BwdTensors, quantize, fp8_transpose, generic_gemm,
-                              multi_tensor_l2norm, multi_tensor_scale)
+                              multi_tensor_l2norm, multi_tensor_scale, compute_amax,
+                              multi_tensor_compute_scale_and_scale_inv)
     for part in parts:
         setattr(extension, part.__name__, part)
     answers: dict[str, Callable[[], int]] = dict(get_cudnn_version=lambda: 91900, get_cublasLt_version=lambda: 130000)
@@ -195,6 +216,14 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     import transformer_engine.common
 
     transformer_engine.common.load_framework_extension = lambda name: None
+    from transformer_engine.pytorch import distributed
+
+    distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    named_after_cuda = torch.Tensor.type  # by hrm_megatron.parallel.cpu; FP8 parameters say cuda by themselves
+    torch.Tensor.type = lambda self, *arguments, **options: (  # type: ignore[method-assign]
+        name.replace("cuda.cuda", "cuda") if isinstance(name := named_after_cuda(self, *arguments, **options), str)
+        else name)
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.get_device_capability = lambda *_: capability
