@@ -46,14 +46,16 @@ class TickLinear(TELinear):  # type: ignore[misc]
         """x [..., k/tp of a row-parallel layer] to [..., n/tp of a column-parallel one], and no bias.
 
         The FP8 copy of the weight that earlier steps left is cast anew here, in place. There is none in bf16, for
-        FP8 parameters, which the optimizer casts, and in the first step of a run; that one casts for the first tick,
-        and for the first tick with gradient once more, which also needs the transposed weight.
+        FP8 parameters, which the optimizer casts, and in the first step of a run.
         """
-        if self.is_first_microbatch:
-            self.is_first_microbatch = False
-            cast = self._fp8_workspaces.get(CACHED_WEIGHT)
-            if cast is not None:
-                cast.quantize_(self.weight.detach())
+        first, self.is_first_microbatch = self.is_first_microbatch, False
+        if first and CACHED_WEIGHT in self._fp8_workspaces:
+            self._fp8_workspaces[CACHED_WEIGHT].quantize_(self.weight.detach())
+        elif first and not torch.is_grad_enabled():
+            # Made for a tick without gradient, the copy would lack the transposed weight, and the first tick with
+            # gradient would make another: by a newer scale if scaling is delayed.
+            with torch.enable_grad():
+                return super().forward(x.detach().requires_grad_())[0].detach(), None
         out: tuple[torch.Tensor, torch.Tensor | None] = super().forward(x)
         return out
 
