@@ -1,6 +1,7 @@
 """Transformer Engine's layers in both stacks, on a CPU: its own Python code over a stub of its compiled half.
 
-`make setup` puts its pure Python package into .venv/te-python, out of the way of every import but these.
+`make setup` puts its pure Python package into .venv/te-python, out of the way of every import but these; $TE_PYTHON may
+name another folder that has it.
 """
 import json
 import os
