@@ -13,7 +13,7 @@ setup: $(STAMP)  ## Make .venv and install everything (seconds, once done)
 
 .venv: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py .ci/setup
 	@.ci/setup $@
 
 # Ranks share the cores, so one thread each.

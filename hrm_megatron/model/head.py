@@ -7,11 +7,13 @@ the third matrix product costs HRM-Text XL about one part in a hundred of a step
 """
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from hrm_megatron.model.cpu_linear import product, runs_faster_on_onednn
@@ -120,8 +122,12 @@ def _over_shards(parts: torch.Tensor, group: Any) -> tuple[torch.Tensor, ...]:
 class LabelHead(ColumnParallelLinear):  # type: ignore[misc]
     """Megatron's output layer (no bias), which scores labels where it is given some."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, bias=False, **options)
+    def __init__(self, input_size: int, output_size: int, *, config: ModelParallelConfig, **options: Any) -> None:
+        # Megatron asks for Apex's kernel where gradients are fused; ours are without it.
+        plain = copy.copy(config)
+        plain.gradient_accumulation_fusion = False
+        super().__init__(input_size, output_size, config=plain, bias=False, **options)
+        self.gradient_accumulation_fusion = config.gradient_accumulation_fusion
         self.chunk_rows = max(1, CHUNK_BYTES // (4 * self.output_size_per_partition))
 
     def forward(self, input_: torch.Tensor, *arguments: Any, labels: torch.Tensor | None = None, **options: Any) -> Any:

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from hrm_megatron.data.batch import PackedBatch
-from hrm_megatron.model.cpu_linear import local_provider
 from hrm_megatron.model.head import LabelHead
 from hrm_megatron.model.hrm_config import HRMConfig
 from hrm_megatron.model.initialize import draw, initialize
@@ -22,7 +20,7 @@ from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.recurrence import Recorder, Stack, recomputed, run_ticks
 from hrm_megatron.model.rotary import Rotation
 from hrm_megatron.model.schedule import Tick, unroll
-from hrm_megatron.model.specs import stack_spec
+from hrm_megatron.model.specs import linear_layers, stack_spec
 from hrm_megatron.parallel.context import context_spans
 
 STACKS = {"H": "h_stack", "L": "l_stack"}
@@ -37,10 +35,10 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
     """
 
     def __init__(self, config: HRMConfig, seed: int, pre_process: bool = True, post_process: bool = True,
-                 backend: BackendSpecProvider | None = None, pg_collection: Any = None) -> None:
+                 pg_collection: Any = None) -> None:
         super().__init__(config, pg_collection)
         arch = config.arch
-        backend = backend or local_provider()
+        backend = linear_layers(config)
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = False
         if pre_process:
@@ -62,7 +60,7 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
         if post_process:
             # Labelled positions are gathered before the head, so its input is whole even under SP.
             whole_rows = copy.copy(config)
-            whole_rows.sequence_parallel = False
+            whole_rows.sequence_parallel = whole_rows.tp_comm_overlap = False
             self.output_layer = LabelHead(arch.hidden_size, arch.padded_vocab_size, config=whole_rows,
                                           init_method=config.init_method, tp_group=self.tp_group)
         self.setup_embeddings_and_output_layer()

@@ -50,6 +50,6 @@ def hrm_config(architecture: Architecture, **overrides: Any) -> HRMConfig:
         num_layers=architecture.num_layers, hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_attention_heads, ffn_hidden_size=architecture.ffn_hidden_size,
         layernorm_epsilon=architecture.norm_epsilon, activation_func=F.silu, architecture=architecture,
-        params_dtype=torch.float32, use_cpu_initialization=not torch.cuda.is_available(), **HRM_SETTINGS,
-        **swiglu_settings())
+        transformer_impl="local", params_dtype=torch.float32,
+        use_cpu_initialization=not torch.cuda.is_available(), **HRM_SETTINGS, **swiglu_settings())
     return HRMConfig(**(settings | overrides))

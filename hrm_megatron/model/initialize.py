@@ -49,4 +49,7 @@ def initialize(named: Iterable[tuple[str, torch.Tensor]], architecture: Architec
         if getattr(weight, "tensor_model_parallel", False):
             shape[weight.partition_dim] *= tp_size  # type: ignore[attr-defined]
         full = draw(seed, name, shape) * std_of(name, architecture)
-        weight.copy_(shard(full, weight, tp_rank, tp_size))
+        part = shard(full, weight, tp_rank, tp_size)
+        weight.copy_(part)
+        if hasattr(weight, "get_high_precision_init_val"):  # an FP8 parameter: what its master weight begins with
+            weight.get_high_precision_init_val().copy_(part)

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from hrm_megatron.model.attention import core_attention
+from hrm_megatron.model.cpu_linear import local_provider
 from hrm_megatron.model.functions import RMSNormFunction, SwiGLUFunction
 from hrm_megatron.model.hrm_config import HRMConfig
 
@@ -42,6 +43,15 @@ class SwiGLU(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         activated: torch.Tensor = SwiGLUFunction.apply(x)
         return activated
+
+
+def linear_layers(config: HRMConfig) -> BackendSpecProvider:
+    """Return the layers that `config.transformer_impl` names."""
+    if config.transformer_impl == "local":
+        return local_provider()
+    from hrm_megatron.model.te_linear import TickSpecProvider  # needs Transformer Engine
+
+    return TickSpecProvider()
 
 
 def add_then_norm(norm: WeightlessRMSNorm) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
+from hrm_megatron.training.hardware import LOCAL, TRANSFORMER_IMPLS, Machine, check_precision, choose_layers
 from hrm_megatron.training.memory import check_memory
 
 OPTIMIZER = "adam_atan2"
@@ -29,7 +30,8 @@ OPTIMIZER = "adam_atan2"
 DEFAULTS: dict[str, Any] = dict(
     clip_grad=0.0, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,  # HRM-Text, cfg_pretrain
     lr_decay_style="cosine", min_lr=None,
-    optimizer=OPTIMIZER, tokenizer_type="NullTokenizer", position_embedding_type="rope", transformer_impl="local",
+    optimizer=OPTIMIZER, tokenizer_type="NullTokenizer", position_embedding_type="rope",
+    transformer_impl=None,  # decided by training.hardware
     layernorm_epsilon=1e-6,  # HRM-Text, norm_eps
     ckpt_format="torch_dist", use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True,
     log_interval=10, eval_interval=1000, eval_iters=10, save_interval=1000, num_workers=2,
@@ -72,6 +74,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     for action in parser._actions:
         if action.dest == "optimizer":
             action.choices = [OPTIMIZER]
+        if action.dest == "transformer_impl":
+            action.choices = [*TRANSFORMER_IMPLS]
     parser.set_defaults(**DEFAULTS)
     return parser
 
@@ -163,10 +167,15 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     fill_from_preset(args)
     for name, value in FORCED.items():
         setattr(args, name, value)
+    machine = Machine.here()
+    args.transformer_impl, layers = choose_layers(args.transformer_impl, machine)
+    check_precision(args, machine)
+    if not args.rank:
+        print(f"layers: {layers}", flush=True)
     if not torch.cuda.is_available():
         for name, value in WITHOUT_CUDA.items():
             setattr(args, name, value)
-    elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+    elif args.transformer_impl == LOCAL and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         args.gradient_accumulation_fusion = False  # a kernel of Apex (tensor_parallel/layers.py)
     args.vocab_size = vocab_size_of(args)
     architecture = architecture_of(args, args.vocab_size)

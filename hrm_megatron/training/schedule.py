@@ -55,12 +55,13 @@ def two_phase_schedule(schedule: str, window: int | None, step: TrainingStep) ->
         def without_loss(*arguments: Any) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
             return forward_step_func(*arguments)[0], lambda state, non_loss_data: state
 
-        def both_phases(microbatches: int) -> Any:
+        def both_phases(microbatches: int, begins: bool) -> Any:
             # Here and not with its first micro-batch: a forward-only phase counts no gradients.
             step.prepare_reduction(model[0], stage)
             with _parts_of(config, prefix), torch.no_grad():
+                # Later windows must not have FP8 weights cast again (MegatronModule.set_is_first_microbatch).
                 states = phase(slice(prefix), microbatches, forward_step_func=without_loss, forward_only=True,
-                               collect_non_loss_data=True)
+                               collect_non_loss_data=True, first_val_step=begins)
             stage.handed.extend(_hand_over(states, stage.parked[prefix - 1]))
             with _parts_of(config, len(model) - prefix):
                 return phase(slice(prefix, None), microbatches)
@@ -69,10 +70,10 @@ def two_phase_schedule(schedule: str, window: int | None, step: TrainingStep) ->
         reports: list[Any] = []
         labels: list[torch.Tensor] = []
         with _without_reduction(config, labels):
-            for microbatches in earlier:
-                reports += both_phases(microbatches)
+            for number, microbatches in enumerate(earlier):
+                reports += both_phases(microbatches, not number)
         with _finalizing(config, model, labels):
-            return reports + both_phases(last)
+            return reports + both_phases(last, not earlier)
     return run
 
 

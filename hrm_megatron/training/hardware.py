@@ -1,0 +1,117 @@
+"""Which layers and which number formats a machine can run: plain rules over the command line and a few facts."""
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.utils import get_te_version
+
+from hrm_megatron.config import ConfigError
+
+LOCAL, TRANSFORMER_ENGINE = TRANSFORMER_IMPLS = "local", "transformer_engine"
+OLDEST_TE = (2, 2)  # Megatron-Core 0.19.2 knows FP8 parameters and current scaling from here on (fp8_utils.py)
+INSTALL_TE = 'pip install "transformer-engine[pytorch,core_cu13]"'
+BF16_CAPABILITY = (8, 0)
+# FP8 recipe > lowest compute capability, number that sizes must be multiples of (fp8_utils.py, get_fp8_align_size).
+# Source of the former: Transformer Engine, pytorch/quantization.py, _compute_fp8_support and _compute_mxfp8_support.
+FP8_RECIPES = {"delayed": ((8, 9), 16), "tensorwise": ((8, 9), 16), "mxfp8": ((10, 0), 32)}
+NO_MXFP8_FROM = (12, 0)
+NOT_BUILT = {"fp4": "--fp4-format", "fp8_output_proj": "--fp8-output-proj"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts that the rules below ask for; None for what is not there."""
+
+    capability: tuple[int, int] | None = None  # of the CUDA device
+    transformer_engine: str | None = None  # its version
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Look at this process."""
+        return cls(torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
+                   str(get_te_version()) if HAVE_TE else None)
+
+
+def choose_layers(asked: str | None, machine: Machine) -> tuple[str, str]:
+    """Return the transformer implementation to use and why, for the log; `asked` is the flag's value or None."""
+    missing = _missing_for_te(machine)
+    if asked == TRANSFORMER_ENGINE and missing:
+        raise ConfigError(f"--transformer-impl {asked}: {missing}; --transformer-impl {LOCAL} works here")
+    if asked == LOCAL:
+        return LOCAL, "Megatron's local ones, as asked"
+    if missing:
+        return LOCAL, f"Megatron's local ones: {missing}"
+    return TRANSFORMER_ENGINE, f"Transformer Engine {machine.transformer_engine}"
+
+
+def _missing_for_te(machine: Machine) -> str | None:
+    version, oldest = machine.transformer_engine, ".".join(map(str, OLDEST_TE))
+    if machine.capability is None:
+        return "Transformer Engine needs a CUDA device, and there is none"
+    if version is None:
+        return f"Transformer Engine is not installed ({INSTALL_TE})"
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TE:
+        return f"Transformer Engine {version} is older than {oldest} ({INSTALL_TE})"
+    return None
+
+
+def check_precision(args: argparse.Namespace, machine: Machine) -> None:
+    """Refuse number formats that the machine or the layers cannot do; `args.transformer_impl` is decided already."""
+    device = "this GPU (compute capability {}.{})".format(*machine.capability or (0, 0))
+    if args.bf16 and machine.capability and machine.capability < BF16_CAPABILITY:
+        raise ConfigError(f"--bf16: {device} has no bf16, which begins with 8.0; leave it out to train in fp32")
+    for name, flag in NOT_BUILT.items():
+        if getattr(args, name):
+            raise ConfigError(f"{flag}: not built; --fp8-format covers the linear layers of both stacks, attention and "
+                              "head stay in bf16")
+    if not args.fp8:
+        if args.fp8_param_gather or args.first_last_layers_bf16:
+            flag = "--fp8-param-gather" if args.fp8_param_gather else "--first-last-layers-bf16"
+            raise ConfigError(f"{flag}: works on FP8 layers only; add --fp8-format hybrid, or leave it out")
+        return
+    if args.transformer_impl != TRANSFORMER_ENGINE:
+        missing = _missing_for_te(machine) or f"--transformer-impl {args.transformer_impl} has no FP8"
+        way_out = "leave it out" if _missing_for_te(machine) else f"give --transformer-impl {TRANSFORMER_ENGINE}"
+        raise ConfigError(f"--fp8-format {args.fp8}: {missing}; {way_out}")
+    if args.fp8_recipe not in FP8_RECIPES:
+        raise ConfigError(f"--fp8-recipe {args.fp8_recipe}: choose one of {', '.join(FP8_RECIPES)}")
+    assert machine.capability is not None  # else there were no Transformer Engine
+    lowest, multiple = FP8_RECIPES[args.fp8_recipe]
+    if machine.capability < FP8_RECIPES["tensorwise"][0]:
+        raise ConfigError(f"--fp8-format {args.fp8}: {device} has no FP8, which begins with 8.9; leave it out")
+    if machine.capability < lowest or (args.fp8_recipe == "mxfp8" and machine.capability >= NO_MXFP8_FROM):
+        raise ConfigError(f"--fp8-recipe {args.fp8_recipe}: {device} cannot run it (10.0 to 11.x can); "
+                          "--fp8-recipe tensorwise works here")
+    if args.fp8_recipe == "delayed":
+        _check_delayed(args)
+    _check_fp8_sizes(args, multiple)
+
+
+def _check_delayed(args: argparse.Namespace) -> None:
+    if args.first_last_layers_bf16:
+        raise ConfigError("--first-last-layers-bf16: Megatron cannot mix it with delayed scaling; give --fp8-recipe "
+                          "tensorwise")
+    if args.recompute_granularity == "full" or "mlp" in (args.recompute_modules or ()):
+        # A queue for each layer, oldest first (FP8GlobalStateManager.get_old_fp8_meta_tensors_for_recompute).
+        raise ConfigError("--recompute-granularity with --fp8-recipe delayed: Transformer Engine takes the scales of "
+                          "recomputed layers back in the order of the ticks, gradients come in the reverse order; give "
+                          "--fp8-recipe tensorwise, or recompute core_attn only")
+
+
+def _check_fp8_sizes(args: argparse.Namespace, multiple: int) -> None:
+    tp = args.tensor_model_parallel_size
+    cuts = args.context_parallel_size * (tp if args.sequence_parallel else 1)
+    for what, size in (("positions", args.seq_length * args.micro_batch_size // cuts),
+                       ("hidden channels", args.hidden_size // tp), ("FFN channels", args.ffn_hidden_size // tp)):
+        if size % multiple:
+            raise ConfigError(f"--fp8-recipe {args.fp8_recipe}: {size} {what} on a rank are no multiple of {multiple}; "
+                              "change --seq-length, the sizes or the layout, or leave --fp8-format out")
+    most = args.num_layers // args.pipeline_model_parallel_size
+    for end in ("start", "end") if args.first_last_layers_bf16 else ():
+        if not 0 <= (layers := getattr(args, f"num_layers_at_{end}_in_bf16")) <= most:
+            raise ConfigError(f"--num-layers-at-{end}-in-bf16 {layers}: counts layers of each stack; choose 0 to "
+                              f"{most}, the layers of a pipeline stage")

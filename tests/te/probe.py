@@ -1,0 +1,309 @@
+"""Transformer Engine's Python half on a CPU over tests/te/stub.py; run as a program by test_te.py.
+
+    python -m tests.te.probe CAPABILITY CLAIM ...            what each CLAIM, a function below (and argument), returns
+    python -m tests.te.probe CAPABILITY train ARGUMENT ...   what `train` returns for arguments of hrm_megatron.pretrain
+
+The answer is a JSON object in the last line on stdout. CAPABILITY is that of the pretended GPU, such as 9.0.
+Transformer Engine's pure Python package must be on PYTHONPATH.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from hrm_megatron.parallel.cpu import activate
+
+activate()
+
+from tests.te import stub  # noqa: E402
+
+major, minor = map(int, sys.argv[1].split("."))
+stub.install((major, minor))
+
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: E402
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noqa: E402
+
+from hrm_megatron.config import PRESETS, Architecture  # noqa: E402
+from hrm_megatron.data.batch import PackedBatch  # noqa: E402
+from hrm_megatron.model import hrm, te_linear  # noqa: E402
+from hrm_megatron.model.hrm import HRMModel  # noqa: E402
+from hrm_megatron.model.hrm_config import hrm_config  # noqa: E402
+from hrm_megatron.parallel.replaced import temporarily  # noqa: E402
+from hrm_megatron.parallel.single import single_rank  # noqa: E402
+
+ARCHITECTURE = Architecture(2, 64, 4, 96, 250)
+ATTRIBUTES = ("tensor_model_parallel", "partition_dim", "partition_stride", "allreduce", "sequence_parallel")
+LOCAL, TE = "local", "transformer_engine"
+ROW_TOKENS = 64
+
+
+def build(implementation: str, seed: int = 3, architecture: Architecture = ARCHITECTURE,
+          **overrides: Any) -> HRMModel:
+    return HRMModel(hrm_config(architecture, transformer_impl=implementation, use_cpu_initialization=True,
+                               attention_kernel="sdpa", **overrides), seed)
+
+
+def batches(count: int) -> Iterator[PackedBatch]:
+    """Rows of two examples and some padding."""
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(count):
+        tokens = torch.randint(250, (1, ROW_TOKENS), generator=generator)
+        position_ids = torch.cat([torch.arange(23), torch.arange(30), torch.zeros(11, dtype=torch.int64)])[None]
+        labels = torch.full_like(tokens, -100)
+        labels[0, 9:23], labels[0, 23 + 4:53] = tokens[0, 10:24], tokens[0, 28:54]
+        yield PackedBatch.from_rows(dict(
+            tokens=tokens, labels=labels, position_ids=position_ids, prefix_lengths=lengths(10, 5),
+            response_lengths=lengths(13, 25)))
+
+
+def lengths(*values: int) -> torch.Tensor:
+    return torch.tensor([[*values, *[0] * (ROW_TOKENS - len(values))]])
+
+
+def with_main_grads(model: HRMModel) -> HRMModel:
+    """Give every weight what Megatron's DDP gives it."""
+    for weight in model.parameters():
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        weight.grad_added_to_main_grad = False
+    return model
+
+
+def gradients(model: HRMModel, count: int = 2, bp_steps: int = 5) -> dict[str, torch.Tensor]:
+    """Run a step of `count` micro-batches as the schedule does: fp32 gradients by name."""
+    for number, batch in enumerate(batches(count)):
+        if not number:
+            model.set_is_first_microbatch()
+        model(batch=batch, bp_steps=bp_steps)[0].sum().backward()
+    return {name: weight.main_grad if getattr(weight, "grad_added_to_main_grad", False) else weight.grad
+            for name, weight in model.named_parameters()}
+
+
+def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Largest error of any tensor, of its largest element."""
+    return max(float((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max()) for n in theirs)
+
+
+def presets() -> dict[str, Any]:
+    """Name, shape and dtype of every weight of both specs, in every width that has a preset, two layers deep."""
+    found: dict[str, Any] = {}
+    for preset, sizes in PRESETS.items():
+        architecture = Architecture(2, sizes.hidden_size, sizes.num_attention_heads, sizes.ffn_hidden_size, 65_536)
+        # The values are of no interest here, and a meta tensor has none.
+        nothing = dict(initialize=lambda *_: None, draw=lambda *_: torch.zeros((), device="cpu"))
+        with temporarily(hrm, **nothing), torch.device("meta"):
+            for implementation in (LOCAL, TE):
+                model = HRMModel(hrm_config(
+                    architecture, transformer_impl=implementation, use_cpu_initialization=implementation == LOCAL,
+                    init_model_with_meta_device=implementation == TE, params_dtype=torch.bfloat16), seed=1)
+                found.setdefault(preset, []).append(
+                    [[name, [*weight.shape], str(weight.dtype), weight.is_meta]
+                     for name, weight in model.named_parameters()])
+    return found
+
+
+def spec() -> dict[str, Any]:
+    """Everything beside shapes that a checkpoint, a layout or an optimizer asks of a weight."""
+    found: dict[str, Any] = {}
+    for implementation in (LOCAL, TE):
+        model = build(implementation)
+        found[implementation] = dict(
+            classes=sorted({type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__}),
+            attributes={name: [getattr(weight, a, None) for a in ATTRIBUTES]
+                        for name, weight in model.named_parameters()},
+            sums={name: weight.double().sum().item() for name, weight in model.named_parameters()},
+            state=[*model.state_dict()],
+            sharded={key: [type(part).__name__, part.key, getattr(part, "global_shape", None),
+                           getattr(part, "global_offset", None)]
+                     for key, part in model.sharded_state_dict().items()})
+        whole = {key: value for key, value in model.state_dict().items() if not key.endswith("_extra_state")}
+        model.load_state_dict(whole, strict=True)
+    return found
+
+
+def fp32() -> dict[str, float]:
+    """Scores and gradients of both specs in fp32, where their sums differ in order only."""
+    found = {}
+    models = {name: build(name) for name in (LOCAL, TE)}
+    batch = next(batches(1))
+    with torch.no_grad():
+        scores = {name: model(batch=batch)[0] for name, model in models.items()}
+    found["scores"] = float((scores[LOCAL] - scores[TE]).abs().max())
+    for bp_steps in (2, 3, 4, 5, 8):
+        ours, theirs = ({n: g for n, g in gradients(build(name), bp_steps=bp_steps).items() if g is not None}
+                        for name in (TE, LOCAL))
+        assert ours.keys() == theirs.keys()
+        found[f"gradients at bp {bp_steps}"] = furthest(ours, theirs)
+    return found
+
+
+def fused() -> dict[str, float]:
+    """Gradients that the layers themselves add to main_grad, against autograd's sums; and those of stock layers."""
+    found = {}
+    fusion = dict(gradient_accumulation_fusion=True)
+    for bp_steps in (2, 4, 5, 8):
+        wanted = {n: g for n, g in gradients(build(LOCAL), bp_steps=bp_steps).items() if g is not None}
+        ours = gradients(with_main_grads(build(TE, **fusion)), bp_steps=bp_steps)
+        found[f"ours at bp {bp_steps}"] = furthest(ours, wanted)
+    with temporarily(te_linear, TickSpecProvider=TESpecProvider):
+        stock = gradients(with_main_grads(build(TE, **fusion)), bp_steps=5)
+    wanted = gradients(build(LOCAL), bp_steps=5)
+    found["stock at bp 5"] = furthest(stock, wanted)
+    return found
+
+
+FP8 = dict(fp8="hybrid", params_dtype=torch.bfloat16, bf16=True, gradient_accumulation_fusion=True)
+
+
+def casts(recipe: str) -> dict[str, Any]:
+    """Casts of each weight in each of three steps of two micro-batches, and how near FP8 stays to bf16."""
+    model = with_main_grads(build(TE, fp8_recipe=recipe, **FP8))
+    names = {weight.data_ptr(): name for name, weight in model.named_parameters()}
+    steps = []
+    for _ in range(3):
+        stub.CAST_LOG.clear()
+        for weight in model.parameters():
+            weight.main_grad.zero_()
+        got = gradients(model)
+        steps.append(Counter(names[x.data_ptr()] for x in stub.CAST_LOG if x.data_ptr() in names))
+    wanted = gradients(with_main_grads(build(TE, **{**FP8, "fp8": None})))
+    cosine = min(torch.nn.functional.cosine_similarity(got[n].flatten(), wanted[n].flatten(), 0).item() for n in wanted)
+    return dict(steps=steps, weights=[n for n in names.values() if "linear" in n], cosine=cosine)
+
+
+def recast() -> float:
+    """Scale a weight as an optimizer would: how far the next step's FP8 copy is from it, of its largest element."""
+    model = with_main_grads(build(TE, fp8_recipe="tensorwise", **FP8))
+    gradients(model)
+    layer = model.h_stack.layers[1].mlp.linear_fc2
+    with torch.no_grad():
+        layer.weight.mul_(-3)
+    gradients(model)
+    return float((layer._fp8_workspaces["weight"].dequantize() - layer.weight).abs().max() / layer.weight.abs().max())
+
+
+def layers_in_bf16() -> list[str]:
+    """Which layers' weights were cast where the first one and the last one of each stack stay in bf16."""
+    model = with_main_grads(build(
+        TE, architecture=replace(ARCHITECTURE, num_layers=4), fp8_recipe="tensorwise", first_last_layers_bf16=True,
+        num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=2, **FP8))
+    names = {weight.data_ptr(): name for name, weight in model.named_parameters()}
+    stub.CAST_LOG.clear()
+    gradients(model)
+    return sorted({names[x.data_ptr()].rpartition(".")[0].partition(".self_")[0].partition(".mlp")[0]
+                   for x in stub.CAST_LOG if x.data_ptr() in names})
+
+
+def checkpoints() -> dict[str, Any]:
+    """Save under one spec and load under the other, all strictness there is: tensors that are not bitwise the same."""
+    found: dict[str, Any] = {}
+    for saved, loaded in ((LOCAL, TE), (TE, LOCAL)):
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = build(saved, seed=1), build(loaded, seed=2)
+            dist_checkpointing.save(source.sharded_state_dict(), folder)
+            state = dist_checkpointing.load(target.sharded_state_dict(), folder, strict=StrictHandling.RAISE_ALL)
+            target.load_state_dict(state, strict=True)
+            ours, theirs = dict(source.named_parameters()), dict(target.named_parameters())
+            found[f"{saved} to {loaded}"] = [n for n in ours if not torch.equal(ours[n], theirs[n])]
+    return found
+
+
+def delayed() -> dict[str, Any]:
+    """What a checkpoint keeps of delayed scaling, after a resume and under another recipe."""
+    model = with_main_grads(build(TE, fp8_recipe="delayed", fp8_amax_history_len=4, fp8_amax_compute_algo="max", **FP8))
+    gradients(model)
+    layer, found = "h_stack.layers.1.mlp.linear_fc2", {}
+    with tempfile.TemporaryDirectory() as folder:
+        dist_checkpointing.save(model.sharded_state_dict(), folder)
+        for recipe, length in (("delayed", 4), ("delayed", 8), ("tensorwise", 4), (LOCAL, 4)):
+            overrides = {} if recipe == LOCAL else dict(fp8_recipe=recipe, fp8_amax_history_len=length,
+                                                        fp8_amax_compute_algo="max", **FP8)
+            again = build(LOCAL if recipe == LOCAL else TE, seed=9, **overrides)
+            state = dist_checkpointing.load(again.sharded_state_dict(), folder, strict=StrictHandling.RAISE_ALL)
+            again.load_state_dict(state, strict=True)
+            if recipe == "delayed":
+                ours, theirs = (m.get_submodule(layer).get_extra_state() for m in (again, model))
+                found[f"{recipe} {length}"] = {name: bool(ours[name].shape == theirs[name].shape
+                                                          and torch.equal(ours[name], theirs[name])) for name in theirs}
+            else:
+                found[recipe] = again.get_submodule(layer).get_extra_state()
+        scales = model.get_submodule(layer).get_extra_state()
+        # One step further from both: the resumed run must score as the one that never stopped.
+        again = with_main_grads(build(TE, seed=9, fp8_recipe="delayed", fp8_amax_history_len=4,
+                                      fp8_amax_compute_algo="max", **FP8))
+        again.load_state_dict(dist_checkpointing.load(again.sharded_state_dict(), folder), strict=True)
+        batch = next(batches(1))
+        for part in (model, again):
+            part.set_is_first_microbatch()
+        found["scores after"] = float((model(batch=batch)[0] - again(batch=batch)[0]).abs().max())
+    found["scale"] = scales["scaling_fwd.scale"].tolist()
+    return found
+
+
+def fp8_parameters() -> dict[str, float]:
+    """What FP8 parameters hold after initialization, and what their masters would begin with."""
+    plain = dict(build(TE, params_dtype=torch.bfloat16, bf16=True).named_parameters())
+    found = SimpleNamespace(weight=0.0, master=0.0, count=0)
+    for name, weight in build(TE, fp8_recipe="tensorwise", fp8_param=True, **FP8).named_parameters():
+        if hasattr(weight, "get_high_precision_init_val"):
+            found.count += 1
+            want = plain[name]
+            found.weight = max(found.weight, float((weight.dequantize() - want).abs().max() / want.abs().max()))
+            found.master = max(found.master, float((weight.get_high_precision_init_val() - want).abs().max()))
+    return vars(found)
+
+
+def train(*arguments: str) -> list[list[int]]:
+    """Run hrm_megatron.pretrain as this rank: how often it cast each weight that it cast, in each step."""
+    from megatron.core.distributed import param_and_grad_buffer
+    from megatron.training import training
+
+    from hrm_megatron import pretrain
+
+    coalesced = param_and_grad_buffer._coalescing_manager
+
+    def one_by_one(group: Any, async_ops: bool = False) -> Any:
+        return coalesced(group, async_ops=True) if async_ops else contextlib.nullcontext()
+    # gloo sends coalesced tensors through one dtype: bytes of FP8 weights beside bf16 ones come out as numbers.
+    param_and_grad_buffer._coalescing_manager = one_by_one
+    steps: list[list[int]] = []
+    stock = training.train_step
+
+    def train_step(forward_step: Any, data: Any, model: list[torch.nn.Module], *rest: Any, **options: Any) -> Any:
+        weights = {w.data_ptr() for part in model for w in part.parameters()}
+        stub.CAST_LOG.clear()
+        done = stock(forward_step, data, model, *rest, **options)
+        counted = Counter(x.data_ptr() for x in stub.CAST_LOG if x.data_ptr() in weights)
+        steps.append(sorted(counted.values()))
+        return done
+    training.train_step = train_step
+    sys.argv = ["pretrain", *arguments]
+    pretrain.train()
+    return steps
+
+
+def main() -> None:
+    claims, answers = sys.argv[2:], {}
+    if claims[0] == "train":
+        print(json.dumps(train(*claims[1:])))
+        return
+    with single_rank():
+        for claim in claims:
+            FP8GlobalStateManager.reset()
+            name, *arguments = claim.split()
+            answers[claim] = globals()[name](*arguments)
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Transformer Engine's layers in both stacks, on a CPU: its own Python code over a stub of its compiled half.
+
+`make setup` puts its pure Python package into .venv/te-python, out of the way of every import but these; $TE_PYTHON may
+name another folder that has it.
+"""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import FULLBATCH, scalars
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path(os.environ.get("TE_PYTHON", Path(sys.prefix) / "te-python"))
+HOPPER, BLACKWELL = "9.0", "10.0"
+ON_HOPPER = ["presets", "spec", "fp32", "fused", "checkpoints", "delayed", "casts delayed", "casts tensorwise",
+             "recast", "layers_in_bf16", "fp8_parameters"]
+ON_BLACKWELL = ["casts mxfp8"]
+RUN = ["--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 96, "--global-batch-size", 8,
+       "--micro-batch-size", 2, "--sampled-data-path", FULLBATCH / "sampled", "--train-iters", 3, "--lr", 4e-3,
+       "--lr-warmup-iters", 1, "--bp-min-steps", 5, "--eval-iters", 0, "--log-interval", 1]
+FP8 = ["--bf16", "--fp8-format", "hybrid", "--fp8-recipe"]
+TWO_PHASES = ["--pipeline-model-parallel-size", 2, "--micro-batch-size", 1, "--pipeline-schedule", "two-phase"]
+
+
+def start(capability, *arguments, **environment):
+    assert (PACKAGE / "transformer_engine").is_dir(), f"{PACKAGE} has no transformer_engine: run `make setup`"
+    path = os.pathsep.join([str(ROOT), str(PACKAGE)])
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-m", "tests.te.probe", capability, *map(str, arguments)],
+                            cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def answer(process):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-5000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def claims():
+    """What tests/te/probe.py found, by claim."""
+    processes = [start(HOPPER, *ON_HOPPER), start(BLACKWELL, *ON_BLACKWELL)]
+    return {claim: found for process in processes for claim, found in answer(process).items()}
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Train golden/fullbatch for three steps: losses, and what every rank says of its casts."""
+    def run(*flags, ranks=1):
+        folder = tmp_path_factory.mktemp("te")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        arguments = [*RUN, "--num-workers", 0, "--tensorboard-dir", folder, *flags]
+        processes = [start(HOPPER, "train", *arguments, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                           LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                     for rank in range(ranks)]
+        casts = [answer(process) for process in processes]
+        return scalars(folder), casts
+    return run
+
+
+@pytest.fixture(scope="module")
+def bf16_losses(train):
+    losses, casts = train("--bf16")
+    assert casts == [[[], [], []]]
+    return losses
+
+
+def test_every_preset_has_the_weights_of_the_local_spec(claims):
+    from hrm_megatron.config import PRESETS
+
+    assert claims["presets"].keys() == PRESETS.keys()
+    for preset, (local, te) in claims["presets"].items():
+        names = [name for name, *_ in te]
+        assert len(names) == len(set(names)) == 2 * 2 * 4 + 2
+        # Megatron builds the embedding on a device, whatever the layers do.
+        assert [row[:3] for row in te] == [row[:3] for row in local], preset
+        assert all(meta for name, *_, meta in te if not name.startswith("embedding")), preset
+
+
+def test_layout_and_checkpoint_see_no_difference(claims):
+    local, te = claims["spec"]["local"], claims["spec"]["transformer_engine"]
+    assert te.pop("classes") == ["TickColumnParallelLinear", "TickRowParallelLinear"]
+    assert "TickColumnParallelLinear" not in local.pop("classes")
+    for attributes in (local["attributes"], te["attributes"]):
+        assert attributes["h_stack.layers.1.mlp.linear_fc1.weight"][:3] == [True, 0, 2]
+    assert te == local
+
+
+def test_fp32_equals_the_local_spec(claims, parity):
+    for what, difference in claims["fp32"].items():
+        parity(f"TE over its stub, fp32 {what}", difference, 1e-6)  # the same products, perhaps summed in another order
+
+
+def test_gradients_of_all_ticks_are_added_up(claims, parity):
+    found = dict(claims["fused"])
+    stock = found.pop("stock at bp 5")
+    for what, difference in found.items():
+        parity(f"TE over its stub, gradients that layers add, {what}", difference, 1e-6)
+    assert stock > 0.1, "stock layers no longer overwrite: TickLinear.forward may become simpler"
+
+
+@pytest.mark.parametrize("saved, loaded", [("local", "transformer_engine"), ("transformer_engine", "local")])
+def test_checkpoints_are_exchanged_bitwise(claims, saved, loaded):
+    assert claims["checkpoints"][f"{saved} to {loaded}"] == []
+
+
+def test_delayed_scaling_goes_on_where_it_stopped(claims):
+    found = claims["delayed"]
+    assert found["scale"][:2] != [1, 1]  # input and weight have been seen
+    assert all(found["delayed 4"].values()) and found["scores after"] == 0
+    assert {name for name, same in found["delayed 8"].items() if same} == {"scaling_fwd.scale", "scaling_bwd.scale"}
+    assert found["tensorwise"] is None and found["local"] is None
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "mxfp8"])
+def test_a_weight_is_cast_once_a_step(claims, recipe):
+    found = claims[f"casts {recipe}"]
+    layers = [name for name in found["weights"] if "linear" in name]
+    assert len(layers) == 2 * 2 * 4
+    assert found["steps"] == [dict.fromkeys(layers, 1)] * 3  # and neither embedding nor head
+    # FP8 rounds each element to 2^-4 or 2^-3 of itself: gradients of such small sums point nearly the same way.
+    assert 0.9 < found["cosine"] < 1
+
+
+def test_a_changed_weight_is_cast_anew(claims):
+    assert claims["recast"] < 0.05  # e4m3 keeps three bits: 2^-4 of an element, at most
+
+
+def test_first_and_last_layers_of_each_stack_stay_in_bf16(claims):
+    assert claims["layers_in_bf16"] == ["h_stack.layers.1", "l_stack.layers.1"]
+
+
+def test_masters_of_fp8_parameters_begin_with_the_drawn_values(claims):
+    found = claims["fp8_parameters"]
+    assert found["count"] == 2 * 2 * 4
+    assert found["master"] == 0 and 0 < found["weight"] < 0.05
+
+
+def test_bf16_training_follows_the_local_spec(launch, bf16_losses, parity, tmp_path):
+    run = launch(*RUN, "--bf16", "--tensorboard-dir", tmp_path)
+    assert run.code == 0 and "layers: Megatron's local ones: Transformer Engine needs a CUDA device" in run.output
+    losses = scalars(tmp_path)
+    assert losses.keys() == bf16_losses.keys() == {1, 2, 3}
+    # Products and attention round to bf16 in other places: 2^-9 of a loss of about 5.
+    parity("TE over its stub, bf16: 3 losses", max(abs(losses[s] - bf16_losses[s]) for s in losses), 1e-2)
+
+
+@pytest.mark.parametrize("name, flags, ranks, per_rank", [
+    pytest.param("one process", [], 1, 16, id="one"),
+    pytest.param("PP 2, two phases", TWO_PHASES, 2, 8, id="pp", marks=pytest.mark.ranks),
+    pytest.param("DP 2, delayed", ["--fp8-recipe", "delayed"], 2, 16, id="delayed",
+                 marks=[pytest.mark.ranks, pytest.mark.slow]),
+    pytest.param("TP 2", ["--tensor-model-parallel-size", 2], 2, 16, id="tp",
+                 marks=[pytest.mark.ranks, pytest.mark.slow]),
+    pytest.param("DP 2, FP8 parameters", ["--fp8-param-gather"], 2, 0, id="parameters", marks=pytest.mark.ranks),
+])
+def test_fp8_training_casts_once_a_step_and_stays_near_bf16(train, bf16_losses, parity, name, flags, ranks, per_rank):
+    losses, casts = train(*FP8, "tensorwise", *flags, ranks=ranks)
+    assert casts == [[[1] * per_rank] * 3] * ranks
+    worst = max(abs(losses[step] - bf16_losses[step]) / bf16_losses[step] for step in bf16_losses)
+    parity(f"TE over its stub, FP8 of bf16's loss, {name}", worst, 0.02)
+
+
+@pytest.mark.slow
+def test_delayed_scaling_is_resumed_bitwise(train, tmp_path):
+    whole, _ = train(*FP8, "delayed", "--save", tmp_path / "saved", "--save-interval", 2)
+    resumed, _ = train(*FP8, "delayed", "--load", tmp_path / "saved", "--ckpt-step", 2)
+    assert resumed == {3: whole[3]}

@@ -1,0 +1,101 @@
+"""Which layers and number formats a machine gets, for machines that are not here: facts in, one line out."""
+from types import SimpleNamespace
+
+import pytest
+
+from hrm_megatron.parallel.cpu import activate
+
+activate()
+
+from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.training.hardware import Machine, check_precision, choose_layers  # noqa: E402
+
+CPU = Machine()
+TURING, AMPERE, ADA, HOPPER, BLACKWELL, CONSUMER = (
+    Machine(capability, "2.16.1") for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 3), (12, 0)))
+TE = "transformer_engine"
+
+
+@pytest.mark.parametrize("asked, machine, layers, why", [
+    (None, CPU, "local", "needs a CUDA device, and there is none"),
+    (None, Machine((9, 0)), "local", "is not installed (pip install"),
+    (None, Machine((9, 0), "2.1.0"), "local", "2.1.0 is older than 2.2"),
+    (None, Machine((9, 0), "2.2.0"), TE, "Transformer Engine 2.2.0"),
+    (None, Machine((9, 0), "2.16.1+cu13"), TE, "2.16.1"),
+    (None, Machine((9, 0), "3.0"), TE, "3.0"),
+    ("local", HOPPER, "local", "as asked"),
+    ("local", CPU, "local", "as asked"),
+    (TE, HOPPER, TE, "Transformer Engine 2.16.1"),
+])
+def test_layers(asked, machine, layers, why):
+    found, reason = choose_layers(asked, machine)
+    assert found == layers and why in reason
+
+
+@pytest.mark.parametrize("machine, missing", [
+    (CPU, "needs a CUDA device"), (Machine((9, 0)), 'pip install "transformer-engine[pytorch,core_cu13]"'),
+    (Machine((9, 0), "1.14"), "1.14 is older than 2.2"),
+])
+def test_transformer_engine_cannot_be_asked_for(machine, missing):
+    with pytest.raises(ConfigError) as refused:
+        choose_layers(TE, machine)
+    line = str(refused.value)
+    assert line.startswith(f"--transformer-impl {TE}: ") and missing in line
+    assert "--transformer-impl local works here" in line
+
+
+def flags(**changes):
+    """A run of preset B in bf16 with FP8 layers on one GPU."""
+    usual = dict(
+        transformer_impl=TE, bf16=True, fp8="hybrid", fp8_recipe="tensorwise", fp4=None, fp8_output_proj=False,
+        fp8_param_gather=False, first_last_layers_bf16=False, num_layers_at_start_in_bf16=1,
+        num_layers_at_end_in_bf16=1, recompute_granularity=None, recompute_modules=None, num_layers=6, seq_length=4096,
+        micro_batch_size=1, hidden_size=1024, ffn_hidden_size=2816, tensor_model_parallel_size=1,
+        context_parallel_size=1, pipeline_model_parallel_size=1, sequence_parallel=False)
+    return SimpleNamespace(**{**usual, **changes})
+
+
+NO_FP8 = dict(fp8=None, fp8_recipe="delayed")
+FIRST_LAST = dict(first_last_layers_bf16=True)
+
+
+@pytest.mark.parametrize("machine, changes", [
+    (HOPPER, {}), (ADA, {}), (BLACKWELL, dict(fp8_recipe="mxfp8")), (HOPPER, dict(fp8_recipe="delayed")),
+    (CONSUMER, {}), (AMPERE, NO_FP8), (CPU, dict(NO_FP8, transformer_impl="local")), (TURING, dict(NO_FP8, bf16=False)),
+    (HOPPER, dict(FIRST_LAST, num_layers_at_end_in_bf16=6)), (HOPPER, dict(fp8_param_gather=True)),
+    (HOPPER, dict(fp8_recipe="delayed", recompute_granularity="selective", recompute_modules=["core_attn"])),
+    (HOPPER, dict(recompute_granularity="full")),
+])
+def test_precision_that_works(machine, changes):
+    check_precision(flags(**changes), machine)
+
+
+@pytest.mark.parametrize("machine, changes, parts", [
+    (TURING, NO_FP8, ["--bf16: this GPU (compute capability 7.5) has no bf16", "leave it out"]),
+    (AMPERE, {}, ["--fp8-format hybrid: this GPU (compute capability 8.0) has no FP8, which begins with 8.9"]),
+    (HOPPER, dict(fp8_recipe="mxfp8"), ["--fp8-recipe mxfp8: this GPU (compute capability 9.0)", "tensorwise works"]),
+    (CONSUMER, dict(fp8_recipe="mxfp8"), ["--fp8-recipe mxfp8: this GPU (compute capability 12.0)", "tensorwise"]),
+    (HOPPER, dict(fp8_recipe="blockwise"), ["--fp8-recipe blockwise: choose one of delayed, tensorwise, mxfp8"]),
+    (HOPPER, dict(transformer_impl="local"), ["--fp8-format hybrid: --transformer-impl local has no FP8",
+                                              "give --transformer-impl transformer_engine"]),
+    (CPU, dict(transformer_impl="local"), ["--fp8-format hybrid: Transformer Engine needs a CUDA device", "leave it"]),
+    (HOPPER, dict(NO_FP8, fp8_param_gather=True), ["--fp8-param-gather: works on FP8 layers only", "--fp8-format"]),
+    (HOPPER, dict(NO_FP8, **FIRST_LAST), ["--first-last-layers-bf16: works on FP8 layers only"]),
+    (HOPPER, dict(NO_FP8, fp4="e2m1"), ["--fp4-format: not built"]),
+    (HOPPER, dict(fp8_output_proj=True), ["--fp8-output-proj: not built", "head stay in bf16"]),
+    (HOPPER, dict(fp8_recipe="delayed", **FIRST_LAST), ["--first-last-layers-bf16: ", "--fp8-recipe tensorwise"]),
+    (HOPPER, dict(FIRST_LAST, num_layers_at_start_in_bf16=4, pipeline_model_parallel_size=2),
+     ["--num-layers-at-start-in-bf16 4: counts layers of each stack; choose 0 to 3"]),
+    (HOPPER, dict(fp8_recipe="delayed", recompute_granularity="full"), ["--recompute-granularity", "tensorwise"]),
+    (HOPPER, dict(fp8_recipe="delayed", recompute_granularity="selective", recompute_modules=["mlp"]),
+     ["--recompute-granularity", "core_attn only"]),
+    (HOPPER, dict(seq_length=4104), ["4104 positions on a rank are no multiple of 16"]),
+    (BLACKWELL, dict(fp8_recipe="mxfp8", seq_length=4112), ["4112 positions on a rank are no multiple of 32"]),
+    (HOPPER, dict(context_parallel_size=512), ["8 positions on a rank are no"]),
+    (HOPPER, dict(tensor_model_parallel_size=128), ["8 hidden channels on"]),
+    (HOPPER, dict(tensor_model_parallel_size=32), ["88 FFN channels on a rank"]),
+])
+def test_precision_that_is_refused_in_one_line(machine, changes, parts):
+    with pytest.raises(ConfigError) as refused:
+        check_precision(flags(**changes), machine)
+    assert "\n" not in str(refused.value) and all(part in str(refused.value) for part in parts), refused.value
