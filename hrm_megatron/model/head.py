@@ -41,7 +41,7 @@ def add_weight_gradient(total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor
     """total [v/tp, h] += grad^T x for grad [n, v/tp] and x [n, h], in the precision of `total`."""
     if total.dtype == grad.dtype:
         total.addmm_(grad.t(), x)
-    elif total.is_cuda:
+    elif total.device.type == "cuda":
         torch.addmm(total, grad.t(), x, out_dtype=total.dtype, out=total)
     else:  # a product of bf16 into fp32 exists on CUDA only
         total.addmm_(grad.t().to(total.dtype), x.to(total.dtype))
