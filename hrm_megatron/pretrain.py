@@ -18,6 +18,7 @@ from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.training.arguments import parse_arguments  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, guard_saves  # noqa: E402
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
+from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
@@ -39,6 +40,7 @@ def train() -> None:
     step = TrainingStep(args)
     install(args, step)
     install_schedule(args, step)
+    install_fsdp(args)
     guard_saves(args)
     pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, sources["all"], step.meter.restart),
              ModelType.encoder_or_decoder, step.forward, step.build_model)

@@ -20,6 +20,7 @@ from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, stage_layers
+from hrm_megatron.training.fsdp import choose_settings
 
 OPTIMIZER = "adam_atan2"
 
@@ -117,10 +118,6 @@ def check_layout(args: argparse.Namespace, architecture: Architecture) -> None:
             divisors = [d for d in range(1, min(size, 64) + 1) if size % d == 0]
             raise ConfigError(f"--tensor-model-parallel-size {tp} does not divide the {size} {name}: "
                               f"choose one of {', '.join(map(str, divisors))}")
-    for flag in ("use_torch_fsdp2", "use_megatron_fsdp"):
-        if getattr(args, flag):
-            raise ConfigError(f"--{flag.replace('_', '-')}: not built for this model; leave it out: the distributed "
-                              "optimizer shards masters, moments and average already")
     slices = 2 * args.context_parallel_size * (tp if args.sequence_parallel else 1)
     if args.context_parallel_size > 1 and args.seq_length % slices:
         raise ConfigError(f"--context-parallel-size {args.context_parallel_size} cuts a row into {slices} pieces, but "
@@ -158,6 +155,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
             setattr(args, name, value)
     elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         args.gradient_accumulation_fusion = False  # a kernel of Apex (tensor_parallel/layers.py)
+    choose_settings(args)
     args.vocab_size = vocab_size_of(args)
     architecture = architecture_of(args, args.vocab_size)
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
