@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import TorchFullyShardedDataParallel
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.utils import to_local_if_dtensor
 from megatron.training import checkpointing
 from megatron.training import training as megatron_training
@@ -19,6 +20,7 @@ from hrm_megatron.optim.sharded import BY_NAME
 # What each needs of Megatron's other flags, so that a user gives one flag only.
 SETTINGS: dict[str, dict[str, Any]] = {
     "use_torch_fsdp2": dict(use_distributed_optimizer=False, gradient_accumulation_fusion=False),
+    "use_megatron_fsdp": dict(ckpt_format="fsdp_dtensor", gradient_accumulation_fusion=False),
 }
 
 
@@ -42,6 +44,17 @@ class TorchFSDP2(TorchFullyShardedDataParallel):  # type: ignore[misc]
         for parameter in self.parameters():
             if parameter.grad is not None:
                 to_local_if_dtensor(parameter.grad).mul_(scaling_factor)
+
+
+class FP32Module(Float16Module):  # type: ignore[misc]
+    """The level that Megatron-FSDP's checkpoints expect around a model, which only half precision has in stock code."""
+
+    def __init__(self, module: MegatronModule) -> None:
+        MegatronModule.__init__(self, module.config)
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
 
 
 def _forget_backward(module: FSDPModule) -> None:
@@ -70,6 +83,10 @@ def choose_settings(args: argparse.Namespace) -> None:
 
 def install_fsdp(args: argparse.Namespace) -> None:
     """Let Megatron's loop shard weights by the class above and save and load as without."""
+    if args.use_megatron_fsdp:
+        from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+        mcore_fsdp_adapter._get_dp_tp_mesh = lambda dp_cp_group, tp_group, ep_size=1: torch.arange(
+            dp_cp_group.size() * tp_group.size()).view(dp_cp_group.size(), tp_group.size())
     if not args.use_torch_fsdp2:
         return
     stock_metadata, stock_load = checkpointing._build_sharded_state_dict_metadata, megatron_training.load_checkpoint
