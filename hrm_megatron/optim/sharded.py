@@ -1,6 +1,7 @@
 """Megatron's optimizers, told of AdamATan2's third state and of its counts, and all saving by the weights' names."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -10,7 +11,7 @@ from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.utils import to_local_if_dtensor
 
-from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2
+from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_states
 
 # How the distributed optimizer says that its state is stored by the names of the weights (distrib_optimizer.py).
 BY_NAME = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
@@ -19,9 +20,11 @@ BY_NAME = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fu
 EMBEDDING = "is_embedding"
 
 
-def saved_updates(saved_groups: list[dict[str, Any]]) -> dict[bool, int]:
-    """Return the numbers of updates in a checkpoint: of the embedding (True) and of all other weights."""
-    return {bool(group.get(EMBEDDING)): group[UPDATES] for group in saved_groups}
+def set_updates(optimizer: torch.optim.Optimizer, saved_groups: Iterable[dict[str, Any]]) -> None:
+    """Take the counts of updates, the embedding's and all others', from the groups in a checkpoint."""
+    updates = {bool(group.get(EMBEDDING)): group[UPDATES] for group in saved_groups}
+    for group in optimizer.param_groups:
+        group[UPDATES] = updates[bool(group.get(EMBEDDING))]
 
 
 class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
@@ -37,10 +40,16 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         Stock code finds a saved group by its learning rates, among others, and would end in a KeyError where
         they were changed.
         """
-        updates = saved_updates(state_dict["optimizer"]["param_groups"])
-        groups = [{**{name: value for name, value in group.items() if name != "params"},
-                   UPDATES: updates[bool(group.get(EMBEDDING))]} for group in self.optimizer.param_groups]
+        if self.ddp_config.use_megatron_fsdp:  # tensors are in their places already
+            set_updates(self.optimizer, state_dict["param_to_group_meta"].values())
+            return
+        set_updates(self.optimizer, state_dict["optimizer"]["param_groups"])
+        groups = [{name: value for name, value in group.items() if name != "params"}
+                  for group in self.optimizer.param_groups]
         super().load_state_dict({**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}})
+
+    def _init_optimizer_states_with_dummy_values(self) -> None:
+        init_states(self.optimizer)  # stock code trains a step without gradients before Megatron-FSDP loads
 
 
 class NamedState:
@@ -76,9 +85,7 @@ class NamedState:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        updates = saved_updates(state_dict["optimizer"]["param_groups"])
-        for group in self.optimizer.param_groups:
-            group[UPDATES] = updates[bool(group.get(EMBEDDING))]
+        set_updates(self.optimizer, state_dict["optimizer"]["param_groups"])
         for number, master in enumerate(self.masters()):
             for name, tensor in self.parts(master).items():
                 tensor.copy_(state_dict["param_state"][number][name])

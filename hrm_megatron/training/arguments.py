@@ -20,7 +20,7 @@ from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, stage_layers
-from hrm_megatron.training.fsdp import choose_settings
+from hrm_megatron.training.fsdp import choose_fsdp
 
 OPTIMIZER = "adam_atan2"
 
@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = dict(
     optimizer=OPTIMIZER, tokenizer_type="NullTokenizer", position_embedding_type="rope", transformer_impl="local",
     layernorm_epsilon=1e-6,  # HRM-Text, norm_eps
     ckpt_format="torch_dist", use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True,
+    data_parallel_sharding_strategy="optim_grads_params",  # of Megatron-FSDP
     log_interval=10, eval_interval=1000, eval_iters=10, save_interval=1000, num_workers=2,
 )
 # What makes the model an HRM: not the user's to choose.
@@ -155,12 +156,12 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
             setattr(args, name, value)
     elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         args.gradient_accumulation_fusion = False  # a kernel of Apex (tensor_parallel/layers.py)
-    choose_settings(args)
     args.vocab_size = vocab_size_of(args)
     architecture = architecture_of(args, args.vocab_size)
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
     args.padded_vocab_size = architecture.padded_vocab_size
     check_layout(args, architecture)
+    choose_fsdp(args, architecture)
     core_attention(args.attention_kernel)
     for bp_steps in (args.bp_min_steps, args.bp_max_steps):
         split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)

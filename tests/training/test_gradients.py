@@ -9,21 +9,29 @@ from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.table import table
 from hrm_megatron.training.checkpoint import find_iteration
 from tests.training.conftest import GOLDEN
-from tests.training.test_layouts import LAYOUTS, PP, TWO_PHASES
+from tests.training.test_layouts import CP, FSDP2, LAYOUTS, OVERLAP, PP, TP, TWO_PHASES
 
 pytestmark = pytest.mark.ranks
 TOLERANCE = 2e-6  # of the largest entry of the tensor: fp32 sums in another order
 ROWS = ["--num-layers", 4, "--hidden-size", 48, "--num-attention-heads", 4, "--ffn-hidden-size", 64, "--seq-length", 64,
         "--sampled-data-path", GOLDEN / "sampled", "--train-iters", 1, "--lr", 0, "--min-lr", 0, "--eval-iters", 0]
-PIPELINES = {
+MEGATRON_FSDP = "--use-megatron-fsdp"
+MORE = {
     "PP 2, 5 micro-batches": (2, [PP, 2, "--global-batch-size", 10]),
     "PP 4": (4, [PP, 4]),
     "PP 4, 5 micro-batches": (4, [PP, 4, "--global-batch-size", 10]),
     "PP 4, two phases, 8 micro-batches": (4, [PP, 4, *TWO_PHASES]),
     "PP 2, 3 layers by hand": (2, [PP, 2, "--decoder-first-pipeline-num-layers", 3,
                                    "--decoder-last-pipeline-num-layers", 1]),
+    "FSDP2, whole between forward and backward": (2, [FSDP2, "--torch-fsdp2-no-reshard-after-forward"]),
+    "Megatron-FSDP": (2, [MEGATRON_FSDP]),
+    "Megatron-FSDP x TP 2 + SP": (4, [MEGATRON_FSDP, TP, 2, "--sequence-parallel"]),
+    "Megatron-FSDP, ZeRO-1": (2, [MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim"]),
+    "Megatron-FSDP, ZeRO-2": (2, [MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim_grads"]),
+    "Megatron-FSDP, overlap": (2, [MEGATRON_FSDP, *OVERLAP]),
+    "Megatron-FSDP over CP 2": (2, [MEGATRON_FSDP, CP, 2]),
 }
-ALL = {name: layout for name, layout in {**LAYOUTS, **PIPELINES}.items() if name != "1 process"}
+ALL = {name: layout for name, layout in {**LAYOUTS, **MORE}.items() if name != "1 process"}
 CASES = [(name, bp) for name in ALL for bp in ((2, 3, 4, 5, 8) if PP in ALL[name][1] else (2, 5))]
 ALWAYS = [("PP 2, 5 micro-batches", 4), ("PP 4, two phases, 8 micro-batches", 2), ("CP 2 x TP 2 + SP", 5)]
 
