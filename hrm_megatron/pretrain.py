@@ -20,6 +20,7 @@ from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import parse_arguments  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, guard_saves  # noqa: E402
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
+from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
@@ -41,6 +42,7 @@ def train() -> None:
     step = TrainingStep(args)
     install(args, step)
     install_schedule(args, step)
+    install_fsdp(args)
     guard_saves(args)
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:

@@ -18,22 +18,22 @@ from hrm_megatron.convert.table import Rename, check, table
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.hrm_config import hrm_config
 from hrm_megatron.optim.adam_atan2 import UPDATES
-from hrm_megatron.optim.builder import EMBEDDING, STEPS_DONE
+from hrm_megatron.optim.builder import STEPS_DONE
+from hrm_megatron.optim.sharded import BY_NAME, EMBEDDING
 from hrm_megatron.parallel.single import single_rank
 from hrm_megatron.training.arguments import FORCED, add_hrm_arguments, fill_from_preset
 from hrm_megatron.training.checkpoint import TRACKER_FILE, not_of_an_hrm, read_run
-from hrm_megatron.training.dcp import DCPFolder
+from hrm_megatron.training.fsdp_folder import open_run
 
 STATE_NAMES = {RAW: "param", **{part: part for part in PARTS if part != RAW}}  # Megatron calls fp32 masters "param"
 # `--dist-ckpt-optim-fully-reshardable`: optimizer state by the names of the weights, for any layout.
-SHARDING = dict(distrib_optim_sharding_type="fully_reshardable", distrib_optim_fully_reshardable_mem_efficient=False,
-                singleton_local_shards=False, chained_optim_avoid_prefix=True)
+SHARDING = dict(BY_NAME, singleton_local_shards=False, chained_optim_avoid_prefix=True)
 
 
 def read_megatron(path: str | Path) -> Checkpoint:
     """Open the folder of one iteration (see `find_iteration`), saved under any parallel layout."""
     path = Path(path)
-    stored = DCPFolder(path)
+    stored = open_run(path)
     common, architecture = read_run(stored)
     try:
         training, iteration = _training_of(common["args"], common), int(common["iteration"])

@@ -15,35 +15,16 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_states
+from hrm_megatron.optim.adam_atan2 import AdamATan2, init_states
 from hrm_megatron.optim.schedule import LRSchedule
+from hrm_megatron.optim.sharded import EMBEDDING, EMADistributedOptimizer, NamedBF16Optimizer, NamedFP32Optimizer
 from hrm_megatron.parallel.replaced import temporarily
 
 # What a converted checkpoint holds in place of a schedule.
 STEPS_DONE = "steps_done"
-EMBEDDING = "is_embedding"
 # The embedding has a group of its own because its updates are counted apart. `is_decoupled_lr` is among the
 # keys by which Megatron finds a saved group again and is read for nothing else in 0.19.2.
 EMBEDDING_GROUP = {ParamKey(name="*embedding.word_embeddings.weight"): {EMBEDDING: True, "is_decoupled_lr": True}}
-
-
-class EMADistributedOptimizer(megatron_optimizer.DistributedOptimizer):  # type: ignore[misc]
-    """Megatron's, told of the third state: without this it loads a checkpoint silently and drops the EMA."""
-
-    @property
-    def optimizer_state_keys(self) -> tuple[str, ...]:
-        return STATE_KEYS
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the counts from the checkpoint and every other setting of the groups from the command line.
-
-        Stock code finds a saved group by its learning rates, among others, and would end in a KeyError where
-        they were changed.
-        """
-        counts = {bool(group.get(EMBEDDING)): group[UPDATES] for group in state_dict["optimizer"]["param_groups"]}
-        groups = [{**{name: value for name, value in group.items() if name != "params"},
-                   UPDATES: counts[bool(group.get(EMBEDDING))]} for group in self.optimizer.param_groups]
-        super().load_state_dict({**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}})
 
 
 def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module], ema_decay: float,
@@ -58,7 +39,8 @@ def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module]
         return AdamATan2(params, lr, betas, weight_decay, ema_decay,
                          has_gradient=lambda group: not group.get(EMBEDDING) or embedding_has_gradient())
 
-    replaced = dict(Adam=build, USING_PYTORCH_OPTIMIZER=False, DistributedOptimizer=EMADistributedOptimizer)
+    replaced = dict(Adam=build, USING_PYTORCH_OPTIMIZER=False, DistributedOptimizer=EMADistributedOptimizer,
+                    FP32Optimizer=NamedFP32Optimizer, Float16OptimizerWithFloat16Params=NamedBF16Optimizer)
     with temporarily(megatron_optimizer, **replaced):
         optimizer = megatron_optimizer.get_megatron_optimizer(
             config, model_chunks, config_overrides={**(config_overrides or {}), **EMBEDDING_GROUP}, **stock_arguments)

@@ -21,6 +21,7 @@ from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
+from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import LOCAL, TRANSFORMER_IMPLS, Machine, check_precision, choose_layers
 from hrm_megatron.training.memory import check_memory
 
@@ -34,6 +35,7 @@ DEFAULTS: dict[str, Any] = dict(
     transformer_impl=None,  # decided by training.hardware
     layernorm_epsilon=1e-6,  # HRM-Text, norm_eps
     ckpt_format="torch_dist", use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True,
+    data_parallel_sharding_strategy="optim_grads_params",  # of Megatron-FSDP
     log_interval=10, eval_interval=1000, eval_iters=10, save_interval=1000, num_workers=2,
 )
 # What makes the model an HRM: not the user's to choose.
@@ -128,10 +130,6 @@ def check_layout(args: argparse.Namespace, architecture: Architecture) -> None:
             divisors = [d for d in range(1, min(size, 64) + 1) if size % d == 0]
             raise ConfigError(f"--tensor-model-parallel-size {tp} does not divide the {size} {name}: "
                               f"choose one of {', '.join(map(str, divisors))}")
-    for flag in ("use_torch_fsdp2", "use_megatron_fsdp"):
-        if getattr(args, flag):
-            raise ConfigError(f"--{flag.replace('_', '-')}: not built for this model; leave it out: the distributed "
-                              "optimizer shards masters, moments and average already")
     slices = 2 * args.context_parallel_size * (tp if args.sequence_parallel else 1)
     if args.context_parallel_size > 1 and args.seq_length % slices:
         raise ConfigError(f"--context-parallel-size {args.context_parallel_size} cuts a row into {slices} pieces, but "
@@ -183,6 +181,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     args.padded_vocab_size = architecture.padded_vocab_size
     check_layout(args, architecture)
     check_memory(args)
+    choose_fsdp(args, architecture)
     for bp_steps in (args.bp_min_steps, args.bp_max_steps):
         split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)
     if args.pipeline_model_parallel_size > 1:

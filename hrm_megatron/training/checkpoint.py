@@ -21,11 +21,11 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.training.arguments import architecture_of
 from hrm_megatron.training.dcp import METADATA_FILE, DCPFolder
+from hrm_megatron.training.fsdp_folder import COMMON, is_megatron_fsdp, open_run
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "metadata.json"
 COMPLETE_FILES = (CONFIG_FILE, METADATA_FILE)  # Megatron writes them last
-COMMON = "common_state/shard_0_1"
 RESERVE_BYTES = 1 << 20
 # What decides the function that the weights stand for; how they were drawn does not matter any more.
 MUST_AGREE = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size", "h_cycles",
@@ -36,6 +36,8 @@ def is_complete(folder: Path) -> bool:
     """Tell whether the save of this iteration came to its end."""
     try:
         json.loads((folder / CONFIG_FILE).read_text())
+    except FileNotFoundError:  # Megatron-FSDP writes none
+        return (folder / METADATA_FILE).is_file() and is_megatron_fsdp(DCPFolder(folder))
     except (OSError, ValueError):
         return False
     return (folder / METADATA_FILE).is_file()
@@ -117,8 +119,14 @@ def check_checkpoint(args: argparse.Namespace) -> None:
     folder = starting_point(args)
     if folder is None:
         return
-    stored = DCPFolder(folder)
+    stored = open_run(folder)
     stored.check_files()
+    if is_megatron_fsdp(stored) != args.use_megatron_fsdp:
+        with_or_without = "without" if args.use_megatron_fsdp else "with"
+        raise ConfigError(f"{folder}: saved {with_or_without} --use-megatron-fsdp, whose checkpoints have a format of "
+                          f"their own; train {with_or_without} it"
+                          + ("" if args.use_megatron_fsdp else ", or pass the folder through tools/"
+                             "convert_checkpoint.py --load-format megatron --save-format megatron"))
     _, theirs = read_run(stored)
     for name in MUST_AGREE:
         if getattr(theirs, name) != getattr(ours, name):

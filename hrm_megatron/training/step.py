@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import unwrap_model
 
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
@@ -18,8 +17,16 @@ from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.schedule import trains_embedding, unroll
 from hrm_megatron.parallel.context import context_positions
 from hrm_megatron.training.arguments import bp_schedule, model_config
+from hrm_megatron.training.fsdp import FP32Module
 from hrm_megatron.training.metrics import Report, ThroughputMeter, loss_sums
 from hrm_megatron.training.overlap import OverlappedReduction
+
+
+def innermost(model: torch.nn.Module) -> Any:
+    """Return what all the wrappers of Megatron hold (its own `unwrap_model` stops halfway through Megatron-FSDP's)."""
+    while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
+        model = inner
+    return model
 
 
 class TrainingStep:
@@ -34,11 +41,12 @@ class TrainingStep:
         self.waiting: list[deque[tuple[PackedBatch, PrefixSequences]]] = []
 
     def build_model(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None,
-                    config: Any = None, pg_collection: Any = None) -> HRMModel | TickChunk:
+                    config: Any = None, pg_collection: Any = None) -> HRMModel | FP32Module | TickChunk:
         """Build this rank's model, or in a pipeline one of its chunks (Megatron's `model_provider`)."""
         config = config or model_config(self.args)
         if vp_stage is None:
-            return HRMModel(config, self.args.seed, pre_process, post_process, pg_collection=pg_collection)
+            model = HRMModel(config, self.args.seed, pre_process, post_process, pg_collection=pg_collection)
+            return FP32Module(model) if self.args.use_megatron_fsdp and not self.args.bf16 else model
         if vp_stage:
             return TickChunk(self.stage, vp_stage)
         stages = pg_collection.pp
@@ -65,7 +73,7 @@ class TrainingStep:
                 model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         """Run one micro-batch through the model or a chunk: what comes out, and the function that makes a loss of
         scores [2, n]."""
-        part = unwrap_model(model)
+        part = innermost(model)
         batch, sequences = self.micro_batch(data_iterator, part)
         if model.training and isinstance(part, HRMModel) and not getattr(part, "second_phase", 0):
             self.prepare_reduction(model, part)

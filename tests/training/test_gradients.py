@@ -9,24 +9,32 @@ import pytest
 import torch
 
 from hrm_megatron.training.checkpoint import find_iteration
-from hrm_megatron.training.dcp import DCPFolder
+from hrm_megatron.training.fsdp_folder import open_run
 from tests.training.conftest import GOLDEN
-from tests.training.test_layouts import LAYOUTS, PP, TWO_PHASES
+from tests.training.test_layouts import CP, FSDP2, LAYOUTS, OVERLAP, PP, TP, TWO_PHASES
 
 pytestmark = pytest.mark.ranks
 STATE = "optimizer.state.exp_avg."
 TOLERANCE = 2e-6  # of the largest entry of the tensor: fp32 sums in another order
 ROWS = ["--num-layers", 4, "--hidden-size", 48, "--num-attention-heads", 4, "--ffn-hidden-size", 64, "--seq-length", 64,
         "--sampled-data-path", GOLDEN / "sampled", "--train-iters", 1, "--lr", 0, "--min-lr", 0, "--eval-iters", 0]
-PIPELINES = {
+MEGATRON_FSDP = "--use-megatron-fsdp"
+MORE = {
     "PP 2, 5 micro-batches": (2, [PP, 2, "--global-batch-size", 10]),
     "PP 4": (4, [PP, 4]),
     "PP 4, 5 micro-batches": (4, [PP, 4, "--global-batch-size", 10]),
     "PP 4, two phases, 8 micro-batches": (4, [PP, 4, *TWO_PHASES]),
     "PP 2, 3 layers by hand": (2, [PP, 2, "--decoder-first-pipeline-num-layers", 3,
                                    "--decoder-last-pipeline-num-layers", 1]),
+    "FSDP2, whole between forward and backward": (2, [FSDP2, "--torch-fsdp2-no-reshard-after-forward"]),
+    "Megatron-FSDP": (2, [MEGATRON_FSDP]),
+    "Megatron-FSDP x TP 2 + SP": (4, [MEGATRON_FSDP, TP, 2, "--sequence-parallel"]),
+    "Megatron-FSDP, ZeRO-1": (2, [MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim"]),
+    "Megatron-FSDP, ZeRO-2": (2, [MEGATRON_FSDP, "--data-parallel-sharding-strategy", "optim_grads"]),
+    "Megatron-FSDP, overlap": (2, [MEGATRON_FSDP, *OVERLAP]),
+    "Megatron-FSDP over CP 2": (2, [MEGATRON_FSDP, CP, 2]),
 }
-ALL = {name: layout for name, layout in {**LAYOUTS, **PIPELINES}.items() if name != "1 process"}
+ALL = {name: layout for name, layout in {**LAYOUTS, **MORE}.items() if name != "1 process"}
 CASES = [(name, bp) for name in ALL for bp in (2, 3, 4, 5, 8)]
 # Everything in fp64, where nothing but the order of sums is left. Megatron's optimizer knows tensors by these names,
 # and its checkpoints are fp32: so the gradients themselves are kept, or compared, where they are whole.
@@ -82,7 +90,7 @@ def first_moments(launch, tmp_path_factory):
             run = launch(*ROWS, "--global-batch-size", rows, "--micro-batch-size", 2, "--bp-min-steps", bp_steps,
                          "--bp-max-steps", bp_steps, "--save", folder, *flags, ranks=ranks)
             assert run.code == 0, run.output[-5000:]
-            stored = DCPFolder(find_iteration(folder))
+            stored = open_run(find_iteration(folder))
             done[key] = {name: stored.tensor(name) for name in stored.shapes() if name.startswith(STATE)}
         return done[key]
     return of

@@ -13,6 +13,7 @@ from tests.training.conftest import FULLBATCH, scalars
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
+FSDP2 = "--use-torch-fsdp2"
 TWO_PHASES = ["--micro-batch-size", 1, "--pipeline-schedule", "two-phase"]
 LAYOUTS = {  # ranks and flags; golden/fullbatch has 2 layers per stack, 8 rows of 96 and 4 heads
     "1 process": (1, []),
@@ -41,13 +42,18 @@ LAYOUTS = {  # ranks and flags; golden/fullbatch has 2 layers per stack, 8 rows 
     "PP 2 x DP 2, two phases, overlap": (4, [PP, 2, *TWO_PHASES, *OVERLAP]),
     "PP 2, two phases in windows": (2, [PP, 2, *TWO_PHASES, "--pipeline-window", 3, "--overlap-grad-reduce"]),
     "PP 2 x DP 2, windows, overlap": (4, [PP, 2, *TWO_PHASES, "--pipeline-window", 2, *OVERLAP]),
+    "FSDP2": (2, [FSDP2]),
+    "FSDP2, recompute": (2, [FSDP2, *RECOMPUTE]),
+    "FSDP2 x TP 2 + SP": (4, [FSDP2, TP, 2, "--sequence-parallel"]),
+    "FSDP2 over CP 2": (2, [FSDP2, CP, 2]),
 }
 ALWAYS = {"TP 2 + SP", "PP 2", "PP 2 x DP 2, two phases, overlap", "CP 2",
-          "DP 2, overlap, small buckets", "TP 2 x PP 2 + SP", "recompute"}
+          "DP 2, overlap, small buckets", "TP 2 x PP 2 + SP", "recompute", "FSDP2"}
 PAIRS = [("1 process", "PP 2"), ("PP 2", "CP 2"), ("TP 2 x PP 2 + SP", "1 process"), ("1 process", "TP 4"),
          ("TP 2 + SP", "PP 2"), ("CP 2", "TP 2 + SP"), ("DP 2, overlap", "PP 2"), ("DP 2", "1 process"),
-         ("PP 2 x DP 2, overlap", "TP 2"), ("CP 2", "DP 2"), ("PP 2", "1 process"), 
-         ("TP 2 x PP 2 + SP", "CP 2 x TP 2 + SP")]
+         ("PP 2 x DP 2, overlap", "TP 2"), ("CP 2", "DP 2"), ("PP 2", "1 process"),
+         ("TP 2 x PP 2 + SP", "CP 2 x TP 2 + SP"), ("1 process", "FSDP2"), ("FSDP2", "1 process"), ("FSDP2", "DP 2"),
+         ("FSDP2 x TP 2 + SP", "FSDP2"), ("PP 2", "FSDP2 x TP 2 + SP")]
 LOSS_TOLERANCE = AVERAGE_TOLERANCE = 1e-4  # demanded; 9.5e-7 and 8e-7 measured, sums in another order
 RESUME_TOLERANCE = 1e-5  # of the five losses after
 

@@ -1,0 +1,101 @@
+"""Megatron's optimizers, told of AdamATan2's third state and of its counts, and all saving by the weights' names."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
+from megatron.core.optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.utils import to_local_if_dtensor
+
+from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_states
+
+# How the distributed optimizer says that its state is stored by the names of the weights (distrib_optimizer.py).
+BY_NAME = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+
+
+EMBEDDING = "is_embedding"
+
+
+def set_updates(optimizer: torch.optim.Optimizer, saved_groups: Iterable[dict[str, Any]]) -> None:
+    """Take the counts of updates, the embedding's and all others', from the groups in a checkpoint."""
+    updates = {bool(group.get(EMBEDDING)): group[UPDATES] for group in saved_groups}
+    for group in optimizer.param_groups:
+        group[UPDATES] = updates[bool(group.get(EMBEDDING))]
+
+
+class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
+    """Megatron's, told of the third state: without this it loads a checkpoint silently and drops the EMA."""
+
+    @property
+    def optimizer_state_keys(self) -> tuple[str, ...]:
+        return STATE_KEYS
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the counts from the checkpoint and every other setting of the groups from the command line.
+
+        Stock code finds a saved group by its learning rates, among others, and would end in a KeyError where
+        they were changed.
+        """
+        if self.ddp_config.use_megatron_fsdp:  # tensors are in their places already
+            set_updates(self.optimizer, state_dict["param_to_group_meta"].values())
+            return
+        set_updates(self.optimizer, state_dict["optimizer"]["param_groups"])
+        groups = [{name: value for name, value in group.items() if name != "params"}
+                  for group in self.optimizer.param_groups]
+        super().load_state_dict({**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}})
+
+    def _init_optimizer_states_with_dummy_values(self) -> None:
+        init_states(self.optimizer)  # stock code trains a step without gradients before Megatron-FSDP loads
+
+
+class NamedState:
+    """State and fp32 masters as `optimizer.state.PART.NAME`, groups beside: what any other layout goes on from.
+
+    Stock code names the masters otherwise, and the parts of both optimizers lie elsewhere in the state dict.
+    """
+
+    optimizer: AdamATan2
+
+    def weights(self) -> list[torch.nn.Parameter]:
+        """Return the model's weights in the order of the masters."""
+        raise NotImplementedError
+
+    def parts(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return this rank's rows of a master and of its state."""
+        state = {"param": master, **self.optimizer.init_state(master)}
+        return {name: to_local_if_dtensor(tensor) for name, tensor in state.items()}
+
+    def masters(self) -> list[torch.Tensor]:
+        return [master for group in self.optimizer.param_groups for master in group["params"]]
+
+    def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False,
+                           metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        places = get_param_id_to_sharded_param_map(model_sharded_state_dict, self.weights())
+        state = {number: {name: make_sharded_optimizer_tensor(places[number], tensor, f"optimizer.state.{name}")
+                          for name, tensor in self.parts(master).items()}
+                 for number, master in enumerate(self.masters())}
+        groups = [{name: value for name, value in group.items() if name != "params"}
+                  for group in self.optimizer.param_groups]
+        return {"optimizer": {"param_groups": groups}, "param_state": state,
+                "param_state_sharding_type": BY_NAME["distrib_optim_sharding_type"]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        set_updates(self.optimizer, state_dict["optimizer"]["param_groups"])
+        for number, master in enumerate(self.masters()):
+            for name, tensor in self.parts(master).items():
+                tensor.copy_(state_dict["param_state"][number][name])
+
+
+class NamedFP32Optimizer(NamedState, FP32Optimizer):  # type: ignore[misc]
+    def weights(self) -> list[torch.nn.Parameter]:
+        return self.masters()  # type: ignore[return-value]
+
+
+class NamedBF16Optimizer(NamedState, Float16OptimizerWithFloat16Params):  # type: ignore[misc]
+    def weights(self) -> list[torch.nn.Parameter]:
+        return [*chain(*self.float16_groups)]

@@ -1,0 +1,143 @@
+"""Weights sharded over the data parallel ranks, by torch's FSDP2 or by Megatron-FSDP: what an HRM needs for either."""
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import torch
+from megatron.core.distributed import TorchFullyShardedDataParallel
+from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.utils import to_local_if_dtensor
+from megatron.training import checkpointing
+from megatron.training import training as megatron_training
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.optim.sharded import BY_NAME
+
+# What each needs of Megatron's other flags, so that a user gives one flag only. Fused gradients would be overwritten
+# by each tick under Megatron-FSDP (tensor_parallel/layers.py).
+SETTINGS: dict[str, dict[str, Any]] = {
+    "use_torch_fsdp2": dict(use_distributed_optimizer=False, gradient_accumulation_fusion=False),
+    "use_megatron_fsdp": dict(ckpt_format="fsdp_dtensor", gradient_accumulation_fusion=False),
+}
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+
+def choose_fsdp(args: argparse.Namespace, architecture: Architecture) -> None:
+    """Set the flags that FSDP needs, and refuse those that it does not go with."""
+    chosen = [name for name in SETTINGS if getattr(args, name)]
+    if not chosen:
+        return
+    flag = f"--{chosen[0].replace('_', '-')}"
+    refused = {
+        "--use-megatron-fsdp": len(chosen) > 1,
+        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size > 1,
+        "--fp16": args.fp16,
+        **(_megatron_fsdp_refuses(args) if args.use_megatron_fsdp else {}),
+    }
+    for other, given in refused.items():
+        if given:
+            raise ConfigError(f"{flag} does not go with {other}: leave one of them out")
+    if args.use_torch_fsdp2:
+        _check_rows(args, architecture)
+    vars(args).update(SETTINGS[chosen[0]])
+    if os.environ.get(CONNECTIONS) == "1":
+        del os.environ[CONNECTIONS]  # what orders kernels for tensor parallel ranks; FSDP's gathers must overlap
+
+
+def _megatron_fsdp_refuses(args: argparse.Namespace) -> dict[str, bool]:
+    weights_recomputed = args.recompute_granularity == "full" or (
+        args.recompute_granularity == "selective" and {*(args.recompute_modules or ())} - {"core_attn"})
+    return {
+        "--data-parallel-sharding-strategy no_shard": args.data_parallel_sharding_strategy == "no_shard",
+        # A layer's gradient of one tick would take the place of a later tick's.
+        "recomputation of whole layers or MLPs (core_attn alone is right)": bool(weights_recomputed),
+    }
+
+
+def _check_rows(args: argparse.Namespace, architecture: Architecture) -> None:
+    """Refuse ranks over which Megatron cannot save FSDP2's weights (core/utils.py, transformer/mlp.py)."""
+    tp = args.tensor_model_parallel_size
+    ranks = args.world_size // tp
+    for name, rows, unit in (("hidden size", architecture.hidden_size, 1),
+                             ("rows of queries, keys, values and gates", 4 * architecture.hidden_size // tp, 1),
+                             ("FFN columns", 2 * architecture.ffn_hidden_size // tp, 2),  # no shard of gate and up
+                             ("padded vocabulary", architecture.padded_vocab_size // tp, 1)):
+        if ranks > 1 and (rows % ranks or ranks % unit):
+            possible = [n for n in range(1, min(rows, 64) + 1) if rows % n == 0 and (n == 1 or n % unit == 0)]
+            raise ConfigError(f"--use-torch-fsdp2 cannot share {rows} {name} among {ranks} ranks: choose one of "
+                              f"{', '.join(map(str, possible))}")
+
+
+class TorchFSDP2(TorchFullyShardedDataParallel):  # type: ignore[misc]
+    """Megatron's, whose gradients are sums over the ranks divided by the tokens of the step, as DDP's are.
+
+    Stock FSDP2 averages over the ranks and its `scale_gradients` does nothing: wrong for a loss per token.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # else by an operation that NCCL alone has
+                _forget_backward(module)
+
+    @torch.no_grad()
+    def scale_gradients(self, scaling_factor: torch.Tensor) -> None:
+        """Multiply all gradients by `scaling_factor` [1]."""
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                to_local_if_dtensor(parameter.grad).mul_(scaling_factor)
+
+
+def _forget_backward(module: FSDPModule) -> None:
+    """Let a layer that is recomputed in the backward pass of a tick be so again in that of an earlier tick.
+
+    torch takes the second such run for a part of the first: its gradients would be left over for the next micro-batch,
+    or the next step (torch/distributed/fsdp/_fully_shard/_fsdp_state.py, _pre_forward).
+    """
+    state = module._get_fsdp_state()
+    if (group := state._fsdp_param_group) is not None:
+        stock = group.post_backward
+
+        def post_backward(*unused: Any) -> None:
+            stock(*unused)
+            state._training_state = TrainingState.IDLE
+        group.post_backward = post_backward  # type: ignore[method-assign]
+
+
+class FP32Module(Float16Module):  # type: ignore[misc]
+    """The level around a model that Megatron-FSDP's checkpoints expect and only half precision has in stock code."""
+
+    def __init__(self, module: MegatronModule) -> None:
+        MegatronModule.__init__(self, module.config)
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the model."""
+        return self.module(**inputs)
+
+
+def install_fsdp(args: argparse.Namespace) -> None:
+    """Let Megatron's loop shard as above, and under FSDP2 save and load as every other layout does."""
+    if args.use_megatron_fsdp:
+        # The stock function wants einops for one reshape.
+        mcore_fsdp_adapter._get_dp_tp_mesh = lambda dp_cp_group, tp_group: torch.arange(
+            torch.distributed.get_world_size()).view(dp_cp_group.size(), tp_group.size())
+    if not args.use_torch_fsdp2:
+        return
+    stock_metadata, stock_load = checkpointing._build_sharded_state_dict_metadata, megatron_training.load_checkpoint
+
+    def load_checkpoint(*arguments: Any, skip_load_to_model_and_opt: bool = False, **options: Any) -> Any:
+        # Stock code skips the optimizer's groups too, which hold the counts of updates.
+        return stock_load(*arguments, **options)
+
+    checkpointing._build_sharded_state_dict_metadata = lambda *arguments, **options: {
+        **stock_metadata(*arguments, **options), **BY_NAME}
+    megatron_training.load_checkpoint = load_checkpoint
+    megatron_training.torch_FSDP = TorchFSDP2

@@ -1,0 +1,85 @@
+"""Sharded weights: Megatron-FSDP trains as one process does, and both kinds of FSDP resume bitwise.
+
+tests/training/test_layouts.py and test_gradients.py hold FSDP2 against the reference and against other layouts.
+"""
+import pytest
+
+from hrm_megatron.convert.megatron import read_megatron
+from hrm_megatron.convert.run import Conversion, convert
+from hrm_megatron.convert.table import table
+from hrm_megatron.training.checkpoint import find_iteration
+from tests.training.conftest import scalars
+from tests.training.test_gradients import MEGATRON_FSDP
+from tests.training.test_layouts import AVERAGE_TOLERANCE, FSDP2, LOSS_TOLERANCE, RESUME_TOLERANCE
+from tests.training.test_resume import tensors_that_differ
+
+pytestmark = pytest.mark.ranks
+RUNS = {"1 process": (1, []), "FSDP2": (2, [FSDP2]), "FSDP2 in bf16": (2, [FSDP2, "--bf16"]),
+        "Megatron-FSDP": (2, [MEGATRON_FSDP]), "Megatron-FSDP in bf16": (2, [MEGATRON_FSDP, "--bf16"])}
+
+
+@pytest.fixture(scope="session")
+def from_seed(launch, fullbatch_arguments, tmp_path_factory):
+    """Train 24 steps from the seed, saving at 12 and 24; once for all tests."""
+    done = {}
+
+    def train(name):
+        if name not in done:
+            ranks, flags = RUNS[name]
+            folder = tmp_path_factory.mktemp("seed")
+            run = launch(*fullbatch_arguments, "--save", folder / "checkpoints", "--save-interval", 12,
+                         "--tensorboard-dir", folder / "log", *flags, ranks=ranks)
+            assert run.code == 0, run.output[-5000:]
+            done[name] = folder
+        return done[name]
+    return train
+
+
+def test_megatron_fsdp_trains_as_one_process(from_seed, parity):
+    ours, one = from_seed("Megatron-FSDP"), from_seed("1 process")
+    losses = [scalars(folder / "log") for folder in (ours, one)]
+    assert losses[0].keys() == losses[1].keys() == set(range(1, 25))
+    parity("Megatron-FSDP: 24 losses", max(abs(losses[0][step] - losses[1][step]) for step in losses[0]),
+           LOSS_TOLERANCE)
+    ends = [read_megatron(find_iteration(folder / "checkpoints")) for folder in (ours, one)]
+    assert ends[0].embedding_updates == ends[1].embedding_updates < 24
+    for part in ("raw", "ema"):
+        parity(f"Megatron-FSDP: {part} at the end", max((ends[0].read(part, entry) - ends[1].read(
+            part, entry)).abs().max().item() for entry in table(ends[0].architecture)if entry.trained),
+            AVERAGE_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RUNS if "FSDP" in name])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(from_seed, launch, fullbatch_arguments, parity, tmp_path, name):
+    ranks, flags = RUNS[name]
+    whole = from_seed(name)
+    run = launch(*fullbatch_arguments, "--load", whole / "checkpoints", "--ckpt-step", 12, "--save", tmp_path / "new",
+                 "--save-interval", 12, "--tensorboard-dir", tmp_path / "log", *flags, ranks=ranks)
+    assert run.code == 0, run.output[-5000:]
+    assert scalars(tmp_path / "log") == {step: loss for step, loss in scalars(whole / "log").items() if step > 12}
+    ends = [find_iteration(folder) for folder in (tmp_path / "new", whole / "checkpoints")]
+    assert not [key for key in tensors_that_differ(*ends) if "rng" not in key]
+    assert tensors_that_differ(ends[0], find_iteration(whole / "checkpoints", 12))  # it has trained
+    assert read_megatron(ends[0]).embedding_updates == read_megatron(ends[1]).embedding_updates
+
+
+@pytest.mark.slow
+def test_a_converted_checkpoint_of_megatron_fsdp_goes_on_anywhere(from_seed, launch, fullbatch_arguments, parity,
+                                                                  tmp_path):
+    whole = from_seed("Megatron-FSDP")
+    convert(Conversion(whole / "checkpoints", "megatron", tmp_path / "plain", "megatron", ckpt_step=12))
+    run = launch(*fullbatch_arguments, "--load", tmp_path / "plain", "--exit-interval", 17, "--tensorboard-dir",
+                 tmp_path / "log")
+    assert run.code == 0, run.output[-5000:]
+    ours, one = scalars(tmp_path / "log"), scalars(whole / "log")
+    assert ours.keys() == set(range(13, 18))
+    parity("Megatron-FSDP to 1 process: 5 losses", max(abs(ours[step] - one[step]) for step in ours), RESUME_TOLERANCE)
+
+
+def test_formats_do_not_mix(from_seed, launch, fullbatch_arguments, native_start):
+    for folder, ranks, flags, words in (
+            (native_start, 2, [MEGATRON_FSDP], "saved without --use-megatron-fsdp, "),
+            (from_seed("Megatron-FSDP") / "checkpoints", 1, [], "saved with --use-megatron-fsdp, ")):
+        run = launch(*fullbatch_arguments, "--load", folder, *flags, ranks=ranks)
+        assert run.code == 2 and len(run.errors) == 1 and words in run.errors[0], run.output[-5000:]
