@@ -32,9 +32,11 @@ def _summarize(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 @torch.compile(dynamic=True)
-def _scaled_exponentials(logits: torch.Tensor, largest: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return scale * exp(logit - largest) for logits [n, v/tp] and the others [n], in fp32 and rounded once."""
-    return torch.sub(logits, largest.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1)).to(logits.dtype)
+def _scaled_softmax(logits: torch.Tensor, largest: torch.Tensor, sums: torch.Tensor,
+                    scale: torch.Tensor) -> torch.Tensor:
+    """Return softmax times `scale`, in fp32 and rounded once: logits [n, v/tp] and the others [n] to [n, v/tp]."""
+    largest, sums, scale = (t.unsqueeze(1) for t in (largest, sums, scale))
+    return torch.sub(logits, largest).exp_().div_(sums).mul_(scale).to(logits.dtype)
 
 
 def add_weight_gradient(total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
@@ -89,12 +91,12 @@ class LabelScores(torch.autograd.Function):
         for rows in reversed(ctx.chunks):
             if logits is None:
                 logits = ctx.multiply(x[rows], weight)
-            top = largest[rows].clone()  # a view's offset would be a guard of the compiled functions
-            scale = of_label[rows] / sums[rows]
+            # Copies, because a view's offset would be a guard of the compiled function.
+            top, total_sum, scale = (t[rows].clone() for t in (largest, sums, of_label))
             # The label's own entry apart: softmax - 1 loses its digits where softmax has been rounded to bf16.
             target = logits.gather(1, columns[rows]).squeeze(1)
-            of_target = torch.sub(target, top).exp_().mul_(scale) - of_label[rows] * own[rows]
-            grad = _scaled_exponentials(logits, top, scale)
+            of_target = torch.sub(target, top).exp_().div_(total_sum).sub_(own[rows].float()).mul_(scale)
+            grad = _scaled_softmax(logits, top, total_sum, scale)
             grad.scatter_(1, columns[rows], of_target.unsqueeze(1).to(grad.dtype))
             logits = None
             dx[rows] = ctx.multiply(grad, weight.t())

@@ -24,8 +24,11 @@ def update(p: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor
     p.mul_(keep)
     m.lerp_(g, 1 - b1)
     v.mul_(b2).addcmul_(g, g, value=1 - b2)
-    # A factor, not add_'s alpha, which torch.compile takes for a constant.
-    p.sub_(torch.atan2(m, v.sqrt().div_(correction)).mul_(rate))
+    angle = torch.atan2(m, v.sqrt().div_(correction))
+    if torch.compiler.is_compiling():  # which takes alpha for a constant and would compile anew at every step
+        p.sub_(angle.mul_(rate))
+    else:
+        p.add_(angle, alpha=-rate)
     ema.lerp_(p, 1 - ema_decay)
 
 

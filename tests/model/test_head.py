@@ -55,6 +55,21 @@ def test_value_and_gradients_are_those_of_the_plain_loss(single_rank, parity, n,
         parity(f"head, {n} labels by {chunk_rows}: {name}", error.item(), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_rows", [30, 7])
+def test_losses_and_gradients_of_logits_are_bitwise_those_of_megatron(single_rank, dtype, chunk_rows):
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    x, weight, labels, g = (t.to(dtype) if t.is_floating_point() else t for t in inputs(30))
+    # One product for each gradient: dx is then the gradient of logits itself.
+    weight, x = torch.eye(V, dtype=dtype), F.linear(x, weight)
+    logits = x.clone().requires_grad_()
+    losses = vocab_parallel_cross_entropy(logits.float(), labels)  # in place
+    (losses * g.float()).sum().backward()
+    scores, dx, _ = chunked(x, weight, labels, g.float(), chunk_rows)
+    assert torch.equal(scores[0], losses) and torch.equal(dx, logits.grad)
+
+
 def test_without_a_label_there_is_a_zero_gradient(single_rank):
     scores, dx, dw = chunked(*inputs(0), chunk_rows=4)
     assert scores.shape == (2, 0) and dx.shape == (0, H) and torch.equal(dw, torch.zeros(V, H))

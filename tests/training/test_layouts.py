@@ -18,7 +18,7 @@ TWO_PHASES = ["--micro-batch-size", 1, "--pipeline-schedule", "two-phase"]
 LAYOUTS = {  # ranks and flags; golden/fullbatch has 2 layers per stack, 8 rows of 96 and 4 heads
     "1 process": (1, []),
     "recompute": (1, RECOMPUTE),
-    "recompute 3 ticks": (1, ["--recompute-ticks", 3]),
+    "recompute 2 ticks": (1, ["--recompute-ticks", 2]),
     "recompute 1 tick, and parts of layers": (1, ["--recompute-ticks", 1, "--recompute-granularity", "selective",
                                                   "--recompute-modules", "core_attn", "mlp"]),
     "TP 2": (2, [TP, 2]),
