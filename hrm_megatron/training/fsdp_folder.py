@@ -72,8 +72,9 @@ class MegatronFSDPFolder(DCPFolder):
         """Read a value; COMMON answers with the arguments, the iteration and the groups of the optimizer."""
         if key != COMMON:
             return super().object(key, classes)
+        stored = DCPFolder.keys(self)
         groups = [{field: super(MegatronFSDPFolder, self).object(f"{GROUP}{name}.{field}")
-                   for field in ("lr", "updates", "is_embedding") if f"{GROUP}{name}.{field}" in super().keys()}
+                   for field in ("lr", "updates", "is_embedding") if f"{GROUP}{name}.{field}" in stored}
                   for name in ("output_layer.weight", EMBEDDING_WEIGHT)]
         return [{"args": self.args, "iteration": super().object("iteration"),
                  "optimizer": {"optimizer": {"param_groups": [group for group in groups if group]}}}]
