@@ -47,12 +47,16 @@ def describe(args: argparse.Namespace) -> str:
     architecture = architecture_of(args, args.vocab_size)
     layers = layers_of_stages(args)
     weight_bytes = args.params_dtype.itemsize
+    shards = dp * cp
+    # FSDP gathers a layer's weights only while it runs.
+    weight_shards = shards if args.use_torch_fsdp2 or args.use_megatron_fsdp else 1
     # fp32 moments and average, and fp32 masters where the weights themselves are narrower.
-    state_bytes = 4 * (len(STATE_KEYS) + (args.params_dtype != torch.float32)) / (dp * cp)
+    state_bytes = 4 * (len(STATE_KEYS) + (args.params_dtype != torch.float32)) / shards
     for stage, (n, count) in enumerate(zip(layers, stage_parameters(architecture, layers), strict=True)):
         rank = count / tp
         lines.append(f"  stage {stage}: {n} layers of each stack, {rank / 1e6:.2f} M parameters a rank; weights "
-                     f"{rank * weight_bytes / 2**30:.3f}, gradients {rank * 4 / 2**30:.3f}, optimizer "
+                     f"{rank * weight_bytes / weight_shards / 2**30:.3f}, gradients "
+                     f"{rank * 4 / weight_shards / 2**30:.3f}, optimizer "
                      f"{rank * state_bytes / 2**30:.3f} GiB")
     if pp > 1:
         window = args.pipeline_window

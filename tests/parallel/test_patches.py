@@ -120,7 +120,8 @@ def test_the_table_has_every_place_that_is_replaced():
     for path in ("hrm_megatron/parallel/cpu.py", *(str(p.relative_to(ROOT)) for p in
                                                    (ROOT / "hrm_megatron" / "training").glob("*.py"))):
         text = (ROOT / path).read_text()
-        found[path] = set(re.findall(r"^ +(?:module|cls|megatron_training|checkpointing|mcore_fsdp_adapter)[\w.]*\.(\w+) = ", text, re.M))
+        found[path] = set(re.findall(
+            r"^ +(?:module|cls|megatron_training|checkpointing|mcore_fsdp_adapter)[\w.]*\.(\w+) = ", text, re.M))
     builder = (ROOT / "hrm_megatron" / "optim" / "builder.py").read_text()
     replaced = re.search(r"replaced = dict\((.*?)\)\n", builder, re.DOTALL)
     found["builder"] = set(re.findall(r"(\w+)=", replaced[1])) | {"HAVE_APEX_OR_TE"}

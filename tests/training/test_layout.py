@@ -2,6 +2,7 @@
 import argparse
 import re
 
+import pytest
 import torch
 
 from hrm_megatron.config import Architecture
@@ -13,6 +14,7 @@ ARGUMENTS = dict(
     hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, vocab_size=250, h_cycles=2, l_cycles=3,
     norm_placement="pre", init_scheme="lecun_normal", init_std=None, layernorm_epsilon=1e-6, rotary_base=10_000,
     bp_min_steps=2, bp_max_steps=5, pipeline_schedule="auto", pipeline_window=None, attention_kernel="sdpa",
+    use_torch_fsdp2=False, use_megatron_fsdp=False,
     decoder_first_pipeline_num_layers=2, decoder_last_pipeline_num_layers=1, params_dtype=torch.bfloat16)
 
 
@@ -47,6 +49,10 @@ def test_the_description_counts_per_rank():
     windows = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_window=16))).splitlines()
     assert windows[6] == ("  pipeline at bp 5: two phases for each of 2 windows; the first stage keeps "
                           f"{states / 2:.3f} GiB of states; simulated bubble 5.2%, 23 ticks alive on a stage")
+    sharded = describe(argparse.Namespace(**ARGUMENTS | dict(use_torch_fsdp2=True))).splitlines()
+    per_rank = [[float(part.split()[-1]) for part in line.split(";")[1].removesuffix(" GiB").split(",")]
+                for line in (lines[1], sharded[1])]
+    assert per_rank[1] == pytest.approx([per_rank[0][0] / 2, per_rank[0][1] / 2, per_rank[0][2]], abs=0.001)
     one = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_schedule="stock"))).splitlines()
     assert one[6] == "  pipeline at bp 5: one phase; simulated bubble 6.9%, 20 ticks alive on a stage"
 
