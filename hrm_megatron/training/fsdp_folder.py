@@ -1,6 +1,7 @@
 """Read a checkpoint of Megatron-FSDP by the names of all other layouts' checkpoints."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from megatron.core.safe_globals import SAFE_GLOBALS
 
 from hrm_megatron.model.hrm import EMBEDDING_WEIGHT
+from hrm_megatron.optim.adam_atan2 import UPDATES
+from hrm_megatron.optim.sharded import EMBEDDING
 from hrm_megatron.training.dcp import DCPFolder
 
 COMMON = "common_state/shard_0_1"  # where torch_dist keeps what is no tensor
@@ -41,40 +44,38 @@ class MegatronFSDPFolder(DCPFolder):
                 prefix = f"optimizer.state.{part}."
             else:
                 continue
-            halved = name.endswith((f"weight{GATE}", f"weight{UP}"))
-            self.sources.setdefault(prefix + (name[:-len(GATE)] if halved else name), []).append(key)
+            self.sources.setdefault(prefix + name.removesuffix(GATE).removesuffix(UP), []).append(key)
         self.args = super().object("args", SAFE_GLOBALS)
 
     def keys(self) -> list[str]:
         return [*self.sources, COMMON]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = super().shapes()
-        return {name: shapes[keys[0]] if len(keys) == 1 or self._whole(keys[0]) else
-                (sum(shapes[key][0] for key in keys), *shapes[keys[0]][1:]) for name, keys in self.sources.items()}
+        stored = super().shapes()
+        return {name: (sum(stored[key][0] for key in self._parts(name)), *stored[keys[0]][1:])
+                for name, keys in self.sources.items()}
 
-    @staticmethod
-    def _whole(key: str) -> bool:
-        """Tell whether the key of a half holds both: stock code cuts no third state."""
-        return key.endswith(".ema")
+    def _parts(self, name: str) -> list[str]:
+        """Return the keys of the tensors that make up the one of this name; both halves' `ema` is the whole."""
+        keys = self.sources.get(name, [name])
+        return keys[:1] if keys[0].endswith(".ema") else keys
 
     def tensor(self, key: str) -> torch.Tensor:
-        keys = self.sources.get(key, [key])
-        tensor = super().tensor(keys[0])
-        if len(keys) == 1:
-            return tensor
-        if not self._whole(keys[0]):
-            return torch.cat([tensor, *(super(MegatronFSDPFolder, self).tensor(half) for half in keys[1:])])
-        # Each tensor parallel rank's gate and other half, one after the other.
-        return tensor.unflatten(0, (self.args.tensor_model_parallel_size, 2, -1)).transpose(0, 1).flatten(0, 2)
+        """Read one tensor, put together from its halves."""
+        parts = [DCPFolder.tensor(self, part) for part in self._parts(key)]
+        if len(parts) == len(self.sources.get(key, parts)):
+            return torch.cat(parts)
+        # Stock code does not cut a third state: it holds each tensor parallel rank's gate and other half in turn.
+        return parts[0].unflatten(0, (self.args.tensor_model_parallel_size, 2, -1)).transpose(0, 1).flatten(0, 2)
 
-    def object(self, key: str, classes: Any = ()) -> Any:
+    def object(self, key: str, classes: Sequence[Any] = ()) -> Any:
         """Read a value; COMMON answers with the arguments, the iteration and the groups of the optimizer."""
         if key != COMMON:
             return super().object(key, classes)
-        stored = DCPFolder.keys(self)
-        groups = [{field: super(MegatronFSDPFolder, self).object(f"{GROUP}{name}.{field}")
-                   for field in ("lr", "updates", "is_embedding") if f"{GROUP}{name}.{field}" in stored}
-                  for name in ("output_layer.weight", EMBEDDING_WEIGHT)]
+        stored, groups = DCPFolder.keys(self), []
+        for name in ("output_layer.weight", EMBEDDING_WEIGHT):
+            fields = {field: f"{GROUP}{name}.{field}" for field in ("lr", UPDATES, EMBEDDING)}
+            groups.append({field: super(MegatronFSDPFolder, self).object(place) for field, place in fields.items()
+                           if place in stored})
         return [{"args": self.args, "iteration": super().object("iteration"),
                  "optimizer": {"optimizer": {"param_groups": [group for group in groups if group]}}}]
