@@ -1,4 +1,5 @@
 """What a user gets wrong costs one line, and nothing that is on disk."""
+import argparse
 import pickle
 import shutil
 
@@ -35,8 +36,9 @@ def refused(launch, tmp_path):
     (["--tensor-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
     (["--pipeline-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
     (["--context-parallel-size", 2, "--seq-length", 98], ["--context-parallel-size 2 cuts a row into 4 pieces", "98"]),
-    (["--use-torch-fsdp2"], ["--use-torch-fsdp2: not built for this model; leave it out"]),
-    (["--use-megatron-fsdp"], ["--use-megatron-fsdp: not built for this model"]),
+    (["--use-torch-fsdp2", "--use-megatron-fsdp"], ["--use-torch-fsdp2 does not go with --use-megatron-fsdp"]),
+    (["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "no_shard"],
+     ["--use-megatron-fsdp does not go with --data-parallel-sharding-strategy no_shard: leave one of them out"]),
     (["--transformer-impl", "transformer_engine"], ["--transformer-impl transformer_engine: ", "needs a CUDA device",
                                                     "--transformer-impl local works here"]),
     (["--fp8-format", "hybrid"], ["--fp8-format hybrid: Transformer Engine needs a CUDA device", "leave it out"]),
@@ -57,7 +59,6 @@ def refused(launch, tmp_path):
     (["--recompute-ticks", -1], ["--recompute-ticks -1 must lie between 0 and 5"]),
     (["--recompute-ticks", 2, "--recompute-granularity", "full", "--recompute-method", "uniform",
       "--recompute-num-layers", 1], ["--recompute-granularity full would run layers three times: choose one"]),
-    (["--recompute-ticks", 2, "--fp8-format", "hybrid"], ["--recompute-ticks 2 with --fp8-recipe delayed"]),
     (["--recompute-granularity", "selective", "--recompute-modules", "mlp", "layernorm"],
      ["--recompute-modules layernorm: saves nothing in this model; choose among core_attn, mlp"]),
     (["--recompute-activations", "--recompute-modules", "moe"], ["--recompute-modules moe: saves nothing"]),
@@ -79,6 +80,16 @@ def test_settings(refused, flags, parts):
 ])
 def test_a_pipeline_that_cannot_be(refused, flags, parts):
     refused(*SIZES, *SAMPLED, "--pipeline-model-parallel-size", 2, *flags, parts=parts, ranks=2)
+
+
+def test_a_tick_that_would_find_other_scales_when_it_runs_again():
+    from hrm_megatron.config import ConfigError
+    from hrm_megatron.training.memory import check_memory
+
+    args = argparse.Namespace(recompute_ticks=2, bp_max_steps=5, recompute_granularity=None, fp8="hybrid",
+                              fp8_recipe="delayed")
+    with pytest.raises(ConfigError, match="--recompute-ticks 2 with --fp8-recipe delayed: .* choose another recipe"):
+        check_memory(args)
 
 
 def test_a_size_that_nobody_gave_is_named(refused):
