@@ -11,6 +11,7 @@ from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.parallel.simulate import second_phase, stock, two_phase
 from hrm_megatron.parallel.stages import microbatch_group
 from hrm_megatron.training.arguments import architecture_of, microbatches_of
+from hrm_megatron.training.fsdp import sharded_by_fsdp
 
 
 def stage_parameters(architecture: Architecture, layers: list[int]) -> list[int]:
@@ -47,12 +48,16 @@ def describe(args: argparse.Namespace) -> str:
     weight_bytes = args.params_dtype.itemsize
     # fp32 moments and average, and fp32 masters where the weights themselves are narrower.
     state_bytes = 4 * (len(STATE_KEYS) + (args.params_dtype != torch.float32)) / (dp * cp)
+    gradient_bytes = weight_bytes if args.use_torch_fsdp2 else 4
+    sharded = sharded_by_fsdp(args)
+    weight_bytes, gradient_bytes = (size / (dp * cp if name in sharded else 1) for name, size in (
+        ("weights", weight_bytes), ("gradients", gradient_bytes)))
     for stage, (n, count) in enumerate(zip(layers, stage_parameters(architecture_of(args, args.vocab_size), layers),
                                            strict=True)):
         rank = count / tp
         lines.append(f"  stage {stage}: {n} layers of each stack, {rank / 1e6:.2f} M parameters a rank; weights "
-                     f"{rank * weight_bytes / 2**30:.3f}, gradients {rank * 4 / 2**30:.3f}, optimizer "
-                     f"{rank * state_bytes / 2**30:.3f} GiB")
+                     f"{rank * weight_bytes / 2**30:.3f}, gradients {rank * gradient_bytes / 2**30:.3f}, "
+                     f"optimizer {rank * state_bytes / 2**30:.3f} GiB")
     if pp > 1:
         group = microbatch_group(microbatches, pp)
         graphs = {bp: [tick.with_grad for tick in unroll(args.h_cycles, args.l_cycles, bp)]

@@ -1,6 +1,7 @@
 """The layout that is announced is the one that is built."""
 import argparse
 
+import pytest
 import torch
 
 from hrm_megatron.config import Architecture
@@ -12,7 +13,8 @@ ARGUMENTS = dict(
     hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, vocab_size=250, h_cycles=2, l_cycles=3,
     norm_placement="pre", init_scheme="lecun_normal", init_std=None, layernorm_epsilon=1e-6, rotary_base=10_000,
     bp_min_steps=2, bp_max_steps=5, pipeline_schedule="auto",
-    decoder_first_pipeline_num_layers=2, decoder_last_pipeline_num_layers=1, params_dtype=torch.bfloat16)
+    decoder_first_pipeline_num_layers=2, decoder_last_pipeline_num_layers=1, params_dtype=torch.bfloat16,
+    use_torch_fsdp2=False, use_megatron_fsdp=False, data_parallel_sharding_strategy="optim_grads_params")
 
 
 def test_stages_hold_together_what_one_model_holds(single_rank):
@@ -41,3 +43,19 @@ def test_the_description_counts_per_rank():
     one = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_schedule="stock"))).splitlines()
     assert one[6] == ("  pipeline at bp 5: one phase, 4 micro-batches in turn; simulated bubble 6.9%, 20 ticks alive "
                       "on a stage")
+
+
+def test_fsdp_shares_weights_and_gradients_out():
+    large = dict(hidden_size=2048, num_attention_heads=16, ffn_hidden_size=4096, pipeline_model_parallel_size=1,
+                 data_parallel_size=8, decoder_first_pipeline_num_layers=None, decoder_last_pipeline_num_layers=None)
+    def sizes(**options):
+        line = describe(argparse.Namespace(**ARGUMENTS | large | options)).splitlines()[1]
+        return [float(part.split()[1]) for part in line.split("; ")[1].split(", ")]
+    weights, gradients, optimizer = sizes()
+    for options, expected in (
+            (dict(use_torch_fsdp2=True), (weights / 8, weights / 8)),
+            (dict(use_megatron_fsdp=True), (weights / 8, gradients / 8)),
+            (dict(use_megatron_fsdp=True, data_parallel_sharding_strategy="optim_grads"), (weights, gradients / 8)),
+            (dict(use_megatron_fsdp=True, data_parallel_sharding_strategy="optim"), (weights, gradients))):
+        assert sizes(**options) == pytest.approx([*expected, optimizer], abs=1e-3)
+    assert gradients == pytest.approx(2 * weights, abs=2e-3)
