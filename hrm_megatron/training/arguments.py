@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = dict(
     transformer_impl=None,  # decided by training.hardware
     layernorm_epsilon=1e-6,  # HRM-Text, norm_eps
     ckpt_format="torch_dist", use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True,
-    data_parallel_sharding_strategy="optim_grads_params",  # of Megatron-FSDP
+    data_parallel_sharding_strategy="optim_grads_params", megatron_fsdp_main_grads_dtype="fp32",
     log_interval=10, eval_interval=1000, eval_iters=10, save_interval=1000, num_workers=2,
 )
 # What makes the model an HRM: not the user's to choose.

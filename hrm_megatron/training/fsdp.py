@@ -69,8 +69,16 @@ def _check_rows(args: argparse.Namespace, architecture: Architecture) -> None:
                              ("padded vocabulary", architecture.padded_vocab_size // tp, 1)):
         if ranks > 1 and (rows % ranks or ranks % unit):
             possible = [n for n in range(1, min(rows, 64) + 1) if rows % n == 0 and (n == 1 or n % unit == 0)]
-            raise ConfigError(f"--use-torch-fsdp2 cannot share {rows} {name} among {ranks} ranks: choose one of "
+            raise ConfigError(f"--use-torch-fsdp2 cannot share the {name} ({rows}) among {ranks} ranks: choose one of "
                               f"{', '.join(map(str, possible))}")
+
+
+def sharded_by_fsdp(args: argparse.Namespace) -> tuple[str, ...]:
+    """Name what is shared out over the data parallel ranks beside the optimizer's state."""
+    by_strategy = {"optim_grads": ("gradients",), "optim_grads_params": ("gradients", "weights")}
+    if args.use_megatron_fsdp:
+        return by_strategy.get(args.data_parallel_sharding_strategy, ())
+    return by_strategy["optim_grads_params"] if args.use_torch_fsdp2 else ()
 
 
 class TorchFSDP2(TorchFullyShardedDataParallel):  # type: ignore[misc]

@@ -12,6 +12,7 @@ from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.parallel.simulate import second_phase, stock, two_phase
 from hrm_megatron.parallel.stages import microbatch_windows
 from hrm_megatron.training.arguments import architecture_of, microbatches_of
+from hrm_megatron.training.fsdp import sharded_by_fsdp
 
 
 def stage_parameters(architecture: Architecture, layers: list[int]) -> list[int]:
@@ -47,17 +48,17 @@ def describe(args: argparse.Namespace) -> str:
     architecture = architecture_of(args, args.vocab_size)
     layers = layers_of_stages(args)
     weight_bytes = args.params_dtype.itemsize
-    shards = dp * cp
-    # FSDP gathers a layer's weights only while it runs.
-    weight_shards = shards if args.use_torch_fsdp2 or args.use_megatron_fsdp else 1
     # fp32 moments and average, and fp32 masters where the weights themselves are narrower.
-    state_bytes = 4 * (len(STATE_KEYS) + (args.params_dtype != torch.float32)) / shards
+    state_bytes = 4 * (len(STATE_KEYS) + (args.params_dtype != torch.float32)) / (dp * cp)
+    gradient_bytes = weight_bytes if args.use_torch_fsdp2 else 4
+    sharded = sharded_by_fsdp(args)
+    weight_bytes, gradient_bytes = (size / (dp * cp if name in sharded else 1) for name, size in (
+        ("weights", weight_bytes), ("gradients", gradient_bytes)))
     for stage, (n, count) in enumerate(zip(layers, stage_parameters(architecture, layers), strict=True)):
         rank = count / tp
         lines.append(f"  stage {stage}: {n} layers of each stack, {rank / 1e6:.2f} M parameters a rank; weights "
-                     f"{rank * weight_bytes / weight_shards / 2**30:.3f}, gradients "
-                     f"{rank * 4 / weight_shards / 2**30:.3f}, optimizer "
-                     f"{rank * state_bytes / 2**30:.3f} GiB")
+                     f"{rank * weight_bytes / 2**30:.3f}, gradients {rank * gradient_bytes / 2**30:.3f}, "
+                     f"optimizer {rank * state_bytes / 2**30:.3f} GiB")
     if pp > 1:
         window = args.pipeline_window
         graphs = {bp: [tick.with_grad for tick in unroll(args.h_cycles, args.l_cycles, bp)]
@@ -67,7 +68,8 @@ def describe(args: argparse.Namespace) -> str:
                 windows = microbatch_windows(microbatches, pp, window)
                 found, longest = two_phase(microbatches, with_grad, pp, window), max(map(len, windows))
                 # The pair of states of every micro-batch, and what the last stage hands over.
-                state_bytes = 3 * longest * args.micro_batch_size * args.seq_length * args.hidden_size * weight_bytes
+                state_bytes = 3 * longest * args.micro_batch_size * args.seq_length * args.hidden_size
+                state_bytes *= args.params_dtype.itemsize
                 state_bytes /= cp * (tp if args.sequence_parallel else 1)
                 how = (f"two phases{f' for each of {len(windows)} windows' if len(windows) > 1 else ''}; the first "
                        f"stage keeps {state_bytes / 2**30:.3f} GiB of states")

@@ -68,17 +68,21 @@ STOCK = [
      "expert_parallel=None, non_persistent_ckpt=False, train_data_iterator=None, "
      "preprocess_common_state_dict_fn=None, release=False, tp_group=None, pp_group=None, dp_cp_group=None, "
      "dp_group=None, expt_dp_group=None, rng_state_key_prefix='')"),
-    # hrm_megatron/training/fsdp.py
-    ("megatron.training.training", "load_checkpoint",
-     "(ddp_model, optimizer, opt_param_scheduler, load_arg='load', strict=True, checkpointing_context=None, "
-     "skip_load_to_model_and_opt=False, tp_group=None, pp_group=None, dp_cp_group=None, dp_group=None, "
-     "expt_dp_group=None, rng_state_key_prefix='')"),
-    ("megatron.training.training", "torch_FSDP", ...),  # a default is a set, printed in any order
-    ("megatron.training.checkpointing", "_build_sharded_state_dict_metadata", "(args, dp_cp_group=None)"),
-    ("megatron.core.distributed.fsdp.mcore_fsdp_adapter", "_get_dp_tp_mesh", "(dp_cp_group, tp_group, ep_size=1)"),
-    ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup.post_backward", "(self, *unused)"),
+    # hrm_megatron/optim/sharded.py, hrm_megatron/training/fsdp.py
     ("megatron.core.optimizer", "FP32Optimizer", "(optimizer, config, init_state_fn)"),
     ("megatron.core.optimizer", "Float16OptimizerWithFloat16Params", "(optimizer, config, grad_scaler, init_state_fn)"),
+    ("megatron.core.optimizer.optimizer", "FP32Optimizer.sharded_state_dict",
+     "(self, model_sharded_state_dict, is_loading=False, metadata=None)"),
+    ("megatron.core.optimizer.optimizer", "FP32Optimizer.load_state_dict", "(self, state_dict)"),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._init_optimizer_states_with_dummy_values",
+     "(self)"),
+    ("megatron.core.distributed.data_parallel_base", "_BaseDataParallel.scale_gradients", "(self, scaling_factor)"),
+    ("megatron.core.distributed.fsdp.mcore_fsdp_adapter", "_get_dp_tp_mesh", "(dp_cp_group, tp_group, ep_size=1)"),
+    ("megatron.training.checkpointing", "_build_sharded_state_dict_metadata", "(args, dp_cp_group=None)"),
+    ("megatron.training.training", "load_checkpoint", ...),
+    ("megatron.training.training", "torch_FSDP", ...),
+    ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup.post_backward", "(self, *unused)"),
+    ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._pre_forward", "(self, module, args, kwargs)"),
     # hrm_megatron/model/cpu_flash.py calls these by name
     ("torch", "ops.aten._scaled_dot_product_flash_attention_for_cpu",
      "aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, float dropout_p=0., "

@@ -37,8 +37,13 @@ def refused(launch, tmp_path):
     (["--pipeline-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
     (["--context-parallel-size", 2, "--seq-length", 98], ["--context-parallel-size 2 cuts a row into 4 pieces", "98"]),
     (["--use-torch-fsdp2", "--use-megatron-fsdp"], ["--use-torch-fsdp2 does not go with --use-megatron-fsdp"]),
+    (["--use-torch-fsdp2", "--fp16"], ["--use-torch-fsdp2 does not go with --fp16: leave one of them out"]),
     (["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "no_shard"],
-     ["--use-megatron-fsdp does not go with --data-parallel-sharding-strategy no_shard: leave one of them out"]),
+     ["--use-megatron-fsdp does not go with --data-parallel-sharding-strategy no_shard"]),
+    (["--use-megatron-fsdp", "--recompute-granularity", "full"],
+     ["--use-megatron-fsdp does not go with recomputation of whole layers or MLPs"]),
+    (["--use-megatron-fsdp", "--recompute-granularity", "selective", "--recompute-modules", "mlp"],
+     ["--use-megatron-fsdp does not go with recomputation of whole layers or MLPs"]),
     (["--transformer-impl", "transformer_engine"], ["--transformer-impl transformer_engine: ", "needs a CUDA device",
                                                     "--transformer-impl local works here"]),
     (["--fp8-format", "hybrid"], ["--fp8-format hybrid: Transformer Engine needs a CUDA device", "leave it out"]),
@@ -90,6 +95,18 @@ def test_a_tick_that_would_find_other_scales_when_it_runs_again():
                               fp8_recipe="delayed")
     with pytest.raises(ConfigError, match="--recompute-ticks 2 with --fp8-recipe delayed: .* choose another recipe"):
         check_memory(args)
+
+
+@pytest.mark.parametrize("flags, ranks, parts", [
+    (["--use-torch-fsdp2", "--pipeline-model-parallel-size", 2], 2,
+     ["--use-torch-fsdp2 does not go with --pipeline-model-parallel-size"]),
+    (["--use-torch-fsdp2", "--global-batch-size", 3], 3,
+     ["--use-torch-fsdp2 cannot share the hidden size (32) among 3 ranks: choose one of 1, 2, 4, 8, 16, 32"]),
+    (["--use-torch-fsdp2", "--hidden-size", 24, "--ffn-hidden-size", 48, "--global-batch-size", 3], 3,
+     ["--use-torch-fsdp2 cannot share the FFN columns (96) among 3 ranks: choose one of 1, 2, 4, 6, 8"]),
+])
+def test_fsdp_that_cannot_be(refused, flags, ranks, parts):
+    refused(*SIZES, *SAMPLED, *flags, parts=parts, ranks=ranks)
 
 
 def test_a_size_that_nobody_gave_is_named(refused):

@@ -14,8 +14,8 @@ ARGUMENTS = dict(
     hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, vocab_size=250, h_cycles=2, l_cycles=3,
     norm_placement="pre", init_scheme="lecun_normal", init_std=None, layernorm_epsilon=1e-6, rotary_base=10_000,
     bp_min_steps=2, bp_max_steps=5, pipeline_schedule="auto", pipeline_window=None, attention_kernel="sdpa",
-    use_torch_fsdp2=False, use_megatron_fsdp=False,
-    decoder_first_pipeline_num_layers=2, decoder_last_pipeline_num_layers=1, params_dtype=torch.bfloat16)
+    decoder_first_pipeline_num_layers=2, decoder_last_pipeline_num_layers=1, params_dtype=torch.bfloat16,
+    use_torch_fsdp2=False, use_megatron_fsdp=False, data_parallel_sharding_strategy="optim_grads_params")
 
 
 def test_stages_hold_together_what_one_model_holds(single_rank):
@@ -49,10 +49,6 @@ def test_the_description_counts_per_rank():
     windows = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_window=16))).splitlines()
     assert windows[6] == ("  pipeline at bp 5: two phases for each of 2 windows; the first stage keeps "
                           f"{states / 2:.3f} GiB of states; simulated bubble 5.2%, 23 ticks alive on a stage")
-    sharded = describe(argparse.Namespace(**ARGUMENTS | dict(use_torch_fsdp2=True))).splitlines()
-    per_rank = [[float(part.split()[-1]) for part in line.split(";")[1].removesuffix(" GiB").split(",")]
-                for line in (lines[1], sharded[1])]
-    assert per_rank[1] == pytest.approx([per_rank[0][0] / 2, per_rank[0][1] / 2, per_rank[0][2]], abs=0.001)
     one = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_schedule="stock"))).splitlines()
     assert one[6] == "  pipeline at bp 5: one phase; simulated bubble 6.9%, 20 ticks alive on a stage"
 
@@ -63,3 +59,19 @@ def test_the_shares_of_context_ranks_are_told(launch, fullbatch_arguments):
     told = re.search(r" > context parallel: the busiest of 2 ranks has (1\.\d\d) times the mean of .* over 64 rows",
                      run.output)
     assert told and 1 <= float(told[1]) < 1.5
+
+
+def test_fsdp_shares_weights_and_gradients_out():
+    large = dict(hidden_size=2048, num_attention_heads=16, ffn_hidden_size=4096, pipeline_model_parallel_size=1,
+                 data_parallel_size=8, decoder_first_pipeline_num_layers=None, decoder_last_pipeline_num_layers=None)
+    def sizes(**options):
+        line = describe(argparse.Namespace(**ARGUMENTS | large | options)).splitlines()[1]
+        return [float(part.split()[1]) for part in line.split("; ")[1].split(", ")]
+    weights, gradients, optimizer = sizes()
+    for options, expected in (
+            (dict(use_torch_fsdp2=True), (weights / 8, weights / 8)),
+            (dict(use_megatron_fsdp=True), (weights / 8, gradients / 8)),
+            (dict(use_megatron_fsdp=True, data_parallel_sharding_strategy="optim_grads"), (weights, gradients / 8)),
+            (dict(use_megatron_fsdp=True, data_parallel_sharding_strategy="optim"), (weights, gradients))):
+        assert sizes(**options) == pytest.approx([*expected, optimizer], abs=1e-3)
+    assert gradients == pytest.approx(2 * weights, abs=2e-3)
