@@ -6,6 +6,7 @@ file needs, and the data itself is read with `weights_only`.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -73,7 +74,7 @@ class DCPFolder:
         """Raise ConfigError unless every piece of every tensor lies in a file that is long enough."""
         for key, entry in self._entries.items():
             if isinstance(entry, TensorStorageMetadata) and sum(
-                    chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                    math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
                 raise ConfigError(f"{self.path}: {key}: its pieces are not the whole tensor of {list(entry.size)}; "
                                   "copy the checkpoint again, or choose another with --ckpt-step")
         ends: dict[str, int] = {}
