@@ -35,6 +35,7 @@ def from_seed(launch, fullbatch_arguments, tmp_path_factory):
     return train
 
 
+@pytest.mark.slow
 def test_megatron_fsdp_trains_as_one_process(from_seed, parity):
     ours, one = from_seed("Megatron-FSDP"), from_seed("1 process")
     losses = [scalars(folder / "log") for folder in (ours, one)]
@@ -77,6 +78,7 @@ def test_a_converted_checkpoint_of_megatron_fsdp_goes_on_anywhere(from_seed, lau
     parity("Megatron-FSDP to 1 process: 5 losses", max(abs(ours[step] - one[step]) for step in ours), RESUME_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_formats_do_not_mix(from_seed, launch, fullbatch_arguments, native_start):
     for folder, ranks, flags, words in (
             (native_start, 2, [MEGATRON_FSDP], "saved without --use-megatron-fsdp, "),
