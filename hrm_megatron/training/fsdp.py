@@ -56,6 +56,7 @@ def _megatron_fsdp_refuses(args: argparse.Namespace) -> dict[str, bool]:
         "--data-parallel-sharding-strategy no_shard": args.data_parallel_sharding_strategy == "no_shard",
         # A layer's gradient of one tick would take the place of a later tick's.
         "recomputation of whole layers or MLPs (core_attn alone is right)": bool(weights_recomputed),
+        "--recompute-ticks": args.recompute_ticks > 0,
     }
 
 

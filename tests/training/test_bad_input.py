@@ -40,6 +40,7 @@ def refused(launch, tmp_path):
     (["--use-torch-fsdp2", "--fp16"], ["--use-torch-fsdp2 does not go with --fp16: leave one of them out"]),
     (["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "no_shard"],
      ["--use-megatron-fsdp does not go with --data-parallel-sharding-strategy no_shard"]),
+    (["--use-megatron-fsdp", "--recompute-ticks", 2], ["--use-megatron-fsdp does not go with --recompute-ticks"]),
     (["--use-megatron-fsdp", "--recompute-granularity", "full"],
      ["--use-megatron-fsdp does not go with recomputation of whole layers or MLPs"]),
     (["--use-megatron-fsdp", "--recompute-granularity", "selective", "--recompute-modules", "mlp"],
