@@ -211,6 +211,18 @@ def _patch_async_save(module: Any) -> None:
     module.get_write_results_queue = functools.partial(module.get_write_results_queue, mp_mode="fork")
 
 
+def _patch_fsdp_gathers(module: Any) -> None:
+    # Megatron-FSDP orders gathers, use and release of a buffer by streams. gloo gathers on threads of its own: left to
+    # themselves they write into released buffers, a segmentation fault within some 100 steps.
+    stock = module._coalescing_manager
+
+    @contextlib.contextmanager
+    def wait_at_once(group: Any, async_ops: bool = False) -> Iterator[NullStream]:
+        with stock(group, async_ops=False):
+            yield NullStream()
+    module._coalescing_manager = wait_at_once
+
+
 def _repair_no_grad(module: Any) -> None:
     # The one loader of its family without @torch.no_grad() (optimizer/distrib_optimizer.py:2061).
     cls = module.DistributedOptimizer
@@ -231,6 +243,7 @@ WITHOUT_CUDA: dict[str, Sequence[Patch]] = {
     "megatron.core.tensor_parallel.random": [_patch_rng],
     "megatron.training.training": [_patch_training],
     "megatron.core.dist_checkpointing.strategies.filesystem_async": [_patch_async_save],
+    "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer": [_patch_fsdp_gathers],
 }
 
 

@@ -30,6 +30,8 @@ STOCK = [
     ("megatron.training.training", "build_train_valid_test_data_iterators",
      "(build_train_valid_test_datasets_provider)"),
     ("megatron.core.dist_checkpointing.strategies.filesystem_async", "get_write_results_queue", "(mp_mode='spawn')"),
+    ("megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer", "_coalescing_manager",
+     "(group=None, device=None, async_ops=False)"),
     ("torch.distributed", "init_process_group",
      "(backend=None, init_method=None, timeout=None, world_size=-1, rank=-1, store=None, group_name='', "
      "pg_options=None, device_id=None, _ranks=None)"),

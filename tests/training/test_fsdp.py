@@ -9,13 +9,14 @@ from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.convert.table import table
 from hrm_megatron.training.checkpoint import find_iteration
 from tests.training.conftest import scalars
-from tests.training.test_gradients import MEGATRON_FSDP
-from tests.training.test_layouts import AVERAGE_TOLERANCE, FSDP2, LOSS_TOLERANCE, RESUME_TOLERANCE
+from tests.training.test_gradients import MEGATRON_FSDP, ROWS, TOLERANCE
+from tests.training.test_layouts import AVERAGE_TOLERANCE, FSDP2, LOSS_TOLERANCE, RESUME_TOLERANCE, TP
 from tests.training.test_resume import tensors_that_differ
 
 pytestmark = pytest.mark.ranks
-RUNS = {"1 process": (1, []), "FSDP2": (2, [FSDP2]), "FSDP2 in bf16": (2, [FSDP2, "--bf16"]),
-        "Megatron-FSDP": (2, [MEGATRON_FSDP]), "Megatron-FSDP in bf16": (2, [MEGATRON_FSDP, "--bf16"])}
+RUNS = {"1 process": (1, []), "1 process in bf16": (1, ["--bf16"]), "FSDP2": (2, [FSDP2]),
+        "FSDP2 in bf16": (2, [FSDP2, "--bf16"]), "Megatron-FSDP": (2, [MEGATRON_FSDP]),
+        "Megatron-FSDP in bf16": (2, [MEGATRON_FSDP, "--bf16"])}
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +47,7 @@ def test_megatron_fsdp_trains_as_one_process(from_seed, parity):
     assert ends[0].embedding_updates == ends[1].embedding_updates < 24
     for part in ("raw", "ema"):
         parity(f"Megatron-FSDP: {part} at the end", max((ends[0].read(part, entry) - ends[1].read(
-            part, entry)).abs().max().item() for entry in table(ends[0].architecture)if entry.trained),
+            part, entry)).abs().max().item() for entry in table(ends[0].architecture) if entry.trained),
             AVERAGE_TOLERANCE)
 
 
@@ -76,6 +77,39 @@ def test_a_converted_checkpoint_of_megatron_fsdp_goes_on_anywhere(from_seed, lau
     ours, one = scalars(tmp_path / "log"), scalars(whole / "log")
     assert ours.keys() == set(range(13, 18))
     parity("Megatron-FSDP to 1 process: 5 losses", max(abs(ours[step] - one[step]) for step in ours), RESUME_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FSDP2 in bf16", "Megatron-FSDP in bf16"])
+def test_bf16_follows_one_process(from_seed, parity, name):
+    ours, one = (scalars(from_seed(run) / "log") for run in (name, "1 process in bf16"))
+    # Each adds gradients in an order and a precision of its own: FSDP2 those of ticks and micro-batches in bf16.
+    parity(f"{name}: 24 losses", max(abs(ours[step] - one[step]) for step in one), 5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, flags", [(2, [FSDP2]), (4, [FSDP2, TP, 2, "--sequence-parallel"]),
+                                          (2, [MEGATRON_FSDP])], ids=["FSDP2", "FSDP2 x TP 2 + SP", "Megatron-FSDP"])
+def test_gradients_are_clipped_by_the_norm_of_all(launch, parity, tmp_path, ranks, flags):
+    """The norm is 1.755, so that the step's gradients are scaled by 0.0057."""
+    moments = []
+    for number, more in ((1, []), (ranks, flags)):
+        run = launch(*ROWS, "--global-batch-size", 8, "--micro-batch-size", 2, "--bp-min-steps", 5, "--clip-grad", 0.01,
+                     "--save", tmp_path / str(number), *more, ranks=number)
+        assert run.code == 0, run.output[-5000:]
+        assert "grad norm: 1.755" in run.last_output
+        moments.append(read_megatron(find_iteration(tmp_path / str(number))))
+    worst = max((ours - one).abs().max().item() / one.abs().max().item() for ours, one in (
+        (end.read("exp_avg", entry) for end in reversed(moments)) for entry in table(moments[0].architecture)
+        if entry.trained))
+    parity(f"{' '.join(map(str, flags))}: clipped gradients", worst, TOLERANCE)
+
+
+@pytest.mark.slow
+def test_megatron_fsdp_trains_on_and_on(launch, fullbatch_arguments):
+    """Gathers that gloo does by itself once ended such a run after 0 to 190 steps, ten times out of ten."""
+    run = launch(*fullbatch_arguments, MEGATRON_FSDP, "--train-iters", 400, ranks=2, timeout_seconds=300)
+    assert run.code == 0, run.output[-5000:]
 
 
 @pytest.mark.slow
