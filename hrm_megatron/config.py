@@ -102,10 +102,14 @@ class Architecture:
         return padded_vocab_size(self.vocab_size)
 
     @property
+    def layer_parameters(self) -> int:
+        """Weights of a layer: gate, queries, keys, values and output of the attention, and the three of SwiGLU."""
+        return self.hidden_size * (5 * self.hidden_size + 3 * self.ffn_hidden_size)
+
+    @property
     def num_parameters(self) -> int:
         """Trained weights: both stacks, embedding and head."""
-        layer = self.hidden_size * (5 * self.hidden_size + 3 * self.ffn_hidden_size)  # gate, q, k, v, output; SwiGLU
-        return 2 * (self.num_layers * layer + self.padded_vocab_size * self.hidden_size)
+        return 2 * (self.num_layers * self.layer_parameters + self.padded_vocab_size * self.hidden_size)
 
     @property
     def input_std(self) -> float:

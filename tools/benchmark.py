@@ -24,7 +24,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import HrmTextConfig, HrmTextForCausalLM  # noqa: E402
 
-from hrm_megatron.benchmark.peak import matmul_flops_per_second  # noqa: E402
+from hrm_megatron.benchmark.peak import matmul_flops_per_second, median_seconds  # noqa: E402
 from hrm_megatron.benchmark.train import measure  # noqa: E402
 from hrm_megatron.config import PRESETS, Architecture, ConfigError, Preset, ffn_hidden_size  # noqa: E402
 from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch, assemble_row  # noqa: E402
@@ -146,13 +146,7 @@ def peer_seconds(architecture: Architecture, args: argparse.Namespace, data: Pat
     row = PackedRows(SampledFolder(data), args.row_tokens, 0, 1)[0]
     step = transformers_step({name: tensor[None] for name, tensor in row.items()}, architecture, args.bp_steps,
                              "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
-    seconds = []
-    for repeat in range(args.steps + 2):
-        start = time.perf_counter()
-        step()  # returns a number, so the device has finished
-        if repeat >= 2:
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return median_seconds(step, args.steps, warmup=2)
 
 
 def main() -> None:

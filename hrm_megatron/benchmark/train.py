@@ -41,7 +41,7 @@ def measure(preset: Preset, row_tokens: int, rows: int, steps: int, vocab_size: 
             flags: Sequence[str] = ()) -> Measured:
     """Train `steps` steps of `rows` rows after a warm-up; `flags` are more of Megatron's or ours.
 
-    Raises ConfigError with the last line of the run if it fails; its whole output is in `folder`/output.
+    Raises ConfigError with the first error of the run if it fails; its whole output is in `folder`/output.
     """
     data = folder / "data"
     total = WARMUP_STEPS + steps + PROFILED_STEPS
@@ -86,7 +86,7 @@ def _flops(architecture: Architecture, bp_steps: int, data: Path, row_tokens: in
     dataset = PackedRows(SampledFolder(data), row_tokens, 0, rows * steps[-1])  # a sampled folder's order is its own
     labels = scores = 0
     for i in range(rows * (steps[0] - 1), rows * steps[-1]):
-        batch = PackedBatch.from_rows({name: tensor[None] for name, tensor in dataset[i].items()})
+        batch = PackedBatch.from_row(dataset[i])
         labels += len(batch.label_index)
         scores += score_elements(batch.lengths[0])
     total = training_flops(architecture, bp_steps, rows * len(steps) * row_tokens, labels, scores)

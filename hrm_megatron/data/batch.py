@@ -62,6 +62,11 @@ class PackedBatch:
     row_tokens: int
 
     @classmethod
+    def from_row(cls, row: dict[str, torch.Tensor]) -> PackedBatch:
+        """Make a micro-batch of one row, [s] each."""
+        return cls.from_rows({name: tensor[None] for name, tensor in row.items()})
+
+    @classmethod
     def from_rows(cls, rows: dict[str, torch.Tensor]) -> PackedBatch:
         """Build from stacked `assemble_row` results, [b, s] each; everything is decided here, on the CPU."""
         b, s = rows["tokens"].shape

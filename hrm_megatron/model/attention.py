@@ -15,11 +15,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hrm_megatron.model.cpu_flash import PackedCpuFlash
-from hrm_megatron.model.kernel_choice import Facts, choose_kernel
+from hrm_megatron.model.kernel_choice import choose_kernel
 from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.te_attention import TransformerEngineVarlen
 from hrm_megatron.model.varlen import Primitive, attend_in_calls, nothing_of, torch_varlen, varlen_calls
 from hrm_megatron.parallel.context import GatherRows
+from hrm_megatron.parallel.machine import Machine
 
 
 class PrefixLMAttention(MegatronModule):  # type: ignore[misc]
@@ -140,9 +141,9 @@ KERNELS: dict[str, type[PrefixLMAttention]] = {
 
 def core_attention(kernel: str, dtype: torch.dtype, head_dim: int) -> type[PrefixLMAttention]:
     """Return the class for `--attention-kernel`, queries of `dtype` and heads of `head_dim` on this machine."""
-    return KERNELS[choose_kernel(kernel, dtype, head_dim, Facts.here())[0]]
+    return KERNELS[choose_kernel(kernel, dtype, head_dim, Machine.here())[0]]
 
 
 def explain_kernel(kernel: str, dtype: torch.dtype, head_dim: int) -> str:
     """Say in one line which kernel `core_attention` takes and why."""
-    return choose_kernel(kernel, dtype, head_dim, Facts.here())[1]
+    return choose_kernel(kernel, dtype, head_dim, Machine.here())[1]

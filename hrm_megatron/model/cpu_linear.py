@@ -14,6 +14,8 @@ import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added
+
 CPU_FACTS = Path("/proc/cpuinfo")
 MIN_MULTIPLICATIONS = 1 << 24  # of a product, below which MKL is not slower
 
@@ -43,9 +45,8 @@ class LinearFunction(torch.autograd.Function):
             return dx, None, None
         if ctx.main_grad is None:
             return dx, grads[0].t() @ x, None
-        ctx.main_grad.addmm_(grads[0].t(), x)
-        weight.grad_added_to_main_grad = True
-        return dx, weight.new_zeros(()).expand_as(weight), None  # DDP's hooks want a gradient to have been there
+        add_weight_gradient(ctx.main_grad, grads[0], x)
+        return dx, already_added(weight), None
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, fusion: bool = False) -> torch.Tensor:

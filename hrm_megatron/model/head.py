@@ -17,6 +17,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from hrm_megatron.model.cpu_linear import product, runs_faster_on_onednn
+from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added
 
 CHUNK_BYTES = 1 << 29  # of the logits of a chunk in fp32: 2,048 positions of 65,536 tokens
 
@@ -37,16 +38,6 @@ def _scaled_softmax(logits: torch.Tensor, largest: torch.Tensor, sums: torch.Ten
     """Return softmax times `scale`, in fp32 and rounded once: logits [n, v/tp] and the others [n] to [n, v/tp]."""
     largest, sums, scale = (t.unsqueeze(1) for t in (largest, sums, scale))
     return torch.sub(logits, largest).exp_().div_(sums).mul_(scale).to(logits.dtype)
-
-
-def add_weight_gradient(total: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
-    """total [v/tp, h] += grad^T x for grad [n, v/tp] and x [n, h], in the precision of `total`."""
-    if total.dtype == grad.dtype:
-        total.addmm_(grad.t(), x)
-    elif total.device.type == "cuda":
-        torch.addmm(total, grad.t(), x, out_dtype=total.dtype, out=total)
-    else:  # a product of bf16 into fp32 exists on CUDA only
-        total.addmm_(grad.t().to(total.dtype), x.to(total.dtype))
 
 
 class LabelScores(torch.autograd.Function):
@@ -107,8 +98,7 @@ class LabelScores(torch.autograd.Function):
             transfer.wait()
         if not fused:
             return dx, total.to(weight.dtype), *[None] * 5
-        weight.grad_added_to_main_grad = True
-        return dx, weight.new_zeros(()).expand_as(weight), *[None] * 5  # DDP's hooks want to have seen a gradient
+        return dx, already_added(weight), *[None] * 5
 
 
 def _over_shards(parts: torch.Tensor, group: Any) -> tuple[torch.Tensor, ...]:
@@ -131,11 +121,12 @@ class LabelHead(ColumnParallelLinear):  # type: ignore[misc]
         super().__init__(input_size, output_size, config=plain, bias=False, **options)
         self.gradient_accumulation_fusion = config.gradient_accumulation_fusion
         self.chunk_rows = max(1, CHUNK_BYTES // (4 * self.output_size_per_partition))
+        self.on_onednn = runs_faster_on_onednn()
 
     def forward(self, input_: torch.Tensor, *arguments: Any, labels: torch.Tensor | None = None, **options: Any) -> Any:
         """Apply the head to [s, b, h] as Megatron's does; or score `labels` [n] at [n, h], see `LabelScores`."""
         if labels is None:
             return super().forward(input_, *arguments, **options)
-        multiply = product if input_.dtype == torch.float32 and runs_faster_on_onednn() else F.linear
+        multiply = product if self.on_onednn and input_.dtype == torch.float32 else F.linear
         main_grad = self.weight.main_grad if self.gradient_accumulation_fusion else None
         return LabelScores.apply(input_, self.weight, labels, self.chunk_rows, multiply, self.tp_group, main_grad)

@@ -15,8 +15,6 @@ from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_s
 
 # How the distributed optimizer says that its state is stored by the names of the weights (distrib_optimizer.py).
 BY_NAME = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
-
-
 EMBEDDING = "is_embedding"
 
 
@@ -25,6 +23,11 @@ def set_updates(optimizer: torch.optim.Optimizer, saved_groups: Iterable[dict[st
     updates = {bool(group.get(EMBEDDING)): group[UPDATES] for group in saved_groups}
     for group in optimizer.param_groups:
         group[UPDATES] = updates[bool(group.get(EMBEDDING))]
+
+
+def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the parameter groups without their parameters, as checkpoints hold them."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
@@ -44,9 +47,8 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             set_updates(self.optimizer, state_dict["param_to_group_meta"].values())
             return
         set_updates(self.optimizer, state_dict["optimizer"]["param_groups"])
-        groups = [{name: value for name, value in group.items() if name != "params"}
-                  for group in self.optimizer.param_groups]
-        super().load_state_dict({**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}})
+        super().load_state_dict({**state_dict, "optimizer": {
+            **state_dict["optimizer"], "param_groups": settings_of_groups(self.optimizer)}})
 
     def _init_optimizer_states_with_dummy_values(self) -> None:
         init_states(self.optimizer)  # stock code trains a step without gradients before Megatron-FSDP loads
@@ -78,9 +80,7 @@ class NamedState:
         state = {number: {name: make_sharded_optimizer_tensor(places[number], tensor, f"optimizer.state.{name}")
                           for name, tensor in self.parts(master).items()}
                  for number, master in enumerate(self.masters())}
-        groups = [{name: value for name, value in group.items() if name != "params"}
-                  for group in self.optimizer.param_groups]
-        return {"optimizer": {"param_groups": groups}, "param_state": state,
+        return {"optimizer": {"param_groups": settings_of_groups(self.optimizer)}, "param_state": state,
                 "param_state_sharding_type": BY_NAME["distrib_optim_sharding_type"]}
 
     @torch.no_grad()

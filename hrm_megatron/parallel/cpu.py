@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from hrm_megatron.parallel.main_grad import add_weight_gradient
+
 CPU = torch.device("cpu")
 FACTORIES = (
     "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "linspace", "eye", "rand", "randn", "randint",
@@ -194,15 +196,12 @@ def _patch_training(module: Any) -> None:
     module.build_train_valid_test_data_iterators = build
 
 
-def _add_weight_gradient(x: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """main_grad [n, k] += grad^T x, for x [m, k] and grad [m, n]: what Apex's kernel of this name does on a GPU."""
-    main_grad.addmm_(grad.t().to(main_grad.dtype), x.to(main_grad.dtype))
-
-
 def _provide_weight_gradients() -> None:
-    # Without it autograd would add up the gradients of all ticks in the weight's dtype, bf16, and round each time.
-    kernels = types.ModuleType("fused_weight_gradient_mlp_cuda")
-    kernels.wgrad_gemm_accum_fp32 = kernels.wgrad_gemm_accum_fp16 = _add_weight_gradient  # type: ignore[attr-defined]
+    # Apex's kernels. Without them autograd would add up the gradients of all ticks in the weight's dtype, bf16, and
+    # round each time.
+    kernels: Any = types.ModuleType("fused_weight_gradient_mlp_cuda")
+    kernels.wgrad_gemm_accum_fp32 = kernels.wgrad_gemm_accum_fp16 = (
+        lambda x, grad, main_grad: add_weight_gradient(main_grad, grad, x))
     sys.modules[kernels.__name__] = kernels
 
 

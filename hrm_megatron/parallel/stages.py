@@ -9,9 +9,9 @@ def head_in_layers(architecture: Architecture, ticks_with_gradient: int) -> floa
 
     A stage's n layers run at every tick of their stack, and twice more in the backward of those with gradient.
     """
-    h, f = architecture.hidden_size, architecture.ffn_hidden_size
     ticks = architecture.h_cycles * (architecture.l_cycles + 1)
-    return 3 * architecture.padded_vocab_size / ((ticks + 2 * ticks_with_gradient) * (5 * h + 3 * f))
+    head = architecture.padded_vocab_size * architecture.hidden_size
+    return 3 * head / ((ticks + 2 * ticks_with_gradient) * architecture.layer_parameters)
 
 
 def stage_layers(num_layers: int, stages: int, head_layers: float) -> list[int]:

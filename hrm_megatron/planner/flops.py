@@ -20,8 +20,8 @@ def training_flops(architecture: Architecture, bp_steps: int, tokens: int, label
     work, recomputation and the optimizer are not counted, as in model FLOPs utilization (Chowdhery et al.,
     arXiv 2204.02311, appendix B).
     """
-    h, f = architecture.hidden_size, architecture.ffn_hidden_size
+    h = architecture.hidden_size
     ticks = unroll(architecture.h_cycles, architecture.l_cycles, bp_steps)
     passes = sum(3 if tick.with_grad else 1 for tick in ticks) * architecture.num_layers
-    layer = 2 * h * (5 * h + 3 * f)  # gate, q, k, v, output; SwiGLU
-    return passes * (layer * tokens + 4 * h * scores) + 3 * 2 * h * architecture.padded_vocab_size * labels
+    stacks = passes * (2 * architecture.layer_parameters * tokens + 4 * h * scores)
+    return stacks + 3 * 2 * h * architecture.padded_vocab_size * labels

@@ -18,11 +18,12 @@ from hrm_megatron.model.hrm_config import HRM_SETTINGS, HRMConfig, swiglu_settin
 from hrm_megatron.model.kernel_choice import AUTO
 from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
+from hrm_megatron.parallel.machine import Machine
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
 from hrm_megatron.training.fsdp import choose_fsdp
-from hrm_megatron.training.hardware import LOCAL, TRANSFORMER_IMPLS, Machine, check_precision, choose_layers
+from hrm_megatron.training.hardware import LOCAL, TRANSFORMER_IMPLS, check_precision, choose_layers
 from hrm_megatron.training.memory import check_memory
 
 OPTIMIZER = "adam_atan2"

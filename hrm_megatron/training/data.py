@@ -77,8 +77,7 @@ def open_sources(args: argparse.Namespace) -> Sources:
 def describe_loads(rows: PackedRows, row_tokens: int, ranks: int) -> str:
     """Say how evenly the attention of the first rows is shared among context parallel ranks."""
     count = min(len(rows), MEASURED_ROWS)
-    lengths = [PackedBatch.from_rows({name: tensor[None] for name, tensor in rows[i].items()}).lengths[0]
-               for i in range(count)]
+    lengths = [PackedBatch.from_row(rows[i]).lengths[0] for i in range(count)]
     loads = context_loads(lengths, row_tokens, ranks)
     return (f"context parallel: the busiest of {ranks} ranks has {max(loads) * ranks / sum(loads):.2f} times the mean "
             f"of the attention's (query, key) pairs, over {count} rows")

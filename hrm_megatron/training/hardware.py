@@ -3,13 +3,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass
-
-import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.utils import get_te_version
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.parallel.machine import Machine
 
 LOCAL, TRANSFORMER_ENGINE = TRANSFORMER_IMPLS = "local", "transformer_engine"
 OLDEST_TE = (2, 2)  # Megatron-Core 0.19.2 knows FP8 parameters and current scaling from here on (fp8_utils.py)
@@ -20,20 +16,6 @@ BF16_CAPABILITY = (8, 0)
 FP8_RECIPES = {"delayed": ((8, 9), 16), "tensorwise": ((8, 9), 16), "mxfp8": ((10, 0), 32)}
 NO_MXFP8_FROM = (12, 0)
 NOT_BUILT = {"fp4": "--fp4-format", "fp8_output_proj": "--fp8-output-proj"}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The facts that the rules below ask for; None for what is not there."""
-
-    capability: tuple[int, int] | None = None  # of the CUDA device
-    transformer_engine: str | None = None  # its version
-
-    @classmethod
-    def here(cls) -> Machine:
-        """Look at this process."""
-        return cls(torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
-                   str(get_te_version()) if HAVE_TE else None)
 
 
 def choose_layers(asked: str | None, machine: Machine) -> tuple[str, str]:

@@ -18,8 +18,7 @@ from hrm_megatron.training.fsdp import sharded_by_fsdp
 def stage_parameters(architecture: Architecture, layers: list[int]) -> list[int]:
     """Count the weights of each pipeline stage, over all its tensor parallel ranks."""
     table = architecture.padded_vocab_size * architecture.hidden_size  # embedding on the first, head on the last
-    layer = (architecture.num_parameters - 2 * table) // (2 * architecture.num_layers)
-    counts = [2 * layer * n for n in layers]
+    counts = [2 * architecture.layer_parameters * n for n in layers]
     counts[0] += table
     counts[-1] += table
     return counts
@@ -47,35 +46,35 @@ def describe(args: argparse.Namespace) -> str:
              f"{args.micro_batch_size} x {args.seq_length} tokens on each replica"]
     architecture = architecture_of(args, args.vocab_size)
     layers = layers_of_stages(args)
-    weight_bytes = args.params_dtype.itemsize
+    shards, sharded, itemsize = dp * cp, sharded_by_fsdp(args), args.params_dtype.itemsize
+    weight_bytes = itemsize / (shards if "weights" in sharded else 1)
+    gradient_bytes = (itemsize if args.use_torch_fsdp2 else 4) / (shards if "gradients" in sharded else 1)
     # fp32 moments and average, and fp32 masters where the weights themselves are narrower.
-    state_bytes = 4 * (len(STATE_KEYS) + (args.params_dtype != torch.float32)) / (dp * cp)
-    gradient_bytes = weight_bytes if args.use_torch_fsdp2 else 4
-    sharded = sharded_by_fsdp(args)
-    weight_bytes, gradient_bytes = (size / (dp * cp if name in sharded else 1) for name, size in (
-        ("weights", weight_bytes), ("gradients", gradient_bytes)))
+    state_bytes = 4 * (len(STATE_KEYS) + (args.params_dtype != torch.float32)) / shards
     for stage, (n, count) in enumerate(zip(layers, stage_parameters(architecture, layers), strict=True)):
         rank = count / tp
         lines.append(f"  stage {stage}: {n} layers of each stack, {rank / 1e6:.2f} M parameters a rank; weights "
                      f"{rank * weight_bytes / 2**30:.3f}, gradients {rank * gradient_bytes / 2**30:.3f}, "
                      f"optimizer {rank * state_bytes / 2**30:.3f} GiB")
     if pp > 1:
-        window = args.pipeline_window
-        graphs = {bp: [tick.with_grad for tick in unroll(args.h_cycles, args.l_cycles, bp)]
-                  for bp in sorted({args.bp_min_steps, args.bp_max_steps})}
-        for bp, with_grad in graphs.items():
-            if second_phase(args.pipeline_schedule, with_grad, microbatches, pp, window):
-                windows = microbatch_windows(microbatches, pp, window)
-                found, longest = two_phase(microbatches, with_grad, pp, window), max(map(len, windows))
-                # The pair of states of every micro-batch, and what the last stage hands over.
-                state_bytes = 3 * longest * args.micro_batch_size * args.seq_length * args.hidden_size
-                state_bytes *= args.params_dtype.itemsize
-                state_bytes /= cp * (tp if args.sequence_parallel else 1)
-                how = (f"two phases{f' for each of {len(windows)} windows' if len(windows) > 1 else ''}; the first "
-                       f"stage keeps {state_bytes / 2**30:.3f} GiB of states")
-            else:
-                found, how = stock(microbatches, with_grad, pp), "one phase"
-            lines.append(f"  pipeline at bp {bp}: {how}; simulated bubble {found.bubble:.1%}, {found.live_graphs} "
-                         "ticks alive on a stage")
+        lines += [describe_pipeline(args, bp) for bp in sorted({args.bp_min_steps, args.bp_max_steps})]
     lines.append(f"  attention: {explain_kernel(args.attention_kernel, args.params_dtype, architecture.head_dim)}")
     return "\n".join(lines)
+
+
+def describe_pipeline(args: argparse.Namespace, bp_steps: int) -> str:
+    """Describe the schedule of a step with so many gradient ticks in one line."""
+    stages, window, microbatches = args.pipeline_model_parallel_size, args.pipeline_window, microbatches_of(args)
+    with_grad = [tick.with_grad for tick in unroll(args.h_cycles, args.l_cycles, bp_steps)]
+    if second_phase(args.pipeline_schedule, with_grad, microbatches, stages, window):
+        windows = microbatch_windows(microbatches, stages, window)
+        found, rows = two_phase(microbatches, with_grad, stages, window), max(map(len, windows)) * args.micro_batch_size
+        ranks = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+        # The pair of states of every micro-batch, and what the last stage hands over.
+        kept = 3 * rows * args.seq_length * args.hidden_size * args.params_dtype.itemsize / ranks
+        how = (f"two phases{f' for each of {len(windows)} windows' if len(windows) > 1 else ''}; the first stage keeps "
+               f"{kept / 2**30:.3f} GiB of states")
+    else:
+        found, how = stock(microbatches, with_grad, stages), "one phase"
+    return (f"  pipeline at bp {bp_steps}: {how}; simulated bubble {found.bubble:.1%}, {found.live_graphs} ticks alive "
+            "on a stage")

@@ -3,14 +3,15 @@ import pytest
 import torch
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.model.kernel_choice import WHAT, Facts, choose_kernel
+from hrm_megatron.model.kernel_choice import WHAT, choose_kernel
+from hrm_megatron.parallel.machine import Machine
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-CPU = Facts(None, transformer_engine=False)
-BARE = Facts((9, 0))
-H100, A100, B200 = (Facts(capability, transformer_engine=True) for capability in ((9, 0), (8, 0), (10, 0)))
-T4 = Facts((7, 5), transformer_engine=True)
-WITHOUT_FLASH = Facts((9, 0), flash=False)
+CPU = Machine()
+BARE = Machine((9, 0))
+H100, A100, B200 = (Machine(capability, transformer_engine="2.16.1") for capability in ((9, 0), (8, 0), (10, 0)))
+T4 = Machine((7, 5), transformer_engine="2.16.1")
+WITHOUT_FLASH = Machine((9, 0), flash=False)
 NO_TE = "not te: Transformer Engine is not installed"
 WIDE = "it takes bf16 and fp16, not float32"
 OTHER_SIZE = "it takes heads of a multiple of 8 up to {}, not {}"
