@@ -1,43 +1,109 @@
 """The three element-wise parts of a layer as autograd functions that keep little and walk memory seldom.
 
-Each computes the formula in its docstring in fp32 and rounds once to the dtype of its input.
+Each computes its formula in fp32 and rounds once to the dtype of its input. The formulas stand first, as plain
+functions: a compiler that sees a whole layer takes these and decides by itself what to keep. Without one the functions
+below them run: norm and rotation as one compiled kernel each on a GPU (of SwiGLU Megatron has its own), else as
+written.
 """
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate
 
 import torch
 import torch.nn.functional as F
 
 
+def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / sqrt(mean(x^2) + eps)` over the last axis (Zhang and Sennrich, arXiv 1910.07467), no weight."""
+    wide = x.float()
+    return (wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """`silu(a) * b` of the halves [a | b] of the last axis (Shazeer, arXiv 2002.05202)."""
+    a, b = x.float().chunk(2, -1)
+    return (F.silu(a) * b).to(x.dtype)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`[a*cos - b*sin | b*cos + a*sin]` of the halves [a | b] of the last axis (arXiv 2104.09864).
+
+    x is [s, b, heads, d], cos [s, b, 1, d] (its halves alike), sin [s, b, 1, d/2].
+    """
+    a, b = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat((-b * sin, a * sin), -1)).to(x.dtype)
+
+
+def fused_on_a_gpu[**P, T](function: Callable[Concatenate[torch.Tensor, P], T]) -> Callable[
+        Concatenate[torch.Tensor, P], T]:
+    """Make one kernel of `function` where its first argument is on a GPU, as Megatron makes its own: torch.compile."""
+    @functools.cache
+    def compiled() -> Any:
+        from megatron.core.jit import jit_fuser  # late: what needs no GPU needs no Megatron
+
+        return jit_fuser(function)
+
+    @functools.wraps(function)
+    def run(x: torch.Tensor, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        out: T = (compiled() if x.is_cuda else function)(x, *args, **kwargs)
+        return out
+    return run
+
+
+@fused_on_a_gpu
+def normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., h] to its norm and the factor of each position, [..., 1] in fp32."""
+    wide = x.float()
+    buffer = wide * wide
+    inverse = buffer.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return torch.mul(wide, inverse, out=buffer).to(x.dtype), inverse
+
+
+@fused_on_a_gpu
+def normalize_backward(grad: torch.Tensor, y: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Gradient of `normalize`'s input, from its results."""
+    g, y = grad.float(), y.float()
+    if torch.compiler.is_compiling():
+        mean = (g * y).mean(-1, keepdim=True)
+    else:  # as a matrix product it reads each operand once and stores no product
+        mean = torch.einsum("...h,...h->...", g, y).unsqueeze(-1).div_(y.shape[-1])
+    return torch.addcmul(g, y, mean, value=-1).mul_(inverse).to(grad.dtype)
+
+
+@fused_on_a_gpu
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+    """Rotate the halves of the last axis, see `rotated`, or turn them back."""
+    sign = -1 if back else 1
+    wide = x.float()
+    a, b = wide.chunk(2, -1)
+    out = wide * cos
+    first, second = out.chunk(2, -1)
+    first.addcmul_(b, sin, value=-sign)
+    second.addcmul_(a, sin, value=sign)
+    return out.to(x.dtype)
+
+
 class RMSNormFunction(torch.autograd.Function):
-    """`y = x / sqrt(mean(x^2) + eps)` over the last axis (Zhang and Sennrich, arXiv 1910.07467), no weight.
+    """`rms_norm` with its own backward.
 
     Keeps y and one factor per position: `dx = (dy - y * mean(dy * y)) / sqrt(mean(x^2) + eps)`.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.float()
-        buffer = wide * wide
-        inverse = buffer.mean(-1, keepdim=True).add_(eps).rsqrt_()
-        y = torch.mul(wide, inverse, out=buffer).to(x.dtype)
+        y, inverse = normalize(x, eps)
         ctx.save_for_backward(y, inverse)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        y, inverse = (t.float() for t in ctx.saved_tensors)
-        g = grads[0].float()
-        # As a matrix product it reads each operand once and stores no product.
-        mean = torch.einsum("...h,...h->...", g, y).unsqueeze(-1).div_(y.shape[-1])
-        return torch.addcmul(g, y, mean, value=-1).mul_(inverse).to(grads[0].dtype), None
+        return normalize_backward(grads[0], *ctx.saved_tensors), None
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """`silu(a) * b` of the halves [a | b] of the last axis (Shazeer, arXiv 2002.05202).
+    """`swiglu` with its own backward.
 
     Keeps silu(a) beside its input: on a CPU memory is plenty and exponentials are dear.
     """
@@ -62,42 +128,17 @@ class SwiGLUFunction(torch.autograd.Function):
 
 
 class RotateFunction(torch.autograd.Function):
-    """Rotate the halves [a | b] of the last axis: `[a*cos - b*sin | b*cos + a*sin]` (arXiv 2104.09864).
+    """`rotated` with its own backward.
 
-    x is [s, b, heads, d], cos [s, b, 1, d] (its halves alike), sin [s, b, 1, d/2]. Keeps the tables, which all
-    layers share: the gradient is the rotation back.
+    Keeps the tables, which all layers share: the gradient is the rotation back.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate_on(x)(x, cos, sin, False)
+        return rotate(x, cos, sin, False)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate_on(grads[0])(grads[0], cos, sin, True), None, None
-
-
-def _rotate_on(x: torch.Tensor) -> Callable[..., torch.Tensor]:
-    return _fused_rotate() if x.is_cuda else _rotate
-
-
-@functools.cache
-def _fused_rotate() -> Callable[..., torch.Tensor]:
-    """Make one kernel of `_rotate`, as Megatron makes its own: with torch.compile."""
-    from megatron.core.jit import jit_fuser  # late: what needs no GPU needs no Megatron
-
-    fused: Callable[..., torch.Tensor] = jit_fuser(_rotate)
-    return fused
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
-    sign = -1 if back else 1
-    wide = x.float()
-    a, b = wide.chunk(2, -1)
-    out = wide * cos
-    first, second = out.chunk(2, -1)
-    first.addcmul_(b, sin, value=-sign)
-    second.addcmul_(a, sin, value=sign)
-    return out.to(x.dtype)
+        return rotate(grads[0], cos, sin, True), None, None

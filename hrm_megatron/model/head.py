@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
-from hrm_megatron.model.cpu_linear import product, runs_faster_on_onednn
+from hrm_megatron.model.linear import product, runs_faster_on_onednn
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added
 
 CHUNK_BYTES = 1 << 29  # of the logits of a chunk in fp32: 2,048 positions of 65,536 tokens
@@ -40,11 +40,15 @@ def _scaled_softmax(logits: torch.Tensor, largest: torch.Tensor, sums: torch.Ten
     return torch.sub(logits, largest).exp_().div_(sums).mul_(scale).to(logits.dtype)
 
 
+def _wide(t: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
 class LabelScores(torch.autograd.Function):
     """x [n, h], weight [v/tp, h] and labels [n] to fp32 [2, n]: cross-entropies, and 1 where the label is likeliest.
 
     x and the scores are the same on all ranks of `group`, and the gradient of x is summed over them. Logits have the
-    dtype of x; what follows is in fp32. With `main_grad` the gradient of the weight is added there.
+    dtype of x; what follows is in fp32 (of fp64, in that). With `main_grad` the gradient of the weight is added there.
     """
 
     @staticmethod
@@ -54,7 +58,7 @@ class LabelScores(torch.autograd.Function):
         columns = labels - group.rank() * width
         own = (columns >= 0) & (columns < width)
         columns = columns.clamp(0, width - 1).unsqueeze(1)
-        largest, sums, targets, hits = x.new_empty(4, len(x), dtype=torch.float32)
+        largest, sums, targets, hits = x.new_empty(4, len(x), dtype=_wide(x))
         ctx.chunks = [slice(start, start + chunk_rows) for start in range(0, len(x), chunk_rows)]
         logits = None
         for rows in ctx.chunks:
@@ -76,7 +80,7 @@ class LabelScores(torch.autograd.Function):
         dx = torch.empty_like(x)
         total, fused = ctx.main_grad, ctx.main_grad is not None
         if not fused:
-            total = torch.zeros_like(weight, dtype=torch.float32)
+            total = torch.zeros_like(weight, dtype=_wide(weight))
         logits, ctx.last_logits = ctx.last_logits, None
         transfers = []
         for rows in reversed(ctx.chunks):

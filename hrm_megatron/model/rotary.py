@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hrm_megatron.model.functions import RotateFunction
+from hrm_megatron.model.functions import RotateFunction, rotated
 
 
 @dataclass(frozen=True)
@@ -25,5 +25,7 @@ class Rotation:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate queries or keys [s, b, heads, head_dim]; the result has the dtype of `x`."""
-        rotated: torch.Tensor = RotateFunction.apply(x, self.cos, self.sin)
-        return rotated
+        if torch.compiler.is_compiling():
+            return rotated(x, self.cos, self.sin)
+        out: torch.Tensor = RotateFunction.apply(x, self.cos, self.sin)
+        return out

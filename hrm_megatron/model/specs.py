@@ -17,9 +17,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from hrm_megatron.model.attention import core_attention
-from hrm_megatron.model.cpu_linear import local_provider
-from hrm_megatron.model.functions import RMSNormFunction, SwiGLUFunction
+from hrm_megatron.model.compiled import CompiledLayer
+from hrm_megatron.model.functions import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
 from hrm_megatron.model.hrm_config import HRMConfig
+from hrm_megatron.model.linear import local_provider
 
 
 class WeightlessRMSNorm(torch.nn.Module):
@@ -30,17 +31,21 @@ class WeightlessRMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return rms_norm(x, self.eps)
         normed: torch.Tensor = RMSNormFunction.apply(x, self.eps)
         return normed
 
 
 class SwiGLU(torch.nn.Module):
-    """The MLP's activation, [s, b, 2 * ffn/tp] to [s, b, ffn/tp], where Megatron's fused one has no GPU to run on."""
+    """The MLP's activation, [s, b, 2 * ffn/tp] to [s, b, ffn/tp], where Megatron's fused one is not used."""
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return swiglu(x)
         activated: torch.Tensor = SwiGLUFunction.apply(x)
         return activated
 
@@ -48,7 +53,7 @@ class SwiGLU(torch.nn.Module):
 def linear_layers(config: HRMConfig) -> BackendSpecProvider:
     """Return the layers that `config.transformer_impl` names."""
     if config.transformer_impl == "local":
-        return local_provider()
+        return local_provider(config.compile_layers)
     from hrm_megatron.model.te_linear import TickSpecProvider  # needs Transformer Engine
 
     return TickSpecProvider()
@@ -72,7 +77,8 @@ def stack_spec(config: HRMConfig, norm_placement: str, backend: BackendSpecProvi
     else:
         norm, exit_norm = IdentityOp, None
         bias_dropout_add = add_then_norm(WeightlessRMSNorm(config, eps=config.layernorm_epsilon))
-    layer = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
+    layer_class = CompiledLayer if config.compile_layers else TransformerLayer
+    layer = ModuleSpec(module=layer_class, submodules=TransformerLayerSubmodules(
         input_layernorm=norm,
         self_attention=ModuleSpec(
             module=SelfAttention, params={"attn_mask_type": AttnMaskType.arbitrary},

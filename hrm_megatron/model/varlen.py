@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from hrm_megatron.data.batch import send
 from hrm_megatron.model.prefix_lm import Piece, PrefixSequences
 
 
@@ -61,8 +62,8 @@ def _call(pieces: list[tuple[int, Piece]], causal: bool, rows: int, device: torc
         cu_queries, cu_keys = (torch.cat((cu, cu[-1:].expand(empty))) for cu in (cu_queries, cu_keys))
     # Slices of a context rank can both cut one example; then its keys are here twice.
     distinct = len({(row, piece.keys[0]) for row, piece in pieces}) == len(pieces)
-    return VarlenCall(_send(queries, device), _send(keys, device), _send(cu_queries.int(), device),
-                      _send(cu_keys.int(), device), max_queries, max_keys, causal, distinct)
+    return VarlenCall(send(queries, device), send(keys, device), send(cu_queries.int(), device),
+                      send(cu_keys.int(), device), max_queries, max_keys, causal, distinct)
 
 
 def _places(runs: Sequence[tuple[int, int, int]], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,11 +73,6 @@ def _places(runs: Sequence[tuple[int, int, int]], rows: int) -> tuple[torch.Tens
     within = torch.arange(int(ends[-1])) - (ends - length).repeat_interleave(length)
     return (start.repeat_interleave(length) + within) * rows + row.repeat_interleave(length), torch.cat(
         (ends.new_zeros(1), ends))
-
-
-def _send(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # From memory that is not pinned a copy makes the host wait.
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def bucket(n: int, smallest: int = 16) -> int:

@@ -1,8 +1,9 @@
 """Let stock Megatron run where there is no CUDA: the one place that replaces anything for the sake of a CPU.
 
-Call `activate()` before the first `megatron` import. With a GPU it repairs two faults of the 0.19.2 wheel and
-touches nothing else. Without one it also answers Megatron's CUDA calls with CPU tensors, gloo and null
-streams; `torch.cuda.is_available()` keeps telling the truth. Places in the comments are files of that wheel.
+Call `activate()` before the first `megatron` import. With a GPU it repairs two faults of the 0.19.2 wheel, stands in
+for a kernel of Apex where that is not installed, and touches nothing else. Without one it also answers Megatron's CUDA
+calls with CPU tensors, gloo and null streams; `torch.cuda.is_available()` keeps telling the truth. Places in the
+comments are files of that wheel.
 """
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ FACTORIES = (
     "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "linspace", "eye", "rand", "randn", "randint",
     "randperm", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 )
+APEX_WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 PRETENDED_MEMORY_BYTES = 1 << 34
 
 Patch = Callable[[Any], None]
@@ -197,9 +199,11 @@ def _patch_training(module: Any) -> None:
 
 
 def _provide_weight_gradients() -> None:
-    # Apex's kernels. Without them autograd would add up the gradients of all ticks in the weight's dtype, bf16, and
-    # round each time.
-    kernels: Any = types.ModuleType("fused_weight_gradient_mlp_cuda")
+    # Apex's kernels, unless they are there. Without them autograd would add up the gradients of all ticks in the
+    # weight's dtype, bf16, and round each time.
+    if importlib.util.find_spec(APEX_WEIGHT_GRADIENTS):
+        return
+    kernels: Any = types.ModuleType(APEX_WEIGHT_GRADIENTS)
     kernels.wgrad_gemm_accum_fp32 = kernels.wgrad_gemm_accum_fp16 = (
         lambda x, grad, main_grad: add_weight_gradient(main_grad, grad, x))
     sys.modules[kernels.__name__] = kernels
@@ -279,6 +283,7 @@ def activate() -> None:
         raise RuntimeError("hrm_megatron.parallel.cpu.activate() must run before megatron is imported")
     _active = True
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # TP > 1 and sequence parallel want it
+    _provide_weight_gradients()
     if torch.cuda.is_available():
         sys.meta_path.insert(0, _PatchingFinder(EVERYWHERE))
         return
@@ -287,4 +292,3 @@ def activate() -> None:
     _patch_tensors()
     _patch_cuda_module()
     _patch_process_groups()
-    _provide_weight_gradients()

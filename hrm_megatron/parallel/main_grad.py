@@ -17,5 +17,6 @@ def already_added(weight: torch.Tensor) -> torch.Tensor:
 
     DDP's hooks demand that a gradient was there; this one takes no memory.
     """
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling():  # which takes no notes on weights; a compiled layer makes them beforehand
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return weight.new_zeros(()).expand_as(weight)

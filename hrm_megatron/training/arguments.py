@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import traceback
 from typing import Any
 
@@ -23,7 +22,7 @@ from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
 from hrm_megatron.training.fsdp import choose_fsdp
-from hrm_megatron.training.hardware import LOCAL, TRANSFORMER_IMPLS, check_precision, choose_layers
+from hrm_megatron.training.hardware import TRANSFORMER_IMPLS, check_compilation, check_precision, choose_layers
 from hrm_megatron.training.memory import check_memory
 
 OPTIMIZER = "adam_atan2"
@@ -67,6 +66,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre")
     group.add_argument("--recompute-ticks", type=int, default=0, metavar="K",
                        help="the first K ticks with gradient keep only their input and run again in backward")
+    group.add_argument("--compile-layers", action="store_true",
+                       help="join the element-wise work of Megatron's local layers by torch.compile (on a GPU)")
     group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO,
                        help="auto: the fastest that runs here; the start of a run says which and why")
     group.add_argument("--pipeline-schedule", choices=SCHEDULES, default=AUTO_SCHEDULE,
@@ -167,15 +168,14 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     for name, value in FORCED.items():
         setattr(args, name, value)
     machine = Machine.here()
-    args.transformer_impl, layers = choose_layers(args.transformer_impl, machine)
+    args.transformer_impl, layers = choose_layers(args.transformer_impl, args.compile_layers, machine)
+    check_compilation(args, machine)
     check_precision(args, machine)
     if not args.rank:
         print(f"layers: {layers}", flush=True)
     if not torch.cuda.is_available():
         for name, value in WITHOUT_CUDA.items():
             setattr(args, name, value)
-    elif args.transformer_impl == LOCAL and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        args.gradient_accumulation_fusion = False  # a kernel of Apex (tensor_parallel/layers.py)
     args.vocab_size = vocab_size_of(args)
     architecture = architecture_of(args, args.vocab_size)
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
@@ -231,7 +231,8 @@ def model_config(args: argparse.Namespace) -> HRMConfig:
     # Megatron would demand that the chunks divide the layers; here each chunk runs all of its stage's.
     config: HRMConfig = core_transformer_config_from_args(
         argparse.Namespace(**{**vars(args), "virtual_pipeline_model_parallel_size": None}), HRMConfig)
-    own: dict[str, Any] = dict(architecture=architecture_of(args, args.vocab_size), **swiglu_settings())
+    own: dict[str, Any] = dict(architecture=architecture_of(args, args.vocab_size),
+                               **swiglu_settings(args.compile_layers))
     config = dataclasses.replace(config, **own)
     if args.pipeline_model_parallel_size > 1:
         config.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size

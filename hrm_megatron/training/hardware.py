@@ -18,9 +18,14 @@ NO_MXFP8_FROM = (12, 0)
 NOT_BUILT = {"fp4": "--fp4-format", "fp8_output_proj": "--fp8-output-proj"}
 
 
-def choose_layers(asked: str | None, machine: Machine) -> tuple[str, str]:
+def choose_layers(asked: str | None, compiled: bool, machine: Machine) -> tuple[str, str]:
     """Return the transformer implementation to use and why, for the log; `asked` is the flag's value or None."""
     missing = _missing_for_te(machine)
+    if compiled:
+        if asked == TRANSFORMER_ENGINE:
+            raise ConfigError(f"--compile-layers: compiles Megatron's local layers, not --transformer-impl {asked}; "
+                              "leave one of them out")
+        return LOCAL, "Megatron's local ones, compiled"
     if asked == TRANSFORMER_ENGINE and missing:
         raise ConfigError(f"--transformer-impl {asked}: {missing}; --transformer-impl {LOCAL} works here")
     if asked == LOCAL:
@@ -39,6 +44,25 @@ def _missing_for_te(machine: Machine) -> str | None:
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TE:
         return f"Transformer Engine {version} is older than {oldest} ({INSTALL_TE})"
     return None
+
+
+def check_compilation(args: argparse.Namespace, machine: Machine) -> None:
+    """Refuse what cannot be compiled, and CUDA graphs."""
+    if args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph:
+        raise ConfigError("--cuda-graph-impl: not built: a graph repeats the sizes of one micro-batch, and those of "
+                          "attention follow the examples of each; leave it out (--compile-layers saves launches too)")
+    if not args.compile_layers:
+        return
+    if machine.capability is None:
+        raise ConfigError("--compile-layers: needs a CUDA device, and there is none; leave it out")
+    for other, given in {
+        # Their collectives run in the backward of a linear layer, where a compiler stops.
+        "--tensor-model-parallel-size": args.tensor_model_parallel_size > 1,
+        "--use-torch-fsdp2": args.use_torch_fsdp2, "--use-megatron-fsdp": args.use_megatron_fsdp,
+        "--recompute-granularity (--recompute-ticks works)": args.recompute_granularity or args.recompute_activations,
+    }.items():
+        if given:
+            raise ConfigError(f"--compile-layers does not go with {other}: leave one of them out")
 
 
 def check_precision(args: argparse.Namespace, machine: Machine) -> None:

@@ -32,9 +32,14 @@ def loss_sums(batch: PackedBatch, scores: torch.Tensor,
         "accuracy": (correct.sum(), losses.numel()),
         "exact accuracy": ((wrong == 0).sum() / ranks, batch.num_examples / ranks),
     }
-    report = {name: torch.stack([torch.as_tensor(x, dtype=torch.float32, device=losses.device) for x in pair])
-              for name, pair in values.items()}
-    return loss, torch.tensor(losses.numel(), dtype=torch.int, device=losses.device), report
+    report = {name: torch.stack((numerator.float(), filled(losses, denominator)))
+              for name, (numerator, denominator) in values.items()}
+    return loss, losses.new_full((), losses.numel(), dtype=torch.int), report
+
+
+def filled(like: torch.Tensor, value: float) -> torch.Tensor:
+    """Make an fp32 scalar where `like` is. Filling does not wait for the device; copying a number there does."""
+    return like.new_full((), value, dtype=torch.float32)
 
 
 class ThroughputMeter:

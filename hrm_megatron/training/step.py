@@ -18,7 +18,7 @@ from hrm_megatron.model.schedule import trains_embedding, unroll
 from hrm_megatron.parallel.context import context_positions
 from hrm_megatron.training.arguments import bp_schedule, model_config
 from hrm_megatron.training.fsdp import FP32Module
-from hrm_megatron.training.metrics import Report, ThroughputMeter, loss_sums
+from hrm_megatron.training.metrics import Report, ThroughputMeter, filled, loss_sums
 from hrm_megatron.training.overlap import OverlappedReduction
 
 
@@ -109,8 +109,9 @@ class TrainingStep:
         group = parallel_state.get_context_parallel_group() if self.args.context_parallel_size > 1 else None
         loss, count, report = loss_sums(batch, scores, group)
         if training:
-            report["bp steps"] = scores.new_tensor([self.bp_steps, 1])
-            report["tokens per second"] = scores.new_tensor(self.meter.lap(batch.tokens.numel()))
+            for name, pair in (("bp steps", (self.bp_steps, 1)),
+                               ("tokens per second", self.meter.lap(batch.tokens.numel()))):
+                report[name] = torch.stack([filled(scores, value) for value in pair])
         else:
             self.meter.restart()
         return loss, count, report

@@ -1,34 +1,27 @@
 """The element-wise functions against autograd over their formulas, in fp32 and rounded from bf16."""
+import inspect
+from types import SimpleNamespace
+
 import pytest
 import torch
-import torch.nn.functional as F
 
-from hrm_megatron.model.functions import RMSNormFunction, RotateFunction, SwiGLUFunction
+from hrm_megatron.parallel.cpu import activate
 
+activate()
 
-def swiglu(x):
-    a, b = x.float().chunk(2, -1)
-    return (F.silu(a) * b).to(x.dtype)
+from megatron.core import jit  # noqa: E402
 
-
-def rms_norm(x):
-    wide = x.float()
-    return (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).to(x.dtype)
-
+from hrm_megatron.model import functions  # noqa: E402
+from hrm_megatron.model.functions import RMSNormFunction, RotateFunction, SwiGLUFunction  # noqa: E402
 
 ANGLES = torch.arange(7)[:, None, None, None] * torch.tensor([1.0, 0.1, 0.01])
 COS, SIN = torch.cat((ANGLES.cos(), ANGLES.cos()), -1), ANGLES.sin()
 
 
-def rotate(x):
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * ANGLES.cos() - b * SIN, b * ANGLES.cos() + a * SIN), -1).to(x.dtype)
-
-
 CASES = {
-    "swiglu": (SwiGLUFunction.apply, swiglu, (7, 2, 10)),
-    "rms_norm": (lambda x: RMSNormFunction.apply(x, 1e-6), rms_norm, (7, 2, 6)),
-    "rotate": (lambda x: RotateFunction.apply(x, COS, SIN), rotate, (7, 2, 3, 6)),
+    "swiglu": (SwiGLUFunction.apply, functions.swiglu, (7, 2, 10)),
+    "rms_norm": (lambda x: RMSNormFunction.apply(x, 1e-6), lambda x: functions.rms_norm(x, 1e-6), (7, 2, 6)),
+    "rotate": (lambda x: RotateFunction.apply(x, COS, SIN), lambda x: functions.rotated(x, COS, SIN), (7, 2, 3, 6)),
 }
 
 
@@ -56,26 +49,43 @@ def test_a_row_of_zeros_has_a_finite_norm_and_gradient():
     assert (y == 0).all() and torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("back", [False, True])
-def test_the_rotation_is_one_graph_for_a_compiler(monkeypatch, back):
-    """What a GPU compiles; here the graph runs as traced, with products and sums apart: an ulp of values up to 5."""
-    from hrm_megatron.model.functions import _rotate
-
+@pytest.fixture
+def traced(monkeypatch):
+    """Run a function as the one graph that a GPU would compile, by the operations that were traced."""
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    graphs = []
 
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
+    def traced(function, *arguments):
+        graphs = []
 
-    x = torch.randn(7, 2, 3, 6, generator=torch.Generator().manual_seed(1))
-    traced = torch.compile(_rotate, fullgraph=True, backend=backend)(x, COS, SIN, back)
-    assert len(graphs) == 1
-    assert (traced - _rotate(x, COS, SIN, back)).abs().max() <= 1e-6
+        def backend(graph, _):
+            graphs.append(graph)
+            return graph.forward
+        out = torch.compile(inspect.unwrap(function), fullgraph=True, backend=backend)(*arguments)
+        assert len(graphs) == 1
+        return out
+    return traced
 
 
-def test_a_cpu_compiles_no_rotation(monkeypatch):
-    from hrm_megatron.model import functions
+def draw(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
-    monkeypatch.setattr(functions, "_fused_rotate", None)
-    RotateFunction.apply(torch.ones(7, 2, 3, 6, requires_grad=True), COS, SIN).sum().backward()
+
+@pytest.mark.parametrize("function, arguments", [
+    (functions.rotate, (draw(7, 2, 3, 6), COS, SIN, False)), (functions.rotate, (draw(7, 2, 3, 6), COS, SIN, True)),
+    (functions.normalize, (draw(7, 2, 6), 1e-6)),
+    (functions.normalize_backward, (draw(7, 2, 6), draw(7, 2, 6).flip(0), draw(7, 2, 1).abs()))],
+    ids=["rotate", "rotate back", "normalize", "normalize backward"])
+def test_each_is_one_graph_for_a_compiler(traced, function, arguments):
+    have, want = traced(function, *arguments), function(*arguments)
+    for ours, theirs in zip(*((out if type(out) is tuple else (out,)) for out in (have, want)), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6  # another order of sums, or an ulp of values up to 5
+
+
+def test_what_is_on_a_gpu_is_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(jit, "jit_fuser", lambda function: lambda *arguments: compiled.append((function, arguments)))
+    double = functions.fused_on_a_gpu(lambda x, factor: factor * x)
+    assert torch.equal(double(torch.ones(2), 2), torch.full((2,), 2.0)) and not compiled
+    on_a_gpu = SimpleNamespace(is_cuda=True)
+    double(on_a_gpu, 3)
+    assert [arguments for _, arguments in compiled] == [(on_a_gpu, 3)]

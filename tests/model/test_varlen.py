@@ -166,8 +166,8 @@ def test_all_ticks_and_layers_share_what_a_micro_batch_makes_once(single_rank, m
             used.append(call)
             return varlen.plain_varlen(q, k, v, call, scale)
 
-    send = varlen._send
-    monkeypatch.setattr(varlen, "_send", lambda t, device: made.append(t) or send(t, device))
+    send = varlen.send
+    monkeypatch.setattr(varlen, "send", lambda t, device: made.append(t) or send(t, device))
     monkeypatch.setattr(specs, "core_attention", lambda *_: Counted)
     model = HRMModel(hrm_config(Architecture(2, HEADS * D, HEADS, 16, 250)), seed=3)
     tokens = torch.arange(1, 9).numpy()

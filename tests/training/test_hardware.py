@@ -8,7 +8,12 @@ from hrm_megatron.parallel.cpu import activate
 activate()
 
 from hrm_megatron.config import ConfigError  # noqa: E402
-from hrm_megatron.training.hardware import Machine, check_precision, choose_layers  # noqa: E402
+from hrm_megatron.training.hardware import (  # noqa: E402
+    Machine,
+    check_compilation,
+    check_precision,
+    choose_layers,
+)
 
 CPU = Machine()
 TURING, AMPERE, ADA, HOPPER, BLACKWELL, CONSUMER = (
@@ -28,7 +33,7 @@ TE = "transformer_engine"
     (TE, HOPPER, TE, "Transformer Engine 2.16.1"),
 ])
 def test_layers(asked, machine, layers, why):
-    found, reason = choose_layers(asked, machine)
+    found, reason = choose_layers(asked, False, machine)
     assert found == layers and why in reason
 
 
@@ -38,10 +43,37 @@ def test_layers(asked, machine, layers, why):
 ])
 def test_transformer_engine_cannot_be_asked_for(machine, missing):
     with pytest.raises(ConfigError) as refused:
-        choose_layers(TE, machine)
+        choose_layers(TE, False, machine)
     line = str(refused.value)
     assert line.startswith(f"--transformer-impl {TE}: ") and missing in line
     assert "--transformer-impl local works here" in line
+
+
+def test_compiled_layers_are_local_ones():
+    assert choose_layers(None, True, HOPPER) == ("local", "Megatron's local ones, compiled")
+    with pytest.raises(ConfigError, match="--compile-layers: compiles .* local layers, not --transformer-impl transfo"):
+        choose_layers(TE, True, HOPPER)
+
+
+@pytest.mark.parametrize("machine, changes, said", [
+    (CPU, {}, "--compile-layers: needs a CUDA device"),
+    (HOPPER, dict(tensor_model_parallel_size=2), "does not go with --tensor-model-parallel-size"),
+    (HOPPER, dict(use_torch_fsdp2=True), "does not go with --use-torch-fsdp2"),
+    (HOPPER, dict(use_megatron_fsdp=True), "does not go with --use-megatron-fsdp"),
+    (HOPPER, dict(recompute_granularity="full"), "--recompute-granularity (--recompute-ticks works)"),
+    (HOPPER, dict(recompute_activations=True), "--recompute-granularity (--recompute-ticks works)"),
+    (HOPPER, dict(compile_layers=False, cuda_graph_impl="local"), "--cuda-graph-impl: not built"),
+    (HOPPER, dict(compile_layers=False, enable_cuda_graph=True), "--cuda-graph-impl: not built"),
+    (HOPPER, dict(compile_layers=False, external_cuda_graph=True), "--cuda-graph-impl: not built"),
+])
+def test_what_cannot_be_compiled(machine, changes, said):
+    usual = dict(compile_layers=True, cuda_graph_impl="none", enable_cuda_graph=False, external_cuda_graph=False,
+                 tensor_model_parallel_size=1, use_torch_fsdp2=False, use_megatron_fsdp=False,
+                 recompute_granularity=None, recompute_activations=False)
+    check_compilation(SimpleNamespace(**usual), HOPPER)
+    with pytest.raises(ConfigError) as refused:
+        check_compilation(SimpleNamespace(**usual | changes), machine)
+    assert said in str(refused.value)
 
 
 def flags(**changes):

@@ -1,8 +1,11 @@
-"""Linear layers on oneDNN's matrix product, for processors on which that of MKL, torch's own choice, is slower.
+"""Linear layers on a product of our own, where Megatron's cannot be compiled or runs slower.
 
-MKL leaves the widest instructions of other makers' processors unused. Measured in fp32 on one core of an AMD EPYC with
-AVX-512: 2048 x 512 by 512 x 2048 ran at 100 to 106 GFLOP/s instead of 88 to 92, forward and for the gradient of the
-input; the gradient of the weight gained nothing, and small products pay 12 us a call.
+A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (model/compiled.py).
+
+On a CPU the product is oneDNN's on processors on which that of MKL, torch's own choice, is slower. MKL leaves the
+widest instructions of other makers' processors unused. Measured in fp32 on one core of an AMD EPYC with AVX-512:
+2048 x 512 by 512 x 2048 ran at 100 to 106 GFLOP/s instead of 88 to 92, forward and for the gradient of the input; the
+gradient of the weight gained nothing, and small products pay 12 us a call.
 """
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ MIN_MULTIPLICATIONS = 1 << 24  # of a product, below which MKL is not slower
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a b^T, [m, k] and [n, k] to [m, n], fp32."""
-    if a.numel() * len(b) < MIN_MULTIPLICATIONS:
+    """Return a b^T, [m, k] and [n, k] to [m, n]."""
+    if a.is_cuda or a.dtype != torch.float32 or a.numel() * len(b) < MIN_MULTIPLICATIONS:
         return a @ b.t()
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return out
@@ -50,19 +53,19 @@ class LinearFunction(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, fusion: bool = False) -> torch.Tensor:
-    """x [..., k] and weight [n, k] to x weight^T [..., n], fp32; under `fusion` the gradient of the weight is added to
+    """x [..., k] and weight [n, k] to x weight^T [..., n]; under `fusion` the gradient of the weight is added to
     its `main_grad`."""
     main_grad = weight.main_grad if fusion else None  # type: ignore[attr-defined]  # Megatron's DDP put it there
     out: torch.Tensor = LinearFunction.apply(x.flatten(0, -2), weight, main_grad)
     return out.unflatten(0, x.shape[:-1])
 
 
-def on_onednn(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Make the `_forward_impl` of a linear layer: ours for a plain product in fp32, else the stock one."""
+def on_own_product(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Make the `_forward_impl` of a linear layer: ours for what needs no other rank and no bias, else the stock one."""
     def forward_impl(*, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, allreduce_dgrad: bool,
                      sequence_parallel: bool, gradient_accumulation_fusion: bool,
                      **options: Any) -> torch.Tensor:
-        if allreduce_dgrad or sequence_parallel or bias is not None or weight.dtype != torch.float32:
+        if allreduce_dgrad or sequence_parallel or bias is not None:
             return stock(input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
                          sequence_parallel=sequence_parallel,
                          gradient_accumulation_fusion=gradient_accumulation_fusion, **options)
@@ -70,26 +73,26 @@ def on_onednn(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return forward_impl
 
 
-class OneDNNColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+class OwnColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._forward_impl: Callable[..., torch.Tensor] = on_onednn(self._forward_impl)
+        self._forward_impl: Callable[..., torch.Tensor] = on_own_product(self._forward_impl)
 
 
-class OneDNNRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
+class OwnRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._forward_impl: Callable[..., torch.Tensor] = on_onednn(self._forward_impl)
+        self._forward_impl: Callable[..., torch.Tensor] = on_own_product(self._forward_impl)
 
 
-class OneDNNSpecProvider(LocalSpecProvider):  # type: ignore[misc]
+class OwnProductProvider(LocalSpecProvider):  # type: ignore[misc]
     """Megatron's local layers, but for the linear ones."""
 
     def column_parallel_linear(self) -> type:
-        return OneDNNColumnParallelLinear
+        return OwnColumnParallelLinear
 
     def row_parallel_linear(self) -> type:
-        return OneDNNRowParallelLinear
+        return OwnRowParallelLinear
 
 
 def runs_faster_on_onednn() -> bool:
@@ -98,6 +101,6 @@ def runs_faster_on_onednn() -> bool:
             and "AuthenticAMD" in CPU_FACTS.read_text())
 
 
-def local_provider() -> LocalSpecProvider:
-    """Return the layers for this machine where Transformer Engine is not asked for."""
-    return OneDNNSpecProvider() if runs_faster_on_onednn() else LocalSpecProvider()
+def local_provider(compiled: bool = False) -> LocalSpecProvider:
+    """Return the layers for this machine where Transformer Engine is not asked for; `compiled`: for a compiler."""
+    return OwnProductProvider() if compiled or runs_faster_on_onednn() else LocalSpecProvider()

@@ -1,4 +1,4 @@
-"""Linear layers on oneDNN are the stock ones; which machine gets them."""
+"""Linear layers on our own product are the stock ones; which machine gets them."""
 import pytest
 import torch
 
@@ -8,15 +8,15 @@ activate()
 
 from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
 
-from hrm_megatron.model import cpu_linear  # noqa: E402
-from hrm_megatron.model.cpu_linear import OneDNNSpecProvider, linear, local_provider, on_onednn  # noqa: E402
+from hrm_megatron.model import linear as linear_module  # noqa: E402
+from hrm_megatron.model.linear import OwnProductProvider, linear, local_provider, on_own_product  # noqa: E402
 
 
 @pytest.mark.parametrize("rows, k, n, on_onednn", [((7, 3), 12, 5, False), ((7, 3), 12, 5, True), ((1,), 4, 4, True),
                                                    ((130,), 33, 70, True)])
 def test_product_and_gradients_are_those_of_a_linear_layer(monkeypatch, rows, k, n, on_onednn):
     if on_onednn:
-        monkeypatch.setattr(cpu_linear, "MIN_MULTIPLICATIONS", 0)
+        monkeypatch.setattr(linear_module, "MIN_MULTIPLICATIONS", 0)
     generator = torch.Generator().manual_seed(3)
     x, weight = (torch.randn(*shape, k, generator=generator).requires_grad_() for shape in (rows, (n,)))
     wanted_x, wanted_weight = (t.detach().double().requires_grad_() for t in (x, weight))
@@ -39,22 +39,21 @@ def test_a_fused_gradient_is_added_to_the_buffer():
 
 def test_what_is_no_plain_product_stays_stock():
     calls = []
-    impl = on_onednn(lambda **options: calls.append(options) or torch.zeros(()))
+    impl = on_own_product(lambda **options: calls.append(options) or torch.zeros(()))
     x, weight = torch.ones(2, 3), torch.ones(4, 3)
     plain = dict(input=x, weight=weight, bias=None, allreduce_dgrad=False, sequence_parallel=False, tp_group=None,
                  gradient_accumulation_fusion=False)
     assert torch.equal(impl(**plain), torch.full((2, 4), 3.0)) and not calls
-    for other in (dict(bias=torch.zeros(4)), dict(allreduce_dgrad=True), dict(sequence_parallel=True),
-                  dict(weight=weight.bfloat16())):
+    for other in (dict(bias=torch.zeros(4)), dict(allreduce_dgrad=True), dict(sequence_parallel=True)):
         impl(**plain | other)
         assert calls.pop() == plain | other
 
 
 @pytest.mark.parametrize("facts, provider", [
-    ("vendor_id : AuthenticAMD\n", OneDNNSpecProvider), ("vendor_id : GenuineIntel\n", LocalSpecProvider),
+    ("vendor_id : AuthenticAMD\n", OwnProductProvider), ("vendor_id : GenuineIntel\n", LocalSpecProvider),
     (None, LocalSpecProvider)])
 def test_which_machine_gets_them(monkeypatch, tmp_path, facts, provider):
     if facts:
         (tmp_path / "cpuinfo").write_text(facts)
-    monkeypatch.setattr(cpu_linear, "CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(linear_module, "CPU_FACTS", tmp_path / "cpuinfo")
     assert type(local_provider()) is (LocalSpecProvider if torch.cuda.is_available() else provider)
