@@ -40,9 +40,9 @@ slow: $(STAMP)  ## Run the tests that take minutes each
 ranks: $(STAMP)  ## Train in every parallel layout and print how far each is from one process
 	$(BIN)/python -m pytest -m ranks
 
-gpu: $(STAMP)  ## Run the tests that need a GPU, then the benchmark of training
+gpu: $(STAMP)  ## Run the tests that need a GPU, then the benchmark of training into docs
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 --peer
+	$(BIN)/python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 --peer --record docs/benchmarks.md
 
 clean:  ## Remove .venv and caches; runs/ and other results stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

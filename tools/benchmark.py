@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import platform
+import itertools
 import statistics
 import sys
 import tempfile
@@ -25,6 +25,7 @@ import transformers  # noqa: E402
 from transformers import HrmTextConfig, HrmTextForCausalLM  # noqa: E402
 
 from hrm_megatron.benchmark.peak import matmul_flops_per_second, median_seconds  # noqa: E402
+from hrm_megatron.benchmark.record import add_row, check_table, device_name, versions  # noqa: E402
 from hrm_megatron.benchmark.train import measure  # noqa: E402
 from hrm_megatron.config import PRESETS, Architecture, ConfigError, Preset, ffn_hidden_size  # noqa: E402
 from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch, assemble_row  # noqa: E402
@@ -37,6 +38,8 @@ from hrm_megatron.model.rotary import Rotation  # noqa: E402
 from hrm_megatron.model.schedule import split_bp_steps  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
 
+COLUMNS = ("device", "versions", "command", "tokens/s", "TFLOP/s", "of the measured peak", "peak memory", "kernels",
+           "transformers' tokens/s")  # of the table that --record adds to
 ROW_TOKENS = 2048
 BP_STEPS = 5
 ARCHITECTURE = Architecture(num_layers=4, hidden_size=512, num_attention_heads=8, ffn_hidden_size=ffn_hidden_size(512),
@@ -120,8 +123,10 @@ def compare_steps(repeats: int) -> float:
 def measure_training(args: argparse.Namespace) -> None:
     """Print speed, share of the device's measured peak, memory, and where the time goes."""
     preset = PRESETS[args.hrm_preset] if args.hrm_preset else Preset(*args.sizes)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    print(f"{device}; torch {torch.__version__}, CUDA {torch.version.cuda}; python {' '.join(sys.argv)}")
+    if args.record:
+        check_table(args.record, COLUMNS)
+    command = f"python {' '.join(sys.argv)}"
+    print(f"{device_name()}; {versions()}; {command}")
     folder = Path(tempfile.mkdtemp(prefix="hrm-benchmark-")) if args.output is None else args.output
     folder.mkdir(parents=True, exist_ok=True)
     found = measure(preset, args.row_tokens, args.rows, args.steps, args.vocab_size, args.bp_steps, folder,
@@ -134,11 +139,18 @@ def measure_training(args: argparse.Namespace) -> None:
     print(f"peak memory  {found.peak_bytes / 1e9:12.2f}   GB")
     for share in found.shares:
         print(f"  {share.share:6.1%}  {share.group}")
+    cells = [device_name(), versions(), f"`{command}`", f"{found.tokens_per_second:,.0f}",
+             f"{found.flops_per_second / 1e12:.1f}", f"{found.flops_per_second / peak:.1%}",
+             f"{found.peak_bytes / 1e9:.1f} GB",
+             ", ".join(f"{share.group} {share.share:.1%}" for share in found.shares)]
     if args.peer:
         seconds = peer_seconds(found.architecture, args, folder / "data")
         print(f"transformers {args.row_tokens / seconds:12,.0f}   tokens/s, forward and backward of a row in bf16, no "
               f"optimizer; ours is {found.tokens_per_second * seconds / args.row_tokens:.2f} times as fast with one")
+        cells.append(f"{args.row_tokens / seconds:,.0f}")
     print(f"trace, log and output: {folder}")
+    if args.record:
+        add_row(args.record, dict(itertools.zip_longest(COLUMNS, cells, fillvalue="not timed")))
 
 
 def peer_seconds(architecture: Architecture, args: argparse.Namespace, data: Path) -> float:
@@ -166,6 +178,7 @@ def main() -> None:
     gpu.add_argument("--vocab-size", type=int, default=65_536)
     gpu.add_argument("--peak-size", type=int, default=8192, help="of the matrices that measure the device's peak")
     gpu.add_argument("--output", type=Path, help="folder for trace, log and output (default: a new one)")
+    gpu.add_argument("--record", type=Path, metavar="FILE", help="add a row to the table of this Markdown file")
     gpu.add_argument("--peer", action="store_true", help="also time transformers' HrmText, compiled on a GPU")
     gpu.add_argument("flags", nargs="*", help="after --: more flags of hrm_megatron.pretrain")
     args = parser.parse_args()

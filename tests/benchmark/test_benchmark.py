@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from hrm_megatron.benchmark.kernels import breakdown
+from hrm_megatron.benchmark.record import add_row
 from hrm_megatron.benchmark.rows import write_random_examples
+from hrm_megatron.config import ConfigError
 from tests.training.conftest import fullbatch_arguments  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +73,23 @@ def test_a_run_is_profiled(tmp_path, fullbatch_arguments):  # noqa: F811
     assert again.returncode == 1 and again.stderr.startswith("error: ") and "exists; give another" in again.stderr
 
 
+OTHER_PARTS = "# A\n\n## Training on a GPU\n\nHow.\n{}\n## B\n\n| x |\n|---|\n| 1 |\n"
+
+
+def test_rows_are_added_to_the_table(tmp_path):
+    file = tmp_path / "b.md"
+    file.write_text(OTHER_PARTS.format("\nNothing has been measured yet.\n"))
+    file.chmod(0o640)
+    for speed in ("7", "8|9"):
+        add_row(file, {"device": "G", "speed": speed})
+    assert file.read_text() == OTHER_PARTS.format("\n| device | speed |\n|---|---|\n| G | 7 |\n| G | 8\\|9 |\n")
+    assert file.stat().st_mode & 0o777 == 0o640 and [*tmp_path.iterdir()] == [file]
+    before = file.read_text()
+    with pytest.raises(ConfigError, match="b.md: the table under .* has other columns; it needs . device . memory ."):
+        add_row(file, {"device": "G", "memory": "1"})
+    assert file.read_text() == before
+
+
 @pytest.mark.slow
 def test_the_tool_measures_and_says_what_failed(tmp_path):
     def run(*flags):
@@ -81,7 +100,16 @@ def test_the_tool_measures_and_says_what_failed(tmp_path):
     failed = run("--", "--bp-min-steps", "9")
     assert failed.returncode == 1 and "error: the run failed: error: bp_steps=9 does not fit" in failed.stderr
     (tmp_path / "out").rename(tmp_path / "failed")
-    done = run("--peer")
+    missing = run("--record", tmp_path / "none.md")
+    assert missing.returncode == 1 and "none.md: has no line '## Training on a GPU'" in missing.stderr
+    assert not (tmp_path / "out").exists()  # nothing was run for it
+    table = tmp_path / "benchmarks.md"
+    table.write_text("# Benchmarks\n\n## Training on a GPU\n\nNothing has been measured yet.\n")
+    done = run("--peer", "--record", table)
     assert done.returncode == 0, done.stderr
+    *_, row = table.read_text().splitlines()
+    assert "megatron-core 0" in row and "python tools/benchmark.py gpu --sizes 2 64 4" in row
+    speeds = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("tokens/s", "transformers "))]
+    assert [row.split(" | ")[3], row.split(" | ")[8].removesuffix(" |")] == speeds
     assert [line.split()[0] for line in done.stdout.splitlines()[2:5]] == ["tokens/s", "TFLOP/s", "peak"]
     assert "matrix products" in done.stdout and "\ntransformers " in done.stdout
