@@ -2,18 +2,15 @@
 
 What a CPU can tell of them is in tests/te.
 """
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from tests.training.conftest import GOLDEN, scalars
-
 pytestmark = pytest.mark.gpu
 LOCAL, TE = "local", "transformer_engine"
 RECIPES = {"tensorwise": (8, 9), "delayed": (8, 9), "mxfp8": (10, 0)}  # from this compute capability on
+SIZES = ["--num-layers", 4, "--hidden-size", 256, "--num-attention-heads", 4, "--seq-length", 1024,
+         "--micro-batch-size", 4, "--global-batch-size", 8]
 LENGTHS = [(40, 61), (17, 0), (90, 43)]  # of 256 positions
 
 
@@ -118,41 +115,13 @@ def test_checkpoints_are_exchanged_bitwise(models, saved, loaded, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Examples whose response is the prefix and as many new digits: half of it can be learnt, half of it never."""
-    from hrm_megatron.data.store import StoreWriter
-    from hrm_megatron.data.tokenizer import TextTokenizer
-
-    prefix, tokenizer = tmp_path_factory.mktemp("store") / "digits", TextTokenizer(GOLDEN / "tokenizer")
-    generator = np.random.default_rng(1)
-    with StoreWriter(prefix, tokenizer) as writer:
-        for _ in range(20_000):
-            asked, new = ("".join(map(str, generator.integers(10, size=8))) for _ in range(2))
-            writer.add(tokenizer.encode_prefix("direct", asked), tokenizer.encode_response(asked + new))
-    return prefix
-
-
-def arguments_of(store, folder, *flags):
-    return [*map(str, (
-        "--num-layers", 4, "--hidden-size", 256, "--num-attention-heads", 4, "--seq-length", 1024, "--data-path", store,
-        "--micro-batch-size", 4, "--global-batch-size", 8, "--lr", 1e-3, "--lr-warmup-iters", 20, "--eval-iters", 0,
-        "--log-interval", 1, "--num-workers", 0, "--bf16", "--tensorboard-dir", folder, *flags))]
-
-
-@pytest.fixture(scope="module")
-def train(store, tmp_path_factory):
-    """Run the command line on one GPU: losses by step."""
+def train(run_on_a_gpu):
+    """Train with Transformer Engine's layers unless others are named: losses by step."""
     pytest.importorskip("transformer_engine.pytorch")
 
-    def run(*flags):
-        folder = tmp_path_factory.mktemp("log")
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-                               "-m", "hrm_megatron.pretrain", *arguments_of(store, folder, *flags)],
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-5000:]
-        assert "layers: Transformer Engine" in done.stdout or LOCAL in flags
-        return scalars(folder)
-    return run
+    def train(*flags):
+        return run_on_a_gpu(*SIZES, *flags, *([] if LOCAL in flags else ["--transformer-impl", TE]))
+    return train
 
 
 @pytest.fixture(scope="module")
