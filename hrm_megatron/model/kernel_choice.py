@@ -29,8 +29,8 @@ def refusal(kernel: str, dtype: torch.dtype, head_dim: int, machine: Machine) ->
         return None
     if machine.capability is None:
         return "it needs a CUDA device, and there is none"
-    if kernel == "te" and not machine.transformer_engine:
-        return "Transformer Engine is not installed"
+    if kernel == "te" and (missing := machine.lacks_transformer_engine()):
+        return missing
     if kernel == "varlen" and not machine.flash:
         return "this torch was built without FlashAttention"
     if dtype not in NARROW:

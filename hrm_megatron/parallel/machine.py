@@ -1,9 +1,13 @@
 """What this process has to run on: the facts that rules about layers, number formats and kernels ask for."""
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
+
+OLDEST_TE = (2, 2)  # Megatron-Core 0.19.2 knows FP8 parameters and current scaling from here on (fp8_utils.py)
+INSTALL_TE = 'pip install "transformer-engine[pytorch,core_cu13]"'
 
 
 @dataclass(frozen=True)
@@ -23,3 +27,14 @@ class Machine:
 
         return cls(torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
                    str(get_te_version()) if HAVE_TE else None, torch.backends.cuda.is_flash_attention_available())
+
+    def lacks_transformer_engine(self) -> str | None:
+        """Say why Transformer Engine cannot be used, or None."""
+        version, oldest = self.transformer_engine, ".".join(map(str, OLDEST_TE))
+        if self.capability is None:
+            return "Transformer Engine needs a CUDA device, and there is none"
+        if version is None:
+            return f"Transformer Engine is not installed ({INSTALL_TE})"
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TE:
+            return f"Transformer Engine {version} is older than {oldest} ({INSTALL_TE})"
+        return None

@@ -2,14 +2,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.parallel.machine import Machine
 
 LOCAL, TRANSFORMER_ENGINE = TRANSFORMER_IMPLS = "local", "transformer_engine"
-OLDEST_TE = (2, 2)  # Megatron-Core 0.19.2 knows FP8 parameters and current scaling from here on (fp8_utils.py)
-INSTALL_TE = 'pip install "transformer-engine[pytorch,core_cu13]"'
 BF16_CAPABILITY = (8, 0)
 # FP8 recipe > lowest compute capability, number that sizes must be multiples of (fp8_utils.py, get_fp8_align_size).
 # Source of the former: Transformer Engine, pytorch/quantization.py, _compute_fp8_support and _compute_mxfp8_support.
@@ -20,7 +17,7 @@ NOT_BUILT = {"fp4": "--fp4-format", "fp8_output_proj": "--fp8-output-proj"}
 
 def choose_layers(asked: str | None, compiled: bool, machine: Machine) -> tuple[str, str]:
     """Return the transformer implementation to use and why, for the log; `asked` is the flag's value or None."""
-    missing = _missing_for_te(machine)
+    missing = machine.lacks_transformer_engine()
     if compiled:
         if asked == TRANSFORMER_ENGINE:
             raise ConfigError(f"--compile-layers: compiles Megatron's local layers, not --transformer-impl {asked}; "
@@ -33,17 +30,6 @@ def choose_layers(asked: str | None, compiled: bool, machine: Machine) -> tuple[
     if missing:
         return LOCAL, f"Megatron's local ones: {missing}"
     return TRANSFORMER_ENGINE, f"Transformer Engine {machine.transformer_engine}"
-
-
-def _missing_for_te(machine: Machine) -> str | None:
-    version, oldest = machine.transformer_engine, ".".join(map(str, OLDEST_TE))
-    if machine.capability is None:
-        return "Transformer Engine needs a CUDA device, and there is none"
-    if version is None:
-        return f"Transformer Engine is not installed ({INSTALL_TE})"
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TE:
-        return f"Transformer Engine {version} is older than {oldest} ({INSTALL_TE})"
-    return None
 
 
 def check_compilation(args: argparse.Namespace, machine: Machine) -> None:
@@ -80,9 +66,10 @@ def check_precision(args: argparse.Namespace, machine: Machine) -> None:
             raise ConfigError(f"{flag}: works on FP8 layers only; add --fp8-format hybrid, or leave it out")
         return
     if args.transformer_impl != TRANSFORMER_ENGINE:
-        missing = _missing_for_te(machine) or f"--transformer-impl {args.transformer_impl} has no FP8"
-        way_out = "leave it out" if _missing_for_te(machine) else f"give --transformer-impl {TRANSFORMER_ENGINE}"
-        raise ConfigError(f"--fp8-format {args.fp8}: {missing}; {way_out}")
+        if missing := machine.lacks_transformer_engine():
+            raise ConfigError(f"--fp8-format {args.fp8}: {missing}; leave it out")
+        flag = "--compile-layers" if args.compile_layers else f"--transformer-impl {args.transformer_impl}"
+        raise ConfigError(f"--fp8-format {args.fp8}: {flag} has no FP8; give --transformer-impl {TRANSFORMER_ENGINE}")
     if args.fp8_recipe not in FP8_RECIPES:
         raise ConfigError(f"--fp8-recipe {args.fp8_recipe}: choose one of {', '.join(FP8_RECIPES)}")
     assert machine.capability is not None  # else there were no Transformer Engine

@@ -4,15 +4,17 @@ import torch
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.model.kernel_choice import WHAT, choose_kernel
-from hrm_megatron.parallel.machine import Machine
+from hrm_megatron.parallel.machine import INSTALL_TE, Machine
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = Machine()
 BARE = Machine((9, 0))
 H100, A100, B200 = (Machine(capability, transformer_engine="2.16.1") for capability in ((9, 0), (8, 0), (10, 0)))
 T4 = Machine((7, 5), transformer_engine="2.16.1")
+OLD = Machine((9, 0), transformer_engine="2.1")
 WITHOUT_FLASH = Machine((9, 0), flash=False)
-NO_TE = "not te: Transformer Engine is not installed"
+NOT_INSTALLED = f"Transformer Engine is not installed ({INSTALL_TE})"
+NO_TE = f"not te: {NOT_INSTALLED}"
 WIDE = "it takes bf16 and fp16, not float32"
 OTHER_SIZE = "it takes heads of a multiple of 8 up to {}, not {}"
 
@@ -31,6 +33,7 @@ OTHER_SIZE = "it takes heads of a multiple of 8 up to {}, not {}"
     ("auto", FP32, 128, H100, "sdpa", f"not te: {WIDE}; not varlen: {WIDE}"),
     ("auto", FP16, 64, T4, "sdpa", "it needs a GPU of compute capability 8.0 or more, and this one has 7.5"),
     ("auto", BF16, 64, WITHOUT_FLASH, "sdpa", f"{NO_TE}; not varlen: this torch was built without FlashAttention"),
+    ("auto", BF16, 128, OLD, "varlen", f"not te: Transformer Engine 2.1 is older than 2.2 ({INSTALL_TE})"),
     ("varlen", BF16, 128, H100, "varlen", "as asked"),
     ("te", BF16, 128, H100, "te", "as asked"),
     ("sdpa", BF16, 128, H100, "sdpa", "as asked"),
@@ -47,7 +50,7 @@ def test_the_choice(asked, dtype, head_dim, facts, kernel, why):
 @pytest.mark.parametrize(("asked", "dtype", "head_dim", "facts", "line"), [
     ("varlen", FP32, 128, BARE, f"{WIDE}; --attention-kernel sdpa works here"),
     ("te", FP32, 128, H100, f"{WIDE}; --attention-kernel sdpa works here"),
-    ("te", BF16, 128, BARE, "Transformer Engine is not installed; --attention-kernel varlen works here"),
+    ("te", BF16, 128, BARE, f"{NOT_INSTALLED}; --attention-kernel varlen works here"),
     ("te", BF16, 256, A100, f"{OTHER_SIZE.format(128, 256)}; --attention-kernel varlen works here"),
     ("varlen", BF16, 20, H100, f"{OTHER_SIZE.format(256, 20)}; --attention-kernel sdpa works here"),
     ("varlen", FP16, 64, T4,
