@@ -79,8 +79,8 @@ def test_what_cannot_be_compiled(machine, changes, said):
 def flags(**changes):
     """A run of preset B in bf16 with FP8 layers on one GPU."""
     usual = dict(
-        transformer_impl=TE, compile_layers=False, bf16=True, fp8="hybrid", fp8_recipe="tensorwise", fp4=None, fp8_output_proj=False,
-        fp8_param_gather=False, first_last_layers_bf16=False, num_layers_at_start_in_bf16=1,
+        transformer_impl=TE, compile_layers=False, bf16=True, fp8="hybrid", fp8_recipe="tensorwise", fp4=None,
+        fp8_output_proj=False, fp8_param_gather=False, first_last_layers_bf16=False, num_layers_at_start_in_bf16=1,
         num_layers_at_end_in_bf16=1, recompute_granularity=None, recompute_modules=None, num_layers=6, seq_length=4096,
         micro_batch_size=1, hidden_size=1024, ffn_hidden_size=2816, tensor_model_parallel_size=1,
         context_parallel_size=1, pipeline_model_parallel_size=1, sequence_parallel=False)

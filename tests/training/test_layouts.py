@@ -126,11 +126,8 @@ def test_all_layouts_begin_with_the_same_model(launch, fullbatch_arguments, pari
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout, tolerance", [
-    ("DP 2, overlap", 1e-3), ("PP 2", 1e-3),  # a difference in one last bit grows to 5e-4 and more here
-    # Tensor parallel ranks round their parts of a sum to bf16, one process the whole sum: of the loss, about 5.
-    ("TP 2 x PP 2 + SP", 5e-3)])
-def test_bf16_follows_one_process(launch, fullbatch_arguments, native_start, parity, tmp_path, layout, tolerance):
+@pytest.mark.parametrize("layout", ["DP 2, overlap", "PP 2", "TP 2 x PP 2 + SP"])
+def test_bf16_follows_one_process(launch, fullbatch_arguments, native_start, parity, tmp_path, layout):
     losses = []
     for name in ("1 process", layout):
         ranks, flags = LAYOUTS[name]
@@ -140,5 +137,7 @@ def test_bf16_follows_one_process(launch, fullbatch_arguments, native_start, par
         assert run.code == 0, run.output[-5000:]
         losses.append(scalars(folder))
     assert losses[0].keys() == set(range(1, 21))
-    difference = max(abs(losses[0][step] - losses[1][step]) for step in losses[0])
-    parity(f"{layout} in bf16: 20 losses", difference, tolerance)
+    # Tensor parallel ranks round their parts of a sum to bf16, one process the whole sum: from the first step on losses
+    # near 5 differ by up to 0.002, which is as far as one process in bf16 is from fp32.
+    difference = max(abs(losses[0][step] / losses[1][step] - 1) for step in losses[0])
+    parity(f"{layout} in bf16: 20 losses, relative", difference, 1e-3)
