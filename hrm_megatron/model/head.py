@@ -7,7 +7,6 @@ the third matrix product costs HRM-Text XL about one part in a hundred of a step
 """
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -119,11 +118,7 @@ class LabelHead(ColumnParallelLinear):  # type: ignore[misc]
     """Megatron's output layer (no bias), which scores labels where it is given some."""
 
     def __init__(self, input_size: int, output_size: int, *, config: ModelParallelConfig, **options: Any) -> None:
-        # Megatron asks for Apex's kernel where gradients are fused; ours are without it.
-        plain = copy.copy(config)
-        plain.gradient_accumulation_fusion = False
-        super().__init__(input_size, output_size, config=plain, bias=False, **options)
-        self.gradient_accumulation_fusion = config.gradient_accumulation_fusion
+        super().__init__(input_size, output_size, config=config, bias=False, **options)
         self.chunk_rows = max(1, CHUNK_BYTES // (4 * self.output_size_per_partition))
         self.on_onednn = runs_faster_on_onednn()
 

@@ -84,7 +84,7 @@ def compare(dtype, backend):
 
 
 @pytest.mark.parametrize("dtype, backend", [
-    ("float32", "aot_eager"), ("bfloat16", "aot_eager"),
+    ("float32", "aot_eager"), pytest.param("bfloat16", "aot_eager", marks=pytest.mark.slow),
     pytest.param("bfloat16", "inductor", marks=[pytest.mark.slow, pytest.mark.skipif(
         shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")])])
 def test_compiled_layers_train_as_plain_ones(parity, tmp_path, dtype, backend):
