@@ -203,7 +203,7 @@ def _provide_weight_gradients() -> None:
     # weight's dtype, bf16, and round each time.
     if importlib.util.find_spec(APEX_WEIGHT_GRADIENTS):
         return
-    kernels: Any = types.ModuleType(APEX_WEIGHT_GRADIENTS)
+    kernels: Any = importlib.util.module_from_spec(ModuleSpec(APEX_WEIGHT_GRADIENTS, None))
     kernels.wgrad_gemm_accum_fp32 = kernels.wgrad_gemm_accum_fp16 = (
         lambda x, grad, main_grad: add_weight_gradient(main_grad, grad, x))
     sys.modules[kernels.__name__] = kernels

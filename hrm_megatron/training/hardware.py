@@ -68,8 +68,10 @@ def check_precision(args: argparse.Namespace, machine: Machine) -> None:
     if args.transformer_impl != TRANSFORMER_ENGINE:
         if missing := machine.lacks_transformer_engine():
             raise ConfigError(f"--fp8-format {args.fp8}: {missing}; leave it out")
-        flag = "--compile-layers" if args.compile_layers else f"--transformer-impl {args.transformer_impl}"
-        raise ConfigError(f"--fp8-format {args.fp8}: {flag} has no FP8; give --transformer-impl {TRANSFORMER_ENGINE}")
+        if args.compile_layers:
+            raise ConfigError(f"--fp8-format {args.fp8}: --compile-layers has no FP8; leave one of them out")
+        raise ConfigError(f"--fp8-format {args.fp8}: --transformer-impl {args.transformer_impl} has no FP8; give "
+                          f"--transformer-impl {TRANSFORMER_ENGINE}")
     if args.fp8_recipe not in FP8_RECIPES:
         raise ConfigError(f"--fp8-recipe {args.fp8_recipe}: choose one of {', '.join(FP8_RECIPES)}")
     assert machine.capability is not None  # else there were no Transformer Engine
