@@ -108,7 +108,7 @@ def test_precision_that_works(machine, changes):
     (HOPPER, dict(fp8_recipe="mxfp8"), ["--fp8-recipe mxfp8: this GPU (compute capability 9.0)", "tensorwise works"]),
     (CONSUMER, dict(fp8_recipe="mxfp8"), ["--fp8-recipe mxfp8: this GPU (compute capability 12.0)", "tensorwise"]),
     (HOPPER, dict(fp8_recipe="blockwise"), ["--fp8-recipe blockwise: choose one of delayed, tensorwise, mxfp8"]),
-    (HOPPER, dict(transformer_impl="local", compile_layers=True), ["--compile-layers has no FP8; leave one of them out"]),
+    (HOPPER, dict(transformer_impl="local", compile_layers=True), ["--compile-layers has no FP8; leave one of them"]),
     (HOPPER, dict(transformer_impl="local"), ["--fp8-format hybrid: --transformer-impl local has no FP8",
                                               "give --transformer-impl transformer_engine"]),
     (CPU, dict(transformer_impl="local"), ["--fp8-format hybrid: Transformer Engine needs a CUDA device", "leave it"]),
