@@ -125,8 +125,8 @@ def measure_training(args: argparse.Namespace) -> None:
     preset = PRESETS[args.hrm_preset] if args.hrm_preset else Preset(*args.sizes)
     if args.record:
         check_table(args.record, COLUMNS)
-    command = f"python {' '.join(sys.argv)}"
-    print(f"{device_name()}; {versions()}; {command}")
+    cells = [device_name(), versions(), f"`python {' '.join(sys.argv)}`"]
+    print("; ".join(cells))
     folder = Path(tempfile.mkdtemp(prefix="hrm-benchmark-")) if args.output is None else args.output
     folder.mkdir(parents=True, exist_ok=True)
     found = measure(preset, args.row_tokens, args.rows, args.steps, args.vocab_size, args.bp_steps, folder,
@@ -139,10 +139,9 @@ def measure_training(args: argparse.Namespace) -> None:
     print(f"peak memory  {found.peak_bytes / 1e9:12.2f}   GB")
     for share in found.shares:
         print(f"  {share.share:6.1%}  {share.group}")
-    cells = [device_name(), versions(), f"`{command}`", f"{found.tokens_per_second:,.0f}",
-             f"{found.flops_per_second / 1e12:.1f}", f"{found.flops_per_second / peak:.1%}",
-             f"{found.peak_bytes / 1e9:.1f} GB",
-             ", ".join(f"{share.group} {share.share:.1%}" for share in found.shares)]
+    cells += [f"{found.tokens_per_second:,.0f}", f"{found.flops_per_second / 1e12:.1f}",
+              f"{found.flops_per_second / peak:.1%}", f"{found.peak_bytes / 1e9:.1f} GB",
+              ", ".join(f"{share.group} {share.share:.1%}" for share in found.shares)]
     if args.peer:
         seconds = peer_seconds(found.architecture, args, folder / "data")
         print(f"transformers {args.row_tokens / seconds:12,.0f}   tokens/s, forward and backward of a row in bf16, no "

@@ -2,11 +2,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -41,8 +39,7 @@ def versions() -> str:
 
 def add_row(file: Path, row: Mapping[str, str]) -> None:
     """Add `row`, column > value, to the table that `check_table` has found; the file is replaced at once."""
-    lines = file.read_text().splitlines()
-    end, table = check_table(file, row.keys())
+    lines, end, table = check_table(file, row.keys())
     if table:
         lines.insert(table[-1] + 1, _line(row.values()))
     else:
@@ -51,14 +48,14 @@ def add_row(file: Path, row: Mapping[str, str]) -> None:
             end -= 1
         lines = [*lines[:end], "", _line(row), "|" + "---|" * len(row), _line(row.values()), *([""] if after else []),
                  *after]
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as aside:
-        aside.write("\n".join(lines) + "\n")
-    shutil.copymode(file, aside.name)
-    os.replace(aside.name, file)
+    aside = file.with_name(f"{file.name}.partial")
+    aside.write_text("\n".join(lines) + "\n")
+    shutil.copymode(file, aside)
+    aside.replace(file)
 
 
-def check_table(file: Path, columns: Iterable[str]) -> tuple[int, list[int]]:
-    """Return the line where the part under HEADING ends and the lines of the table in it, none before the first row.
+def check_table(file: Path, columns: Iterable[str]) -> tuple[list[str], int, list[int]]:
+    """Return the file's lines, the one that ends the part under HEADING, and those of the table in it, if any.
 
     Raises ConfigError if the file or its heading is missing, or the table there has other columns.
     """
@@ -70,7 +67,7 @@ def check_table(file: Path, columns: Iterable[str]) -> tuple[int, list[int]]:
     table = [i for i in range(start, end) if lines[i].startswith("|")]
     if table and lines[table[0]] != _line(columns):
         raise ConfigError(f"--record {file}: the table under '{HEADING}' has other columns; it needs {_line(columns)}")
-    return end, table
+    return lines, end, table
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -7,6 +7,9 @@ import pytest
 
 from tests.training.conftest import GOLDEN, scalars
 
+SIZES = ["--num-layers", 4, "--hidden-size", 256, "--num-attention-heads", 4, "--seq-length", 1024,
+         "--micro-batch-size", 4, "--global-batch-size", 8]
+
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.gpu.conftest import SIZES
+
 LOCAL, TE = "local", "transformer_engine"
 SMALL = ["--num-layers", 2, "--hidden-size", 64, "--num-attention-heads", 2, "--seq-length", 256, "--micro-batch-size",
          2, "--global-batch-size", 4]
@@ -24,9 +26,7 @@ def test_a_deterministic_run_repeats_bitwise(run_on_a_gpu, layers):
 
 @ON_A_GPU
 def test_compiled_layers_train_as_local_ones(run_on_a_gpu, parity):
-    sizes = ["--num-layers", 4, "--hidden-size", 256, "--num-attention-heads", 4, "--seq-length", 1024,
-             "--micro-batch-size", 4, "--global-batch-size", 8, "--train-iters", 60]
-    compiled, plain = (np.array([*run_on_a_gpu(*sizes, *flags).values()]).reshape(3, 20).mean(1)
+    compiled, plain = (np.array([*run_on_a_gpu(*SIZES, "--train-iters", 60, *flags).values()]).reshape(3, 20).mean(1)
                        for flags in (["--compile-layers"], ["--transformer-impl", LOCAL]))
     # Both are as far from fp32; single steps differ by what is learnt a step earlier or later.
     parity("compiled layers on a GPU: loss, means of 20 steps", float(np.abs(compiled / plain - 1).max()), 0.01)

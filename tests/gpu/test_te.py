@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.gpu.conftest import SIZES
+
 pytestmark = pytest.mark.gpu
 LOCAL, TE = "local", "transformer_engine"
 RECIPES = {"tensorwise": (8, 9), "delayed": (8, 9), "mxfp8": (10, 0)}  # from this compute capability on
-SIZES = ["--num-layers", 4, "--hidden-size", 256, "--num-attention-heads", 4, "--seq-length", 1024,
-         "--micro-batch-size", 4, "--global-batch-size", 8]
 LENGTHS = [(40, 61), (17, 0), (90, 43)]  # of 256 positions
 
 
