@@ -16,6 +16,7 @@ from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.head import LabelHead
 from hrm_megatron.model.hrm_config import HRMConfig
 from hrm_megatron.model.initialize import draw, initialize
+from hrm_megatron.model.offload import keep_on_device, offloaded
 from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.recurrence import Recorder, Stack, recomputed, run_ticks
 from hrm_megatron.model.rotary import Rotation
@@ -51,12 +52,14 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
         # Virtual chunks are ticks here: each runs all of the stage's layers of its stack.
         block_config = copy.copy(config)
         block_config.virtual_pipeline_model_parallel_size = None
+        block_config.cpu_offloading = False  # else each would make the one context that does not do, see offload.py
         placements = {"H": arch.h_norm_placement or arch.norm_placement, "L": arch.norm_placement}
         for stack, name in STACKS.items():
             # pre_process=True on every stage: the input of a tick is an argument, never `input_tensor`.
             self.add_module(name, TransformerBlock(
                 block_config, stack_spec(block_config, placements[stack], backend), pre_process=True,
                 post_process=post_process, pg_collection=self.pg_collection))
+        block_config.cpu_offloading = config.cpu_offloading
         if post_process:
             # Labelled positions are gathered before the head, so its input is whole even under SP.
             whole_rows = copy.copy(config)
@@ -97,7 +100,10 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
 
     def stack_of(self, sequences: PrefixSequences | None, tick: Tick) -> Stack:
         """Return the stack that runs at `tick`, as a function of its input."""
-        stack = partial(getattr(self, STACKS[tick.stack]), attention_mask=None, packed_seq_params=sequences)
+        stack = getattr(self, STACKS[tick.stack])
+        if self.config.cpu_offloading and tick.with_grad and not tick.recompute:
+            stack = offloaded(stack, self.config.cpu_offloading_num_layers)
+        stack = partial(stack, attention_mask=None, packed_seq_params=sequences)
         return recomputed(stack) if tick.recompute else stack
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
@@ -113,8 +119,10 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
         """Prepare what attention needs of a micro-batch, for all ticks."""
         arch, group = self.config.arch, self.pg_collection.cp
         spans = context_spans(batch.row_tokens, group.rank(), group.size()) if group.size() > 1 else None
-        return PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, arch.head_dim, arch.rope_theta),
-                               batch.row_tokens, spans)
+        rotation = Rotation.of(batch.position_ids, arch.head_dim, arch.rope_theta)
+        if self.config.cpu_offloading:
+            keep_on_device(rotation.cos, rotation.sin)
+        return PrefixSequences(batch.lengths, rotation, batch.row_tokens, spans)
 
     def at(self, z_h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Take the states [n, h] at positions `index` [n] of the flattened [s, b] rows."""

@@ -28,13 +28,13 @@ class Machine:
         return cls(torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
                    str(get_te_version()) if HAVE_TE else None, torch.backends.cuda.is_flash_attention_available())
 
-    def lacks_transformer_engine(self) -> str | None:
-        """Say why Transformer Engine cannot be used, or None."""
-        version, oldest = self.transformer_engine, ".".join(map(str, OLDEST_TE))
+    def lacks_transformer_engine(self, oldest: tuple[int, int] = OLDEST_TE) -> str | None:
+        """Say why Transformer Engine, or what it has since version `oldest`, cannot be used, or None."""
+        version = self.transformer_engine
         if self.capability is None:
             return "Transformer Engine needs a CUDA device, and there is none"
         if version is None:
             return f"Transformer Engine is not installed ({INSTALL_TE})"
-        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TE:
-            return f"Transformer Engine {version} is older than {oldest} ({INSTALL_TE})"
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < oldest:
+            return f"Transformer Engine {version} is older than {'.'.join(map(str, oldest))} ({INSTALL_TE})"
         return None

@@ -181,7 +181,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
     args.padded_vocab_size = architecture.padded_vocab_size
     check_layout(args, architecture)
-    check_memory(args)
+    check_memory(args, machine)
     choose_fsdp(args, architecture)
     for bp_steps in (args.bp_min_steps, args.bp_max_steps):
         split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)

@@ -4,19 +4,20 @@ from __future__ import annotations
 import argparse
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.parallel.machine import Machine
 
 # Of Megatron's --recompute-modules. Its "layernorm" would keep a norm's input in place of its output, which has the
 # same size and is all that norm and linear layer need; the others belong to layers that an HRM does not have.
 RECOMPUTED_MODULES = ("core_attn", "mlp")
 NOT_BUILT = {
-    "cpu_offloading_num_layers": "save activations by --recompute-ticks",
-    "fine_grained_activation_offloading": "save activations by --recompute-ticks",
+    "fine_grained_activation_offloading": "--cpu-offloading-num-layers moves whole layers' activations",
     "optimizer_cpu_offload": "it would train by Adam; data parallel ranks share the state already",
     "use_precision_aware_optimizer": "AdamATan2 keeps its state in fp32",
 }
+OLDEST_OFFLOADING_TE = (2, 10)  # its second way of offloading, which keeps a layer's own copies apart (cpu_offload.py)
 
 
-def check_memory(args: argparse.Namespace) -> None:
+def check_memory(args: argparse.Namespace, machine: Machine) -> None:
     """Refuse what would be wrong, or save nothing."""
     ticks, full = args.recompute_ticks, args.recompute_granularity == "full"
     if not 0 <= ticks <= args.bp_max_steps:
@@ -36,3 +37,24 @@ def check_memory(args: argparse.Namespace) -> None:
     for flag, way_out in NOT_BUILT.items():
         if getattr(args, flag):
             raise ConfigError(f"--{flag.replace('_', '-')}: not built for this model; leave it out: {way_out}")
+    if args.cpu_offloading_num_layers:
+        _check_offloading(args, machine)
+
+
+def _check_offloading(args: argparse.Namespace, machine: Machine) -> None:
+    layers, flag = args.cpu_offloading_num_layers, "--cpu-offloading-num-layers"
+    if missing := machine.lacks_transformer_engine(OLDEST_OFFLOADING_TE):
+        raise ConfigError(f"{flag} {layers}: {missing}; leave it out: --recompute-ticks saves activations anywhere")
+    if not 0 < layers < args.num_layers:
+        raise ConfigError(f"{flag} {layers}: counts layers of each stack and must leave one of the {args.num_layers}; "
+                          f"choose 1 to {args.num_layers - 1}")
+    for other, given in {
+        f"--transformer-impl {args.transformer_impl}": args.transformer_impl != "transformer_engine",
+        # Megatron's rules (TransformerConfig.__post_init__).
+        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size > 1,
+        "--recompute-granularity (--recompute-ticks works)": args.recompute_granularity or args.recompute_activations,
+        # Whose weights come and go, and would be copied with the activations.
+        "--use-torch-fsdp2": args.use_torch_fsdp2, "--use-megatron-fsdp": args.use_megatron_fsdp,
+    }.items():
+        if given:
+            raise ConfigError(f"{flag} {layers} does not go with {other}: leave one of them out")

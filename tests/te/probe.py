@@ -9,9 +9,11 @@ Transformer Engine's pure Python package must be on PYTHONPATH.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,6 +33,7 @@ stub.install((major, minor))
 
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
+from megatron.core.extensions.transformer_engine import get_cpu_offload_context  # noqa: E402
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: E402
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noqa: E402
 
@@ -202,6 +205,65 @@ def layers_in_bf16() -> list[str]:
     gradients(model)
     return sorted({names[x.data_ptr()].rpartition(".")[0].partition(".self_")[0].partition(".mlp")[0]
                    for x in stub.CAST_LOG if x.data_ptr() in names})
+
+
+def with_one_context(block: Any, layers: int) -> Any:
+    """What the constructor of Megatron's TransformerBlock does: one context for all its calls."""
+    if isinstance(block.offload_context, contextlib.nullcontext):
+        block.offload_context, block.group_prefetch_offload_commit_async = get_cpu_offload_context(
+            True, layers, len(block.layers), True, False, False, False)
+    return block
+
+
+def offloading(precision: str) -> dict[str, Any]:
+    """Gradients of two micro-batches with activations in another place, against those without; what was copied there;
+    and what becomes of it under Megatron's one context for each stack."""
+    from transformer_engine.pytorch import cpu_offload
+
+    options: dict[str, Any] = dict(gradient_accumulation_fusion=True, architecture=replace(ARCHITECTURE, num_layers=4))
+    if precision == "fp8":
+        options |= FP8 | dict(fp8_recipe="tensorwise")
+    state, copied, contexts = cpu_offload.OffloadableLayerState, [], []
+    start, begin = state.start_offload, cpu_offload.OffloadSynchronizer.__init__
+
+    def start_offload(self: Any) -> None:
+        start(self)
+        copied.extend(x.detach() for x in self.fwd_gpu_tensor_group.tensor_list)
+
+    def remember(self: Any, *arguments: Any) -> None:
+        begin(self, *arguments)
+        contexts.append(weakref.ref(self))
+
+    def build_on(layers: int, recompute_ticks: int = 0) -> HRMModel:
+        copied.clear()
+        return with_main_grads(build(TE, cpu_offloading=layers > 0, cpu_offloading_num_layers=layers,
+                                     recompute_ticks=recompute_ticks, **options))
+    found: dict[str, Any] = dict(differ=[], bytes={}, foreign=0)
+    # Its own choice asks for a CUDA tensor of 2^18 elements; here the smallest that counts is a rotation table.
+    chosen = dict(_check_if_offload=lambda self, t: t.numel() >= 2 ** 10 and t.is_contiguous() and not (
+        isinstance(t, torch.nn.Parameter) or getattr(t, "_TE_do_not_offload", False)), start_offload=start_offload)
+    with temporarily(state, **chosen), temporarily(cpu_offload.OffloadSynchronizer, __init__=remember):
+        for bp_steps, ticks in ((2, 0), (3, 0), (5, 0), (5, 2), (8, 0)):
+            wanted = gradients(build_on(0), bp_steps=bp_steps)
+            for layers in (1, 2, 3):
+                model = build_on(layers, ticks)
+                have = gradients(model, bp_steps=bp_steps)
+                found["differ"] += [n for n, w in wanted.items() if w is not None and not torch.equal(have[n], w)]
+                found["bytes"][f"{bp_steps} {ticks} {layers}"] = sum(x.nbytes for x in copied)
+                weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
+                tables = (1, 1)  # of rotation: [s, b, 1, d]
+                found["foreign"] += sum(x.shape[1:3] == tables or x.untyped_storage().data_ptr() in weights
+                                        for x in copied)
+        stub.CAST_LOG.clear()  # what it holds has a graph
+        gc.collect()
+        found["contexts"] = [len(contexts), sum(context() is not None for context in contexts)]
+        with temporarily(hrm, offloaded=with_one_context):
+            try:
+                have = gradients(build_on(1), bp_steps=5)
+                found["one context"] = furthest(have, wanted)
+            except RuntimeError as error:
+                found["one context"] = str(error)
+    return found
 
 
 def checkpoints() -> dict[str, Any]:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = Path(os.environ.get("TE_PYTHON", Path(sys.prefix) / "te-python"))
 HOPPER, BLACKWELL = "9.0", "10.0"
 ON_HOPPER = ["presets", "spec", "fp32", "fused", "checkpoints", "delayed", "casts delayed", "casts tensorwise",
-             "recast", "layers_in_bf16", "fp8_parameters"]
+             "recast", "layers_in_bf16", "fp8_parameters", "offloading fp32", "offloading fp8"]
 ON_BLACKWELL = ["casts mxfp8"]
 RUN = ["--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 96, "--global-batch-size", 8,
        "--micro-batch-size", 2, "--sampled-data-path", FULLBATCH / "sampled", "--train-iters", 3, "--lr", 4e-3,
@@ -142,6 +142,31 @@ def test_masters_of_fp8_parameters_begin_with_the_drawn_values(claims):
     found = claims["fp8_parameters"]
     assert found["count"] == 2 * 2 * 4
     assert found["master"] == 0 and 0 < found["weight"] < 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_activations_come_back_from_the_host(claims, precision):
+    found = claims[f"offloading {precision}"]
+    assert found["differ"] == []  # bitwise: copies of the same numbers
+    assert found["foreign"] == 0  # neither weights nor what all layers share
+    made, alive = found["contexts"]
+    assert made == 2 * 3 * (2 + 3 + 5 + 3 + 8) and alive == 0  # one for each micro-batch and tick; gone with its graph
+    assert "Invalid state" in found["one context"], "Megatron's own context copes with ticks: model/offload.py may go"
+
+
+def test_what_a_layer_keeps_is_copied_once(claims):
+    copied = claims["offloading fp32"]["bytes"]
+    of_a_layer = copied["5 0 1"] // (2 * 5)
+    assert copied == {key: 2 * (ticks - again) * layers * of_a_layer for key in copied
+                      for ticks, again, layers in [map(int, key.split())]}
+    state = 64 * 64 * 4  # bytes of [s, b, h]; an FFN is 1.5 times as wide
+    print(f"a layer keeps {of_a_layer / state:.2f} states in host memory")
+    assert of_a_layer >= 8 * state  # at least the results of both norms and, of the MLP, input, activation and product
+
+
+def test_offloading_trains_by_command_line(train, bf16_losses):
+    losses, _ = train("--bf16", "--cpu-offloading-num-layers", 1)
+    assert losses == bf16_losses
 
 
 def test_bf16_training_follows_the_local_spec(launch, bf16_losses, parity, tmp_path):

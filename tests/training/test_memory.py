@@ -1,0 +1,49 @@
+"""Flags that save memory, on machines that are not here."""
+from types import SimpleNamespace
+
+import pytest
+
+from hrm_megatron.parallel.cpu import activate
+
+activate()
+
+from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.parallel.machine import Machine  # noqa: E402
+from hrm_megatron.training.memory import NOT_BUILT, check_memory  # noqa: E402
+
+HOPPER = Machine((9, 0), "2.16.1")
+USUAL = dict(
+    dict.fromkeys(NOT_BUILT), recompute_ticks=0, bp_max_steps=5, recompute_granularity=None, recompute_modules=None,
+    recompute_activations=False, fp8=None, fp8_recipe="delayed", num_layers=8, cpu_offloading_num_layers=0,
+    transformer_impl="transformer_engine", pipeline_model_parallel_size=1, use_torch_fsdp2=False,
+    use_megatron_fsdp=False)
+OFFLOADED = dict(cpu_offloading_num_layers=4)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, OFFLOADED, dict(cpu_offloading_num_layers=7), dict(OFFLOADED, recompute_ticks=2),
+    dict(OFFLOADED, fp8="hybrid"), dict(recompute_ticks=2, fp8="hybrid", fp8_recipe="tensorwise")])
+def test_what_works(changes):
+    check_memory(SimpleNamespace(**USUAL | changes), HOPPER)
+
+
+@pytest.mark.parametrize("machine, changes, parts", [
+    (HOPPER, dict(recompute_ticks=2, fp8="hybrid"),
+     ["--recompute-ticks 2 with --fp8-recipe delayed", "choose another recipe"]),
+    (Machine((9, 0), "2.9"), OFFLOADED, ["--cpu-offloading-num-layers 4: Transformer Engine 2.9 is older than 2.10",
+                                         "--recompute-ticks saves activations anywhere"]),
+    (Machine((9, 0)), OFFLOADED, ["--cpu-offloading-num-layers 4: Transformer Engine is not installed (pip install"]),
+    (HOPPER, dict(cpu_offloading_num_layers=8), ["--cpu-offloading-num-layers 8: ", "choose 1 to 7"]),
+    (HOPPER, dict(cpu_offloading_num_layers=-1), ["--cpu-offloading-num-layers -1: ", "choose 1 to 7"]),
+    (HOPPER, dict(OFFLOADED, transformer_impl="local"), ["does not go with --transformer-impl local"]),
+    (HOPPER, dict(OFFLOADED, pipeline_model_parallel_size=2), ["does not go with --pipeline-model-parallel-size"]),
+    (HOPPER, dict(OFFLOADED, recompute_granularity="selective"), ["does not go with --recompute-granularity"]),
+    (HOPPER, dict(OFFLOADED, recompute_activations=True), ["does not go with --recompute-granularity"]),
+    (HOPPER, dict(OFFLOADED, use_torch_fsdp2=True), ["does not go with --use-torch-fsdp2"]),
+    (HOPPER, dict(OFFLOADED, use_megatron_fsdp=True), ["does not go with --use-megatron-fsdp"]),
+])
+def test_what_is_refused(machine, changes, parts):
+    with pytest.raises(ConfigError) as refused:
+        check_memory(SimpleNamespace(**USUAL | changes), machine)
+    for part in parts:
+        assert part in str(refused.value)
