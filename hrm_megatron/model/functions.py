@@ -1,4 +1,4 @@
-"""The three element-wise parts of a layer as autograd functions that keep little and walk memory seldom.
+"""The element-wise parts of a layer, three of them as autograd functions that keep little and walk memory seldom.
 
 Each computes its formula in fp32 and rounds once to the dtype of its input. The formulas stand first, as plain
 functions: a compiler that sees a whole layer takes these and decides by itself what to keep. Without one the functions
@@ -25,6 +25,24 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     """`silu(a) * b` of the halves [a | b] of the last axis (Shazeer, arXiv 2002.05202)."""
     a, b = x.float().chunk(2, -1)
     return (F.silu(a) * b).to(x.dtype)
+
+
+def swiglu_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Gradient of `swiglu`'s input."""
+    a, b = x.float().chunk(2, -1)
+    g, s = grad.float(), torch.sigmoid(a)
+    return torch.cat((g * b * s * (1 + a * (1 - s)), g * a * s), -1).to(x.dtype)
+
+
+def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """`x * sigmoid(gate)`, both [...] (Megatron-Core, Attention._apply_output_gate)."""
+    return (x * torch.sigmoid(gate.float())).to(x.dtype)
+
+
+def gated_gradients(grad: torch.Tensor, x: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `gated`'s inputs."""
+    g, s = grad.float(), torch.sigmoid(gate.float())
+    return (g * s).to(x.dtype), (g * x * s * (1 - s)).to(gate.dtype)
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,15 @@ from hrm_megatron.model.kernel_choice import AUTO
 class HRMConfig(TransformerConfig):  # type: ignore[misc]
     """A TransformerConfig for both stacks; `num_layers` counts layers per stack.
 
-    The first `recompute_ticks` ticks with gradient keep only their input; `compile_layers` asks for model/compiled.py.
+    The first `recompute_ticks` ticks with gradient keep only their input; `compile_layers` asks for model/compiled.py,
+    `recompute_products` for the second half of model/products.py.
     """
 
     architecture: Architecture | None = None
     attention_kernel: str = AUTO
     recompute_ticks: int = 0
     compile_layers: bool = False
+    recompute_products: bool = False
 
     @property
     def arch(self) -> Architecture:
@@ -39,10 +41,10 @@ HRM_SETTINGS: dict[str, Any] = dict(
 )
 
 
-def swiglu_settings(compile_layers: bool = False) -> dict[str, bool]:
-    """Pick the activation: Megatron's compiled kernel on a GPU, ours elsewhere and where the whole layer is compiled
-    (the flag's name is Megatron's)."""
-    fused = torch.cuda.is_available() and not compile_layers
+def swiglu_settings(own: bool = False) -> dict[str, bool]:
+    """Pick the activation: Megatron's compiled kernel on a GPU, ours elsewhere and where it must be ours (the flag's
+    name is Megatron's)."""
+    fused = torch.cuda.is_available() and not own
     return dict(bias_activation_fusion=fused, use_te_activation_func=not fused)
 
 
@@ -54,5 +56,5 @@ def hrm_config(architecture: Architecture, **overrides: Any) -> HRMConfig:
         layernorm_epsilon=architecture.norm_epsilon, activation_func=F.silu, architecture=architecture,
         transformer_impl="local", params_dtype=torch.float32,
         use_cpu_initialization=not torch.cuda.is_available(), **HRM_SETTINGS,
-        **swiglu_settings(overrides.get("compile_layers", False)))
+        **swiglu_settings(overrides.get("compile_layers", False) or overrides.get("recompute_products", False)))
     return HRMConfig(**(settings | overrides))

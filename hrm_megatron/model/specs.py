@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -21,6 +21,7 @@ from hrm_megatron.model.compiled import CompiledLayer
 from hrm_megatron.model.functions import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
 from hrm_megatron.model.hrm_config import HRMConfig
 from hrm_megatron.model.linear import local_provider
+from hrm_megatron.model.products import DroppedSwiGLU, DroppingMLP, GatedAttention
 
 
 class WeightlessRMSNorm(torch.nn.Module):
@@ -78,18 +79,19 @@ def stack_spec(config: HRMConfig, norm_placement: str, backend: BackendSpecProvi
         norm, exit_norm = IdentityOp, None
         bias_dropout_add = add_then_norm(WeightlessRMSNorm(config, eps=config.layernorm_epsilon))
     layer_class = CompiledLayer if config.compile_layers else TransformerLayer
+    mlp_class, activation = (DroppingMLP, DroppedSwiGLU) if config.recompute_products else (MLP, SwiGLU)
     layer = ModuleSpec(module=layer_class, submodules=TransformerLayerSubmodules(
         input_layernorm=norm,
         self_attention=ModuleSpec(
-            module=SelfAttention, params={"attn_mask_type": AttnMaskType.arbitrary},
+            module=GatedAttention, params={"attn_mask_type": AttnMaskType.arbitrary},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=backend.column_parallel_linear(),
                 core_attention=core_attention(config.attention_kernel, config.params_dtype, config.kv_channels),
                 linear_proj=backend.row_parallel_linear())),
         self_attn_bda=bias_dropout_add,
         pre_mlp_layernorm=norm,
-        mlp=partial(MLP.as_mlp_submodule, ffn_hidden_size=config.ffn_hidden_size, submodules=MLPSubmodules(
-            linear_fc1=backend.column_parallel_linear(), activation_func=SwiGLU,
+        mlp=partial(mlp_class.as_mlp_submodule, ffn_hidden_size=config.ffn_hidden_size, submodules=MLPSubmodules(
+            linear_fc1=backend.column_parallel_linear(), activation_func=activation,
             linear_fc2=backend.row_parallel_linear())),
         mlp_bda=bias_dropout_add))
     return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=exit_norm)

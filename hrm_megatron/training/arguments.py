@@ -66,6 +66,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre")
     group.add_argument("--recompute-ticks", type=int, default=0, metavar="K",
                        help="the first K ticks with gradient keep only their input and run again in backward")
+    group.add_argument("--recompute-products", action="store_true",
+                       help="drop the results of SwiGLU and the output gate, and fill them again in backward")
     group.add_argument("--compile-layers", action="store_true",
                        help="join the element-wise work of Megatron's local layers by torch.compile (on a GPU)")
     group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO,
@@ -232,7 +234,7 @@ def model_config(args: argparse.Namespace) -> HRMConfig:
     config: HRMConfig = core_transformer_config_from_args(
         argparse.Namespace(**{**vars(args), "virtual_pipeline_model_parallel_size": None}), HRMConfig)
     own: dict[str, Any] = dict(architecture=architecture_of(args, args.vocab_size),
-                               **swiglu_settings(args.compile_layers))
+                               **swiglu_settings(args.compile_layers or args.recompute_products))
     config = dataclasses.replace(config, **own)
     if args.pipeline_model_parallel_size > 1:
         config.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size

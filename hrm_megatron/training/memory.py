@@ -34,6 +34,9 @@ def check_memory(args: argparse.Namespace, machine: Machine) -> None:
             if module not in RECOMPUTED_MODULES:
                 raise ConfigError(f"--recompute-modules {module}: saves nothing in this model; choose among "
                                   f"{', '.join(RECOMPUTED_MODULES)}")
+    if args.recompute_products and args.fp8:
+        raise ConfigError("--recompute-products: saves nothing in FP8, whose layers keep their own copy of what they "
+                          "multiply; leave it out")
     for flag, way_out in NOT_BUILT.items():
         if getattr(args, flag):
             raise ConfigError(f"--{flag.replace('_', '-')}: not built for this model; leave it out: {way_out}")
@@ -53,6 +56,7 @@ def _check_offloading(args: argparse.Namespace, machine: Machine) -> None:
         # Megatron's rules (TransformerConfig.__post_init__).
         "--pipeline-model-parallel-size": args.pipeline_model_parallel_size > 1,
         "--recompute-granularity (--recompute-ticks works)": args.recompute_granularity or args.recompute_activations,
+        "--recompute-products": args.recompute_products,
         # Whose weights come and go, and would be copied with the activations.
         "--use-torch-fsdp2": args.use_torch_fsdp2, "--use-megatron-fsdp": args.use_megatron_fsdp,
     }.items():
