@@ -22,6 +22,7 @@ from hrm_megatron.training.checkpoint import check_checkpoint, guard_saves  # no
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
+from hrm_megatron.training.memory import LESS_MEMORY  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
@@ -66,6 +67,9 @@ def main() -> None:
             time.sleep(5)  # where all ranks see the same, the launcher ends this one before it repeats rank 0
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: rank {rank}: {str(error).splitlines()[0]} {LESS_MEMORY}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,13 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import HrmTextConfig, HrmTextForCausalLM  # noqa: E402
 
-from hrm_megatron.benchmark.peak import matmul_flops_per_second, median_seconds  # noqa: E402
+from hrm_megatron.benchmark.peak import (  # noqa: E402
+    in_the_longest_row_that_fits,
+    matmul_flops_per_second,
+    median_seconds,
+)
 from hrm_megatron.benchmark.record import add_row, check_table, device_name, versions  # noqa: E402
-from hrm_megatron.benchmark.train import measure  # noqa: E402
+from hrm_megatron.benchmark.train import Measured, measure  # noqa: E402
 from hrm_megatron.config import PRESETS, Architecture, ConfigError, Preset, ffn_hidden_size  # noqa: E402
 from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch, assemble_row  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
@@ -143,21 +147,28 @@ def measure_training(args: argparse.Namespace) -> None:
               f"{found.flops_per_second / peak:.1%}", f"{found.peak_bytes / 1e9:.1f} GB",
               ", ".join(f"{share.group} {share.share:.1%}" for share in found.shares)]
     if args.peer:
-        seconds = peer_seconds(found.architecture, args, folder / "data")
-        print(f"transformers {args.row_tokens / seconds:12,.0f}   tokens/s, forward and backward of a row in bf16, no "
-              f"optimizer; ours is {found.tokens_per_second * seconds / args.row_tokens:.2f} times as fast with one")
-        cells.append(f"{args.row_tokens / seconds:,.0f}")
+        cells.append(time_peer(found, args, folder / "data"))
     print(f"trace, log and output: {folder}")
     if args.record:
         add_row(args.record, dict(itertools.zip_longest(COLUMNS, cells, fillvalue="not timed")))
 
 
-def peer_seconds(architecture: Architecture, args: argparse.Namespace, data: Path) -> float:
-    """Median time of transformers' HrmText for the first row of `data`."""
-    row = PackedRows(SampledFolder(data), args.row_tokens, 0, 1)[0]
-    step = transformers_step({name: tensor[None] for name, tensor in row.items()}, architecture, args.bp_steps,
-                             "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
-    return median_seconds(step, args.steps, warmup=2)
+def time_peer(ours: Measured, args: argparse.Namespace, data: Path) -> str:
+    """Time transformers' HrmText over the first row of `data`, a shorter one where that does not fit; print and return
+    what came of it."""
+    def seconds(row_tokens: int) -> float:
+        row = PackedRows(SampledFolder(data), row_tokens, 0, 1)[0]
+        step = transformers_step({name: tensor[None] for name, tensor in row.items()}, ours.architecture,
+                                 args.bp_steps, "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+        return median_seconds(step, args.steps, warmup=2)
+
+    timed = in_the_longest_row_that_fits(seconds, args.row_tokens)
+    if timed is None:
+        return "out of memory"
+    speed = timed[0] / timed[1]
+    print(f"transformers {speed:12,.0f}   tokens/s, forward and backward of a row of {timed[0]} tokens in bf16, no "
+          f"optimizer; ours is {ours.tokens_per_second / speed:.2f} times as fast with one")
+    return f"{speed:,.0f}" + ("" if timed[0] == args.row_tokens else f" in rows of {timed[0]}")
 
 
 def main() -> None:

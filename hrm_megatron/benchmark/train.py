@@ -58,8 +58,8 @@ def measure(preset: Preset, row_tokens: int, rows: int, steps: int, vocab_size: 
     with (folder / "output").open("w") as output:
         code = subprocess.run([*command, *flags], stdout=output, stderr=subprocess.STDOUT).returncode
     if code:
-        said = re.findall(r"^(?:\[rank0\]: )?((?:error|\w+Error): .*)", (folder / "output").read_text(errors="replace"),
-                          re.MULTILINE)
+        output_text = (folder / "output").read_text(errors="replace")
+        said = re.findall(r"^(?:\[rank0\]: )?((?:error|[\w.]+Error): .*)", output_text, re.MULTILINE)
         raise ConfigError(f"the run failed: {said[0] if said else f'exit code {code}'}; its output is in "
                           f"{folder / 'output'}")
     scalars = _scalars(folder / "log")

@@ -1,9 +1,10 @@
 """Layers that keep less for backward: a gate by itself, and with --recompute-products no results of gates.
 
-SwiGLU and attention's output gate are products of factors that are kept anyway. A product is read by one matrix product,
-which keeps it for the gradient of its weight. Here its memory goes once that matrix product has run, and comes back,
-filled from the factors, when the gradient arrives there. No graph is built again and no layer knows of it: the tensor
-stays, its storage is emptied and filled.
+SwiGLU and attention's output gate are products of factors that are kept anyway. A product is read by one linear layer,
+which keeps it for the gradient of its weight. Here its memory goes once that layer has run, and comes back, filled from
+the factors, when the gradient arrives there. No graph is built again and no layer knows of it: the tensor stays, its
+storage is emptied and filled. (Megatron's CheckpointWithoutOutput builds the graph again, keeps states of random
+generators and compiles C++ at run time.)
 """
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ SWIGLU, GATED = Kind(swiglu, swiglu_gradient), Kind(gated, gated_gradients)
 
 
 class DroppedProduct:
-    """The memory of one product: dropped after a matrix product, there again for the backward of that."""
+    """The memory of one product: dropped after the layer that reads it, there again for the backward of that."""
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind

@@ -14,6 +14,8 @@ NOT_BUILT = {
     "optimizer_cpu_offload": "it would train by Adam; data parallel ranks share the state already",
     "use_precision_aware_optimizer": "AdamATan2 keeps its state in fp32",
 }
+LESS_MEMORY = ("Way out: --recompute-products or --fp8-format, then --recompute-ticks K, keep less of each position; a "
+               "smaller --micro-batch-size or shorter rows (--seq-length) are fewer positions at a time")
 OLDEST_OFFLOADING_TE = (2, 10)  # its second way of offloading, which keeps a layer's own copies apart (cpu_offload.py)
 
 

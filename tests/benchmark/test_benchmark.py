@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hrm_megatron.benchmark.kernels import breakdown
+from hrm_megatron.benchmark.peak import SHORTEST_ROW, in_the_longest_row_that_fits
 from hrm_megatron.benchmark.record import add_row
 from hrm_megatron.benchmark.rows import write_random_examples
 from hrm_megatron.config import ConfigError
@@ -88,6 +90,20 @@ def test_rows_are_added_to_the_table(tmp_path):
     with pytest.raises(ConfigError, match="b.md: the table under .* has other columns; it needs . device . memory ."):
         add_row(file, {"device": "G", "memory": "1"})
     assert file.read_text() == before
+
+
+@pytest.mark.parametrize("fits, asked, timed", [(9000, 24_576, (6144, 61.44)), (24_576, 24_576, (24_576, 245.76)),
+                                                (1000, 24_576, None), (1000, 512, (512, 5.12))])
+def test_rows_are_halved_until_they_fit(fits, asked, timed):
+    tried = []
+
+    def seconds_of(row_tokens):
+        tried.append(row_tokens)
+        if row_tokens > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return row_tokens / 100
+    assert in_the_longest_row_that_fits(seconds_of, asked) == timed
+    assert tried == [asked // 2 ** n for n in range(len(tried))] and tried[-1] >= min(asked, SHORTEST_ROW)
 
 
 @pytest.mark.slow

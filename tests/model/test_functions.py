@@ -42,6 +42,23 @@ def test_value_and_gradient_equal_the_formula(name, dtype, tolerance):
         assert (have.float() - want.float()).abs().max() <= tolerance * want.float().abs().max()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])  # one rounding: 2^-8
+@pytest.mark.parametrize("formula, gradients, shapes", [
+    (functions.swiglu, functions.swiglu_gradient, [(7, 2, 10)]),
+    (functions.gated, functions.gated_gradients, [(7, 2, 6), (7, 2, 6)])], ids=["swiglu", "gated"])
+def test_gradients_of_products(formula, gradients, shapes, dtype, tolerance):
+    generator = torch.Generator().manual_seed(1)
+    factors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    wide = [factor.detach().double().requires_grad_() for factor in factors]
+    out = formula(*factors)
+    grad = torch.randn(out.shape, generator=generator).to(dtype)
+    wanted = torch.autograd.grad((formula(*wide) * grad.double()).sum(), wide)
+    have = gradients(grad, *(factor.detach() for factor in factors))
+    for ours, theirs in zip(have if isinstance(have, tuple) else (have,), wanted, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
 def test_a_row_of_zeros_has_a_finite_norm_and_gradient():
     x = torch.zeros(2, 5, requires_grad=True)
     y = RMSNormFunction.apply(x, 1e-6)

@@ -7,6 +7,7 @@ import torch
 
 from hrm_megatron.config import Architecture
 from hrm_megatron.data.batch import PackedBatch, assemble_row
+from tests.model.kept import kept_bytes
 
 ARCHITECTURE = Architecture(2, 24, 3, 40, 250)
 TARGETS = [(range(1, 5), range(4)), (range(3, 8), range(1)), (range(1, 2), range(9, 16))]
@@ -50,21 +51,6 @@ def test_layers_recompute_parts_of_themselves_in_every_tick(build, ticks, module
     have = gradients(build(recompute_ticks=ticks, recompute_granularity="selective", recompute_modules=modules), 3)
     for name, want in wanted.items():
         assert torch.equal(have[name], want), name
-
-
-def kept_bytes(run, leave_out):
-    """Bytes of all that `run` saves for its backward, each storage once; without parameters and `leave_out`."""
-    known, kept = {t.untyped_storage().data_ptr() for t in leave_out}, {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    assert result.requires_grad
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("bp_steps", [2, 5])

@@ -1,6 +1,6 @@
 """Transformer Engine's Python half on a CPU over tests/te/stub.py; run as a program by test_te.py.
 
-    python -m tests.te.probe CAPABILITY CLAIM ...            what each CLAIM, a function below (and argument), returns
+    python -m tests.te.probe CAPABILITY CLAIM ...            what each CLAIM, a function here (and argument), returns
     python -m tests.te.probe CAPABILITY train ARGUMENT ...   what `train` returns for arguments of hrm_megatron.pretrain
 
 The answer is a JSON object in the last line on stdout. CAPABILITY is that of the pretended GPU, such as 9.0.
@@ -9,13 +9,10 @@ Transformer Engine's pure Python package must be on PYTHONPATH.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import sys
 import tempfile
-import weakref
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -33,68 +30,30 @@ stub.install((major, minor))
 
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
-from megatron.core.extensions.transformer_engine import get_cpu_offload_context  # noqa: E402
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: E402
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noqa: E402
 
 from hrm_megatron.config import PRESETS, Architecture  # noqa: E402
-from hrm_megatron.data.batch import PackedBatch  # noqa: E402
 from hrm_megatron.model import hrm, te_linear  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402
 from hrm_megatron.model.hrm_config import hrm_config  # noqa: E402
 from hrm_megatron.parallel.replaced import temporarily  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
+from tests.te.memory import kept, offloading  # noqa: E402
+from tests.te.models import (  # noqa: E402
+    ARCHITECTURE,
+    FP8,
+    LOCAL,
+    TE,
+    batches,
+    build,
+    furthest,
+    gradients,
+    with_main_grads,
+)
 
-ARCHITECTURE = Architecture(2, 64, 4, 96, 250)
 ATTRIBUTES = ("tensor_model_parallel", "partition_dim", "partition_stride", "allreduce", "sequence_parallel")
-LOCAL, TE = "local", "transformer_engine"
-ROW_TOKENS = 64
-
-
-def build(implementation: str, seed: int = 3, architecture: Architecture = ARCHITECTURE,
-          **overrides: Any) -> HRMModel:
-    return HRMModel(hrm_config(architecture, transformer_impl=implementation, use_cpu_initialization=True,
-                               attention_kernel="sdpa", **overrides), seed)
-
-
-def batches(count: int) -> Iterator[PackedBatch]:
-    """Rows of two examples and some padding."""
-    generator = torch.Generator().manual_seed(11)
-    for _ in range(count):
-        tokens = torch.randint(250, (1, ROW_TOKENS), generator=generator)
-        position_ids = torch.cat([torch.arange(23), torch.arange(30), torch.zeros(11, dtype=torch.int64)])[None]
-        labels = torch.full_like(tokens, -100)
-        labels[0, 9:23], labels[0, 23 + 4:53] = tokens[0, 10:24], tokens[0, 28:54]
-        yield PackedBatch.from_rows(dict(
-            tokens=tokens, labels=labels, position_ids=position_ids, prefix_lengths=lengths(10, 5),
-            response_lengths=lengths(13, 25)))
-
-
-def lengths(*values: int) -> torch.Tensor:
-    return torch.tensor([[*values, *[0] * (ROW_TOKENS - len(values))]])
-
-
-def with_main_grads(model: HRMModel) -> HRMModel:
-    """Give every weight what Megatron's DDP gives it."""
-    for weight in model.parameters():
-        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
-        weight.grad_added_to_main_grad = False
-    return model
-
-
-def gradients(model: HRMModel, count: int = 2, bp_steps: int = 5) -> dict[str, torch.Tensor]:
-    """Run a step of `count` micro-batches as the schedule does: fp32 gradients by name."""
-    for number, batch in enumerate(batches(count)):
-        if not number:
-            model.set_is_first_microbatch()
-        model(batch=batch, bp_steps=bp_steps)[0].sum().backward()
-    return {name: weight.main_grad if getattr(weight, "grad_added_to_main_grad", False) else weight.grad
-            for name, weight in model.named_parameters()}
-
-
-def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Largest error of any tensor, of its largest element."""
-    return max(float((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max()) for n in theirs)
+MEMORY = {"kept": kept, "offloading": offloading}
 
 
 def presets() -> dict[str, Any]:
@@ -165,9 +124,6 @@ def fused() -> dict[str, float]:
     return found
 
 
-FP8 = dict(fp8="hybrid", params_dtype=torch.bfloat16, bf16=True, gradient_accumulation_fusion=True)
-
-
 def casts(recipe: str) -> dict[str, Any]:
     """Casts of each weight in each of three steps of two micro-batches, and how near FP8 stays to bf16."""
     model = with_main_grads(build(TE, fp8_recipe=recipe, **FP8))
@@ -205,65 +161,6 @@ def layers_in_bf16() -> list[str]:
     gradients(model)
     return sorted({names[x.data_ptr()].rpartition(".")[0].partition(".self_")[0].partition(".mlp")[0]
                    for x in stub.CAST_LOG if x.data_ptr() in names})
-
-
-def with_one_context(block: Any, layers: int) -> Any:
-    """What the constructor of Megatron's TransformerBlock does: one context for all its calls."""
-    if isinstance(block.offload_context, contextlib.nullcontext):
-        block.offload_context, block.group_prefetch_offload_commit_async = get_cpu_offload_context(
-            True, layers, len(block.layers), True, False, False, False)
-    return block
-
-
-def offloading(precision: str) -> dict[str, Any]:
-    """Gradients of two micro-batches with activations in another place, against those without; what was copied there;
-    and what becomes of it under Megatron's one context for each stack."""
-    from transformer_engine.pytorch import cpu_offload
-
-    options: dict[str, Any] = dict(gradient_accumulation_fusion=True, architecture=replace(ARCHITECTURE, num_layers=4))
-    if precision == "fp8":
-        options |= FP8 | dict(fp8_recipe="tensorwise")
-    state, copied, contexts = cpu_offload.OffloadableLayerState, [], []
-    start, begin = state.start_offload, cpu_offload.OffloadSynchronizer.__init__
-
-    def start_offload(self: Any) -> None:
-        start(self)
-        copied.extend(x.detach() for x in self.fwd_gpu_tensor_group.tensor_list)
-
-    def remember(self: Any, *arguments: Any) -> None:
-        begin(self, *arguments)
-        contexts.append(weakref.ref(self))
-
-    def build_on(layers: int, recompute_ticks: int = 0) -> HRMModel:
-        copied.clear()
-        return with_main_grads(build(TE, cpu_offloading=layers > 0, cpu_offloading_num_layers=layers,
-                                     recompute_ticks=recompute_ticks, **options))
-    found: dict[str, Any] = dict(differ=[], bytes={}, foreign=0)
-    # Its own choice asks for a CUDA tensor of 2^18 elements; here the smallest that counts is a rotation table.
-    chosen = dict(_check_if_offload=lambda self, t: t.numel() >= 2 ** 10 and t.is_contiguous() and not (
-        isinstance(t, torch.nn.Parameter) or getattr(t, "_TE_do_not_offload", False)), start_offload=start_offload)
-    with temporarily(state, **chosen), temporarily(cpu_offload.OffloadSynchronizer, __init__=remember):
-        for bp_steps, ticks in ((2, 0), (3, 0), (5, 0), (5, 2), (8, 0)):
-            wanted = gradients(build_on(0), bp_steps=bp_steps)
-            for layers in (1, 2, 3):
-                model = build_on(layers, ticks)
-                have = gradients(model, bp_steps=bp_steps)
-                found["differ"] += [n for n, w in wanted.items() if w is not None and not torch.equal(have[n], w)]
-                found["bytes"][f"{bp_steps} {ticks} {layers}"] = sum(x.nbytes for x in copied)
-                weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
-                tables = (1, 1)  # of rotation: [s, b, 1, d]
-                found["foreign"] += sum(x.shape[1:3] == tables or x.untyped_storage().data_ptr() in weights
-                                        for x in copied)
-        stub.CAST_LOG.clear()  # what it holds has a graph
-        gc.collect()
-        found["contexts"] = [len(contexts), sum(context() is not None for context in contexts)]
-        with temporarily(hrm, offloaded=with_one_context):
-            try:
-                have = gradients(build_on(1), bp_steps=5)
-                found["one context"] = furthest(have, wanted)
-            except RuntimeError as error:
-                found["one context"] = str(error)
-    return found
 
 
 def checkpoints() -> dict[str, Any]:
@@ -363,7 +260,7 @@ def main() -> None:
         for claim in claims:
             FP8GlobalStateManager.reset()
             name, *arguments = claim.split()
-            answers[claim] = globals()[name](*arguments)
+            answers[claim] = (MEMORY.get(name) or globals()[name])(*arguments)
     print(json.dumps(answers))
 
 

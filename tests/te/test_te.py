@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = Path(os.environ.get("TE_PYTHON", Path(sys.prefix) / "te-python"))
 HOPPER, BLACKWELL = "9.0", "10.0"
 ON_HOPPER = ["presets", "spec", "fp32", "fused", "checkpoints", "delayed", "casts delayed", "casts tensorwise",
-             "recast", "layers_in_bf16", "fp8_parameters", "offloading fp32", "offloading fp8"]
+             "recast", "layers_in_bf16", "fp8_parameters", "offloading fp32", "offloading fp8",
+             "kept"]
 ON_BLACKWELL = ["casts mxfp8"]
 RUN = ["--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 96, "--global-batch-size", 8,
        "--micro-batch-size", 2, "--sampled-data-path", FULLBATCH / "sampled", "--train-iters", 3, "--lr", 4e-3,
@@ -162,6 +163,20 @@ def test_what_a_layer_keeps_is_copied_once(claims):
     state = 64 * 64 * 4  # bytes of [s, b, h]; an FFN is 1.5 times as wide
     print(f"a layer keeps {of_a_layer / state:.2f} states in host memory")
     assert of_a_layer >= 8 * state  # at least the results of both norms and, of the MLP, input, activation and product
+
+
+def test_what_a_layer_of_XL_keeps_on_a_gpu(claims):
+    from hrm_megatron.config import PRESETS
+
+    sizes, found = PRESETS["XL"], claims["kept"]
+    ffn = sizes.ffn_hidden_size / sizes.hidden_size
+    for dropped, states in found.items():
+        megabytes = states * sizes.hidden_size * 2 * sizes.num_layers / 1e6
+        print(f"products dropped: {dropped:5}  {states:.2f} states, {megabytes:.2f} MB a position and tick")
+    # Both norms' results; queries, keys and values of both calls, attention's two results; the gate; the projection's
+    # input; and the MLP's two activations. Keys and values of prefixes are there twice; indices and sums are small.
+    assert 2 + 5 + 1 + 1 + 3 * ffn < found["False"] < 2 + 5 + 1 + 1 + 3 * ffn + 2
+    assert found["False"] - found["True"] == pytest.approx(1 + ffn, abs=1e-6)
 
 
 def test_offloading_trains_by_command_line(train, bf16_losses):

@@ -42,3 +42,20 @@ def children(pid):
 def rank_of(pid):
     with open(f"/proc/{pid}/environ") as file:
         return dict(entry.split("=", 1) for entry in file.read().split("\0") if "=" in entry).get("RANK")
+
+
+NO_MEMORY = """
+import torch
+from hrm_megatron.model.hrm import HRMModel
+
+def states(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB." + chr(10) + "More.")
+HRMModel.states = states
+"""
+
+
+def test_too_little_memory_names_ways_out(launch, fullbatch_arguments):
+    run = launch(*fullbatch_arguments, prelude=NO_MEMORY)
+    assert run.code == 1 and "Traceback" not in run.output and len(run.errors) == 1, run.output
+    assert run.errors[0].startswith("error: rank 0: CUDA out of memory. Tried to allocate 20.00 MiB. Way out: "
+                                    "--recompute-products or ")

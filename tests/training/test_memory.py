@@ -14,15 +14,16 @@ from hrm_megatron.training.memory import NOT_BUILT, check_memory  # noqa: E402
 HOPPER = Machine((9, 0), "2.16.1")
 USUAL = dict(
     dict.fromkeys(NOT_BUILT), recompute_ticks=0, bp_max_steps=5, recompute_granularity=None, recompute_modules=None,
-    recompute_activations=False, fp8=None, fp8_recipe="delayed", num_layers=8, cpu_offloading_num_layers=0,
-    transformer_impl="transformer_engine", pipeline_model_parallel_size=1, use_torch_fsdp2=False,
-    use_megatron_fsdp=False)
+    recompute_activations=False, recompute_products=False, fp8=None, fp8_recipe="delayed", num_layers=8,
+    cpu_offloading_num_layers=0, transformer_impl="transformer_engine", pipeline_model_parallel_size=1,
+    use_torch_fsdp2=False, use_megatron_fsdp=False)
 OFFLOADED = dict(cpu_offloading_num_layers=4)
 
 
 @pytest.mark.parametrize("changes", [
     {}, OFFLOADED, dict(cpu_offloading_num_layers=7), dict(OFFLOADED, recompute_ticks=2),
-    dict(OFFLOADED, fp8="hybrid"), dict(recompute_ticks=2, fp8="hybrid", fp8_recipe="tensorwise")])
+    dict(OFFLOADED, fp8="hybrid"), dict(recompute_products=True, recompute_ticks=2),
+    dict(recompute_ticks=2, fp8="hybrid", fp8_recipe="tensorwise")])
 def test_what_works(changes):
     check_memory(SimpleNamespace(**USUAL | changes), HOPPER)
 
@@ -39,6 +40,8 @@ def test_what_works(changes):
     (HOPPER, dict(OFFLOADED, pipeline_model_parallel_size=2), ["does not go with --pipeline-model-parallel-size"]),
     (HOPPER, dict(OFFLOADED, recompute_granularity="selective"), ["does not go with --recompute-granularity"]),
     (HOPPER, dict(OFFLOADED, recompute_activations=True), ["does not go with --recompute-granularity"]),
+    (HOPPER, dict(OFFLOADED, recompute_products=True), ["does not go with --recompute-products"]),
+    (HOPPER, dict(recompute_products=True, fp8="hybrid"), ["--recompute-products: saves nothing in FP8", "leave it"]),
     (HOPPER, dict(OFFLOADED, use_torch_fsdp2=True), ["does not go with --use-torch-fsdp2"]),
     (HOPPER, dict(OFFLOADED, use_megatron_fsdp=True), ["does not go with --use-megatron-fsdp"]),
 ])
