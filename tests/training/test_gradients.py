@@ -28,6 +28,7 @@ MORE = {
                                    "--decoder-last-pipeline-num-layers", 1]),
     "TP 2 x PP 2 + SP, products dropped": (4, [TP, 2, PP, 2, "--sequence-parallel", PRODUCTS]),
     "FSDP2, products dropped": (2, [FSDP2, PRODUCTS]),
+    "Megatron-FSDP, products dropped": (2, [MEGATRON_FSDP, PRODUCTS]),
     "FSDP2, whole between forward and backward": (2, [FSDP2, "--torch-fsdp2-no-reshard-after-forward"]),
     "Megatron-FSDP": (2, [MEGATRON_FSDP]),
     "Megatron-FSDP x TP 2 + SP": (4, [MEGATRON_FSDP, TP, 2, "--sequence-parallel"]),
