@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from hrm_megatron.data.batch import send
+from hrm_megatron.model.places import FromCalls, Places, ToCalls
 from hrm_megatron.model.prefix_lm import Piece, PrefixSequences
 
 
@@ -25,17 +25,16 @@ class VarlenCall:
     `queries` [tq] and `keys` [tk] are places in the flattened positions, [s/cp * b] and [s * b]; sequence i is
     `cu_queries[i]` to `cu_queries[i + 1]` of the former and the same of `cu_keys` in the latter (int32, [n + 1]).
     `max_queries` and `max_keys` bound the lengths. Under `causal` the last query of a sequence sees all keys, the
-    one before all but the last. `distinct_keys`: no place is in `keys` twice.
+    one before all but the last.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
+    queries: Places
+    keys: Places
     cu_queries: torch.Tensor
     cu_keys: torch.Tensor
     max_queries: int
     max_keys: int
     causal: bool
-    distinct_keys: bool
 
 
 # q [tq, heads, d], k and v [tk, heads, d], call, softmax scale (None: 1 / sqrt(d)) > [tq, heads, d]
@@ -62,8 +61,8 @@ def _call(pieces: list[tuple[int, Piece]], causal: bool, rows: int, device: torc
         cu_queries, cu_keys = (torch.cat((cu, cu[-1:].expand(empty))) for cu in (cu_queries, cu_keys))
     # Slices of a context rank can both cut one example; then its keys are here twice.
     distinct = len({(row, piece.keys[0]) for row, piece in pieces}) == len(pieces)
-    return VarlenCall(send(queries, device), send(keys, device), send(cu_queries.int(), device),
-                      send(cu_keys.int(), device), max_queries, max_keys, causal, distinct)
+    return VarlenCall(Places.of(queries, True, device), Places.of(keys, distinct, device),
+                      send(cu_queries.int(), device), send(cu_keys.int(), device), max_queries, max_keys, causal)
 
 
 def _places(runs: Sequence[tuple[int, int, int]], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,36 +79,18 @@ def bucket(n: int, smallest: int = 16) -> int:
     return max(smallest, 1 << (n - 1).bit_length())
 
 
-class TakeRows(torch.autograd.Function):
-    """x [t, ...] at `places`, [n, ...]; `distinct` says that no place is there twice.
-
-    The gradient of index_select adds atomically, which bf16 does slowly; where places are distinct a copy does.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, distinct: bool) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        ctx.rows, ctx.distinct = len(x), distinct
-        return x.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        out = grads[0].new_zeros(ctx.rows, *grads[0].shape[1:])
-        (out.index_copy_ if ctx.distinct else out.index_add_)(0, places, grads[0])
-        return out, None, None
-
-
 def attend_in_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, calls: Sequence[VarlenCall],
                     primitive: Primitive, scale: float | None) -> torch.Tensor:
     """Attention of q [s/cp, b, heads, d] to k, v [s, b, heads, d]: [s/cp, b, heads * d], zeros at padding."""
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
-    out = q.new_zeros(flat_q.shape)
-    for call in calls:
-        queries = TakeRows.apply(flat_q, call.queries, True)
-        keys, values = (TakeRows.apply(t, call.keys, call.distinct_keys) for t in (flat_k, flat_v))
-        out.index_copy_(0, call.queries, primitive(queries, keys, values, call, scale))
-    return (out if calls else torch.cat((out, nothing_of(flat_q, flat_k, flat_v)))).view(*q.shape[:2], -1)
+    if calls:
+        parts = ToCalls.apply(flat_q, flat_k, flat_v, [(call.queries, call.keys) for call in calls])
+        results = [primitive(queries, keys, values, call, scale)
+                   for (queries, keys, values), call in zip(itertools.batched(parts, 3), calls, strict=True)]
+        out = FromCalls.apply([call.queries for call in calls], len(flat_q), *results)
+    else:
+        out = torch.cat((torch.zeros_like(flat_q), nothing_of(flat_q, flat_k, flat_v)))
+    return out.view(*q.shape[:2], -1)
 
 
 def nothing_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

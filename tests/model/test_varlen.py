@@ -98,26 +98,53 @@ def calls(lengths, row_tokens, bucketed=False, spans=None):
 
 
 def plain(call):
-    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(call).items()}
+    """The call's fields, with places as a list, or as a run."""
+    found = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(call).items()}
+    return found | {name: (value.run or value.index.tolist(), value.distinct) for name, value in vars(call).items()
+                    if name in ("queries", "keys")}
 
 
 def test_the_calls_of_two_rows_are_those_by_hand():
     prefixes, responses = calls([[(3, 2), (2, 0)], [(1, 3)]], 8)
     # Position i of row j lies at 2 * i + j.
     assert plain(prefixes) == dict(
-        queries=[0, 2, 4, 10, 12, 1], keys=[0, 2, 4, 10, 12, 1], cu_queries=[0, 3, 5, 6], cu_keys=[0, 3, 5, 6],
-        max_queries=3, max_keys=3, causal=False, distinct_keys=True)
+        queries=([0, 2, 4, 10, 12, 1], True), keys=([0, 2, 4, 10, 12, 1], True), cu_queries=[0, 3, 5, 6],
+        cu_keys=[0, 3, 5, 6], max_queries=3, max_keys=3, causal=False)
     assert plain(responses) == dict(
-        queries=[6, 8, 3, 5, 7], keys=[0, 2, 4, 6, 8, 1, 3, 5, 7], cu_queries=[0, 2, 5], cu_keys=[0, 5, 9],
-        max_queries=3, max_keys=5, causal=True, distinct_keys=True)
+        queries=([6, 8, 3, 5, 7], True), keys=([0, 2, 4, 6, 8, 1, 3, 5, 7], True), cu_queries=[0, 2, 5],
+        cu_keys=[0, 5, 9], max_queries=3, max_keys=5, causal=True)
     assert {call.cu_keys.dtype for call in (prefixes, responses)} == {torch.int32}
 
 
 def test_a_context_rank_cuts_queries_and_keeps_their_keys():
     first, second = calls([[(5, 7)]], 12, spans=context_spans(12, 1, 2))  # holds 3 to 6 and 6 to 9
-    assert (first.queries.tolist(), first.cu_keys.tolist()) == ([0, 1], [0, 5])
-    assert (second.queries.tolist(), second.cu_queries.tolist()) == ([2, 3, 4, 5], [0, 1, 4])
-    assert second.cu_keys.tolist() == [0, 6, 6 + 9] and not second.distinct_keys
+    assert (first.queries.index.tolist(), first.cu_keys.tolist()) == ([0, 1], [0, 5])
+    assert (second.queries.index.tolist(), second.cu_queries.tolist()) == ([2, 3, 4, 5], [0, 1, 4])
+    assert second.cu_keys.tolist() == [0, 6, 6 + 9] and not second.keys.distinct
+
+
+def test_keys_of_a_single_row_stay_where_they_are():
+    prefixes, responses = calls([[(3, 2), (2, 1)]], 10)
+    assert responses.keys.run == (0, 8) and prefixes.keys.run is responses.queries.run is None
+    assert calls([[(3, 0)]], 10)[0].queries.run == (0, 3)
+    k = torch.randn(10, HEADS, D)
+    assert responses.keys.take(k).data_ptr() == k.data_ptr() and responses.keys.take(k[:, :, ::2]).is_contiguous()
+    assert calls([[(3, 2)], [(2, 1)]], 10)[1].keys.run is None  # rows lie interleaved
+
+
+@pytest.mark.parametrize("places, distinct", [([2, 3, 4], True), ([0, 1, 2, 3, 4, 5, 6], True), ([0], True),
+                                              ([5, 0, 3], True), ([4, 5, 6], True), ([1, 4, 4, 2, 1], False)])
+def test_rows_go_to_their_places_and_come_from_there(places, distinct):
+    from hrm_megatron.model.places import Places
+
+    count = 7
+    at = Places.of(torch.tensor(places), distinct, torch.device("cpu"))
+    assert (at.run is not None) == (places == [*range(places[0], places[-1] + 1)]) and len(at) == len(places)
+    x, rows, total = torch.randn(count, 2), torch.randn(len(places), 2), torch.randn(count, 2)
+    wanted = torch.zeros(count, 2).index_add(0, torch.tensor(places), rows)
+    assert torch.equal(at.take(x), x[places])
+    assert torch.equal(at.put(rows, count), wanted)
+    assert torch.allclose(at.add(rows, total.clone()), total + wanted)  # a place that is there twice: another order
 
 
 def test_a_call_without_queries_is_left_out():
@@ -138,7 +165,8 @@ def test_buckets_leave_few_shapes_and_the_same_sequences():
                 cu = getattr(rounded, name)
                 assert torch.equal(cu[:n], getattr(exact, name)) and (cu[n:] == cu[n - 1]).all()
             assert rounded.max_queries >= exact.max_queries and rounded.max_keys >= exact.max_keys
-            assert torch.equal(rounded.queries, exact.queries) and torch.equal(rounded.keys, exact.keys)
+            assert torch.equal(rounded.queries.index, exact.queries.index)
+            assert torch.equal(rounded.keys.index, exact.keys.index)
     assert len(shapes[True]) <= 12 < 50 < len(shapes[False])
 
 
@@ -150,7 +178,7 @@ def test_buckets_are_powers_of_two():
 
 def test_all_ticks_and_layers_share_what_a_micro_batch_makes_once(single_rank, monkeypatch):
     from hrm_megatron.data.batch import PackedBatch, assemble_row
-    from hrm_megatron.model import specs, varlen
+    from hrm_megatron.model import places, specs, varlen
     from hrm_megatron.model.attention import VarlenAttention
     from hrm_megatron.model.hrm import HRMModel
     from hrm_megatron.model.hrm_config import hrm_config
@@ -167,7 +195,8 @@ def test_all_ticks_and_layers_share_what_a_micro_batch_makes_once(single_rank, m
             return varlen.plain_varlen(q, k, v, call, scale)
 
     send = varlen.send
-    monkeypatch.setattr(varlen, "send", lambda t, device: made.append(t) or send(t, device))
+    for module in (varlen, places):
+        monkeypatch.setattr(module, "send", lambda t, device: made.append(t) or send(t, device))
     monkeypatch.setattr(specs, "core_attention", lambda *_: Counted)
     model = HRMModel(hrm_config(Architecture(2, HEADS * D, HEADS, 16, 250)), seed=3)
     tokens = torch.arange(1, 9).numpy()
