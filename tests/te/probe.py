@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -222,10 +223,12 @@ def fp8_parameters() -> dict[str, float]:
     return vars(found)
 
 
-def train(*arguments: str) -> list[list[int]]:
-    """Run hrm_megatron.pretrain as this rank: how often it cast each weight that it cast, in each step."""
+def train(*arguments: str) -> dict[str, Any]:
+    """Run hrm_megatron.pretrain as this rank: how often it cast each weight that it cast, in each step, and how many
+    contexts it made for offloading."""
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.training import training
+    from transformer_engine.pytorch import cpu_offload
 
     from hrm_megatron import pretrain
 
@@ -247,8 +250,10 @@ def train(*arguments: str) -> list[list[int]]:
         return done
     training.train_step = train_step
     sys.argv = ["pretrain", *arguments]
-    pretrain.train()
-    return steps
+    stock_context = cpu_offload.DefaultOffloadSynchronizer
+    with mock.patch.object(cpu_offload, "DefaultOffloadSynchronizer", wraps=stock_context) as made:
+        pretrain.train()
+    return dict(casts=steps, contexts=made.call_count)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def claims():
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """Train golden/fullbatch for three steps: losses, and what every rank says of its casts."""
+    """Train golden/fullbatch for three steps: losses, and what every rank says, see probe.train."""
     def run(*flags, ranks=1):
         folder = tmp_path_factory.mktemp("te")
         with socket.socket() as probe:
@@ -62,15 +62,15 @@ def train(tmp_path_factory):
         processes = [start(HOPPER, "train", *arguments, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                            LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
                      for rank in range(ranks)]
-        casts = [answer(process) for process in processes]
-        return scalars(folder), casts
+        said = [answer(process) for process in processes]
+        return scalars(folder), said
     return run
 
 
 @pytest.fixture(scope="module")
 def bf16_losses(train):
-    losses, casts = train("--bf16")
-    assert casts == [[[], [], []]]
+    losses, said = train("--bf16")
+    assert said == [dict(casts=[[], [], []], contexts=0)]
     return losses
 
 
@@ -180,8 +180,9 @@ def test_what_a_layer_of_XL_keeps_on_a_gpu(claims):
 
 
 def test_offloading_trains_by_command_line(train, bf16_losses):
-    losses, _ = train("--bf16", "--cpu-offloading-num-layers", 1)
+    losses, said = train("--bf16", "--cpu-offloading-num-layers", 1, "--recompute-ticks", 2)
     assert losses == bf16_losses
+    assert said[0]["contexts"] == 3 * 4 * (5 - 2)  # steps, micro-batches, ticks with a graph
 
 
 def test_bf16_training_follows_the_local_spec(launch, bf16_losses, parity, tmp_path):
@@ -203,8 +204,8 @@ def test_bf16_training_follows_the_local_spec(launch, bf16_losses, parity, tmp_p
     pytest.param("DP 2, FP8 parameters", ["--fp8-param-gather"], 2, 0, id="parameters", marks=pytest.mark.ranks),
 ])
 def test_fp8_training_casts_once_a_step_and_stays_near_bf16(train, bf16_losses, parity, name, flags, ranks, per_rank):
-    losses, casts = train(*FP8, "tensorwise", *flags, ranks=ranks)
-    assert casts == [[[1] * per_rank] * 3] * ranks
+    losses, said = train(*FP8, "tensorwise", *flags, ranks=ranks)
+    assert said == [dict(casts=[[1] * per_rank] * 3, contexts=0)] * ranks
     worst = max(abs(losses[step] - bf16_losses[step]) / bf16_losses[step] for step in bf16_losses)
     parity(f"TE over its stub, FP8 of bf16's loss, {name}", worst, 0.02)
 
