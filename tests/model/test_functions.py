@@ -11,7 +11,7 @@ activate()
 
 from megatron.core import jit  # noqa: E402
 
-from hrm_megatron.model import functions  # noqa: E402
+from hrm_megatron.model import functions, products  # noqa: E402
 from hrm_megatron.model.functions import RMSNormFunction, RotateFunction, SwiGLUFunction  # noqa: E402
 
 ANGLES = torch.arange(7)[:, None, None, None] * torch.tensor([1.0, 0.1, 0.01])
@@ -96,6 +96,18 @@ def test_each_is_one_graph_for_a_compiler(traced, function, arguments):
     have, want = traced(function, *arguments), function(*arguments)
     for ours, theirs in zip(*((out if type(out) is tuple else (out,)) for out in (have, want)), strict=True):
         assert (ours - theirs).abs().max() <= 1e-6  # another order of sums, or an ulp of values up to 5
+
+
+@pytest.mark.parametrize("kind, factors", [(products.SWIGLU, 1), (products.GATED, 2)], ids=["swiglu", "gated"])
+def test_products_are_one_graph_each_and_filled_in_place(traced, kind, factors):
+    inputs = [draw(7, 2, 10).roll(i, 0).to(torch.bfloat16) for i in range(factors)]
+    product = kind.formula(*inputs)
+    again = torch.zeros_like(product)
+    traced(kind.fill, *inputs, again)
+    assert torch.equal(traced(kind.formula, *inputs), product) and torch.equal(again, product)
+    have, want = traced(kind.gradients, product, *inputs), kind.gradients(product, *inputs)
+    for ours, theirs in zip(*((out if type(out) is tuple else (out,)) for out in (have, want)), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_what_is_on_a_gpu_is_compiled(monkeypatch):
