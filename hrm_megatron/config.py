@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 EXPANSION = 4  # HRM-Text, config/arch: ffn = expansion * hidden * 2/3, rounded up to a multiple of 256
@@ -13,6 +14,13 @@ NORM_PLACEMENTS = ("pre", "post")
 
 class ConfigError(ValueError):
     """A setting, file or row that the user must change; its message is one line: place, value, way out."""
+
+
+def refuse_beside(flag: str, others: Mapping[str, object]) -> None:
+    """Raise ConfigError if `flag`, which was given, stands beside one that it does not go with: name > given."""
+    for other, given in others.items():
+        if given:
+            raise ConfigError(f"{flag} does not go with {other}: leave one of them out")
 
 
 def round_up(value: int, multiple: int) -> int:

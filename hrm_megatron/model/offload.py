@@ -22,15 +22,12 @@ def offloaded(block: TransformerBlock, layers: int) -> Callable[..., torch.Tenso
     from megatron.core.extensions.transformer_engine import get_cpu_offload_context
 
     def run(x: torch.Tensor, **options: Any) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            out: torch.Tensor = block(x, **options)
-            return out
-        context, follow = get_cpu_offload_context(
-            enabled=True, num_layers=layers, model_layers=len(block.layers), activation_offloading=True,
-            weight_offloading=False, double_buffering=False, retain_pinned_cpu_buffers=False)
-        block.offload_context, block.group_prefetch_offload_commit_async = context, follow
+        if torch.is_grad_enabled():
+            block.offload_context, block.group_prefetch_offload_commit_async = get_cpu_offload_context(
+                enabled=True, num_layers=layers, model_layers=len(block.layers), activation_offloading=True,
+                weight_offloading=False, double_buffering=False, retain_pinned_cpu_buffers=False)
         try:
-            out = block(x, **options)
+            out: torch.Tensor = block(x, **options)
         finally:
             block.offload_context, block.group_prefetch_offload_commit_async = nullcontext(), None
         return out

@@ -60,22 +60,21 @@ class Places:
 class ToCalls(torch.autograd.Function):
     """q [tq, ...], k and v [tk, ...] to queries, keys and values of each call in turn.
 
-    `places` holds those of its queries and of its keys. The gradients of all calls meet in one tensor each.
+    `places` holds those of these three for each call. The gradients of all calls meet in one tensor each.
     """
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                places: Sequence[tuple[Places, Places]]) -> tuple[torch.Tensor, ...]:
+                places: Sequence[tuple[Places, Places, Places]]) -> tuple[torch.Tensor, ...]:
         ctx.places, ctx.counts = places, (len(q), len(k), len(v))
-        return tuple(part for queries, keys in places for part in (queries.take(q), keys.take(k), keys.take(v)))
+        return tuple(place.take(x) for of_call in places for place, x in zip(of_call, (q, k, v), strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         sums = []
-        for which, (count, parts) in enumerate(zip(ctx.counts, zip(*batched(grads, 3), strict=True), strict=True)):
-            (widest, first), *others = sorted(
-                ((places[min(which, 1)], part) for places, part in zip(ctx.places, parts, strict=True)),
-                key=lambda one: -len(one[0]))
+        for count, places, parts in zip(
+                ctx.counts, zip(*ctx.places, strict=True), zip(*batched(grads, 3), strict=True), strict=True):
+            (widest, first), *others = sorted(zip(places, parts, strict=True), key=lambda one: -len(one[0]))
             total = widest.put(first, count)
             for place, part in others:
                 place.add(part, total)

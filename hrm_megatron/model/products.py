@@ -44,7 +44,6 @@ class DroppedProduct:
         product: torch.Tensor = ProductFunction.apply(self, *factors)
         # `data` has a version counter of its own: autograd need not know that the memory is filled again.
         self.product, self.factors = product.data, tuple(factor.detach() for factor in factors)
-        self.bytes = product.untyped_storage().nbytes()
         return product
 
     def drop_after(self, out: torch.Tensor) -> None:
@@ -57,7 +56,7 @@ class DroppedProduct:
         self.product.untyped_storage().resize_(0)
 
     def fill(self, _: torch.Tensor) -> None:
-        self.product.untyped_storage().resize_(self.bytes)
+        self.product.untyped_storage().resize_(self.product.nbytes)
         self.kind.fill(*self.factors, self.product)
 
 

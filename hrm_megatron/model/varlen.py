@@ -84,7 +84,7 @@ def attend_in_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, calls: Se
     """Attention of q [s/cp, b, heads, d] to k, v [s, b, heads, d]: [s/cp, b, heads * d], zeros at padding."""
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
     if calls:
-        parts = ToCalls.apply(flat_q, flat_k, flat_v, [(call.queries, call.keys) for call in calls])
+        parts = ToCalls.apply(flat_q, flat_k, flat_v, [(call.queries, call.keys, call.keys) for call in calls])
         results = [primitive(queries, keys, values, call, scale)
                    for (queries, keys, values), call in zip(itertools.batched(parts, 3), calls, strict=True)]
         out = FromCalls.apply([call.queries for call in calls], len(flat_q), *results)

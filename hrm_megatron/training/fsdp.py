@@ -15,7 +15,7 @@ from megatron.training import training as megatron_training
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
-from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.config import Architecture, ConfigError, refuse_beside
 from hrm_megatron.optim.sharded import BY_NAME
 
 # What each needs of Megatron's other flags, so that a user gives one flag only. Fused gradients would be overwritten
@@ -32,16 +32,12 @@ def choose_fsdp(args: argparse.Namespace, architecture: Architecture) -> None:
     chosen = [name for name in SETTINGS if getattr(args, name)]
     if not chosen:
         return
-    flag = f"--{chosen[0].replace('_', '-')}"
-    refused = {
+    refuse_beside(f"--{chosen[0].replace('_', '-')}", {
         "--use-megatron-fsdp": len(chosen) > 1,
         "--pipeline-model-parallel-size": args.pipeline_model_parallel_size > 1,
         "--fp16": args.fp16,
         **(_megatron_fsdp_refuses(args) if args.use_megatron_fsdp else {}),
-    }
-    for other, given in refused.items():
-        if given:
-            raise ConfigError(f"{flag} does not go with {other}: leave one of them out")
+    })
     if args.use_torch_fsdp2:
         _check_rows(args, architecture)
     vars(args).update(SETTINGS[chosen[0]])

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.machine import Machine
 
 LOCAL, TRANSFORMER_ENGINE = TRANSFORMER_IMPLS = "local", "transformer_engine"
@@ -41,15 +41,13 @@ def check_compilation(args: argparse.Namespace, machine: Machine) -> None:
         return
     if machine.capability is None:
         raise ConfigError("--compile-layers: needs a CUDA device, and there is none; leave it out")
-    for other, given in {
+    refuse_beside("--compile-layers", {
         # Their collectives run in the backward of a linear layer, where a compiler stops.
         "--tensor-model-parallel-size": args.tensor_model_parallel_size > 1,
         "--use-torch-fsdp2": args.use_torch_fsdp2, "--use-megatron-fsdp": args.use_megatron_fsdp,
         "--recompute-products": args.recompute_products,
         "--recompute-granularity (--recompute-ticks works)": args.recompute_granularity or args.recompute_activations,
-    }.items():
-        if given:
-            raise ConfigError(f"--compile-layers does not go with {other}: leave one of them out")
+    })
 
 
 def check_precision(args: argparse.Namespace, machine: Machine) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.machine import Machine
 
 # Of Megatron's --recompute-modules. Its "layernorm" would keep a norm's input in place of its output, which has the
@@ -53,7 +53,7 @@ def _check_offloading(args: argparse.Namespace, machine: Machine) -> None:
     if not 0 < layers < args.num_layers:
         raise ConfigError(f"{flag} {layers}: counts layers of each stack and must leave one of the {args.num_layers}; "
                           f"choose 1 to {args.num_layers - 1}")
-    for other, given in {
+    refuse_beside(f"{flag} {layers}", {
         f"--transformer-impl {args.transformer_impl}": args.transformer_impl != "transformer_engine",
         # Megatron's rules (TransformerConfig.__post_init__).
         "--pipeline-model-parallel-size": args.pipeline_model_parallel_size > 1,
@@ -61,6 +61,4 @@ def _check_offloading(args: argparse.Namespace, machine: Machine) -> None:
         "--recompute-products": args.recompute_products,
         # Whose weights come and go, and would be copied with the activations.
         "--use-torch-fsdp2": args.use_torch_fsdp2, "--use-megatron-fsdp": args.use_megatron_fsdp,
-    }.items():
-        if given:
-            raise ConfigError(f"{flag} {layers} does not go with {other}: leave one of them out")
+    })

@@ -11,6 +11,11 @@ SIZES = ["--num-layers", 4, "--hidden-size", 256, "--num-attention-heads", 4, "-
          "--micro-batch-size", 4, "--global-batch-size", 8]
 
 
+def relative(ours, theirs):
+    """Error of a tensor, of its norm."""
+    return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """Examples whose response is the prefix and as many new digits: half of it can be learnt, half of it never."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.gpu.conftest import SIZES
+from tests.gpu.conftest import SIZES, relative
 
 pytestmark = pytest.mark.gpu
 LOCAL, TE = "local", "transformer_engine"
@@ -57,10 +57,6 @@ def step(model, batch, bp_steps=5, fused=False):
     return losses.detach(), {
         name: weight.main_grad if getattr(weight, "grad_added_to_main_grad", False) else weight.grad
         for name, weight in model.named_parameters()}
-
-
-def relative(ours, theirs):
-    return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["autograd adds", "layers add"])

@@ -20,7 +20,7 @@ from hrm_megatron.model.functions import gated
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.varlen import torch_varlen
 from hrm_megatron.parallel.replaced import temporarily
-from tests.model.kept import kept_bytes
+from tests.model.small import kept_bytes
 from tests.model.stand_ins import flash_attention_in_torch
 from tests.te import stub
 from tests.te.models import ARCHITECTURE, FP8, TE, build, furthest, gradients, with_main_grads
