@@ -82,7 +82,7 @@ def reference_model(single_rank):
     from hrm_megatron.config import Architecture, ffn_hidden_size
     from hrm_megatron.convert.table import table
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.transformer_config import hrm_config
 
     def build(config: dict, weights: dict, vocab_size: int, **overrides):
         import torch

@@ -24,6 +24,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import HrmTextConfig, HrmTextForCausalLM  # noqa: E402
 
+from hrm_megatron.attention.prefix_lm import PrefixSequences  # noqa: E402
+from hrm_megatron.attention.rotary import Rotation  # noqa: E402
 from hrm_megatron.benchmark.peak import (  # noqa: E402
     in_the_longest_row_that_fits,
     matmul_flops_per_second,
@@ -36,11 +38,9 @@ from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch, assemble_row  # 
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.data.sampled import SampledFolder  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402
-from hrm_megatron.model.hrm_config import hrm_config  # noqa: E402
-from hrm_megatron.model.prefix_lm import PrefixSequences  # noqa: E402
-from hrm_megatron.model.rotary import Rotation  # noqa: E402
 from hrm_megatron.model.schedule import split_bp_steps  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
+from hrm_megatron.transformer_config import hrm_config  # noqa: E402
 
 COLUMNS = ("device", "versions", "command", "tokens/s", "TFLOP/s", "of the measured peak", "peak memory", "kernels",
            "transformers' tokens/s")  # of the table that --record adds to

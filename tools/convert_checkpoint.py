@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hrm_megatron.parallel.cpu import activate
-from hrm_megatron.parallel.quiet import be_quiet
+from hrm_megatron.parallel.log_levels import be_quiet
 
 be_quiet()
 activate()

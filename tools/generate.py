@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from hrm_megatron.parallel.cpu import activate
-from hrm_megatron.parallel.quiet import be_quiet
+from hrm_megatron.parallel.log_levels import be_quiet
 
 be_quiet()
 activate()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hrm_megatron.parallel.cpu import activate
-from hrm_megatron.parallel.quiet import be_quiet
+from hrm_megatron.parallel.log_levels import be_quiet
 
 be_quiet()
 activate()
@@ -19,8 +19,8 @@ from hrm_megatron.data.tokenizer import BOQ, EOQ, TAG_TOKENS, TextTokenizer  # n
 from hrm_megatron.generate.decode import generate  # noqa: E402
 from hrm_megatron.generate.load import load_model, open_checkpoint  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402
-from hrm_megatron.model.hrm_config import hrm_config  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
+from hrm_megatron.transformer_config import hrm_config  # noqa: E402
 
 ROW_TOKENS = 1024  # as many packed prompts run at once
 UNFINISHED = " ..."  # no right answer ends so

@@ -11,12 +11,12 @@ import torch
 import yaml
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
+from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.config import Architecture, ConfigError, ffn_hidden_size
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
 from hrm_megatron.convert.table import Rename, check, is_embedding, table
 from hrm_megatron.data.tokenizer import BOQ, EOA, EOQ, TAG_TOKENS
 from hrm_megatron.optim.schedule import as_fp32
-from hrm_megatron.training.dcp import DCPFolder
 
 CONFIG_FILE, METADATA_FILE = "all_config.yaml", "train_metadata.yaml"
 PART_NAMES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", EMA: "param_ema"}

@@ -12,14 +12,15 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+from hrm_megatron.checkpoint.folders import TRACKER_FILE, find_iteration
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint
 from hrm_megatron.convert.hf import CONFIG_FILE, DTYPES, read_hf, write_hf
-from hrm_megatron.convert.megatron import read_megatron, write_megatron
+from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
 from hrm_megatron.convert.native import read_native, write_native
 from hrm_megatron.convert.table import table
-from hrm_megatron.training.checkpoint import TRACKER_FILE, find_iteration
+from hrm_megatron.convert.to_megatron import write_megatron
 
 FORMATS = ("megatron", "hf", "native")
 SIGNATURES = (TRACKER_FILE, CONFIG_FILE, NATIVE_CONFIG_FILE)  # one of them is in every folder written here

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.convert.checkpoint import EMA, Checkpoint
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.model.hrm import HRMModel
-from hrm_megatron.model.hrm_config import hrm_config
-from hrm_megatron.training.checkpoint import find_iteration
+from hrm_megatron.transformer_config import hrm_config
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
-from hrm_megatron.model.linear import product, runs_faster_on_onednn
+from hrm_megatron.layers.linear import product, runs_faster_on_onednn
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added
 
 CHUNK_BYTES = 1 << 29  # of the logits of a chunk in fp32: 2,048 positions of 65,536 tokens

@@ -12,17 +12,17 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
+from hrm_megatron.attention.prefix_lm import PrefixSequences
+from hrm_megatron.attention.rotary import Rotation
 from hrm_megatron.data.batch import PackedBatch
+from hrm_megatron.layers.offload import keep_on_device, offloaded
 from hrm_megatron.model.head import LabelHead
-from hrm_megatron.model.hrm_config import HRMConfig
 from hrm_megatron.model.initialize import draw, initialize
-from hrm_megatron.model.offload import keep_on_device, offloaded
-from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.recurrence import Recorder, Stack, recomputed, run_ticks
-from hrm_megatron.model.rotary import Rotation
 from hrm_megatron.model.schedule import Tick, unroll
 from hrm_megatron.model.specs import linear_layers, stack_spec
 from hrm_megatron.parallel.context import context_spans
+from hrm_megatron.transformer_config import HRMConfig
 
 STACKS = {"H": "h_stack", "L": "l_stack"}
 EMBEDDING_WEIGHT = "embedding.word_embeddings.weight"

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from megatron.core.transformer.module import MegatronModule
 
+from hrm_megatron.attention.prefix_lm import PrefixSequences
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
-from hrm_megatron.model.hrm_config import HRMConfig
-from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.recurrence import Stack
 from hrm_megatron.model.schedule import unroll
+from hrm_megatron.transformer_config import HRMConfig
 
 
 class NoGradTick(torch.autograd.Function):

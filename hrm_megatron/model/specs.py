@@ -16,12 +16,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from hrm_megatron.model.attention import core_attention
-from hrm_megatron.model.compiled import CompiledLayer
-from hrm_megatron.model.functions import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
-from hrm_megatron.model.hrm_config import HRMConfig
-from hrm_megatron.model.linear import local_provider
-from hrm_megatron.model.products import DroppedSwiGLU, DroppingMLP, GatedAttention
+from hrm_megatron.attention.core import core_attention
+from hrm_megatron.layers.compiled import CompiledLayer
+from hrm_megatron.layers.functions import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
+from hrm_megatron.layers.gated_recompute import GatedAttention, RecomputedSwiGLU, RecomputingMLP
+from hrm_megatron.layers.linear import local_provider
+from hrm_megatron.transformer_config import HRMConfig
 
 
 class WeightlessRMSNorm(torch.nn.Module):
@@ -55,7 +55,7 @@ def linear_layers(config: HRMConfig) -> BackendSpecProvider:
     """Return the layers that `config.transformer_impl` names."""
     if config.transformer_impl == "local":
         return local_provider(config.compile_layers)
-    from hrm_megatron.model.te_linear import TickSpecProvider  # needs Transformer Engine
+    from hrm_megatron.layers.te_linear import TickSpecProvider  # needs Transformer Engine
 
     return TickSpecProvider()
 
@@ -79,7 +79,7 @@ def stack_spec(config: HRMConfig, norm_placement: str, backend: BackendSpecProvi
         norm, exit_norm = IdentityOp, None
         bias_dropout_add = add_then_norm(WeightlessRMSNorm(config, eps=config.layernorm_epsilon))
     layer_class = CompiledLayer if config.compile_layers else TransformerLayer
-    mlp_class, activation = (DroppingMLP, DroppedSwiGLU) if config.recompute_products else (MLP, SwiGLU)
+    mlp_class, activation = (RecomputingMLP, RecomputedSwiGLU) if config.recompute_products else (MLP, SwiGLU)
     layer = ModuleSpec(module=layer_class, submodules=TransformerLayerSubmodules(
         input_layernorm=norm,
         self_attention=ModuleSpec(

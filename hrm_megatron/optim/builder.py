@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from hrm_megatron.optim.adam_atan2 import AdamATan2, init_states
 from hrm_megatron.optim.schedule import LRSchedule
 from hrm_megatron.optim.sharded import EMBEDDING, EMADistributedOptimizer, NamedBF16Optimizer, NamedFP32Optimizer
-from hrm_megatron.parallel.replaced import temporarily
+from hrm_megatron.parallel.patching import temporarily
 
 # What a converted checkpoint holds in place of a schedule.
 STEPS_DONE = "steps_done"

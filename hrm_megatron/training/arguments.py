@@ -11,10 +11,9 @@ from megatron.training import arguments as megatron_arguments
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.global_vars import set_global_variables
 
+from hrm_megatron.attention.core import KERNELS, explain_kernel
+from hrm_megatron.attention.kernel_choice import AUTO
 from hrm_megatron.config import INIT_SCHEMES, NORM_PLACEMENTS, PRESETS, Architecture, ConfigError, ffn_hidden_size
-from hrm_megatron.model.attention import KERNELS, explain_kernel
-from hrm_megatron.model.hrm_config import HRM_SETTINGS, HRMConfig, swiglu_settings
-from hrm_megatron.model.kernel_choice import AUTO
 from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 from hrm_megatron.parallel.machine import Machine
@@ -24,6 +23,7 @@ from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, micro
 from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import TRANSFORMER_IMPLS, check_compilation, check_precision, choose_layers
 from hrm_megatron.training.memory import check_memory
+from hrm_megatron.transformer_config import HRM_SETTINGS, HRMConfig, architecture_of, swiglu_settings
 
 OPTIMIZER = "adam_atan2"
 
@@ -113,15 +113,6 @@ def fill_from_preset(args: argparse.Namespace) -> None:
         raise ConfigError(f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}")
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
-
-
-def architecture_of(args: argparse.Namespace, vocab_size: int) -> Architecture:
-    """Read the model's architecture off the arguments of a run (or of a checkpoint)."""
-    return Architecture(vocab_size=vocab_size, norm_epsilon=args.layernorm_epsilon,
-                        rope_theta=float(args.rotary_base), **{
-        name: getattr(args, name) for name in (
-            "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
-            "norm_placement", "init_scheme", "init_std")})
 
 
 def check_layout(args: argparse.Namespace, architecture: Architecture) -> None:

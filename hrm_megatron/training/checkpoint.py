@@ -1,84 +1,36 @@
-"""Which checkpoint a run goes on from, what it must agree on, and a save that never spoils an older one."""
+"""Which checkpoint a run resumes from, what the two must agree on, and saves that never damage an older iteration."""
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import re
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.safe_globals import SAFE_GLOBALS
 from megatron.training import training as megatron_training
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hrm_megatron.checkpoint.folders import (
+    COMPLETE_FILES,
+    TRACKER_FILE,
+    complete_iterations,
+    find_iteration,
+    listed,
+    read_run,
+    write_aside,
+)
+from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
-from hrm_megatron.training.arguments import architecture_of
-from hrm_megatron.training.dcp import METADATA_FILE, DCPFolder
-from hrm_megatron.training.fsdp_folder import COMMON, is_megatron_fsdp, open_run
+from hrm_megatron.transformer_config import architecture_of
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-CONFIG_FILE = "metadata.json"
-COMPLETE_FILES = (CONFIG_FILE, METADATA_FILE)  # Megatron writes them last
 RESERVE_BYTES = 1 << 20
 # What decides the function that the weights stand for; how they were drawn does not matter any more.
 MUST_AGREE = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size", "h_cycles",
               "l_cycles", "norm_placement", "rope_theta", "norm_epsilon")
-
-
-def is_complete(folder: Path) -> bool:
-    """Tell whether the save of this iteration came to its end."""
-    try:
-        json.loads((folder / CONFIG_FILE).read_text())
-    except FileNotFoundError:  # Megatron-FSDP writes none
-        return (folder / METADATA_FILE).is_file() and is_megatron_fsdp(DCPFolder(folder))
-    except (OSError, ValueError):
-        return False
-    return (folder / METADATA_FILE).is_file()
-
-
-def complete_iterations(load: Path) -> list[str]:
-    """Names of the complete iterations under `load`, ascending."""
-    folders = load.iterdir() if load.is_dir() else ()
-    return sorted(path.name for path in folders if re.fullmatch(r"iter_\d{7,}", path.name) and is_complete(path))
-
-
-def find_iteration(load: str | Path, step: int | None = None) -> Path:
-    """Return the folder of one iteration: `load` itself if it is one, else that of `step`, else the latest."""
-    load = Path(load)
-    if re.fullmatch(r"iter_\d{7,}|release", load.name) and step is None:
-        folder, load = load, load.parent
-    elif step is not None:
-        folder = load / f"iter_{step:07d}"
-    else:
-        folder = load / _tracked(load)
-    if not is_complete(folder):
-        state = "half-written" if folder.is_dir() else "not there"
-        raise ConfigError(f"{folder}: {state}; choose another with --ckpt-step{_listed(load)}")
-    return folder
-
-
-def _tracked(load: Path) -> str:
-    place = load / TRACKER_FILE
-    try:
-        text = place.read_text().strip()
-        return text if text == "release" else f"iter_{int(text):07d}"
-    except OSError as error:
-        raise ConfigError(f"{place}: cannot read ({error.strerror}); give the folder that --save named, or one of its "
-                          f"iterations{_listed(load)}") from error
-    except ValueError as error:
-        raise ConfigError(f"{place}: holds no iteration; choose one with --ckpt-step{_listed(load)}") from error
-
-
-def _listed(load: Path) -> str:
-    complete = complete_iterations(load)
-    return f" (complete: {', '.join(complete)})" if complete else " (none is complete there)"
 
 
 def starting_point(args: argparse.Namespace) -> Path | None:
@@ -99,7 +51,7 @@ def starting_point(args: argparse.Namespace) -> Path | None:
                 if not complete:
                     raise
                 _say(f"{error}; going on from {complete[-1]}, the latest that is complete")
-                _write_aside(tracker, str(int(complete[-1].removeprefix("iter_"))))
+                write_aside(tracker, str(int(complete[-1].removeprefix("iter_"))))
                 return find_iteration(load)
         begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
         if not begins_here or args.exit_on_missing_checkpoint:
@@ -143,21 +95,6 @@ def check_checkpoint(args: argparse.Namespace) -> None:
                               "go on with a new optimizer and an EMA that starts at its weights, or another --load")
 
 
-def read_run(stored: DCPFolder) -> tuple[dict[str, Any], Architecture]:
-    """Read what a Megatron checkpoint holds beside tensors, and which model it is of."""
-    try:
-        common: dict[str, Any] = stored.object(COMMON, SAFE_GLOBALS)[0]
-        args = common["args"]
-        return common, architecture_of(args, args.vocab_size)
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise not_of_an_hrm(stored.path, error) from error
-
-
-def not_of_an_hrm(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path}: a Megatron checkpoint, but not of an HRM ({error}); give one that "
-                       "hrm_megatron.pretrain saved")
-
-
 def guard_saves(args: argparse.Namespace) -> None:
     """Let Megatron's loop save through a function that keeps a half-written iteration from looking whole."""
     stock: Callable[..., None] = megatron_training.save_checkpoint
@@ -175,7 +112,7 @@ def guard_saves(args: argparse.Namespace) -> None:
             reason = _reason(error, Path(args.save))
             shutil.rmtree(folder, ignore_errors=True)  # give its space back
             raise ConfigError(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start "
-                              f"again with --load {args.save}{_listed(Path(args.save))}") from error
+                              f"again with --load {args.save}{listed(Path(args.save))}") from error
 
     megatron_training.save_checkpoint = save_checkpoint
 
@@ -201,12 +138,6 @@ def _check_space(args: argparse.Namespace, architecture: Architecture) -> None:
     if (free := shutil.disk_usage(place).free) < needed:
         raise ConfigError(f"--save {args.save}: one checkpoint needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
                           "free; free some space or choose another disk")
-
-
-def _write_aside(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _say(line: str) -> None:

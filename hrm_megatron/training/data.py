@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from megatron.training.utils import print_rank_0
 
+from hrm_megatron.attention.prefix_lm import context_loads
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.data.dataset import PackedRows, split_store
 from hrm_megatron.data.sampled import SampledFolder
 from hrm_megatron.data.store import ExampleStore
 from hrm_megatron.data.tokenizer import TextTokenizer
-from hrm_megatron.model.prefix_lm import context_loads
 
 # Three in a hundred for validation. None for a test part: Megatron would log its loss as one more "validation".
 DEFAULT_SPLIT = "97,3,0"

@@ -5,14 +5,15 @@ import argparse
 
 import torch
 
+from hrm_megatron.attention.core import explain_kernel
 from hrm_megatron.config import Architecture
-from hrm_megatron.model.attention import explain_kernel
 from hrm_megatron.model.schedule import unroll
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.parallel.simulate import second_phase, stock, two_phase
 from hrm_megatron.parallel.stages import microbatch_windows
-from hrm_megatron.training.arguments import architecture_of, microbatches_of
+from hrm_megatron.training.arguments import microbatches_of
 from hrm_megatron.training.fsdp import sharded_by_fsdp
+from hrm_megatron.transformer_config import architecture_of
 
 
 def stage_parameters(architecture: Architecture, layers: list[int]) -> list[int]:

@@ -16,7 +16,7 @@ NOT_BUILT = {
 }
 LESS_MEMORY = ("Way out: --recompute-products or --fp8-format, then --recompute-ticks K, keep less of each position; a "
                "smaller --micro-batch-size or shorter rows (--seq-length) are fewer positions at a time")
-OLDEST_OFFLOADING_TE = (2, 10)  # from which on its cpu_offload.py is the one that model/offload.py was tested with
+OLDEST_OFFLOADING_TE = (2, 10)  # from which on its cpu_offload.py is the one that layers/offload.py was tested with
 
 
 def check_memory(args: argparse.Namespace, machine: Machine) -> None:

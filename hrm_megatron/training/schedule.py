@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_pipelinin
 from megatron.core.utils import get_model_config
 from megatron.training import training as megatron_training
 
-from hrm_megatron.parallel.replaced import temporarily
+from hrm_megatron.parallel.patching import temporarily
 from hrm_megatron.parallel.simulate import second_phase
 from hrm_megatron.parallel.stages import microbatch_group, microbatch_windows
 from hrm_megatron.training.step import TrainingStep

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from hrm_megatron.attention.prefix_lm import PrefixSequences
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.pipeline import PipelinedHRM, TickChunk
-from hrm_megatron.model.prefix_lm import PrefixSequences
 from hrm_megatron.model.schedule import trains_embedding, unroll
 from hrm_megatron.parallel.context import context_positions
 from hrm_megatron.training.arguments import bp_schedule, model_config

@@ -9,12 +9,13 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file
 
+from hrm_megatron.checkpoint.dcp import DCPFolder
+from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.hf import write_hf
-from hrm_megatron.convert.megatron import read_megatron, write_megatron
+from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import read_native, write_native
-from hrm_megatron.training.checkpoint import find_iteration
-from hrm_megatron.training.dcp import DCPFolder
+from hrm_megatron.convert.to_megatron import write_megatron
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 
+from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.convert import run
 from hrm_megatron.convert.hf import read_hf
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import read_native
-from hrm_megatron.training.checkpoint import find_iteration
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def converted(single_rank, tmp_path_factory):
     """The golden native checkpoint (10 steps) as Megatron's: the folder that --load names."""
-    from hrm_megatron.convert.megatron import write_megatron
     from hrm_megatron.convert.native import read_native
+    from hrm_megatron.convert.to_megatron import write_megatron
 
     folder = tmp_path_factory.mktemp("generate") / "checkpoints"
     write_megatron(read_native(ROOT / "tests" / "golden" / "native_ckpt"), folder)

@@ -19,7 +19,7 @@ QUESTIONS = ["What is 7 plus 5?", "Name the tens digit of 7543."]
 def checkpoints(single_rank, tmp_path_factory):
     """A Megatron checkpoint of a random model over the golden tokenizer's vocabulary, raw and EMA weights unlike."""
     from hrm_megatron.convert.checkpoint import PARTS, Checkpoint, Training
-    from hrm_megatron.convert.megatron import write_megatron
+    from hrm_megatron.convert.to_megatron import write_megatron
     from hrm_megatron.data.tokenizer import TextTokenizer
 
     vocab_size = TextTokenizer(TOKENIZER).vocab_size

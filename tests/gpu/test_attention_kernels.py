@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hrm_megatron.config import Architecture
-from tests.model import stand_ins
+from tests.attention import stand_ins
 
 KERNELS = ("sdpa", "varlen", "te")
 STAND_INS = {"varlen": stand_ins.flash_attention_in_torch, "te": stand_ins.transformer_engine}
@@ -52,16 +52,16 @@ def tensors(head_dim, device):
 
 
 def build(name, head_dim):
-    from hrm_megatron.model.attention import KERNELS
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.attention.core import KERNELS
+    from hrm_megatron.transformer_config import hrm_config
 
     config = hrm_config(Architecture(1, HEADS * head_dim, HEADS, 16, 250), bf16=True, params_dtype=torch.bfloat16)
     return KERNELS[name](config, layer_number=1, attn_mask_type=None, attention_type="self")
 
 
 def sequences_on(device, head_dim):
-    from hrm_megatron.model.prefix_lm import PrefixSequences
-    from hrm_megatron.model.rotary import Rotation
+    from hrm_megatron.attention.prefix_lm import PrefixSequences
+    from hrm_megatron.attention.rotary import Rotation
 
     positions = torch.arange(ROW_TOKENS).expand(ROWS, -1).to(device)
     return PrefixSequences(lengths_of_rows(), Rotation.of(positions, head_dim, 1e4), ROW_TOKENS)

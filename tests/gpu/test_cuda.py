@@ -103,10 +103,10 @@ PACKINGS = {"padding": [[(3, 4), (5, 0), (1, 6)], [(2, 2)]], "exactly full": [[(
                          ids=["fp32", "bf16"])  # 3e-7 and 6e-3 measured on a CPU
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_the_kernels_agree_forward_and_backward(single_rank, device, packing, dtype, tolerance):
-    from hrm_megatron.model.attention import KERNELS
-    from hrm_megatron.model.hrm_config import hrm_config
-    from hrm_megatron.model.prefix_lm import PrefixSequences
-    from hrm_megatron.model.rotary import Rotation
+    from hrm_megatron.attention.core import KERNELS
+    from hrm_megatron.attention.prefix_lm import PrefixSequences
+    from hrm_megatron.attention.rotary import Rotation
+    from hrm_megatron.transformer_config import hrm_config
 
     lengths, config = PACKINGS[packing], hrm_config(Architecture(1, HEADS * D, HEADS, 16, 250))
     positions = torch.zeros(len(lengths), ROW_TOKENS, dtype=torch.int64)

@@ -1,6 +1,6 @@
 """Activations that leave the device, or are made again: how many are left, and whether the gradients are right.
 
-What a CPU can tell is in tests/te and tests/model/test_products.py.
+What a CPU can tell is in tests/te and tests/layers/test_gated_recompute.py.
 """
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def step(single_rank):
     from hrm_megatron.config import Architecture
     from hrm_megatron.data.batch import PackedBatch, assemble_row
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.transformer_config import hrm_config
 
     generator = np.random.default_rng(5)
     examples = [(generator.integers(1000, size=p), generator.integers(1000, size=r + 1)) for p, r in EXAMPLES]

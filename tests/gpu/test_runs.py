@@ -49,8 +49,8 @@ def test_a_micro_batch_never_waits_for_the_device(single_rank, device):
     from hrm_megatron.config import Architecture
     from hrm_megatron.data.batch import PackedBatch, assemble_row
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
     from hrm_megatron.training.metrics import loss_sums
+    from hrm_megatron.transformer_config import hrm_config
 
     model = HRMModel(hrm_config(Architecture(2, 64, 2, 96, 250), params_dtype=torch.bfloat16, bf16=True), 1).to(device)
     generator = np.random.default_rng(2)

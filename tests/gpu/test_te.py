@@ -29,7 +29,7 @@ def models(single_rank):
     pytest.importorskip("transformer_engine.pytorch")
     from hrm_megatron.config import Architecture
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.transformer_config import hrm_config
 
     def build(implementation, seed=3, **overrides):
         return HRMModel(hrm_config(Architecture(2, 256, 4, 768, 1000), transformer_impl=implementation, **overrides),

@@ -12,7 +12,7 @@ ROW_TOKENS = sum(len(p) + len(t) - 1 for p, t in TARGETS) + 1
 def build(**settings):
     """Build the model; there must be a process group (`single_rank`)."""
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.transformer_config import hrm_config
 
     return HRMModel(hrm_config(ARCHITECTURE, **settings), seed=5).train()
 

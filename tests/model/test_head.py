@@ -147,7 +147,7 @@ def test_the_model_scores_in_chunks_of_so_many_bytes(single_rank, monkeypatch):
     from hrm_megatron.data.batch import PackedBatch, assemble_row
     from hrm_megatron.model import head
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.transformer_config import hrm_config
 
     row = assemble_row([(range(1, 9), range(7))], 17)
     batch = PackedBatch.from_rows({name: tensor[None] for name, tensor in row.items()})

@@ -12,7 +12,7 @@ ARCHITECTURE = Architecture(2, 24, 3, 40, 250, h_cycles=2, l_cycles=2)
 @pytest.fixture(scope="module")
 def model(single_rank):
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.transformer_config import hrm_config
 
     return HRMModel(hrm_config(ARCHITECTURE), seed=5)
 
@@ -74,7 +74,7 @@ def test_an_example_with_one_target_token_has_one_label():
 @pytest.mark.parametrize("bp_steps", [2, 4])
 def test_recomputation_loses_no_gradient(model, single_rank, bp_steps):
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.transformer_config import hrm_config
 
     recomputing = HRMModel(hrm_config(ARCHITECTURE, recompute_granularity="full", recompute_method="uniform",
                                       recompute_num_layers=1), seed=5).train()

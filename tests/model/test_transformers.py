@@ -3,11 +3,11 @@ import pytest
 import torch
 from transformers import HrmTextConfig, HrmTextForCausalLM
 
+from hrm_megatron.attention.prefix_lm import PrefixSequences
+from hrm_megatron.attention.rotary import Rotation
 from hrm_megatron.config import Architecture
 from hrm_megatron.convert.table import table
 from hrm_megatron.data.batch import PackedBatch, assemble_row
-from hrm_megatron.model.prefix_lm import PrefixSequences
-from hrm_megatron.model.rotary import Rotation
 
 TOLERANCE = 2e-5  # fp32, two orders of operations over at most 12 applications of 3 layers
 SIZES = [  # layers per stack, hidden, heads, ffn, H cycles, L cycles
@@ -17,7 +17,7 @@ SIZES = [  # layers per stack, hidden, heads, ffn, H cycles, L cycles
 
 def models(sizes, seed):
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.transformer_config import hrm_config
 
     layers, hidden, heads, ffn, h_cycles, l_cycles = sizes
     architecture = Architecture(layers, hidden, heads, ffn, 250, h_cycles, l_cycles)

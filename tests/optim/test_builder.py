@@ -24,7 +24,7 @@ def batch(seed, *pairs, row_tokens=23):
 def build(trainer):
     def build(seed=5, schedule=SCHEDULE, **settings):
         from hrm_megatron.model.hrm import HRMModel
-        from hrm_megatron.model.hrm_config import hrm_config
+        from hrm_megatron.transformer_config import hrm_config
 
         return trainer(HRMModel(hrm_config(ARCHITECTURE, calculate_per_token_loss=True), seed), schedule, **settings)
     return build

@@ -85,7 +85,7 @@ STOCK = [
     ("megatron.training.training", "torch_FSDP", ...),
     ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup.post_backward", "(self, *unused)"),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._pre_forward", "(self, module, args, kwargs)"),
-    # hrm_megatron/model/cpu_flash.py calls these by name
+    # hrm_megatron/attention/cpu_flash.py calls these by name
     ("torch", "ops.aten._scaled_dot_product_flash_attention_for_cpu",
      "aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, float dropout_p=0., "
      "bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)"),

@@ -17,7 +17,7 @@ def test_a_token_of_xl_costs_what_is_published():
 
 @pytest.mark.parametrize("lengths", [[(3, 4)], [(1, 0), (5, 2), (2, 9)]])
 def test_pairs_are_those_of_the_mask(single_rank, lengths):
-    from hrm_megatron.model.prefix_lm import PrefixSequences
+    from hrm_megatron.attention.prefix_lm import PrefixSequences
 
     assert score_elements(lengths) == PrefixSequences([lengths], None, 40).dense_mask(0).sum()
 
@@ -27,7 +27,7 @@ def test_products_are_those_that_torch_counts(single_rank, bp_steps):
     """Of a whole forward and backward, but for attention, which torch counts in no kernel of ours."""
     from hrm_megatron.data.batch import PackedBatch, assemble_row
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.transformer_config import hrm_config
 
     architecture = Architecture(3, 24, 2, 40, 250)
     rng = np.random.default_rng(5)

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from megatron.core.extensions.transformer_engine import get_cpu_offload_context
 
+from hrm_megatron.attention.core import VarlenAttention
+from hrm_megatron.attention.varlen import torch_varlen
 from hrm_megatron.config import PRESETS, Architecture
 from hrm_megatron.data.batch import PackedBatch, assemble_row
+from hrm_megatron.layers.functions import gated
 from hrm_megatron.model import hrm
-from hrm_megatron.model.attention import VarlenAttention
-from hrm_megatron.model.functions import gated
 from hrm_megatron.model.hrm import HRMModel
-from hrm_megatron.model.varlen import torch_varlen
-from hrm_megatron.parallel.replaced import temporarily
+from hrm_megatron.parallel.patching import temporarily
+from tests.attention.stand_ins import flash_attention_in_torch
 from tests.model.small import kept_bytes
-from tests.model.stand_ins import flash_attention_in_torch
 from tests.te import stub
 from tests.te.models import ARCHITECTURE, FP8, TE, build, furthest, gradients, with_main_grads
 

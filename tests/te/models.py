@@ -9,7 +9,7 @@ import torch
 from hrm_megatron.config import Architecture
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
-from hrm_megatron.model.hrm_config import hrm_config
+from hrm_megatron.transformer_config import hrm_config
 
 ARCHITECTURE = Architecture(2, 64, 4, 96, 250)
 LOCAL, TE = "local", "transformer_engine"

@@ -35,11 +35,12 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noqa: E402
 
 from hrm_megatron.config import PRESETS, Architecture  # noqa: E402
-from hrm_megatron.model import hrm, te_linear  # noqa: E402
+from hrm_megatron.layers import te_linear  # noqa: E402
+from hrm_megatron.model import hrm  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402
-from hrm_megatron.model.hrm_config import hrm_config  # noqa: E402
-from hrm_megatron.parallel.replaced import temporarily  # noqa: E402
+from hrm_megatron.parallel.patching import temporarily  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
+from hrm_megatron.transformer_config import hrm_config  # noqa: E402
 from tests.te.memory import kept, offloading  # noqa: E402
 from tests.te.models import (  # noqa: E402
     ARCHITECTURE,

@@ -152,7 +152,7 @@ def test_activations_come_back_from_the_host(claims, precision):
     assert found["foreign"] == 0  # neither weights nor what all layers share
     made, alive = found["contexts"]
     assert made == 2 * 3 * (2 + 3 + 5 + 3 + 8) and alive == 0  # one for each micro-batch and tick; gone with its graph
-    assert "Invalid state" in found["one context"], "Megatron's own context copes with ticks: model/offload.py may go"
+    assert "Invalid state" in found["one context"], "Megatron's own context copes with ticks: layers/offload.py may go"
 
 
 def test_what_a_layer_keeps_is_copied_once(claims):

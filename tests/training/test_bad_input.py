@@ -5,9 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
+from hrm_megatron.checkpoint.folders import TRACKER_FILE
 from hrm_megatron.data.store import StoreWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
-from hrm_megatron.training.checkpoint import TRACKER_FILE
 from tests.training.conftest import FULLBATCH, GOLDEN
 
 TOKENIZER = GOLDEN / "tokenizer"

@@ -4,10 +4,10 @@ tests/training/test_layouts.py and test_gradients.py hold FSDP2 against the refe
 """
 import pytest
 
+from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.convert.table import table
-from hrm_megatron.training.checkpoint import find_iteration
 from tests.training.conftest import scalars
 from tests.training.test_gradients import MEGATRON_FSDP, ROWS, TOLERANCE
 from tests.training.test_layouts import AVERAGE_TOLERANCE, FSDP2, LOSS_TOLERANCE, RESUME_TOLERANCE, TP

@@ -6,9 +6,9 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.table import table
-from hrm_megatron.training.checkpoint import find_iteration
 from tests.training.conftest import FULLBATCH, scalars
 
 # fp32 sums in another order: 9.4e-7 in the losses and 8e-7 in the weights were measured.

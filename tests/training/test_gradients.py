@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-from hrm_megatron.training.checkpoint import find_iteration
-from hrm_megatron.training.fsdp_folder import open_run
+from hrm_megatron.checkpoint.folders import find_iteration
+from hrm_megatron.checkpoint.fsdp_folder import open_run
 from tests.training.conftest import GOLDEN
 from tests.training.test_layouts import CP, FSDP2, LAYOUTS, OVERLAP, PP, TP, TWO_PHASES
 

@@ -20,7 +20,7 @@ ARGUMENTS = dict(
 
 def test_stages_hold_together_what_one_model_holds(single_rank):
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.transformer_config import hrm_config
 
     architecture = Architecture(7, 32, 4, 48, 250)
     model = HRMModel(hrm_config(architecture), seed=1)

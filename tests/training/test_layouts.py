@@ -5,9 +5,9 @@
 import pytest
 from safetensors.torch import load_file
 
+from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.table import table
-from hrm_megatron.training.checkpoint import find_iteration
 from tests.training.conftest import FULLBATCH, scalars
 
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"

@@ -5,8 +5,8 @@ import textwrap
 import pytest
 import torch
 
-from hrm_megatron.training.checkpoint import TRACKER_FILE, complete_iterations, find_iteration
-from hrm_megatron.training.dcp import DCPFolder
+from hrm_megatron.checkpoint.dcp import DCPFolder
+from hrm_megatron.checkpoint.folders import TRACKER_FILE, complete_iterations, find_iteration
 from tests.training.conftest import scalars
 
 

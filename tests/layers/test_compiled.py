@@ -36,10 +36,10 @@ def compare(dtype, backend):
 
     from hrm_megatron.config import Architecture
     from hrm_megatron.data.batch import PackedBatch, assemble_row
-    from hrm_megatron.model import compiled
+    from hrm_megatron.layers import compiled
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
     from hrm_megatron.parallel.single import single_rank
+    from hrm_megatron.transformer_config import hrm_config
 
     counter = CompileCounterWithBackend(backend)
     compiled._forward = torch.compile(TransformerLayer.forward, backend=counter)

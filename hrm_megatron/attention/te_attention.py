@@ -7,8 +7,8 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hrm_megatron.attention.varlen import VarlenCall
 from hrm_megatron.config import ConfigError
-from hrm_megatron.model.varlen import VarlenCall
 
 MASKS = {False: "padding", True: "padding_causal_bottom_right"}
 

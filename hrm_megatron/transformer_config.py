@@ -1,6 +1,7 @@
-"""The HRM's TransformerConfig: Megatron's, with the architecture beside it."""
+"""The HRM's TransformerConfig, which is Megatron's with the architecture beside it, and the architecture of a run."""
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +10,18 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hrm_megatron.config import Architecture
-from hrm_megatron.model.kernel_choice import AUTO
 
 
 @dataclass
 class HRMConfig(TransformerConfig):  # type: ignore[misc]
     """A TransformerConfig for both stacks; `num_layers` counts layers per stack.
 
-    The first `recompute_ticks` ticks with gradient keep only their input; `compile_layers` asks for model/compiled.py,
-    `recompute_products` for the second half of model/products.py.
+    The first `recompute_ticks` ticks with gradient keep only their input; `compile_layers` asks for layers/compiled.py,
+    `recompute_products` for the recomputation of layers/gated_recompute.py.
     """
 
     architecture: Architecture | None = None
-    attention_kernel: str = AUTO
+    attention_kernel: str = "auto"
     recompute_ticks: int = 0
     compile_layers: bool = False
     recompute_products: bool = False
@@ -58,3 +58,12 @@ def hrm_config(architecture: Architecture, **overrides: Any) -> HRMConfig:
         use_cpu_initialization=not torch.cuda.is_available(), **HRM_SETTINGS,
         **swiglu_settings(overrides.get("compile_layers", False) or overrides.get("recompute_products", False)))
     return HRMConfig(**(settings | overrides))
+
+
+def architecture_of(args: argparse.Namespace, vocab_size: int) -> Architecture:
+    """Read the model's architecture off the arguments of a run (or of a checkpoint)."""
+    return Architecture(vocab_size=vocab_size, norm_epsilon=args.layernorm_epsilon,
+                        rope_theta=float(args.rotary_base), **{
+        name: getattr(args, name) for name in (
+            "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
+            "norm_placement", "init_scheme", "init_std")})

@@ -11,8 +11,8 @@ activate()
 
 from megatron.core import jit  # noqa: E402
 
-from hrm_megatron.model import functions, products  # noqa: E402
-from hrm_megatron.model.functions import RMSNormFunction, RotateFunction, SwiGLUFunction  # noqa: E402
+from hrm_megatron.layers import functions, gated_recompute  # noqa: E402
+from hrm_megatron.layers.functions import RMSNormFunction, RotateFunction, SwiGLUFunction  # noqa: E402
 
 ANGLES = torch.arange(7)[:, None, None, None] * torch.tensor([1.0, 0.1, 0.01])
 COS, SIN = torch.cat((ANGLES.cos(), ANGLES.cos()), -1), ANGLES.sin()
@@ -98,12 +98,13 @@ def test_each_is_one_graph_for_a_compiler(traced, function, arguments):
         assert (ours - theirs).abs().max() <= 1e-6  # another order of sums, or an ulp of values up to 5
 
 
-@pytest.mark.parametrize("kind, factors", [(products.SWIGLU, 1), (products.GATED, 2)], ids=["swiglu", "gated"])
-def test_products_are_one_graph_each_and_filled_in_place(traced, kind, factors):
+@pytest.mark.parametrize("kind, factors", [(gated_recompute.SWIGLU, 1), (gated_recompute.GATED, 2)],
+                         ids=["swiglu", "gated"])
+def test_gated_activations_are_one_graph_each_and_recomputed_in_place(traced, kind, factors):
     inputs = [draw(7, 2, 10).roll(i, 0).to(torch.bfloat16) for i in range(factors)]
     product = kind.formula(*inputs)
     again = torch.zeros_like(product)
-    traced(kind.fill, *inputs, again)
+    traced(kind.recompute, *inputs, again)
     assert torch.equal(traced(kind.formula, *inputs), product) and torch.equal(again, product)
     have, want = traced(kind.gradients, product, *inputs), kind.gradients(product, *inputs)
     for ours, theirs in zip(*((out if type(out) is tuple else (out,)) for out in (have, want)), strict=True):

@@ -13,23 +13,23 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from hrm_megatron.attention.gather_scatter import GatherForCalls, RowIndex, ScatterFromCalls
+from hrm_megatron.attention.prefix_lm import Piece, PrefixSequences
 from hrm_megatron.data.batch import send
-from hrm_megatron.model.places import FromCalls, Places, ToCalls
-from hrm_megatron.model.prefix_lm import Piece, PrefixSequences
 
 
 @dataclass(frozen=True)
 class VarlenCall:
     """Sequences of queries one behind the other, and for each the sequence of its keys.
 
-    `queries` [tq] and `keys` [tk] are places in the flattened positions, [s/cp * b] and [s * b]; sequence i is
+    `queries` [tq] and `keys` [tk] index the flattened positions, [s/cp * b] and [s * b]; sequence i is
     `cu_queries[i]` to `cu_queries[i + 1]` of the former and the same of `cu_keys` in the latter (int32, [n + 1]).
     `max_queries` and `max_keys` bound the lengths. Under `causal` the last query of a sequence sees all keys, the
     one before all but the last.
     """
 
-    queries: Places
-    keys: Places
+    queries: RowIndex
+    keys: RowIndex
     cu_queries: torch.Tensor
     cu_keys: torch.Tensor
     max_queries: int
@@ -53,7 +53,7 @@ def varlen_calls(sequences: PrefixSequences, device: torch.device, bucketed: boo
 
 def _call(pieces: list[tuple[int, Piece]], causal: bool, rows: int, device: torch.device, bucketed: bool) -> VarlenCall:
     (queries, cu_queries), (keys, cu_keys) = (
-        _places([(row, *getattr(piece, what)) for row, piece in pieces], rows) for what in ("queries", "keys"))
+        _row_index([(row, *getattr(piece, what)) for row, piece in pieces], rows) for what in ("queries", "keys"))
     max_queries, max_keys = (max(getattr(piece, what)[1] for _, piece in pieces) for what in ("queries", "keys"))
     if bucketed:
         max_queries, max_keys = bucket(max_queries), bucket(max_keys)
@@ -61,12 +61,12 @@ def _call(pieces: list[tuple[int, Piece]], causal: bool, rows: int, device: torc
         cu_queries, cu_keys = (torch.cat((cu, cu[-1:].expand(empty))) for cu in (cu_queries, cu_keys))
     # Slices of a context rank can both cut one example; then its keys are here twice.
     distinct = len({(row, piece.keys[0]) for row, piece in pieces}) == len(pieces)
-    return VarlenCall(Places.of(queries, True, device), Places.of(keys, distinct, device),
+    return VarlenCall(RowIndex.of(queries, True, device), RowIndex.of(keys, distinct, device),
                       send(cu_queries.int(), device), send(cu_keys.int(), device), max_queries, max_keys, causal)
 
 
-def _places(runs: Sequence[tuple[int, int, int]], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flatten runs (row, start, length) of [s, b = rows]: places [t] of their positions, where each begins [n + 1]."""
+def _row_index(runs: Sequence[tuple[int, int, int]], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flatten runs (row, start, length) of [s, b = rows]: index [t] of their positions, where each begins [n + 1]."""
     row, start, length = torch.tensor(runs).unbind(1)
     ends = length.cumsum(0)
     within = torch.arange(int(ends[-1])) - (ends - length).repeat_interleave(length)
@@ -84,10 +84,10 @@ def attend_in_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, calls: Se
     """Attention of q [s/cp, b, heads, d] to k, v [s, b, heads, d]: [s/cp, b, heads * d], zeros at padding."""
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
     if calls:
-        parts = ToCalls.apply(flat_q, flat_k, flat_v, [(call.queries, call.keys, call.keys) for call in calls])
+        parts = GatherForCalls.apply(flat_q, flat_k, flat_v, [(call.queries, call.keys, call.keys) for call in calls])
         results = [primitive(queries, keys, values, call, scale)
                    for (queries, keys, values), call in zip(itertools.batched(parts, 3), calls, strict=True)]
-        out = FromCalls.apply([call.queries for call in calls], len(flat_q), *results)
+        out = ScatterFromCalls.apply([call.queries for call in calls], len(flat_q), *results)
     else:
         out = torch.cat((torch.zeros_like(flat_q), nothing_of(flat_q, flat_k, flat_v)))
     return out.view(*q.shape[:2], -1)

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hrm_megatron.model.cpu_flash import PackedCpuFlash
-from hrm_megatron.model.kernel_choice import choose_kernel
-from hrm_megatron.model.prefix_lm import PrefixSequences
-from hrm_megatron.model.te_attention import TransformerEngineVarlen
-from hrm_megatron.model.varlen import Primitive, attend_in_calls, nothing_of, torch_varlen, varlen_calls
+from hrm_megatron.attention.cpu_flash import PackedCpuFlash
+from hrm_megatron.attention.kernel_choice import choose_kernel
+from hrm_megatron.attention.prefix_lm import PrefixSequences
+from hrm_megatron.attention.te_attention import TransformerEngineVarlen
+from hrm_megatron.attention.varlen import Primitive, attend_in_calls, nothing_of, torch_varlen, varlen_calls
 from hrm_megatron.parallel.context import GatherRows
 from hrm_megatron.parallel.machine import Machine
 

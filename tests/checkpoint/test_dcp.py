@@ -9,8 +9,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.config import ConfigError
-from hrm_megatron.training.dcp import DCPFolder
 
 KEY = "model.lm_head.weight"
 

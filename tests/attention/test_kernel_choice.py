@@ -2,8 +2,8 @@
 import pytest
 import torch
 
+from hrm_megatron.attention.kernel_choice import WHAT, choose_kernel
 from hrm_megatron.config import ConfigError
-from hrm_megatron.model.kernel_choice import WHAT, choose_kernel
 from hrm_megatron.parallel.machine import INSTALL_TE, Machine
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -74,7 +74,7 @@ def test_an_unknown_kernel_is_refused_with_the_choices():
 
 
 def test_the_door_has_a_class_for_every_name(single_rank):
-    from hrm_megatron.model.attention import KERNELS, core_attention, explain_kernel
+    from hrm_megatron.attention.core import KERNELS, core_attention, explain_kernel
 
     assert list(KERNELS) == list(WHAT)
     if not torch.cuda.is_available():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hrm_megatron.model.prefix_lm import PrefixSequences
+from hrm_megatron.attention.prefix_lm import PrefixSequences
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

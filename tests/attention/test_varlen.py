@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
+from hrm_megatron.attention.prefix_lm import PrefixSequences
+from hrm_megatron.attention.rotary import Rotation
 from hrm_megatron.config import Architecture, ConfigError
-from hrm_megatron.model.prefix_lm import PrefixSequences
-from hrm_megatron.model.rotary import Rotation
 from hrm_megatron.parallel.context import context_positions, context_spans
-from tests.model import stand_ins
+from tests.attention import stand_ins
 
 HEADS, D, ROW_TOKENS = 3, 8, 36
 PACKINGS = 48
@@ -31,9 +31,9 @@ def packing(seed):
 
 
 def attention(name, **overrides):
-    from hrm_megatron.model.attention import KERNELS, VarlenAttention
-    from hrm_megatron.model.hrm_config import hrm_config
-    from hrm_megatron.model.varlen import plain_varlen
+    from hrm_megatron.attention.core import KERNELS, VarlenAttention
+    from hrm_megatron.attention.varlen import plain_varlen
+    from hrm_megatron.transformer_config import hrm_config
 
     config = hrm_config(Architecture(1, HEADS * D, HEADS, 16, 250), **overrides)
     built = (KERNELS | {"plain": VarlenAttention})[name](
@@ -92,13 +92,13 @@ def test_random_packings_equal_the_definition(single_rank, parity, ranks, bucket
 
 
 def calls(lengths, row_tokens, bucketed=False, spans=None):
-    from hrm_megatron.model.varlen import varlen_calls
+    from hrm_megatron.attention.varlen import varlen_calls
 
     return varlen_calls(PrefixSequences(lengths, None, row_tokens, spans), torch.device("cpu"), bucketed)
 
 
 def plain(call):
-    """The call's fields, with places as a list, or as a run."""
+    """The call's fields, with rows as a list, or as a run."""
     found = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(call).items()}
     return found | {name: (value.run or value.index.tolist(), value.distinct) for name, value in vars(call).items()
                     if name in ("queries", "keys")}
@@ -128,23 +128,23 @@ def test_keys_of_a_single_row_stay_where_they_are():
     assert responses.keys.run == (0, 8) and prefixes.keys.run is responses.queries.run is None
     assert calls([[(3, 0)]], 10)[0].queries.run == (0, 3)
     k = torch.randn(10, HEADS, D)
-    assert responses.keys.take(k).data_ptr() == k.data_ptr() and responses.keys.take(k[:, :, ::2]).is_contiguous()
+    assert responses.keys.gather(k).data_ptr() == k.data_ptr() and responses.keys.gather(k[:, :, ::2]).is_contiguous()
     assert calls([[(3, 2)], [(2, 1)]], 10)[1].keys.run is None  # rows lie interleaved
 
 
-@pytest.mark.parametrize("places, distinct", [([2, 3, 4], True), ([0, 1, 2, 3, 4, 5, 6], True), ([0], True),
+@pytest.mark.parametrize("rows_at, distinct", [([2, 3, 4], True), ([0, 1, 2, 3, 4, 5, 6], True), ([0], True),
                                               ([5, 0, 3], True), ([4, 5, 6], True), ([1, 4, 4, 2, 1], False)])
-def test_rows_go_to_their_places_and_come_from_there(places, distinct):
-    from hrm_megatron.model.places import Places
+def test_rows_are_gathered_and_scattered_back(rows_at, distinct):
+    from hrm_megatron.attention.gather_scatter import RowIndex
 
     count = 7
-    at = Places.of(torch.tensor(places), distinct, torch.device("cpu"))
-    assert (at.run is not None) == (places == [*range(places[0], places[-1] + 1)]) and len(at) == len(places)
-    x, rows, total = torch.randn(count, 2), torch.randn(len(places), 2), torch.randn(count, 2)
-    wanted = torch.zeros(count, 2).index_add(0, torch.tensor(places), rows)
-    assert torch.equal(at.take(x), x[places])
-    assert torch.equal(at.put(rows, count), wanted)
-    assert torch.allclose(at.add(rows, total.clone()), total + wanted)  # a place that is there twice: another order
+    at = RowIndex.of(torch.tensor(rows_at), distinct, torch.device("cpu"))
+    assert (at.run is not None) == (rows_at == [*range(rows_at[0], rows_at[-1] + 1)]) and len(at) == len(rows_at)
+    x, rows, total = torch.randn(count, 2), torch.randn(len(rows_at), 2), torch.randn(count, 2)
+    wanted = torch.zeros(count, 2).index_add(0, torch.tensor(rows_at), rows)
+    assert torch.equal(at.gather(x), x[rows_at])
+    assert torch.equal(at.scatter(rows, count), wanted)
+    assert torch.allclose(at.scatter_add_(rows, total.clone()), total + wanted)  # twice there: another order
 
 
 def test_a_call_without_queries_is_left_out():
@@ -171,17 +171,18 @@ def test_buckets_leave_few_shapes_and_the_same_sequences():
 
 
 def test_buckets_are_powers_of_two():
-    from hrm_megatron.model.varlen import bucket
+    from hrm_megatron.attention.varlen import bucket
 
     assert [bucket(n) for n in (1, 16, 17, 32, 33, 4096, 4097)] == [16, 16, 32, 32, 64, 4096, 8192]
 
 
 def test_all_ticks_and_layers_share_what_a_micro_batch_makes_once(single_rank, monkeypatch):
+    from hrm_megatron.attention import gather_scatter, varlen
+    from hrm_megatron.attention.core import VarlenAttention
     from hrm_megatron.data.batch import PackedBatch, assemble_row
-    from hrm_megatron.model import places, specs, varlen
-    from hrm_megatron.model.attention import VarlenAttention
+    from hrm_megatron.model import specs
     from hrm_megatron.model.hrm import HRMModel
-    from hrm_megatron.model.hrm_config import hrm_config
+    from hrm_megatron.transformer_config import hrm_config
 
     made, used = [], []
 
@@ -195,7 +196,7 @@ def test_all_ticks_and_layers_share_what_a_micro_batch_makes_once(single_rank, m
             return varlen.plain_varlen(q, k, v, call, scale)
 
     send = varlen.send
-    for module in (varlen, places):
+    for module in (varlen, gather_scatter):
         monkeypatch.setattr(module, "send", lambda t, device: made.append(t) or send(t, device))
     monkeypatch.setattr(specs, "core_attention", lambda *_: Counted)
     model = HRMModel(hrm_config(Architecture(2, HEADS * D, HEADS, 16, 250)), seed=3)

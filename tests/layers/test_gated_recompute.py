@@ -1,4 +1,4 @@
-"""Products with gates that are dropped and filled again: the same gradients, less memory."""
+"""Gated activations that are recomputed: the same gradients, less memory."""
 from functools import partial
 
 import pytest
@@ -11,20 +11,20 @@ PER_STEP = 2 * 2  # products: in each layer one of attention, one of the MLP
 
 @pytest.fixture
 def alive(monkeypatch):
-    """All products of a run, and how many have memory whenever one is filled."""
-    from hrm_megatron.model import products
+    """All products of a run, and how many have memory whenever one is recomputed."""
+    from hrm_megatron.layers import gated_recompute
 
-    class Watched(products.DroppedProduct):
-        made, filled = [], []
+    class Watched(gated_recompute.DiscardedOutput):
+        made, recomputed = [], []
 
         def of(self, *factors):
             self.made.append(self)
             return super().of(*factors)
 
-        def fill(self, grad):
-            super().fill(grad)
-            self.filled.append(sum(one.product.untyped_storage().nbytes() > 0 for one in self.made))
-    monkeypatch.setattr(products, "DroppedProduct", Watched)
+        def recompute(self, grad):
+            super().recompute(grad)
+            self.recomputed.append(sum(one.product.untyped_storage().nbytes() > 0 for one in self.made))
+    monkeypatch.setattr(gated_recompute, "DiscardedOutput", Watched)
     return Watched
 
 
@@ -46,7 +46,7 @@ def test_one_product_at_a_time_has_memory(single_rank, alive, bp_steps):
     assert len(alive.made) == 8 * PER_STEP
     assert not any(one.product.untyped_storage().nbytes() for one in alive.made)
     scores.sum().backward()
-    assert alive.filled == [1] * bp_steps * PER_STEP
+    assert alive.recomputed == [1] * bp_steps * PER_STEP
     assert not any(one.product.untyped_storage().nbytes() for one in alive.made)
     assert [one.factors for one in alive.made[-bp_steps * PER_STEP:]] == [()] * bp_steps * PER_STEP
 

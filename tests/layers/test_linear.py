@@ -8,8 +8,8 @@ activate()
 
 from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
 
-from hrm_megatron.model import linear as linear_module  # noqa: E402
-from hrm_megatron.model.linear import OwnProductProvider, linear, local_provider, on_own_product  # noqa: E402
+from hrm_megatron.layers import linear as linear_module  # noqa: E402
+from hrm_megatron.layers.linear import OwnProductProvider, linear, local_provider, on_own_product  # noqa: E402
 
 
 @pytest.mark.parametrize("rows, k, n, on_onednn", [((7, 3), 12, 5, False), ((7, 3), 12, 5, True), ((1,), 4, 4, True),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hrm_megatron.model.rotary import Rotation
+from hrm_megatron.attention.rotary import Rotation
 from hrm_megatron.parallel.context import Span, context_spans
 
 Lengths = Sequence[Sequence[tuple[int, int]]]

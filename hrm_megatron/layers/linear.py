@@ -1,6 +1,6 @@
 """Linear layers on a product of our own, where Megatron's cannot be compiled or runs slower.
 
-A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (model/compiled.py).
+A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (layers/compiled.py).
 
 On a CPU the product is oneDNN's on processors on which that of MKL, torch's own choice, is slower. MKL leaves the
 widest instructions of other makers' processors unused. Measured in fp32 on one core of an AMD EPYC with AVX-512:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from megatron.core.safe_globals import SAFE_GLOBALS
 
+from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.model.hrm import EMBEDDING_WEIGHT
 from hrm_megatron.optim.adam_atan2 import UPDATES
 from hrm_megatron.optim.sharded import EMBEDDING
-from hrm_megatron.training.dcp import DCPFolder
 
 COMMON = "common_state/shard_0_1"  # where torch_dist keeps what is no tensor
 WEIGHT, OF_OPTIMIZER = "model.module.", "module.module.module."

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hrm_megatron.model.functions import RotateFunction, rotated
+from hrm_megatron.layers.functions import RotateFunction, rotated
 
 
 @dataclass(frozen=True)

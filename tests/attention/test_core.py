@@ -2,9 +2,9 @@
 import pytest
 import torch
 
+from hrm_megatron.attention.prefix_lm import PrefixSequences, context_loads
+from hrm_megatron.attention.rotary import Rotation
 from hrm_megatron.config import Architecture
-from hrm_megatron.model.prefix_lm import PrefixSequences, context_loads
-from hrm_megatron.model.rotary import Rotation
 from hrm_megatron.parallel.context import context_positions, context_spans
 
 HEADS, D = 3, 8
@@ -19,9 +19,9 @@ ROW_TOKENS = 23
 
 
 def kernel(name):
-    from hrm_megatron.model.attention import KERNELS, VarlenAttention
-    from hrm_megatron.model.hrm_config import hrm_config
-    from hrm_megatron.model.varlen import plain_varlen
+    from hrm_megatron.attention.core import KERNELS, VarlenAttention
+    from hrm_megatron.attention.varlen import plain_varlen
+    from hrm_megatron.transformer_config import hrm_config
 
     config = hrm_config(Architecture(1, HEADS * D, HEADS, 16, 250))
     classes = KERNELS | {"two calls": VarlenAttention}

@@ -1,0 +1,99 @@
+"""Gather rows of queries, keys and values for attention kernels and scatter the results back, copying as little as
+can be."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import batched
+from typing import Any
+
+import torch
+
+from hrm_megatron.data.batch import send
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Index [n] of rows in a tensor [t, ...], on its device; `run` is (first, last + 1) where the rows are contiguous.
+
+    `distinct`: no row is there twice. (Adding at repeated rows is atomic, which is slow in bf16.)
+    """
+
+    index: torch.Tensor
+    run: tuple[int, int] | None
+    distinct: bool
+
+    @classmethod
+    def of(cls, index: torch.Tensor, distinct: bool, device: torch.device) -> RowIndex:
+        """Send `index`, which is on the host and not empty, to the device."""
+        first, end = int(index[0]), int(index[0]) + len(index)
+        is_run = torch.equal(index, torch.arange(first, end))
+        return cls(send(index, device), (first, end) if is_run else None, distinct)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Return these rows [n, ...] of `x`, contiguous: a view where they are a run of contiguous rows."""
+        return x[slice(*self.run)].contiguous() if self.run else x.index_select(0, self.index)
+
+    def scatter(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """Make [count, ...] with the sum of `rows` at these indices and zeros elsewhere."""
+        if not self.run:
+            return self.scatter_add_(rows, rows.new_zeros(count, *rows.shape[1:]))
+        first, end = self.run
+        out = rows.new_empty(count, *rows.shape[1:])
+        out[:first], out[end:] = 0, 0
+        out[first:end] = rows
+        return out
+
+    def scatter_add_(self, rows: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """Add `rows` to these rows of `total`, in place."""
+        if self.run:
+            total[slice(*self.run)] += rows
+        elif self.distinct:
+            total.index_copy_(0, self.index, total.index_select(0, self.index) + rows)
+        else:
+            total.index_add_(0, self.index, rows)
+        return total
+
+
+class GatherForCalls(torch.autograd.Function):
+    """q [tq, ...], k and v [tk, ...] to queries, keys and values of each call in turn.
+
+    `indices` holds those of these three for each call. The gradients of all calls are summed in one tensor each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                indices: Sequence[tuple[RowIndex, RowIndex, RowIndex]]) -> tuple[torch.Tensor, ...]:
+        ctx.indices, ctx.counts = indices, (len(q), len(k), len(v))
+        return tuple(index.gather(x) for of_call in indices for index, x in zip(of_call, (q, k, v), strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        sums = []
+        for count, indices, parts in zip(
+                ctx.counts, zip(*ctx.indices, strict=True), zip(*batched(grads, 3), strict=True), strict=True):
+            (widest, first), *others = sorted(zip(indices, parts, strict=True), key=lambda one: -len(one[0]))
+            total = widest.scatter(first, count)
+            for index, part in others:
+                index.scatter_add_(part, total)
+            sums.append(total)
+        return *sums, None
+
+
+class ScatterFromCalls(torch.autograd.Function):
+    """Results of all calls, each [n, ...] at its queries' rows, to [count, ...] with zeros where no query is."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Sequence[RowIndex], count: int, *results: torch.Tensor) -> torch.Tensor:
+        ctx.queries = queries
+        out = results[0].new_zeros(count, *results[0].shape[1:])
+        for index, result in zip(queries, results, strict=True):
+            out.index_copy_(0, index.index, result)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *(index.gather(grads[0]) for index in ctx.queries)

@@ -1,0 +1,89 @@
+"""The folder that `--save` names: its iterations, which are complete, and the run that saved one."""
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+from megatron.core.safe_globals import SAFE_GLOBALS
+
+from hrm_megatron.checkpoint.dcp import METADATA_FILE, DCPFolder
+from hrm_megatron.checkpoint.fsdp_folder import COMMON, is_megatron_fsdp
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.transformer_config import architecture_of
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+CONFIG_FILE = "metadata.json"
+COMPLETE_FILES = (CONFIG_FILE, METADATA_FILE)  # Megatron writes them last
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether the save of this iteration came to its end."""
+    try:
+        json.loads((folder / CONFIG_FILE).read_text())
+    except FileNotFoundError:  # Megatron-FSDP writes none
+        return (folder / METADATA_FILE).is_file() and is_megatron_fsdp(DCPFolder(folder))
+    except (OSError, ValueError):
+        return False
+    return (folder / METADATA_FILE).is_file()
+
+
+def complete_iterations(load: Path) -> list[str]:
+    """Names of the complete iterations under `load`, ascending."""
+    folders = load.iterdir() if load.is_dir() else ()
+    return sorted(path.name for path in folders if re.fullmatch(r"iter_\d{7,}", path.name) and is_complete(path))
+
+
+def find_iteration(load: str | Path, step: int | None = None) -> Path:
+    """Return the folder of one iteration: `load` itself if it is one, else that of `step`, else the latest."""
+    load = Path(load)
+    if re.fullmatch(r"iter_\d{7,}|release", load.name) and step is None:
+        folder, load = load, load.parent
+    elif step is not None:
+        folder = load / f"iter_{step:07d}"
+    else:
+        folder = load / _tracked(load)
+    if not is_complete(folder):
+        state = "half-written" if folder.is_dir() else "not there"
+        raise ConfigError(f"{folder}: {state}; choose another with --ckpt-step{listed(load)}")
+    return folder
+
+
+def _tracked(load: Path) -> str:
+    place = load / TRACKER_FILE
+    try:
+        text = place.read_text().strip()
+        return text if text == "release" else f"iter_{int(text):07d}"
+    except OSError as error:
+        raise ConfigError(f"{place}: cannot read ({error.strerror}); give the folder that --save named, or one of its "
+                          f"iterations{listed(load)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{place}: holds no iteration; choose one with --ckpt-step{listed(load)}") from error
+
+
+def listed(load: Path) -> str:
+    complete = complete_iterations(load)
+    return f" (complete: {', '.join(complete)})" if complete else " (none is complete there)"
+
+
+def read_run(stored: DCPFolder) -> tuple[dict[str, Any], Architecture]:
+    """Read what a Megatron checkpoint holds beside tensors, and which model it is of."""
+    try:
+        common: dict[str, Any] = stored.object(COMMON, SAFE_GLOBALS)[0]
+        args = common["args"]
+        return common, architecture_of(args, args.vocab_size)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise not_of_an_hrm(stored.path, error) from error
+
+
+def not_of_an_hrm(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: a Megatron checkpoint, but not of an HRM ({error}); give one that "
+                       "hrm_megatron.pretrain saved")
+
+
+def write_aside(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,112 @@
+"""Write a torch_dist checkpoint that `hrm_megatron.pretrain --load` resumes from."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.training import arguments as megatron_arguments
+
+from hrm_megatron.checkpoint.folders import TRACKER_FILE
+from hrm_megatron.config import ConfigError
+from hrm_megatron.convert.checkpoint import RAW, Checkpoint
+from hrm_megatron.convert.megatron import STATE_NAMES
+from hrm_megatron.convert.table import table
+from hrm_megatron.model.hrm import HRMModel
+from hrm_megatron.optim.adam_atan2 import UPDATES
+from hrm_megatron.optim.builder import STEPS_DONE
+from hrm_megatron.optim.sharded import BY_NAME, EMBEDDING
+from hrm_megatron.parallel.single import single_rank
+from hrm_megatron.training.arguments import FORCED, add_hrm_arguments, fill_from_preset
+from hrm_megatron.transformer_config import hrm_config
+
+# `--dist-ckpt-optim-fully-reshardable`: optimizer state by the names of the weights, for any layout.
+SHARDING = dict(BY_NAME, singleton_local_shards=False, chained_optim_avoid_prefix=True)
+
+
+def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
+    """Return the arguments of a run that could have written this checkpoint."""
+    a, t = checkpoint.architecture, checkpoint.training
+    if a.h_norm_placement not in (None, a.norm_placement):
+        raise ConfigError(f"{checkpoint.path}: the H stack alone has {a.h_norm_placement}-norm layers, for which "
+                          "hrm_megatron.pretrain has no flag; save as native")
+    flags = {
+        "num-layers": a.num_layers, "hidden-size": a.hidden_size, "num-attention-heads": a.num_attention_heads,
+        "ffn-hidden-size": a.ffn_hidden_size, "h-cycles": a.h_cycles, "l-cycles": a.l_cycles,
+        "norm-placement": a.norm_placement, "init-scheme": a.init_scheme, "init-std": a.init_std,
+        "norm-epsilon": a.norm_epsilon, "seq-length": t.seq_length,
+        "global-batch-size": max(1, t.tokens_per_step // t.seq_length), "lr": t.lr, "min-lr": t.min_lr,
+        "lr-warmup-iters": t.warmup_steps, "train-iters": t.total_steps, "weight-decay": t.weight_decay,
+        "adam-beta1": t.beta1, "adam-beta2": t.beta2, "ema-decay": t.ema_decay, "bp-min-steps": t.bp_min_steps,
+        "bp-max-steps": t.bp_max_steps, "bp-warmup-fraction": t.bp_warmup_fraction, "seed": t.seed,
+    }
+    parser = add_hrm_arguments(megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    args = parser.parse_args([f"--{name}={value}" for name, value in flags.items() if value is not None])
+    fill_from_preset(args)
+    values = dict(
+        FORCED, rotary_base=a.rope_theta, vocab_size=a.vocab_size, padded_vocab_size=a.padded_vocab_size, rank=0,
+        world_size=1, data_parallel_size=1,
+        no_save_rng=True,  # there is none; Megatron looks for it unless told so
+        # Megatron replaces a count of 0 by iteration * rows per step of the run that resumes.
+        consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0)
+    for name, value in values.items():
+        setattr(args, name, value)
+    return args
+
+
+def write_megatron(checkpoint: Checkpoint, folder: Path, progress: Callable[[], object] = lambda: None) -> None:
+    """Write a folder that `hrm_megatron.pretrain --load` resumes from, in any layout and with any schedule.
+
+    A checkpoint without optimizer state becomes a model before its first step. `progress` is called once for
+    every tensor of the table. All of the state is in memory at once.
+    """
+    args = _arguments_for(checkpoint)
+    target = folder / f"iter_{checkpoint.iteration:07d}"
+    target.mkdir(parents=True)
+    with single_rank():
+        model = HRMModel(hrm_config(checkpoint.architecture, use_cpu_initialization=True), seed=0)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        weights = model.sharded_state_dict(metadata=dict(SHARDING, dp_cp_group=group))
+        del model
+        states: dict[int, dict[str, Any]] = {}
+        for entry in table(checkpoint.architecture):
+            if entry.trained:
+                parts = checkpoint.state(entry)
+                states[len(states)] = {name: _sharded(weights[entry.megatron], parts[part],
+                                                      f"optimizer.state.{name}.{entry.megatron}")
+                                       for part, name in STATE_NAMES.items()}
+                weights[entry.megatron] = _sharded(weights[entry.megatron], parts[RAW], entry.megatron)
+            else:
+                weights[entry.megatron] = _sharded(weights[entry.megatron], checkpoint.read(RAW, entry), entry.megatron)
+            progress()
+        dist_checkpointing.save({
+            "args": args, "checkpoint_version": 3.0, "iteration": checkpoint.iteration, "model": weights,
+            "optimizer": {"optimizer": {"param_groups": _groups(checkpoint)}, "param_state": states,
+                          "param_state_sharding_type": SHARDING["distrib_optim_sharding_type"]},
+            "opt_param_scheduler": {STEPS_DONE: checkpoint.iteration}, "num_floating_point_operations_so_far": 0.0,
+        }, str(target), content_metadata=dict(SHARDING))
+    (folder / TRACKER_FILE).write_text(str(checkpoint.iteration))
+
+
+def _sharded(like: ShardedTensor | ShardedTensorFactory, tensor: torch.Tensor,
+             key: str) -> ShardedTensor | ShardedTensorFactory:
+    """Put a full tensor into the place of a weight of the single rank's model."""
+    values: dict[str, Any] = dict(key=key, data=tensor)
+    if isinstance(like, ShardedTensor):
+        values["dtype"] = tensor.dtype
+    return dataclasses.replace(like, **values)
+
+
+def _groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Describe the two parameter groups as Megatron's optimizer does; a run takes only the counts from them."""
+    t = checkpoint.training
+    common = dict(is_expert_parallel=False, wd_mult=1.0, lr_mult=1.0, max_lr=t.lr, min_lr=t.min_lr, lr=t.last_lr,
+                  betas=(t.beta1, t.beta2), weight_decay=t.weight_decay, ema_decay=t.ema_decay)
+    return [{**common, "default_config": True, "is_decoupled_lr": False, UPDATES: checkpoint.iteration},
+            {**common, "default_config": False, "is_decoupled_lr": True, EMBEDDING: True,
+             UPDATES: checkpoint.embedding_updates}]
