@@ -32,7 +32,7 @@ def listen() -> None:
     ignored.
     """
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by something else than Python
             signal.signal(number, _on_signal)
 
 
@@ -48,7 +48,8 @@ def listening() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] = ()) -> int:

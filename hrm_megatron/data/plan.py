@@ -48,6 +48,11 @@ class Place(NamedTuple):
     example_ids: Ints
 
 
+def row_length(prefix_length: int, target_length: int) -> int:
+    """Positions that an example takes in a row: its last target token is only a label."""
+    return prefix_length + target_length - 1
+
+
 def random_order(count: int, *key: int) -> Ints:
     """Permute range(count) by the numbers of `key`.
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.plan import row_length
 from hrm_megatron.data.provenance import Provenance
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.data.vocabulary import SCANNED_BYTES, BadTokenId, positions_outside
@@ -105,7 +106,6 @@ class StoreWriter:
 
     def add(self, prefix: Ids, target: Ids) -> None:
         """Append one example; both parts have at least one token."""
-        from hrm_megatron.data.batch import row_length  # it brings torch, which encoding workers do without
         assert len(prefix) and len(target), (len(prefix), len(target))
         with self._one_line():
             self._builder.add_document(np.concatenate([prefix, target]), [len(prefix), len(target)])
