@@ -151,7 +151,9 @@ def test_a_stopped_training_of_a_tokenizer_leaves_nothing(rows, tmp_path):
 @pytest.mark.parametrize("workers, number", [(1, signal.SIGTERM), *((2, number) for number in STOPS)])
 def test_a_stopped_preprocessing_leaves_nothing(rows, tmp_path, workers, number):
     """The signal goes to the whole group, as a terminal sends it, while workers are busy."""
-    stop = ("add = store.StoreWriter.add\ndef stop(self, *ids):\n  add(self, *ids)\n"
+    stop = ("from hrm_megatron.data import preprocess\ncut = preprocess.iterate_chunks\n"
+            "preprocess.iterate_chunks = lambda paths, size: cut(paths, 2000)\n"
+            "add = store.StoreWriter.add\ndef stop(self, *ids):\n  add(self, *ids)\n"
             f"  if self.metadata['examples'] == 20: os.killpg(0, {int(number)})\nstore.StoreWriter.add = stop")
     status, said = preprocess(stop, rows, tmp_path / "new" / "x", workers)
     assert (status, said) == (128 + number, [f"stopped by {signal.Signals(number).name}"])
@@ -162,3 +164,12 @@ def test_a_signal_among_the_renames_lets_them_finish(rows, tmp_path):
     rename = "replace = os.replace\ndef stop(a, b):\n  replace(a, b)\n  os.kill(os.getpid(), 15)\nos.replace = stop"
     assert preprocess(rename, rows, tmp_path / "new" / "x", 1) == (128 + signal.SIGTERM, ["stopped by SIGTERM"])
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x.bin", "x.idx", "x.json"]
+
+
+def test_a_stopped_plan_leaves_nothing(tmp_path):
+    """Training leaves signals to Megatron and its launcher; while a plan is written they clear away."""
+    done = run("import sys\nimport numpy as np\nfrom hrm_megatron.data.plan import RowPlan\nsave = np.save\n"
+               "def stop(*a, **k):\n  save(*a, **k)\n  os.kill(os.getpid(), 15)\nnp.save = stop\n"
+               "RowPlan(lambda epoch: np.full(9, 3), 6, 1, cache_folder=sys.argv[1]).rows_of_epoch(0)",
+               tmp_path / "cache")
+    assert stopped(done, signal.SIGTERM) and not list((tmp_path / "cache").iterdir())

@@ -19,9 +19,9 @@ SAMPLED = ["--sampled-data-path", FULLBATCH / "sampled"]
 @pytest.fixture
 def refused(launch, tmp_path):
     """Check that a run ends with one line that holds `parts`, writes nothing, and trains not a step."""
-    def check(*arguments, parts, ranks=1):
+    def check(*arguments, parts, ranks=1, prelude=""):
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-        run = launch(*arguments, ranks=ranks)
+        run = launch(*arguments, ranks=ranks, prelude=prelude)
         assert run.code == 2 and "Traceback" not in run.output, run.output
         assert len(run.errors) == 1 and all(part in run.errors[0] for part in parts), run.output
         assert "iteration        1/" not in run.output
@@ -110,6 +110,17 @@ def test_a_sampled_folder_with_an_index_out_of_range(refused, tmp_path):
     starts[3] = 10**6
     np.save(folder / "epoch_1" / "resp_start.npy", starts)
     refused(*SIZES, "--sampled-data-path", folder, parts=[f"{folder}/epoch_1/resp_start.npy: row 3 with value 1000000"])
+
+
+@pytest.mark.parametrize("prelude", ["", "from hrm_megatron.data import sampled; sampled.SCANNED_BYTES = 0"],
+                         ids=["when opened", "in its row"])
+def test_a_token_id_between_the_vocabulary_and_its_padding(refused, tmp_path, prelude):
+    folder = shutil.copytree(FULLBATCH / "sampled", tmp_path / "sampled")
+    tokens = np.load(folder / "tokens.npy")
+    tokens[int(np.load(folder / "epoch_0" / "resp_start.npy")[0])] = 255
+    np.save(folder / "tokens.npy", tokens)
+    refused(*SIZES, "--sampled-data-path", folder, prelude=prelude,
+            parts=[f"{folder}/epoch_", "token 0 of its target has the id 255, but the vocabulary has 250 entries"])
 
 
 @pytest.fixture
