@@ -153,7 +153,7 @@ def read_hf(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     config = _read_json(folder / CONFIG_FILE)
     try:
-        architecture = _architecture(config)
+        architecture, token_ids = _architecture(config), _ids_of(config)
         # transformers: [2] by default, and 1 for every earlier cycle.
         l_bp = [1] * architecture.h_cycles + [int(n) for n in config.get("L_bp_cycles") or [2]]
         training = Training(seq_length=int(config["max_position_embeddings"]),
@@ -166,7 +166,10 @@ def read_hf(folder: str | Path) -> Checkpoint:
     architecture = replace(architecture, vocab_size=_tokens_of(folder, architecture.vocab_size))
     files = {WEIGHTS_FILE}
     if (folder / INDEX_FILE).exists():
-        files = set(_read_json(folder / INDEX_FILE).get("weight_map", {}).values())
+        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ConfigError(f"{folder / INDEX_FILE}: does not say which file a tensor is in; copy the folder again")
+        files = set(weight_map.values())
     file_of: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in (folder / Path(file).name for file in sorted(files)):
@@ -181,7 +184,7 @@ def read_hf(folder: str | Path) -> Checkpoint:
         # HRM-Text's start of z_L is bf16 in every run.
         return entry.to_megatron(tensor.float() if entry.trained else tensor.to(torch.bfloat16))
 
-    return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read, _ids_of(config))
+    return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read, token_ids)
 
 
 def _tokens_of(folder: Path, rows: int) -> int:
@@ -196,6 +199,9 @@ def _ids_of(config: dict[str, Any]) -> dict[str, TokenIds]:
     """Return the token ids of a config; one that names no end has none. Without a pad token the end is it, as when
     transformers generates."""
     ids = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+    for name, value in ids.items():
+        if not all(isinstance(i, int) for i in (value if isinstance(value, list) else [value])) or value == []:
+            raise ConfigError(f"{name}: {value!r} is no token id")
     end = ids.get("eos_token_id")
     return {"pad_token_id": end[0] if isinstance(end, list) else end, **ids} if end is not None else {}
 

@@ -43,7 +43,7 @@ class ExportTokenizer:
         text = TextTokenizer(path)
         named = _config_beside(text.path).get("pad_token")
         own = named.get("content") if isinstance(named, dict) else named
-        return ExportTokenizer(text, next(token for token in (own, *PAD_TOKENS) if token in text.special_ids))
+        return ExportTokenizer(text, next(token for token in (str(own), *PAD_TOKENS) if token in text.special_ids))
 
     @property
     def token_ids(self) -> dict[str, int]:

@@ -111,6 +111,7 @@ def renamed(folder, tokenizer, *names):
     (("<|PAD|>",), "<|PAD|>", "<|endoftext|>"),  # what its configuration names is not there
     (("<|PAD|>",), "!", "<|endoftext|>"),  # an ordinary token, which texts hold
     (("<|PAD|>", "<|endoftext|>"), None, EOA),
+    ((), ["<|fim_pad|>"], "<|PAD|>"),  # no name
     ((), "<|fim_pad|>", "<|fim_pad|>"),
     ((), {"content": "<|fim_pad|>", "special": True}, "<|fim_pad|>"),
 ])

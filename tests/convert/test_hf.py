@@ -155,6 +155,7 @@ def test_post_norm_has_no_place_in_transformers(tmp_path, random_checkpoint):
     (dict(tie_word_embeddings=True), "tie_word_embeddings: True"),
     (dict(rope_parameters={"rope_type": "yarn"}), "rope_type: 'yarn' is not built here"),
     (dict(hidden_size="wide"), "odd one .*'wide'"),
+    (dict(eos_token_id=[11, "end"]), r"config\.json: eos_token_id: .*'end'\] is no token id"),
     (dict(H_cycles=None), "lacks a setting or has an odd one"),
 ])
 def test_a_config_that_does_not_fit_is_refused_by_name(golden, tmp_path, change, message):
@@ -175,3 +176,7 @@ def test_missing_and_damaged_files_are_named(golden, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((golden / "hf_export/ema/model.safetensors").read_bytes()[:5000])
     with pytest.raises(ConfigError, match=r"model\.safetensors: cannot read"):
         read_hf(tmp_path)
+    for index in ("[1]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"lm_head.weight": 1}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(ConfigError, match=r"index\.json: (holds no settings|does not say which file)"):
+            read_hf(tmp_path)
