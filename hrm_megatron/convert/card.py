@@ -48,7 +48,7 @@ A prompt is `{boq}`, tokens for what the answer shall be like (any of {tags}, or
 An answer ends with `{eoa}`.{padding}
 """
 TYPES = """ The tokenizer of this folder makes them: pass on all that it returns, as above.
-`tokenizer.apply_chat_template` spells one question, `condition="direct"` gives it that token; ask for `return_dict=True`.
+`tokenizer.apply_chat_template` spells one question, with `condition="direct"` for that token; add `return_dict=True`.
 To score an answer, give it as the second text, `tokenizer(prompt, answer)`: its types are 0."""
 
 
