@@ -71,7 +71,11 @@ def convert(job: Conversion) -> str:
             write_megatron(checkpoint, folder, bar.update)
     whole = job.save_format != "hf" and EMA in checkpoint.parts
     content = "weights and optimizer state" if whole else f"{kind} weights"
-    return f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(entries)} tensors, from {checkpoint.path}"
+    said = f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(entries)} tensors, from {checkpoint.path}"
+    if job.save_format == "hf" and job.tokenizer_model is None:
+        said += "; no tokenizer beside them, and token ids of " + (
+            str(job.load) if checkpoint.token_ids else "HRM-Text's tokenizers") + " (--tokenizer-model puts one there)"
+    return said
 
 
 def open_checkpoint(job: Conversion) -> Checkpoint:

@@ -31,6 +31,7 @@ def test_it_converts_and_says_what(command, tmp_path, golden):
     status, out, err = command()
     assert (status, err.count("error")) == (0, 0)
     assert "ema weights of iteration 10, 11 tensors" in out
+    assert "no tokenizer beside them, and token ids of HRM-Text's tokenizers (--tokenizer-model" in out
     assert _entries(tmp_path) == ["out"]
     status, out, _ = command("--weights", "raw", save="raw")
     source = dict(read_native(golden / "native_ckpt").weights("raw"))

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.modes import wrong_modes
+
 ROOT = Path(__file__).parents[2]
+UMASK = 0o077  # nobody else may read
 
 
 def run(command, cwd=ROOT, **environment):
     return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=280,
-                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment})
+                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+                          umask=UMASK)
 
 
 SCRIPT = ROOT / "examples" / "own_data.sh"
@@ -52,6 +56,7 @@ def test_own_data_becomes_an_exported_model(folder):
     assert "The model is in out/hf" in done.stdout
     assert done.stdout.count("skipped 1: broken JSON, first rows.jsonl:41: ") == 2  # by either tool
     assert "40 rows have no condition and took the default" in done.stdout
+    assert not wrong_modes(out, UMASK)
 
 
 def test_a_second_start_keeps_what_is_there_and_other_data_is_refused(folder, launcher):
@@ -109,6 +114,8 @@ def test_the_launch_script_shows_its_command_and_refuses_what_does_not_fit():
                 TORCHRUN="torchrun")
     assert shown.returncode == 0
     assert "--nproc-per-node 6 -m hrm_megatron.pretrain --hrm-preset L --tensor-model-parallel-size 2" in shown.stdout
-    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in shown.stdout and r"--sequence-parallel --save runs/a\ b" in shown.stdout
+    assert r"--sequence-parallel --save runs/a\ b" in shown.stdout
+    helped = run(["launch_scripts/train_node.sh", "--help"])
+    assert helped.returncode == 0 and "DP      data parallel ranks" in helped.stdout and "#" not in helped.stdout
     refused = run(["launch_scripts/train_node.sh", "--dry-run"], TP="two")
     assert refused.returncode == 2 and "whole numbers from 1, not 'two'" in refused.stderr

@@ -116,11 +116,9 @@ def test_a_sampled_folder_with_an_index_out_of_range(refused, tmp_path):
                          ids=["when opened", "in its row"])
 def test_a_token_id_between_the_vocabulary_and_its_padding(refused, tmp_path, prelude):
     folder = shutil.copytree(FULLBATCH / "sampled", tmp_path / "sampled")
-    tokens = np.load(folder / "tokens.npy")
-    tokens[int(np.load(folder / "epoch_0" / "resp_start.npy")[0])] = 255
-    np.save(folder / "tokens.npy", tokens)
+    np.save(folder / "tokens.npy", np.full_like(np.load(folder / "tokens.npy"), 255))
     refused(*SIZES, "--sampled-data-path", folder, prelude=prelude,
-            parts=[f"{folder}/epoch_", "token 0 of its target has the id 255, but the vocabulary has 250 entries"])
+            parts=[f"{folder}/epoch_0, example ", "token 0 of its prefix has the id 255, but the vocabulary has 250 entries"])
 
 
 @pytest.fixture
