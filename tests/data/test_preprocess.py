@@ -69,6 +69,18 @@ def test_output_and_first_error_do_not_depend_on_workers(write_jsonl, tmp_path, 
         ("skipped 1: empty field, first ", ":42: response='' is empty; fill it or drop the row")]
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+def test_byte_order_marks_change_nothing(write_jsonl, tmp_path, tokenizer, chunk_bytes):
+    rows, mark = [json.dumps(good_row(i)).encode() for i in range(4)], b"\xef\xbb\xbf"
+    plain = write_jsonl("plain.jsonl", rows)
+    marked = write_jsonl("marked.jsonl", [mark + rows[0], mark, rows[1], mark + rows[2], rows[3]])
+    for path in (plain, marked):
+        preprocess([path], tmp_path / "out" / path.stem, tokenizer, chunk_bytes=chunk_bytes)
+    assert stored(tmp_path / "out" / "marked") == stored(tmp_path / "out" / "plain") == expected(tokenizer, [plain])
+    texts = [learn_tokenizer([path], tmp_path / f"{path.stem}-tok", 400).path.read_text() for path in (plain, marked)]
+    assert texts[0] == texts[1] and "\ufeff" not in texts[1]
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 10_000])
 def test_chunks_cover_files_at_line_ends(tmp_path, chunk_bytes):
     contents = b"first\n\nthird line is longer\r\nfourth\nlast without end"

@@ -118,7 +118,7 @@ def test_a_token_id_between_the_vocabulary_and_its_padding(refused, tmp_path, pr
     folder = shutil.copytree(FULLBATCH / "sampled", tmp_path / "sampled")
     np.save(folder / "tokens.npy", np.full_like(np.load(folder / "tokens.npy"), 255))
     refused(*SIZES, "--sampled-data-path", folder, prelude=prelude,
-            parts=[f"{folder}/epoch_0, example ", "token 0 of its prefix has the id 255, but the vocabulary has 250 entries"])
+            parts=[f"{folder}/epoch_0, example ", "token 0 of its prefix has the id 255, but the vocabulary has 250"])
 
 
 @pytest.fixture
