@@ -42,12 +42,22 @@ class GatherRows(torch.autograd.Function):
         gathered = x.new_empty(len(x) * size, *x.shape[1:])
         torch.distributed.all_gather_into_tensor(gathered, x.contiguous(), group=group)
         ctx.group = group
-        ctx.order = torch.cat([context_positions(len(gathered), rank, size) for rank in range(size)]).to(x.device)
-        return torch.empty_like(gathered).index_copy_(0, ctx.order, gathered)
+        chunks = sorted(zip(_chunks_of_ranks(size), gathered.chunk(2 * size), strict=True), key=lambda one: one[0])
+        return torch.cat([rows for _, rows in chunks])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         g = grads[0]
         out = g.new_empty(len(g) // ctx.group.size(), *g.shape[1:])
-        torch.distributed.reduce_scatter_tensor(out, g[ctx.order], group=ctx.group)
+        chunks = g.chunk(2 * ctx.group.size())
+        by_rank = torch.cat([chunks[chunk] for chunk in _chunks_of_ranks(ctx.group.size())])
+        torch.distributed.reduce_scatter_tensor(out, by_rank, group=ctx.group)
         return out, None
+
+
+def _chunks_of_ranks(size: int) -> list[int]:
+    """List the chunks of a row as the slices of all ranks hold them, one behind the other.
+
+    Whole chunks are joined by one kernel; an index of positions would have to be copied to the device first.
+    """
+    return [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]
