@@ -19,11 +19,13 @@ class Span(NamedTuple):
 
 
 def context_spans(row_tokens: int, rank: int = 0, size: int = 1) -> list[Span]:
-    """List the positions of `rank`, in the order of its slice."""
+    """List the positions of `rank`, in the order of its slice; no span begins where another ends."""
     if size == 1:
         return [Span(0, 0, row_tokens)]
     chunk = row_tokens // (2 * size)
     assert chunk * 2 * size == row_tokens, (row_tokens, size)
+    if rank == size - 1:  # its chunks adjoin
+        return [Span(0, rank * chunk, 2 * chunk)]
     return [Span(0, rank * chunk, chunk), Span(chunk, (2 * size - 1 - rank) * chunk, chunk)]
 
 
