@@ -50,6 +50,7 @@ class Checkpoint:
     embedding_updates: int
     parts: frozenset[str]
     read: Callable[[str, Rename], torch.Tensor]
+    remark: str = ""  # what could not be verified of it, as the rest of a sentence
 
     def part_of(self, kind: str, entry: Rename) -> torch.Tensor:
         """Read one tensor of the weights of this kind; a tensor that is not trained has no average."""

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from hrm_megatron.checkpoint.folders import TRACKER_FILE, find_iteration
+from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint
 from hrm_megatron.convert.hf import CONFIG_FILE, DTYPES, read_hf, write_hf
@@ -41,6 +42,7 @@ class Conversion:
     dtype: str = "float32"
     max_shard_size: str = "5GB"
     overwrite: bool = False
+    verify_checkpoint: bool = True
 
 
 def convert(job: Conversion) -> str:
@@ -53,7 +55,15 @@ def convert(job: Conversion) -> str:
     save, load = job.save.resolve(), job.load.resolve()
     if save == load or save in load.parents or load in save.parents:
         raise ConfigError(f"--save {job.save}: overlaps --load {job.load}; choose a folder apart")
-    checkpoint = open_checkpoint(job)
+    if job.load_format != "megatron":
+        return _convert(job, read_native(job.load, job.ckpt_step, job.verify_checkpoint)
+                        if job.load_format == "native" else read_hf(job.load))
+    iteration = find_iteration(job.load, job.ckpt_step)
+    with naming_another(iteration):
+        return _convert(job, read_megatron(iteration, job.verify_checkpoint))
+
+
+def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
     if job.weights and job.save_format != "hf":
         checkpoint = checkpoint.only_weights(job.weights)
     kind = job.weights or (EMA if EMA in checkpoint.parts or job.load_format != "hf" else RAW)
@@ -70,13 +80,8 @@ def convert(job: Conversion) -> str:
             write_megatron(checkpoint, folder, bar.update)
     whole = job.save_format != "hf" and EMA in checkpoint.parts
     content = "weights and optimizer state" if whole else f"{kind} weights"
-    return f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(entries)} tensors, from {checkpoint.path}"
-
-
-def open_checkpoint(job: Conversion) -> Checkpoint:
-    if job.load_format == "megatron":
-        return read_megatron(find_iteration(job.load, job.ckpt_step))
-    return read_native(job.load, job.ckpt_step) if job.load_format == "native" else read_hf(job.load)
+    return (f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(entries)} tensors, from "
+            f"{checkpoint.path}" + f", which {checkpoint.remark}" * bool(checkpoint.remark))
 
 
 def output_bytes(job: Conversion, checkpoint: Checkpoint) -> int:
