@@ -7,8 +7,10 @@ import sys
 import time
 from typing import Any
 
+from hrm_megatron.parallel.connections import choose_connections
 from hrm_megatron.parallel.cpu import activate
 
+choose_connections(sys.argv[1:])
 activate()
 
 import torch  # noqa: E402

@@ -65,6 +65,28 @@ def launch(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of HRM-Text's numbers."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def torch_reads():
+    """All tensors of a torch.distributed.checkpoint folder by torch's own loader: the oracle for ours."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()
+                 if isinstance(entry, TensorStorageMetadata)}
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        return state
+    return read
+
+
+@pytest.fixture(scope="session")
 def golden_case():
     """Read a golden case: `.tensors` of NAME.safetensors and `.facts` of NAME.json, where they exist."""
     def read(name: str) -> SimpleNamespace:

@@ -282,7 +282,6 @@ def activate() -> None:
     if any(name.startswith(("megatron.core", "megatron.training")) for name in sys.modules):
         raise RuntimeError("hrm_megatron.parallel.cpu.activate() must run before megatron is imported")
     _active = True
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # TP > 1 and sequence parallel want it
     _provide_weight_gradients()
     if torch.cuda.is_available():
         sys.meta_path.insert(0, _PatchingFinder(EVERYWHERE))

@@ -22,7 +22,7 @@ from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
 from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import TRANSFORMER_IMPLS, check_compilation, check_precision, choose_layers
-from hrm_megatron.training.memory import check_memory
+from hrm_megatron.training.memory import check_memory, choose_recompute_modules
 from hrm_megatron.transformer_config import HRM_SETTINGS, HRMConfig, architecture_of, swiglu_settings
 
 OPTIMIZER = "adam_atan2"
@@ -66,8 +66,6 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre")
     group.add_argument("--recompute-ticks", type=int, default=0, metavar="K",
                        help="the first K ticks with gradient keep only their input and run again in backward")
-    group.add_argument("--recompute-products", action="store_true",
-                       help="drop the results of SwiGLU and the output gate, and fill them again in backward")
     group.add_argument("--compile-layers", action="store_true",
                        help="join the element-wise work of Megatron's local layers by torch.compile (on a GPU)")
     group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO,
@@ -164,6 +162,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     fill_from_preset(args)
     for name, value in FORCED.items():
         setattr(args, name, value)
+    choose_recompute_modules(args)
     machine = Machine.here()
     args.transformer_impl, layers = choose_layers(args.transformer_impl, args.compile_layers, machine)
     check_compilation(args, machine)
@@ -229,7 +228,7 @@ def model_config(args: argparse.Namespace) -> HRMConfig:
     config: HRMConfig = core_transformer_config_from_args(
         argparse.Namespace(**{**vars(args), "virtual_pipeline_model_parallel_size": None}), HRMConfig)
     own: dict[str, Any] = dict(architecture=architecture_of(args, args.vocab_size),
-                               **swiglu_settings(args.compile_layers or args.recompute_products))
+                               **swiglu_settings(args.compile_layers or args.recompute_gated_act))
     config = dataclasses.replace(config, **own)
     if args.pipeline_model_parallel_size > 1:
         config.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size

@@ -45,7 +45,7 @@ def check_compilation(args: argparse.Namespace, machine: Machine) -> None:
         # Their collectives run in the backward of a linear layer, where a compiler stops.
         "--tensor-model-parallel-size": args.tensor_model_parallel_size > 1,
         "--use-torch-fsdp2": args.use_torch_fsdp2, "--use-megatron-fsdp": args.use_megatron_fsdp,
-        "--recompute-products": args.recompute_products,
+        "--recompute-modules gated_act": args.recompute_gated_act,
         "--recompute-granularity (--recompute-ticks works)": args.recompute_granularity or args.recompute_activations,
     })
 

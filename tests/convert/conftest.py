@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hrm_megatron.parallel.cpu import activate
 
@@ -22,20 +19,6 @@ ROOT = Path(__file__).parents[2]
 # Unequal sizes, and an FFN that is no multiple of 256.
 SMALL = Architecture(num_layers=2, hidden_size=24, num_attention_heads=3, ffn_hidden_size=40, vocab_size=250,
                      h_cycles=3, l_cycles=2)
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    return ROOT / "tests" / "golden"
-
-
-def _torch_reads(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a DCP folder by torch's own loader: the oracle for ours."""
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()
-             if isinstance(entry, TensorStorageMetadata)}
-    dcp.load(state, checkpoint_id=folder, no_dist=True)
-    return state
 
 
 def _random_checkpoint(architecture: Architecture = SMALL) -> Checkpoint:
@@ -55,11 +38,6 @@ def _same_state(one: Checkpoint, other: Checkpoint, parts: Sequence[str] = PARTS
         torch.equal(a, b) and a.dtype == b.dtype for entry in table(one.architecture)
         for part in (parts if entry.trained else ["raw"])
         for a, b in [(one.read(part, entry), other.read(part, entry))])
-
-
-@pytest.fixture(scope="session")
-def torch_reads():
-    return _torch_reads
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,8 @@ def test_the_launch_script_shows_its_command_and_refuses_what_does_not_fit():
                 TORCHRUN="torchrun")
     assert shown.returncode == 0
     assert "--nproc-per-node 6 -m hrm_megatron.pretrain --hrm-preset L --tensor-model-parallel-size 2" in shown.stdout
-    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in shown.stdout and r"--sequence-parallel --save runs/a\ b" in shown.stdout
+    assert r"--sequence-parallel --save runs/a\ b" in shown.stdout
+    helped = run(["launch_scripts/train_node.sh", "--help"])
+    assert helped.returncode == 0 and "DP      data parallel ranks" in helped.stdout and "#" not in helped.stdout
     refused = run(["launch_scripts/train_node.sh", "--dry-run"], TP="two")
     assert refused.returncode == 2 and "whole numbers from 1, not 'two'" in refused.stderr

@@ -172,7 +172,7 @@ def test_what_a_layer_of_XL_keeps_on_a_gpu(claims):
     ffn = sizes.ffn_hidden_size / sizes.hidden_size
     for dropped, states in found.items():
         megabytes = states * sizes.hidden_size * 2 * sizes.num_layers / 1e6
-        print(f"products dropped: {dropped:5}  {states:.2f} states, {megabytes:.2f} MB a position and tick")
+        print(f"gated_act recomputed: {dropped:5}  {states:.2f} states, {megabytes:.2f} MB a position and tick")
     # Both norms' results; queries, keys and values of both calls, attention's two results; the gate; the projection's
     # input; and the MLP's two activations. Keys and values of prefixes are there twice; indices and sums are small.
     assert 2 + 5 + 1 + 1 + 3 * ffn < found["False"] < 2 + 5 + 1 + 1 + 3 * ffn + 2

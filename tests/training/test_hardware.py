@@ -60,7 +60,7 @@ def test_compiled_layers_are_local_ones():
     (HOPPER, dict(tensor_model_parallel_size=2), "does not go with --tensor-model-parallel-size"),
     (HOPPER, dict(use_torch_fsdp2=True), "does not go with --use-torch-fsdp2"),
     (HOPPER, dict(use_megatron_fsdp=True), "does not go with --use-megatron-fsdp"),
-    (HOPPER, dict(recompute_products=True), "does not go with --recompute-products"),
+    (HOPPER, dict(recompute_gated_act=True), "does not go with --recompute-modules gated_act"),
     (HOPPER, dict(recompute_granularity="full"), "--recompute-granularity (--recompute-ticks works)"),
     (HOPPER, dict(recompute_activations=True), "--recompute-granularity (--recompute-ticks works)"),
     (HOPPER, dict(compile_layers=False, cuda_graph_impl="local"), "--cuda-graph-impl: not built"),
@@ -69,8 +69,8 @@ def test_compiled_layers_are_local_ones():
 ])
 def test_what_cannot_be_compiled(machine, changes, said):
     usual = dict(compile_layers=True, cuda_graph_impl="none", enable_cuda_graph=False, external_cuda_graph=False,
-                 tensor_model_parallel_size=1, use_torch_fsdp2=False, use_megatron_fsdp=False, recompute_products=False,
-                 recompute_granularity=None, recompute_activations=False)
+                 tensor_model_parallel_size=1, use_torch_fsdp2=False, use_megatron_fsdp=False,
+                 recompute_gated_act=False, recompute_granularity=None, recompute_activations=False)
     check_compilation(SimpleNamespace(**usual), HOPPER)
     with pytest.raises(ConfigError) as refused:
         check_compilation(SimpleNamespace(**usual | changes), machine)
