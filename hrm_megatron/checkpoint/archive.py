@@ -14,12 +14,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from hrm_megatron.config import ConfigError
 
 WAY_OUT = "copy the checkpoint again, or choose another with --ckpt-step"
-BLOCK_BYTES = 1 << 22  # read at a time, however large a tensor is
+BLOCK_BYTES = 1 << 20  # read at a time, however large a tensor is
 # APPNOTE.TXT 4.3.7: signature, version, flags, method, time, date, CRC32, two sizes, lengths of name and extra field
 HEADER = struct.Struct("<4s5H3L2H")
 END_BYTES, END_SIGNATURE = 22, b"PK\5\6"
@@ -56,7 +56,7 @@ class Archive:
 class _UpTo(io.RawIOBase):
     """A file that ends at `end`."""
 
-    def __init__(self, file: IO[bytes], end: int) -> None:
+    def __init__(self, file: BinaryIO, end: int) -> None:
         self.file, self.end = file, end
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -73,12 +73,12 @@ class _UpTo(io.RawIOBase):
         return self.file.read(rest if size < 0 else min(size, rest))
 
 
-def read_archive(file: IO[bytes], end: int) -> Archive:
+def read_archive(file: BinaryIO, end: int) -> Archive:
     """Read the directory of the archive that ends at `end`, and hold all that describes its entries against it."""
     file.seek(max(0, end - END_BYTES))
     if not file.read(END_BYTES).startswith(END_SIGNATURE):
         raise zipfile.BadZipFile(f"no archive of torch.save ends at byte {end}")
-    with zipfile.ZipFile(_UpTo(file, end)) as opened:  # type: ignore[arg-type]  # IO[bytes] as far as it is used
+    with zipfile.ZipFile(_UpTo(file, end)) as opened:
         infos, directory, comment = sorted(opened.infolist(), key=_place), opened.start_dir, opened.comment
     if comment or not infos or len({info.orig_filename for info in infos}) < len(infos):
         raise zipfile.BadZipFile(f"the directory of the archive that ends at byte {end} is not torch's")
@@ -106,7 +106,7 @@ def _place(info: zipfile.ZipInfo) -> int:
     return info.header_offset
 
 
-def check_archive(file: IO[bytes], start: int, end: int) -> None:
+def check_archive(file: BinaryIO, start: int, end: int) -> None:
     """Compare the data of all entries of the archive from `start` to `end` with their CRC32, block by block."""
     archive = read_archive(file, end)
     if archive.start != start:
@@ -125,7 +125,7 @@ def check_archive_file(path: Path) -> None:
         check_archive(file, 0, path.stat().st_size)
 
 
-def archives(file: IO[bytes], size: int) -> Iterator[Archive]:
+def archives(file: BinaryIO, size: int) -> Iterator[Archive]:
     """Yield the archives that fill a file of this size, from the last to the first."""
     while size:
         archive = read_archive(file, size)
@@ -151,11 +151,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _blocks(file: IO[bytes], start: int, size: int) -> Iterator[bytes]:
+def _blocks(file: BinaryIO, start: int, size: int) -> Iterator[memoryview]:
+    """Yield a stretch of a file block by block, each in the same place of memory."""
+    block = memoryview(bytearray(min(size, BLOCK_BYTES)))
     file.seek(start)
     while size:
-        block = file.read(min(size, BLOCK_BYTES))
-        if not block:
+        count = file.readinto(block[:size])  # type: ignore[attr-defined]  # BinaryIO has it, its stub does not
+        if not count:
             raise EOFError(f"ends {size} bytes early")
-        yield block
-        size -= len(block)
+        yield block[:count]
+        size -= count

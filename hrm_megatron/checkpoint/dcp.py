@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
@@ -210,7 +211,7 @@ def _fill(size: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int
     # The cuts of all boxes make a grid, of whose cells each belongs to as many boxes as its first element does.
     cuts = [sorted({0, whole, *(o[dim] for o, _ in boxes), *(o[dim] + e[dim] for o, e in boxes)})
             for dim, whole in enumerate(size)]
-    owners = torch.zeros([len(cut) - 1 for cut in cuts], dtype=torch.int32)
+    owners = np.zeros([len(cut) - 1 for cut in cuts], dtype=np.int32)
     numbers = [{place: number for number, place in enumerate(cut)} for cut in cuts]
     for offset, extent in boxes:
         cells = (slice(number[a], number[a + b]) for number, a, b in zip(numbers, offset, extent, strict=True))

@@ -40,8 +40,16 @@ def complete_iterations(load: Path) -> list[str]:
 
 
 def last_saved_first(load: Path) -> list[str]:
-    """Names of the complete iterations, the last one that was saved first; those without manifest are the oldest."""
-    return sorted(complete_iterations(load), key=lambda name: (_save(load / name), name), reverse=True)
+    """Names of the complete iterations, the last one that was saved first.
+
+    One without manifest counts as saved behind all that are below it: its run was killed before it wrote that.
+    """
+    found, latest = [], 0
+    for name in complete_iterations(load):
+        save = _save(load / name)
+        latest = max(latest, save)
+        found.append((save or latest, not save, name))
+    return [name for *_, name in sorted(found, reverse=True)]
 
 
 def _save(folder: Path) -> int:
@@ -79,10 +87,11 @@ def _tracked(load: Path) -> str:
 
 def _check_tracked(load: Path, folder: Path) -> None:
     """Refuse a tracker file that names another iteration than the last one whose save came to its end."""
-    order = last_saved_first(load) if _save(folder) else [folder.name]
-    if order[0] != folder.name:
-        raise DamagedError(f"{load / TRACKER_FILE}: names {folder.name}, but {order[0]} was saved after it; say which "
-                           "one with --ckpt-step")
+    save = _save(folder)
+    later = next((name for name in last_saved_first(load) if save and _save(load / name) > save), None)
+    if later:
+        raise DamagedError(f"{load / TRACKER_FILE}: names {folder.name}, but {later} was saved after it; say which one "
+                           "with --ckpt-step")
 
 
 def listed(load: Path) -> str:

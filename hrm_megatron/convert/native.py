@@ -106,9 +106,9 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
     config, metadata = _load_yaml(folder / CONFIG_FILE), _load_yaml(folder / METADATA_FILE)
     shapes = stored.shapes()
     has_optimizer = any(key.startswith("optim.") for key in stored.keys())  # noqa: SIM118  # keys() is no dict's
+    last_lr = float(stored.tensor("optim.param_groups.0.lr")) if has_optimizer else 0.0
     try:
         architecture = _architecture(config["arch"], int(metadata["vocab_size"]))
-        last_lr = float(stored.tensor("optim.param_groups.0.lr")) if has_optimizer else 0.0
         training = _training(config, metadata, last_lr)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 
 from hrm_megatron.checkpoint.folders import last_saved_first
 from hrm_megatron.checkpoint.manifest import (
@@ -31,6 +32,9 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
     """
     if folder is None:
         return
+    if args.verify_integrity and not (folder / INTEGRITY_FNAME).exists():
+        raise ConfigError(f"--verify-integrity: {folder} was saved without it; leave it out, for every checkpoint "
+                          "is verified")
     if not args.verify_checkpoint:
         _say(f"{folder} {UNVERIFIED}")
         return

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hrm_megatron.checkpoint.folders import TRACKER_FILE
+from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
 from hrm_megatron.data.store import StoreWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
 from tests.training.conftest import FULLBATCH, GOLDEN
@@ -144,6 +145,7 @@ def saved(uninterrupted, tmp_path):
     (["--ffn-hidden-size", 128], ["its model has ffn_hidden_size=256, the command line makes 128"]),
     (["--l-cycles", 2], ["its model has l_cycles=3, the command line makes 2"]),
     (["--norm-placement", "post"], ["its model has norm_placement=pre"]),
+    (["--verify-integrity"], ["--verify-integrity: ", "iter_0000024 was saved without it; leave it out"]),
     (["--ckpt-step", 7], ["iter_0000007: not there; choose another with --ckpt-step (complete: iter_0000012, iter_"]),
 ])
 def test_a_checkpoint_that_does_not_fit(refused, fullbatch_arguments, saved, flags, parts):
@@ -152,6 +154,7 @@ def test_a_checkpoint_that_does_not_fit(refused, fullbatch_arguments, saved, fla
 
 def test_a_checkpoint_with_nothing_complete(refused, fullbatch_arguments, saved):
     for folder in saved.glob("iter_*"):
+        (folder / MANIFEST_FILE).unlink()  # else what is gone would be damage
         (folder / ".metadata").unlink()
     refused(*fullbatch_arguments, "--load", saved, "--save", saved,
             parts=["iter_0000024: half-written", "none is complete"])
@@ -169,6 +172,7 @@ def test_a_checkpoint_that_lost_a_shard(refused, fullbatch_arguments, saved):
 
 def test_the_state_of_one_weight_is_never_silently_fresh(refused, fullbatch_arguments, saved):
     place = saved / "iter_0000024" / ".metadata"
+    (place.parent / MANIFEST_FILE).unlink()
     metadata = pickle.loads(place.read_bytes())
     lost = "optimizer.state.ema.h_stack.layers.1.mlp.linear_fc2.weight"
     entry = metadata.state_dict_metadata.pop(lost)
