@@ -1,4 +1,5 @@
 """What a user gets wrong costs one line, and nothing that is on disk."""
+import dataclasses
 import pickle
 import shutil
 
@@ -175,13 +176,14 @@ def test_the_state_of_one_weight_is_never_silently_fresh(refused, fullbatch_argu
     (place.parent / MANIFEST_FILE).unlink()
     metadata = pickle.loads(place.read_bytes())
     lost = "optimizer.state.ema.h_stack.layers.1.mlp.linear_fc2.weight"
-    entry = metadata.state_dict_metadata.pop(lost)
+    entry = metadata.state_dict_metadata[f"{lost}s"] = metadata.state_dict_metadata.pop(lost)
+    metadata.storage_data = {dataclasses.replace(index, fqn=f"{lost}s") if index.fqn == lost else index: info
+                             for index, info in metadata.storage_data.items()}
     place.write_bytes(pickle.dumps(metadata))
     refused(*fullbatch_arguments, "--load", saved, parts=[f"holds no ema of the optimizer for {lost[20:]}"])
     entry.chunks.pop()
-    metadata.state_dict_metadata[lost] = entry
     place.write_bytes(pickle.dumps(metadata))
-    refused(*fullbatch_arguments, "--load", saved, parts=[f"{lost}: its pieces are not the whole tensor of [32, 256]"])
+    refused(*fullbatch_arguments, "--load", saved, parts=[f"{lost}s: its pieces are not the whole tensor of [32, 256]"])
 
 
 def test_the_checkpoints_of_another_run_are_not_written_over(refused, fullbatch_arguments, saved, native_start):
