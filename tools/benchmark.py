@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from hrm_megatron.benchmark.peak import (  # noqa: E402
     matmul_flops_per_second,
     median_seconds,
 )
-from hrm_megatron.benchmark.record import add_row, check_table, device_name, versions  # noqa: E402
+from hrm_megatron.benchmark.record import add_row, check_table, device_name, output_folder, versions  # noqa: E402
 from hrm_megatron.benchmark.train import Measured, measure  # noqa: E402
 from hrm_megatron.config import PRESETS, Architecture, ConfigError, Preset, ffn_hidden_size  # noqa: E402
 from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch, assemble_row  # noqa: E402
@@ -131,8 +130,7 @@ def measure_training(args: argparse.Namespace) -> None:
         check_table(args.record, COLUMNS)
     cells = [device_name(), versions(), f"`python {' '.join(sys.argv)}`"]
     print("; ".join(cells))
-    folder = Path(tempfile.mkdtemp(prefix="hrm-benchmark-")) if args.output is None else args.output
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(args.output)
     found = measure(preset, args.row_tokens, args.rows, args.steps, args.vocab_size, args.bp_steps, folder,
                     ["--bf16", *args.flags])
     peak = matmul_flops_per_second(size=args.peak_size)

@@ -30,7 +30,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> Conversion:
     parser.add_argument("--ckpt-step", type=int, metavar="N",
                         help="iteration (megatron) or epoch (native) to read (default: the latest)")
     parser.add_argument("--tokenizer-model", type=Path, metavar="PATH",
-                        help="tokenizer folder or tokenizer.json to put beside the model (hf)")
+                        help="tokenizer folder or tokenizer.json to put beside the model (hf); without it, the token "
+                             "ids in the model's configuration are those of HRM-Text's tokenizers")
     parser.add_argument("--dtype", choices=[*DTYPES], default="float32",
                         help="of the weights (hf; default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",

@@ -47,7 +47,7 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
         return tensor.float() if entry.trained else tensor
 
     return Checkpoint(path, architecture, training, iteration, embedding_updates, frozenset({RAW} | parts), read,
-                      remark)
+                      remark=remark)
 
 
 def _training_of(args: argparse.Namespace, common: dict[str, Any]) -> Training:

@@ -130,7 +130,7 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
         return entry.to_megatron(stored.tensor(key))
 
     return Checkpoint(folder, architecture, training, iteration, embedding_updates,
-                      frozenset({RAW, *(PART_NAMES if has_optimizer else ())}), read, remark)
+                      frozenset({RAW, *(PART_NAMES if has_optimizer else ())}), read, remark=remark)
 
 
 def _counts(stored: DCPFolder, trained: list[Rename]) -> tuple[int, int]:

@@ -49,6 +49,8 @@ def convert(job: Conversion) -> str:
     """Do one conversion and return a line about it; raise ConfigError with one line, and then leave no output."""
     if job.ckpt_step is not None and job.load_format == "hf":
         raise ConfigError(f"--ckpt-step {job.ckpt_step}: a transformers folder has no steps; leave the flag out")
+    if not job.verify_checkpoint and job.load_format == "hf":
+        raise ConfigError("--no-verify-checkpoint: a transformers folder has no checksums to skip; leave the flag out")
     if job.save_format != "hf" and (job.tokenizer_model or job.dtype != "float32"):
         raise ConfigError(f"--tokenizer-model and --dtype are for --save-format hf; {job.save_format} keeps fp32 "
                           "masters")
@@ -80,8 +82,13 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
             write_megatron(checkpoint, folder, bar.update)
     whole = job.save_format != "hf" and EMA in checkpoint.parts
     content = "weights and optimizer state" if whole else f"{kind} weights"
-    return (f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(entries)} tensors, from "
-            f"{checkpoint.path}" + f", which {checkpoint.remark}" * bool(checkpoint.remark))
+    said = f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(entries)} tensors, from {checkpoint.path}"
+    if checkpoint.remark:
+        said += f", which {checkpoint.remark}"
+    if job.save_format == "hf" and job.tokenizer_model is None:
+        said += "; no tokenizer beside them, and token ids of " + (
+            str(job.load) if checkpoint.token_ids else "HRM-Text's tokenizers") + " (--tokenizer-model puts one there)"
+    return said
 
 
 def output_bytes(job: Conversion, checkpoint: Checkpoint) -> int:

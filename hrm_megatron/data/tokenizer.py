@@ -77,19 +77,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 
     return tokenizer
 
 
+def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, **settings: object) -> dict[str, str]:
+    """Return the files, name > text, of a folder `name` that `TextTokenizer` and transformers' AutoTokenizer load.
+
+    `settings` are more of transformers' for its tokenizer_config.json.
+    """
+    return {
+        TOKENIZER_FILE: tokenizer.to_str(pretty=True),
+        CONFIG_FILE: json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOQ, "eos_token": EOA, "pad_token": pad_token,
+            "padding_side": "left",  # an answer goes on after the last token of its row
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False, **settings}, indent=1),
+        INFO_FILE: json.dumps({
+            "tokenizer_path": name, "boq": BOQ, "eoq": EOQ, "eoa": EOA, "condition_mapping": TAG_TOKENS,
+            "vocab_size": tokenizer.get_vocab_size()}, indent=1),
+    }
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = False) -> None:
     """Write a folder that `TextTokenizer` and transformers' AutoTokenizer load, all of it or nothing."""
     folder = Path(folder)
-    files = {
-        TOKENIZER_FILE: tokenizer.to_str(pretty=True),
-        CONFIG_FILE: json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOQ, "eos_token": EOA, "pad_token": PAD,
-            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-            "clean_up_tokenization_spaces": False}, indent=1),
-        INFO_FILE: json.dumps({
-            "tokenizer_path": folder.name, "boq": BOQ, "eoq": EOQ, "eoa": EOA, "condition_mapping": TAG_TOKENS,
-            "vocab_size": tokenizer.get_vocab_size()}, indent=1),
-    }
+    files = tokenizer_files(tokenizer, folder.name)
     check_output_folder(folder, overwrite)
     partial, replaced = (folder.with_name(f".{folder.name}.{state}-{uuid.uuid4().hex}")
                          for state in ("partial", "replaced"))
@@ -137,7 +146,8 @@ class TextTokenizer:
             raise ConfigError(f"{self.path}: not a tokenizer ({' '.join(str(error).split())}); train one with "
                               f"{TRAIN_COMMAND}") from error
         self.fingerprint = hashlib.sha256(contents).hexdigest()
-        ids = {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        ids = self.special_ids = {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items()
+                                  if token.special}
         needed = (BOQ, EOQ, EOA, *TAG_TOKENS.values())
         if missing := [token for token in needed if token not in ids]:
             raise ConfigError(f"{self.path}: special tokens missing: {', '.join(missing)}; train a tokenizer with "

@@ -29,7 +29,7 @@ from hrm_megatron.checkpoint.manifest import TENSORS, write_aside
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.parallel.patching import temporarily
-from hrm_megatron.training.verification import record_save
+from hrm_megatron.training.verification import check_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
 
 RESERVE_BYTES = 1 << 20
@@ -71,6 +71,7 @@ def check_checkpoint(args: argparse.Namespace) -> Path | None:
 
     Returns the iteration to go on from, or None. It may still be damaged, of which all ranks must hear together.
     """
+    check_flags(args)
     ours = architecture_of(args, args.vocab_size)
     if args.save:
         if args.save != args.load and (found := complete_iterations(Path(args.save))):

@@ -21,8 +21,18 @@ from hrm_megatron.checkpoint.manifest import (
     write_manifest,
 )
 from hrm_megatron.checkpoint.verify import UNVERIFIED, WITHOUT_MANIFEST, iteration_of, verify
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.transformer_config import architecture_of
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags about the verification that would do nothing."""
+    if args.load_newest_valid:
+        refuse_beside("--load-newest-valid", {"--no-verify-checkpoint": not args.verify_checkpoint})
+    for flag, given in (("--load-newest-valid", args.load_newest_valid),
+                        ("--no-verify-checkpoint", not args.verify_checkpoint)):
+        if given and not (args.load or args.pretrained_checkpoint):
+            raise ConfigError(f"{flag}: there is no checkpoint to load; give --load, or leave it out")
 
 
 def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Callable[[Path], None]) -> None:

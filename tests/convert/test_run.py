@@ -32,6 +32,7 @@ def test_it_converts_and_says_what(command, tmp_path, golden):
     status, out, err = command()
     assert (status, err.count("error")) == (0, 0)
     assert "ema weights of iteration 10, 11 tensors" in out
+    assert "no tokenizer beside them, and token ids of HRM-Text's tokenizers (--tokenizer-model" in out
     assert _entries(tmp_path) == ["out"]
     status, out, _ = command("--weights", "raw", save="raw")
     source = dict(read_native(golden / "native_ckpt").weights("raw"))
@@ -138,6 +139,7 @@ def test_what_no_checksum_covers_is_said(command, tmp_path):
     ([], dict(load="nowhere", load_format="hf"), "config.json: cannot read"),
     (["--ckpt-step", "3"], dict(), "choose --ckpt-step from 1"),
     (["--ckpt-step", "3"], dict(load_format="hf"), "a transformers folder has no steps"),
+    (["--no-verify-checkpoint"], dict(load_format="hf"), "a transformers folder has no checksums to skip"),
     (["--tokenizer-model", "nowhere"], dict(), "no tokenizer there"),
     (["--dtype", "bfloat16"], dict(save_format="native"), "are for --save-format hf"),
     ([], dict(load=".", save="out"), "overlaps --load"),

@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.modes import wrong_modes
+
 ROOT = Path(__file__).parents[2]
+UMASK = 0o077  # nobody else may read
 
 
 def run(command, **environment):
     return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=280,
-                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment})
+                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+                          umask=UMASK)
 
 
 def test_own_data_becomes_an_exported_model(tmp_path):
@@ -25,6 +29,7 @@ def test_own_data_becomes_an_exported_model(tmp_path):
     assert (out / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (out / "hf").iterdir()}
     assert f"The model is in {out}/hf" in done.stdout
+    assert not wrong_modes(out, UMASK)
 
 
 def test_the_launch_script_shows_its_command_and_refuses_what_does_not_fit():
