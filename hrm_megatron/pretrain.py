@@ -1,6 +1,7 @@
 """Train an HRM: `torchrun -m hrm_megatron.pretrain --hrm-preset B --data-path PREFIX ...`."""
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import parse_arguments  # noqa: E402
-from hrm_megatron.training.checkpoint import check_checkpoint, guard_saves  # noqa: E402
+from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
@@ -28,6 +29,7 @@ from hrm_megatron.training.memory import LESS_MEMORY  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
+from hrm_megatron.training.verification import verify_start  # noqa: E402
 
 
 def train() -> None:
@@ -39,7 +41,7 @@ def train() -> None:
         return sources["all"].vocab_size
 
     args = parse_arguments(vocab_size_of)
-    check_checkpoint(args)
+    start = check_checkpoint(args)
     if not args.rank:
         print(describe(args), flush=True)
     step = TrainingStep(args)
@@ -51,6 +53,7 @@ def train() -> None:
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
         if not vp_stage:  # the first call, and the first moment at which there is a process group
             check_agreement(sources["all"].files)
+            verify_start(args, start, functools.partial(check_fit, args))
         return step.build_model(vp_stage=vp_stage, **options)
 
     pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, sources["all"], step.meter.restart),

@@ -40,6 +40,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> Conversion:
                         help="of the weights (hf; default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
                         help="largest file of weights (hf; default: %(default)s)")
+    parser.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
+                        help="take what can be read of a damaged checkpoint (megatron, native)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder, all of it")
     return Conversion(**vars(parser.parse_args(arguments)))
 

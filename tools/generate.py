@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--load", required=True, help="folder that --save named, or one iteration in it")
     p.add_argument("--ckpt-step", type=int, help="iteration to take instead of the latest")
+    p.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
+                   help="answer from what can be read of a damaged checkpoint")
     p.add_argument("--weights", choices=[EMA, RAW], default=EMA)
     p.add_argument("--tokenizer-model", required=True, help="tokenizer folder of the training data")
     prompts = p.add_mutually_exclusive_group(required=True)
@@ -68,7 +70,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def answer(args: argparse.Namespace) -> None:
     """Print one answer per prompt."""
     tokenizer = TextTokenizer(args.tokenizer_model)
-    checkpoint = open_checkpoint(args.load, args.ckpt_step)
+    checkpoint = open_checkpoint(args.load, args.ckpt_step, args.verify_checkpoint)
+    if checkpoint.remark:
+        print(f"{checkpoint.path} {checkpoint.remark}", file=sys.stderr)
     if tokenizer.vocab_size != checkpoint.architecture.vocab_size:
         raise ConfigError(f"{args.tokenizer_model}: {tokenizer.vocab_size} entries, the checkpoint has "
                           f"{checkpoint.architecture.vocab_size}; give the tokenizer of its training data")

@@ -53,6 +53,7 @@ class Checkpoint:
     parts: frozenset[str]
     read: Callable[[str, Rename], torch.Tensor]
     token_ids: Mapping[str, TokenIds] = field(default_factory=dict)
+    remark: str = ""  # what could not be verified of it, as the rest of a sentence
 
     def part_of(self, kind: str, entry: Rename) -> torch.Tensor:
         """Read one tensor of the weights of this kind; a tensor that is not trained has no average."""

@@ -23,6 +23,8 @@ from hrm_megatron.model.schedule import split_bp_steps
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+WITHOUT_CHECKSUMS = "has no checksums, so that its files were held against their headers only"
+FLOATS = ("F32", "BF16", "F16")  # of safetensors
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What an HRM is in transformers' words.
 FIXED: dict[str, Any] = dict(model_type="hrm_text", tie_word_embeddings=False, prefix_lm=True)
@@ -176,6 +178,8 @@ def read_hf(folder: str | Path) -> Checkpoint:
         with _open(path) as opened:
             for name in opened.keys():  # noqa: SIM118  # no dict
                 file_of[name], shapes[name] = path, tuple(opened.get_slice(name).get_shape())
+                if (dtype := opened.get_slice(name).get_dtype()) not in FLOATS:
+                    raise ConfigError(f"{path}: {name} is of type {dtype}, no weight's; copy the folder again")
     check(folder, "hf", table(architecture), shapes)
 
     def read(part: str, entry: Rename) -> torch.Tensor:
@@ -184,7 +188,8 @@ def read_hf(folder: str | Path) -> Checkpoint:
         # HRM-Text's start of z_L is bf16 in every run.
         return entry.to_megatron(tensor.float() if entry.trained else tensor.to(torch.bfloat16))
 
-    return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read, token_ids)
+    return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read, token_ids,
+                      WITHOUT_CHECKSUMS)
 
 
 def _tokens_of(folder: Path, rows: int) -> int:

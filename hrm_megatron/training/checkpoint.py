@@ -10,21 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.training import checkpointing
 from megatron.training import training as megatron_training
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import (
     COMPLETE_FILES,
     TRACKER_FILE,
     complete_iterations,
     find_iteration,
+    last_saved_first,
     listed,
     read_run,
-    write_aside,
 )
 from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
+from hrm_megatron.checkpoint.manifest import TENSORS, write_aside
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
+from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.training.verification import check_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
 
 RESERVE_BYTES = 1 << 20
@@ -37,21 +42,22 @@ def starting_point(args: argparse.Namespace) -> Path | None:
     """Return the iteration that the run goes on from; None for a run that begins.
 
     A run that was killed while it saved goes on from the latest complete iteration: the tracker file is put right.
+    One that names a complete iteration, but not the latest, is put right only with --load-newest-valid.
     """
     for flag, load in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         if load is None:
             continue
         if args.ckpt_step:
             return find_iteration(load, args.ckpt_step)
-        tracker, complete = Path(load) / TRACKER_FILE, complete_iterations(Path(load))
+        tracker, complete = Path(load) / TRACKER_FILE, last_saved_first(Path(load))
         if tracker.exists() or complete:
             try:
                 return find_iteration(load)
             except ConfigError as error:
-                if not complete:
+                if not complete or (isinstance(error, DamagedError) and not args.load_newest_valid):
                     raise
-                _say(f"{error}; going on from {complete[-1]}, the latest that is complete")
-                write_aside(tracker, str(int(complete[-1].removeprefix("iter_"))))
+                _say(f"{error}; going on from {complete[0]}, the latest that is complete")
+                write_aside(tracker, str(int(complete[0].removeprefix("iter_"))))
                 return find_iteration(load)
         begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
         if not begins_here or args.exit_on_missing_checkpoint:
@@ -60,8 +66,12 @@ def starting_point(args: argparse.Namespace) -> Path | None:
     return None
 
 
-def check_checkpoint(args: argparse.Namespace) -> None:
-    """Refuse to train where nothing could be saved, and to go on from a checkpoint that does not fit the run."""
+def check_checkpoint(args: argparse.Namespace) -> Path | None:
+    """Refuse to train where nothing could be saved, and to go on from a checkpoint that does not fit the run.
+
+    Returns the iteration to go on from, or None. It may still be damaged, of which all ranks must hear together.
+    """
+    check_flags(args)
     ours = architecture_of(args, args.vocab_size)
     if args.save:
         if args.save != args.load and (found := complete_iterations(Path(args.save))):
@@ -69,9 +79,19 @@ def check_checkpoint(args: argparse.Namespace) -> None:
                               "on with that, or another --save")
         _check_space(args, ours)
     folder = starting_point(args)
-    if folder is None:
-        return
-    stored = open_run(folder)
+    if folder is not None:
+        try:
+            check_fit(args, folder)
+        except DamagedError:
+            if not args.verify_checkpoint:
+                raise
+    return folder
+
+
+def check_fit(args: argparse.Namespace, folder: Path) -> None:
+    """Refuse an iteration that is not of the model and of the format that the command line asks for."""
+    ours = architecture_of(args, args.vocab_size)
+    stored = open_run(folder, args.verify_checkpoint)
     stored.check_files()
     if is_megatron_fsdp(stored) != args.use_megatron_fsdp:
         with_or_without = "without" if args.use_megatron_fsdp else "with"
@@ -98,6 +118,11 @@ def check_checkpoint(args: argparse.Namespace) -> None:
 def guard_saves(args: argparse.Namespace) -> None:
     """Let Megatron's loop save through a function that keeps a half-written iteration from looking whole."""
     stock: Callable[..., None] = megatron_training.save_checkpoint
+    stock_schedule: Callable[[Any], None] = checkpointing.schedule_async_save
+
+    def schedule(folder: Path, request: Any) -> None:
+        request.add_finalize_fn(functools.partial(record_save, args, folder))  # behind all of Megatron's own
+        stock_schedule(request)
 
     @functools.wraps(stock)
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> None:
@@ -105,9 +130,14 @@ def guard_saves(args: argparse.Namespace) -> None:
         if not torch.distributed.get_rank():
             for name in COMPLETE_FILES:  # an older save of the same iteration is about to be written over
                 (folder / name).unlink(missing_ok=True)
+            for path in folder.glob(f"*{TENSORS}"):  # by other ranks perhaps
+                path.unlink()
         torch.distributed.barrier()
         try:
-            stock(iteration, *rest, **options)
+            with temporarily(checkpointing, schedule_async_save=functools.partial(schedule, folder)):
+                stock(iteration, *rest, **options)
+            if not args.async_save:
+                record_save(args, folder)
         except (OSError, CheckpointException) as error:
             reason = _reason(error, Path(args.save))
             shutil.rmtree(folder, ignore_errors=True)  # give its space back

@@ -70,6 +70,7 @@ STOCK = [
      "expert_parallel=None, non_persistent_ckpt=False, train_data_iterator=None, "
      "preprocess_common_state_dict_fn=None, release=False, tp_group=None, pp_group=None, dp_cp_group=None, "
      "dp_group=None, expt_dp_group=None, rng_state_key_prefix='')"),
+    ("megatron.training.checkpointing", "schedule_async_save", "(async_request)"),
     # hrm_megatron/optim/sharded.py, hrm_megatron/training/fsdp.py
     ("megatron.core.optimizer", "FP32Optimizer", "(optimizer, config, init_state_fn)"),
     ("megatron.core.optimizer", "Float16OptimizerWithFloat16Params", "(optimizer, config, grad_scaler, init_state_fn)"),

@@ -1,4 +1,5 @@
 """What a user gets wrong costs one line, and nothing that is on disk."""
+import dataclasses
 import pickle
 import shutil
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from hrm_megatron.checkpoint.folders import TRACKER_FILE
+from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
 from hrm_megatron.data.store import StoreWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
 from tests.training.conftest import FULLBATCH, GOLDEN
@@ -73,6 +75,9 @@ def refused(launch, tmp_path):
     (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload: not built for this model", "it would train by Adam"]),
     (["--use-precision-aware-optimizer"], ["--use-precision-aware-optimizer: not built for this model"]),
     (["--attention-kernel", "varlen"], ["--attention-kernel varlen: it ", "works here"]),  # in fp32 on any machine
+    (["--load-newest-valid"], ["--load-newest-valid: there is no checkpoint to load; give --load"]),
+    (["--no-verify-checkpoint"], ["--no-verify-checkpoint: there is no checkpoint to load"]),
+    (["--load-newest-valid", "--no-verify-checkpoint"], ["--load-newest-valid does not go with --no-verify-checkpoint"]),
     (["--init-scheme", "fixed_normal", "--h-cycles", 0], ["h_cycles=0: must be at least 1"]),
 ])
 def test_settings(refused, flags, parts):
@@ -153,6 +158,7 @@ def saved(uninterrupted, tmp_path):
     (["--ffn-hidden-size", 128], ["its model has ffn_hidden_size=256, the command line makes 128"]),
     (["--l-cycles", 2], ["its model has l_cycles=3, the command line makes 2"]),
     (["--norm-placement", "post"], ["its model has norm_placement=pre"]),
+    (["--verify-integrity"], ["--verify-integrity: ", "iter_0000024 was saved without it; leave it out"]),
     (["--ckpt-step", 7], ["iter_0000007: not there; choose another with --ckpt-step (complete: iter_0000012, iter_"]),
 ])
 def test_a_checkpoint_that_does_not_fit(refused, fullbatch_arguments, saved, flags, parts):
@@ -161,6 +167,7 @@ def test_a_checkpoint_that_does_not_fit(refused, fullbatch_arguments, saved, fla
 
 def test_a_checkpoint_with_nothing_complete(refused, fullbatch_arguments, saved):
     for folder in saved.glob("iter_*"):
+        (folder / MANIFEST_FILE).unlink()  # else what is gone would be damage
         (folder / ".metadata").unlink()
     refused(*fullbatch_arguments, "--load", saved, "--save", saved,
             parts=["iter_0000024: half-written", "none is complete"])
@@ -178,15 +185,17 @@ def test_a_checkpoint_that_lost_a_shard(refused, fullbatch_arguments, saved):
 
 def test_the_state_of_one_weight_is_never_silently_fresh(refused, fullbatch_arguments, saved):
     place = saved / "iter_0000024" / ".metadata"
+    (place.parent / MANIFEST_FILE).unlink()
     metadata = pickle.loads(place.read_bytes())
     lost = "optimizer.state.ema.h_stack.layers.1.mlp.linear_fc2.weight"
-    entry = metadata.state_dict_metadata.pop(lost)
+    entry = metadata.state_dict_metadata[f"{lost}s"] = metadata.state_dict_metadata.pop(lost)
+    metadata.storage_data = {dataclasses.replace(index, fqn=f"{lost}s") if index.fqn == lost else index: info
+                             for index, info in metadata.storage_data.items()}
     place.write_bytes(pickle.dumps(metadata))
     refused(*fullbatch_arguments, "--load", saved, parts=[f"holds no ema of the optimizer for {lost[20:]}"])
     entry.chunks.pop()
-    metadata.state_dict_metadata[lost] = entry
     place.write_bytes(pickle.dumps(metadata))
-    refused(*fullbatch_arguments, "--load", saved, parts=[f"{lost}: its pieces are not the whole tensor of [32, 256]"])
+    refused(*fullbatch_arguments, "--load", saved, parts=[f"{lost}s: its pieces are not the whole tensor of [32, 256]"])
 
 
 def test_the_checkpoints_of_another_run_are_not_written_over(refused, fullbatch_arguments, saved, native_start):
