@@ -159,8 +159,19 @@ def not_of_an_hrm(path: Path, error: Exception) -> ConfigError:
 
 
 def guard_saves(args: argparse.Namespace) -> None:
-    """Let Megatron's loop save through a function that keeps a half-written iteration from looking whole."""
+    """Let Megatron's loop save through functions that keep a half-written iteration from looking whole.
+
+    A save in the background fails when its end is waited for.
+    """
     stock: Callable[..., None] = megatron_training.save_checkpoint
+    stock_end: Callable[..., None] = megatron_training.maybe_finalize_async_save
+    begun: list[int] = []
+
+    def refuse(iteration: int, error: OSError | CheckpointException) -> ConfigError:
+        reason = _reason(error, Path(args.save))
+        shutil.rmtree(Path(args.save) / f"iter_{iteration:07d}", ignore_errors=True)  # give its space back
+        return ConfigError(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start "
+                           f"again with --load {args.save}{_listed(Path(args.save))}")
 
     @functools.wraps(stock)
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> None:
@@ -169,15 +180,22 @@ def guard_saves(args: argparse.Namespace) -> None:
             for name in COMPLETE_FILES:  # an older save of the same iteration is about to be written over
                 (folder / name).unlink(missing_ok=True)
         torch.distributed.barrier()
+        begun.append(iteration)
         try:
             stock(iteration, *rest, **options)
         except (OSError, CheckpointException) as error:
-            reason = _reason(error, Path(args.save))
-            shutil.rmtree(folder, ignore_errors=True)  # give its space back
-            raise ConfigError(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start "
-                              f"again with --load {args.save}{_listed(Path(args.save))}") from error
+            raise refuse(iteration, error) from error
+
+    @functools.wraps(stock_end)
+    def maybe_finalize_async_save(*rest: Any, **options: Any) -> None:
+        try:
+            stock_end(*rest, **options)
+        except (OSError, CheckpointException) as error:  # of the oldest save that has not come to its end
+            whole = set(complete_iterations(Path(args.save)))
+            raise refuse(next((i for i in begun if f"iter_{i:07d}" not in whole), begun[-1]), error) from error
 
     megatron_training.save_checkpoint = save_checkpoint
+    megatron_training.maybe_finalize_async_save = maybe_finalize_async_save
 
 
 def _reason(error: Exception | CheckpointException, save: Path) -> str:

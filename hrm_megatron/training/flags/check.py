@@ -38,8 +38,8 @@ def check_flags(parser: argparse.ArgumentParser, words: Sequence[str], cuda: boo
         if isinstance(verdict, Used):
             _check_used(parser, args, written, value, verdict, cuda)
         if action.dest in fixed and value != fixed[action.dest]:
-            raise ConfigError(f"{written}: on this machine, which has no GPU, it can only be {fixed[action.dest]}; leave "
-                              "it out")
+            raise ConfigError(f"{written}: on this machine, which has no GPU, it can only be {fixed[action.dest]}; "
+                              "leave it out")
         _check_bounds(flag, written, value)
 
 

@@ -121,7 +121,8 @@ TRANSFORMER: Group = (
     Refused(ONLY_GENERATION, "--inference-cuda-graph-scope --flash-decode --nccl-all-reduce-for-prefill "
             "--inference-fuse-tp-communication --inference-disable-triton-nvls-kernels "
             "--inference-grouped-gemm-backend --inference-moe-disable-fused-quant-kernels "
-            "--inference-moe-token-dispatcher-type --mlp-chunks-for-prefill", "leave it out: tools/generate.py answers"),
+            "--inference-moe-token-dispatcher-type --mlp-chunks-for-prefill",
+            "leave it out: tools/generate.py answers"),
     Refused(NO_EXPERTS, "--expert-model-parallel-size --expert-tensor-parallel-size "
             "--expert-tensor-parallel-num-weight-shards --overlap-moe-expert-parallel-comm "
             "--overlap-dispatch-backward-with-experts-wgrad --ep-overlap-early-attn-memory-release "

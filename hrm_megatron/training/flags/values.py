@@ -41,7 +41,8 @@ def check_values(args: argparse.Namespace, cuda: bool) -> None:
         raise ConfigError(f"--wandb-project {args.wandb_project}: --wandb-exp-name is empty; give the run a name, or "
                           "leave that flag out")
     if args.profile and not args.use_pytorch_profiler and not cuda:
-        raise ConfigError("--profile: Nsight Systems needs a CUDA device, and there is none; add --use-pytorch-profiler")
+        raise ConfigError("--profile: Nsight Systems needs a CUDA device, and there is none; add "
+                          "--use-pytorch-profiler")
     if args.async_save and args.async_strategy == "nvrx" and not importlib.util.find_spec("nvidia_resiliency_ext"):
         raise ConfigError("--async-save: --async-strategy nvrx needs the Python package nvidia-resiliency-ext, which "
                           "is not installed; install it, or give --async-strategy mcore")
