@@ -28,7 +28,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
     --context-size "$ROW_TOKENS" --workers "$(nproc)"
 
 # 3. Training on the GPUs of this node, or on the CPU where there is none. Three in a hundred examples are held out
-#    (--split). Started again, it goes on from its latest checkpoint. Every flag of Megatron works; on GPUs add --bf16.
+#    (--split). Started again, it goes on from its latest checkpoint. docs/flags.md has the flags; on GPUs add --bf16.
 launch_scripts/train_node.sh \
     --data-path "$OUT/data" --tokenizer-model "$OUT/tokenizer" \
     --seq-length "$ROW_TOKENS" --micro-batch-size 1 --global-batch-size "$ROWS_PER_STEP" \

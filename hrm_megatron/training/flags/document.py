@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from hrm_megatron.training.flags.help import ours
 from hrm_megatron.training.flags.table import GROUPS
@@ -49,7 +49,7 @@ def _our_row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     return f"| `{action.option_strings[0]}` | {'' if silent else f'`{action.default}`'} | {action.help or ''}{chosen} |"
 
 
-def _row(verdict: Verdict, names: dict[str, list[str]]) -> str:
+def _row(verdict: Verdict, names: Mapping[str, Sequence[str]]) -> str:
     flags = ", ".join(f"`{name}`" for flag in verdict.flags.split() for name in names[flag])
     return f"| {flags} | {type(verdict).__name__.lower()} | {'; '.join(_reasons(verdict))} |"
 

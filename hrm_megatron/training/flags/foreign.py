@@ -1,13 +1,11 @@
 """Megatron's flags for other models and other programs: an HRM has no use for any of them."""
 from __future__ import annotations
 
+from hrm_megatron.training.flags.reasons import BY_GENERATE, NO_EXPERTS, ONLY_GENERATION, OTHER_LAYERS
 from hrm_megatron.training.flags.verdict import Group, Refused
 
-OTHER_LAYERS = "an HRM has no such layers"
 OTHER_MODEL = "it belongs to another model of Megatron's"
-ONLY_GENERATION = "Megatron's inference engine reads it, and no training"
 NO_RL = "reinforcement learning of an HRM is not built"
-NO_EXPERTS = "an HRM has no experts"
 EXAMPLES = "rows of an HRM are examples of instruction and response already"
 
 RL: Group = (
@@ -76,7 +74,7 @@ INFERENCE: Group = (
             "--inference-logging-step-interval --inference-text-gen-server-logging --inference-wandb-logging "
             "--inference-coordinator-port --mamba-inference-conv-states-dtype --mamba-inference-ssm-states-dtype "
             "--inference-use-synchronous-zmq-collectives --inference-disable-ep-consensus --inference-shards",
-            "leave it out: tools/generate.py answers"),
+            BY_GENERATE),
 )
 SFT: Group = (
     Refused(EXAMPLES, "--sft --sft-tokenizer-prompt-format",

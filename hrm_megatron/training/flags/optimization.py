@@ -1,11 +1,11 @@
 """Megatron's flags for the optimizer, its schedules and number formats."""
 from __future__ import annotations
 
+from hrm_megatron.training.flags.reasons import BY_INIT_SCHEME, IN_BF16, OTHER_LAYERS, OWN_WEIGHTS, TWO_BUFFERS
 from hrm_megatron.training.flags.verdict import Group, Harmless, Refused, Used
 
 ADAM_ATAN2 = "the optimizer is AdamATan2, which has no such setting"
 ONE_DECAY = "the weight decay of a run is one number, as in HRM-Text"
-OWN_WEIGHTS = "an HRM draws its weights by the seed and their names"
 FP32_STATE = "AdamATan2 keeps its state in fp32"
 
 REGULARIZATION: Group = (
@@ -38,7 +38,7 @@ RANDOM: Group = (
     Used("hrm_megatron.training.data", "--seed"),
     Refused("it is for CUDA graphs, which are not built", "--te-rng-tracker --inference-rng-tracker"),
     Refused(OWN_WEIGHTS, "--data-parallel-random-init --init-method-xavier-uniform",
-            "choose by --init-scheme and --init-std"),
+            BY_INIT_SCHEME),
 )
 PRECISION: Group = (
     Used("megatron.training.arguments", "--grad-reduce-in-bf16", needs="--bf16"),
@@ -49,11 +49,11 @@ PRECISION: Group = (
          needs="--fp8-param-gather"),
     Harmless("every kernel of an HRM's attention adds up in fp32", "--attention-softmax-in-fp32"),
     Refused("the loss of an HRM is computed in fp32", "--fp16-lm-cross-entropy"),
-    Refused("an HRM has no such layers", "--mamba-training-ssm-states-dtype"),
+    Refused(OTHER_LAYERS, "--mamba-training-ssm-states-dtype"),
 )
 TRANSFORMER_ENGINE: Group = (
     Used("megatron.core.optimizer.distrib_optimizer", "--fp8-param-gather", needs="--fp8-format"),
-    Refused("not built; --fp8-format covers the linear layers of both stacks, attention and head stay in bf16",
+    Refused(IN_BF16,
             "--fp4-param-gather"),
     Refused("one recipe holds for all layers", "--te-precision-config-file", "give --fp8-recipe"),
 )
@@ -61,11 +61,11 @@ EXPERIMENTAL: Group = (
     Used("megatron.core.distributed.fsdp.mcore_fsdp_adapter",
          "--megatron-fsdp-main-params-dtype --megatron-fsdp-main-grads-dtype --megatron-fsdp-grad-comm-dtype "
          "--megatron-fsdp-enable-fine-grained-param-gather", needs="--use-megatron-fsdp"),
-    Refused("two buffers are too few: ticks hold weights of more layers at a time",
+    Refused(TWO_BUFFERS,
             "--megatron-fsdp-max-pool-double-buffer --fsdp-db-use-persist-buf-on-alloc-fail"),
     Refused("no experimental part of Megatron is in an HRM", "--enable-experimental"),
     Refused("the layers of an HRM are its own", "--spec"),
-    Refused("an HRM has no such layers", "--hybrid-layer-pattern --hybrid-override-pattern"),
+    Refused(OTHER_LAYERS, "--hybrid-layer-pattern --hybrid-override-pattern"),
     Refused("a file of settings would pass by every check of the command line", "--yaml-cfg",
             "give its settings as flags"),
     Refused(f"not built for this model: {FP32_STATE}", "--use-precision-aware-optimizer --main-grads-dtype "

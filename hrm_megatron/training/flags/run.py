@@ -1,6 +1,7 @@
 """Megatron's flags for the course of a run: steps, batches, validation, logs, profiles and faults."""
 from __future__ import annotations
 
+from hrm_megatron.training.flags.reasons import NO_EXPERTS, UNTESTED
 from hrm_megatron.training.flags.verdict import Group, Harmless, Refused, Used
 
 ONE_SIZE = "not built: learning rate and gradient ticks are counted in steps of one size"
@@ -46,7 +47,7 @@ TRAINING: Group = (
     Refused("an old name", "--batch-size", "give --micro-batch-size"),
     Refused("an old name", "--checkpoint-activations", "give --recompute-activations or --recompute-ticks"),
     Refused("it has no effect in this version", "--exit-signal-handler-for-dataloader", "give --exit-signal-handler"),
-    Refused("never run with weights that several ticks of a step use", "--tp-comm-overlap-cfg"),
+    Refused(UNTESTED, "--tp-comm-overlap-cfg"),
     Refused("positions of an HRM are plain rotary ones", "--rope-type", same=("rope",)),
     Refused("an HRM trains by AdamATan2", "--optimizer"),
     Refused(ADAM, "--optimizer-cpu-offload --optimizer-offload-fraction --use-torch-optimizer-for-cpu-offload "
@@ -76,7 +77,7 @@ LOGGING: Group = (
     Used("megatron.training.initialize", "--logging-level"),
     Used("megatron.training.training", "--log-energy", package="pynvml", cuda=True),
     Refused("the scores of an HRM's attention never exist at once", "--log-max-attention-logit"),
-    Refused("an HRM has no experts", "--moe-routing-trace-path --moe-routing-trace-max-training-iters "
+    Refused(NO_EXPERTS, "--moe-routing-trace-path --moe-routing-trace-max-training-iters "
             "--moe-routing-trace-capture-logits --moe-routing-trace-capture-hidden-states "
             "--moe-routing-trace-dump-weights"),
 )

@@ -1,7 +1,7 @@
 """Every flag of the pinned Megatron, in its own argument groups; a test holds the table to the parser."""
 from __future__ import annotations
 
-from hrm_megatron.training.flags import foreign, optimization, places, run, transformer
+from hrm_megatron.training.flags import foreign, optimization, parallel, run, storage, transformer
 from hrm_megatron.training.flags.verdict import Group, Verdict
 
 OURS = "hrm"  # the group of our own flags, all of which are used
@@ -17,10 +17,10 @@ GROUPS: dict[str, Group] = {  # by the title that Megatron's parser gives
     "training": run.TRAINING,
     "validation": run.VALIDATION,
     "logging": run.LOGGING,
-    "checkpointing": places.CHECKPOINTING,
-    "data and dataloader": places.DATA,
-    "tokenizer": places.TOKENIZER,
-    "distributed init": places.DISTRIBUTED,
+    "checkpointing": storage.CHECKPOINTING,
+    "data and dataloader": storage.DATA,
+    "tokenizer": storage.TOKENIZER,
+    "distributed init": parallel.DISTRIBUTED,
     "profiling": run.PROFILING,
     "experimental": optimization.EXPERIMENTAL,
     "straggler": run.STRAGGLER,
@@ -31,7 +31,7 @@ GROUPS: dict[str, Group] = {  # by the title that Megatron's parser gives
     "fault injector": run.FAULT_INJECTOR,
     "autoresume": run.AUTORESUME,
     "In-process restart": run.IN_PROCESS_RESTART,
-    "msc": places.MSC,
+    "msc": storage.MSC,
     "moe": foreign.MOE,
     "mla": foreign.MLA,
     "experimental_attention_variant": foreign.ATTENTION_VARIANT,

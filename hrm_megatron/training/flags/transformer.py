@@ -1,25 +1,28 @@
 """Megatron's flags for the shape of a transformer and for how its layers compute."""
 from __future__ import annotations
 
+from hrm_megatron.training.flags.reasons import (
+    BY_GENERATE,
+    BY_INIT_SCHEME,
+    FIRST_AND_LAST,
+    IN_BF16,
+    NO_EXPERTS,
+    ONLY_GENERATION,
+    OTHER_LAYERS,
+    OWN_CONTEXT,
+    OWN_WEIGHTS,
+    TICKS_ARE_CHUNKS,
+    UNTESTED,
+)
 from hrm_megatron.training.flags.verdict import Group, Harmless, Refused, Used
 
-NO_EXPERTS = "an HRM has no experts"
 NO_DROPOUT = "an HRM has no dropout, as HRM-Text"
-OWN_WEIGHTS = "an HRM draws its weights by the seed and their names"
-BY_INIT_SCHEME = "choose by --init-scheme and --init-std"
 ONE_SWIGLU = "the MLP of an HRM is SwiGLU, as in HRM-Text"
 ONE_ATTENTION = "the attention of an HRM is PrefixLM over all earlier positions of an example"
 PLAIN_ROTARY = "positions of an HRM are plain rotary ones over the whole head, restarting in every example"
 ROTARY_BASE = "leave it out; --rotary-base sets their base"
-OTHER_LAYERS = "an HRM has no such layers"
 NO_GRAPHS = ("not built: a graph repeats the sizes of one micro-batch, and those of attention follow the examples of "
              "each")
-NOT_OURS = "no layer of an HRM reads it"
-OWN_CONTEXT = "context parallel ranks of an HRM gather keys and values, whatever it says"
-UNTESTED = "never run with weights that several ticks of a step use"
-TICKS_ARE_CHUNKS = "every tick of an HRM is a virtual chunk of the pipeline"
-FIRST_AND_LAST = "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers shift layers"
-ONLY_GENERATION = "Megatron's inference engine reads it, and no training"
 OTHER_RECIPES = "give --fp8-format with --fp8-recipe delayed, tensorwise or mxfp8"
 
 TRANSFORMER: Group = (
@@ -91,7 +94,7 @@ TRANSFORMER: Group = (
             "--linear-num-value-heads --is-hybrid-model --mamba-state-dim --mamba-head-dim --mamba-num-groups "
             "--mamba-num-heads --disable-mamba-mem-eff-path"),
     Refused("the head's loss is our own", "--cross-entropy-fusion-impl"),
-    Refused("not built; --fp8-format covers the linear layers of both stacks, attention and head stay in bf16",
+    Refused(IN_BF16,
             "--fp4-format --fp4-recipe --fp4-quantizer-factory --fp8-output-proj"),
     Refused("no recipe for it is built", "--fp8-quantizer-factory", OTHER_RECIPES),
     Refused("Transformer Engine ignores it since 1.8", "--fp8-interval"),
@@ -113,16 +116,16 @@ TRANSFORMER: Group = (
     Refused("it needs a torch that nobody publishes", "--use-ring-exchange-p2p"),
     Refused("the head's backward pass is our own and has nothing to defer",
             "--defer-embedding-wgrad-compute --wgrad-deferral-limit"),
-    Refused(TICKS_ARE_CHUNKS + ", in groups of as many micro-batches as stages",
+    Refused(f"{TICKS_ARE_CHUNKS}, in groups of as many micro-batches as stages",
             "--microbatch-group-size-per-virtual-pipeline-stage"),
     Refused("layers are shared out so that all stages are equally fast, head included",
             "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split",
-            f"leave it out: {FIRST_AND_LAST}"),
+            FIRST_AND_LAST),
     Refused(ONLY_GENERATION, "--inference-cuda-graph-scope --flash-decode --nccl-all-reduce-for-prefill "
             "--inference-fuse-tp-communication --inference-disable-triton-nvls-kernels "
             "--inference-grouped-gemm-backend --inference-moe-disable-fused-quant-kernels "
             "--inference-moe-token-dispatcher-type --mlp-chunks-for-prefill",
-            "leave it out: tools/generate.py answers"),
+            BY_GENERATE),
     Refused(NO_EXPERTS, "--expert-model-parallel-size --expert-tensor-parallel-size "
             "--expert-tensor-parallel-num-weight-shards --overlap-moe-expert-parallel-comm "
             "--overlap-dispatch-backward-with-experts-wgrad --ep-overlap-early-attn-memory-release "
