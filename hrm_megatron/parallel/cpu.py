@@ -213,6 +213,12 @@ def _patch_async_save(module: Any) -> None:
     module.get_write_results_queue = functools.partial(module.get_write_results_queue, mp_mode="fork")
 
 
+def _patch_async_callers(module: Any) -> None:
+    # The worker of --use-persistent-ckpt-worker picks a GPU. A process forked for each save does the same work.
+    module.AsyncCallsQueue.warmup_persistent_caller = lambda *_, **__: None
+    module.AsyncCallsQueue._get_async_caller = lambda self: module.TemporalAsyncCaller()
+
+
 def _patch_fsdp_gathers(module: Any) -> None:
     # Megatron-FSDP orders gathers, use and release of a buffer by streams. gloo gathers on threads of its own: left to
     # themselves they write into released buffers, a segmentation fault within some 100 steps.
@@ -245,6 +251,7 @@ WITHOUT_CUDA: dict[str, Sequence[Patch]] = {
     "megatron.core.tensor_parallel.random": [_patch_rng],
     "megatron.training.training": [_patch_training],
     "megatron.core.dist_checkpointing.strategies.filesystem_async": [_patch_async_save],
+    "megatron.core.dist_checkpointing.strategies.async_utils": [_patch_async_callers],
     "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer": [_patch_fsdp_gathers],
 }
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import traceback
 from typing import Any
 
@@ -20,6 +21,9 @@ from hrm_megatron.parallel.machine import Machine
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
+from hrm_megatron.training.flags.check import check_flags
+from hrm_megatron.training.flags.help import prepare
+from hrm_megatron.training.flags.values import check_batch, check_values
 from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import TRANSFORMER_IMPLS, check_compilation, check_precision, choose_layers
 from hrm_megatron.training.memory import check_memory, choose_recompute_modules
@@ -61,9 +65,10 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--bp-max-steps", type=int, default=5, help="ticks with gradient after the warm-up")
     group.add_argument("--bp-warmup-fraction", type=float, default=0.2, help="share of the run spent warming up")
     group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' running average")
-    group.add_argument("--init-scheme", choices=INIT_SCHEMES, default="lecun_normal")
+    group.add_argument("--init-scheme", choices=INIT_SCHEMES, default="lecun_normal", help="of the first weights")
     group.add_argument("--init-std", type=float, help="standard deviation for fixed_normal and megatron")
-    group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre")
+    group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre",
+                       help="before attention and MLP, or after")
     group.add_argument("--recompute-ticks", type=int, default=0, metavar="K",
                        help="the first K ticks with gradient keep only their input and run again in backward")
     group.add_argument("--compile-layers", action="store_true",
@@ -81,10 +86,17 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="where the checkpoint to load is damaged, go on from the newest one that is not")
     for action in parser._actions:
         if action.dest == "optimizer":
-            action.choices = [OPTIMIZER]
+            action.choices = [OPTIMIZER, *(action.choices or ())]
         if action.dest == "transformer_impl":
             action.choices = [*TRANSFORMER_IMPLS]
-    parser.set_defaults(**DEFAULTS)
+    parser.set_defaults(**DEFAULTS | FORCED)
+    return parser
+
+
+def checked(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our group, and check the command line flag by flag: Megatron has a traceback, or nothing, where we refuse."""
+    cuda = torch.cuda.is_available()
+    check_flags(prepare(add_hrm_arguments(parser)), sys.argv[1:], cuda, {} if cuda else WITHOUT_CUDA)
     return parser
 
 
@@ -131,9 +143,6 @@ def check_layout(args: argparse.Namespace, architecture: Architecture) -> None:
     if args.context_parallel_size > 1 and args.seq_length % slices:
         raise ConfigError(f"--context-parallel-size {args.context_parallel_size} cuts a row into {slices} pieces, but "
                           f"--seq-length {args.seq_length} is no multiple of that: choose one")
-    if args.rampup_batch_size:
-        raise ConfigError("--rampup-batch-size: not built: learning rate and gradient ticks are counted in steps of "
-                          "one size; leave it out")
     whole = tp * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % whole:
         raise ConfigError(f"{args.world_size} processes cannot be divided into model replicas of {whole}: start a "
@@ -158,7 +167,8 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     `vocab_size_of(args)` reads the vocabulary's size from the data. Raises ConfigError with one line for
     everything that can be said before a process group exists.
     """
-    args = megatron_arguments.parse_args(add_hrm_arguments)
+    args = megatron_arguments.parse_args(checked)
+    check_values(args, torch.cuda.is_available())
     fill_from_preset(args)
     for name, value in FORCED.items():
         setattr(args, name, value)
@@ -177,6 +187,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
     args.padded_vocab_size = architecture.padded_vocab_size
     check_layout(args, architecture)
+    check_batch(args)
     check_memory(args, machine)
     choose_fsdp(args, architecture)
     for bp_steps in (args.bp_min_steps, args.bp_max_steps):
@@ -209,9 +220,6 @@ def bp_schedule(args: argparse.Namespace) -> BPSchedule:
 
 
 def lr_schedule(args: argparse.Namespace) -> LRSchedule:
-    if args.lr_decay_style != "cosine":
-        raise ConfigError(f"--lr-decay-style {args.lr_decay_style}: only cosine is built; for a constant rate give "
-                          "--min-lr the value of --lr")
     warmup_steps = args.lr_warmup_iters or args.lr_warmup_samples // args.global_batch_size
     total_steps = args.lr_decay_iters or args.train_iters
     if total_steps < args.train_iters:

@@ -116,13 +116,24 @@ def check_fit(args: argparse.Namespace, folder: Path) -> None:
 
 
 def guard_saves(args: argparse.Namespace) -> None:
-    """Let Megatron's loop save through a function that keeps a half-written iteration from looking whole."""
+    """Let Megatron's loop save through functions that keep a half-written iteration from looking whole.
+
+    A save in the background fails when its end is waited for.
+    """
     stock: Callable[..., None] = megatron_training.save_checkpoint
     stock_schedule: Callable[[Any], None] = checkpointing.schedule_async_save
+    stock_end: Callable[..., None] = megatron_training.maybe_finalize_async_save
+    begun: list[int] = []
 
     def schedule(folder: Path, request: Any) -> None:
         request.add_finalize_fn(functools.partial(record_save, args, folder))  # behind all of Megatron's own
         stock_schedule(request)
+
+    def refuse(iteration: int, error: OSError | CheckpointException) -> ConfigError:
+        reason = _reason(error, Path(args.save))
+        shutil.rmtree(Path(args.save) / f"iter_{iteration:07d}", ignore_errors=True)  # give its space back
+        return ConfigError(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start "
+                           f"again with --load {args.save}{listed(Path(args.save))}")
 
     @functools.wraps(stock)
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> None:
@@ -133,18 +144,25 @@ def guard_saves(args: argparse.Namespace) -> None:
             for path in folder.glob(f"*{TENSORS}"):  # by other ranks perhaps
                 path.unlink()
         torch.distributed.barrier()
+        begun.append(iteration)
         try:
             with temporarily(checkpointing, schedule_async_save=functools.partial(schedule, folder)):
                 stock(iteration, *rest, **options)
             if not args.async_save:
                 record_save(args, folder)
         except (OSError, CheckpointException) as error:
-            reason = _reason(error, Path(args.save))
-            shutil.rmtree(folder, ignore_errors=True)  # give its space back
-            raise ConfigError(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start "
-                              f"again with --load {args.save}{listed(Path(args.save))}") from error
+            raise refuse(iteration, error) from error
+
+    @functools.wraps(stock_end)
+    def maybe_finalize_async_save(*rest: Any, **options: Any) -> None:
+        try:
+            stock_end(*rest, **options)
+        except (OSError, CheckpointException) as error:  # of the oldest save that has not come to its end
+            whole = set(complete_iterations(Path(args.save)))
+            raise refuse(next((i for i in begun if f"iter_{i:07d}" not in whole), begun[-1]), error) from error
 
     megatron_training.save_checkpoint = save_checkpoint
+    megatron_training.maybe_finalize_async_save = maybe_finalize_async_save
 
 
 def _reason(error: Exception | CheckpointException, save: Path) -> str:

@@ -11,11 +11,6 @@ GATED_ACT = "gated_act"
 # Of --recompute-modules. Megatron's "layernorm" would keep a norm's input in place of its output, which has the
 # same size and is all that norm and linear layer need; the others belong to layers that an HRM does not have.
 RECOMPUTED_MODULES = ("core_attn", "mlp", GATED_ACT)
-NOT_BUILT = {
-    "fine_grained_activation_offloading": "--cpu-offloading-num-layers moves whole layers' activations",
-    "optimizer_cpu_offload": "it would train by Adam; data parallel ranks share the state already",
-    "use_precision_aware_optimizer": "AdamATan2 keeps its state in fp32",
-}
 LESS_MEMORY = ("Way out: --recompute-granularity selective --recompute-modules gated_act, or --fp8-format, then "
                "--recompute-ticks K, keep less of each position; a smaller --micro-batch-size or shorter rows "
                "(--seq-length) are fewer positions at a time")
@@ -55,9 +50,6 @@ def check_memory(args: argparse.Namespace, machine: Machine) -> None:
     if args.recompute_gated_act and args.fp8:
         raise ConfigError("--recompute-modules gated_act: saves nothing in FP8, whose layers keep their own copy of "
                           "what they multiply; leave it out")
-    for flag, way_out in NOT_BUILT.items():
-        if getattr(args, flag):
-            raise ConfigError(f"--{flag.replace('_', '-')}: not built for this model; leave it out: {way_out}")
     if args.cpu_offloading_num_layers:
         _check_offloading(args, machine)
 

@@ -42,7 +42,8 @@ def refused(launch, tmp_path):
     (["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "no_shard"],
      ["--use-megatron-fsdp does not go with --data-parallel-sharding-strategy no_shard"]),
     (["--use-megatron-fsdp", "--recompute-ticks", 2], ["--use-megatron-fsdp does not go with --recompute-ticks"]),
-    (["--use-megatron-fsdp", "--recompute-granularity", "full"],
+    (["--use-megatron-fsdp", "--recompute-granularity", "full", "--recompute-method", "uniform",
+      "--recompute-num-layers", 1],
      ["--use-megatron-fsdp does not go with recomputation of whole layers or MLPs"]),
     (["--use-megatron-fsdp", "--recompute-granularity", "selective", "--recompute-modules", "mlp"],
      ["--use-megatron-fsdp does not go with recomputation of whole layers or MLPs"]),
@@ -55,11 +56,16 @@ def refused(launch, tmp_path):
     (["--bp-warmup-fraction", 1.5], ["bp_warmup_fraction=1.5 must lie between 0 and 1"]),
     (["--lr-warmup-iters", 4], ["warmup_steps=4", "--lr-warmup-iters"]),
     (["--lr-decay-iters", 2], ["--lr-decay-iters 2 is less than --train-iters 3"]),
-    (["--lr-decay-style", "linear"], ["--lr-decay-style linear: only cosine"]),
+    (["--lr-decay-style", "linear"], ["--lr-decay-style linear: only cosine is built", "give --min-lr the value of"]),
     (["--min-lr", 1], ["--min-lr 1.0 must lie between 0 and --lr 0.001"]),
     (["--hidden-size", 30], ["hidden_size=30 is not a multiple of num_attention_heads=4"]),
     (["--seq-length", 40], ["example", "takes 48 positions, more than a row of 40", "raise --seq-length"]),
-    (["--global-batch-size", 3, "--micro-batch-size", 2], ["command line: ", "(3) must be divisible by"]),
+    (["--global-batch-size", 3, "--micro-batch-size", 2],
+     ["--global-batch-size 3: is no multiple of 2, which is --micro-batch-size 2 x 1 replicas; choose 2 or 4"]),
+    (["--eval-global-batch-size", 3, "--eval-micro-batch-size", 4],
+     ["--eval-global-batch-size 3: is no multiple of 4", "--eval-micro-batch-size 4 x 1 replicas; choose 4"]),
+    (["--qk-layernorm"], ["--qk-layernorm: HRM-Text neither norms nor clips queries and keys; leave it out"]),
+    (["--train-iter", 4], ["unrecognized arguments: --train-iter 4; did you mean --train-iters?"]),
     (["--data-path", "somewhere"], ["no training data, or two kinds of it"]),
     (["--load", "nowhere"], ["--load nowhere: no checkpoint there"]),
     (["--recompute-ticks", 6], ["--recompute-ticks 6 must lie between 0 and 5", "--bp-max-steps"]),
@@ -71,9 +77,6 @@ def refused(launch, tmp_path):
     (["--recompute-activations", "--recompute-modules", "moe"], ["--recompute-modules moe: saves nothing"]),
     (["--cpu-offloading-num-layers", 1], ["--cpu-offloading-num-layers 1: Transformer Engine needs a CUDA device",
                                           "--recompute-ticks saves activations anywhere"]),
-    (["--fine-grained-activation-offloading"], ["--fine-grained-activation-offloading: not built"]),
-    (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload: not built for this model", "it would train by Adam"]),
-    (["--use-precision-aware-optimizer"], ["--use-precision-aware-optimizer: not built for this model"]),
     (["--attention-kernel", "varlen"], ["--attention-kernel varlen: it ", "works here"]),  # in fp32 on any machine
     (["--load-newest-valid"], ["--load-newest-valid: there is no checkpoint to load; give --load"]),
     (["--no-verify-checkpoint"], ["--no-verify-checkpoint: there is no checkpoint to load"]),
@@ -103,6 +106,12 @@ def test_a_pipeline_that_cannot_be(refused, flags, parts):
 ])
 def test_fsdp_that_cannot_be(refused, flags, ranks, parts):
     refused(*SIZES, *SAMPLED, *flags, parts=parts, ranks=ranks)
+
+
+def test_samples_that_are_less_than_a_step(refused):
+    at = SIZES.index("--train-iters")
+    refused(*SIZES[:at], *SIZES[at + 2:], *SAMPLED, "--train-samples", 1,
+            parts=["--train-samples 1: is less than one step of 2 rows (--global-batch-size); give at least 2"])
 
 
 def test_a_size_that_nobody_gave_is_named(refused):

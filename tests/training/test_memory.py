@@ -9,11 +9,11 @@ activate()
 
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.parallel.machine import Machine  # noqa: E402
-from hrm_megatron.training.memory import NOT_BUILT, check_memory, choose_recompute_modules  # noqa: E402
+from hrm_megatron.training.memory import check_memory, choose_recompute_modules  # noqa: E402
 
 HOPPER = Machine((9, 0), "2.16.1")
 USUAL = dict(
-    dict.fromkeys(NOT_BUILT), recompute_ticks=0, bp_max_steps=5, recompute_granularity=None, recompute_modules=None,
+    recompute_ticks=0, bp_max_steps=5, recompute_granularity=None, recompute_modules=None,
     recompute_activations=False, recompute_gated_act=False, fp8=None, fp8_recipe="delayed", num_layers=8,
     cpu_offloading_num_layers=0, transformer_impl="transformer_engine", pipeline_model_parallel_size=1,
     use_torch_fsdp2=False, use_megatron_fsdp=False)

@@ -41,12 +41,16 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(launch, fullbatch_argume
     assert tensors_that_differ(ends[0], stopped / "iter_0000012")  # it has trained
 
 
+IN_BACKGROUND = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_save_in_the_background_is_the_same_save(launch, fullbatch_arguments, native_start, uninterrupted, tmp_path,
                                                    ranks):
-    run = launch(*fullbatch_arguments, "--load", native_start, "--save", tmp_path, "--save-interval", 6, "--async-save",
+    run = launch(*fullbatch_arguments, "--load", native_start, "--save", tmp_path, "--save-interval", 6, *IN_BACKGROUND,
                  "--exit-interval", 12, ranks=ranks)
     assert run.code == 0, run.output[-3000:]
+    assert "scheduled an async checkpoint save at iteration" in run.output
     assert complete_iterations(tmp_path) == ["iter_0000006", "iter_0000012"]
     assert (tmp_path / TRACKER_FILE).read_text() == "12"
     manifests = [read_manifest(tmp_path / name) for name in complete_iterations(tmp_path)]
@@ -125,7 +129,7 @@ def test_a_kill_during_a_save_costs_no_more_than_that_save(launch, fullbatch_arg
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
 
 
-@pytest.mark.parametrize("ranks, flags", [(1, []), (2, []), (2, ["--async-save"])])
+@pytest.mark.parametrize("ranks, flags", [(1, []), (2, []), (2, IN_BACKGROUND)])
 def test_a_failing_disk_is_one_line_and_keeps_what_was_saved(launch, fullbatch_arguments, stopped, ranks, flags):
     before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
     run = launch(*fullbatch_arguments, "--load", stopped, "--save", stopped, "--save-interval", 13, *flags,
