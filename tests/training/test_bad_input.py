@@ -77,7 +77,8 @@ def refused(launch, tmp_path):
     (["--attention-kernel", "varlen"], ["--attention-kernel varlen: it ", "works here"]),  # in fp32 on any machine
     (["--load-newest-valid"], ["--load-newest-valid: there is no checkpoint to load; give --load"]),
     (["--no-verify-checkpoint"], ["--no-verify-checkpoint: there is no checkpoint to load"]),
-    (["--load-newest-valid", "--no-verify-checkpoint"], ["--load-newest-valid does not go with --no-verify-checkpoint"]),
+    (["--load-newest-valid", "--no-verify-checkpoint"],
+     ["--load-newest-valid does not go with --no-verify-checkpoint"]),
     (["--init-scheme", "fixed_normal", "--h-cycles", 0], ["h_cycles=0: must be at least 1"]),
 ])
 def test_settings(refused, flags, parts):
