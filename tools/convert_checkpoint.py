@@ -6,13 +6,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hrm_megatron.program import listen, one_line
+
+if __name__ == "__main__":
+    listen()
+
 from hrm_megatron.parallel.cpu import activate
 from hrm_megatron.parallel.log_levels import be_quiet
 
 be_quiet()
 activate()
 
-from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.convert.checkpoint import EMA, RAW  # noqa: E402
 from hrm_megatron.convert.hf import DTYPES  # noqa: E402
 from hrm_megatron.convert.run import FORMATS, Conversion, convert  # noqa: E402
@@ -44,12 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> Conversion:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     job = parse_arguments(arguments)
-    try:
-        print(convert(job))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return one_line(lambda: print(convert(job)))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
 from hrm_megatron.convert.native import read_native, write_native
 from hrm_megatron.convert.table import table
 from hrm_megatron.convert.to_megatron import write_megatron
+from hrm_megatron.program import signals_held
 
 FORMATS = ("megatron", "hf", "native")
 SIGNATURES = (TRACKER_FILE, CONFIG_FILE, NATIVE_CONFIG_FILE)  # one of them is in every folder written here
@@ -129,7 +130,8 @@ def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
         reason = "no space left on device" if full else getattr(error, "strerror", None) or error
         raise ConfigError(f"--save {save}: cannot write ({reason}); nothing was left there") from error
     finally:
-        if replaced.exists() and not save.exists():
-            replaced.rename(save)
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with signals_held():
+            if replaced.exists() and not save.exists():
+                replaced.rename(save)
+            for leftover in (partial, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.provenance import Provenance
+from hrm_megatron.program import signals_held
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + BYTES
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 INFO_FILE = "tokenizer_info.json"
+MADE_FROM_FILE = "made_from.json"  # where it was trained here
 TRAIN_COMMAND = "python tools/train_tokenizer.py"
 
 
@@ -95,10 +98,13 @@ def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, **set
     }
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = False) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = False,
+                   provenance: Provenance | None = None) -> None:
     """Write a folder that `TextTokenizer` and transformers' AutoTokenizer load, all of it or nothing."""
     folder = Path(folder)
     files = tokenizer_files(tokenizer, folder.name)
+    if provenance:
+        files[MADE_FROM_FILE] = json.dumps(provenance.to_json(), indent=1)
     check_output_folder(folder, overwrite)
     partial, replaced = (folder.with_name(f".{folder.name}.{state}-{uuid.uuid4().hex}")
                          for state in ("partial", "replaced"))
@@ -110,17 +116,30 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = F
             folder.rename(replaced)
         partial.rename(folder)
     finally:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with signals_held():
+            if replaced.exists() and not folder.exists():
+                replaced.rename(folder)
+            for leftover in (partial, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def already_trained(folder: Path, provenance: Provenance) -> bool:
+    """Say whether a tokenizer of this provenance is there; one of another, or without any, is a ConfigError."""
+    if not (folder / TOKENIZER_FILE).exists():
+        return False  # nothing, or what check_output_folder refuses
+    try:
+        recorded = json.loads((folder / MADE_FROM_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        recorded = None
+    provenance.check(str(folder), recorded)
+    return True
 
 
 def check_output_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder whose contents would be lost: a tokenizer without `overwrite`, anything else always."""
     if not folder.exists():
         return
-    foreign = {path.name for path in folder.iterdir()} - {TOKENIZER_FILE, CONFIG_FILE, INFO_FILE} \
+    foreign = {path.name for path in folder.iterdir()} - {TOKENIZER_FILE, CONFIG_FILE, INFO_FILE, MADE_FROM_FILE} \
         if folder.is_dir() else {folder.name}
     if foreign:
         raise ConfigError(f"{folder} holds something else than a tokenizer ({min(foreign)}); choose another --output")

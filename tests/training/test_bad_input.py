@@ -21,9 +21,9 @@ SAMPLED = ["--sampled-data-path", FULLBATCH / "sampled"]
 @pytest.fixture
 def refused(launch, tmp_path):
     """Check that a run ends with one line that holds `parts`, writes nothing, and trains not a step."""
-    def check(*arguments, parts, ranks=1):
+    def check(*arguments, parts, ranks=1, prelude=""):
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-        run = launch(*arguments, ranks=ranks)
+        run = launch(*arguments, ranks=ranks, prelude=prelude)
         assert run.code == 2 and "Traceback" not in run.output, run.output
         assert len(run.errors) == 1 and all(part in run.errors[0] for part in parts), run.output
         assert "iteration        1/" not in run.output
@@ -77,8 +77,7 @@ def refused(launch, tmp_path):
     (["--attention-kernel", "varlen"], ["--attention-kernel varlen: it ", "works here"]),  # in fp32 on any machine
     (["--load-newest-valid"], ["--load-newest-valid: there is no checkpoint to load; give --load"]),
     (["--no-verify-checkpoint"], ["--no-verify-checkpoint: there is no checkpoint to load"]),
-    (["--load-newest-valid", "--no-verify-checkpoint"],
-     ["--load-newest-valid does not go with --no-verify-checkpoint"]),
+    (["--load-newest-valid", "--no-verify-checkpoint"], ["does not go with --no-verify-checkpoint"]),
     (["--init-scheme", "fixed_normal", "--h-cycles", 0], ["h_cycles=0: must be at least 1"]),
 ])
 def test_settings(refused, flags, parts):
@@ -116,6 +115,15 @@ def test_a_sampled_folder_with_an_index_out_of_range(refused, tmp_path):
     starts[3] = 10**6
     np.save(folder / "epoch_1" / "resp_start.npy", starts)
     refused(*SIZES, "--sampled-data-path", folder, parts=[f"{folder}/epoch_1/resp_start.npy: row 3 with value 1000000"])
+
+
+@pytest.mark.parametrize("prelude", ["", "from hrm_megatron.data import sampled; sampled.SCANNED_BYTES = 0"],
+                         ids=["when opened", "in its row"])
+def test_a_token_id_between_the_vocabulary_and_its_padding(refused, tmp_path, prelude):
+    folder = shutil.copytree(FULLBATCH / "sampled", tmp_path / "sampled")
+    np.save(folder / "tokens.npy", np.full_like(np.load(folder / "tokens.npy"), 255))
+    refused(*SIZES, "--sampled-data-path", folder, prelude=prelude,
+            parts=[f"{folder}/epoch_0, example ", "token 0 of its prefix has the id 255, but the vocabulary has 250"])
 
 
 @pytest.fixture
