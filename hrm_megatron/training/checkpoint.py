@@ -25,12 +25,11 @@ from hrm_megatron.checkpoint.folders import (
 from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
+from hrm_megatron.optim.builder import STEPS_DONE
+from hrm_megatron.training.resume import check_model, nothing_left, settle_schedule
 from hrm_megatron.transformer_config import architecture_of
 
 RESERVE_BYTES = 1 << 20
-# What decides the function that the weights stand for; how they were drawn does not matter any more.
-MUST_AGREE = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size", "h_cycles",
-              "l_cycles", "norm_placement", "rope_theta", "norm_epsilon")
 
 
 def starting_point(args: argparse.Namespace) -> Path | None:
@@ -50,7 +49,7 @@ def starting_point(args: argparse.Namespace) -> Path | None:
             except ConfigError as error:
                 if not complete:
                     raise
-                _say(f"{error}; going on from {complete[-1]}, the latest that is complete")
+                say(f"{error}; going on from {complete[-1]}, the latest that is complete")
                 write_aside(tracker, str(int(complete[-1].removeprefix("iter_"))))
                 return find_iteration(load)
         begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
@@ -60,17 +59,27 @@ def starting_point(args: argparse.Namespace) -> Path | None:
     return None
 
 
-def check_checkpoint(args: argparse.Namespace) -> None:
-    """Refuse to train where nothing could be saved, and to go on from a checkpoint that does not fit the run."""
+def check_checkpoint(args: argparse.Namespace) -> bool:
+    """Tell whether there is anything left to do; settle which schedule the run follows.
+
+    Refuses to train where nothing could be saved, and to go on from a checkpoint that does not fit the run.
+    """
     ours = architecture_of(args, args.vocab_size)
-    if args.save:
-        if args.save != args.load and (found := complete_iterations(Path(args.save))):
-            raise ConfigError(f"--save {args.save}: holds {found[-1]} of another run; give --load {args.save} to go "
-                              "on with that, or another --save")
-        _check_space(args, ours)
+    if args.save and args.save != args.load and (found := complete_iterations(Path(args.save))):
+        raise ConfigError(f"--save {args.save}: holds {found[-1]} of another run; give --load {args.save} to go on "
+                          "with that, or another --save")
     folder = starting_point(args)
-    if folder is None:
-        return
+    if folder is None and args.skip_train:
+        raise ConfigError("--skip-train: no checkpoint to evaluate; give one with --load")
+    if folder is not None and not _check_start(args, ours, folder):
+        return False
+    if args.save and not args.skip_train:
+        _check_space(args, ours)
+    return True
+
+
+def _check_start(args: argparse.Namespace, ours: Architecture, folder: Path) -> bool:
+    """Do what `check_checkpoint` does of a run that goes on from `folder`."""
     stored = open_run(folder)
     stored.check_files()
     if is_megatron_fsdp(stored) != args.use_megatron_fsdp:
@@ -79,13 +88,16 @@ def check_checkpoint(args: argparse.Namespace) -> None:
                           f"their own; train {with_or_without} it"
                           + ("" if args.use_megatron_fsdp else ", or pass the folder through tools/"
                              "convert_checkpoint.py --load-format megatron --save-format megatron"))
-    _, theirs = read_run(stored)
-    for name in MUST_AGREE:
-        if getattr(theirs, name) != getattr(ours, name):
-            raise ConfigError(f"{folder}: its model has {name}={getattr(theirs, name)}, the command line makes "
-                              f"{getattr(ours, name)}; train with its sizes, or give another --load")
-    if args.no_load_optim or args.finetune:
-        return
+    common, theirs = read_run(stored)
+    check_model(folder, theirs, ours)
+    if args.skip_train or begins_anew(args, folder):
+        return True
+    iteration = int(common["iteration"] if args.override_ckpt_iteration is None else args.override_ckpt_iteration)
+    if line := nothing_left(iteration, args.train_iters):
+        say(f"{folder}: {line}")
+        return False
+    if args.no_load_optim:
+        return True
     keys = set(stored.keys())
     for name in STATE_KEYS:
         missing = [key for key in stored.shapes() if key.endswith(".weight") and not key.startswith("optimizer.")
@@ -93,6 +105,16 @@ def check_checkpoint(args: argparse.Namespace) -> None:
         if missing:
             raise ConfigError(f"{folder}: holds no {name} of the optimizer for {missing[0]}; give --no-load-optim to "
                               "go on with a new optimizer and an EMA that starts at its weights, or another --load")
+    converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
+    if not converted and (line := settle_schedule(args, common["args"], folder, iteration)):
+        say(line)
+    return True
+
+
+def begins_anew(args: argparse.Namespace, folder: Path) -> bool:
+    """Tell whether Megatron will take nothing but weights from `folder`: for fine-tuning, and from a release."""
+    of_pretrained = args.load is None or not folder.resolve().is_relative_to(Path(args.load).resolve())
+    return bool(args.finetune) or of_pretrained or folder.name == "release"
 
 
 def guard_saves(args: argparse.Namespace) -> None:
@@ -140,6 +162,7 @@ def _check_space(args: argparse.Namespace, architecture: Architecture) -> None:
                           "free; free some space or choose another disk")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line on one rank."""
     if os.environ.get("RANK", "0") == "0":  # before there is a process group
         print(f"checkpoint: {line}", flush=True)

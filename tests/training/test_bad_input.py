@@ -52,7 +52,6 @@ def refused(launch, tmp_path):
     (["--bp-min-steps", 4, "--bp-max-steps", 3], ["bp_min_steps=4, bp_max_steps=3"]),
     (["--bp-warmup-fraction", 1.5], ["bp_warmup_fraction=1.5 must lie between 0 and 1"]),
     (["--lr-warmup-iters", 4], ["warmup_steps=4", "--lr-warmup-iters"]),
-    (["--lr-decay-iters", 2], ["--lr-decay-iters 2 is less than --train-iters 3"]),
     (["--lr-decay-style", "linear"], ["--lr-decay-style linear: only cosine"]),
     (["--min-lr", 1], ["--min-lr 1.0 must lie between 0 and --lr 0.001"]),
     (["--hidden-size", 30], ["hidden_size=30 is not a multiple of num_attention_heads=4"]),
