@@ -143,6 +143,7 @@ def saved(uninterrupted, tmp_path):
     (["--ffn-hidden-size", 128], ["its model has ffn_hidden_size=256, the command line makes 128"]),
     (["--l-cycles", 2], ["its model has l_cycles=3, the command line makes 2"]),
     (["--norm-placement", "post"], ["its model has norm_placement=pre"]),
+    (["--init-scheme", "fixed_normal"], ["its model has embedding_scale=5.65", "the command line makes 50.0"]),
     (["--ckpt-step", 7], ["iter_0000007: not there; choose another with --ckpt-step (complete: iter_0000012, iter_"]),
 ])
 def test_a_checkpoint_that_does_not_fit(refused, fullbatch_arguments, saved, flags, parts):
@@ -172,7 +173,8 @@ def test_the_state_of_one_weight_is_never_silently_fresh(refused, fullbatch_argu
     lost = "optimizer.state.ema.h_stack.layers.1.mlp.linear_fc2.weight"
     entry = metadata.state_dict_metadata.pop(lost)
     place.write_bytes(pickle.dumps(metadata))
-    refused(*fullbatch_arguments, "--load", saved, parts=[f"holds no ema of the optimizer for {lost[20:]}"])
+    refused(*fullbatch_arguments, "--load", saved, "--train-iters", 25,
+            parts=[f"holds no ema of the optimizer for {lost[20:]}"])
     entry.chunks.pop()
     metadata.state_dict_metadata[lost] = entry
     place.write_bytes(pickle.dumps(metadata))
