@@ -18,7 +18,7 @@ MODEL_ARGUMENTS = {
         "norm_placement", "init_scheme", "init_std", "rotary_base")},
     "layernorm_epsilon": "--norm-epsilon",
 }
-OF_A_PRESET = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+OF_A_PRESET = ("num_layers", "hidden_size", "num_attention_heads")
 
 
 def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
