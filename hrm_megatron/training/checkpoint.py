@@ -26,7 +26,7 @@ from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
-from hrm_megatron.training.resume import check_model, nothing_left, settle_schedule
+from hrm_megatron.training.resume import changes, check_model, nothing_left, settle_schedule
 from hrm_megatron.transformer_config import architecture_of
 
 RESERVE_BYTES = 1 << 20
@@ -93,8 +93,8 @@ def _check_start(args: argparse.Namespace, ours: Architecture, folder: Path) -> 
     if args.skip_train or begins_anew(args, folder):
         return True
     iteration = int(common["iteration"] if args.override_ckpt_iteration is None else args.override_ckpt_iteration)
-    if line := nothing_left(iteration, args.train_iters):
-        say(f"{folder}: {line}")
+    if done := nothing_left(iteration, args.train_iters):
+        say(f"{folder}: {done}")
         return False
     if args.no_load_optim:
         return True
@@ -106,8 +106,10 @@ def _check_start(args: argparse.Namespace, ours: Architecture, folder: Path) -> 
             raise ConfigError(f"{folder}: holds no {name} of the optimizer for {missing[0]}; give --no-load-optim to "
                               "go on with a new optimizer and an EMA that starts at its weights, or another --load")
     converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
-    if not converted and (line := settle_schedule(args, common["args"], folder, iteration)):
-        say(line)
+    if not converted:
+        for line in (settle_schedule(args, common["args"], folder, iteration), changes(common["args"], args)):
+            if line:
+                say(line)
     return True
 
 

@@ -22,6 +22,9 @@ ENTERS_FORWARD = {
 }
 # Fields that decide nothing but how the first weights are drawn.
 INITIAL_WEIGHTS_ONLY: tuple[str, ...] = ()
+# What a run may change as it goes on, and would change silently: argument > flag.
+CHANGEABLE = {"seed": "--seed", "seq_length": "--seq-length", "split": "--split", "ema_decay": "--ema-decay",
+              "adam_beta1": "--adam-beta1", "adam_beta2": "--adam-beta2"}
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 
 
@@ -46,6 +49,19 @@ def nothing_left(iteration: int, train_iters: int) -> str | None:
     if iteration == train_iters:
         return f"iteration {iteration} of {train_iters} is done, nothing to train"
     return f"iteration {iteration} is done, nothing to train: --train-iters {train_iters} asks for fewer"
+
+
+def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
+    """Say in one line which rows or averages are others than in the run that wrote the checkpoint."""
+    def value(args: argparse.Namespace, name: str) -> object:
+        if name != "split":
+            return getattr(args, name)
+        # Of the examples of --data-path; Megatron's default has blanks in it.
+        return args.split.replace(" ", "") if theirs.data_path and ours.data_path else None
+
+    found = [f"{flag} from {getattr(theirs, name)} to {getattr(ours, name)}" for name, flag in CHANGEABLE.items()
+             if value(theirs, name) != value(ours, name)]
+    return f"the command line changes {', '.join(found)}" if found else None
 
 
 def schedule_settings(args: argparse.Namespace) -> dict[str, float]:

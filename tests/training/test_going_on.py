@@ -12,8 +12,10 @@ from hrm_megatron.data.batch import PackedBatch, assemble_row
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 from hrm_megatron.training.checkpoint_args import MODEL_ARGUMENTS, check_given
 from hrm_megatron.training.resume import (
+    CHANGEABLE,
     ENTERS_FORWARD,
     INITIAL_WEIGHTS_ONLY,
+    changes,
     check_model,
     differences,
     nothing_left,
@@ -156,6 +158,23 @@ def test_every_setting_of_the_schedule_can_be_overridden():
     rate, ticks = LRSchedule(1e-3, 1e-4, 9, 40).at(13), BPSchedule(3, 4, 0.5, 48).at(13)
     assert f"iteration 13 has rate {rate:g} and {ticks} gradient ticks" in line
     assert schedule_settings(ours) == want
+
+
+@pytest.mark.parametrize("changed, line", [
+    (dict(), None), (dict(seed=7, ema_decay=0.5), "--seed from 1234 to 7, --ema-decay from 0.9999 to 0.5"),
+    (dict(split="969, 30, 1"), None), (dict(split="97,3,0"), "--split from 969,30,1 to 97,3,0"),
+    (dict(split="97,3,0", data_path=None), None),
+    (dict(seq_length=128), "--seq-length from 64 to 128"),
+    (dict(adam_beta1=0.8, adam_beta2=0.9), "--adam-beta1 from 0.9 to 0.8, --adam-beta2 from 0.95 to 0.9"),
+])
+def test_other_rows_and_averages_are_named(changed, line):
+    run = dict(seed=1234, seq_length=64, split="969,30,1", data_path=["store"], ema_decay=0.9999, adam_beta1=0.9,
+               adam_beta2=0.95)
+    assert run.keys() - {"data_path"} == CHANGEABLE.keys()
+    theirs, ours = argparse.Namespace(**run), argparse.Namespace(**run | changed)
+    assert changes(theirs, ours) == (line and f"the command line changes {line}")
+    theirs.data_path = ours.data_path = None  # of a sampled folder there is no split
+    assert "split" not in (changes(theirs, ours) or "")
 
 
 STORED = argparse.Namespace(num_layers=6, hidden_size=1024, num_attention_heads=8, ffn_hidden_size=2816, h_cycles=2,
