@@ -2,7 +2,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 STAMP := .venv/.setup-done
-GPU_FLAGS := --recompute-products --recompute-ticks 3  # with which XL fits into 80 GB
+GPU_FLAGS := --recompute-granularity selective --recompute-modules gated_act --recompute-ticks 3  # with which XL fits into 80 GB
 export PYTHON  # .ci/find-python tries it first
 
 .PHONY: help setup demo test check ruff mypy slow gpu ranks clean

@@ -1,13 +1,16 @@
 """Train an HRM: `torchrun -m hrm_megatron.pretrain --hrm-preset B --data-path PREFIX ...`."""
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
 from typing import Any
 
+from hrm_megatron.parallel.connections import choose_connections
 from hrm_megatron.parallel.cpu import activate
 
+choose_connections(sys.argv[1:])
 activate()
 
 import torch  # noqa: E402
@@ -19,7 +22,7 @@ from megatron.training.global_vars import set_global_variables  # noqa: E402
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import parse_arguments  # noqa: E402
-from hrm_megatron.training.checkpoint import check_checkpoint, guard_saves  # noqa: E402
+from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.evaluation import install_evaluation, settle_evaluation  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
@@ -28,6 +31,7 @@ from hrm_megatron.training.memory import LESS_MEMORY  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
+from hrm_megatron.training.verification import verify_start  # noqa: E402
 
 
 def train() -> None:
@@ -41,7 +45,8 @@ def train() -> None:
     args = parse_arguments(vocab_size_of)
     data = sources["all"]
     evaluation = settle_evaluation(args, *data.held_out(args.split), data.why_no_validation(args.split))
-    if not check_checkpoint(args):
+    start, is_left = check_checkpoint(args)
+    if not is_left:
         return
     set_global_variables(args)
     if not args.rank:
@@ -56,6 +61,7 @@ def train() -> None:
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
         if not vp_stage:  # the first call, and the first moment at which there is a process group
             check_agreement(data.files)
+            verify_start(args, start, functools.partial(check_fit, args))
         return step.build_model(vp_stage=vp_stage, **options)
 
     pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, step.meter.restart),

@@ -17,14 +17,14 @@ class HRMConfig(TransformerConfig):  # type: ignore[misc]
     """A TransformerConfig for both stacks; `num_layers` counts layers per stack.
 
     The first `recompute_ticks` ticks with gradient keep only their input; `compile_layers` asks for layers/compiled.py,
-    `recompute_products` for the recomputation of layers/gated_recompute.py.
+    `recompute_gated_act` for the recomputation of layers/gated_recompute.py.
     """
 
     architecture: Architecture | None = None
     attention_kernel: str = "auto"
     recompute_ticks: int = 0
     compile_layers: bool = False
-    recompute_products: bool = False
+    recompute_gated_act: bool = False
 
     @property
     def arch(self) -> Architecture:
@@ -56,7 +56,7 @@ def hrm_config(architecture: Architecture, **overrides: Any) -> HRMConfig:
         layernorm_epsilon=architecture.norm_epsilon, activation_func=F.silu, architecture=architecture,
         transformer_impl="local", params_dtype=torch.float32,
         use_cpu_initialization=not torch.cuda.is_available(), **HRM_SETTINGS,
-        **swiglu_settings(overrides.get("compile_layers", False) or overrides.get("recompute_products", False)))
+        **swiglu_settings(overrides.get("compile_layers", False) or overrides.get("recompute_gated_act", False)))
     return HRMConfig(**(settings | overrides))
 
 

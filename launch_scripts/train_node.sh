@@ -8,18 +8,22 @@
 # Every other argument goes to hrm_megatron.pretrain as it is. --dry-run prints the command and runs nothing.
 set -euo pipefail
 
+dry_run=false
+arguments=()
+for argument in "$@"; do
+    case $argument in
+        --help | -h) awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0" && exit ;;
+        --dry-run) dry_run=true ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
 preset=${PRESET:-B} tp=${TP:-1} pp=${PP:-1} cp=${CP:-1}
 for size in "$tp" "$pp" "$cp" "${DP:-1}"; do
     if ! [[ $size =~ ^[1-9][0-9]*$ ]]; then
         echo "train_node.sh: TP, PP, CP and DP are whole numbers from 1, not '$size'" >&2
         exit 2
     fi
-done
-
-dry_run=false
-arguments=()
-for argument in "$@"; do
-    if [ "$argument" = --dry-run ]; then dry_run=true; else arguments+=("$argument"); fi
 done
 
 model_ranks=$((tp * pp * cp))
@@ -41,10 +45,7 @@ command=("$torchrun" --standalone --nproc-per-node $((model_ranks * DP)) -m hrm_
     --tensor-model-parallel-size "$tp"
     --pipeline-model-parallel-size "$pp"
     --context-parallel-size "$cp")
-if ((tp > 1)); then
-    # Megatron orders its tensor parallel messages by this variable.
-    command=(env CUDA_DEVICE_MAX_CONNECTIONS=1 "${command[@]}" --sequence-parallel)
-fi
+if ((tp > 1)); then command+=(--sequence-parallel); fi
 command+=(${arguments[@]+"${arguments[@]}"})
 
 if $dry_run; then

@@ -65,8 +65,10 @@ def _be_rank(rank: int, order: dict, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(order["ranks"]), MASTER_ADDR="127.0.0.1",
                       LOCAL_WORLD_SIZE=str(order["ranks"]), MASTER_PORT=str(port))
     from hrm_megatron import pretrain
+    from hrm_megatron.parallel.connections import choose_connections
 
     sys.argv = ["pretrain", *order["arguments"]]
+    choose_connections(order["arguments"])  # pretrain was imported before these were known
     exec(order["prelude"], {})
     pretrain.main()
 

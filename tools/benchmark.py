@@ -10,10 +10,14 @@ import dataclasses
 import itertools
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from hrm_megatron.program import listen, one_line
+
+if __name__ == "__main__":
+    listen()
 
 from hrm_megatron.parallel.cpu import activate
 
@@ -31,9 +35,9 @@ from hrm_megatron.benchmark.peak import (  # noqa: E402
     matmul_flops_per_second,
     median_seconds,
 )
-from hrm_megatron.benchmark.record import add_row, check_table, device_name, versions  # noqa: E402
+from hrm_megatron.benchmark.record import add_row, check_table, device_name, output_folder, versions  # noqa: E402
 from hrm_megatron.benchmark.train import Measured, measure  # noqa: E402
-from hrm_megatron.config import PRESETS, Architecture, ConfigError, Preset, ffn_hidden_size  # noqa: E402
+from hrm_megatron.config import PRESETS, Architecture, Preset, ffn_hidden_size  # noqa: E402
 from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch, assemble_row  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.data.sampled import SampledFolder  # noqa: E402
@@ -131,8 +135,7 @@ def measure_training(args: argparse.Namespace) -> None:
         check_table(args.record, COLUMNS)
     cells = [device_name(), versions(), f"`python {' '.join(sys.argv)}`"]
     print("; ".join(cells))
-    folder = Path(tempfile.mkdtemp(prefix="hrm-benchmark-")) if args.output is None else args.output
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(args.output)
     found = measure(preset, args.row_tokens, args.rows, args.steps, args.vocab_size, args.bp_steps, folder,
                     ["--bf16", *args.flags])
     peak = matmul_flops_per_second(size=args.peak_size)
@@ -171,7 +174,7 @@ def time_peer(ours: Measured, args: argparse.Namespace, data: Path) -> str:
     return f"{speed:,.0f}" + ("" if timed[0] == args.row_tokens else f" in rows of {timed[0]}")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", help="one training step, fp32 on the CPU, against transformers' HrmText")
@@ -193,17 +196,13 @@ def main() -> None:
     gpu.add_argument("flags", nargs="*", help="after --: more flags of hrm_megatron.pretrain")
     args = parser.parse_args()
     if args.command == "gpu":
-        try:
-            measure_training(args)
-        except ConfigError as error:
-            sys.exit(f"error: {error}")
-        return
+        return one_line(lambda: measure_training(args))
     torch.set_num_threads(args.threads)
     sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(ARCHITECTURE).items() if value)
     print(f"torch {torch.__version__}, {args.threads} thread(s); {ROW_TOKENS} packed tokens, bp {BP_STEPS}; {sizes}")
     with single_rank():
-        compare_steps(args.repeats)
+        return one_line(lambda: compare_steps(args.repeats))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

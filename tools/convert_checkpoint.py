@@ -6,13 +6,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hrm_megatron.program import listen, one_line
+
+if __name__ == "__main__":
+    listen()
+
 from hrm_megatron.parallel.cpu import activate
 from hrm_megatron.parallel.log_levels import be_quiet
 
 be_quiet()
 activate()
 
-from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.convert.checkpoint import EMA, RAW  # noqa: E402
 from hrm_megatron.convert.hf import DTYPES  # noqa: E402
 from hrm_megatron.convert.run import FORMATS, Conversion, convert  # noqa: E402
@@ -30,23 +34,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> Conversion:
     parser.add_argument("--ckpt-step", type=int, metavar="N",
                         help="iteration (megatron) or epoch (native) to read (default: the latest)")
     parser.add_argument("--tokenizer-model", type=Path, metavar="PATH",
-                        help="tokenizer folder or tokenizer.json to put beside the model (hf)")
+                        help="tokenizer folder or tokenizer.json to put beside the model (hf); without it, the token "
+                             "ids in the model's configuration are those of HRM-Text's tokenizers")
     parser.add_argument("--dtype", choices=[*DTYPES], default="float32",
                         help="of the weights (hf; default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
                         help="largest file of weights (hf; default: %(default)s)")
+    parser.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
+                        help="take what can be read of a damaged checkpoint (megatron, native)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder, all of it")
     return Conversion(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     job = parse_arguments(arguments)
-    try:
-        print(convert(job))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return one_line(lambda: print(convert(job)))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from hrm_megatron.program import listen, one_line
+
+if __name__ == "__main__":
+    listen()
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from hrm_megatron.config import ConfigError
 from hrm_megatron.model.schedule import unroll
 from hrm_megatron.parallel.simulate import Estimate, stock, two_phase
 
@@ -56,13 +60,11 @@ def main() -> int:
     parser.add_argument("--bp-steps", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("docs/pipeline.png"))
     args = parser.parse_args()
-    try:
+
+    def run() -> None:
         draw(args.stages, args.microbatches, args.bp_steps, args.output)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(args.output)
-    return 0
+        print(args.output)
+    return one_line(run)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ Everything after -- goes to hrm_megatron.pretrain. The trace, DIR/torch_profile/
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
+from hrm_megatron.program import listen, one_line, run_command
+
+if __name__ == "__main__":
+    listen()
+
 from hrm_megatron.benchmark.kernels import breakdown
+from hrm_megatron.config import ConfigError
 
 
 def main() -> int:
@@ -22,24 +27,25 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("flags", nargs="+", help="of hrm_megatron.pretrain")
     args = parser.parse_args()
+    return one_line(lambda: profile(args))
+
+
+def profile(args: argparse.Namespace) -> None:
     trace = args.output / "torch_profile" / "rank-0.json.gz"
     if trace.exists():
-        print(f"error: {trace} exists; give another --output, or remove it", file=sys.stderr)
-        return 1
+        raise ConfigError(f"{trace} exists; give another --output, or remove it")
     last = args.first_step + args.steps
-    code = subprocess.run([
+    code = run_command([
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.nproc_per_node, "-m",
         "hrm_megatron.pretrain", *args.flags, "--tensorboard-dir", args.output / "log", "--profile",
         "--use-pytorch-profiler", "--profile-ranks", "0", "--profile-step-start", str(args.first_step),
-        "--profile-step-end", str(last), "--exit-interval", str(last)]).returncode
+        "--profile-step-end", str(last), "--exit-interval", str(last)])
     if code or not trace.exists():
-        print(f"error: no trace: the run ended with exit code {code} before step {last}; see its output above, or "
-              "lower --first-step", file=sys.stderr)
-        return code or 1
+        raise ConfigError(f"no trace: the run ended with exit code {code} before step {last}; see its output above, or "
+                          "lower --first-step")
     for share in breakdown(trace):
         print(f"  {share.share:6.1%}  {share.seconds / args.steps:8.4f} s a step  {share.group}")
     print(trace)
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,32 +5,44 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hrm_megatron.config import ConfigError
-from hrm_megatron.data.example import find_inputs
+from hrm_megatron.program import listen, one_line
+
+if __name__ == "__main__":
+    listen()
+
+from hrm_megatron.data.example import BadRows
+from hrm_megatron.data.inputs import add_input_flags, find_inputs, row_format
 from hrm_megatron.data.preprocess import learn_tokenizer
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, globs or folders of jsonl")
+    add_input_flags(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--vocab-size", type=int, default=65_536, help="entries at most (default: %(default)s)")
     parser.add_argument("--max-chars", type=int, default=10_000,
                         help="characters used of each instruction and response (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
+    existing.add_argument("--keep-same", action="store_true",
+                          help="leave an existing tokenizer alone if it was made from the same files and settings; any "
+                               "other is an error")
     return parser.parse_args(arguments)
+
+
+def run(args: argparse.Namespace) -> None:
+    bad_rows = BadRows(args.on_bad_row == "skip")
+    tokenizer = learn_tokenizer(find_inputs(args.input), args.output, args.vocab_size, args.max_chars, args.overwrite,
+                                row_format(args), bad_rows, args.keep_same)
+    if tokenizer is None:
+        print(f"{args.output}: made from the same input before, kept")
+    else:
+        print(f"{args.output}: {tokenizer.vocab_size} entries", *bad_rows.lines(), sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    try:
-        tokenizer = learn_tokenizer(find_inputs(args.input), args.output, args.vocab_size, args.max_chars,
-                                    args.overwrite)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.output}: {tokenizer.vocab_size} entries")
-    return 0
+    return one_line(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+
+from hrm_megatron.program import signals_held
 
 TAIL_LINES = 20
 LAUNCHER_REPORTS = " failed (exitcode: "  # what torchrun says from here on is long and no cause
@@ -93,14 +94,11 @@ def _ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
+@signals_held()  # a second Ctrl-C would leave ranks behind
 def _stop(launcher: psutil.Process) -> None:
-    impatience = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave ranks behind
-    try:
-        alive = [launcher, *launcher.children(recursive=True)]
-        for send in (psutil.Process.terminate, psutil.Process.kill):
-            for process in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    send(process)
-            _, alive = psutil.wait_procs(alive, GRACE_SECONDS)
-    finally:
-        signal.signal(signal.SIGINT, impatience)
+    alive = [launcher, *launcher.children(recursive=True)]
+    for send in (psutil.Process.terminate, psutil.Process.kill):
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                send(process)
+        _, alive = psutil.wait_procs(alive, GRACE_SECONDS)

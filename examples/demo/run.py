@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for a start by path, as `make demo` does
+
+from hrm_megatron.program import Stopped, listen, one_line  # noqa: E402
+
+if __name__ == "__main__":
+    listen()
 
 # No torch and no Megatron up here: the processes that make the questions import this file again.
 from examples.demo.commands import CommandFailed, flags, python, run, shown  # noqa: E402
@@ -78,17 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     # Before torch comes. The two ranks share the cores; a thread that waits for a busy core costs more than it brings.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that running commands are ended too
     try:
-        demo(args.output, QUICK if args.quick else FULL, judged=not args.quick)
-    except (ConfigError, CommandFailed, DemoFailed, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nstopped; {args.output} keeps what is there until the next run", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+        return one_line(lambda: demo(args.output, QUICK if args.quick else FULL, judged=not args.quick),
+                        (CommandFailed, DemoFailed))
+    except Stopped:
+        print(f"\n{args.output} keeps what is there until the next run", file=sys.stderr)
+        raise
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

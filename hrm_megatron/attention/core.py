@@ -1,8 +1,8 @@
 """Packed PrefixLM attention behind one door: `core_attention(kernel)` picks the class that a layer builds.
 
 `DenseAttention` is the definition. The others attend prefixes without a mask and responses with a causal one at the
-bottom right, and never hold a mask of the whole row: `sdpa` and `cpu` by a call for each piece of an example, `varlen`
-and `te` by two calls for all rows. `model.kernel_choice` says which of them a run takes.
+bottom right, and never hold a mask of the whole row: `sdpa` and `cpu` by a call for each piece of an example, `varlen`,
+`te` and `flash` by two calls for all rows. `attention.kernel_choice` says which of them a run takes.
 """
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hrm_megatron.attention.cpu_flash import PackedCpuFlash
+from hrm_megatron.attention.flash import choose_generation, flash_varlen
 from hrm_megatron.attention.kernel_choice import choose_kernel
 from hrm_megatron.attention.prefix_lm import PrefixSequences
 from hrm_megatron.attention.te_attention import TransformerEngineVarlen
@@ -142,16 +143,32 @@ class TransformerEngineAttention(VarlenAttention):
         self.primitive = TransformerEngineVarlen(config)
 
 
+class FlashAttnAttention(VarlenAttention):
+    """The kernels of the package flash-attn, called twice for all rows."""
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        found, reason = choose_generation(config.params_dtype, config.kv_channels, Machine.here(), deterministic)
+        assert found, reason  # `core_attention` has refused it
+        self.primitive = flash_varlen(found, deterministic)
+
+
 KERNELS: dict[str, type[PrefixLMAttention]] = {
-    "te": TransformerEngineAttention, "varlen": VarlenAttention, "sdpa": SdpaAttention, "cpu": CpuAttention,
-    "dense": DenseAttention}
+    "te": TransformerEngineAttention, "varlen": VarlenAttention, "flash": FlashAttnAttention, "sdpa": SdpaAttention,
+    "cpu": CpuAttention, "dense": DenseAttention}
 
 
 def core_attention(kernel: str, dtype: torch.dtype, head_dim: int) -> type[PrefixLMAttention]:
     """Return the class for `--attention-kernel`, queries of `dtype` and heads of `head_dim` on this machine."""
-    return KERNELS[choose_kernel(kernel, dtype, head_dim, Machine.here())[0]]
+    return KERNELS[_choose(kernel, dtype, head_dim)[0]]
 
 
 def explain_kernel(kernel: str, dtype: torch.dtype, head_dim: int) -> str:
     """Say in one line which kernel `core_attention` takes and why."""
-    return choose_kernel(kernel, dtype, head_dim, Machine.here())[1]
+    return _choose(kernel, dtype, head_dim)[1]
+
+
+def _choose(kernel: str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    # Megatron's --deterministic-mode tells torch.
+    return choose_kernel(kernel, dtype, head_dim, Machine.here(), torch.are_deterministic_algorithms_enabled())

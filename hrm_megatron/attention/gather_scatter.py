@@ -16,19 +16,24 @@ from hrm_megatron.data.batch import send
 class RowIndex:
     """Index [n] of rows in a tensor [t, ...], on its device; `run` is (first, last + 1) where the rows are contiguous.
 
-    `distinct`: no row is there twice. (Adding at repeated rows is atomic, which is slow in bf16.)
+    Where rows are there twice, `parts` divides the index: places in it and the rows there, each part without a row
+    twice. (Adding at repeated rows is atomic: slow in bf16, and in any order.)
     """
 
     index: torch.Tensor
     run: tuple[int, int] | None
-    distinct: bool
+    parts: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
     @classmethod
-    def of(cls, index: torch.Tensor, distinct: bool, device: torch.device) -> RowIndex:
-        """Send `index`, which is on the host and not empty, to the device."""
+    def of(cls, index: torch.Tensor, device: torch.device, again: torch.Tensor | None = None) -> RowIndex:
+        """Send `index`, which is on the host and not empty, to the device; `again` [n] is true where a row that was
+        there before is there a second time, and for none a third."""
+        if again is not None:
+            places = [part.nonzero().squeeze(1) for part in (~again, again)]
+            return cls(send(index, device), None, tuple((send(at, device), send(index[at], device)) for at in places))
         first, end = int(index[0]), int(index[0]) + len(index)
         is_run = torch.equal(index, torch.arange(first, end))
-        return cls(send(index, device), (first, end) if is_run else None, distinct)
+        return cls(send(index, device), (first, end) if is_run else None)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -51,10 +56,11 @@ class RowIndex:
         """Add `rows` to these rows of `total`, in place."""
         if self.run:
             total[slice(*self.run)] += rows
-        elif self.distinct:
-            total.index_copy_(0, self.index, total.index_select(0, self.index) + rows)
+        elif self.parts:
+            for places, index in self.parts:
+                total.index_copy_(0, index, total.index_select(0, index) + rows.index_select(0, places))
         else:
-            total.index_add_(0, self.index, rows)
+            total.index_copy_(0, self.index, total.index_select(0, self.index) + rows)
         return total
 
 

@@ -1,8 +1,11 @@
 """Which attention kernel a run takes: plain rules over its number format, its head size and a few facts."""
 from __future__ import annotations
 
+import itertools
+
 import torch
 
+from hrm_megatron.attention.flash import choose_generation, first_choice
 from hrm_megatron.config import ConfigError
 from hrm_megatron.parallel.machine import Machine
 
@@ -11,21 +14,27 @@ AUTO = "auto"
 WHAT = {
     "te": "Transformer Engine, two calls over all rows",
     "varlen": "FlashAttention 2 inside torch, two calls over all rows",
+    "flash": "flash-attn, two calls over all rows",
     "sdpa": "torch's scaled_dot_product_attention, a call for each piece of an example",
     "cpu": "torch's CPU flash kernel, a call for each piece of an example",
     "dense": "the definition in fp64, with the mask of the whole row",
 }
-ON_CUDA, ON_CPU = ("te", "varlen", "sdpa"), ("cpu",)  # what "auto" tries, the fastest first
+ON_CUDA, ON_CPU = ("te", "varlen", "sdpa"), ("cpu",)  # what "auto" tries beside flash, the fastest first
+# How many of these go before flash-attn, by its generation. Nothing here was measured by us. FlashAttention 3: by its
+# authors faster than cuDNN on Hopper, forward and backward. 4: made for Blackwell as cuDNN's is, but a beta. 2: the
+# kernels that torch has inside.
+BEFORE_FLASH = {3: 0, 4: 1, 2: 2}
 NARROW = (torch.bfloat16, torch.float16)
 AMPERE, HOPPER = (8, 0), (9, 0)
 
 
-def refusal(kernel: str, dtype: torch.dtype, head_dim: int, machine: Machine) -> str | None:
+def refusal(kernel: str, dtype: torch.dtype, head_dim: int, machine: Machine,
+            deterministic: bool = False) -> str | None:
     """Say why `kernel` cannot run, or None. Sources: torch, aten/native/transformers/cuda/flash_attn/flash_api.cpp;
     Transformer Engine, common/fused_attn/fused_attn.cpp, nvte_get_fused_attn_backend, for training."""
     if kernel == "cpu":
         return "it needs a model on a CPU, and models live on the GPU here" if machine.capability else None
-    if kernel not in ("te", "varlen"):
+    if kernel not in ("te", "varlen", "flash"):
         return None
     if machine.capability is None:
         return "it needs a CUDA device, and there is none"
@@ -37,25 +46,47 @@ def refusal(kernel: str, dtype: torch.dtype, head_dim: int, machine: Machine) ->
         return f"it takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
     if machine.capability < AMPERE:
         return "it needs a GPU of compute capability 8.0 or more, and this one has {}.{}".format(*machine.capability)
-    largest = 256 if kernel == "varlen" or machine.capability == HOPPER else 128
+    largest = 128 if kernel == "te" and machine.capability != HOPPER else 256
     if head_dim % 8 or head_dim > largest:
         return f"it takes heads of a multiple of 8 up to {largest}, not {head_dim}"
+    if kernel == "flash":
+        found, reason = choose_generation(dtype, head_dim, machine, deterministic)
+        return None if found else reason
     return None
 
 
-def choose_kernel(asked: str, dtype: torch.dtype, head_dim: int, machine: Machine) -> tuple[str, str]:
+def candidates(dtype: torch.dtype, head_dim: int, machine: Machine, deterministic: bool) -> tuple[str, ...]:
+    """List what "auto" tries on this machine, the fastest first."""
+    if machine.capability is None:
+        return ON_CPU
+    found, _ = choose_generation(dtype, head_dim, machine, deterministic)
+    place = BEFORE_FLASH[found.generation if found else first_choice(machine)]
+    return *ON_CUDA[:place], "flash", *ON_CUDA[place:]
+
+
+def describe(kernel: str, dtype: torch.dtype, head_dim: int, machine: Machine, deterministic: bool) -> str:
+    """Say what stands behind the name of a kernel that can run."""
+    if kernel != "flash":
+        return f"{kernel} ({WHAT[kernel]})"
+    found, _ = choose_generation(dtype, head_dim, machine, deterministic)
+    return f"{kernel} ({WHAT[kernel].replace('flash-attn', str(found))})"
+
+
+def choose_kernel(asked: str, dtype: torch.dtype, head_dim: int, machine: Machine,
+                  deterministic: bool = False) -> tuple[str, str]:
     """Return the kernel for `--attention-kernel` and a line that says why. Raises ConfigError if it cannot run.
 
-    `dtype` is that of queries and keys.
+    `dtype` is that of queries and keys; `deterministic` demands that gradients are added in one order.
     """
     if asked not in (AUTO, *WHAT):
         raise ConfigError(f"attention_kernel={asked!r}: choose one of {AUTO}, {', '.join(WHAT)}")
-    candidates = ON_CUDA if machine.capability else ON_CPU
-    reasons = {kernel: refusal(kernel, dtype, head_dim, machine) for kernel in candidates}
+    facts = dtype, head_dim, machine, deterministic
+    reasons = {kernel: refusal(kernel, *facts) for kernel in candidates(*facts)}
     fastest = next(kernel for kernel, reason in reasons.items() if reason is None)
     if asked == AUTO:
-        passed_over = [f"; not {kernel}: {reason}" for kernel, reason in reasons.items() if reason]
-        return fastest, f"{fastest} ({WHAT[fastest]}), the fastest that runs here{''.join(passed_over)}"
-    if reason := refusal(asked, dtype, head_dim, machine):
+        before = itertools.takewhile(lambda one: one[1], reasons.items())
+        passed_over = [f"; not {kernel}: {reason}" for kernel, reason in before]
+        return fastest, f"{describe(fastest, *facts)}, the fastest that runs here{''.join(passed_over)}"
+    if reason := refusal(asked, *facts):
         raise ConfigError(f"--attention-kernel {asked}: {reason}; --attention-kernel {fastest} works here")
-    return asked, f"{asked} ({WHAT[asked]}), as asked"
+    return asked, f"{describe(asked, *facts)}, as asked"

@@ -59,10 +59,20 @@ def _call(pieces: list[tuple[int, Piece]], causal: bool, rows: int, device: torc
         max_queries, max_keys = bucket(max_queries), bucket(max_keys)
         empty = bucket(len(pieces)) - len(pieces)
         cu_queries, cu_keys = (torch.cat((cu, cu[-1:].expand(empty))) for cu in (cu_queries, cu_keys))
-    # Slices of a context rank can both cut one example; then its keys are here twice.
-    distinct = len({(row, piece.keys[0]) for row, piece in pieces}) == len(pieces)
-    return VarlenCall(RowIndex.of(queries, True, device), RowIndex.of(keys, distinct, device),
+    return VarlenCall(RowIndex.of(queries, device), RowIndex.of(keys, device, _keys_again(pieces)),
                       send(cu_queries.int(), device), send(cu_keys.int(), device), max_queries, max_keys, causal)
+
+
+def _keys_again(pieces: list[tuple[int, Piece]]) -> torch.Tensor | None:
+    """Mark the keys [tk] that were there before: both slices of a context rank can cut one example."""
+    seen: set[tuple[int, int]] = set()
+    again = []
+    for row, piece in pieces:
+        again.append((row, piece.keys[0]) in seen)
+        seen.add((row, piece.keys[0]))
+    if not any(again):
+        return None
+    return torch.tensor(again).repeat_interleave(torch.tensor([piece.keys[1] for _, piece in pieces]))
 
 
 def _row_index(runs: Sequence[tuple[int, int, int]], rows: int) -> tuple[torch.Tensor, torch.Tensor]:

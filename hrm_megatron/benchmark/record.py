@@ -5,12 +5,14 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.convert.file_mode import follow_umask
 
 HEADING = "## Training on a GPU"
 NOTHING_YET = "Nothing has been measured yet."
@@ -35,6 +37,15 @@ def versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def output_folder(given: Path | None) -> Path:
+    """Make the folder for what a benchmark leaves; a new one where none is given."""
+    if given is None:
+        given = Path(tempfile.mkdtemp(prefix="hrm-benchmark-"))
+        follow_umask(given)
+    given.mkdir(parents=True, exist_ok=True)
+    return given
 
 
 def add_row(file: Path, row: Mapping[str, str]) -> None:

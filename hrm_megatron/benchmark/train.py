@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.sampled import SampledFolder
 from hrm_megatron.planner.flops import score_elements, training_flops
+from hrm_megatron.program import run_command
 
 WARMUP_STEPS, PROFILED_STEPS = 5, 2
 
@@ -56,7 +56,7 @@ def measure(preset: Preset, row_tokens: int, rows: int, steps: int, vocab_size: 
     for name, value in sizes.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     with (folder / "output").open("w") as output:
-        code = subprocess.run([*command, *flags], stdout=output, stderr=subprocess.STDOUT).returncode
+        code = run_command([*command, *flags], output)
     if code:
         output_text = (folder / "output").read_text(errors="replace")
         said = re.findall(r"^(?:\[rank0\]: )?((?:error|[\w.]+Error): .*)", output_text, re.MULTILINE)

@@ -1,24 +1,28 @@
 """Read a torch.distributed.checkpoint folder, HRM-Text's or Megatron's, without running anything that is in it.
 
 torch's own reader unpickles `.metadata` freely, which can execute code. Here only the classes pass that such a
-file needs, and the data itself is read with `weights_only`.
+file needs, and the data itself is read with `weights_only`. Nor does torch's reader see damage: here nothing is
+handed out whose checksum is not right.
 """
 from __future__ import annotations
 
 import io
-import math
+import itertools
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from hrm_megatron.checkpoint.archive import WAY_OUT, DamagedError, check_archive, naming
+from hrm_megatron.checkpoint.manifest import METADATA_FILE, read_manifest
 from hrm_megatron.config import ConfigError
 
-METADATA_FILE = ".metadata"
 ALLOWED: dict[tuple[str, str], Any] = {
     **{(metadata.__name__, cls.__name__): cls for cls in (
         metadata.Metadata, MetadataIndex, TensorStorageMetadata, BytesStorageMetadata, metadata.ChunkStorageMetadata,
@@ -43,24 +47,45 @@ class _MetadataUnpickler(pickle.Unpickler):
                               "know who made it") from None
 
 
-class DCPFolder:
-    """Tensors and small objects of one folder, by key; a tensor is read when it is asked for."""
+@dataclass(frozen=True)
+class Piece:
+    """One archive of torch.save: its file, its first byte there, its length, and what it is a piece of."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    file: str
+    start: int
+    length: int
+    key: str
+
+
+class DCPFolder:
+    """Tensors and small objects of one folder, by key; a tensor is read when it is asked for.
+
+    With `verify`, all that is read is held against its checksum, in the folder's manifest if it has one.
+    """
+
+    def __init__(self, path: str | Path, verify: bool = True) -> None:
+        self.path, self.verify = Path(path), verify
+        self.manifest = read_manifest(self.path) if verify else None
         place = self.path / METADATA_FILE
         try:
-            with place.open("rb") as file:
-                loaded = _MetadataUnpickler(file).load()
+            contents = place.read_bytes()
+            if self.manifest:  # before damaged bytes are unpickled
+                self.manifest.check_contents(METADATA_FILE, contents)
+            loaded = _MetadataUnpickler(io.BytesIO(contents)).load()
             self._entries: dict[str, Any] = loaded.state_dict_metadata
             self._storage: dict[MetadataIndex, Any] = loaded.storage_data
+            self._pieces = sorted((Piece(str(info.relative_path), int(info.offset), int(info.length), str(index.fqn))
+                                   for index, info in self._storage.items()), key=lambda p: (p.file, p.start))
+            self._check_entries()
+        except DamagedError:
+            raise
         except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from None
+            raise DamagedError(f"{place}: {error}") from None
         except OSError as error:
-            raise ConfigError(f"{place}: cannot read ({error.strerror}); the folder is no torch.distributed "
-                              "checkpoint, or its writing was cut off") from error
+            raise DamagedError(f"{place}: cannot read ({error.strerror}); the folder is no torch.distributed "
+                               "checkpoint, or its writing was cut off") from error
         except Exception as error:  # what pickle raises over damaged bytes is not bounded
-            raise ConfigError(f"{place}: damaged ({error}); copy the checkpoint again") from error
+            raise DamagedError(f"{place}: damaged ({error}); copy the checkpoint again") from error
 
     def keys(self) -> list[str]:
         return list(self._entries)
@@ -70,21 +95,48 @@ class DCPFolder:
         return {key: tuple(entry.size) for key, entry in self._entries.items()
                 if isinstance(entry, TensorStorageMetadata)}
 
+    def pieces(self) -> list[Piece]:
+        """Everything that is stored, file after file, in the order in which it stands there."""
+        return self._pieces
+
     def check_files(self) -> None:
-        """Raise ConfigError unless every piece of every tensor lies in a file that is long enough."""
-        for key, entry in self._entries.items():
-            if isinstance(entry, TensorStorageMetadata) and sum(
-                    math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-                raise ConfigError(f"{self.path}: {key}: its pieces are not the whole tensor of {list(entry.size)}; "
-                                  "copy the checkpoint again, or choose another with --ckpt-step")
+        """Raise DamagedError unless the pieces fill the files from the first byte to the last."""
         ends: dict[str, int] = {}
-        for info in self._storage.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for piece in self._pieces:
+            if piece.start != ends.get(piece.file, 0):
+                raise DamagedError(f"{self.path / piece.file}: {piece.key} begins at byte {piece.start}, what is "
+                                   f"before it ends at {ends.get(piece.file, 0)}, says {METADATA_FILE}; {WAY_OUT}")
+            ends[piece.file] = piece.start + piece.length
         for name, end in ends.items():
             place = self.path / name
-            if (size := place.stat().st_size if place.is_file() else 0) < end:
-                raise ConfigError(f"{place}: {size} bytes are there, {METADATA_FILE} promises {end}; copy the "
-                                  "checkpoint again, or choose another with --ckpt-step")
+            if (size := place.stat().st_size if place.is_file() else 0) != end:
+                raise DamagedError(f"{place}: {size} bytes are there, {METADATA_FILE} promises {end}; {WAY_OUT}")
+
+    def check_pieces(self, pieces: Iterable[Piece]) -> None:
+        """Raise DamagedError unless the bytes of these pieces are those that were written."""
+        for name, of_file in itertools.groupby(pieces, key=lambda piece: piece.file):
+            place = self.path / name
+            with naming(place), place.open("rb", buffering=0) as file:
+                for piece in of_file:
+                    with naming(place, piece.key):
+                        check_archive(file, piece.start, piece.start + piece.length)
+
+    def _check_entries(self) -> None:
+        """Raise an error unless every tensor is cut into pieces exactly, and it is known where each of them is."""
+        wanted: set[MetadataIndex] = set()
+        for key, entry in self._entries.items():
+            if isinstance(entry, TensorStorageMetadata):
+                if not _fill(entry.size, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]):
+                    raise DamagedError(f"{self.path}: {key}: its pieces are not the whole tensor of "
+                                       f"{list(entry.size)}; {WAY_OUT}")
+                wanted |= {MetadataIndex(key, chunk.offsets) for chunk in entry.chunks}
+            else:
+                wanted.add(MetadataIndex(key))
+        for index in sorted(wanted ^ self._storage.keys(), key=str):
+            raise DamagedError(f"{self.path / METADATA_FILE}: says either what {index.fqn} is or where it is, not "
+                               f"both; {WAY_OUT}")
+        for name in {piece.file for piece in self._pieces}:
+            _check_plain(name)
 
     def tensor(self, key: str) -> torch.Tensor:
         """Read one tensor, put together from the pieces that all ranks wrote."""
@@ -92,9 +144,9 @@ class DCPFolder:
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
             piece = self._load(MetadataIndex(key, chunk.offsets), [])
-            if not isinstance(piece, torch.Tensor) or piece.shape != chunk.sizes:
-                raise ConfigError(f"{self.path}: {key}: a piece of it is not the tensor of shape {list(chunk.sizes)} "
-                                  f"that {METADATA_FILE} promises; copy the checkpoint again")
+            if not isinstance(piece, torch.Tensor) or (piece.shape, piece.dtype) != (chunk.sizes, whole.dtype):
+                raise DamagedError(f"{self.path}: {key}: a piece of it is not the {whole.dtype} tensor of shape "
+                                   f"{list(chunk.sizes)} that {METADATA_FILE} promises; copy the checkpoint again")
             target = whole
             for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
                 target = target.narrow(dim, offset, size)
@@ -117,25 +169,51 @@ class DCPFolder:
         try:
             info = self._storage[index]
         except KeyError:
-            raise ConfigError(f"{self.path}: {index.fqn}: {METADATA_FILE} does not say where it is; copy the "
-                              "checkpoint again") from None
+            raise DamagedError(f"{self.path}: {index.fqn}: {METADATA_FILE} does not say where it is; copy the "
+                               "checkpoint again") from None
         place = self.path / info.relative_path
-        if Path(info.relative_path).name != info.relative_path or info.transform_descriptors:
-            raise ConfigError(f"{self.path}: {index.fqn} is stored at {info.relative_path!r}, transformed by "
-                              f"{info.transform_descriptors}; only plain files of the folder itself are read")
+        _check_plain(info.relative_path, info.transform_descriptors)
         try:
             with place.open("rb") as file:
                 file.seek(info.offset)
                 contents = file.read(info.length)
         except OSError as error:
-            raise ConfigError(f"{place}: cannot read {index.fqn} ({error.strerror}); copy the checkpoint again"
-                              ) from error
+            raise DamagedError(f"{place}: cannot read {index.fqn} ({error.strerror}); copy the checkpoint again"
+                               ) from error
         if len(contents) < info.length:
-            raise ConfigError(f"{place}: ends {info.length - len(contents)} bytes before the end of {index.fqn}: "
-                              "truncated; copy the checkpoint again")
+            raise DamagedError(f"{place}: ends {info.length - len(contents)} bytes before the end of {index.fqn}: "
+                               "truncated; copy the checkpoint again")
         try:
+            if self.verify:
+                check_archive(io.BytesIO(contents), 0, len(contents))
             with torch.serialization.safe_globals(list(classes)):
                 return torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises anything over damaged bytes
-            raise ConfigError(f"{place}: {index.fqn} is damaged or unsafe ({str(error).splitlines()[0]}); copy the "
-                              "checkpoint again") from error
+            raise DamagedError(f"{place}: {index.fqn} is damaged or unsafe ({_first_line(error)}); copy "
+                               "the checkpoint again") from error
+
+
+def _check_plain(name: str, transforms: object = None) -> None:
+    if Path(name).name != name or transforms:
+        raise ConfigError(f"data is stored at {name!r}, transformed by {transforms}; only plain files of the folder "
+                          "itself are read")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _fill(size: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
+    """Tell whether boxes, each an offset and a size, cover a tensor of this size, every element once."""
+    if any(len(offset) != len(size) or len(extent) != len(size) or min((*offset, *extent), default=0) < 0
+           or any(a + b > whole for a, b, whole in zip(offset, extent, size, strict=True)) for offset, extent in boxes):
+        return False
+    # The cuts of all boxes make a grid, of whose cells each belongs to as many boxes as its first element does.
+    cuts = [sorted({0, whole, *(o[dim] for o, _ in boxes), *(o[dim] + e[dim] for o, e in boxes)})
+            for dim, whole in enumerate(size)]
+    owners = np.zeros([len(cut) - 1 for cut in cuts], dtype=np.int32)
+    numbers = [{place: number for number, place in enumerate(cut)} for cut in cuts]
+    for offset, extent in boxes:
+        cells = (slice(number[a], number[a + b]) for number, a, b in zip(numbers, offset, extent, strict=True))
+        owners[tuple(cells)] += 1
+    return bool((owners == 1).all())

@@ -3,29 +3,32 @@ from __future__ import annotations
 
 import json
 import re
-import uuid
 from pathlib import Path
 from typing import Any
 
 from megatron.core.safe_globals import SAFE_GLOBALS
 
-from hrm_megatron.checkpoint.dcp import METADATA_FILE, DCPFolder
+from hrm_megatron.checkpoint.archive import WAY_OUT, DamagedError
+from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.fsdp_folder import COMMON, is_megatron_fsdp
+from hrm_megatron.checkpoint.manifest import MANIFEST_FILE, METADATA_FILE, read_manifest
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.transformer_config import architecture_of
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "metadata.json"
-COMPLETE_FILES = (CONFIG_FILE, METADATA_FILE)  # Megatron writes them last
+COMPLETE_FILES = (MANIFEST_FILE, CONFIG_FILE, METADATA_FILE)  # written last; the first of them behind all others
 
 
 def is_complete(folder: Path) -> bool:
-    """Tell whether the save of this iteration came to its end."""
+    """Tell whether the save of this iteration came to its end; what it lacks although it did is damage."""
+    if (folder / MANIFEST_FILE).exists():
+        return True
     try:
+        if not (folder / CONFIG_FILE).exists():  # Megatron-FSDP writes none
+            return (folder / METADATA_FILE).is_file() and is_megatron_fsdp(DCPFolder(folder))
         json.loads((folder / CONFIG_FILE).read_text())
-    except FileNotFoundError:  # Megatron-FSDP writes none
-        return (folder / METADATA_FILE).is_file() and is_megatron_fsdp(DCPFolder(folder))
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # which a ConfigError is, too
         return False
     return (folder / METADATA_FILE).is_file()
 
@@ -34,6 +37,24 @@ def complete_iterations(load: Path) -> list[str]:
     """Names of the complete iterations under `load`, ascending."""
     folders = load.iterdir() if load.is_dir() else ()
     return sorted(path.name for path in folders if re.fullmatch(r"iter_\d{7,}", path.name) and is_complete(path))
+
+
+def last_saved_first(load: Path) -> list[str]:
+    """Names of the complete iterations, the last one that was saved first.
+
+    One without manifest counts as saved behind all that are below it: its run was killed before it wrote that.
+    """
+    found, latest = [], 0
+    for name in complete_iterations(load):
+        save = _save(load / name)
+        latest = max(latest, save)
+        found.append((save or latest, not save, name))
+    return [name for *_, name in sorted(found, reverse=True)]
+
+
+def _save(folder: Path) -> int:
+    manifest = read_manifest(folder, or_none=True)
+    return manifest.save if manifest else 0
 
 
 def find_iteration(load: str | Path, step: int | None = None) -> Path:
@@ -45,6 +66,7 @@ def find_iteration(load: str | Path, step: int | None = None) -> Path:
         folder = load / f"iter_{step:07d}"
     else:
         folder = load / _tracked(load)
+        _check_tracked(load, folder)
     if not is_complete(folder):
         state = "half-written" if folder.is_dir() else "not there"
         raise ConfigError(f"{folder}: {state}; choose another with --ckpt-step{listed(load)}")
@@ -63,6 +85,15 @@ def _tracked(load: Path) -> str:
         raise ConfigError(f"{place}: holds no iteration; choose one with --ckpt-step{listed(load)}") from error
 
 
+def _check_tracked(load: Path, folder: Path) -> None:
+    """Refuse a tracker file that names another iteration than the last one whose save came to its end."""
+    save = _save(folder)
+    later = next((name for name in last_saved_first(load) if save and _save(load / name) > save), None)
+    if later:
+        raise DamagedError(f"{load / TRACKER_FILE}: names {folder.name}, but {later} was saved after it; say which one "
+                           "with --ckpt-step")
+
+
 def listed(load: Path) -> str:
     complete = complete_iterations(load)
     return f" (complete: {', '.join(complete)})" if complete else " (none is complete there)"
@@ -73,17 +104,16 @@ def read_run(stored: DCPFolder) -> tuple[dict[str, Any], Architecture]:
     try:
         common: dict[str, Any] = stored.object(COMMON, SAFE_GLOBALS)[0]
         args = common["args"]
-        return common, architecture_of(args, args.vocab_size)
+        architecture = architecture_of(args, args.vocab_size)
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise not_of_an_hrm(stored.path, error) from error
+    for name, value in (stored.manifest.settings if stored.manifest else {}).items():
+        if getattr(architecture, name, value) != value:
+            raise DamagedError(f"{stored.path / MANIFEST_FILE}: says {name}={value}, the checkpoint itself "
+                               f"{getattr(architecture, name)}; {WAY_OUT}")
+    return common, architecture
 
 
 def not_of_an_hrm(path: Path, error: Exception) -> ConfigError:
     return ConfigError(f"{path}: a Megatron checkpoint, but not of an HRM ({error}); give one that "
                        "hrm_megatron.pretrain saved")
-
-
-def write_aside(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(text)
-    partial.replace(path)

@@ -19,10 +19,10 @@ STATE, GROUP = (f"optimizer.{kind}.{OF_OPTIMIZER}" for kind in ("state", "param_
 GATE, UP = "_w", "_v"  # halves of the first layer of an MLP (fsdp_dtensor_checkpoint.py, handle_swiglu_in_state_dict)
 
 
-def open_run(path: str | Path) -> DCPFolder:
+def open_run(path: str | Path, verify: bool = True) -> DCPFolder:
     """Open the folder of an iteration that `hrm_megatron.pretrain` saved, whatever its format."""
-    stored = DCPFolder(path)
-    return MegatronFSDPFolder(path) if is_megatron_fsdp(stored) else stored
+    stored = DCPFolder(path, verify)
+    return MegatronFSDPFolder(path, verify) if is_megatron_fsdp(stored) else stored
 
 
 def is_megatron_fsdp(stored: DCPFolder) -> bool:
@@ -33,8 +33,8 @@ def is_megatron_fsdp(stored: DCPFolder) -> bool:
 class MegatronFSDPFolder(DCPFolder):
     """Its weights are the fp32 masters; the parts of the optimizer's state are called as elsewhere."""
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: str | Path, verify: bool = True) -> None:
+        super().__init__(path, verify)
         self.sources: dict[str, list[str]] = {}
         for key in sorted(super().shapes(), reverse=True):  # the gate's half before the other
             if key.startswith(WEIGHT):

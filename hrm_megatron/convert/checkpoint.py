@@ -1,8 +1,8 @@
 """What every reader hands over and every writer takes: plain values, and a function that reads one tensor."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.table import Rename, table
 
+TokenIds = int | list[int]  # transformers takes several that end an answer
 RAW, EMA = "raw", "ema"
 PARTS = (RAW, "exp_avg", "exp_avg_sq", EMA)  # of every trained tensor, fp32
 
@@ -41,6 +42,7 @@ class Checkpoint:
 
     `iteration` counts optimizer steps and `embedding_updates` those that reached the embedding. `parts` names
     what is stored of the trained tensors (PARTS); `read(part, entry)` reads one, full, in Megatron's layout.
+    `token_ids` are those that transformers asks for by role, where the format names them.
     """
 
     path: Path
@@ -50,6 +52,8 @@ class Checkpoint:
     embedding_updates: int
     parts: frozenset[str]
     read: Callable[[str, Rename], torch.Tensor]
+    token_ids: Mapping[str, TokenIds] = field(default_factory=dict)
+    remark: str = ""  # what could not be verified of it, as the rest of a sentence
 
     def part_of(self, kind: str, entry: Rename) -> torch.Tensor:
         """Read one tensor of the weights of this kind; a tensor that is not trained has no average."""

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,26 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, processors
 
 from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
-from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
+from hrm_megatron.convert.card import CARD_FILE, model_card
+from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, TokenIds, Training
+from hrm_megatron.convert.file_mode import follow_umask
+from hrm_megatron.convert.hf_tokenizer import ExportTokenizer
 from hrm_megatron.convert.table import Rename, check, table
-from hrm_megatron.data.tokenizer import BOQ, EOA, PAD, SPECIAL_TOKENS, TextTokenizer, save_tokenizer
+from hrm_megatron.data.tokenizer import BOQ, EOA, PAD, SPECIAL_TOKENS
 from hrm_megatron.model.schedule import split_bp_steps
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+WITHOUT_CHECKSUMS = "has no checksums, so that its files were held against their headers only"
+FLOATS = ("F32", "BF16", "F16")  # of safetensors
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What an HRM is in transformers' words.
 FIXED: dict[str, Any] = dict(model_type="hrm_text", tie_word_embeddings=False, prefix_lm=True)
+# In HRM-Text's tokenizers, for a model that comes without any.
+TOKEN_IDS = {name: SPECIAL_TOKENS.index(token) for name, token in (
+    ("pad_token_id", PAD), ("bos_token_id", BOQ), ("eos_token_id", EOA))}
 # Settings that a config may leave out, and what they must be where it has them.
 OPTIONAL: dict[str, Any] = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
 
@@ -33,7 +41,7 @@ def bp_list(h_cycles: int, l_cycles: int, bp_steps: int) -> list[int]:
     return [min(l_cycles, max(0, l_bp - l_cycles * (h_cycles - 1 - cycle))) for cycle in range(h_cycles)]
 
 
-def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: dict[str, int]) -> dict[str, Any]:
+def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: Mapping[str, TokenIds]) -> dict[str, Any]:
     a, t = checkpoint.architecture, checkpoint.training
     if "post" in (a.norm_placement, a.h_norm_placement):
         raise ConfigError(f"{checkpoint.path}: post-norm layers, which transformers' HrmText does not have; save as "
@@ -56,20 +64,14 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     in training. `progress` is called once for every tensor; one shard is in memory at a time.
     """
     checkpoint.require(kind)
-    token_ids = {"pad_token_id": SPECIAL_TOKENS.index(PAD), "bos_token_id": SPECIAL_TOKENS.index(BOQ),
-                 "eos_token_id": SPECIAL_TOKENS.index(EOA)}
-    text = None
-    if tokenizer is not None:
-        text = TextTokenizer(tokenizer)
-        token_ids |= {"bos_token_id": text.boq, "eos_token_id": text.eoa}
-        if padded_vocab_size(text.vocab_size) != checkpoint.architecture.padded_vocab_size:
-            raise ConfigError(f"{text.path}: has {text.vocab_size} tokens, the model {checkpoint.path} was trained "
-                              f"with {checkpoint.architecture.vocab_size}; give its own tokenizer as --tokenizer-model")
+    architecture, max_tokens = checkpoint.architecture, checkpoint.training.seq_length
+    beside = None if tokenizer is None else ExportTokenizer.open(tokenizer)
+    token_ids = _token_ids(checkpoint, beside)
     config = _config_of(checkpoint, dtype, token_ids)
     folder.mkdir(parents=True, exist_ok=True)
-    if text:
-        save_prefix_lm_tokenizer(text.path, folder)
-    entries = {entry.hf: entry for entry in table(checkpoint.architecture)}
+    if beside:
+        beside.write(folder, max_tokens)
+    entries = {entry.hf: entry for entry in table(architecture)}
     try:
         plan = split_torch_state_dict_into_shards(
             {name: torch.empty(entry.shape, dtype=DTYPES[dtype], device="meta") for name, entry in entries.items()},
@@ -83,23 +85,31 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
             tensors[name] = tensor.to(DTYPES[dtype]).contiguous()
             progress()
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    arch = checkpoint.architecture
-    padding = list(range(arch.vocab_size, arch.padded_vocab_size))  # rows of the head that stand for no token
+        follow_umask(folder / file)
+    tokens = min(architecture.vocab_size, beside.text.vocab_size if beside else architecture.vocab_size)
+    padding = list(range(tokens, architecture.padded_vocab_size))  # rows of the head that stand for no token
     files = {CONFIG_FILE: config, GENERATION_FILE: {**token_ids, **({"suppress_tokens": padding} if padding else {})}}
     if plan.is_sharded:
         files[INDEX_FILE] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     for file, values in files.items():
         (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    card = model_card(architecture, max_tokens, dtype, beside.pad_token if beside else None,
+                      token_ids.get("bos_token_id", 0))
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def save_prefix_lm_tokenizer(path: Path, folder: Path) -> None:
-    """Save this tokenizer.json so that transformers marks a prompt as prefix, and a second text as response."""
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A:1", pair="$A:1 $B:0")
-    save_tokenizer(tokenizer, folder / "tokenizer")
-    for file in (folder / "tokenizer").iterdir():
-        file.rename(folder / file.name)
-    (folder / "tokenizer").rmdir()
+def _token_ids(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict[str, TokenIds]:
+    """Return the ids of the tokens that transformers asks for by role, all of them rows of the model."""
+    architecture = checkpoint.architecture
+    if beside and padded_vocab_size(beside.text.vocab_size) != architecture.padded_vocab_size:
+        raise ConfigError(f"{beside.text.path}: has {beside.text.vocab_size} tokens, the model {checkpoint.path} was "
+                          f"trained with {architecture.vocab_size}; give its own tokenizer as --tokenizer-model")
+    token_ids: dict[str, TokenIds] = dict(beside.token_ids if beside else checkpoint.token_ids or TOKEN_IDS)
+    for name, ids in token_ids.items():
+        if not all(0 <= i < architecture.vocab_size for i in (ids if isinstance(ids, list) else [ids])):
+            raise ConfigError(f"{checkpoint.path}: has {architecture.vocab_size} tokens, {name} would be {ids}; give "
+                              "its own tokenizer as --tokenizer-model")
+    return token_ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -145,7 +155,7 @@ def read_hf(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     config = _read_json(folder / CONFIG_FILE)
     try:
-        architecture = _architecture(config)
+        architecture, token_ids = _architecture(config), _ids_of(config)
         # transformers: [2] by default, and 1 for every earlier cycle.
         l_bp = [1] * architecture.h_cycles + [int(n) for n in config.get("L_bp_cycles") or [2]]
         training = Training(seq_length=int(config["max_position_embeddings"]),
@@ -155,15 +165,21 @@ def read_hf(folder: str | Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: lacks a setting or has an odd one ({error}); copy the folder again"
                           ) from error
+    architecture = replace(architecture, vocab_size=_tokens_of(folder, architecture.vocab_size))
     files = {WEIGHTS_FILE}
     if (folder / INDEX_FILE).exists():
-        files = set(_read_json(folder / INDEX_FILE).get("weight_map", {}).values())
+        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ConfigError(f"{folder / INDEX_FILE}: does not say which file a tensor is in; copy the folder again")
+        files = set(weight_map.values())
     file_of: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in (folder / Path(file).name for file in sorted(files)):
         with _open(path) as opened:
             for name in opened.keys():  # noqa: SIM118  # no dict
                 file_of[name], shapes[name] = path, tuple(opened.get_slice(name).get_shape())
+                if (dtype := opened.get_slice(name).get_dtype()) not in FLOATS:
+                    raise ConfigError(f"{path}: {name} is of type {dtype}, no weight's; copy the folder again")
     check(folder, "hf", table(architecture), shapes)
 
     def read(part: str, entry: Rename) -> torch.Tensor:
@@ -172,7 +188,27 @@ def read_hf(folder: str | Path) -> Checkpoint:
         # HRM-Text's start of z_L is bf16 in every run.
         return entry.to_megatron(tensor.float() if entry.trained else tensor.to(torch.bfloat16))
 
-    return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read)
+    return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read, token_ids,
+                      WITHOUT_CHECKSUMS)
+
+
+def _tokens_of(folder: Path, rows: int) -> int:
+    """Return the number of tokens, which no config tells from rows: exports suppress the rows that stand for none."""
+    path = folder / GENERATION_FILE
+    suppressed = _read_json(path).get("suppress_tokens") if path.exists() else None
+    tokens = rows - len(suppressed) if isinstance(suppressed, list) else rows
+    return tokens if suppressed == [*range(tokens, rows)] and padded_vocab_size(tokens) == rows else rows
+
+
+def _ids_of(config: dict[str, Any]) -> dict[str, TokenIds]:
+    """Return the token ids of a config; one that names no end has none. Without a pad token the end is it, as when
+    transformers generates."""
+    ids = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
+    for name, value in ids.items():
+        if not all(isinstance(i, int) for i in (value if isinstance(value, list) else [value])) or value == []:
+            raise ConfigError(f"{name}: {value!r} is no token id")
+    end = ids.get("eos_token_id")
+    return {"pad_token_id": end[0] if isinstance(end, list) else end, **ids} if end is not None else {}
 
 
 def _open(path: Path) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from hrm_megatron.checkpoint.folders import not_of_an_hrm, read_run
 from hrm_megatron.checkpoint.fsdp_folder import open_run
+from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.convert.checkpoint import PARTS, RAW, Checkpoint, Training
 from hrm_megatron.convert.table import Rename, check, table
 from hrm_megatron.optim.adam_atan2 import UPDATES
@@ -17,10 +18,14 @@ from hrm_megatron.optim.sharded import EMBEDDING
 STATE_NAMES = {RAW: "param", **{part: part for part in PARTS if part != RAW}}  # Megatron calls fp32 masters "param"
 
 
-def read_megatron(path: str | Path) -> Checkpoint:
-    """Open the folder of one iteration (see `find_iteration`), saved under any parallel layout."""
+def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
+    """Open the folder of one iteration (see `find_iteration`), saved under any parallel layout.
+
+    Tensors are verified when they are read, all else at once; raises DamagedError.
+    """
     path = Path(path)
-    stored = open_run(path)
+    stored = open_run(path, verify)
+    remark = check_around_tensors(stored) if verify else UNVERIFIED
     common, architecture = read_run(stored)
     try:
         training, iteration = _training_of(common["args"], common), int(common["iteration"])
@@ -41,7 +46,8 @@ def read_megatron(path: str | Path) -> Checkpoint:
         tensor = stored.tensor(entry.megatron if plain else f"optimizer.state.{STATE_NAMES[part]}.{entry.megatron}")
         return tensor.float() if entry.trained else tensor
 
-    return Checkpoint(path, architecture, training, iteration, embedding_updates, frozenset({RAW} | parts), read)
+    return Checkpoint(path, architecture, training, iteration, embedding_updates, frozenset({RAW} | parts), read,
+                      remark=remark)
 
 
 def _training_of(args: argparse.Namespace, common: dict[str, Any]) -> Training:

@@ -11,7 +11,10 @@ import torch
 import yaml
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
+from hrm_megatron.checkpoint.archive import check_archive_file
 from hrm_megatron.checkpoint.dcp import DCPFolder
+from hrm_megatron.checkpoint.manifest import describe_folder, write_manifest
+from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.config import Architecture, ConfigError, ffn_hidden_size
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
 from hrm_megatron.convert.table import Rename, check, is_embedding, table
@@ -90,16 +93,22 @@ def _training(config: dict[str, Any], metadata: dict[str, Any], last_lr: float) 
         bp_warmup_fraction=float(arch["bp_warmup_ratio"]), seed=int(config["seed"]))
 
 
-def read_native(folder: str | Path, epoch: int | None = None) -> Checkpoint:
-    """Open a checkpoint of HRM-Text, written by any number of ranks; its steps count as iterations."""
-    folder = Path(folder)
-    stored = DCPFolder(folder / f"fsdp2_epoch_{find_epoch(folder, epoch)}")
+def read_native(folder: str | Path, epoch: int | None = None, verify: bool = True) -> Checkpoint:
+    """Open a checkpoint of HRM-Text, written by any number of ranks; its steps count as iterations.
+
+    Tensors are verified when they are read, all else at once; raises DamagedError.
+    """
+    folder, epoch = Path(folder), find_epoch(Path(folder), epoch)
+    stored = DCPFolder(folder / f"fsdp2_epoch_{epoch}", verify)
+    remark = check_around_tensors(stored) if verify else UNVERIFIED
+    for carry in sorted(folder.glob(f"carry_epoch_{epoch}.*.pt")) if verify else ():
+        check_archive_file(carry)
     config, metadata = _load_yaml(folder / CONFIG_FILE), _load_yaml(folder / METADATA_FILE)
     shapes = stored.shapes()
     has_optimizer = any(key.startswith("optim.") for key in stored.keys())  # noqa: SIM118  # keys() is no dict's
+    last_lr = float(stored.tensor("optim.param_groups.0.lr")) if has_optimizer else 0.0
     try:
         architecture = _architecture(config["arch"], int(metadata["vocab_size"]))
-        last_lr = float(stored.tensor("optim.param_groups.0.lr")) if has_optimizer else 0.0
         training = _training(config, metadata, last_lr)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
@@ -121,7 +130,7 @@ def read_native(folder: str | Path, epoch: int | None = None) -> Checkpoint:
         return entry.to_megatron(stored.tensor(key))
 
     return Checkpoint(folder, architecture, training, iteration, embedding_updates,
-                      frozenset({RAW, *(PART_NAMES if has_optimizer else ())}), read)
+                      frozenset({RAW, *(PART_NAMES if has_optimizer else ())}), read, remark=remark)
 
 
 def _counts(stored: DCPFolder, trained: list[Rename]) -> tuple[int, int]:
@@ -193,6 +202,10 @@ def write_native(checkpoint: Checkpoint, folder: Path, progress: Callable[[], ob
         warnings.simplefilter("ignore")  # torch remarks on the absence of a process group, which is meant
         save_dcp({"model": model, "optim": {"state": state, "param_groups": [group]}},
                  checkpoint_id=folder / f"fsdp2_epoch_{epoch}", no_dist=True)
-    torch.save(None, folder / f"carry_epoch_{epoch}.0.pt")
-    for name, values in ((CONFIG_FILE, config), (METADATA_FILE, metadata)):
+    carry, settings = f"carry_epoch_{epoch}.0.pt", {CONFIG_FILE: config, METADATA_FILE: metadata}
+    torch.save(None, folder / carry)
+    for name, values in settings.items():
         (folder / name).write_text(yaml.safe_dump(values), encoding="utf-8")
+    target = folder / f"fsdp2_epoch_{epoch}"
+    write_manifest(target, checkpoint.iteration, {}, describe_folder(
+        target, beside=(f"../{name}" for name in (carry, *settings))))

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from hrm_megatron.checkpoint.folders import TRACKER_FILE, find_iteration
+from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint
 from hrm_megatron.convert.hf import CONFIG_FILE, DTYPES, read_hf, write_hf
@@ -21,6 +22,7 @@ from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
 from hrm_megatron.convert.native import read_native, write_native
 from hrm_megatron.convert.table import table
 from hrm_megatron.convert.to_megatron import write_megatron
+from hrm_megatron.program import signals_held
 
 FORMATS = ("megatron", "hf", "native")
 SIGNATURES = (TRACKER_FILE, CONFIG_FILE, NATIVE_CONFIG_FILE)  # one of them is in every folder written here
@@ -41,19 +43,30 @@ class Conversion:
     dtype: str = "float32"
     max_shard_size: str = "5GB"
     overwrite: bool = False
+    verify_checkpoint: bool = True
 
 
 def convert(job: Conversion) -> str:
     """Do one conversion and return a line about it; raise ConfigError with one line, and then leave no output."""
     if job.ckpt_step is not None and job.load_format == "hf":
         raise ConfigError(f"--ckpt-step {job.ckpt_step}: a transformers folder has no steps; leave the flag out")
+    if not job.verify_checkpoint and job.load_format == "hf":
+        raise ConfigError("--no-verify-checkpoint: a transformers folder has no checksums to skip; leave the flag out")
     if job.save_format != "hf" and (job.tokenizer_model or job.dtype != "float32"):
         raise ConfigError(f"--tokenizer-model and --dtype are for --save-format hf; {job.save_format} keeps fp32 "
                           "masters")
     save, load = job.save.resolve(), job.load.resolve()
     if save == load or save in load.parents or load in save.parents:
         raise ConfigError(f"--save {job.save}: overlaps --load {job.load}; choose a folder apart")
-    checkpoint = open_checkpoint(job)
+    if job.load_format != "megatron":
+        return _convert(job, read_native(job.load, job.ckpt_step, job.verify_checkpoint)
+                        if job.load_format == "native" else read_hf(job.load))
+    iteration = find_iteration(job.load, job.ckpt_step)
+    with naming_another(iteration):
+        return _convert(job, read_megatron(iteration, job.verify_checkpoint))
+
+
+def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
     if job.weights and job.save_format != "hf":
         checkpoint = checkpoint.only_weights(job.weights)
     kind = job.weights or (EMA if EMA in checkpoint.parts or job.load_format != "hf" else RAW)
@@ -70,13 +83,13 @@ def convert(job: Conversion) -> str:
             write_megatron(checkpoint, folder, bar.update)
     whole = job.save_format != "hf" and EMA in checkpoint.parts
     content = "weights and optimizer state" if whole else f"{kind} weights"
-    return f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(entries)} tensors, from {checkpoint.path}"
-
-
-def open_checkpoint(job: Conversion) -> Checkpoint:
-    if job.load_format == "megatron":
-        return read_megatron(find_iteration(job.load, job.ckpt_step))
-    return read_native(job.load, job.ckpt_step) if job.load_format == "native" else read_hf(job.load)
+    said = f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(entries)} tensors, from {checkpoint.path}"
+    if checkpoint.remark:
+        said += f", which {checkpoint.remark}"
+    if job.save_format == "hf" and job.tokenizer_model is None:
+        said += "; no tokenizer beside them, and token ids of " + (
+            str(job.load) if checkpoint.token_ids else "HRM-Text's tokenizers") + " (--tokenizer-model puts one there)"
+    return said
 
 
 def output_bytes(job: Conversion, checkpoint: Checkpoint) -> int:
@@ -117,7 +130,8 @@ def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
         reason = "no space left on device" if full else getattr(error, "strerror", None) or error
         raise ConfigError(f"--save {save}: cannot write ({reason}); nothing was left there") from error
     finally:
-        if replaced.exists() and not save.exists():
-            replaced.rename(save)
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with signals_held():
+            if replaced.exists() and not save.exists():
+                replaced.rename(save)
+            for leftover in (partial, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)

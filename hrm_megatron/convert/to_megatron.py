@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.training import arguments as megatron_arguments
 
 from hrm_megatron.checkpoint.folders import TRACKER_FILE
+from hrm_megatron.checkpoint.manifest import describe_folder, write_manifest
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
 from hrm_megatron.convert.megatron import STATE_NAMES
@@ -91,6 +92,7 @@ def write_megatron(checkpoint: Checkpoint, folder: Path, progress: Callable[[], 
             "opt_param_scheduler": {STEPS_DONE: checkpoint.iteration}, "num_floating_point_operations_so_far": 0.0,
         }, str(target), content_metadata=dict(SHARDING))
     (folder / TRACKER_FILE).write_text(str(checkpoint.iteration))
+    write_manifest(target, checkpoint.iteration, dataclasses.asdict(checkpoint.architecture), describe_folder(target))
 
 
 def _sharded(like: ShardedTensor | ShardedTensorFactory, tensor: torch.Tensor,

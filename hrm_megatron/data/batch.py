@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from hrm_megatron.data.plan import row_length
+
 IGNORED_LABEL = -100  # no loss at this position
 PAD_TOKEN = 0
 
 TokenIds = np.ndarray  # [n] integers
-
-
-def row_length(prefix_length: int, target_length: int) -> int:
-    """Positions that an example takes in a row: its last target token is only a label."""
-    return prefix_length + target_length - 1
 
 
 def assemble_row(examples: Sequence[tuple[TokenIds, TokenIds]], row_tokens: int) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from hrm_megatron.data.batch import assemble_row
 from hrm_megatron.data.plan import RowPlan, check_lengths, random_order
 from hrm_megatron.data.sampled import SampledFolder
 from hrm_megatron.data.store import ExampleStore
+from hrm_megatron.data.vocabulary import check_examples
 
 SPLIT_STREAM = 969_301  # keeps the split's permutation apart from those of the epochs
 
@@ -89,7 +90,9 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if self.fixed and row >= self.rows_per_epoch:
             return assemble_row([], self.row_tokens)
         epoch, ids = self.plan.locate(row)
-        return assemble_row([self._example(epoch, int(i)) for i in ids], self.row_tokens)
+        examples = [self._example(epoch, int(i)) for i in ids]
+        check_examples(examples, self.source.vocab_size, lambda i: self._name(epoch, int(ids[i])))
+        return assemble_row(examples, self.row_tokens)
 
     def describe(self) -> str:
         """Say how many examples there are and how well they fill rows, in epoch 0."""
@@ -110,4 +113,13 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def _example(self, epoch: int, i: int) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(self.source, SampledFolder):
             return self.source.example(epoch, i)
-        return self.source[i if self.example_ids is None else int(self.example_ids[i])]
+        return self.source[self._stored(i)]
+
+    def _name(self, epoch: int, i: int) -> str:
+        if isinstance(self.source, SampledFolder):
+            return self.source.example_name(epoch, i)
+        return self.source.example_name(self._stored(i))
+
+    def _stored(self, i: int) -> int:
+        """Number of an example in the store."""
+        return i if self.example_ids is None else int(self.example_ids[i])

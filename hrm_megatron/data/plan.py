@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.program import listening, signals_held
 
 WINDOW_EXAMPLES = 16_384  # wide enough that a window's last, half-empty row does not count
 PLAN_VERSION = 1  # raise it when a change moves an example: cached plans must not survive
@@ -45,6 +46,11 @@ class Place(NamedTuple):
 
     epoch: int
     example_ids: Ints
+
+
+def row_length(prefix_length: int, target_length: int) -> int:
+    """Positions that an example takes in a row: its last target token is only a label."""
+    return prefix_length + target_length - 1
 
 
 def random_order(count: int, *key: int) -> Ints:
@@ -158,6 +164,7 @@ class RowPlan:
         return plan_epoch(lengths, self.row_tokens, order, self.seed, epoch, self.window_examples)
 
 
+@listening()
 def _save(rows: Rows, folder: Path) -> None:
     """Write a planned epoch so that other processes see all of it or nothing."""
     partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
@@ -171,7 +178,8 @@ def _save(rows: Rows, folder: Path) -> None:
             raise ConfigError(f"{folder}: cannot keep the packing plan ({error.strerror}); choose another "
                               "--data-cache-path") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with signals_held():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _load(folder: Path) -> Rows:

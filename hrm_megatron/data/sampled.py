@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.vocabulary import SCANNED_BYTES, BadTokenId, positions_outside
 
 ARRAYS = ("inst_start", "inst_len", "resp_start", "resp_len")  # of every epoch, [examples] each
 
@@ -16,7 +17,8 @@ Ids = np.ndarray  # [n] token ids
 class SampledFolder:
     """Examples of `epochs` stored epochs, in the order of the folder; later epochs start over with epoch 0.
 
-    `context_size` is the longest example in positions. Everything is memory-mapped and checked when opened.
+    `context_size` is the longest example in positions. Everything is memory-mapped and checked when opened, token ids
+    where they are few enough.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -26,9 +28,12 @@ class SampledFolder:
         self.epochs = 0
         while self._folder(self.epochs).is_dir():
             self.epochs += 1
-        if not self.epochs:
-            raise ConfigError(f"{self._folder(0)} missing; give a folder that sample_tokenized.py wrote")
+        # One that is missing in between would leave all after it unread.
+        if not self.epochs or sum(folder.is_dir() for folder in self.path.glob("epoch_[0-9]*")) > self.epochs:
+            raise ConfigError(f"{self._folder(self.epochs)} missing; give a folder that sample_tokenized.py wrote")
         self._arrays = [self._read_epoch(epoch) for epoch in range(self.epochs)]
+        if self._tokens.nbytes <= SCANNED_BYTES:
+            self._check_ids()
 
     def __reduce__(self) -> tuple[type[SampledFolder], tuple[Path]]:
         return SampledFolder, (self.path,)  # a reader process maps the files itself instead of receiving a copy
@@ -43,6 +48,9 @@ class SampledFolder:
         inst_start, inst_len, resp_start, resp_len = (int(self._arrays[epoch % self.epochs][name][i])
                                                       for name in ARRAYS)
         return self._tokens[inst_start:inst_start + inst_len], self._tokens[resp_start:resp_start + resp_len]
+
+    def example_name(self, epoch: int, i: int) -> str:
+        return f"{self._folder(epoch % self.epochs)}, example {i}"
 
     @property
     def files(self) -> list[Path]:
@@ -95,6 +103,19 @@ class SampledFolder:
         self._refuse(folder, row_lengths, row_lengths > self.context_size,
                      f"takes more positions than the {self.context_size} of metadata.json")
         return arrays
+
+    def _check_ids(self) -> None:
+        """Refuse a token id outside the vocabulary in any example; what no example uses may be anything."""
+        for bad in positions_outside(self._tokens, self.vocab_size):
+            for epoch, arrays in enumerate(self._arrays):
+                for part, (start_name, length_name) in enumerate((ARRAYS[:2], ARRAYS[2:])):
+                    starts, lengths = arrays[start_name], arrays[length_name]
+                    next_bad = np.append(bad, len(self._tokens))[np.searchsorted(bad, starts)]
+                    if (found := np.flatnonzero(next_bad < starts + lengths)).size:
+                        i = int(found[0])
+                        at = int(next_bad[i])
+                        raise BadTokenId.at(self.example_name(epoch, i), part, at - int(starts[i]),
+                                            int(self._tokens[at]), self.vocab_size)
 
     @staticmethod
     def _refuse(path: Path, values: np.ndarray, bad: np.ndarray, reason: str) -> None:

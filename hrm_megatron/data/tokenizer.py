@@ -12,6 +12,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.provenance import Provenance
+from hrm_megatron.program import signals_held
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + BYTES
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 INFO_FILE = "tokenizer_info.json"
+MADE_FROM_FILE = "made_from.json"  # where it was trained here
 TRAIN_COMMAND = "python tools/train_tokenizer.py"
 
 
@@ -77,19 +80,31 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = False) -> None:
-    """Write a folder that `TextTokenizer` and transformers' AutoTokenizer load, all of it or nothing."""
-    folder = Path(folder)
-    files = {
+def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, **settings: object) -> dict[str, str]:
+    """Return the files, name > text, of a folder `name` that `TextTokenizer` and transformers' AutoTokenizer load.
+
+    `settings` are more of transformers' for its tokenizer_config.json.
+    """
+    return {
         TOKENIZER_FILE: tokenizer.to_str(pretty=True),
         CONFIG_FILE: json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOQ, "eos_token": EOA, "pad_token": PAD,
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOQ, "eos_token": EOA, "pad_token": pad_token,
+            "padding_side": "left",  # an answer goes on after the last token of its row
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-            "clean_up_tokenization_spaces": False}, indent=1),
+            "clean_up_tokenization_spaces": False, **settings}, indent=1),
         INFO_FILE: json.dumps({
-            "tokenizer_path": folder.name, "boq": BOQ, "eoq": EOQ, "eoa": EOA, "condition_mapping": TAG_TOKENS,
+            "tokenizer_path": name, "boq": BOQ, "eoq": EOQ, "eoa": EOA, "condition_mapping": TAG_TOKENS,
             "vocab_size": tokenizer.get_vocab_size()}, indent=1),
     }
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = False,
+                   provenance: Provenance | None = None) -> None:
+    """Write a folder that `TextTokenizer` and transformers' AutoTokenizer load, all of it or nothing."""
+    folder = Path(folder)
+    files = tokenizer_files(tokenizer, folder.name)
+    if provenance:
+        files[MADE_FROM_FILE] = json.dumps(provenance.to_json(), indent=1)
     check_output_folder(folder, overwrite)
     partial, replaced = (folder.with_name(f".{folder.name}.{state}-{uuid.uuid4().hex}")
                          for state in ("partial", "replaced"))
@@ -101,17 +116,30 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = F
             folder.rename(replaced)
         partial.rename(folder)
     finally:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with signals_held():
+            if replaced.exists() and not folder.exists():
+                replaced.rename(folder)
+            for leftover in (partial, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def already_trained(folder: Path, provenance: Provenance) -> bool:
+    """Say whether a tokenizer of this provenance is there; one of another, or without any, is a ConfigError."""
+    if not (folder / TOKENIZER_FILE).exists():
+        return False  # nothing, or what check_output_folder refuses
+    try:
+        recorded = json.loads((folder / MADE_FROM_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        recorded = None
+    provenance.check(str(folder), recorded)
+    return True
 
 
 def check_output_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder whose contents would be lost: a tokenizer without `overwrite`, anything else always."""
     if not folder.exists():
         return
-    foreign = {path.name for path in folder.iterdir()} - {TOKENIZER_FILE, CONFIG_FILE, INFO_FILE} \
+    foreign = {path.name for path in folder.iterdir()} - {TOKENIZER_FILE, CONFIG_FILE, INFO_FILE, MADE_FROM_FILE} \
         if folder.is_dir() else {folder.name}
     if foreign:
         raise ConfigError(f"{folder} holds something else than a tokenizer ({min(foreign)}); choose another --output")
@@ -137,7 +165,8 @@ class TextTokenizer:
             raise ConfigError(f"{self.path}: not a tokenizer ({' '.join(str(error).split())}); train one with "
                               f"{TRAIN_COMMAND}") from error
         self.fingerprint = hashlib.sha256(contents).hexdigest()
-        ids = {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        ids = self.special_ids = {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items()
+                                  if token.special}
         needed = (BOQ, EOQ, EOA, *TAG_TOKENS.values())
         if missing := [token for token in needed if token not in ids]:
             raise ConfigError(f"{self.path}: special tokens missing: {', '.join(missing)}; train a tokenizer with "

@@ -1,5 +1,5 @@
-"""Layers that keep less for backward: a gate without the fused QKV buffer and, with --recompute-products, gated
-activations that are recomputed.
+"""Layers that keep less for backward: a gate without the fused QKV buffer and, with --recompute-modules gated_act,
+gated activations that are recomputed.
 
 SwiGLU and attention's output gate are products of factors that are kept anyway. The linear layer that reads such a
 product keeps it for its weight's gradient. Here its storage is freed once that layer has run, and recomputed from the
@@ -90,7 +90,7 @@ class GatedAttention(SelfAttention):  # type: ignore[misc]
         return *others, gate.contiguous()
 
     def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        if not self.config.recompute_products:
+        if not self.config.recompute_gated_act:
             gated_x: torch.Tensor = super()._apply_output_gate(x, gate)
             return gated_x
         self.discarded = DiscardedOutput(GATED)
@@ -99,7 +99,7 @@ class GatedAttention(SelfAttention):  # type: ignore[misc]
     def forward(self, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend as Megatron does."""
         out, bias = super().forward(*arguments, **options)
-        if self.config.recompute_products:
+        if self.config.recompute_gated_act:
             self.discarded.discard_until_backward_of(out)
             del self.discarded
         return out, bias

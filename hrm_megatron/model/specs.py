@@ -79,7 +79,7 @@ def stack_spec(config: HRMConfig, norm_placement: str, backend: BackendSpecProvi
         norm, exit_norm = IdentityOp, None
         bias_dropout_add = add_then_norm(WeightlessRMSNorm(config, eps=config.layernorm_epsilon))
     layer_class = CompiledLayer if config.compile_layers else TransformerLayer
-    mlp_class, activation = (RecomputingMLP, RecomputedSwiGLU) if config.recompute_products else (MLP, SwiGLU)
+    mlp_class, activation = (RecomputingMLP, RecomputedSwiGLU) if config.recompute_gated_act else (MLP, SwiGLU)
     layer = ModuleSpec(module=layer_class, submodules=TransformerLayerSubmodules(
         input_layernorm=norm,
         self_attention=ModuleSpec(

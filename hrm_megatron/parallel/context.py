@@ -19,11 +19,13 @@ class Span(NamedTuple):
 
 
 def context_spans(row_tokens: int, rank: int = 0, size: int = 1) -> list[Span]:
-    """List the positions of `rank`, in the order of its slice."""
+    """List the positions of `rank`, in the order of its slice; no span begins where another ends."""
     if size == 1:
         return [Span(0, 0, row_tokens)]
     chunk = row_tokens // (2 * size)
     assert chunk * 2 * size == row_tokens, (row_tokens, size)
+    if rank == size - 1:  # its chunks adjoin
+        return [Span(0, rank * chunk, 2 * chunk)]
     return [Span(0, rank * chunk, chunk), Span(chunk, (2 * size - 1 - rank) * chunk, chunk)]
 
 
@@ -42,12 +44,22 @@ class GatherRows(torch.autograd.Function):
         gathered = x.new_empty(len(x) * size, *x.shape[1:])
         torch.distributed.all_gather_into_tensor(gathered, x.contiguous(), group=group)
         ctx.group = group
-        ctx.order = torch.cat([context_positions(len(gathered), rank, size) for rank in range(size)]).to(x.device)
-        return torch.empty_like(gathered).index_copy_(0, ctx.order, gathered)
+        chunks = sorted(zip(_chunks_of_ranks(size), gathered.chunk(2 * size), strict=True), key=lambda one: one[0])
+        return torch.cat([rows for _, rows in chunks])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         g = grads[0]
         out = g.new_empty(len(g) // ctx.group.size(), *g.shape[1:])
-        torch.distributed.reduce_scatter_tensor(out, g[ctx.order], group=ctx.group)
+        chunks = g.chunk(2 * ctx.group.size())
+        by_rank = torch.cat([chunks[chunk] for chunk in _chunks_of_ranks(ctx.group.size())])
+        torch.distributed.reduce_scatter_tensor(out, by_rank, group=ctx.group)
         return out, None
+
+
+def _chunks_of_ranks(size: int) -> list[int]:
+    """List the chunks of a row as the slices of all ranks hold them, one behind the other.
+
+    Whole chunks are joined by one kernel; an index of positions would have to be copied to the device first.
+    """
+    return [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]

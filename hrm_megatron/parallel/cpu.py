@@ -23,14 +23,13 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from hrm_megatron.parallel.main_grad import add_weight_gradient
+from hrm_megatron.parallel.main_grad import APEX, add_weight_gradient, find_apex
 
 CPU = torch.device("cpu")
 FACTORIES = (
     "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "linspace", "eye", "rand", "randn", "randint",
     "randperm", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 )
-APEX_WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 PRETENDED_MEMORY_BYTES = 1 << 34
 
 Patch = Callable[[Any], None]
@@ -199,11 +198,11 @@ def _patch_training(module: Any) -> None:
 
 
 def _provide_weight_gradients() -> None:
-    # Apex's kernels, unless they are there. Without them autograd would add up the gradients of all ticks in the
-    # weight's dtype, bf16, and round each time.
-    if importlib.util.find_spec(APEX_WEIGHT_GRADIENTS):
+    # Apex's kernels, unless they are there and this process can use them. Without them autograd would add up the
+    # gradients of all ticks in the weight's dtype, bf16, and round each time.
+    if find_apex().kernels:
         return
-    kernels: Any = importlib.util.module_from_spec(ModuleSpec(APEX_WEIGHT_GRADIENTS, None))
+    kernels: Any = importlib.util.module_from_spec(ModuleSpec(APEX, None))
     kernels.wgrad_gemm_accum_fp32 = kernels.wgrad_gemm_accum_fp16 = (
         lambda x, grad, main_grad: add_weight_gradient(main_grad, grad, x))
     sys.modules[kernels.__name__] = kernels
@@ -212,6 +211,12 @@ def _provide_weight_gradients() -> None:
 def _patch_async_save(module: Any) -> None:
     # A spawned queue manager would import the main program again; forked, it costs nothing.
     module.get_write_results_queue = functools.partial(module.get_write_results_queue, mp_mode="fork")
+
+
+def _patch_async_callers(module: Any) -> None:
+    # The worker of --use-persistent-ckpt-worker picks a GPU. A process forked for each save does the same work.
+    module.AsyncCallsQueue.warmup_persistent_caller = lambda *_, **__: None
+    module.AsyncCallsQueue._get_async_caller = lambda self: module.TemporalAsyncCaller()
 
 
 def _patch_fsdp_gathers(module: Any) -> None:
@@ -246,6 +251,7 @@ WITHOUT_CUDA: dict[str, Sequence[Patch]] = {
     "megatron.core.tensor_parallel.random": [_patch_rng],
     "megatron.training.training": [_patch_training],
     "megatron.core.dist_checkpointing.strategies.filesystem_async": [_patch_async_save],
+    "megatron.core.dist_checkpointing.strategies.async_utils": [_patch_async_callers],
     "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer": [_patch_fsdp_gathers],
 }
 
@@ -282,7 +288,6 @@ def activate() -> None:
     if any(name.startswith(("megatron.core", "megatron.training")) for name in sys.modules):
         raise RuntimeError("hrm_megatron.parallel.cpu.activate() must run before megatron is imported")
     _active = True
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # TP > 1 and sequence parallel want it
     _provide_weight_gradients()
     if torch.cuda.is_available():
         sys.meta_path.insert(0, _PatchingFinder(EVERYWHERE))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hrm_megatron.parallel.flash_attn import FlashAttn, installed_flash_attn
+
 OLDEST_TE = (2, 2)  # Megatron-Core 0.19.2 knows FP8 parameters and current scaling from here on (fp8_utils.py)
 INSTALL_TE = 'pip install "transformer-engine[pytorch,core_cu13]"'
 
@@ -13,11 +15,12 @@ INSTALL_TE = 'pip install "transformer-engine[pytorch,core_cu13]"'
 @dataclass(frozen=True)
 class Machine:
     """`capability` is that of the CUDA device, `transformer_engine` a version; None for what is not there. `flash`
-    says that torch was built with its FlashAttention."""
+    says that torch was built with its FlashAttention, `flash_attn` lists what is installed of the package."""
 
     capability: tuple[int, int] | None = None
     transformer_engine: str | None = None
     flash: bool = True
+    flash_attn: tuple[FlashAttn, ...] = ()
 
     @classmethod
     def here(cls) -> Machine:
@@ -25,8 +28,9 @@ class Machine:
         from megatron.core.extensions.transformer_engine import HAVE_TE  # importing it is the only sure test
         from megatron.core.utils import get_te_version
 
-        return cls(torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
-                   str(get_te_version()) if HAVE_TE else None, torch.backends.cuda.is_flash_attention_available())
+        cuda = torch.cuda.is_available()
+        return cls(torch.cuda.get_device_capability() if cuda else None, str(get_te_version()) if HAVE_TE else None,
+                   torch.backends.cuda.is_flash_attention_available(), installed_flash_attn() if cuda else ())
 
     def lacks_transformer_engine(self, oldest: tuple[int, int] = OLDEST_TE) -> str | None:
         """Say why Transformer Engine, or what it has since version `oldest`, cannot be used, or None."""

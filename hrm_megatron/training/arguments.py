@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import traceback
 from typing import Any
 
@@ -27,9 +28,12 @@ from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
 from hrm_megatron.training.checkpoint_args import take_model
+from hrm_megatron.training.flags.check import check_flags, given
+from hrm_megatron.training.flags.help import prepare
+from hrm_megatron.training.flags.values import check_batch, check_values
 from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import TRANSFORMER_IMPLS, check_compilation, check_precision, choose_layers
-from hrm_megatron.training.memory import check_memory
+from hrm_megatron.training.memory import check_memory, choose_recompute_modules
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 from hrm_megatron.transformer_config import HRM_SETTINGS, HRMConfig, architecture_of, swiglu_settings
 
@@ -70,13 +74,12 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--bp-max-steps", type=int, default=5, help="ticks with gradient after the warm-up")
     group.add_argument("--bp-warmup-fraction", type=float, default=0.2, help="share of the run spent warming up")
     group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' running average")
-    group.add_argument("--init-scheme", choices=INIT_SCHEMES, default="lecun_normal")
+    group.add_argument("--init-scheme", choices=INIT_SCHEMES, default="lecun_normal", help="of the first weights")
     group.add_argument("--init-std", type=float, help="standard deviation for fixed_normal and megatron")
-    group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre")
+    group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre",
+                       help="before attention and MLP, or after")
     group.add_argument("--recompute-ticks", type=int, default=0, metavar="K",
                        help="the first K ticks with gradient keep only their input and run again in backward")
-    group.add_argument("--recompute-products", action="store_true",
-                       help="drop the results of SwiGLU and the output gate, and fill them again in backward")
     group.add_argument("--compile-layers", action="store_true",
                        help="join the element-wise work of Megatron's local layers by torch.compile (on a GPU)")
     group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO,
@@ -86,12 +89,23 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--pipeline-window", type=int, metavar="N",
                        help="micro-batches of which two phases keep states at a time (default: all of a step)")
     group.add_argument("--sampled-data-path", metavar="DIR", help="train on HRM-Text's own sampled folder")
+    group.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
+                       help="load a checkpoint without reading it once before, to look for damage")
+    group.add_argument("--load-newest-valid", action="store_true",
+                       help="where the checkpoint to load is damaged, go on from the newest one that is not")
     for action in parser._actions:
         if action.dest == "optimizer":
-            action.choices = [OPTIMIZER]
+            action.choices = [OPTIMIZER, *(action.choices or ())]
         if action.dest == "transformer_impl":
             action.choices = [*TRANSFORMER_IMPLS]
-    parser.set_defaults(**DEFAULTS)
+    parser.set_defaults(**DEFAULTS | FORCED)
+    return parser
+
+
+def checked(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our group, and check the command line flag by flag: Megatron has a traceback, or nothing, where we refuse."""
+    cuda = torch.cuda.is_available()
+    check_flags(prepare(add_hrm_arguments(parser)), sys.argv[1:], cuda, {} if cuda else WITHOUT_CUDA)
     return parser
 
 
@@ -140,9 +154,6 @@ def check_layout(args: argparse.Namespace, architecture: Architecture) -> None:
     if args.context_parallel_size > 1 and args.seq_length % slices:
         raise ConfigError(f"--context-parallel-size {args.context_parallel_size} cuts a row into {slices} pieces, but "
                           f"--seq-length {args.seq_length} is no multiple of that: choose one")
-    if args.rampup_batch_size:
-        raise ConfigError("--rampup-batch-size: not built: learning rate and gradient ticks are counted in steps of "
-                          "one size; leave it out")
     whole = tp * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % whole:
         raise ConfigError(f"{args.world_size} processes cannot be divided into model replicas of {whole}: start a "
@@ -167,12 +178,14 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     `vocab_size_of(args)` reads the vocabulary's size from the data. Raises ConfigError with one line for
     everything that can be said before a process group exists.
     """
-    args = megatron_arguments.parse_args(add_hrm_arguments)
+    args = megatron_arguments.parse_args(checked)
     if args.use_checkpoint_args:
-        take_model(args, given_by_hand())
+        take_model(args, given_by_hand(args))
+    check_values(args, torch.cuda.is_available())
     fill_from_preset(args)
     for name, value in FORCED.items():
         setattr(args, name, value)
+    choose_recompute_modules(args)
     machine = Machine.here()
     args.transformer_impl, layers = choose_layers(args.transformer_impl, args.compile_layers, machine)
     check_compilation(args, machine)
@@ -187,6 +200,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
     args.padded_vocab_size = architecture.padded_vocab_size
     check_layout(args, architecture)
+    check_batch(args)
     check_memory(args, machine)
     choose_fsdp(args, architecture)
     for bp_steps in (args.bp_min_steps, args.bp_max_steps):
@@ -215,12 +229,10 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     return args
 
 
-def given_by_hand() -> dict[str, Any]:
-    """Read the command line again without any defaults: what stands on it, by destination."""
+def given_by_hand(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that stand on the command line."""
     parser = add_hrm_arguments(megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    untouched: dict[str, Any] = {action.dest: [] for action in parser._actions}  # lists, which some actions append to
-    parsed = vars(parser.parse_args(namespace=argparse.Namespace(**untouched)))
-    return {name: value for name, value in parsed.items() if value is not untouched.get(name)}
+    return {action.dest: getattr(args, action.dest) for _, action in given(parser, sys.argv[1:])}
 
 
 def microbatches_of(args: argparse.Namespace) -> int:
@@ -234,7 +246,7 @@ def model_config(args: argparse.Namespace) -> HRMConfig:
     config: HRMConfig = core_transformer_config_from_args(
         argparse.Namespace(**{**vars(args), "virtual_pipeline_model_parallel_size": None}), HRMConfig)
     own: dict[str, Any] = dict(architecture=architecture_of(args, args.vocab_size),
-                               **swiglu_settings(args.compile_layers or args.recompute_products))
+                               **swiglu_settings(args.compile_layers or args.recompute_gated_act))
     config = dataclasses.replace(config, **own)
     if args.pipeline_model_parallel_size > 1:
         config.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size

@@ -10,23 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.training import checkpointing
 from megatron.training import training as megatron_training
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import (
     COMPLETE_FILES,
     TRACKER_FILE,
     complete_iterations,
     find_iteration,
+    last_saved_first,
     listed,
     read_run,
-    write_aside,
 )
 from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
+from hrm_megatron.checkpoint.manifest import TENSORS, write_aside
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
+from hrm_megatron.parallel.patching import temporarily
 from hrm_megatron.training.resume import changes, check_model, nothing_left, settle_schedule
+from hrm_megatron.training.verification import check_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
 
 RESERVE_BYTES = 1 << 20
@@ -36,21 +41,22 @@ def starting_point(args: argparse.Namespace) -> Path | None:
     """Return the iteration that the run goes on from; None for a run that begins.
 
     A run that was killed while it saved goes on from the latest complete iteration: the tracker file is put right.
+    One that names a complete iteration, but not the latest, is put right only with --load-newest-valid.
     """
     for flag, load in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         if load is None:
             continue
         if args.ckpt_step:
             return find_iteration(load, args.ckpt_step)
-        tracker, complete = Path(load) / TRACKER_FILE, complete_iterations(Path(load))
+        tracker, complete = Path(load) / TRACKER_FILE, last_saved_first(Path(load))
         if tracker.exists() or complete:
             try:
                 return find_iteration(load)
             except ConfigError as error:
-                if not complete:
+                if not complete or (isinstance(error, DamagedError) and not args.load_newest_valid):
                     raise
-                say(f"{error}; going on from {complete[-1]}, the latest that is complete")
-                write_aside(tracker, str(int(complete[-1].removeprefix("iter_"))))
+                say(f"{error}; going on from {complete[0]}, the latest that is complete")
+                write_aside(tracker, str(int(complete[0].removeprefix("iter_"))))
                 return find_iteration(load)
         begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
         if not begins_here or args.exit_on_missing_checkpoint:
@@ -59,11 +65,13 @@ def starting_point(args: argparse.Namespace) -> Path | None:
     return None
 
 
-def check_checkpoint(args: argparse.Namespace) -> bool:
-    """Tell whether there is anything left to do; settle which schedule the run follows.
+def check_checkpoint(args: argparse.Namespace) -> tuple[Path | None, bool]:
+    """Refuse to train where nothing could be saved, and to go on from a checkpoint that does not fit the run.
 
-    Refuses to train where nothing could be saved, and to go on from a checkpoint that does not fit the run.
+    Returns the iteration to go on from, or None, and whether there is anything left to do. The iteration may still be
+    damaged, of which all ranks must hear together.
     """
+    check_flags(args)
     ours = architecture_of(args, args.vocab_size)
     if args.save and args.save != args.load and (found := complete_iterations(Path(args.save))):
         raise ConfigError(f"--save {args.save}: holds {found[-1]} of another run; give --load {args.save} to go on "
@@ -71,16 +79,25 @@ def check_checkpoint(args: argparse.Namespace) -> bool:
     folder = starting_point(args)
     if folder is None and args.skip_train:
         raise ConfigError("--skip-train: no checkpoint to evaluate; give one with --load")
-    if folder is not None and not _check_start(args, ours, folder):
-        return False
+    if folder is not None:
+        try:
+            if not check_fit(args, folder):
+                return folder, False
+        except DamagedError:
+            if not args.verify_checkpoint:
+                raise
     if args.save and not args.skip_train:
         _check_space(args, ours)
-    return True
+    return folder, True
 
 
-def _check_start(args: argparse.Namespace, ours: Architecture, folder: Path) -> bool:
-    """Do what `check_checkpoint` does of a run that goes on from `folder`."""
-    stored = open_run(folder)
+def check_fit(args: argparse.Namespace, folder: Path) -> bool:
+    """Refuse an iteration that is not of the model and of the format that the command line asks for.
+
+    Settles which schedule the run follows from there. Returns whether there is anything left to do.
+    """
+    ours = architecture_of(args, args.vocab_size)
+    stored = open_run(folder, args.verify_checkpoint)
     stored.check_files()
     if is_megatron_fsdp(stored) != args.use_megatron_fsdp:
         with_or_without = "without" if args.use_megatron_fsdp else "with"
@@ -92,7 +109,7 @@ def _check_start(args: argparse.Namespace, ours: Architecture, folder: Path) -> 
     check_model(folder, theirs, ours)
     if args.skip_train or begins_anew(args, folder):
         return True
-    iteration = int(common["iteration"] if args.override_ckpt_iteration is None else args.override_ckpt_iteration)
+    iteration = int(common["iteration"])
     if done := nothing_left(iteration, args.train_iters):
         say(f"{folder}: {done}")
         return False
@@ -120,8 +137,24 @@ def begins_anew(args: argparse.Namespace, folder: Path) -> bool:
 
 
 def guard_saves(args: argparse.Namespace) -> None:
-    """Let Megatron's loop save through a function that keeps a half-written iteration from looking whole."""
+    """Let Megatron's loop save through functions that keep a half-written iteration from looking whole.
+
+    A save in the background fails when its end is waited for.
+    """
     stock: Callable[..., None] = megatron_training.save_checkpoint
+    stock_schedule: Callable[[Any], None] = checkpointing.schedule_async_save
+    stock_end: Callable[..., None] = megatron_training.maybe_finalize_async_save
+    begun: list[int] = []
+
+    def schedule(folder: Path, request: Any) -> None:
+        request.add_finalize_fn(functools.partial(record_save, args, folder))  # behind all of Megatron's own
+        stock_schedule(request)
+
+    def refuse(iteration: int, error: OSError | CheckpointException) -> ConfigError:
+        reason = _reason(error, Path(args.save))
+        shutil.rmtree(Path(args.save) / f"iter_{iteration:07d}", ignore_errors=True)  # give its space back
+        return ConfigError(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start "
+                           f"again with --load {args.save}{listed(Path(args.save))}")
 
     @functools.wraps(stock)
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> None:
@@ -129,16 +162,28 @@ def guard_saves(args: argparse.Namespace) -> None:
         if not torch.distributed.get_rank():
             for name in COMPLETE_FILES:  # an older save of the same iteration is about to be written over
                 (folder / name).unlink(missing_ok=True)
+            for path in folder.glob(f"*{TENSORS}"):  # by other ranks perhaps
+                path.unlink()
         torch.distributed.barrier()
+        begun.append(iteration)
         try:
-            stock(iteration, *rest, **options)
+            with temporarily(checkpointing, schedule_async_save=functools.partial(schedule, folder)):
+                stock(iteration, *rest, **options)
+            if not args.async_save:
+                record_save(args, folder)
         except (OSError, CheckpointException) as error:
-            reason = _reason(error, Path(args.save))
-            shutil.rmtree(folder, ignore_errors=True)  # give its space back
-            raise ConfigError(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start "
-                              f"again with --load {args.save}{listed(Path(args.save))}") from error
+            raise refuse(iteration, error) from error
+
+    @functools.wraps(stock_end)
+    def maybe_finalize_async_save(*rest: Any, **options: Any) -> None:
+        try:
+            stock_end(*rest, **options)
+        except (OSError, CheckpointException) as error:  # of the oldest save that has not come to its end
+            whole = set(complete_iterations(Path(args.save)))
+            raise refuse(next((i for i in begun if f"iter_{i:07d}" not in whole), begun[-1]), error) from error
 
     megatron_training.save_checkpoint = save_checkpoint
+    megatron_training.maybe_finalize_async_save = maybe_finalize_async_save
 
 
 def _reason(error: Exception | CheckpointException, save: Path) -> str:

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hrm_megatron.checkpoint.folders import read_run
+from hrm_megatron.checkpoint.archive import DamagedError
+from hrm_megatron.checkpoint.folders import last_saved_first, read_run
 from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import PRESETS, ConfigError
 from hrm_megatron.training.checkpoint import say, starting_point
@@ -26,20 +28,32 @@ def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
 
     Where the run begins because there is no checkpoint yet, the command line's stay.
     """
-    if not (args.load or args.pretrained_checkpoint):
-        raise ConfigError("--use-checkpoint-args: no checkpoint is named to take them from; give --load, or leave it "
-                          "out")
     folder = starting_point(args)
     if folder is None:
         say(f"--use-checkpoint-args: none at {args.load} yet; sizes are the command line's")
         return
-    stored = read_run(open_run(folder))[0]["args"]
+    stored = _arguments_of(folder, args.load_newest_valid)
     check_given(given, stored, folder)
     for name in MODEL_ARGUMENTS:
         setattr(args, name, getattr(stored, name))
     if args.seq_length is None:
         args.seq_length = stored.seq_length
     say(f"{folder}: model " + ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_ARGUMENTS))
+
+
+def _arguments_of(folder: Path, or_of_another: bool) -> argparse.Namespace:
+    """Read the arguments of the run that saved this iteration, or the newest other one that can be read."""
+    others = last_saved_first(folder.parent) if or_of_another else []
+    *first, last = (folder, *(folder.parent / name for name in others))
+    for path in first:
+        with contextlib.suppress(DamagedError):  # which is reported when the iteration is verified
+            return _stored_arguments(path)
+    return _stored_arguments(last)
+
+
+def _stored_arguments(folder: Path) -> argparse.Namespace:
+    stored: argparse.Namespace = read_run(open_run(folder))[0]["args"]
+    return stored
 
 
 def check_given(given: Mapping[str, Any], stored: argparse.Namespace, folder: Path) -> None:

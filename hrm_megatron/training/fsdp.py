@@ -17,6 +17,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from hrm_megatron.config import Architecture, ConfigError, refuse_beside
 from hrm_megatron.optim.sharded import BY_NAME
+from hrm_megatron.parallel.connections import CONNECTIONS
 
 # What each needs of Megatron's other flags, so that a user gives one flag only. Fused gradients would be overwritten
 # by each tick under Megatron-FSDP (tensor_parallel/layers.py).
@@ -24,7 +25,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "use_torch_fsdp2": dict(use_distributed_optimizer=False, gradient_accumulation_fusion=False),
     "use_megatron_fsdp": dict(ckpt_format="fsdp_dtensor", gradient_accumulation_fusion=False),
 }
-CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def choose_fsdp(args: argparse.Namespace, architecture: Architecture) -> None:
@@ -38,11 +38,12 @@ def choose_fsdp(args: argparse.Namespace, architecture: Architecture) -> None:
         "--fp16": args.fp16,
         **(_megatron_fsdp_refuses(args) if args.use_megatron_fsdp else {}),
     })
+    if os.environ.get(CONNECTIONS) == "1":
+        raise ConfigError(f"{CONNECTIONS}=1 is exported: FSDP's gathers would wait for the kernels before them; unset "
+                          "it, or export a larger one")
     if args.use_torch_fsdp2:
         _check_rows(args, architecture)
     vars(args).update(SETTINGS[chosen[0]])
-    if os.environ.get(CONNECTIONS) == "1":
-        del os.environ[CONNECTIONS]  # what orders kernels for tensor parallel ranks; FSDP's gathers must overlap
 
 
 def _megatron_fsdp_refuses(args: argparse.Namespace) -> dict[str, bool]:

@@ -12,7 +12,6 @@ BF16_CAPABILITY = (8, 0)
 # Source of the former: Transformer Engine, pytorch/quantization.py, _compute_fp8_support and _compute_mxfp8_support.
 FP8_RECIPES = {"delayed": ((8, 9), 16), "tensorwise": ((8, 9), 16), "mxfp8": ((10, 0), 32)}
 NO_MXFP8_FROM = (12, 0)
-NOT_BUILT = {"fp4": "--fp4-format", "fp8_output_proj": "--fp8-output-proj"}
 
 
 def choose_layers(asked: str | None, compiled: bool, machine: Machine) -> tuple[str, str]:
@@ -33,10 +32,7 @@ def choose_layers(asked: str | None, compiled: bool, machine: Machine) -> tuple[
 
 
 def check_compilation(args: argparse.Namespace, machine: Machine) -> None:
-    """Refuse what cannot be compiled, and CUDA graphs."""
-    if args.cuda_graph_impl != "none" or args.enable_cuda_graph or args.external_cuda_graph:
-        raise ConfigError("--cuda-graph-impl: not built: a graph repeats the sizes of one micro-batch, and those of "
-                          "attention follow the examples of each; leave it out (--compile-layers saves launches too)")
+    """Refuse what cannot be compiled."""
     if not args.compile_layers:
         return
     if machine.capability is None:
@@ -45,7 +41,7 @@ def check_compilation(args: argparse.Namespace, machine: Machine) -> None:
         # Their collectives run in the backward of a linear layer, where a compiler stops.
         "--tensor-model-parallel-size": args.tensor_model_parallel_size > 1,
         "--use-torch-fsdp2": args.use_torch_fsdp2, "--use-megatron-fsdp": args.use_megatron_fsdp,
-        "--recompute-products": args.recompute_products,
+        "--recompute-modules gated_act": args.recompute_gated_act,
         "--recompute-granularity (--recompute-ticks works)": args.recompute_granularity or args.recompute_activations,
     })
 
@@ -55,14 +51,7 @@ def check_precision(args: argparse.Namespace, machine: Machine) -> None:
     device = "this GPU (compute capability {}.{})".format(*machine.capability or (0, 0))
     if args.bf16 and machine.capability and machine.capability < BF16_CAPABILITY:
         raise ConfigError(f"--bf16: {device} has no bf16, which begins with 8.0; leave it out to train in fp32")
-    for name, flag in NOT_BUILT.items():
-        if getattr(args, name):
-            raise ConfigError(f"{flag}: not built; --fp8-format covers the linear layers of both stacks, attention and "
-                              "head stay in bf16")
     if not args.fp8:
-        if args.fp8_param_gather or args.first_last_layers_bf16:
-            flag = "--fp8-param-gather" if args.fp8_param_gather else "--first-last-layers-bf16"
-            raise ConfigError(f"{flag}: works on FP8 layers only; add --fp8-format hybrid, or leave it out")
         return
     if args.transformer_impl != TRANSFORMER_ENGINE:
         if missing := machine.lacks_transformer_engine():

@@ -9,10 +9,12 @@ from hrm_megatron.attention.core import explain_kernel
 from hrm_megatron.config import Architecture
 from hrm_megatron.model.schedule import unroll
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
+from hrm_megatron.parallel.main_grad import find_apex
 from hrm_megatron.parallel.simulate import second_phase, stock, two_phase
 from hrm_megatron.parallel.stages import microbatch_windows
 from hrm_megatron.training.arguments import microbatches_of
 from hrm_megatron.training.fsdp import sharded_by_fsdp
+from hrm_megatron.training.hardware import TRANSFORMER_ENGINE
 from hrm_megatron.transformer_config import architecture_of
 
 
@@ -59,8 +61,24 @@ def describe(args: argparse.Namespace) -> str:
                      f"optimizer {rank * state_bytes / 2**30:.3f} GiB")
     if pp > 1:
         lines += [describe_pipeline(args, bp) for bp in sorted({args.bp_min_steps, args.bp_max_steps})]
+    lines.append(f"  weight gradients: {explain_weight_gradients(args)}")
     lines.append(f"  attention: {explain_kernel(args.attention_kernel, args.params_dtype, architecture.head_dim)}")
     return "\n".join(lines)
+
+
+def explain_weight_gradients(args: argparse.Namespace) -> str:
+    """Say in one line who adds the gradients of weights."""
+    if not args.gradient_accumulation_fusion:
+        return f"summed over the ticks of a micro-batch by autograd, in {str(args.params_dtype).removeprefix('torch.')}"
+    kernels, missing = find_apex()
+    product = "Apex's fused kernel" if kernels else "torch's product"
+    if missing and torch.cuda.is_available():
+        product += f" (Apex's fused kernel: {missing})"
+    if args.compile_layers:
+        product = f"torch's product, compiled, in the head by {product}"
+    elif args.transformer_impl == TRANSFORMER_ENGINE:
+        product = f"Transformer Engine, in the head by {product}"
+    return f"of every tick added to Megatron's buffer by {product}"
 
 
 def describe_pipeline(args: argparse.Namespace, bp_steps: int) -> str:

@@ -6,17 +6,33 @@ import argparse
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.machine import Machine
 
-# Of Megatron's --recompute-modules. Its "layernorm" would keep a norm's input in place of its output, which has the
+# Our own among Megatron's --recompute-modules, as its "moe_act" is for experts: layers/gated_recompute.py.
+GATED_ACT = "gated_act"
+# Of --recompute-modules. Megatron's "layernorm" would keep a norm's input in place of its output, which has the
 # same size and is all that norm and linear layer need; the others belong to layers that an HRM does not have.
-RECOMPUTED_MODULES = ("core_attn", "mlp")
-NOT_BUILT = {
-    "fine_grained_activation_offloading": "--cpu-offloading-num-layers moves whole layers' activations",
-    "optimizer_cpu_offload": "it would train by Adam; data parallel ranks share the state already",
-    "use_precision_aware_optimizer": "AdamATan2 keeps its state in fp32",
-}
-LESS_MEMORY = ("Way out: --recompute-products or --fp8-format, then --recompute-ticks K, keep less of each position; a "
-               "smaller --micro-batch-size or shorter rows (--seq-length) are fewer positions at a time")
+RECOMPUTED_MODULES = ("core_attn", "mlp", GATED_ACT)
+LESS_MEMORY = ("Way out: --recompute-granularity selective --recompute-modules gated_act, or --fp8-format, then "
+               "--recompute-ticks K, keep less of each position; a smaller --micro-batch-size or shorter rows "
+               "(--seq-length) are fewer positions at a time")
 OLDEST_OFFLOADING_TE = (2, 10)  # from which on its cpu_offload.py is the one that layers/offload.py was tested with
+
+
+def choose_recompute_modules(args: argparse.Namespace) -> None:
+    """Check --recompute-modules and take our own out of it, which becomes `args.recompute_gated_act`: Megatron takes
+    only names that it knows."""
+    given = args.recompute_modules or []
+    for module in given:
+        if module not in RECOMPUTED_MODULES:
+            raise ConfigError(f"--recompute-modules {module}: saves nothing in this model; choose among "
+                              f"{', '.join(RECOMPUTED_MODULES)}")
+    if given and args.recompute_granularity != "selective" and not args.recompute_activations:
+        raise ConfigError(f"--recompute-modules {' '.join(given)}: has no effect without --recompute-granularity "
+                          "selective; add that, or leave the modules out")
+    args.recompute_gated_act = GATED_ACT in given
+    if args.recompute_gated_act:
+        args.recompute_modules = [module for module in given if module != GATED_ACT] or None
+    if args.recompute_gated_act and not args.recompute_modules:  # None is Megatron's word for core_attn
+        args.recompute_granularity, args.recompute_activations = None, False
 
 
 def check_memory(args: argparse.Namespace, machine: Machine) -> None:
@@ -31,17 +47,9 @@ def check_memory(args: argparse.Namespace, machine: Machine) -> None:
     if ticks and args.fp8 and args.fp8_recipe == "delayed":
         raise ConfigError(f"--recompute-ticks {ticks} with --fp8-recipe delayed: a tick that runs again would find "
                           "other scales; choose another recipe")
-    if args.recompute_granularity == "selective" or args.recompute_activations:
-        for module in args.recompute_modules or ():
-            if module not in RECOMPUTED_MODULES:
-                raise ConfigError(f"--recompute-modules {module}: saves nothing in this model; choose among "
-                                  f"{', '.join(RECOMPUTED_MODULES)}")
-    if args.recompute_products and args.fp8:
-        raise ConfigError("--recompute-products: saves nothing in FP8, whose layers keep their own copy of what they "
-                          "multiply; leave it out")
-    for flag, way_out in NOT_BUILT.items():
-        if getattr(args, flag):
-            raise ConfigError(f"--{flag.replace('_', '-')}: not built for this model; leave it out: {way_out}")
+    if args.recompute_gated_act and args.fp8:
+        raise ConfigError("--recompute-modules gated_act: saves nothing in FP8, whose layers keep their own copy of "
+                          "what they multiply; leave it out")
     if args.cpu_offloading_num_layers:
         _check_offloading(args, machine)
 
@@ -58,7 +66,7 @@ def _check_offloading(args: argparse.Namespace, machine: Machine) -> None:
         # Megatron's rules (TransformerConfig.__post_init__).
         "--pipeline-model-parallel-size": args.pipeline_model_parallel_size > 1,
         "--recompute-granularity (--recompute-ticks works)": args.recompute_granularity or args.recompute_activations,
-        "--recompute-products": args.recompute_products,
+        "--recompute-modules gated_act": args.recompute_gated_act,
         # Whose weights come and go, and would be copied with the activations.
         "--use-torch-fsdp2": args.use_torch_fsdp2, "--use-megatron-fsdp": args.use_megatron_fsdp,
     })

@@ -106,7 +106,7 @@ def settle_schedule(args: argparse.Namespace, theirs: argparse.Namespace, folder
 def _take_schedule(args: argparse.Namespace, theirs: argparse.Namespace) -> None:
     lr = lr_schedule(theirs)
     args.lr, args.min_lr, args.lr_warmup_iters, args.lr_decay_iters = lr.lr, lr.min_lr, lr.warmup_steps, lr.total_steps
-    args.lr_warmup_fraction, args.lr_warmup_samples, args.lr_decay_samples = None, 0, None
+    args.lr_warmup_fraction, args.lr_warmup_samples = None, 0
     args.weight_decay, args.bp_schedule_iters = theirs.weight_decay, bp_schedule(theirs).total_steps
     args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction = (
         theirs.bp_min_steps, theirs.bp_max_steps, theirs.bp_warmup_fraction)

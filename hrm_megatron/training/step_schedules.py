@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 
-from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 
 
@@ -14,11 +13,8 @@ def bp_schedule(args: argparse.Namespace) -> BPSchedule:
 
 
 def lr_schedule(args: argparse.Namespace) -> LRSchedule:
-    if args.lr_decay_style != "cosine":
-        raise ConfigError(f"--lr-decay-style {args.lr_decay_style}: only cosine is built; for a constant rate give "
-                          "--min-lr the value of --lr")
     warmup_steps = args.lr_warmup_iters or (args.lr_warmup_samples or 0) // args.global_batch_size
-    total_steps = args.lr_decay_iters or (args.lr_decay_samples or 0) // args.global_batch_size or args.train_iters
+    total_steps = args.lr_decay_iters or args.train_iters
     if args.lr_warmup_fraction:
         warmup_steps = int(args.lr_warmup_fraction * total_steps)
     return LRSchedule(args.lr, args.min_lr, warmup_steps, total_steps)

@@ -5,6 +5,7 @@ mask written out.
 """
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 import types
@@ -112,3 +113,75 @@ def transformer_engine(fused: bool = True) -> Iterator[type[DotProductAttention]
     package.pytorch, pytorch.DotProductAttention = pytorch, found
     with mock.patch.dict(sys.modules, {"transformer_engine": package, "transformer_engine.pytorch": pytorch}):
         yield found
+
+
+# flash-attn: generation and version > the parameters of flash_attn_varlen_func, in their order.
+FLASH_ATTN = {
+    (2, "2.8.3.post2"):
+        "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p softmax_scale causal window_size softcap "
+        "alibi_slopes deterministic return_attn_probs block_table",
+    (3, "3.0.0b1"):  # hopper/flash_attn_interface.py in the source archive of 2.8.3
+        "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_q seqused_k softmax_scale causal qv "
+        "q_descale k_descale v_descale window_size attention_chunk softcap num_splits pack_gqa deterministic sm_margin",
+    (3, "3.0.0"):
+        "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_q seqused_k softmax_scale causal qv "
+        "q_descale k_descale v_descale window_size attention_chunk softcap num_splits pack_gqa deterministic sm_margin "
+        "return_attn_probs",
+    (4, "4.0.0b20"):
+        "q k v qv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k min_seqlen_k seqused_q seqused_k "
+        "gather_kv_indices page_table softmax_scale causal window_size learnable_sink softcap num_splits pack_gqa "
+        "deterministic score_mod score_mod_bwd mask_mod block_sparse_tensors aux_tensors aux_scalars return_lse",
+    (4, "4.0.0b36"):
+        "q k v qv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k min_seqlen_k seqused_q seqused_k "
+        "gather_kv_indices page_table softmax_scale causal window_size learnable_sink softcap num_splits pack_gqa "
+        "deterministic score_mod score_mod_bwd mask_mod block_sparse_tensors aux_tensors aux_scalars return_lse "
+        "scheduler_metadata seqlen_k_per_split disable_scheduler_metadata gather_bwd_recompute_p "
+        "gather_bwd_token_chunk",
+}
+FLASH_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
+ASKED_FOR = {"softmax_scale", "causal", "deterministic", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+
+
+def flash_attn_varlen_func(generation, version, dtypes, seen):
+    """Make the function of that version; it notes in `seen` what it was given beside tensors."""
+    signature = inspect.Signature([
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                          default=inspect.Parameter.empty if i < 3 else None)
+        for i, name in enumerate(FLASH_ATTN[generation, version].split())])
+
+    def function(*arguments, **options):
+        given = signature.bind(*arguments, **options).arguments
+        q, k, v = (given.pop(name) for name in "qkv")
+        assert set(given) <= ASKED_FOR and {type(given["max_seqlen_q"]), type(given["max_seqlen_k"])} == {int}
+        # csrc/flash_attn/flash_api.cpp, mha_varlen_fwd; hopper/flash_api.cpp, mha_fwd; cute/interface.py,
+        # _flash_attn_fwd
+        assert q.dtype == k.dtype == v.dtype and q.dtype in dtypes
+        assert q.dim() == k.dim() == v.dim() == 3 and q.shape[1:] == k.shape[1:] == v.shape[1:] and k.shape == v.shape
+        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and q.shape[-1] % 8 == 0
+        cu_q, cu_k = given["cu_seqlens_q"], given["cu_seqlens_k"]
+        assert cu_q.is_contiguous() and cu_k.is_contiguous() and len(cu_q) > 1
+        # Versions differ in what a sequence without queries or keys gives; there is none here.
+        assert (cu_q.diff() > 0).all() and (cu_k.diff() > 0).all()
+        out = _sequences(q, k, v, cu_q, cu_k, given["max_seqlen_q"], given["max_seqlen_k"], bool(given.get("causal")),
+                         given.get("softmax_scale"))
+        seen.append({name: value for name, value in given.items() if not isinstance(value, torch.Tensor)})
+        return (out, None) if generation == 4 else out
+    function.__signature__ = signature
+    return function
+
+
+@contextmanager
+def flash_attn(generation: int, version: str, capability: tuple[int, int] = (9, 0),
+               dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)) -> Iterator[list[dict[str, object]]]:
+    """Install this flash-attn, alone, on a machine of that compute capability: yields what calls were given."""
+    from hrm_megatron.parallel.flash_attn import FlashAttn
+    from hrm_megatron.parallel.machine import Machine
+
+    seen: list[dict[str, object]] = []
+    name = FLASH_MODULES[generation]
+    module = types.ModuleType(name)
+    module.flash_attn_varlen_func = flash_attn_varlen_func(generation, version, dtypes, seen)
+    machine = Machine(capability, flash_attn=(FlashAttn(generation, version, name),))
+    modules = {name.split(".")[0]: types.ModuleType(name), name: module}
+    with mock.patch.dict(sys.modules, modules), mock.patch.object(Machine, "here", return_value=machine):
+        yield seen

@@ -100,7 +100,7 @@ def calls(lengths, row_tokens, bucketed=False, spans=None):
 def plain(call):
     """The call's fields, with rows as a list, or as a run."""
     found = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(call).items()}
-    return found | {name: (value.run or value.index.tolist(), value.distinct) for name, value in vars(call).items()
+    return found | {name: (value.run or value.index.tolist(), not value.parts) for name, value in vars(call).items()
                     if name in ("queries", "keys")}
 
 
@@ -117,10 +117,39 @@ def test_the_calls_of_two_rows_are_those_by_hand():
 
 
 def test_a_context_rank_cuts_queries_and_keeps_their_keys():
-    first, second = calls([[(5, 7)]], 12, spans=context_spans(12, 1, 2))  # holds 3 to 6 and 6 to 9
+    first, second = calls([[(5, 7)]], 12, spans=context_spans(12, 1, 2))  # holds 3 to 9, two chunks that adjoin
     assert (first.queries.index.tolist(), first.cu_keys.tolist()) == ([0, 1], [0, 5])
-    assert (second.queries.index.tolist(), second.cu_queries.tolist()) == ([2, 3, 4, 5], [0, 1, 4])
-    assert second.cu_keys.tolist() == [0, 6, 6 + 9] and not second.keys.distinct
+    assert (second.queries.index.tolist(), second.cu_queries.tolist()) == ([2, 3, 4, 5], [0, 4])
+    assert second.cu_keys.tolist() == [0, 9] and second.keys.run == (0, 9)
+
+
+def test_the_keys_of_an_example_that_both_slices_cut_are_there_twice():
+    lengths = [[(1, 1), (1, 9)], [(2, 3), (3, 4)]]
+    prefixes, responses = calls(lengths, 12, spans=context_spans(12, 0, 2))  # holds 0 to 3 and 9 to 12
+    assert plain(prefixes)["keys"] == ([0, 4, 1, 3], True)
+    # Responses 1 and 9 to 11 see keys 0, 1 and 2 to 11; those of the other row, 2 and 9 to 11, see 0 to 2 and 5 to 11.
+    assert responses.cu_keys.tolist() == [0, 2, 2 + 10, 15, 15 + 7] and not responses.keys.parts
+    call = calls([[(1, 11)]], 12, spans=context_spans(12, 0, 2))[1]
+    assert call.keys.index.tolist() == [0, 1, 2, *range(12)] and call.keys.run is None
+    (_, once), (places, again) = call.keys.parts
+    assert (once.tolist(), places.tolist(), again.tolist()) == ([0, 1, 2], [*range(3, 15)], [*range(12)])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_rows_are_there_twice_for_an_example_on_both_sides_of_a_gap_alone(ranks):
+    """Adding at them is slow: the last rank's slices adjoin, and no example is cut twice there."""
+    doubled = 0
+    for seed in range(PACKINGS):
+        for rank in range(ranks):
+            made = calls(packing(seed), ROW_TOKENS, spans=context_spans(ROW_TOKENS, rank, ranks))
+            for call in made:
+                index = call.keys.index.tolist()
+                assert (len(set(index)) < len(index)) == bool(call.keys.parts)
+                for _, rows in call.keys.parts:
+                    assert len(set(rows.tolist())) == len(rows)
+                doubled += bool(call.keys.parts)
+            assert rank < ranks - 1 or not any(call.keys.parts for call in made)
+    assert doubled
 
 
 def test_keys_of_a_single_row_stay_where_they_are():
@@ -132,13 +161,14 @@ def test_keys_of_a_single_row_stay_where_they_are():
     assert calls([[(3, 2)], [(2, 1)]], 10)[1].keys.run is None  # rows lie interleaved
 
 
-@pytest.mark.parametrize("rows_at, distinct", [([2, 3, 4], True), ([0, 1, 2, 3, 4, 5, 6], True), ([0], True),
-                                              ([5, 0, 3], True), ([4, 5, 6], True), ([1, 4, 4, 2, 1], False)])
-def test_rows_are_gathered_and_scattered_back(rows_at, distinct):
+@pytest.mark.parametrize("rows_at, again", [
+    ([2, 3, 4], None), ([0, 1, 2, 3, 4, 5, 6], None), ([0], None), ([5, 0, 3], None), ([4, 5, 6], None),
+    ([1, 4, 4, 2, 1], [False, False, True, False, True])])
+def test_rows_are_gathered_and_scattered_back(rows_at, again):
     from hrm_megatron.attention.gather_scatter import RowIndex
 
     count = 7
-    at = RowIndex.of(torch.tensor(rows_at), distinct, torch.device("cpu"))
+    at = RowIndex.of(torch.tensor(rows_at), torch.device("cpu"), None if again is None else torch.tensor(again))
     assert (at.run is not None) == (rows_at == [*range(rows_at[0], rows_at[-1] + 1)]) and len(at) == len(rows_at)
     x, rows, total = torch.randn(count, 2), torch.randn(len(rows_at), 2), torch.randn(count, 2)
     wanted = torch.zeros(count, 2).index_add(0, torch.tensor(rows_at), rows)

@@ -3,6 +3,7 @@ import gzip
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 
 from hrm_megatron.benchmark.kernels import breakdown
 from hrm_megatron.benchmark.peak import SHORTEST_ROW, in_the_longest_row_that_fits
-from hrm_megatron.benchmark.record import add_row
+from hrm_megatron.benchmark.record import add_row, output_folder
 from hrm_megatron.benchmark.rows import write_random_examples
 from hrm_megatron.config import ConfigError
+from tests.modes import wrong_modes
 from tests.training.conftest import fullbatch_arguments  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +94,14 @@ def test_rows_are_added_to_the_table(tmp_path):
     assert file.read_text() == before
 
 
+def test_a_new_folder_for_the_output_is_as_open_as_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "another").mkdir()
+    new = output_folder(None)
+    assert new.parent == tmp_path and new.stat().st_mode == (tmp_path / "another").stat().st_mode
+    assert output_folder(tmp_path / "a" / "b").is_dir()
+
+
 @pytest.mark.parametrize("fits, asked, timed", [(9000, 24_576, (6144, 61.44)), (24_576, 24_576, (24_576, 245.76)),
                                                 (1000, 24_576, None), (1000, 512, (512, 5.12))])
 def test_rows_are_halved_until_they_fit(fits, asked, timed):
@@ -112,7 +122,7 @@ def test_the_tool_measures_and_says_what_failed(tmp_path):
         sizes = ["--sizes", "2", "64", "4", "--row-tokens", "256", "--rows", "2", "--steps", "2", "--vocab-size", "512"]
         return subprocess.run(
             [sys.executable, "tools/benchmark.py", "gpu", *sizes, "--peak-size", "256", "--output", tmp_path / "out",
-             *flags], cwd=ROOT, capture_output=True, text=True)
+             *flags], cwd=ROOT, capture_output=True, text=True, umask=0o027)
     failed = run("--", "--bp-min-steps", "9")
     assert failed.returncode == 1 and "error: the run failed: error: bp_steps=9 does not fit" in failed.stderr
     (tmp_path / "out").rename(tmp_path / "failed")
@@ -129,3 +139,4 @@ def test_the_tool_measures_and_says_what_failed(tmp_path):
     assert [row.split(" | ")[3], row.split(" | ")[8].removesuffix(" |")] == speeds
     assert [line.split()[0] for line in done.stdout.splitlines()[2:5]] == ["tokens/s", "TFLOP/s", "peak"]
     assert "matrix products" in done.stdout and "\ntransformers " in done.stdout
+    assert not wrong_modes(tmp_path / "out", 0o027)

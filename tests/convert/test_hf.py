@@ -103,13 +103,13 @@ def test_weights_and_architecture_survive(tmp_path, random_checkpoint):
 
 
 def test_transformers_never_answers_with_padding_of_the_vocabulary(tmp_path, random_checkpoint):
-    checkpoint = random_checkpoint(Architecture(1, 24, 3, 40, 3))  # 253 of 256 rows of the head stand for no token
+    checkpoint = random_checkpoint(Architecture(1, 24, 3, 40, 12))  # 244 of 256 rows of the head stand for no token
     write_hf(checkpoint, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompt = torch.tensor([[1, 2]])
     out = model.generate(prompt, token_type_ids=torch.ones_like(prompt), max_new_tokens=8, do_sample=False,
                          eos_token_id=-1)
-    assert out.shape == (1, 10) and out.max() < 3
+    assert out.shape == (1, 10) and out.max() < 12
 
 
 def test_the_tokenizer_makes_a_prompt_a_prefix(golden, tmp_path, random_checkpoint):
@@ -155,6 +155,7 @@ def test_post_norm_has_no_place_in_transformers(tmp_path, random_checkpoint):
     (dict(tie_word_embeddings=True), "tie_word_embeddings: True"),
     (dict(rope_parameters={"rope_type": "yarn"}), "rope_type: 'yarn' is not built here"),
     (dict(hidden_size="wide"), "odd one .*'wide'"),
+    (dict(eos_token_id=[11, "end"]), r"config\.json: eos_token_id: .*'end'\] is no token id"),
     (dict(H_cycles=None), "lacks a setting or has an odd one"),
 ])
 def test_a_config_that_does_not_fit_is_refused_by_name(golden, tmp_path, change, message):
@@ -175,3 +176,7 @@ def test_missing_and_damaged_files_are_named(golden, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((golden / "hf_export/ema/model.safetensors").read_bytes()[:5000])
     with pytest.raises(ConfigError, match=r"model\.safetensors: cannot read"):
         read_hf(tmp_path)
+    for index in ("[1]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"lm_head.weight": 1}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(ConfigError, match=r"index\.json: (holds no settings|does not say which file)"):
+            read_hf(tmp_path)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.folders import find_iteration, read_run
 from hrm_megatron.checkpoint.fsdp_folder import open_run
+from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.hf import read_hf, write_hf
 from hrm_megatron.convert.megatron import read_megatron
@@ -126,7 +127,8 @@ def test_the_iteration_is_found(converted, tmp_path):
     assert find_iteration(folder / "iter_0000020").name == "iter_0000020"
     with pytest.raises(ConfigError, match=r"iter_0000030: not there; .*complete: iter_0000010, iter_0000020\)"):
         find_iteration(folder, 30)
-    (folder / "iter_0000010" / "metadata.json").unlink()
+    for name in (MANIFEST_FILE, "metadata.json"):
+        (folder / "iter_0000010" / name).unlink()
     for path in (folder, folder / "iter_0000010"):
         with pytest.raises(ConfigError, match=r"iter_0000010: half-written; choose another with "
                                               r"--ckpt-step \(complete: iter_0000020\)"):

@@ -10,6 +10,7 @@ from hrm_megatron.convert import run
 from hrm_megatron.convert.hf import read_hf
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import read_native
+from tests.damage import flip_bit_of_tensor
 
 
 @pytest.fixture
@@ -31,6 +32,7 @@ def test_it_converts_and_says_what(command, tmp_path, golden):
     status, out, err = command()
     assert (status, err.count("error")) == (0, 0)
     assert "ema weights of iteration 10, 11 tensors" in out
+    assert "no tokenizer beside them, and token ids of HRM-Text's tokenizers (--tokenizer-model" in out
     assert _entries(tmp_path) == ["out"]
     status, out, _ = command("--weights", "raw", save="raw")
     source = dict(read_native(golden / "native_ckpt").weights("raw"))
@@ -100,12 +102,44 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(command, tmp_pat
     assert _entries(tmp_path) == []
 
 
+def test_damage_is_refused_before_there_is_an_output(command, tmp_path, golden):
+    damaged = shutil.copytree(golden / "native_ckpt", tmp_path / "damaged")
+    place = damaged / "fsdp2_epoch_1" / "__0_0.distcp"
+    flip_bit_of_tensor(place)
+    status, out, err = command(load=damaged, save_format="megatron")
+    assert status == 1 and not out and err.count("\n") == 1 and f"error: {place}: " in err
+    assert _entries(tmp_path) == ["damaged"]
+    status, out, _ = command("--no-verify-checkpoint", load=damaged)
+    assert status == 0 and f"from {damaged}, which was not verified (--no-verify-checkpoint)" in out
+
+
+def test_a_damaged_iteration_names_the_one_that_is_not(command, tmp_path, golden):
+    assert command(save_format="megatron", save="m")[0] == 0
+    last = shutil.copytree(tmp_path / "m" / "iter_0000010", tmp_path / "m" / "iter_0000020")
+    (last / "__0_0.distcp").unlink()
+    status, _, err = command("--ckpt-step", "20", load=tmp_path / "m", load_format="megatron")
+    assert status == 1 and "iter_0000020/__0_0.distcp: 0 bytes are there" in err
+    assert err.endswith("; the newest that verifies: --ckpt-step 10\n")
+
+
+def test_what_no_checksum_covers_is_said(command, tmp_path):
+    assert "from " + str(tmp_path) not in command()[1]
+    status, out, _ = command(load=tmp_path / "out", load_format="hf", save_format="native", save="n")
+    assert status == 0 and "which has no checksums, so that its files were held against their headers only" in out
+    assert "which" not in command(load=tmp_path / "n", load_format="native", save_format="megatron", save="m")[1]
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"garbage")
+    status, _, err = command("--overwrite", load=tmp_path / "out", load_format="hf", save_format="native", save="n")
+    assert status == 1 and f"error: {weights}: cannot read (" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags, options, message", [
     ([], dict(load="nowhere"), "no fsdp2_epoch_N in it"),
     ([], dict(load="nowhere", load_format="megatron"), "latest_checkpointed_iteration.txt: cannot read"),
     ([], dict(load="nowhere", load_format="hf"), "config.json: cannot read"),
     (["--ckpt-step", "3"], dict(), "choose --ckpt-step from 1"),
     (["--ckpt-step", "3"], dict(load_format="hf"), "a transformers folder has no steps"),
+    (["--no-verify-checkpoint"], dict(load_format="hf"), "a transformers folder has no checksums to skip"),
     (["--tokenizer-model", "nowhere"], dict(), "no tokenizer there"),
     (["--dtype", "bfloat16"], dict(save_format="native"), "are for --save-format hf"),
     ([], dict(load=".", save="out"), "overlaps --load"),

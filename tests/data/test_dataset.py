@@ -1,4 +1,5 @@
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -160,3 +161,32 @@ def test_meaningless_splits_are_refused(split):
 def test_an_empty_part_is_refused(store):
     with pytest.raises(ConfigError, match="no examples to pack.*--split"):
         PackedRows(store, 29, seed=1, num_rows=1, example_ids=split_store(23, "1,0,0", 3).test)
+
+
+@pytest.fixture
+def unscanned(golden, tmp_path, monkeypatch):
+    """A store and a sampled folder, too large to be scanned, with one id outside: (source, row tokens, message)."""
+    for module in ("store", "sampled"):
+        monkeypatch.setattr(f"hrm_megatron.data.{module}.SCANNED_BYTES", 0)
+    with StoreWriter(tmp_path / "x", FakeTokenizer()) as writer:
+        for i in range(9):
+            writer.add(np.array([6, 100 + i, 7]), np.array([60, 300 if i == 5 else 61, 11]))
+    folder = shutil.copytree(golden / "sampled", tmp_path / "sampled")
+    start = int(np.load(folder / "epoch_0" / "resp_start.npy")[17])
+    tokens = np.load(folder / "tokens.npy")
+    tokens[start] = 250
+    np.save(folder / "tokens.npy", tokens)
+    return [(ExampleStore(tmp_path / "x"), 11, f"{tmp_path}/x, example 5: token 1 of its target has the id 300, but"),
+            (SampledFolder(folder), 96, "token 0 of its target has the id 250, but the vocabulary has 250 entries")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_id_outside_the_vocabulary_is_refused_when_its_row_is_assembled(unscanned, workers):
+    for source, row_tokens, message in unscanned:
+        ids = np.array([3, 5, 7, 8]) if isinstance(source, ExampleStore) else None
+        rows = PackedRows(source, row_tokens, seed=1, num_rows=200, example_ids=ids)
+        rows.num_rows = rows.rows_per_epoch
+        with pytest.raises(ConfigError) as refusal:
+            for _ in torch.utils.data.DataLoader(rows, num_workers=workers):
+                pass
+        assert message in str(refusal.value) and len(str(refusal.value).splitlines()) == 1, refusal.value

@@ -4,7 +4,7 @@ import pickle
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.example import BadRow, Example, find_inputs, parse_example, read_jsonl
+from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat, parse_example, read_jsonl
 
 GOOD = {"condition": "direct", "instruction": "2 + 3?", "response": "5"}
 
@@ -19,20 +19,22 @@ def test_rows_are_read_with_their_line_numbers(write_jsonl):
 
 def test_keys_can_be_named(write_jsonl):
     path = write_jsonl("a.jsonl", [{"tags": "cot,synth", "q": "why?", "a": "so"}])
-    assert list(read_jsonl(path, ("tags", "q", "a"))) == [(1, Example("cot,synth", "why?", "so"))]
+    assert list(read_jsonl(path, RowFormat(("tags", "q", "a")))) == [(1, Example("cot,synth", "why?", "so"))]
 
 
 BAD_ROWS = [
     ('{"condition": "direct" 1', "broken JSON", ["column 24", "correct the line"]),
-    (b'{"condition": "\xff"}', "broken JSON", ["utf-8", "correct the line"]),
+    (b'{"condition": "\xff"}', "not UTF-8", ["invalid start byte at byte 15", "correct the line", "iconv -f LATIN1"]),
     ("[" * 100_000, "broken JSON", ["[[["]),
     ("9" * 5_000, "broken JSON", ["999"]),
     ("[1, 2]", "broken JSON", ["[1, 2]", "one object per line"]),
     ({"condition": "direct", "response": "5"}, "missing field", ["'instruction'", "--json-keys"]),
-    ({"instruction": "2 + 3?", "response": "5"}, "missing field", ["'condition'", "--json-keys"]),
+    ({"instruction": "2 + 3?", "response": "5"}, "missing field",
+     ["'condition'", "--json-keys", "--default-condition"]),
     ({**GOOD, "response": 5}, "field is no string", ["response=5", "quotes"]),
-    ({**GOOD, "condition": None}, "field is no string", ["condition=None"]),
-    ({**GOOD, "instruction": ["x"] * 99}, "field is no string", ["instruction=['x', 'x'", "..."]),
+    ({**GOOD, "condition": None}, "null field", ["condition is null; fill it or drop the row", "--default-condition"]),
+    ({**GOOD, "response": None}, "null field", ["response is null; fill it or drop the row"]),
+    ({**GOOD, "instruction": ["x"] * 99}, "field is no string", ["instruction=['x', 'x'", "...", "one text"]),
     ({**GOOD, "condition": "direct,Cot"}, "unknown tag", ["'Cot'", "direct, cot, noisy, synth"]),
     ({**GOOD, "condition": "direct,"}, "unknown tag", ["''"]),
     ({**GOOD, "instruction": ""}, "empty field", ["instruction=''", "drop the row"]),
@@ -61,20 +63,42 @@ def test_a_bad_row_survives_the_way_from_a_worker():
     assert (type(copy), copy.kind, str(copy)) == (BadRow, "broken JSON", str(refusal.value))
 
 
-def test_inputs_are_files_globs_and_folders(write_jsonl, tmp_path):
-    b, a, deep = (write_jsonl(name, [GOOD]) for name in ("b.jsonl", "a.jsonl", "sub/deep/c.jsonl"))
-    text = write_jsonl("notes.txt", [json.dumps(GOOD)])
-    assert find_inputs([str(tmp_path)]) == [a, b, deep]
-    assert find_inputs([str(b), str(tmp_path / "?.jsonl")]) == [b, a]
-    assert find_inputs([str(text)]) == [text]
-    assert find_inputs([str(tmp_path / "**/c.jsonl")]) == [deep]
+def test_null_is_never_put_in_quotes():
+    for key in GOOD:
+        with pytest.raises(BadRow) as refusal:
+            parse_example(json.dumps({**GOOD, key: None}).encode(), "x.jsonl:7")
+        assert "quotes" not in str(refusal.value) and ("--default" in str(refusal.value)) == (key == "condition")
 
 
-@pytest.mark.parametrize("name, message", [
-    ("absent.jsonl", "absent.jsonl matches no file"), ("*.parquet", "parquet matches no file"),
-    ("empty", "empty has no .*jsonl"),
-])
-def test_inputs_that_match_nothing_are_refused(tmp_path, name, message):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=message):
-        find_inputs([str(tmp_path / name)])
+@pytest.mark.parametrize("row, condition", [
+    ({"instruction": "2 + 3?", "response": "5"}, "cot,synth"), ({**GOOD, "condition": None}, "cot,synth"),
+    ({**GOOD, "condition": ""}, ""), (GOOD, "direct")])
+def test_a_row_without_condition_takes_the_default(row, condition):
+    example = parse_example(json.dumps(row).encode(), "x:1", RowFormat(default_condition="cot,synth"))
+    assert (example.condition, example.defaulted) == (condition, condition == "cot,synth")
+
+
+def test_a_default_condition_of_no_tags_is_one_and_an_unknown_tag_none():
+    row = b'{"instruction": "2 + 3?", "response": "5"}'
+    assert parse_example(row, "x:1", RowFormat(default_condition="")) == Example("", "2 + 3?", "5")
+    with pytest.raises(ConfigError, match="--default-condition direct,loud: unknown tag 'loud'"):
+        RowFormat(default_condition="direct,loud")
+
+
+def test_a_byte_order_mark_is_stripped_wherever_files_were_joined(write_jsonl):
+    mark, row = b"\xef\xbb\xbf", json.dumps(GOOD).encode()
+    path = write_jsonl("a.jsonl", [mark + row, row, mark + row, mark, mark + b"  " + row])
+    assert list(read_jsonl(path)) == [(number, Example(**GOOD)) for number in (1, 2, 3, 5)]
+    inside = {**GOOD, "instruction": "a\ufeffb"}
+    assert parse_example(json.dumps(inside, ensure_ascii=False).encode(), "x:1").instruction == "a\ufeffb"
+
+
+def test_bad_rows_are_counted_by_kind_or_raised(write_jsonl):
+    path = write_jsonl("a.jsonl", ["{", GOOD, {**GOOD, "response": ""}, "{"])
+    skipped = BadRows(skip=True)
+    assert [number for number, _ in read_jsonl(path, bad_rows=skipped)] == [2]
+    broken, empty = skipped.lines()
+    assert broken.startswith(f"skipped 2: broken JSON, first {path}:1: ")
+    assert empty.startswith(f"skipped 1: empty field, first {path}:3: ")
+    with pytest.raises(BadRow, match="a.jsonl:1: "):
+        list(read_jsonl(path, bad_rows=BadRows()))

@@ -61,12 +61,24 @@ def test_output_and_first_error_do_not_depend_on_workers(write_jsonl, tmp_path, 
         assert not prefix.parent.exists()
         errors.append(str(refusal.value))
         report = preprocess([path], prefix, tokenizer, workers, skip_bad_rows=True, chunk_bytes=chunk_bytes)
-        written.append((outputs(prefix), report.summary(), report.skipped_lines()))
+        written.append((outputs(prefix), report.summary(), report.lines()))
     assert errors[0] == errors[1] == errors[2] and errors[0].startswith(f"{path}:21: broken JSON")
     assert written[0] == written[1] == written[2] and len(written[0][0]) == 3
     assert [line.partition(str(path))[0::2] for line in written[0][2]] == [
         ("skipped 1: broken JSON, first ", written[0][2][0].partition(str(path))[2]),
         ("skipped 1: empty field, first ", ":42: response='' is empty; fill it or drop the row")]
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+def test_byte_order_marks_change_nothing(write_jsonl, tmp_path, tokenizer, chunk_bytes):
+    rows, mark = [json.dumps(good_row(i)).encode() for i in range(4)], b"\xef\xbb\xbf"
+    plain = write_jsonl("plain.jsonl", rows)
+    marked = write_jsonl("marked.jsonl", [mark + rows[0], mark, rows[1], mark + rows[2], rows[3]])
+    for path in (plain, marked):
+        preprocess([path], tmp_path / "out" / path.stem, tokenizer, chunk_bytes=chunk_bytes)
+    assert stored(tmp_path / "out" / "marked") == stored(tmp_path / "out" / "plain") == expected(tokenizer, [plain])
+    texts = [learn_tokenizer([path], tmp_path / f"{path.stem}-tok", 400).path.read_text() for path in (plain, marked)]
+    assert texts[0] == texts[1] and "\ufeff" not in texts[1]
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 10_000])
@@ -93,7 +105,7 @@ def test_long_responses_are_cut_and_long_prefixes_refused(write_jsonl, tmp_path,
     report = preprocess([path], tmp_path / "x", tokenizer, context_size=context, skip_bad_rows=True)
     assert stored(tmp_path / "x") == [(prefix, target[:context + 1 - len(prefix)]) for prefix, target in whole[:4]]
     assert [target[-1] == tokenizer.eoa for _, target in stored(tmp_path / "x")] == [True, False, False, False]
-    assert (report.truncated, report.max_row_length, dict(report.skipped)) == (3, context, {"prefix too long": 2})
+    assert (report.truncated, report.max_row_length, dict(report.skipped.count)) == (3, context, {"prefix too long": 2})
     with pytest.raises(ConfigError, match=rf"{path}:5: the prefix alone takes 12 of 11 positions; shorten"):
         preprocess([path], tmp_path / "y", tokenizer, context_size=context)
 
@@ -204,6 +216,81 @@ def test_training_refusals_are_one_line_and_leave_nothing(write_jsonl, tmp_path,
     assert error.startswith("error: ") and error.count("\n") == 1
     assert all(part in error for part in parts), error
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+TOOLS = {"train_tokenizer": ["--output", "{folder}/made", "--vocab-size", "300"],
+         "preprocess_data": ["--output-prefix", "{folder}/made", "--tokenizer-model", "{tokenizer}"]}
+
+
+@pytest.fixture(params=TOOLS)
+def call(request, tmp_path, tokenizer, tool, capsys):
+    """Call a tool that reads rows with good flags and these; return (status, stdout, stderr)."""
+    good = [word.format(folder=tmp_path, tokenizer=tokenizer.path) for word in TOOLS[request.param]]
+
+    def call(*flags):
+        status = tool(request.param)([*good, *map(str, flags)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+    return call
+
+
+def test_both_tools_read_rows_alike(write_jsonl, call):
+    path = write_jsonl("in/a.jsonl", [{"q": "three", "a": "four"}, {"tags": None, "q": "3", "a": "4"}, "{"])
+    keys = ["--json-keys", "tags", "q", "a"]
+    status, out, err = call("--input", path, *keys)
+    assert (status, out) == (1, "") and f"{path}:1: no field 'tags'" in err
+    status, out, err = call("--input", path, *keys, "--default-condition", "direct")
+    assert (status, out) == (1, "") and f"{path}:3: broken JSON" in err
+    status, out, err = call("--input", path, *keys, "--default-condition", "loud")
+    assert (status, out, err.count("\n")) == (1, "", 1) and "--default-condition loud: unknown tag" in err
+    status, out, err = call("--input", path, *keys, "--default-condition", "direct", "--on-bad-row", "skip")
+    assert (status, err) == (0, "") and f"\nskipped 1: broken JSON, first {path}:3: " in out
+
+
+def test_a_default_condition_is_in_the_store_and_in_the_report(write_jsonl, tmp_path, tokenizer, tool, capsys):
+    path = write_jsonl("a.jsonl", [{"instruction": "three", "response": "four"}, good_row(1)])
+    arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "x"), "--tokenizer-model", str(tokenizer.path)]
+    assert tool("preprocess_data")([*arguments, "--default-condition", "synth,direct"]) == 0
+    assert stored(tmp_path / "x")[0][0] == tokenizer.encode_prefix("synth,direct", "three")
+    assert "\n1 rows have no condition and took the default\n" in capsys.readouterr().out
+
+
+def test_the_same_input_is_kept_and_any_other_refused(write_jsonl, tmp_path, call):
+    first, other = (write_jsonl(f"in/{name}.jsonl", map(good_row, range(9))) for name in "ab")
+    os.utime(other, ns=(0, first.stat().st_mtime_ns))
+    assert call("--input", first, "--keep-same")[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    status, out, _ = call("--input", first, "--keep-same")
+    assert (status, out) == (0, f"{tmp_path / 'made'}: made from the same input before, kept\n")
+    refusals = [call("--input", other, "--keep-same"), call("--input", first, other, "--keep-same"),
+                call("--input", first, "--default-condition", "cot", "--keep-same")]
+    write_jsonl("in/a.jsonl", map(good_row, range(10)))
+    refusals.append(call("--input", first, "--keep-same"))
+    for (status, out, err), part in zip(refusals, (f"was made from {first} (", "from fewer files, not from ",
+                                                   "with default_condition=None, not 'cot'", f"not from {first} ("),
+                                        strict=True):
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert part in err and err.endswith("; name another output, or replace this one with --overwrite\n"), err
+    assert {path: path.read_bytes() for path in before if path != first} == {
+        path: contents for path, contents in before.items() if path != first}
+    assert call("--input", first, "--overwrite")[0] == call("--input", first, "--keep-same")[0] == 0
+
+
+def test_data_that_was_moved_is_the_same(write_jsonl, tmp_path, call):
+    path = write_jsonl("in/a.jsonl", map(good_row, range(9)))
+    assert call("--input", path, "--keep-same")[0] == 0
+    path.parent.rename(tmp_path / "moved")
+    assert "kept" in call("--input", tmp_path / "moved", "--keep-same")[1]
+
+
+def test_what_does_not_say_what_it_was_made_from_is_refused(write_jsonl, tmp_path, call):
+    path = write_jsonl("in/a.jsonl", map(good_row, range(9)))
+    assert call("--input", path)[0] == 0
+    for record in [*tmp_path.glob("made.json"), *tmp_path.glob("made/made_from.json")]:
+        record.write_text(json.dumps({name: value for name, value in json.loads(record.read_text()).items()
+                                      if name not in ("made_from", "files")}))
+    status, _, err = call("--input", path, "--keep-same")
+    assert status == 1 and f"{tmp_path / 'made'} does not say what it was made from; name another" in err
 
 
 def test_training_overwrites_only_when_told(write_jsonl, tmp_path, tool, capsys):

@@ -110,3 +110,43 @@ def test_empty_epochs_are_refused(copy):
         np.save(path, np.empty(0, np.int64))
     with pytest.raises(ConfigError, match="epoch_1: no examples"):
         SampledFolder(copy)
+
+
+def test_an_epoch_that_is_missing_in_between_is_refused(copy):
+    (copy / "epoch_1").rename(copy / "epoch_2")
+    with pytest.raises(ConfigError, match="epoch_1 missing"):
+        SampledFolder(copy)
+
+
+def users_of(folder, position):
+    """(epoch, example) of all that hold this token."""
+    found = set()
+    for epoch in (0, 1):
+        for part in ("inst", "resp"):
+            start, length = (np.load(folder / f"epoch_{epoch}" / f"{part}_{what}.npy") for what in ("start", "len"))
+            inside = (start <= position) & (position < start + length)
+            found |= {(epoch, int(i)) for i in np.flatnonzero(inside)}
+    return found
+
+
+@pytest.mark.parametrize("epoch, part, name", [(0, "inst", "prefix"), (1, "resp", "target")])
+@pytest.mark.parametrize("token", [250, 65_535, -1])
+def test_an_id_outside_the_vocabulary_names_example_and_position(copy, monkeypatch, epoch, part, name, token):
+    start, length = (np.load(copy / f"epoch_{epoch}" / f"{part}_{what}.npy") for what in ("start", "len"))
+    position = int(start[np.flatnonzero(length > 3)[9]]) + 2
+    tokens = np.load(copy / "tokens.npy").astype(np.int32)
+    tokens[position] = token
+    np.save(copy / "tokens.npy", tokens)
+    users = users_of(copy, position)
+    assert users
+    for block in (1 << 22, 97):
+        monkeypatch.setattr("hrm_megatron.data.vocabulary.BLOCK_TOKENS", block)
+        with pytest.raises(ConfigError, match=f"token 2 of its {name} has the id {token}, but the vocab") as refusal:
+            SampledFolder(copy)
+        assert any(str(refusal.value).startswith(f"{copy}/epoch_{e}, example {i}: ") for e, i in users)
+
+
+def test_what_no_example_uses_may_be_anything(copy):
+    tokens = np.load(copy / "tokens.npy")
+    np.save(copy / "tokens.npy", np.append(tokens, [60_000, 250]))
+    assert SampledFolder(copy).epochs == 2

@@ -142,6 +142,29 @@ def test_documents_that_are_no_pairs_are_refused(prefix, tmp_path):
         ExampleStore(tmp_path / "plain")
 
 
+@pytest.mark.parametrize("ids, message", [
+    ([([6, 9, 7], [50, 11]), ([6, 41, 42, 7], [52, 300, 11])], "example 1: token 1 of its target has the id 300"),
+    ([([6, 511, 7], [50, 11]), ([6, 7], [11])], "example 0: token 1 of its prefix has the id 511"),
+    ([([6, 7], [11]), ([6, 7], [11]), ([6, 7], [65535])], "example 2: token 0 of its target has the id 65535"),
+])
+def test_an_id_outside_the_vocabulary_is_refused_when_opened(tmp_path, ids, message):
+    write(tmp_path / "x", ids)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/x, {message}, but the vocabulary has 300 entries; write"):
+        ExampleStore(tmp_path / "x")
+
+
+def test_a_negative_id_is_refused_too(tmp_path):
+    write(tmp_path / "x", [([6, 7], [11]), ([6, -1, 7], [11])], FakeTokenizer(70_000))
+    with pytest.raises(ConfigError, match="example 1: token 1 of its prefix has the id -1"):
+        ExampleStore(tmp_path / "x")
+
+
+def test_a_store_too_large_to_scan_is_opened(tmp_path, monkeypatch):
+    write(tmp_path / "x", [([6, 300, 7], [11])])
+    monkeypatch.setattr("hrm_megatron.data.store.SCANNED_BYTES", (tmp_path / "x.bin").stat().st_size - 1)
+    assert ExampleStore(tmp_path / "x")[0][0].tolist() == [6, 300, 7]
+
+
 def test_another_tokenizer_is_refused(prefix):
     store = ExampleStore(prefix)
     store.check_tokenizer("f" * 64)

@@ -20,9 +20,11 @@ from examples.demo.commands import CommandFailed, run, shown
 from examples.demo.picture import draw, read_curves, running_mean
 from examples.demo.progress import TrainingProgress
 from examples.demo.run import MARKER, QUICK, RESULTS, DemoFailed, judge, prepare
+from tests.modes import wrong_modes
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+UMASK = 0o027  # of a cluster whose groups share
 SLEEP = "import time; time.sleep(60)"
 
 
@@ -31,7 +33,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the printed text of a quick demo."""
     folder: Path = tmp_path_factory.mktemp("runs") / "demo"
     done = subprocess.run([sys.executable, "examples/demo/run.py", "--quick", "--output", str(folder)], cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, umask=UMASK)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -42,6 +44,10 @@ def test_the_demo_leaves_all_that_it_lists(demo):
     assert {path.name for path in folder.iterdir()} == {*RESULTS, MARKER}
     assert all(re.search(rf"^  {re.escape(name)} ", printed, re.M) for name in RESULTS)
     assert sorted(path.name for path in (folder / "checkpoints").glob("iter_*")) == ["iter_0000003", "iter_0000005"]
+
+
+def test_all_of_it_is_as_open_as_the_umask_says(demo):
+    assert not wrong_modes(demo[0], UMASK)
 
 
 def test_no_test_question_was_in_training(demo):

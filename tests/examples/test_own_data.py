@@ -1,30 +1,112 @@
 """The script for a user's own data goes all the way, and goes on where it stopped."""
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.modes import wrong_modes
+
 ROOT = Path(__file__).parents[2]
+UMASK = 0o077  # nobody else may read
 
 
-def run(command, **environment):
-    return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=280,
-                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment})
+def run(command, cwd=ROOT, **environment):
+    return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+                          umask=UMASK)
 
 
-def test_own_data_becomes_an_exported_model(tmp_path):
-    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
-    rows = [dict(condition="direct", instruction=f"What is {i} + 1?", response=str(i + 1)) for i in range(40)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = dict(DATA=str(data), OUT=str(out), VOCAB_SIZE="300", ROW_TOKENS="64", ROWS_PER_STEP="2", TRAIN_ITERS="2",
-                    TORCHRUN=str(Path(sys.executable).with_name("torchrun")))
+SCRIPT = ROOT / "examples" / "own_data.sh"
+SETTINGS = dict(OUT="out", VOCAB_SIZE="300", ROW_TOKENS="64", ROWS_PER_STEP="2", TRAIN_ITERS="2", WORKERS="1")
+FIELDS = dict(JSON_KEYS="tags q a", ON_BAD_ROW="skip", DEFAULT_CONDITION="direct")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder to stand in, with rows of other names, without conditions, and one that is broken."""
+    rows = [json.dumps(dict(q=f"What is {i} + 1?", a=str(i + 1))) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "{"]) + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def launcher(folder):
+    """Stand-ins for what takes long, in the environment of the script: they say what they were called with."""
+    python, torchrun = folder / "python", folder / "torchrun"
+    python.write_text(f'#!/bin/sh\ncase $1 in *convert*) echo "convert $*";; *) exec {sys.executable} "$@";; esac\n')
+    torchrun.write_text('#!/bin/sh\necho "train $*"\n')
+    for program in (python, torchrun):
+        program.chmod(0o755)
+    return dict(PYTHON=str(python), TORCHRUN=str(torchrun))
+
+
+def test_own_data_becomes_an_exported_model(folder):
     tiny = ["--num-layers", 1, "--hidden-size", 32, "--num-attention-heads", 2, "--eval-iters", 1]
-    done = run(["examples/own_data.sh", *tiny], **settings)
+    done = run([SCRIPT, *tiny], folder, DATA="rows.jsonl", TORCHRUN=str(Path(sys.executable).with_name("torchrun")),
+               **SETTINGS, **FIELDS)
     assert done.returncode == 0, done.stderr[-2000:]
+    out = folder / "out"
     assert (out / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (out / "hf").iterdir()}
-    assert f"The model is in {out}/hf" in done.stdout
+    assert "The model is in out/hf" in done.stdout
+    assert done.stdout.count("skipped 1: broken JSON, first rows.jsonl:41: ") == 2  # by either tool
+    assert "40 rows have no condition and took the default" in done.stdout
+    assert not wrong_modes(out, UMASK)
+
+
+def test_a_second_start_keeps_what_is_there_and_other_data_is_refused(folder, launcher):
+    first, again = (run([SCRIPT, "--bf16"], folder, DATA="rows.jsonl", **SETTINGS, **FIELDS, **launcher)
+                    for _ in range(2))
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
+    kept = "".join(f"out/{name}: made from the same input before, kept\n" for name in ("tokenizer", "data"))
+    assert again.stdout.startswith(f"{kept}train ") and kept not in first.stdout
+    assert first.stdout.count(" --bf16\n") == again.stdout.count(" --bf16\n") == 1
+    made = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
+    (folder / "more.jsonl").write_text((folder / "rows.jsonl").read_text() * 2)
+    for changed in (dict(DATA="more.jsonl"), dict(VOCAB_SIZE="301"), dict(ROW_TOKENS="65"),
+                    dict(DEFAULT_CONDITION="cot")):
+        done = run([SCRIPT], folder, **{**SETTINGS, **FIELDS, **launcher, "DATA": "rows.jsonl", **changed})
+        assert done.returncode == 1 and "train " not in done.stdout, changed
+        assert done.stderr.startswith("error: out/") and done.stderr.count("\n") == 1, done.stderr
+        assert "name another output" in done.stderr
+    assert made == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
+
+
+def test_rows_without_condition_are_refused_unless_told(folder, launcher):
+    done = run([SCRIPT], folder, DATA="rows.jsonl", **{**SETTINGS, **FIELDS, **launcher, "DEFAULT_CONDITION": "refuse",
+                                                      "ON_BAD_ROW": "error"})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: rows.jsonl:1: no field 'tags'") and "--default-condition" in done.stderr
+    assert not (folder / "out").exists()
+
+
+def test_help_shows_the_settings_and_needs_none(tmp_path):
+    done = run([SCRIPT, "--help"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    settings = [line.removeprefix("export ").partition("=")[0] for line in done.stdout.splitlines() if "=${" in line]
+    assert {"DATA", *SETTINGS, *FIELDS, "PRESET", "LR", "PYTHON"} == set(settings)
+    assert "root=" not in done.stdout
+    shutil.copy(SCRIPT, tmp_path)
+    for script, message in ((SCRIPT, "set DATA to your jsonl file"), (tmp_path / SCRIPT.name, "no tools/")):
+        refused = run([script], tmp_path)
+        assert refused.returncode == 1 and refused.stderr.startswith(f"own_data.sh: {message}")
+        assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_script_alone_ends_its_command_too(folder, launcher, number):
+    """The stand-in for torchrun signals the script, and ends when it is ended."""
+    Path(launcher["PYTHON"]).write_text("#!/bin/sh\n")
+    Path(launcher["TORCHRUN"]).write_text(
+        f"#!/bin/sh\ntrap 'echo ended; exit 1' TERM\nkill -{int(number)} $PPID\nwhile :; do sleep 0.05; done\n")
+    start = f"import os, signal, sys\nsignal.signal({int(number)}, signal.SIG_DFL)\nos.execv(sys.argv[1], sys.argv[1:])"
+    done = run([sys.executable, "-c", start, SCRIPT], folder, DATA="rows.jsonl", **SETTINGS, **FIELDS, **launcher)
+    assert done.returncode == 128 + number and done.stdout.endswith("ended\n"), done
 
 
 def test_the_launch_script_shows_its_command_and_refuses_what_does_not_fit():
@@ -32,6 +114,8 @@ def test_the_launch_script_shows_its_command_and_refuses_what_does_not_fit():
                 TORCHRUN="torchrun")
     assert shown.returncode == 0
     assert "--nproc-per-node 6 -m hrm_megatron.pretrain --hrm-preset L --tensor-model-parallel-size 2" in shown.stdout
-    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in shown.stdout and r"--sequence-parallel --save runs/a\ b" in shown.stdout
+    assert r"--sequence-parallel --save runs/a\ b" in shown.stdout
+    helped = run(["launch_scripts/train_node.sh", "--help"])
+    assert helped.returncode == 0 and "DP      data parallel ranks" in helped.stdout and "#" not in helped.stdout
     refused = run(["launch_scripts/train_node.sh", "--dry-run"], TP="two")
     assert refused.returncode == 2 and "whole numbers from 1, not 'two'" in refused.stderr

@@ -1,5 +1,6 @@
 """tools/generate.py as a user calls it: answers on stdout, one line on stderr for everything that is wrong."""
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +99,32 @@ def test_a_file_has_one_prompt_per_line(tool, expected, tmp_path):
     assert (status, out) == (0, expected(QUESTIONS))
 
 
+def test_a_prompt_ends_at_line_feeds_only(tool, expected, tmp_path):
+    questions = ["What is\u20287?", "Name\x0bthe\x0cten\x85s.", "And?"]
+    (tmp_path / "prompts.txt").write_bytes(("\ufeff" + "\r\n".join(questions) + "\n").encode())
+    status, out, _ = tool(prompt=("--prompt-file", tmp_path / "prompts.txt"))
+    assert (status, out) == (0, expected(questions))
+
+
+def test_answers_that_hold_line_ends_stay_one_record(tool, tmp_path, monkeypatch):
+    from hrm_megatron.data.tokenizer import TextTokenizer
+
+    answer = "two\nlines\u2028and é"
+    monkeypatch.setattr(TextTokenizer, "decode", lambda self, ids: answer)
+    (tmp_path / "prompts.txt").write_text("\n".join(QUESTIONS))
+    flags = dict(prompt=("--prompt-file", tmp_path / "prompts.txt"))
+    status, out, err = tool("--jsonl", "--condition", "cot", **flags)
+    assert (status, err.count("--jsonl")) == (0, 0)
+    assert [json.loads(line) for line in out.splitlines()] == [
+        dict(condition="cot", instruction=question, response=answer) for question in QUESTIONS]
+    status, out, err = tool(**flags)
+    assert (status, out) == (0, f"{answer}\n" * 2)
+    assert err.endswith("2 of 2 answers hold line ends; --jsonl keeps each on one line\n")
+
+
 @pytest.mark.parametrize(("flags", "options", "message"), [
+    ([], dict(prompt=("--prompt-file", "/dev/null")), "--prompt-file /dev/null: empty; write one instruction per line"),
+    ([], dict(prompt=("--prompt", "na\udcefve")), "--prompt 'na\\udcefve': not UTF-8 at character 3"),
     ([], dict(tokenizer="nowhere"), "nowhere: no tokenizer there (No such file or directory); train one with"),
     ([], dict(load="nowhere"), "nowhere/latest_checkpointed_iteration.txt: cannot read"),
     (["--ckpt-step", "3"], {}, "iter_0000003: not there; choose another with --ckpt-step (complete: iter_0000007)"),

@@ -4,6 +4,9 @@ Where there is no GPU the same tests run on a CPU, with stand-ins for the librar
 """
 import contextlib
 import random
+from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +14,10 @@ import torch
 from hrm_megatron.config import Architecture
 from tests.attention import stand_ins
 
-KERNELS = ("sdpa", "varlen", "te")
-STAND_INS = {"varlen": stand_ins.flash_attention_in_torch, "te": stand_ins.transformer_engine}
+FLASH_ATTN = {"flash-3": (3, "3.0.0"), "flash-2": (2, "2.8.3.post2"), "flash-4": (4, "4.0.0b36")}
+KERNELS = ("sdpa", "varlen", "te", *FLASH_ATTN)
+STAND_INS = {"varlen": stand_ins.flash_attention_in_torch, "te": stand_ins.transformer_engine,
+             **{name: partial(stand_ins.flash_attn, *which) for name, which in FLASH_ATTN.items()}}
 HEADS, ROWS, ROW_TOKENS = 3, 2, 384
 
 
@@ -23,11 +28,31 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(params=KERNELS)
-def kernel(request, device):
-    if device == "cuda" and request.param == "te":
+@contextlib.contextmanager
+def installed(name, deterministic=False):
+    """The library behind a kernel for GPUs, of flash-attn this one generation; skips the test where it is not there."""
+    if name == "te":
         pytest.importorskip("transformer_engine.pytorch")
-    with STAND_INS.get(request.param, contextlib.nullcontext)() if device == "cpu" else contextlib.nullcontext():
+    if name not in FLASH_ATTN:
+        yield
+        return
+    from hrm_megatron.attention.flash import choose_generation
+    from hrm_megatron.parallel.machine import Machine
+
+    here = Machine.here()
+    machine = replace(here, flash_attn=tuple(one for one in here.flash_attn if one.generation == FLASH_ATTN[name][0]))
+    found, reason = choose_generation(torch.bfloat16, 128, machine, deterministic)
+    if not found:
+        pytest.skip(f"{name}: {reason}")
+    with mock.patch.object(Machine, "here", return_value=machine):
+        yield
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, device, single_rank):
+    deterministic = "deterministic" in request.node.name
+    with (installed(request.param, deterministic) if device == "cuda"
+          else STAND_INS.get(request.param, contextlib.nullcontext)()):
         yield request.param
 
 
@@ -56,7 +81,7 @@ def build(name, head_dim):
     from hrm_megatron.transformer_config import hrm_config
 
     config = hrm_config(Architecture(1, HEADS * head_dim, HEADS, 16, 250), bf16=True, params_dtype=torch.bfloat16)
-    return KERNELS[name](config, layer_number=1, attn_mask_type=None, attention_type="self")
+    return KERNELS[name.split("-")[0]](config, layer_number=1, attn_mask_type=None, attention_type="self")
 
 
 def sequences_on(device, head_dim):
@@ -103,11 +128,11 @@ def test_deterministic_kernels_repeat_bitwise(single_rank, monkeypatch, device, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["varlen", "te"])
-def test_the_host_never_waits_for_the_device(single_rank, kernel):
-    if kernel == "te":
-        pytest.importorskip("transformer_engine.pytorch")
-    attention, inputs = build(kernel, 64), tensors(64, "cuda")
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "sdpa"])
+def test_the_host_never_waits_for_the_device(single_rank, name):
+    with installed(name):
+        attention = build(name, 64)
+    inputs = tensors(64, "cuda")
     want = outputs_and_gradients(attention, inputs, sequences_on("cuda", 64))  # compiles, and makes plans
     sequences = sequences_on("cuda", 64)
     torch.cuda.set_sync_debug_mode("error")

@@ -63,10 +63,10 @@ def test_layers_leave_the_device_and_come_back(step, parity, bp_steps):
 
 @pytest.mark.parametrize("layers", ["local", "transformer_engine"])
 @pytest.mark.parametrize("bp_steps", [2, 5, 8])
-def test_products_are_dropped(step, parity, bp_steps, layers):
+def test_gated_activations_are_recomputed(step, parity, bp_steps, layers):
     wanted, all_bytes = step(bp_steps, layers)
-    have, kept = step(bp_steps, layers, recompute_products=True)
+    have, kept = step(bp_steps, layers, recompute_gated_act=True)
     products = bp_steps * LAYERS * ROW_TOKENS * (HIDDEN + FFN) * 2
     assert all_bytes - kept == pytest.approx(products, rel=0.02)  # blocks of the allocator are rounded up
     # Other kernels than Megatron's, each rounding once to bf16, 2^-9, in every layer of every tick.
-    parity(f"products dropped, {layers}, bp {bp_steps}: gradients", furthest(have, wanted), 2e-2)
+    parity(f"gated_act recomputed, {layers}, bp {bp_steps}: gradients", furthest(have, wanted), 2e-2)

@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE_LIMIT = 400
-ORDER = ("config", "transformer_config", "data", "parallel", "layers", "attention", "model", "optim", "checkpoint",
-         "training", "convert", "generate", "evaluate", "planner", "benchmark")
+ORDER = ("config", "program", "transformer_config", "data", "parallel", "layers", "attention", "model", "optim",
+         "checkpoint", "training", "convert", "generate", "evaluate", "planner", "benchmark")
 RANKS = {name: rank for rank, name in enumerate(ORDER)} | {"pretrain": len(ORDER)}
 FREE_FOR_ALL = "hrm_megatron.parallel.cpu"  # must come before the first import of Megatron, wherever that is
 NO_TORCH = ("hrm_megatron/config.py", "hrm_megatron/model/schedule.py", "hrm_megatron/optim/schedule.py",
@@ -24,6 +24,7 @@ NO_MEGATRON = (*NO_TORCH, "hrm_megatron/convert/table.py", "hrm_megatron/data/mi
 TOP_LEVEL = {"hrm_megatron", "tools", "examples", "tests", "launch_scripts", "docs", "setup.py", "README.md",
              "pyproject.toml", "Makefile", "LICENSE"}  # and what starts with a dot
 DISTRIBUTIONS = {"megatron": "megatron-core", "yaml": "pyyaml"}  # where the import has another name
+OWNER_ONLY = ("save_file", "save_model", "serialize_file", "mkdtemp", "mkstemp", "NamedTemporaryFile")
 # In pieces, so that this file does not break its own rule.
 PRIVATE_PLACES = re.compile("|".join((
     r"(?<![\w.])/wo" + r"rk(?![a-z])", "shared" + "/golden", r"py" + r"pi\.org", "files.python" + "hosted",
@@ -102,6 +103,14 @@ def swallows_nothing(path: str, source: str) -> list[str]:
             and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))]
 
 
+def opens_what_is_made_for_its_owner_alone(path: str, source: str) -> list[str]:
+    """TemporaryDirectory is left out: nobody sees what vanishes with it."""
+    calls = [(node.lineno, ast.unparse(node.func).split(".")[-1]) for node in ast.walk(ast.parse(source))
+             if isinstance(node, ast.Call)]
+    return [f"{path}:{line}: {name} leaves files that only their owner can read; call follow_umask"
+            for line, name in calls if name in OWNER_ONLY and all(other != "follow_umask" for _, other in calls)]
+
+
 def names_no_private_place(path: str, source: str) -> list[str]:
     return [f"{path}:{number}: speaks of {found.group()}" for number, line in enumerate(source.splitlines(), 1)
             if (found := PRIVATE_PLACES.search(line))]
@@ -148,6 +157,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...], str], ...] = (  # rule, where it holds
     (is_short_and_named, ("",), ".py"),
     (is_short_and_named, ("",), ".sh"),
     (swallows_nothing, ("",), ".py"),
+    (opens_what_is_made_for_its_owner_alone, OURS, ".py"),
     (names_no_private_place, ("",), ""),
     (declares_its_imports, ("hrm_megatron/", "tools/"), ".py"),
 )
@@ -194,6 +204,8 @@ MODEL = "hrm_megatron/model/hrm.py"
     (is_short_and_named, "hrm_megatron/data/utils.py", ""),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept:\n    pass"),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept Exception as error:\n    pass"),
+    (opens_what_is_made_for_its_owner_alone, MODEL, "from safetensors import torch as st\nst.save_file({}, 'a')"),
+    (opens_what_is_made_for_its_owner_alone, "tools/plan.py", "from tempfile import mkdtemp\nfolder = mkdtemp()"),
     (names_no_private_place, "README.md", "cd /wo" + "rk/main"),
     (names_no_private_place, "Makefile", "pip install -i https://py" + "pi.org/simple x"),
     (names_no_private_place, MODEL, "# see shared" + "/golden"),
@@ -215,6 +227,7 @@ def test_a_rule_catches(rule: Rule, path: str, source: str) -> None:
     (only_training_asks_for_args, "hrm_megatron/training/step.py", "from megatron.training import get_args"),
     (only_training_asks_for_args, "tools/plan.py", "from typing import get_args"),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept KeyError:\n    pass"),
+    (opens_what_is_made_for_its_owner_alone, MODEL, "save_file(tensors, path)\nfollow_umask(path)"),
     (names_no_private_place, "README.md", "8 GPUs/workers, docs/work, --workers"),
     (declares_its_imports, MODEL, "import os\nimport yaml\nfrom megatron.core import mpu\nfrom . import specs"),
 ])

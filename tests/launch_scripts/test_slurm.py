@@ -60,7 +60,28 @@ def test_the_command_is_shown(script):
         assert part in shown.stdout
 
 
+OUTSIDE = dict(SLURM_NNODES="", SLURM_JOB_ID="", SLURM_JOB_NODELIST="", SLURM_GPUS_ON_NODE="")
+
+
+def test_the_command_is_shown_outside_a_job_too(script):
+    shown = script("--dry-run", **OUTSIDE, NODES="4", GPUS="8", TP="2")
+    assert shown.returncode == 0, shown.stderr
+    assert "srun --ntasks 4 " in shown.stdout and "--nproc-per-node 8 --rdzv-id JOB_ID " in shown.stdout
+
+
+def test_help_needs_no_job(script):
+    shown = script("--help", **OUTSIDE)
+    assert shown.returncode == 0 and "GPUS    per node" in shown.stdout and "#" not in shown.stdout
+
+
+def test_what_the_user_exported_reaches_the_ranks(script):
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in script("--dry-run", TP="2").stdout
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in (ROOT / SCRIPT).read_text()
+
+
 @pytest.mark.parametrize("variables, message", [
+    (dict(OUTSIDE, GPUS="8"), "outside a Slurm job --dry-run needs the number of nodes: set NODES"),
+    (dict(NODES="3"), "NODES=3, but Slurm gave the job 2 nodes"),
     (dict(TP="3"), "TP*PP*CP=3 does not divide the 2 GPUs of the job"),
     (dict(PP="x"), "are whole numbers from 1, not 'x'"),
     (dict(SLURM_NNODES=""), "not inside a Slurm job"),

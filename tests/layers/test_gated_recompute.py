@@ -33,15 +33,15 @@ def alive(monkeypatch):
     dict(recompute_granularity="selective", recompute_modules=["mlp"])], ids=["alone", "ticks", "core_attn", "mlp"])
 @pytest.mark.parametrize("bp_steps", [2, 5, 8])
 def test_gradients_are_those_without(single_rank, parity, bp_steps, settings):
-    have = gradients(build(recompute_products=True, **settings), bp_steps)
+    have = gradients(build(recompute_gated_act=True, **settings), bp_steps)
     worst = furthest(have, gradients(build(), bp_steps))
     # SwiGLU's own backward multiplies in another order.
-    parity(f"products dropped, {settings or 'alone'}, bp {bp_steps}: gradients", worst, 1e-6)
+    parity(f"gated_act recomputed, {settings or 'alone'}, bp {bp_steps}: gradients", worst, 1e-6)
 
 
 @pytest.mark.parametrize("bp_steps", [2, 5, 8])
 def test_one_product_at_a_time_has_memory(single_rank, alive, bp_steps):
-    model = build(recompute_products=True)
+    model = build(recompute_gated_act=True)
     scores = model(batch=batch(), bp_steps=bp_steps)[0]
     assert len(alive.made) == 8 * PER_STEP
     assert not any(one.product.untyped_storage().nbytes() for one in alive.made)
@@ -54,7 +54,7 @@ def test_one_product_at_a_time_has_memory(single_rank, alive, bp_steps):
 def test_a_product_is_no_longer_kept(single_rank):
     rows, kept = batch(), []
     for dropped in (False, True):
-        model = build(recompute_products=dropped)
+        model = build(recompute_gated_act=dropped)
         sequences = model.sequences(rows)
         shared = [*model.parameters(), *vars(sequences.rotation).values()]
         kept.append(kept_bytes(partial(model, batch=rows, bp_steps=5, sequences=sequences), shared))

@@ -34,7 +34,7 @@ def describe(module: str, attribute: str) -> str:
         return repr(place)
     if isinstance(place, torch._ops.OpOverloadPacket):
         return str(place.default._schema)
-    signature = inspect.signature(place)
+    signature = inspect.signature(place.__func__ if isinstance(place, classmethod) else place)
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
 

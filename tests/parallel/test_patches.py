@@ -30,6 +30,10 @@ STOCK = [
     ("megatron.training.training", "build_train_valid_test_data_iterators",
      "(build_train_valid_test_datasets_provider)"),
     ("megatron.core.dist_checkpointing.strategies.filesystem_async", "get_write_results_queue", "(mp_mode='spawn')"),
+    ("megatron.core.dist_checkpointing.strategies.async_utils", "AsyncCallsQueue.warmup_persistent_caller",
+     "(cls, rank, mp_mode='spawn', cpu_priority=10, io_priority=None)"),
+    ("megatron.core.dist_checkpointing.strategies.async_utils", "AsyncCallsQueue._get_async_caller", "(self)"),
+    ("megatron.core.dist_checkpointing.strategies.async_utils", "TemporalAsyncCaller", "()"),
     ("megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer", "_coalescing_manager",
      "(group=None, device=None, async_ops=False)"),
     ("torch.distributed", "init_process_group",
@@ -76,6 +80,8 @@ STOCK = [
      "expert_parallel=None, non_persistent_ckpt=False, train_data_iterator=None, "
      "preprocess_common_state_dict_fn=None, release=False, tp_group=None, pp_group=None, dp_cp_group=None, "
      "dp_group=None, expt_dp_group=None, rng_state_key_prefix='')"),
+    ("megatron.training.checkpointing", "schedule_async_save", "(async_request)"),
+    ("megatron.training.training", "maybe_finalize_async_save", "(blocking=False, terminate=False)"),
     # hrm_megatron/optim/sharded.py, hrm_megatron/training/fsdp.py
     ("megatron.core.optimizer", "FP32Optimizer", "(optimizer, config, init_state_fn)"),
     ("megatron.core.optimizer", "Float16OptimizerWithFloat16Params", "(optimizer, config, grad_scaler, init_state_fn)"),

@@ -105,8 +105,8 @@ def kept() -> dict[str, float]:
     batch = PackedBatch.from_rows({k: t[None] for k, t in assemble_row(examples, total).items()})
     found, state = {}, total * sizes.hidden_size * 2
     for dropped in (False, True):
-        model = build(TE, architecture=architecture, params_dtype=torch.bfloat16, bf16=True, recompute_products=dropped,
-                      bias_activation_fusion=not dropped, use_te_activation_func=dropped)
+        model = build(TE, architecture=architecture, params_dtype=torch.bfloat16, bf16=True,
+                      recompute_gated_act=dropped, bias_activation_fusion=not dropped, use_te_activation_func=dropped)
         layer, sequences = model.l_stack.layers[0], model.sequences(batch)
         core = layer.self_attention.core_attention
         core.__class__, core.primitive = VarlenAttention, torch_varlen  # refused for a model on a CPU

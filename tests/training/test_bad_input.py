@@ -1,4 +1,5 @@
 """What a user gets wrong costs one line, and nothing that is on disk."""
+import dataclasses
 import pickle
 import shutil
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from hrm_megatron.checkpoint.folders import TRACKER_FILE
+from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
 from hrm_megatron.data.store import StoreWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
 from tests.training.conftest import FULLBATCH, GOLDEN
@@ -19,9 +21,9 @@ SAMPLED = ["--sampled-data-path", FULLBATCH / "sampled"]
 @pytest.fixture
 def refused(launch, tmp_path):
     """Check that a run ends with one line that holds `parts`, writes nothing, and trains not a step."""
-    def check(*arguments, parts, ranks=1):
+    def check(*arguments, parts, ranks=1, prelude=""):
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-        run = launch(*arguments, ranks=ranks)
+        run = launch(*arguments, ranks=ranks, prelude=prelude)
         assert run.code == 2 and "Traceback" not in run.output, run.output
         assert len(run.errors) == 1 and all(part in run.errors[0] for part in parts), run.output
         assert "iteration        1/" not in run.output
@@ -43,7 +45,8 @@ def refused(launch, tmp_path):
     (["--use-megatron-fsdp", "--skip-train"], ["--use-megatron-fsdp does not go with --skip-train (what tools/conv"]),
     (["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"],
      ["--override-opt-param-scheduler does not go with --use-checkpoint-opt-param-scheduler: leave one of them out"]),
-    (["--use-megatron-fsdp", "--recompute-granularity", "full"],
+    (["--use-megatron-fsdp", "--recompute-granularity", "full", "--recompute-method", "uniform",
+      "--recompute-num-layers", 1],
      ["--use-megatron-fsdp does not go with recomputation of whole layers or MLPs"]),
     (["--use-megatron-fsdp", "--recompute-granularity", "selective", "--recompute-modules", "mlp"],
      ["--use-megatron-fsdp does not go with recomputation of whole layers or MLPs"]),
@@ -55,11 +58,16 @@ def refused(launch, tmp_path):
     (["--bp-min-steps", 4, "--bp-max-steps", 3], ["bp_min_steps=4, bp_max_steps=3"]),
     (["--bp-warmup-fraction", 1.5], ["bp_warmup_fraction=1.5 must lie between 0 and 1"]),
     (["--lr-warmup-iters", 4], ["warmup_steps=4", "--lr-warmup-iters"]),
-    (["--lr-decay-style", "linear"], ["--lr-decay-style linear: only cosine"]),
+    (["--lr-decay-style", "linear"], ["--lr-decay-style linear: only cosine is built", "give --min-lr the value of"]),
     (["--min-lr", 1], ["--min-lr 1.0 must lie between 0 and --lr 0.001"]),
     (["--hidden-size", 30], ["hidden_size=30 is not a multiple of num_attention_heads=4"]),
     (["--seq-length", 40], ["example", "takes 48 positions, more than a row of 40", "raise --seq-length"]),
-    (["--global-batch-size", 3, "--micro-batch-size", 2], ["command line: ", "(3) must be divisible by"]),
+    (["--global-batch-size", 3, "--micro-batch-size", 2],
+     ["--global-batch-size 3: is no multiple of 2, which is --micro-batch-size 2 x 1 replicas; choose 2 or 4"]),
+    (["--eval-global-batch-size", 3, "--eval-micro-batch-size", 4],
+     ["--eval-global-batch-size 3: is no multiple of 4", "--eval-micro-batch-size 4 x 1 replicas; choose 4"]),
+    (["--qk-layernorm"], ["--qk-layernorm: HRM-Text neither norms nor clips queries and keys; leave it out"]),
+    (["--train-iter", 4], ["unrecognized arguments: --train-iter 4; did you mean --train-iters?"]),
     (["--data-path", "somewhere"], ["no training data, or two kinds of it"]),
     (["--load", "nowhere"], ["--load nowhere: no checkpoint there"]),
     (["--recompute-ticks", 6], ["--recompute-ticks 6 must lie between 0 and 5", "--bp-max-steps"]),
@@ -71,10 +79,10 @@ def refused(launch, tmp_path):
     (["--recompute-activations", "--recompute-modules", "moe"], ["--recompute-modules moe: saves nothing"]),
     (["--cpu-offloading-num-layers", 1], ["--cpu-offloading-num-layers 1: Transformer Engine needs a CUDA device",
                                           "--recompute-ticks saves activations anywhere"]),
-    (["--fine-grained-activation-offloading"], ["--fine-grained-activation-offloading: not built"]),
-    (["--optimizer-cpu-offload"], ["--optimizer-cpu-offload: not built for this model", "it would train by Adam"]),
-    (["--use-precision-aware-optimizer"], ["--use-precision-aware-optimizer: not built for this model"]),
     (["--attention-kernel", "varlen"], ["--attention-kernel varlen: it ", "works here"]),  # in fp32 on any machine
+    (["--load-newest-valid"], ["--load-newest-valid: there is no checkpoint to load; give --load"]),
+    (["--no-verify-checkpoint"], ["--no-verify-checkpoint: there is no checkpoint to load"]),
+    (["--load-newest-valid", "--no-verify-checkpoint"], ["does not go with --no-verify-checkpoint"]),
     (["--init-scheme", "fixed_normal", "--h-cycles", 0], ["h_cycles=0: must be at least 1"]),
 ])
 def test_settings(refused, flags, parts):
@@ -102,6 +110,12 @@ def test_fsdp_that_cannot_be(refused, flags, ranks, parts):
     refused(*SIZES, *SAMPLED, *flags, parts=parts, ranks=ranks)
 
 
+def test_samples_that_are_less_than_a_step(refused):
+    at = SIZES.index("--train-iters")
+    refused(*SIZES[:at], *SIZES[at + 2:], *SAMPLED, "--train-samples", 1,
+            parts=["--train-samples 1: is less than one step of 2 rows (--global-batch-size); give at least 2"])
+
+
 def test_a_size_that_nobody_gave_is_named(refused):
     refused("--hrm-preset", "B", *SAMPLED, "--seq-length", 96, "--train-iters", 3, parts=["--lr is not set"])
 
@@ -112,6 +126,15 @@ def test_a_sampled_folder_with_an_index_out_of_range(refused, tmp_path):
     starts[3] = 10**6
     np.save(folder / "epoch_1" / "resp_start.npy", starts)
     refused(*SIZES, "--sampled-data-path", folder, parts=[f"{folder}/epoch_1/resp_start.npy: row 3 with value 1000000"])
+
+
+@pytest.mark.parametrize("prelude", ["", "from hrm_megatron.data import sampled; sampled.SCANNED_BYTES = 0"],
+                         ids=["when opened", "in its row"])
+def test_a_token_id_between_the_vocabulary_and_its_padding(refused, tmp_path, prelude):
+    folder = shutil.copytree(FULLBATCH / "sampled", tmp_path / "sampled")
+    np.save(folder / "tokens.npy", np.full_like(np.load(folder / "tokens.npy"), 255))
+    refused(*SIZES, "--sampled-data-path", folder, prelude=prelude,
+            parts=[f"{folder}/epoch_0, example ", "token 0 of its prefix has the id 255, but the vocabulary has 250"])
 
 
 @pytest.fixture
@@ -147,6 +170,7 @@ def saved(uninterrupted, tmp_path):
     (["--l-cycles", 2], ["its model has l_cycles=3, the command line makes 2"]),
     (["--norm-placement", "post"], ["its model has norm_placement=pre"]),
     (["--init-scheme", "fixed_normal"], ["its model has embedding_scale=5.65", "the command line makes 50.0"]),
+    (["--verify-integrity"], ["--verify-integrity: ", "iter_0000024 was saved without it; leave it out"]),
     (["--ckpt-step", 7], ["iter_0000007: not there; choose another with --ckpt-step (complete: iter_0000012, iter_"]),
 ])
 def test_a_checkpoint_that_does_not_fit(refused, fullbatch_arguments, saved, flags, parts):
@@ -155,6 +179,7 @@ def test_a_checkpoint_that_does_not_fit(refused, fullbatch_arguments, saved, fla
 
 def test_a_checkpoint_with_nothing_complete(refused, fullbatch_arguments, saved):
     for folder in saved.glob("iter_*"):
+        (folder / MANIFEST_FILE).unlink()  # else what is gone would be damage
         (folder / ".metadata").unlink()
     refused(*fullbatch_arguments, "--load", saved, "--save", saved,
             parts=["iter_0000024: half-written", "none is complete"])
@@ -172,16 +197,18 @@ def test_a_checkpoint_that_lost_a_shard(refused, fullbatch_arguments, saved):
 
 def test_the_state_of_one_weight_is_never_silently_fresh(refused, fullbatch_arguments, saved):
     place = saved / "iter_0000024" / ".metadata"
+    (place.parent / MANIFEST_FILE).unlink()
     metadata = pickle.loads(place.read_bytes())
     lost = "optimizer.state.ema.h_stack.layers.1.mlp.linear_fc2.weight"
-    entry = metadata.state_dict_metadata.pop(lost)
+    entry = metadata.state_dict_metadata[f"{lost}s"] = metadata.state_dict_metadata.pop(lost)
+    metadata.storage_data = {dataclasses.replace(index, fqn=f"{lost}s") if index.fqn == lost else index: info
+                             for index, info in metadata.storage_data.items()}
     place.write_bytes(pickle.dumps(metadata))
     refused(*fullbatch_arguments, "--load", saved, "--train-iters", 25,
             parts=[f"holds no ema of the optimizer for {lost[20:]}"])
     entry.chunks.pop()
-    metadata.state_dict_metadata[lost] = entry
     place.write_bytes(pickle.dumps(metadata))
-    refused(*fullbatch_arguments, "--load", saved, parts=[f"{lost}: its pieces are not the whole tensor of [32, 256]"])
+    refused(*fullbatch_arguments, "--load", saved, parts=[f"{lost}s: its pieces are not the whole tensor of [32, 256]"])
 
 
 def test_the_checkpoints_of_another_run_are_not_written_over(refused, fullbatch_arguments, saved, native_start):

@@ -58,4 +58,4 @@ def test_too_little_memory_names_ways_out(launch, fullbatch_arguments):
     run = launch(*fullbatch_arguments, prelude=NO_MEMORY)
     assert run.code == 1 and "Traceback" not in run.output and len(run.errors) == 1, run.output
     assert run.errors[0].startswith("error: rank 0: CUDA out of memory. Tried to allocate 20.00 MiB. Way out: "
-                                    "--recompute-products or ")
+                                    "--recompute-granularity selective ")

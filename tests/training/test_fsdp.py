@@ -2,6 +2,8 @@
 
 tests/training/test_layouts.py and test_gradients.py hold FSDP2 against the reference and against other layouts.
 """
+import re
+
 import pytest
 
 from hrm_megatron.checkpoint.folders import find_iteration
@@ -59,6 +61,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(from_seed, launch, fullb
     run = launch(*fullbatch_arguments, "--load", whole / "checkpoints", "--ckpt-step", 12, "--save", tmp_path / "new",
                  "--save-interval", 12, "--tensorboard-dir", tmp_path / "log", *flags, ranks=ranks)
     assert run.code == 0, run.output[-5000:]
+    assert re.search(r"checkpoint: \S+/iter_0000012 verified: 0\.00 GB in \S+ s$", run.output, re.MULTILINE)
     assert scalars(tmp_path / "log") == {step: loss for step, loss in scalars(whole / "log").items() if step > 12}
     ends = [find_iteration(folder) for folder in (tmp_path / "new", whole / "checkpoints")]
     assert not tensors_that_differ(*ends)

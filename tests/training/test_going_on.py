@@ -99,7 +99,7 @@ def arguments(**changes):
     """What a schedule is made of, as Megatron's parser leaves it."""
     return argparse.Namespace(**dict(
         lr=4e-3, min_lr=4e-4, lr_warmup_iters=4, lr_warmup_samples=0, lr_warmup_fraction=None, lr_decay_iters=None,
-        lr_decay_samples=None, lr_decay_style="cosine", train_iters=24, weight_decay=0.1, bp_min_steps=2,
+        train_iters=24, weight_decay=0.1, bp_min_steps=2,
         bp_max_steps=5, bp_warmup_fraction=0.6, global_batch_size=8, override_opt_param_scheduler=False,
         use_checkpoint_opt_param_scheduler=False) | changes)
 
@@ -208,9 +208,13 @@ def test_an_architecture_is_made_of_the_arguments_that_a_checkpoint_gives():
 
 
 def test_the_command_line_tells_what_was_given_by_hand(monkeypatch):
-    from hrm_megatron.training.arguments import given_by_hand
+    from megatron.training.arguments import parse_args
+
+    from hrm_megatron.training.arguments import add_hrm_arguments, given_by_hand
 
     # A value that is the default, a list, a switch and one of ours.
     monkeypatch.setattr("sys.argv", ["pretrain", "--num-layers", "2", "--h-cycles", "2", "--data-path", "a", "b",
                                      "--bf16", "--use-checkpoint-args"])
-    assert given_by_hand() == dict(num_layers=2, h_cycles=2, data_path=["a", "b"], bf16=True, use_checkpoint_args=True)
+    args = parse_args(add_hrm_arguments)
+    assert given_by_hand(args) == dict(num_layers=2, h_cycles=2, data_path=["a", "b"], bf16=True,
+                                       use_checkpoint_args=True)

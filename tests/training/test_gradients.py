@@ -18,7 +18,8 @@ STATE = "optimizer.state.exp_avg."
 TOLERANCE = 2e-6  # of the largest entry of the tensor: fp32 sums in another order
 ROWS = ["--num-layers", 4, "--hidden-size", 48, "--num-attention-heads", 4, "--ffn-hidden-size", 64, "--seq-length", 64,
         "--sampled-data-path", GOLDEN / "sampled", "--train-iters", 1, "--lr", 0, "--min-lr", 0, "--eval-iters", 0]
-MEGATRON_FSDP, PRODUCTS = "--use-megatron-fsdp", "--recompute-products"
+MEGATRON_FSDP = "--use-megatron-fsdp"
+GATED_ACT = ["--recompute-granularity", "selective", "--recompute-modules", "gated_act"]
 MORE = {
     "PP 2, 5 micro-batches": (2, [PP, 2, "--global-batch-size", 10]),
     "PP 4": (4, [PP, 4]),
@@ -26,9 +27,9 @@ MORE = {
     "PP 4, two phases, 8 micro-batches": (4, [PP, 4, *TWO_PHASES]),
     "PP 2, 3 layers by hand": (2, [PP, 2, "--decoder-first-pipeline-num-layers", 3,
                                    "--decoder-last-pipeline-num-layers", 1]),
-    "TP 2 x PP 2 + SP, products dropped": (4, [TP, 2, PP, 2, "--sequence-parallel", PRODUCTS]),
-    "FSDP2, products dropped": (2, [FSDP2, PRODUCTS]),
-    "Megatron-FSDP, products dropped": (2, [MEGATRON_FSDP, PRODUCTS]),
+    "TP 2 x PP 2 + SP, gated_act recomputed": (4, [TP, 2, PP, 2, "--sequence-parallel", *GATED_ACT]),
+    "FSDP2, gated_act recomputed": (2, [FSDP2, *GATED_ACT]),
+    "Megatron-FSDP, gated_act recomputed": (2, [MEGATRON_FSDP, *GATED_ACT]),
     "FSDP2, whole between forward and backward": (2, [FSDP2, "--torch-fsdp2-no-reshard-after-forward"]),
     "Megatron-FSDP": (2, [MEGATRON_FSDP]),
     "Megatron-FSDP x TP 2 + SP": (4, [MEGATRON_FSDP, TP, 2, "--sequence-parallel"]),
@@ -78,7 +79,7 @@ pretrain.parse_arguments, training.finalize_model_grads = parse_arguments, keep
 """
 FP64_TOLERANCE = 1e-13
 ALWAYS = [("PP 2, 5 micro-batches", 4), ("PP 4, two phases, 8 micro-batches", 2), ("CP 2 x TP 2 + SP", 5),
-          ("TP 2 x PP 2 + SP, products dropped", 5)]
+          ("TP 2 x PP 2 + SP, gated_act recomputed", 5)]
 
 
 @pytest.fixture(scope="session")

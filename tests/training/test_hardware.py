@@ -60,17 +60,13 @@ def test_compiled_layers_are_local_ones():
     (HOPPER, dict(tensor_model_parallel_size=2), "does not go with --tensor-model-parallel-size"),
     (HOPPER, dict(use_torch_fsdp2=True), "does not go with --use-torch-fsdp2"),
     (HOPPER, dict(use_megatron_fsdp=True), "does not go with --use-megatron-fsdp"),
-    (HOPPER, dict(recompute_products=True), "does not go with --recompute-products"),
+    (HOPPER, dict(recompute_gated_act=True), "does not go with --recompute-modules gated_act"),
     (HOPPER, dict(recompute_granularity="full"), "--recompute-granularity (--recompute-ticks works)"),
     (HOPPER, dict(recompute_activations=True), "--recompute-granularity (--recompute-ticks works)"),
-    (HOPPER, dict(compile_layers=False, cuda_graph_impl="local"), "--cuda-graph-impl: not built"),
-    (HOPPER, dict(compile_layers=False, enable_cuda_graph=True), "--cuda-graph-impl: not built"),
-    (HOPPER, dict(compile_layers=False, external_cuda_graph=True), "--cuda-graph-impl: not built"),
 ])
 def test_what_cannot_be_compiled(machine, changes, said):
-    usual = dict(compile_layers=True, cuda_graph_impl="none", enable_cuda_graph=False, external_cuda_graph=False,
-                 tensor_model_parallel_size=1, use_torch_fsdp2=False, use_megatron_fsdp=False, recompute_products=False,
-                 recompute_granularity=None, recompute_activations=False)
+    usual = dict(compile_layers=True, tensor_model_parallel_size=1, use_torch_fsdp2=False, use_megatron_fsdp=False,
+                 recompute_gated_act=False, recompute_granularity=None, recompute_activations=False)
     check_compilation(SimpleNamespace(**usual), HOPPER)
     with pytest.raises(ConfigError) as refused:
         check_compilation(SimpleNamespace(**usual | changes), machine)
@@ -80,8 +76,8 @@ def test_what_cannot_be_compiled(machine, changes, said):
 def flags(**changes):
     """A run of preset B in bf16 with FP8 layers on one GPU."""
     usual = dict(
-        transformer_impl=TE, compile_layers=False, bf16=True, fp8="hybrid", fp8_recipe="tensorwise", fp4=None,
-        fp8_output_proj=False, fp8_param_gather=False, first_last_layers_bf16=False, num_layers_at_start_in_bf16=1,
+        transformer_impl=TE, compile_layers=False, bf16=True, fp8="hybrid", fp8_recipe="tensorwise",
+        fp8_param_gather=False, first_last_layers_bf16=False, num_layers_at_start_in_bf16=1,
         num_layers_at_end_in_bf16=1, recompute_granularity=None, recompute_modules=None, num_layers=6, seq_length=4096,
         micro_batch_size=1, hidden_size=1024, ffn_hidden_size=2816, tensor_model_parallel_size=1,
         context_parallel_size=1, pipeline_model_parallel_size=1, sequence_parallel=False)
@@ -113,10 +109,6 @@ def test_precision_that_works(machine, changes):
     (HOPPER, dict(transformer_impl="local"), ["--fp8-format hybrid: --transformer-impl local has no FP8",
                                               "give --transformer-impl transformer_engine"]),
     (CPU, dict(transformer_impl="local"), ["--fp8-format hybrid: Transformer Engine needs a CUDA device", "leave it"]),
-    (HOPPER, dict(NO_FP8, fp8_param_gather=True), ["--fp8-param-gather: works on FP8 layers only", "--fp8-format"]),
-    (HOPPER, dict(NO_FP8, **FIRST_LAST), ["--first-last-layers-bf16: works on FP8 layers only"]),
-    (HOPPER, dict(NO_FP8, fp4="e2m1"), ["--fp4-format: not built"]),
-    (HOPPER, dict(fp8_output_proj=True), ["--fp8-output-proj: not built", "head stay in bf16"]),
     (HOPPER, dict(fp8_recipe="delayed", **FIRST_LAST), ["--first-last-layers-bf16: ", "--fp8-recipe tensorwise"]),
     (HOPPER, dict(FIRST_LAST, num_layers_at_start_in_bf16=4, pipeline_model_parallel_size=2),
      ["--num-layers-at-start-in-bf16 4: counts layers of each stack; choose 0 to 3"]),

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from hrm_megatron.config import Architecture
-from hrm_megatron.training.layout import describe, stage_parameters
+from hrm_megatron.parallel.main_grad import Apex
+from hrm_megatron.training import layout
+from hrm_megatron.training.layout import describe, explain_weight_gradients, stage_parameters
 
 ARGUMENTS = dict(
     world_size=16, tensor_model_parallel_size=2, pipeline_model_parallel_size=4, context_parallel_size=1,
@@ -15,7 +17,8 @@ ARGUMENTS = dict(
     norm_placement="pre", init_scheme="lecun_normal", init_std=None, layernorm_epsilon=1e-6, rotary_base=10_000,
     bp_min_steps=2, bp_max_steps=5, pipeline_schedule="auto", pipeline_window=None, attention_kernel="sdpa",
     decoder_first_pipeline_num_layers=2, decoder_last_pipeline_num_layers=1, params_dtype=torch.bfloat16,
-    use_torch_fsdp2=False, use_megatron_fsdp=False, data_parallel_sharding_strategy="optim_grads_params")
+    gradient_accumulation_fusion=False, compile_layers=False, transformer_impl="local", use_torch_fsdp2=False,
+    use_megatron_fsdp=False, data_parallel_sharding_strategy="optim_grads_params")
 
 
 def test_stages_hold_together_what_one_model_holds(single_rank):
@@ -44,13 +47,33 @@ def test_the_description_counts_per_rank():
         "ticks alive on a stage",
         f"  pipeline at bp 5: two phases; the first stage keeps {states:.3f} GiB of states; simulated bubble 2.9%, 23 "
         "ticks alive on a stage"]
-    assert lines[7:] == ["  attention: sdpa (torch's scaled_dot_product_attention, a call for each piece of an "
+    assert lines[7:] == ["  weight gradients: summed over the ticks of a micro-batch by autograd, in bfloat16",
+                         "  attention: sdpa (torch's scaled_dot_product_attention, a call for each piece of an "
                          "example), as asked"]
     windows = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_window=16))).splitlines()
     assert windows[6] == ("  pipeline at bp 5: two phases for each of 2 windows; the first stage keeps "
                           f"{states / 2:.3f} GiB of states; simulated bubble 5.2%, 23 ticks alive on a stage")
     one = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_schedule="stock"))).splitlines()
     assert one[6] == "  pipeline at bp 5: one phase; simulated bubble 6.9%, 20 ticks alive on a stage"
+
+
+KERNELS, BROKEN = object(), "its import fails (ImportError: undefined symbol)"
+
+
+@pytest.mark.parametrize(("cuda", "apex", "options", "line"), [
+    (False, Apex(None, "no CUDA device"), {}, "torch's product"),
+    (True, Apex(KERNELS), {}, "Apex's fused kernel"),
+    (True, Apex(None, "not installed"), {}, "torch's product (Apex's fused kernel: not installed)"),
+    (True, Apex(None, BROKEN), {}, f"torch's product (Apex's fused kernel: {BROKEN})"),
+    (True, Apex(KERNELS), dict(compile_layers=True), "torch's product, compiled, in the head by Apex's fused kernel"),
+    (True, Apex(KERNELS), dict(transformer_impl="transformer_engine"),
+     "Transformer Engine, in the head by Apex's fused kernel"),
+])
+def test_who_adds_the_gradients_of_weights_is_told(monkeypatch, cuda, apex, options, line):
+    monkeypatch.setattr(layout, "find_apex", lambda: apex)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    args = argparse.Namespace(**ARGUMENTS | dict(gradient_accumulation_fusion=True) | options)
+    assert explain_weight_gradients(args) == f"of every tick added to Megatron's buffer by {line}"
 
 
 def test_the_shares_of_context_ranks_are_told(launch, fullbatch_arguments):

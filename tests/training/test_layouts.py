@@ -109,20 +109,30 @@ def test_a_layout_goes_on_where_another_stopped(trained, uninterrupted, launch, 
     parity(f"{saved} to {loaded}: 5 losses", max(abs(ours[step] - one[step]) for step in ours), RESUME_TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", some(["TP 2 + SP", "PP 2", "CP 2", "TP 4", "TP 2 x PP 2 + SP"], {"PP 2"}))
-def test_all_layouts_begin_with_the_same_model(launch, fullbatch_arguments, parity, tmp_path, layout):
-    """Bitwise: a step at a rate of zero, saved."""
-    ends = []
-    for name in ("1 process", layout):
-        ranks, flags = LAYOUTS[name]
-        folder = tmp_path / name.replace(" ", "")
-        run = launch(*fullbatch_arguments, "--lr", 0, "--min-lr", 0, "--train-iters", 1, "--lr-warmup-iters", 0,
-                     "--save", folder, *flags, ranks=ranks)
-        assert run.code == 0, run.output[-5000:]
-        ends.append(read_megatron(find_iteration(folder)))
-    difference = max((ends[0].read("raw", entry) - ends[1].read("raw", entry)).abs().max().item()
-                     for entry in table(ends[0].architecture))
-    parity(f"{layout}: initial weights", difference, 0.0)
+@pytest.fixture(scope="session")
+def begun(launch, fullbatch_arguments, tmp_path_factory):
+    """The checkpoint of a model that was drawn from the seed in a layout: a step at a rate of zero, saved."""
+    done = {}
+
+    def begin(layout):
+        if layout not in done:
+            ranks, flags = {**LAYOUTS, "Megatron-FSDP": (2, ["--use-megatron-fsdp"])}[layout]
+            folder = tmp_path_factory.mktemp("begun")
+            run = launch(*fullbatch_arguments, "--lr", 0, "--min-lr", 0, "--train-iters", 1, "--lr-warmup-iters", 0,
+                         "--save", folder, *flags, ranks=ranks)
+            assert run.code == 0, run.output[-5000:]
+            done[layout] = read_megatron(find_iteration(folder))
+        return done[layout]
+    return begin
+
+
+@pytest.mark.parametrize("layout", some(["TP 2 + SP", "PP 2", "CP 2", "TP 4", "TP 2 x PP 2 + SP", "DP 2", "FSDP2",
+                                         "FSDP2 x TP 2 + SP", "Megatron-FSDP"], {"PP 2"}))
+def test_all_layouts_begin_with_the_same_model(begun, parity, layout):
+    one, other = begun("1 process"), begun(layout)
+    difference = max((one.read("raw", entry) - other.read("raw", entry)).abs().max().item()
+                     for entry in table(one.architecture))
+    parity(f"{layout}: initial weights, bitwise", difference, 0.0)
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import torch
 
 from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.folders import TRACKER_FILE, complete_iterations, find_iteration
+from hrm_megatron.checkpoint.manifest import read_manifest
+from hrm_megatron.checkpoint.verify import verify
 from tests.training.conftest import scalars
 
 
@@ -39,14 +41,23 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(launch, fullbatch_argume
     assert tensors_that_differ(ends[0], stopped / "iter_0000012")  # it has trained
 
 
+IN_BACKGROUND = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_save_in_the_background_is_the_same_save(launch, fullbatch_arguments, native_start, uninterrupted, tmp_path,
                                                    ranks):
-    run = launch(*fullbatch_arguments, "--load", native_start, "--save", tmp_path, "--save-interval", 6, "--async-save",
+    run = launch(*fullbatch_arguments, "--load", native_start, "--save", tmp_path, "--save-interval", 6, *IN_BACKGROUND,
                  "--exit-interval", 12, ranks=ranks)
     assert run.code == 0, run.output[-3000:]
+    assert "scheduled an async checkpoint save at iteration" in run.output
     assert complete_iterations(tmp_path) == ["iter_0000006", "iter_0000012"]
     assert (tmp_path / TRACKER_FILE).read_text() == "12"
+    manifests = [read_manifest(tmp_path / name) for name in complete_iterations(tmp_path)]
+    assert [(manifest.iteration, manifest.save) for manifest in manifests] == [(6, 1), (12, 2)]
+    assert set(manifests[1].files) == {".metadata", "metadata.json",
+                                       *(path.name for path in manifests[1].folder.glob("*.distcp"))}
+    assert verify(manifests[1].folder) == sum(path.stat().st_size for path in manifests[1].folder.glob("*.distcp"))
     if ranks == 1:
         assert not tensors_that_differ(tmp_path / "iter_0000012", uninterrupted / "checkpoints" / "iter_0000012")
     again = launch(*fullbatch_arguments, "--load", tmp_path, "--exit-interval", 14, "--tensorboard-dir",
@@ -89,6 +100,9 @@ MOMENTS = {
                 os.kill(os.getpid(), signal.SIGKILL)
             return found
         place.get_checkpoint_tracker_filename = tracker""",
+    "in its manifest": """
+        from hrm_megatron.training import verification as place
+        place.write_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)""",
 }
 
 
@@ -99,13 +113,14 @@ def test_a_kill_during_a_save_costs_no_more_than_that_save(launch, fullbatch_arg
     killed = launch(*flags, prelude="import os, signal\n" + textwrap.dedent(MOMENTS[moment]))
     assert killed.code == -9, killed.output
     assert (stopped / "iter_0000013").is_dir()
-    whole = moment == "in the tracker"
+    whole = moment in ("in the tracker", "in its manifest")
     assert complete_iterations(stopped) == ["iter_0000012"] + ["iter_0000013"] * whole
 
     again = launch(*flags, "--tensorboard-dir", tmp_path / "log")
     assert again.code == 0, again.output
     first = 14 if whole else 13
-    assert ("going on from iter_0000013, the latest that is complete" in again.output) == whole
+    assert ("going on from iter_0000013, the latest that is complete" in again.output) == (moment == "in the tracker")
+    assert ("it has no manifest.json: " in again.output) == whole
     assert scalars(tmp_path / "log")[first] == scalars(uninterrupted / "log")[first]
     assert find_iteration(stopped).name == ("iter_0000024" if whole else "iter_0000013")
 
@@ -114,7 +129,7 @@ def test_a_kill_during_a_save_costs_no_more_than_that_save(launch, fullbatch_arg
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
 
 
-@pytest.mark.parametrize("ranks, flags", [(1, []), (2, []), (2, ["--async-save"])])
+@pytest.mark.parametrize("ranks, flags", [(1, []), (2, []), (2, IN_BACKGROUND)])
 def test_a_failing_disk_is_one_line_and_keeps_what_was_saved(launch, fullbatch_arguments, stopped, ranks, flags):
     before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
     run = launch(*fullbatch_arguments, "--load", stopped, "--save", stopped, "--save-interval", 13, *flags,

@@ -114,7 +114,7 @@ def test_without_validation_data_the_default_flags_train_whole(launch, tmp_path)
 
 
 def test_a_checkpoint_that_is_not_there_gives_no_model(launch, tmp_path):
-    for flags, part in (([], "--use-checkpoint-args: no checkpoint is named"),
+    for flags, part in (([], "--use-checkpoint-args: has no effect without --load or --pretrained-checkpoint"),
                         (["--load", tmp_path], f"--load {tmp_path}: no checkpoint there")):
         run = launch(*DATA, *LAYOUT, "--train-iters", 4, "--lr", 1e-3, "--use-checkpoint-args", *flags)
         assert run.code == 2 and len(run.errors) == 1 and part in run.errors[0], run.output

@@ -1,0 +1,98 @@
+"""Verify every byte of a checkpoint's folder, alone or as one of several ranks that share the work."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+
+from hrm_megatron.checkpoint.archive import WAY_OUT, DamagedError, naming
+from hrm_megatron.checkpoint.dcp import DCPFolder, Piece
+from hrm_megatron.checkpoint.folders import CONFIG_FILE, last_saved_first
+from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
+from hrm_megatron.config import ConfigError
+
+WITHOUT_MANIFEST = f"has no {MANIFEST_FILE}: its tensors were held against their CRC32s, other files only read"
+UNVERIFIED = "was not verified (--no-verify-checkpoint)"
+FORMAT = CheckpointingConfig("torch_dist")
+
+
+def verify(folder: Path, rank: int = 0, ranks: int = 1) -> int:
+    """Verify this rank's share of the folder of an iteration, and return of how many bytes the contents were read.
+
+    All ranks look at which files there are and what `.metadata` says; all contents are read once by the ranks together.
+    Raises DamagedError with the first thing that is wrong.
+    """
+    with naming(folder):
+        stored = DCPFolder(folder)
+        check_around_tensors(stored, rank, ranks)
+        mine = share(stored.pieces(), rank, ranks)
+        stored.check_pieces(mine)
+    return sum(piece.length for piece in mine)
+
+
+def check_around_tensors(stored: DCPFolder, rank: int = 0, ranks: int = 1) -> str:
+    """Verify what is cheap: which files there are, how long, and this rank's share of what the manifest covers.
+
+    Returns a remark where there is no manifest, "" otherwise.
+    """
+    _check_config(stored.path / CONFIG_FILE)
+    stored.check_files()
+    if manifest := stored.manifest:
+        named = re.fullmatch(r"iter_(\d{7,})", stored.path.name)
+        if named and int(named[1]) != manifest.iteration:
+            raise DamagedError(f"{stored.path / MANIFEST_FILE}: of iteration {manifest.iteration}; {WAY_OUT}")
+        manifest.check_sizes()
+        for name in sorted(manifest.files)[rank::ranks]:
+            manifest.check_file(name)
+    return "" if manifest else WITHOUT_MANIFEST
+
+
+def share(pieces: Sequence[Piece], rank: int, ranks: int) -> list[Piece]:
+    """Choose the pieces whose middle lies in this rank's part of all bytes: each rank reads one long stretch."""
+    total_bytes = sum(piece.length for piece in pieces)
+    chosen, before = [], 0
+    for piece in pieces:
+        if (2 * before + piece.length) * ranks // (2 * total_bytes) == rank:
+            chosen.append(piece)
+        before += piece.length
+    return chosen
+
+
+@contextlib.contextmanager
+def naming_another(folder: Path) -> Iterator[None]:
+    """Let an error about this iteration's damage name the newest one that verifies."""
+    try:
+        yield
+    except DamagedError as error:
+        for name in last_saved_first(folder.parent):
+            if name != folder.name and _is_whole(folder.parent / name):
+                raise ConfigError(f"{error}; the newest that verifies: --ckpt-step {iteration_of(name)}") from error
+        raise ConfigError(f"{error}; no other in {folder.parent} verifies") from error
+
+
+def iteration_of(name: str) -> int:
+    return int(name.removeprefix("iter_"))
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except DamagedError:
+        return False
+    return True
+
+
+def _check_config(place: Path) -> None:
+    """Refuse a metadata.json that Megatron would not understand; Megatron-FSDP and HRM-Text write none."""
+    if place.exists():
+        with naming(place):
+            known = {field.name for field in dataclasses.fields(FORMAT)}
+            content = json.loads(place.read_text(encoding="utf-8"))
+            found = CheckpointingConfig(**{name: value for name, value in content.items() if name in known})
+            if found != FORMAT:
+                raise ValueError(f"{found} is not {FORMAT}")

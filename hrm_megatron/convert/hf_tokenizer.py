@@ -1,0 +1,75 @@
+"""The tokenizer beside an export: prompts as prefixes, batches padded on the left with a token that exists."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, processors
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.tokenizer import BOQ, CONFIG_FILE, EOA, EOQ, PAD, TAG_TOKENS, TextTokenizer, tokenizer_files
+
+PAD_TOKENS = (PAD, "<|endoftext|>", EOA)  # the last is in every tokenizer that TextTokenizer takes
+# One question, since training has no other kind of prompt; `condition` may be given to apply_chat_template.
+CHAT_TEMPLATE = (
+    "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
+    "{{- raise_exception('this model takes one message, of the role user') -}}{%- endif -%}"
+    f"{{%- set tokens = {json.dumps(TAG_TOKENS)} -%}}"
+    f"{{{{- '{BOQ}' -}}}}"
+    "{%- for tag in (condition or '').split(',') if tag.strip() -%}"
+    "{%- if tag.strip() not in tokens -%}"
+    "{{- raise_exception('unknown tag ' ~ tag ~ '; use ' ~ tokens | join(', ')) -}}{%- endif -%}"
+    "{{- tokens[tag.strip()] -}}{%- endfor -%}"
+    f"{{{{- messages[0]['content'] ~ '{EOQ}' -}}}}"
+)
+
+
+@dataclass(frozen=True)
+class ExportTokenizer:
+    """A tokenizer as transformers shall load it; `pad_token` fills up batches."""
+
+    text: TextTokenizer
+    pad_token: str
+
+    @staticmethod
+    def open(path: str | Path) -> ExportTokenizer:
+        """Load a tokenizer folder or a tokenizer.json.
+
+        It pads with the token that tokenizer_config.json names, if that is a special token of the tokenizer.json beside
+        it, else with the first of PAD_TOKENS that is.
+        """
+        text = TextTokenizer(path)
+        named = _config_beside(text.path).get("pad_token")
+        own = named.get("content") if isinstance(named, dict) else named
+        return ExportTokenizer(text, next(token for token in (str(own), *PAD_TOKENS) if token in text.special_ids))
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """Ids by the names of transformers' configurations."""
+        return dict(pad_token_id=self.text.special_ids[self.pad_token], bos_token_id=self.text.boq,
+                    eos_token_id=self.text.eoa)
+
+    def write(self, folder: Path, max_tokens: int) -> None:
+        """Write files that let transformers mark a prompt as prefix, and a second text as response."""
+        tokenizer = Tokenizer.from_file(str(self.text.path))
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A:1", pair="$A:1 $B:0")
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        files = tokenizer_files(tokenizer, "tokenizer", self.pad_token, model_max_length=max_tokens,
+                                chat_template=CHAT_TEMPLATE)
+        for name, content in files.items():
+            (folder / name).write_text(content, encoding="utf-8")
+
+
+def _config_beside(tokenizer_file: Path) -> dict[str, Any]:
+    path = tokenizer_file.with_name(CONFIG_FILE)
+    if not path.is_file():
+        return {}
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot read ({error}); copy the tokenizer again, or give its tokenizer.json alone"
+                          ) from error
+    return loaded if isinstance(loaded, dict) else {}

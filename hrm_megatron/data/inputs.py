@@ -1,0 +1,85 @@
+"""The jsonl files that a command line names, and the flags that say how to read them: one set for all tools."""
+from __future__ import annotations
+
+import argparse
+import glob
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.example import FIELDS, RowFormat
+from hrm_megatron.data.text_files import is_blank_jsonl
+
+SUFFIX = ".jsonl"
+SHOWN_NAMES = 5
+
+log = logging.getLogger(__name__)
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `find_inputs` and `row_format` read, and --on-bad-row."""
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, globs or folders of jsonl")
+    parser.add_argument("--json-keys", nargs=3, default=FIELDS, metavar=("CONDITION", "INSTRUCTION", "RESPONSE"),
+                        help="names of the fields in your rows (default: the names above in lower case)")
+    parser.add_argument("--default-condition", metavar="TAGS",
+                        help="comma-separated tags of rows that have no condition, or '' for none; the reference's "
+                             "own is direct (default: such a row is bad)")
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error",
+                        help="stop at a bad row, or count and leave it out (default: %(default)s)")
+
+
+def row_format(args: argparse.Namespace) -> RowFormat:
+    return RowFormat(tuple(args.json_keys), args.default_condition)
+
+
+def find_inputs(inputs: Sequence[str]) -> list[Path]:
+    """Resolve files, glob patterns and folders (searched for *.jsonl) in the order given, each file once.
+
+    What is no jsonl is refused by what it is. What lies beside and is not read is named in a warning.
+    """
+    found: dict[str, Path] = {}
+    unread: dict[Path, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            candidates = sorted(_walk(path))
+            files = [file for file in candidates if file.suffix == SUFFIX and file.is_file()]
+        elif path.exists():
+            candidates = files = [path]
+            if not path.is_file():
+                raise ConfigError(f"--input {name} is no file that can be read twice; write it to one first")
+        else:
+            matches = [Path(match) for match in glob.glob(name, recursive=True)]
+            files = sorted(match for match in matches if match.is_file())
+            # a.jsonl.gz beside b.jsonl, for *.jsonl
+            candidates = [*matches, *map(Path, glob.glob(f"{name}.*", recursive=True))]
+        unread.update(dict.fromkeys(file for file in candidates if file not in files))
+        if not files:
+            what = "has no *.jsonl" if path.is_dir() else "matches no file"
+            raise ConfigError(f"--input {name} {what}{_beside(unread)}; give files, globs or folders of jsonl")
+        for file in files:
+            found.setdefault(os.path.abspath(file), file)
+    read = {path for file in found.values() for path in (file.absolute(), *file.absolute().parents)}
+    if names := [path for path in unread if path.absolute() not in read]:
+        log.warning("not read: %s", _listed(names))
+    if blank := [path for path in found.values() if is_blank_jsonl(path)]:
+        log.warning("no row in: %s", _listed(blank))
+    return list(found.values())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder, and the links to other folders, which are not followed."""
+    for here, folders, files in os.walk(folder):
+        yield from (Path(here) / name for name in files)
+        yield from (link for name in folders if (link := Path(here) / name).is_symlink())
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    more = len(paths) - SHOWN_NAMES
+    return ", ".join(map(str, paths[:SHOWN_NAMES])) + (f" and {more} more" if more > 0 else "")
+
+
+def _beside(unread: dict[Path, None]) -> str:
+    return f" (but {_listed(list(unread))})" if unread else ""

@@ -1,0 +1,108 @@
+"""How a program of ours ends: a refusal or a signal is one line and an exit status, and leaves nothing half-written."""
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from hrm_megatron.config import ConfigError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_held_blocks = 0
+_waiting: int | None = None  # the signal that came in a held block
+
+
+class Stopped(SystemExit):
+    """A signal asks the program to end, with status 128 + its number. `except Exception` lets it pass."""
+
+
+def listen() -> None:
+    """Make SIGINT, SIGTERM and SIGHUP raise `Stopped` from here on, and end the program with one line about it.
+
+    Call it before the imports that take seconds. A signal that the caller ignores (nohup, a background job) stays
+    ignored.
+    """
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by something else than Python
+            signal.signal(number, _on_signal)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """`listen` for the length of a block that writes files, in a program that leaves signals to others."""
+    if threading.current_thread() is not threading.main_thread():  # handlers are the main thread's
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    listen()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] = ()) -> int:
+    """Do `work` and return the exit status of the program: bad input is one line on stderr and status 1.
+
+    `refusals` are more kinds of errors whose message is for the user.
+    """
+    expected: tuple[type[Exception], ...] = (ConfigError, OSError, *refusals)
+    try:
+        work()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `head` and the like have read enough; Python would flush, and fail, once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except expected as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let signals wait for the end of the block, which renames or removes files and must not stop half-way."""
+    global _held_blocks, _waiting
+    _held_blocks += 1
+    try:
+        yield
+    finally:
+        _held_blocks -= 1
+        if not _held_blocks and _waiting is not None:
+            number, _waiting = _waiting, None
+            _on_signal(number, None)
+
+
+def run_command(command: Sequence[str | Path], output: IO[str] | None = None) -> int:
+    """Run a command and return its exit code; if this program is stopped, so is the command, which ends in peace."""
+    with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT if output else None) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()  # leaving the block waits: a launcher has ranks to end
+            raise
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _waiting
+    if _held_blocks:
+        _waiting = number
+        return
+    atexit.unregister(_say_stopped)
+    atexit.register(_say_stopped, number)  # after progress bars are closed and everything is cleared away
+    raise Stopped(128 + number)
+
+
+def _say_stopped(number: int) -> None:
+    print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)

@@ -1,0 +1,11 @@
+"""Print docs/flags.md."""
+from __future__ import annotations
+
+from hrm_megatron.parallel.cpu import activate
+
+activate()
+
+from hrm_megatron.training.flags.document import document  # noqa: E402
+from hrm_megatron.training.flags.parser import VERSION, full_parser  # noqa: E402
+
+print(document(full_parser(), VERSION), end="")

@@ -1,0 +1,15 @@
+"""Reasons, and ways out, that hold for flags of several groups."""
+from __future__ import annotations
+
+NO_EXPERTS = "an HRM has no experts"
+OTHER_LAYERS = "an HRM has no such layers"
+OWN_WEIGHTS = "an HRM draws its weights by the seed and their names"
+BY_INIT_SCHEME = "choose by --init-scheme and --init-std"
+ONLY_GENERATION = "Megatron's inference engine reads it, and no training"
+BY_GENERATE = "leave it out: tools/generate.py answers"
+UNTESTED = "never run with weights that several ticks of a step use"
+TICKS_ARE_CHUNKS = "every tick of an HRM is a virtual chunk of the pipeline"
+OWN_CONTEXT = "context parallel ranks of an HRM gather keys and values, whatever it says"
+IN_BF16 = "not built; --fp8-format covers the linear layers of both stacks, attention and head stay in bf16"
+TWO_BUFFERS = "two buffers are too few: ticks hold weights of more layers at a time"
+FIRST_AND_LAST = "leave it out: --decoder-first- and --decoder-last-pipeline-num-layers shift layers"

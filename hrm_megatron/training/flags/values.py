@@ -1,0 +1,84 @@
+"""Values that do not go together, or not with what is on disk: one line where Megatron has a traceback."""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from hrm_megatron.config import ConfigError, refuse_beside
+
+FOLDERS = ("save", "load", "pretrained_checkpoint", "tensorboard_dir", "wandb_save_dir", "data_cache_path",
+           "sampled_data_path")
+FILES = ("nccl_communicator_config_path",)
+MULTIPLES = {"save_retain_interval": "save_interval", "log_memory_interval": "log_interval"}
+
+
+def check_values(args: argparse.Namespace, cuda: bool) -> None:
+    """Refuse what the flags one by one do not show; `cuda` says whether there is a GPU."""
+    for name in FOLDERS:
+        if (place := getattr(args, name)) and Path(place).is_file():
+            raise ConfigError(f"{_flag(name)} {place}: a file is there; name a folder")
+    for name in FILES:
+        if (place := getattr(args, name)) and not Path(place).is_file():
+            raise ConfigError(f"{_flag(name)} {place}: no such file; correct the path")
+    refuse_beside("--bf16", {"--fp16": args.bf16 and args.fp16})
+    refuse_beside("--train-iters", {"--train-samples": args.train_iters and args.train_samples})
+    refuse_beside("--lr-decay-iters", {"--train-samples (count in steps: --train-iters)":
+                                       args.lr_decay_iters and args.train_samples})
+    for warmup, others in (("--lr-warmup-fraction", ("lr_warmup_iters", "lr_warmup_samples")),
+                           ("--train-samples", ("lr_warmup_iters",))):
+        if getattr(args, _dest(warmup)):
+            refuse_beside(warmup, {_flag(other): getattr(args, other) for other in others})
+    for name, unit in MULTIPLES.items():
+        if (interval := getattr(args, name)) and interval % getattr(args, unit):
+            raise ConfigError(f"{_flag(name)} {interval}: is no multiple of {_flag(unit)} {getattr(args, unit)}; "
+                              "choose one")
+    _check_recomputation(args)
+    if args.wandb_project and not (args.wandb_save_dir or args.save):
+        raise ConfigError(f"--wandb-project {args.wandb_project}: there is no folder for its files; give --save or "
+                          "--wandb-save-dir")
+    if args.wandb_project and args.wandb_exp_name == "":
+        raise ConfigError(f"--wandb-project {args.wandb_project}: --wandb-exp-name is empty; give the run a name, or "
+                          "leave that flag out")
+    if args.profile and not args.use_pytorch_profiler and not cuda:
+        raise ConfigError("--profile: Nsight Systems needs a CUDA device, and there is none; add "
+                          "--use-pytorch-profiler")
+    if args.async_save and args.async_strategy == "nvrx" and not importlib.util.find_spec("nvidia_resiliency_ext"):
+        raise ConfigError("--async-save: --async-strategy nvrx needs the Python package nvidia-resiliency-ext, which "
+                          "is not installed; install it, or give --async-strategy mcore")
+
+
+def _check_recomputation(args: argparse.Namespace) -> None:
+    if args.recompute_granularity == "full" and not (args.recompute_method and args.recompute_num_layers):
+        raise ConfigError("--recompute-granularity full: say which layers; give --recompute-method and "
+                          "--recompute-num-layers, or --recompute-ticks in its place")
+    if args.recompute_granularity == "selective":
+        refuse_beside("--recompute-granularity selective", {"--recompute-method": args.recompute_method,
+                                                            "--recompute-num-layers": args.recompute_num_layers})
+
+
+def check_batch(args: argparse.Namespace) -> None:
+    """Refuse steps, or evaluations, that cannot be divided into micro-batches on all replicas."""
+    ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    replicas = args.world_size // ranks
+    for prefix in ("", "eval_"):
+        rows = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size
+        micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
+        unit = micro * replicas
+        if rows and rows % unit:
+            near = [multiple for multiple in (rows // unit * unit, (rows // unit + 1) * unit) if multiple]
+            flag = _flag(f"{prefix}global_batch_size")
+            raise ConfigError(f"{flag} {rows}: is no multiple of {unit}, which is --{prefix.replace('_', '-')}"
+                              f"micro-batch-size {micro} x {replicas} replicas; choose {' or '.join(map(str, near))}")
+    step = args.global_batch_size or args.micro_batch_size * replicas
+    if args.train_samples and args.train_samples < step:
+        raise ConfigError(f"--train-samples {args.train_samples}: is less than one step of {step} rows "
+                          f"(--global-batch-size); give at least {step}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _dest(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")

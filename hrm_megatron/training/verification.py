@@ -1,0 +1,113 @@
+"""Over all ranks: verify the checkpoint that a run goes on from, and write the manifest of one that it has saved."""
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
+
+from hrm_megatron.checkpoint.folders import last_saved_first
+from hrm_megatron.checkpoint.manifest import (
+    MANIFEST_FILE,
+    TENSORS,
+    FileRecord,
+    describe,
+    describe_folder,
+    read_manifest,
+    write_manifest,
+)
+from hrm_megatron.checkpoint.verify import UNVERIFIED, WITHOUT_MANIFEST, iteration_of, verify
+from hrm_megatron.config import ConfigError, refuse_beside
+from hrm_megatron.transformer_config import architecture_of
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags about the verification that would do nothing."""
+    if args.load_newest_valid:
+        refuse_beside("--load-newest-valid", {"--no-verify-checkpoint": not args.verify_checkpoint})
+    for flag, given in (("--load-newest-valid", args.load_newest_valid),
+                        ("--no-verify-checkpoint", not args.verify_checkpoint)):
+        if given and not (args.load or args.pretrained_checkpoint):
+            raise ConfigError(f"{flag}: there is no checkpoint to load; give --load, or leave it out")
+
+
+def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Callable[[Path], object]) -> None:
+    """Verify the iteration that is about to be loaded, each rank a share; if it is damaged, raise ConfigError on all.
+
+    With --load-newest-valid, the newest other one that verifies is loaded instead, if `check_fit` accepts it.
+    """
+    if folder is None:
+        return
+    if args.verify_integrity and not (folder / INTEGRITY_FNAME).exists():
+        raise ConfigError(f"--verify-integrity: {folder} was saved without it; leave it out, for every checkpoint "
+                          "is verified")
+    if not args.verify_checkpoint:
+        _say(f"{folder} {UNVERIFIED}")
+        return
+    damage = _verify_together(folder)
+    if damage is None:
+        return
+    # Megatron cannot be told to load iteration 0, a model before its first step.
+    others = (name for name in last_saved_first(folder.parent) if name != folder.name and iteration_of(name))
+    other = next((name for name in others if _verify_together(folder.parent / name) is None), None)
+    if other is None:
+        raise ConfigError(f"{damage}; no other iteration in {folder.parent} verifies")
+    if not args.load_newest_valid:
+        raise ConfigError(f"{damage}; the newest that verifies: --ckpt-step {iteration_of(other)}, which "
+                          "--load-newest-valid takes by itself")
+    check_fit(folder.parent / other)
+    args.ckpt_step = iteration_of(other)
+    _say(f"{damage}; going on from {other}, the newest that verifies")
+
+
+def _verify_together(folder: Path) -> str | None:
+    """Return what is wrong with the folder, the same on all ranks; None if nothing is."""
+    began, read_bytes, damage = time.perf_counter(), 0, None
+    try:
+        read_bytes = verify(folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    except ConfigError as error:
+        damage = str(error)
+    everyone = _gather((read_bytes, damage))
+    first = next((theirs for _, theirs in everyone if theirs), None)
+    if first is None:
+        size = sum(theirs for theirs, _ in everyone)
+        _say(f"{folder} verified: {size / 1e9:.2f} GB in {time.perf_counter() - began:.1f} s"
+             + ("" if read_manifest(folder) else f"; it {WITHOUT_MANIFEST}"))
+    return first
+
+
+def record_save(args: argparse.Namespace, folder: Path) -> None:
+    """Write the manifest of the iteration that all ranks have just saved here; each reads around its own tensors."""
+    rank = torch.distributed.get_rank()
+    mine: dict[str, FileRecord] = {}
+    fault = None
+    try:
+        mine = {path.name: describe(path) for path in folder.glob(f"__{rank}_*{TENSORS}")}
+    except ConfigError as error:
+        fault = str(error)
+    everyone = _gather((mine, fault))
+    fault = next((theirs for _, theirs in everyone if theirs), None)
+    if rank == 0 and not fault:
+        known = {name: record for theirs, _ in everyone for name, record in theirs.items()}
+        try:
+            write_manifest(folder, iteration_of(folder.name), asdict(architecture_of(args, args.vocab_size)),
+                           describe_folder(folder, known=known))
+        except (OSError, ConfigError) as error:
+            fault = str(error)
+    if fault:
+        _say(f"{folder}: saved, but without {MANIFEST_FILE} ({fault})")
+
+
+def _gather[T](mine: T) -> list[T]:
+    everyone: list[T] = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _say(line: str) -> None:
+    if not torch.distributed.get_rank():
+        print(f"checkpoint: {line}", flush=True)

@@ -1,0 +1,17 @@
+"""Damage that only a checksum sees."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from hrm_megatron.checkpoint.archive import archives
+
+
+def flip_bit_of_tensor(path: Path) -> None:
+    """Change one bit of the largest tensor in a file of a checkpoint."""
+    with path.open("r+b") as file:
+        entries = [entry for archive in archives(file, path.stat().st_size) for entry in archive.entries]
+        place = max(entries, key=lambda entry: entry[2])[1]
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 4]))

@@ -1,0 +1,155 @@
+"""Which files are read, what is named that is not, and files that are no jsonl told by their contents."""
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import os
+import zipfile
+
+import numpy as np
+import pytest
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.inputs import SHOWN_NAMES, find_inputs
+from hrm_megatron.data.text_files import HEAD_BYTES, read_lines
+
+GOOD = {"condition": "direct", "instruction": "naïve?", "response": "5"}
+ROW = json.dumps(GOOD, ensure_ascii=False)
+
+
+def test_inputs_are_files_globs_and_folders(write_jsonl, tmp_path):
+    b, a, deep = (write_jsonl(name, [GOOD]) for name in ("b.jsonl", "a.jsonl", "sub/deep/c.jsonl"))
+    text = write_jsonl("notes.txt", [json.dumps(GOOD)])
+    assert find_inputs([str(tmp_path)]) == [a, b, deep]
+    assert find_inputs([str(b), str(tmp_path / "?.jsonl")]) == [b, a]
+    assert find_inputs([str(text)]) == [text]
+    assert find_inputs([str(tmp_path / "**/c.jsonl")]) == [deep]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("absent.jsonl", "absent.jsonl matches no file"), ("*.parquet", "parquet matches no file"),
+    ("empty", "empty has no .*jsonl"),
+])
+def test_inputs_that_match_nothing_are_refused(tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        find_inputs([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("name", ["", "*.jsonl", "**/*.jsonl"])
+def test_what_lies_beside_and_is_not_read_is_named(write_jsonl, tmp_path, caplog, name):
+    b = write_jsonl("b.jsonl", [GOOD])
+    packed = write_jsonl("a.jsonl.gz", [b"anything"])
+    assert find_inputs([os.path.join(tmp_path, name)]) == [b]
+    assert [record.getMessage() for record in caplog.records] == [f"not read: {packed}"]
+
+
+def test_nothing_is_named_where_all_is_read(write_jsonl, tmp_path, caplog):
+    a, b = write_jsonl("a.jsonl", [GOOD]), write_jsonl("sub/b.jsonl", [GOOD])
+    for inputs in ([tmp_path], [tmp_path / "**"], [tmp_path / "*.jsonl", tmp_path / "sub"], [a, b]):
+        assert find_inputs(map(str, inputs)) == [a, b]
+    assert not caplog.records
+
+
+def test_linked_folders_pipes_and_hidden_files_are_named_too(write_jsonl, tmp_path, caplog):
+    a, elsewhere = write_jsonl("in/a.jsonl", [GOOD]), write_jsonl("elsewhere/c.jsonl", [GOOD])
+    (tmp_path / "in" / "link").symlink_to(elsewhere.parent)
+    os.mkfifo(tmp_path / "in" / "pipe.jsonl")
+    (tmp_path / "in" / ".note").touch()
+    assert find_inputs([str(tmp_path / "in")]) == [a]
+    assert all(name in caplog.text for name in ("in/link", "in/pipe.jsonl", "in/.note"))
+    with pytest.raises(ConfigError, match="pipe.jsonl is no file that can be read twice"):
+        find_inputs([str(tmp_path / "in" / "pipe.jsonl")])
+
+
+def test_many_unread_files_are_counted(write_jsonl, tmp_path, caplog):
+    write_jsonl("a.jsonl", [GOOD])
+    for i in range(SHOWN_NAMES + 3):
+        write_jsonl(f"{i}.txt", [])
+    find_inputs([str(tmp_path)])
+    assert f"{tmp_path}/{SHOWN_NAMES - 1}.txt and 3 more" in caplog.text and f"{SHOWN_NAMES}.txt" not in caplog.text
+
+
+def test_a_file_named_twice_is_read_once(write_jsonl, tmp_path, monkeypatch):
+    path = write_jsonl("a.jsonl", [GOOD])
+    monkeypatch.chdir(tmp_path)
+    assert [file.name for file in find_inputs(["a.jsonl", str(path), "."])] == ["a.jsonl"]
+
+
+def test_a_file_without_a_row_is_named(write_jsonl, tmp_path, caplog):
+    good, blank = write_jsonl("a.jsonl", [GOOD]), write_jsonl("b.jsonl", [codecs.BOM_UTF8, "", "  "])
+    late = write_jsonl("c.jsonl", [" " * HEAD_BYTES, GOOD])
+    assert find_inputs([str(tmp_path)]) == [good, blank, late]
+    assert [record.getMessage() for record in caplog.records] == [f"no row in: {blank}"]
+
+
+def zipped():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.jsonl", ROW)
+    return buffer.getvalue()
+
+
+def saved_array():
+    buffer = io.BytesIO()
+    np.save(buffer, np.arange(3))
+    return buffer.getvalue()
+
+
+FOREIGN = {  # contents that are not jsonl: what the message says
+    "utf-16 with a mark": (ROW.encode("utf-16"), ["UTF-16", "iconv -f UTF-16 -t UTF-8"]),
+    "utf-16 big": (codecs.BOM_UTF16_BE + ROW.encode("utf-16-be"), ["UTF-16", "iconv"]),
+    "utf-16 without": (ROW.encode("utf-16-le"), ["UTF-16", "iconv -f UTF-16LE"]),
+    "utf-32": (ROW.encode("utf-32"), ["UTF-32", "iconv -f UTF-32"]),
+    "gzip": (gzip.compress(ROW.encode()), ["gzip", "gunzip"]),
+    "zstd": (b"\x28\xb5\x2f\xfd\x24\x00\x01\x00\x00", ["Zstandard", "unzstd"]),
+    "bzip2": (bz2.compress(ROW.encode()), ["bzip2", "bunzip2"]),
+    "xz": (lzma.compress(ROW.encode()), ["xz", "unxz"]),
+    "zip": (zipped(), ["zip", "unzip"]),
+    "parquet": (b"PAR1\x15\x04\x15 \x15PAR1", ["Parquet", "read_parquet"]),
+    "array file": (saved_array(), ["NumPy"]),
+    "json array": (f" [{ROW},\n{ROW}]".encode(), ["a JSON array", "jq -c '.[]'"]),
+    "json array of lines": (f"[\n{ROW},\n{ROW}\n]".encode(), ["a JSON array", "jq -c '.[]'"]),
+    "pretty json": (json.dumps(GOOD, indent=2).encode(), ["JSON over several lines", "jq -c ."]),
+    "csv": (b"condition,instruction,response\ndirect,2+3?,5\n", ["csv", "read_csv"]),
+    "tsv with a mark": (codecs.BOM_UTF8 + b"condition\tinstruction\n", ["csv or the like"]),
+    "html": (b"<!doctype html>\n<p>Not found, sorry</p>", ["HTML"]),
+    "text": (b"Once upon a time\nthere was", ["begins with b'Once upon a time'"]),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_jsonl_is_named(write_jsonl, tmp_path, kind):
+    contents, parts = FOREIGN[kind]
+    path = write_jsonl("a.jsonl", [contents])
+    with pytest.raises(ConfigError) as refusal:
+        find_inputs([str(tmp_path)])
+    message = str(refusal.value)
+    assert message.startswith(f"{path}: ") and "not jsonl" in message and "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("rows", [
+    ["{", GOOD], ['ondition": "direct"}', GOOD], [b"\xfex", GOOD], ["a,b", GOOD],
+    [ROW.encode("latin-1"), GOOD]])
+def test_a_bad_first_row_is_left_to_the_rows(write_jsonl, rows):
+    path = write_jsonl("a.jsonl", rows)
+    assert find_inputs([str(path)]) == [path]
+
+
+def test_lines_of_a_text_end_at_line_feeds_only(tmp_path):
+    texts = ["a\u2028b", "c\x0bd\x0ce\x85f\x1cg", "", "h\ri", "j "]
+    for mark, end, last in (("", "\n", ""), ("\ufeff", "\r\n", "\r\n"), ("", "\n", "\n")):
+        (tmp_path / "prompts").write_bytes((mark + end.join(texts) + last).encode())
+        assert read_lines(tmp_path / "prompts") == texts
+    (tmp_path / "prompts").write_bytes(b"")
+    assert read_lines(tmp_path / "prompts") == []
+
+
+@pytest.mark.parametrize("encoding, part", [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("latin-1", "at byte 2")])
+def test_texts_in_other_encodings_are_refused(tmp_path, encoding, part):
+    (tmp_path / "prompts").write_bytes("naïve".encode(encoding))
+    with pytest.raises(ConfigError, match=rf"prompts: not UTF-8 \(.*{part}.*\); convert it, for example with iconv"):
+        read_lines(tmp_path / "prompts")

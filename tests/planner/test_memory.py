@@ -1,0 +1,29 @@
+"""Sums of memory against what torch and Megatron count, as far as a CPU can tell; tests/te counts activations."""
+import pytest
+
+from hrm_megatron.config import PRESETS, Architecture
+from hrm_megatron.planner.memory import activation_bytes, layer_states, model_bytes
+
+XL = Architecture(16, 1536, 12, 4096, 65_536)
+
+
+def test_a_replica_on_one_gpu_takes_22_bytes_a_weight():
+    assert model_bytes(XL) == 22 * XL.num_parameters == 22 * 1_182_793_728
+    assert model_bytes(XL, 8) == (6 + 2) * XL.num_parameters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_activations_grow_with_positions_and_gradient_ticks(name):
+    preset = PRESETS[name]
+    architecture = Architecture(preset.num_layers, preset.hidden_size, preset.num_attention_heads,
+                                preset.ffn_hidden_size, 65_536)
+    one = activation_bytes(architecture, 1, 1)
+    assert activation_bytes(architecture, 7, 5) == pytest.approx(35 * one)
+    assert one == layer_states(architecture) * 2 * preset.hidden_size * preset.num_layers
+
+
+def test_a_recomputed_tick_keeps_its_input_and_is_rebuilt_alone():
+    tick, state = activation_bytes(XL, 1, 1), 2 * XL.hidden_size
+    assert activation_bytes(XL, 1, 5, recompute_ticks=3) == pytest.approx(2 * tick + 3 * state)
+    assert activation_bytes(XL, 1, 5, recompute_ticks=5) == pytest.approx(tick + 5 * state)
+    assert activation_bytes(XL, 1, 5, gated_act=True) < activation_bytes(XL, 1, 5)

@@ -1,0 +1,175 @@
+"""A program that is refused or stopped says one line and leaves nothing half-written, each of our tools included."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOOLS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "examples" / "demo" / "run.py"]
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+# pytest itself may have been started in the background, with SIGINT ignored; a program that a user starts is not.
+DEFAULT_SIGNALS = "import os, signal\nfor number in (1, 2, 15): signal.signal(number, signal.SIG_DFL)\n" \
+                  "signal.signal(2, signal.default_int_handler)\n"
+
+
+def run(program, *arguments, ignoring=(), **options):
+    """Run a Python program with default signals but those that it shall ignore."""
+    ignore = "".join(f"signal.signal({int(number)}, signal.SIG_IGN)\n" for number in ignoring)
+    return subprocess.run([sys.executable, "-c", DEFAULT_SIGNALS + ignore + program, *map(str, arguments)], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                          **options)
+
+
+def stopped(done, number):
+    return (done.returncode, done.stderr) == (128 + number, f"stopped by {signal.Signals(number).name}\n")
+
+
+LISTEN = "from hrm_megatron.program import *\nfrom hrm_megatron import program\nlisten()\n"
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_runs_what_clears_away_and_ends_in_one_line(number):
+    done = run(f"{LISTEN}try:\n  one_line(lambda: os.kill(os.getpid(), {int(number)}))\n"
+               "except Exception: print('swallowed')\nfinally: print('cleared')")
+    assert stopped(done, number) and done.stdout == "cleared\n"
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_an_ignored_signal_stays_ignored(number):
+    done = run(f"{LISTEN}os.kill(os.getpid(), {int(number)})\nprint('went on')", ignoring=[number])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
+
+
+def test_a_held_block_is_finished_first_and_the_last_signal_counts():
+    kill = "os.kill(os.getpid(), signal.{})\n"
+    done = run(f"{LISTEN}with signals_held():\n  with signals_held():\n    {kill.format('SIGINT')}  print('one')\n"
+               f"  {kill.format('SIGTERM')}  print('two')\nprint('never')")
+    assert stopped(done, signal.SIGTERM) and done.stdout == "one\ntwo\n"
+
+
+def test_a_second_signal_does_not_disturb_the_clearing_away():
+    kill = "os.kill(os.getpid(), signal.SIGINT)"
+    done = run(f"{LISTEN}try: {kill}\nfinally:\n  with signals_held():\n    {kill}\n    print('cleared')")
+    assert stopped(done, signal.SIGINT) and done.stdout == "cleared\n"
+
+
+def test_listening_for_a_block_gives_the_handlers_back():
+    done = run("from hrm_megatron.program import listening\nbefore = [*map(signal.getsignal, (1, 2, 15))]\n"
+               "with listening():\n  inside = [*map(signal.getsignal, (1, 2, 15))]\n"
+               "print([*map(signal.getsignal, (1, 2, 15))] == before, inside != before)")
+    assert done.stdout == "True True\n", done.stderr
+
+
+def test_a_command_is_ended_in_peace_before_its_program():
+    child = "import os, signal, sys\nsignal.signal(15, lambda *_: sys.exit(print('child ended')))\n" \
+            "os.kill(os.getppid(), 15)\nwhile True: signal.pause()"
+    done = run(f"{LISTEN}import sys\ntry: run_command([sys.executable, '-c', {child!r}])\nfinally: print('then we')")
+    assert stopped(done, signal.SIGTERM) and done.stdout == "child ended\nthen we\n"
+
+
+def test_refusals_are_one_line_and_a_closed_pipe_is_none():
+    done = run("from hrm_megatron.config import ConfigError\nfrom hrm_megatron.program import one_line\nimport sys\n"
+               "def refuse(): raise ConfigError('x=1: choose 2')\nsys.exit(one_line(refuse))")
+    assert (done.returncode, done.stderr) == (1, "error: x=1: choose 2\n")
+    done = run("from hrm_megatron.program import one_line\nimport sys\n"
+               "sys.exit(one_line(lambda: open('/nowhere/file')))")
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 2] No such file or directory: '/nowhere/file'\n")
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", "from hrm_megatron.program import one_line\nimport sys\n"
+                           "sys.exit(one_line(lambda: print('x' * 100_000)))"], stdout=write, stderr=subprocess.PIPE,
+                          cwd=ROOT, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+# Stops at the first import that may take long, of whatever a program needs besides listening.
+STOP_AT_AN_IMPORT = """import runpy, sys
+class Stop:
+    def find_spec(self, name, *rest):
+        root, _, module = name.partition(".")
+        if root not in sys.stdlib_module_names and module not in ("", "config", "program"):
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), 15)
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+sys.meta_path.insert(0, Stop())
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
+def test_every_tool_listens_before_it_imports(path):
+    assert stopped(run(STOP_AT_AN_IMPORT, path), signal.SIGTERM)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "rows.jsonl"
+    path.write_text("".join(f'{{"condition": "", "instruction": "What is {i} + 1?", "response": "{i + 1}"}}\n'
+                            for i in range(3_000)))
+    return path
+
+
+# Megatron's writer, which takes long to import, in as much as StoreWriter uses of it.
+LIGHT_BUILDER = """from types import SimpleNamespace
+from hrm_megatron.data import store
+class Builder:
+    def __init__(self, path, dtype):
+        self.data_file = open(path, "wb")
+    def add_document(self, ids, lengths):
+        self.data_file.write(ids.tobytes())
+    def finalize(self, path):
+        open(path, "wb").close()
+store._indexed_dataset = lambda: SimpleNamespace(IndexedDatasetBuilder=Builder)
+"""
+
+
+def run_tool(name, prelude, *arguments):
+    """Run a tool in a group of its own, after a prelude."""
+    program = f"import runpy, sys\n{prelude}\nrunpy.run_path({str(ROOT / 'tools' / name)!r}, run_name='__main__')"
+    return run(program, *arguments, start_new_session=True)
+
+
+def preprocess(prelude, rows, prefix, workers):
+    """Return the exit status and what was said, but for the warning about the golden tokenizer."""
+    done = run_tool("preprocess_data.py", LIGHT_BUILDER + prelude, "--input", rows, "--output-prefix", prefix,
+                    "--tokenizer-model", ROOT / "tests" / "golden" / "tokenizer", "--workers", workers)
+    return done.returncode, [line for line in done.stderr.splitlines() if "bytes have no token" not in line]
+
+
+def test_a_stopped_training_of_a_tokenizer_leaves_nothing(rows, tmp_path):
+    done = run_tool("train_tokenizer.py", "from hrm_megatron.data import tokenizer\n"
+                    "tokenizer.json.dumps = lambda *a, **k: os.kill(os.getpid(), 15) or '{}'",
+                    "--input", rows, "--output", tmp_path / "new" / "tokenizer", "--vocab-size", 300)
+    assert stopped(done, signal.SIGTERM) and [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("workers, number", [(1, signal.SIGTERM), *((2, number) for number in STOPS)])
+def test_a_stopped_preprocessing_leaves_nothing(rows, tmp_path, workers, number):
+    """The signal goes to the whole group, as a terminal sends it, while workers are busy."""
+    stop = ("from hrm_megatron.data import preprocess\ncut = preprocess.iterate_chunks\n"
+            "preprocess.iterate_chunks = lambda paths, size: cut(paths, 2000)\n"
+            "add = store.StoreWriter.add\ndef stop(self, *ids):\n  add(self, *ids)\n"
+            f"  if self.metadata['examples'] == 20: os.killpg(0, {int(number)})\nstore.StoreWriter.add = stop")
+    status, said = preprocess(stop, rows, tmp_path / "new" / "x", workers)
+    assert (status, said) == (128 + number, [f"stopped by {signal.Signals(number).name}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_signal_among_the_renames_lets_them_finish(rows, tmp_path):
+    rename = "replace = os.replace\ndef stop(a, b):\n  replace(a, b)\n  os.kill(os.getpid(), 15)\nos.replace = stop"
+    assert preprocess(rename, rows, tmp_path / "new" / "x", 1) == (128 + signal.SIGTERM, ["stopped by SIGTERM"])
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x.bin", "x.idx", "x.json"]
+
+
+def test_a_stopped_plan_leaves_nothing(tmp_path):
+    """Training leaves signals to Megatron and its launcher; while a plan is written they clear away."""
+    done = run("import sys\nimport numpy as np\nfrom hrm_megatron.data.plan import RowPlan\nsave = np.save\n"
+               "def stop(*a, **k):\n  save(*a, **k)\n  os.kill(os.getpid(), 15)\nnp.save = stop\n"
+               "RowPlan(lambda epoch: np.full(9, 3), 6, 1, cache_folder=sys.argv[1]).rows_of_epoch(0)",
+               tmp_path / "cache")
+    assert stopped(done, signal.SIGTERM) and not list((tmp_path / "cache").iterdir())
