@@ -17,12 +17,14 @@ import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+from megatron.training.global_vars import set_global_variables  # noqa: E402
 
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import parse_arguments  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
+from hrm_megatron.training.evaluation import install_evaluation, settle_evaluation  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
 from hrm_megatron.training.memory import LESS_MEMORY  # noqa: E402
@@ -41,22 +43,28 @@ def train() -> None:
         return sources["all"].vocab_size
 
     args = parse_arguments(vocab_size_of)
-    start = check_checkpoint(args)
+    data = sources["all"]
+    evaluation = settle_evaluation(args, *data.held_out(args.split), data.why_no_validation(args.split))
+    start, is_left = check_checkpoint(args)
+    if not is_left:
+        return
+    set_global_variables(args)
     if not args.rank:
         print(describe(args), flush=True)
     step = TrainingStep(args)
     install(args, step)
     install_schedule(args, step)
     install_fsdp(args)
+    install_evaluation(args, evaluation)
     guard_saves(args)
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
         if not vp_stage:  # the first call, and the first moment at which there is a process group
-            check_agreement(sources["all"].files)
+            check_agreement(data.files)
             verify_start(args, start, functools.partial(check_fit, args))
         return step.build_model(vp_stage=vp_stage, **options)
 
-    pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, sources["all"], step.meter.restart),
+    pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, step.meter.restart),
              ModelType.encoder_or_decoder, step.forward, build_model)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

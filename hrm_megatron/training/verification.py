@@ -35,7 +35,7 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ConfigError(f"{flag}: there is no checkpoint to load; give --load, or leave it out")
 
 
-def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Callable[[Path], None]) -> None:
+def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Callable[[Path], object]) -> None:
     """Verify the iteration that is about to be loaded, each rank a share; if it is damaged, raise ConfigError on all.
 
     With --load-newest-valid, the newest other one that verifies is loaded instead, if `check_fit` accepts it.

@@ -27,8 +27,8 @@ def run(golden_case, reference_model, reference_batch, trainer):
     batches = golden_case("trajectory_batches").tensors
     run.losses, run.rates, run.counts = [], [], []
     for step in range(1, STEPS + 1):
-        run.rates.append({group["lr"] for group in run.groups()})
         run.losses.append(run.step([reference_batch(batches, f"s{step:02d}.")], bp_schedule.at(step)))
+        run.rates.append({group["lr"] for group in run.groups()})
         run.counts.append([group[UPDATES] for group in run.groups()])
     return run
 

@@ -68,6 +68,12 @@ STOCK = [
     ("megatron.training.training", "get_optimizer_param_scheduler", "(optimizer)"),
     ("megatron.training.training", "get_forward_backward_func",
      "(pp_size=None, vp_size=None, schedule_pg_collection=None)"),
+    ("megatron.training.training", "evaluate",
+     "(forward_step_func, data_iterator, model, process_non_loss_data_func, config, verbose=False, "
+     "non_loss_data_func=None, eval_iters=None, pg_collection=None, p2p_communicator=None)"),
+    ("megatron.training.training", "evaluate_and_print_results",
+     "(prefix, forward_step_func, data_iterator, model, iteration, process_non_loss_data_func, config, verbose=False, "
+     "write_to_tensorboard=True, non_loss_data_func=None, pg_collection=None, p2p_communicator=None)"),
     ("megatron.training.training", "save_checkpoint",
      "(iteration, model, optimizer, opt_param_scheduler, num_floating_point_operations_so_far, "
      "checkpointing_context=None, pipeline_rank=None, expert_rank=None, tensor_rank=None, pipeline_parallel=None, "
