@@ -20,7 +20,7 @@ from hrm_megatron.model.attention import core_attention
 from hrm_megatron.model.compiled import CompiledLayer
 from hrm_megatron.model.functions import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
 from hrm_megatron.model.hrm_config import HRMConfig
-from hrm_megatron.model.linear import local_provider
+from hrm_megatron.model.linear import OwnProductProvider
 from hrm_megatron.model.products import DroppedSwiGLU, DroppingMLP, GatedAttention
 
 
@@ -54,7 +54,7 @@ class SwiGLU(torch.nn.Module):
 def linear_layers(config: HRMConfig) -> BackendSpecProvider:
     """Return the layers that `config.transformer_impl` names."""
     if config.transformer_impl == "local":
-        return local_provider(config.compile_layers)
+        return OwnProductProvider()
     from hrm_megatron.model.te_linear import TickSpecProvider  # needs Transformer Engine
 
     return TickSpecProvider()

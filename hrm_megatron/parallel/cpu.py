@@ -23,14 +23,13 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from hrm_megatron.parallel.main_grad import add_weight_gradient
+from hrm_megatron.parallel.main_grad import APEX_WEIGHT_GRADIENTS, HAS_APEX, add_weight_gradient
 
 CPU = torch.device("cpu")
 FACTORIES = (
     "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "linspace", "eye", "rand", "randn", "randint",
     "randperm", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
 )
-APEX_WEIGHT_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 PRETENDED_MEMORY_BYTES = 1 << 34
 
 Patch = Callable[[Any], None]
@@ -201,7 +200,7 @@ def _patch_training(module: Any) -> None:
 def _provide_weight_gradients() -> None:
     # Apex's kernels, unless they are there. Without them autograd would add up the gradients of all ticks in the
     # weight's dtype, bf16, and round each time.
-    if importlib.util.find_spec(APEX_WEIGHT_GRADIENTS):
+    if HAS_APEX:
         return
     kernels: Any = importlib.util.module_from_spec(ModuleSpec(APEX_WEIGHT_GRADIENTS, None))
     kernels.wgrad_gemm_accum_fp32 = kernels.wgrad_gemm_accum_fp16 = (

@@ -27,7 +27,7 @@ def test_the_head_scores_and_differentiates_as_the_plain_loss(single_rank, parit
 
     x, weight = (t.to(device).requires_grad_() for t in (x, weight))
     buffer = torch.zeros(v, h, device=device) if buffered else None
-    scores = LabelScores.apply(x, weight, labels.to(device), 77, F.linear, torch.distributed.group.WORLD, buffer)
+    scores = LabelScores.apply(x, weight, labels.to(device), 77, torch.distributed.group.WORLD, buffer)
     (scores[0] * g.to(device)).sum().backward()
     for name, have, want in (("losses", scores[0], exact), ("dx", x.grad, exact_x.grad),
                              ("dw", buffer if buffered else weight.grad, exact_weight.grad)):

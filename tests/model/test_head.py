@@ -29,7 +29,7 @@ def chunked(x, weight, labels, g, chunk_rows, main_grad=None):
     from hrm_megatron.model.head import LabelScores
 
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    scores = LabelScores.apply(x, weight, labels, chunk_rows, F.linear, OneRank(), main_grad)
+    scores = LabelScores.apply(x, weight, labels, chunk_rows, OneRank(), main_grad)
     assert scores.shape == (2, len(x)) and scores.dtype == torch.float32
     (scores[0] * g).sum().backward()
     return scores.detach(), x.grad, weight.grad
@@ -187,7 +187,7 @@ def on_two_ranks():
             if of is None:
                 continue
             leaf, shard = x.clone().requires_grad_(), shard.clone().requires_grad_()
-            scores = LabelScores.apply(leaf, shard, labels, chunk_rows, F.linear, of, None)
+            scores = LabelScores.apply(leaf, shard, labels, chunk_rows, of, None)
             (scores[0] * g).sum().backward()
             results.append((scores.detach(), leaf.grad, shard.grad))
         gathered = [torch.empty_like(results[0][2]) for _ in range(2)]
