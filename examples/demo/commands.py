@@ -103,4 +103,5 @@ def _stop(launcher: psutil.Process) -> None:
                     send(process)
             _, alive = psutil.wait_procs(alive, GRACE_SECONDS)
     finally:
-        signal.signal(signal.SIGINT, impatience)
+        if impatience is not None:  # None: not Python's to give back
+            signal.signal(signal.SIGINT, impatience)

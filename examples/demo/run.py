@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before torch comes. The two ranks share the cores; a thread that waits for a busy core costs more than it brings.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that running commands are ended too
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that running commands are ended too
     try:
         demo(args.output, QUICK if args.quick else FULL, judged=not args.quick)
     except (ConfigError, CommandFailed, DemoFailed, OSError) as error:
