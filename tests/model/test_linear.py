@@ -18,6 +18,7 @@ from hrm_megatron.model.linear import (  # noqa: E402
     runs_faster_on_onednn,
 )
 from hrm_megatron.parallel import main_grad  # noqa: E402
+from tests.rounding import of_sums  # noqa: E402
 
 
 @pytest.mark.parametrize("rows, k, n, on_onednn", [((7, 3), 12, 5, False), ((7, 3), 12, 5, True), ((1,), 4, 4, True),
@@ -32,8 +33,10 @@ def test_product_and_gradients_are_those_of_a_linear_layer(monkeypatch, rows, k,
     g = torch.randn(out.shape, generator=generator)
     out.backward(g)
     wanted.backward(g.double())
-    for ours, exact in ((out, wanted), (x.grad, wanted_x.grad), (weight.grad, wanted_weight.grad)):
-        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-5)  # fp32 sums of up to 130 products
+    a, b, c = (t.detach().abs().flatten(0, -2) for t in (x, weight, g))
+    for ours, exact, terms, magnitudes in ((out, wanted, k, a @ b.t()), (x.grad, wanted_x.grad, n, c @ b),
+                                           (weight.grad, wanted_weight.grad, len(a), c.t() @ a)):
+        assert ((ours - exact).abs().flatten(0, -2) <= of_sums(terms, magnitudes)).all()
 
 
 def test_a_fused_gradient_is_added_to_the_buffer():
@@ -83,9 +86,10 @@ def test_what_is_no_plain_product_stays_stock():
 
 @pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("layout", [{}, *OTHER_RANKS], ids=["one rank", "tensor parallel", "sequence parallel"])
-def test_no_gradient_is_made_that_nobody_wants(single_rank, layout, wanted):
+def test_no_gradient_is_made_that_nobody_wants(single_rank, monkeypatch, layout, wanted):
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as stock
 
+    monkeypatch.setattr(linear_module, "ON_ONEDNN", False)  # whose products torch does not count
     generator = torch.Generator().manual_seed(5)
     x, weight, g = (torch.randn(*shape, generator=generator) for shape in ((7, 2, 12), (5, 12), (7, 2, 5)))
     options = dict(bias=None, allreduce_dgrad=False, sequence_parallel=False, tp_group=torch.distributed.group.WORLD,
