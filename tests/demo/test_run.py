@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -147,23 +146,57 @@ def test_a_failed_command_tells_its_last_lines_and_where_the_others_are(tmp_path
     assert capfd.readouterr().out.count("  seen\n") == 1
 
 
-def test_an_interrupt_ends_a_command_and_what_it_started(tmp_path):
-    # As torchrun does it: a session of its own for each rank.
-    launcher = ("import subprocess, sys, time\n"
-                f"child = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], start_new_session=True)\n"
-                f"print(child.pid, flush=True)\n{SLEEP}")
+# As torchrun does it: a session of its own for each rank.
+LAUNCHER = ("import subprocess, sys, time\n"
+            f"child = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], start_new_session=True)\n"
+            f"print(child.pid, flush=True)\n{SLEEP}")
+
+
+def has_ended(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+# Shells start background jobs with SIGINT ignored, and what they start inherits that.
+@pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN],
+                         ids=["foreground", "default", "ignored"])
+def test_an_interrupt_ends_a_command_and_what_it_started(tmp_path, inherited):
     pids = []
 
     def interrupt(line: str) -> None:
         pids.append(int(line))
         raise KeyboardInterrupt
 
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run([sys.executable, "-c", launcher], tmp_path / "log", interrupt)
-    assert time.monotonic() - started < 30
-    assert not psutil.pid_exists(pids[0]) or psutil.Process(pids[0]).status() == psutil.STATUS_ZOMBIE
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, inherited)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run([sys.executable, "-c", LAUNCHER], tmp_path / "log", interrupt)
+        assert signal.getsignal(signal.SIGINT) is inherited
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert has_ended(pids[0])
+
+
+def test_a_demo_in_the_background_ends_on_sigterm_alone(tmp_path):
+    answering = f"import os, signal\nsignal.signal(signal.SIGUSR1, lambda *_: print(-1, flush=True))\n{LAUNCHER}"
+    answering = answering.replace("print(child.pid,", "print(os.getpid(), child.pid,")
+    program = ("import sys\nfrom pathlib import Path\nfrom examples.demo import commands, run\n"
+               f"command = [sys.executable, '-c', {answering!r}]\n"
+               "run.demo = lambda *_, **__: commands.run(command, Path('log'), lambda line: f'said {line}')\n"
+               "sys.exit(run.main(['--output', 'out']))")
+    # As `nohup python ... &` in a script.
+    with subprocess.Popen(["sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh", sys.executable, "-c", program],
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdout
+        said = (list(map(int, line.split()[1:])) for line in process.stdout if line.startswith("  said "))
+        pids = next(said)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            process.send_signal(number)
+            os.kill(pids[0], signal.SIGUSR1)
+            assert next(said, None) == [-1], number
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 128 + signal.SIGTERM
+    assert all(map(has_ended, pids))
 
 
 STEP = (
