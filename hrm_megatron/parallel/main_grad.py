@@ -43,7 +43,7 @@ def add_weight_gradient(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Te
     elif main_grad.dtype != grad.dtype and main_grad.device.type == "cuda":  # a product into a wider type exists there
         torch.addmm(main_grad, grad.t(), x, out_dtype=main_grad.dtype, out=main_grad)
     else:
-        main_grad.addmm_(grad.t(), x)
+        main_grad.addmm_(grad.t().to(main_grad.dtype), x.to(main_grad.dtype))
 
 
 def _apex_kernel(total: torch.dtype, grad: torch.dtype) -> Any:

@@ -26,7 +26,7 @@ def test_pairs_are_those_of_the_mask(single_rank, lengths):
 def test_products_are_those_that_torch_counts(single_rank, monkeypatch, bp_steps):
     """Of a whole forward and backward, but for attention, which torch counts in no kernel of ours."""
     from hrm_megatron.data.batch import PackedBatch, assemble_row
-    from hrm_megatron.model import linear
+    from hrm_megatron.layers import linear
     from hrm_megatron.model.hrm import HRMModel
     from hrm_megatron.transformer_config import hrm_config
 
