@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from hrm_megatron.parallel.log_levels import be_quiet
 
 be_quiet()
 activate()
-logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")  # Megatron's would log among the answers
 
 from tqdm import tqdm  # noqa: E402
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.training import arguments as megatron_arguments
@@ -24,6 +25,8 @@ from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import TRANSFORMER_IMPLS, check_compilation, check_precision, choose_layers
 from hrm_megatron.training.memory import check_memory
 from hrm_megatron.transformer_config import HRM_SETTINGS, HRMConfig, architecture_of, swiglu_settings
+
+log = logging.getLogger(__name__)
 
 OPTIMIZER = "adam_atan2"
 
@@ -77,13 +80,20 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--pipeline-window", type=int, metavar="N",
                        help="micro-batches of which two phases keep states at a time (default: all of a step)")
     group.add_argument("--sampled-data-path", metavar="DIR", help="train on HRM-Text's own sampled folder")
+    group.add_argument("--verbose", action="store_true",
+                       help="print what Megatron prints too (default: into a file in --save, else --tensorboard-dir)")
     for action in parser._actions:
         if action.dest == "optimizer":
             action.choices = [OPTIMIZER]
         if action.dest == "transformer_impl":
             action.choices = [*TRANSFORMER_IMPLS]
     parser.set_defaults(**DEFAULTS)
+    parser.error = _refuse  # type: ignore[method-assign]
     return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"command line: {message}; --help lists all flags")  # argparse would print them all here
 
 
 def fill_from_preset(args: argparse.Namespace) -> None:
@@ -164,8 +174,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     args.transformer_impl, layers = choose_layers(args.transformer_impl, args.compile_layers, machine)
     check_compilation(args, machine)
     check_precision(args, machine)
-    if not args.rank:
-        print(f"layers: {layers}", flush=True)
+    log.info("layers: %s", layers)
     if not torch.cuda.is_available():
         for name, value in WITHOUT_CUDA.items():
             setattr(args, name, value)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.transformer_config import architecture_of
 
+log = logging.getLogger(__name__)
+
 RESERVE_BYTES = 1 << 20
 # What decides the function that the weights stand for; how they were drawn does not matter any more.
 MUST_AGREE = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size", "h_cycles",
@@ -50,7 +53,7 @@ def starting_point(args: argparse.Namespace) -> Path | None:
             except ConfigError as error:
                 if not complete:
                     raise
-                _say(f"{error}; going on from {complete[-1]}, the latest that is complete")
+                log.info(f"checkpoint: {error}; going on from {complete[-1]}, the latest that is complete")
                 write_aside(tracker, str(int(complete[-1].removeprefix("iter_"))))
                 return find_iteration(load)
         begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
@@ -138,8 +141,3 @@ def _check_space(args: argparse.Namespace, architecture: Architecture) -> None:
     if (free := shutil.disk_usage(place).free) < needed:
         raise ConfigError(f"--save {args.save}: one checkpoint needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
                           "free; free some space or choose another disk")
-
-
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # before there is a process group
-        print(f"checkpoint: {line}", flush=True)

@@ -1,0 +1,134 @@
+"""Let Megatron's loop tell the console about steps, evaluations and saves, and count the FLOPs of an HRM."""
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.training import training as megatron_training
+
+from hrm_megatron.config import Architecture
+from hrm_megatron.data.dataset import PackedRows
+from hrm_megatron.model.schedule import unroll
+from hrm_megatron.training.console import Console
+from hrm_megatron.training.console_lines import StepReport, TimeLeft, evaluation_line, saved_line, step_line
+from hrm_megatron.training.data import first_lengths
+from hrm_megatron.training.step import TrainingStep
+from hrm_megatron.training.summary import describe_checkpoint, describe_schedule
+from hrm_megatron.transformer_config import architecture_of
+
+RowsFlops = Callable[[Architecture, int, int, Sequence[Sequence[tuple[int, int]]]], int]  # planner.flops.rows_flops
+TERA = 1e12
+
+log = logging.getLogger(__name__)
+
+
+def install_console(args: argparse.Namespace, console: Console, step: TrainingStep, rows_flops: RowsFlops) -> Reporter:
+    """Wrap what Megatron reports by; what it prints, and writes to TensorBoard and W&B, stays as it is.
+
+    Call it after all else that replaces the same functions.
+    """
+    reporter = Reporter(args, console, step, rows_flops)
+    for name in ("training_log", "evaluate_and_print_results", "evaluate", "save_checkpoint"):
+        stock = getattr(megatron_training, name)
+        setattr(megatron_training, name, functools.wraps(stock)(functools.partial(getattr(reporter, name), stock)))
+    megatron_training.num_floating_point_operations = lambda *_, **__: reporter.flops()
+    # By the formula of a GPT; ours is in the facts before step 1.
+    megatron_training.report_theoretical_memory = lambda *_, **__: None
+    return reporter
+
+
+class Reporter:
+    """The wrappers of `install_console`; each takes the function that it wraps first."""
+
+    def __init__(self, args: argparse.Namespace, console: Console, step: TrainingStep, rows_flops: RowsFlops) -> None:
+        self.args, self.console, self.running, self.rows_flops = args, console, step, rows_flops
+        self.architecture = architecture_of(args, args.vocab_size)
+        self.time_left = TimeLeft([tick_passes(args, step.bp_schedule.at(i + 1)) for i in range(args.train_iters)],
+                                  time.monotonic)
+        self.sample: list[Sequence[tuple[int, int]]] = []
+        self.part = ""
+
+    def begin(self, train_rows: PackedRows | None) -> None:
+        """Show what the run is: all is ready for its first step."""
+        if train_rows is not None:
+            self.sample = first_lengths(train_rows)
+        for fact in (describe_checkpoint(self.args), describe_schedule(self.args, self.running.bp_schedule)):
+            log.info(fact)
+        self.console.begin(vars(self.args))
+        self.time_left.start(self.args.iteration)
+
+    def flops(self) -> int:
+        """FLOPs of the last step, the same on every rank: its rows are taken to be like the first of the run."""
+        if not self.sample:
+            return 0
+        flops = self.rows_flops(self.architecture, self.running.bp_steps, self.args.seq_length, self.sample)
+        return flops * int(self.args.global_batch_size) // len(self.sample)
+
+    def training_log(self, stock: Callable[..., bool], losses: dict[str, torch.Tensor], totals: dict[str, Any],
+                     lr: float | None, iteration: int, loss_scale: float, report_memory: bool, skipped: int,
+                     *rest: Any, is_first_iteration: bool = False, **options: Any) -> bool:
+        shown = self.console.last and (iteration % self.args.log_interval == 0 or is_first_iteration)
+        means = interval_means(losses, totals, skipped) if shown else {}  # Megatron begins its sums anew
+        report_memory = stock(losses, totals, lr, iteration, loss_scale, report_memory, skipped, *rest,
+                              is_first_iteration=is_first_iteration, **options)
+        if shown:
+            self.console.line(step_line(self.report(iteration, means, lr), self.console.width))
+        if is_first_iteration:  # it took longer than the others will
+            self.time_left.start(iteration)
+        if self.console.last:
+            self.console.progress(iteration, self.args.train_iters)
+        return report_memory
+
+    def report(self, iteration: int, means: dict[str, float], lr: float | None) -> StepReport:
+        """Put the numbers of a step together."""
+        loss, exact, bp_steps, speed = (means.get(name, float("nan")) for name in (
+            "lm loss", "exact accuracy", "bp steps", "tokens per second"))
+        tflops = None
+        if self.args.log_throughput:
+            steps_per_second = speed / (self.args.global_batch_size * self.args.seq_length)
+            tflops = self.flops() * steps_per_second / TERA / self.args.world_size
+        return StepReport(iteration, self.args.train_iters, loss, exact, bp_steps, float("nan") if lr is None else lr,
+                          speed, self.time_left.after(iteration), tflops)
+
+    def evaluate_and_print_results(self, stock: Callable[..., None], prefix: str, *rest: Any, **options: Any) -> None:
+        self.part = "test" if "test set" in prefix else "validation"
+        stock(prefix, *rest, **options)
+
+    def evaluate(self, stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
+        begun = time.monotonic()
+        found = means, _, _ = stock(*rest, **options)
+        if means and self.console.last:
+            values = {name: float(value) for name, value in means.items()}
+            self.console.line(evaluation_line(self.done, self.args.train_iters, self.part, values,
+                                              time.monotonic() - begun, self.console.width))
+        return found
+
+    def save_checkpoint(self, stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
+        begun = time.monotonic()
+        stock(iteration, *rest, **options)
+        if self.console.last:
+            folder = f"{self.args.save}/iter_{iteration:07d}"
+            self.console.line(saved_line(iteration, self.args.train_iters, folder, time.monotonic() - begun,
+                                         in_background=self.args.async_save))
+
+    @property
+    def done(self) -> int:
+        """Steps that are done, while none is running."""
+        return int(getattr(self.args, "curr_iteration", self.args.iteration - 1)) + 1
+
+
+def interval_means(losses: dict[str, torch.Tensor], totals: dict[str, Any], skipped: int) -> dict[str, float]:
+    """Means of what steps reported since Megatron's last line; `losses` are those of a step not yet in `totals`."""
+    steps = totals.get("advanced iterations", 0) + (not skipped)
+    return {name: (float(totals.get(name, 0)) + (0 if skipped else float(value))) / max(1, steps)
+            for name, value in losses.items()}
+
+
+def tick_passes(args: argparse.Namespace, bp_steps: int) -> int:
+    """Passes through a stack in a step: one forward for each tick, and as much as two more for its backward."""
+    return sum(3 if tick.with_grad else 1 for tick in unroll(args.h_cycles, args.l_cycles, bp_steps))
