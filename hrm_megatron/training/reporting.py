@@ -33,13 +33,19 @@ def install_console(args: argparse.Namespace, console: Console, step: TrainingSt
     Call it after all else that replaces the same functions.
     """
     reporter = Reporter(args, console, step, rows_flops)
-    for name in ("training_log", "evaluate_and_print_results", "evaluate", "save_checkpoint"):
-        stock = getattr(megatron_training, name)
-        setattr(megatron_training, name, functools.wraps(stock)(functools.partial(getattr(reporter, name), stock)))
+    megatron_training.training_log = _around(megatron_training.training_log, reporter.training_log)
+    megatron_training.evaluate = _around(megatron_training.evaluate, reporter.evaluate)
+    megatron_training.evaluate_and_print_results = _around(megatron_training.evaluate_and_print_results,
+                                                           reporter.evaluate_and_print_results)
+    megatron_training.save_checkpoint = _around(megatron_training.save_checkpoint, reporter.save_checkpoint)
     megatron_training.num_floating_point_operations = lambda *_, **__: reporter.flops()
     # By the formula of a GPT; ours is in the facts before step 1.
     megatron_training.report_theoretical_memory = lambda *_, **__: None
     return reporter
+
+
+def _around(stock: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.wraps(stock)(functools.partial(wrapper, stock))
 
 
 class Reporter:
