@@ -30,11 +30,12 @@ UNACTIONABLE = (
     Remark(WARNINGS, "Only transformer-engine>=1.7.0 supports MoE experts", _THEIR_MODEL),
     Remark(WARNINGS, "MimoModelConfig is experimental", _THEIR_MODEL),
     Remark(WARNINGS, r"\s*It is recommended to use a ModelConfig", "there is none of an HRM; functions still work"),
-    Remark(WARNINGS, "'pin_memory' argument is set as true but no accelerator", "Megatron asks for it always; harmless"),
+    Remark(WARNINGS, "'pin_memory' argument is set as true but no accelerator", "Megatron always asks for it"),
     Remark(WARNINGS, "The .grad attribute of a Tensor that is not a leaf", "Megatron asks a view whether it has one"),
     Remark("torch.utils.cpp_extension", "No CUDA runtime is found", "the start of a run says that there is no GPU"),
     Remark("megatron.core.rerun_state_machine", "RerunStateMachine initialized in mode", "the default mode"),
     Remark("megatron.core.rerun_state_machine", "Result validation enabled", "the default mode"),
+    Remark("megatron.core.rerun_state_machine", "Setting RerunStateMachine mode", "off and on again for an evaluation"),
     Remark("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated", _PINNED),
     Remark(PRINTED, "WARNING: one_logger package is required", "a service inside NVIDIA"),
 )

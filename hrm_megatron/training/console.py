@@ -92,7 +92,7 @@ class Console(contextlib.AbstractContextManager["Console"]):
             elif self.facts:
                 self.line(facts_block(self.facts, self.wrapped))
             if kind is not None and not self.begun:
-                self._open_log()
+                self._open_files({})
         self.restore.close()
 
     def settle(self, folder: str | None, verbose: bool) -> None:
@@ -107,10 +107,7 @@ class Console(contextlib.AbstractContextManager["Console"]):
 
     def begin(self, arguments: dict[str, object]) -> None:
         """Show the facts as one block: the next line is about step 1."""
-        self._open_log()
-        if self.folder and self.first:
-            text = "".join(f"{name} {'.' * (48 - len(name))} {value}\n" for name, value in sorted(arguments.items()))
-            write_aside(self.folder / ARGUMENTS_FILE, text)
+        self._open_files(arguments)
         if self.first:
             self.line(facts_block(self.facts, self.wrapped))
         self.facts.clear()
@@ -183,16 +180,20 @@ class Console(contextlib.AbstractContextManager["Console"]):
                 self.log = None
                 self.line(f"{self._who}warning: {self.folder}: no more of Megatron's log here ({error.strerror})")
 
-    def _open_log(self) -> None:
+    def _open_files(self, arguments: dict[str, object]) -> None:
         self.begun = True
-        if self.folder and not self.verbose and (self.first or self.last):
-            try:
+        try:
+            if self.folder and (self.first or self.last):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.log = self.restore.enter_context(
-                    open(self.folder / LOG_FILE.format(self.rank), "a", encoding="utf-8"))
-            except OSError as error:
-                raise ConfigError(f"{self.folder}: cannot keep the run's log there ({error.strerror}); mend that, or "
-                                  "choose another --save or --tensorboard-dir") from error
+                if not self.verbose:
+                    self.log = self.restore.enter_context(
+                        open(self.folder / LOG_FILE.format(self.rank), "a", encoding="utf-8"))  # noqa: SIM115
+            if self.folder and self.first and arguments:
+                write_aside(self.folder / ARGUMENTS_FILE, "".join(
+                    f"{name} {'.' * (48 - len(name))} {value}\n" for name, value in sorted(arguments.items())))
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: cannot keep the run's log there ({error.strerror}); mend that, or "
+                              "choose another --save or --tensorboard-dir") from error
         held, self.held = self.held, []
         for line in held:
             self._to_log(line)

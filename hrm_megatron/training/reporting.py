@@ -57,7 +57,7 @@ class Reporter:
         self.time_left = TimeLeft([tick_passes(args, step.bp_schedule.at(i + 1)) for i in range(args.train_iters)],
                                   time.monotonic)
         self.sample: list[Sequence[tuple[int, int]]] = []
-        self.part = ""
+        self.means, self.part = IntervalMeans(), ""
 
     def begin(self, train_rows: PackedRows | None) -> None:
         """Show what the run is: all is ready for its first step."""
@@ -78,16 +78,17 @@ class Reporter:
     def training_log(self, stock: Callable[..., bool], losses: dict[str, torch.Tensor], totals: dict[str, Any],
                      lr: float | None, iteration: int, loss_scale: float, report_memory: bool, skipped: int,
                      *rest: Any, is_first_iteration: bool = False, **options: Any) -> bool:
-        shown = self.console.last and (iteration % self.args.log_interval == 0 or is_first_iteration)
-        means = interval_means(losses, totals, skipped) if shown else {}  # Megatron begins its sums anew
         report_memory = stock(losses, totals, lr, iteration, loss_scale, report_memory, skipped, *rest,
                               is_first_iteration=is_first_iteration, **options)
-        if shown:
-            self.console.line(step_line(self.report(iteration, means, lr), self.console.width))
+        if not self.console.last:
+            return report_memory
+        if not skipped:
+            self.means.add(losses)
+        if iteration % self.args.log_interval == 0 or is_first_iteration:
+            self.console.line(step_line(self.report(iteration, self.means.take(), lr), self.console.width))
         if is_first_iteration:  # it took longer than the others will
             self.time_left.start(iteration)
-        if self.console.last:
-            self.console.progress(iteration, self.args.train_iters)
+        self.console.progress(iteration, self.args.train_iters)
         return report_memory
 
     def report(self, iteration: int, means: dict[str, float], lr: float | None) -> StepReport:
@@ -128,11 +129,23 @@ class Reporter:
         return int(getattr(self.args, "curr_iteration", self.args.iteration - 1)) + 1
 
 
-def interval_means(losses: dict[str, torch.Tensor], totals: dict[str, Any], skipped: int) -> dict[str, float]:
-    """Means of what steps reported since Megatron's last line; `losses` are those of a step not yet in `totals`."""
-    steps = totals.get("advanced iterations", 0) + (not skipped)
-    return {name: (float(totals.get(name, 0)) + (0 if skipped else float(value))) / max(1, steps)
-            for name, value in losses.items()}
+class IntervalMeans:
+    """Means of what steps reported since the line before; Megatron's go from the first step to the second line."""
+
+    def __init__(self) -> None:
+        self.steps, self.sums = 0, dict[str, torch.Tensor]()
+
+    def add(self, losses: dict[str, torch.Tensor]) -> None:
+        """Count a step; this does not wait for the device."""
+        self.steps += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def take(self) -> dict[str, float]:
+        """Return the means and begin anew."""
+        means = {name: float(value) / self.steps for name, value in self.sums.items()}
+        self.steps, self.sums = 0, {}
+        return means
 
 
 def tick_passes(args: argparse.Namespace, bp_steps: int) -> int:

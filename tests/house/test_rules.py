@@ -199,7 +199,7 @@ MODEL = "hrm_megatron/model/hrm.py"
     (only_training_asks_for_args, MODEL, "from megatron.training import get_args"),
     (only_training_asks_for_args, "tools/plan.py", "import megatron.training as m\nm.get_args()"),
     (logs_and_never_prints, "hrm_megatron/training/data.py", "print('3 rows')"),
-    (logs_and_never_prints, "hrm_megatron/training/data.py", "from megatron.training import utils as u\nu.print_rank_0(3)"),
+    (logs_and_never_prints, "hrm_megatron/training/data.py", "import megatron.training.utils as u\nu.print_rank_0(3)"),
     (is_short_and_named, MODEL, "\n" * LINE_LIMIT),
     (is_short_and_named, "hrm_megatron/data/utils.py", ""),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept:\n    pass"),

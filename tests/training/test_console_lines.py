@@ -24,14 +24,18 @@ NONE = replace(STEP, loss=math.nan, exact=math.nan, lr=0.0, tokens_per_second=ma
 
 
 @pytest.mark.parametrize("report, width, line", [
-    (STEP, 120, "step  1200/10000  loss  2.1235  exact  12.3%  bp 5     lr 2.20e-04      123,457 tokens/s   1h23m left"),
+    (STEP, 120,
+     "step  1200/10000  loss  2.1235  exact  12.3%  bp 5     lr 2.20e-04      123,457 tokens/s   1h23m left"),
     (STEP, 80, " 1200/10000 loss 2.123 exact 12.3% bp 5 lr 2.2e-4 123k tok/s 1h23m left"),
-    (LONG, 120, "step  999999/1000000  loss 12.3456  exact 100.0%  bp 4.25  lr 2.20e-04    1,234,500 tokens/s   1d03h left"),
+    (LONG, 120,
+     "step  999999/1000000  loss 12.3456  exact 100.0%  bp 4.25  lr 2.20e-04    1,234,500 tokens/s   1d03h left"),
     (LONG, 80, " 999999/1000000 loss 12.35 exact 100.0% bp 4.2 lr 2.2e-4 1.23M tok/s 1d03h left"),
-    (NONE, 120, "step  1200/10000  loss     nan  exact   nan%  bp 5     lr 0.00e+00          nan tokens/s       ? left"),
+    (NONE, 120,
+     "step  1200/10000  loss     nan  exact   nan%  bp 5     lr 0.00e+00          nan tokens/s       ? left"),
     (NONE, 80, " 1200/10000 loss nan exact nan% bp 5 lr 0 nan tok/s ? left"),
-    (replace(STEP, tflops=456.78), 120, "step  1200/10000  loss  2.1235  exact  12.3%  bp 5     lr 2.20e-04      123,457 "
-     "tokens/s  456.8 TFLOP/s/GPU   1h23m left"),
+    (replace(STEP, tflops=456.78), 120,
+     "step  1200/10000  loss  2.1235  exact  12.3%  bp 5     lr 2.20e-04      123,457 tokens/s  456.8 TFLOP/s/GPU  "
+     " 1h23m left"),
     # What does not fit is left out, the least telling first; the step and the loss are the last to go.
     (replace(LONG, tflops=456.78), 80, " 999999/1000000 loss 12.35 exact 100.0% 1.23M tok/s 456.8 TFLOP/s 1d03h left"),
     (LONG, 40, " 999999/1000000 loss 12.35 1d03h left"),
@@ -42,8 +46,8 @@ def test_a_step_is_a_line(report, width, line):
 
 
 def test_no_line_is_wider_than_the_terminal():
-    values = itertools.product((1, 123_456, 10**7), (0.0, 1e-9, 9999.5, math.inf), (0.0, 1.0), (2.0, 12.75), (0.0, 1e-10),
-                               (0.4, 999_950.0, 1e12), (0.0, 86_399.6, 1e9), (None, 1234.5))
+    values = itertools.product((1, 123_456, 10**7), (0.0, 1e-9, 9999.5, math.inf), (0.0, 1.0), (2.0, 12.75),
+                               (0.0, 1e-10), (0.4, 999_950.0, 1e12), (0.0, 86_399.6, 1e9), (None, 1234.5))
     count = 0
     for steps, loss, exact, bp, lr, speed, left, tflops in values:
         for width in (12, 40, 80, 100, 120, 250):
@@ -75,8 +79,8 @@ def test_evaluations_and_saves_are_a_line_each():
 
 
 @pytest.mark.parametrize("seconds, text", [
-    (0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (3599.4, "59m59s"), (3600, "1h00m"), (86_399, "23h59m"), (86_400, "1d00h"),
-    (1e7, "115d17h"), (None, "?"), (math.nan, "?"), (math.inf, "?")])
+    (0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (3599.4, "59m59s"), (3600, "1h00m"), (86_399, "23h59m"),
+    (86_400, "1d00h"), (1e7, "115d17h"), (None, "?"), (math.nan, "?"), (math.inf, "?")])
 def test_times_have_two_units(seconds, text):
     assert duration(seconds) == text
 
@@ -92,8 +96,9 @@ def test_facts_have_an_order_and_are_wrapped_for_a_terminal():
     facts = ["schedule: a", "data: b", "a surprise", "layout: c\n  stage 0: " + "d " * 20, "data: e"]
     assert facts_block(facts, None).splitlines() == ["a surprise", "layout: c", "  stage 0: " + "d " * 20, "data: b",
                                                      "data: e", "schedule: a"]
-    assert facts_block(facts, 40).splitlines() == ["a surprise", "layout: c", "  stage 0: d d d d d d d d d d d d d d d",
-                                                   "    d d d d d", "data: b", "data: e", "schedule: a"]
+    assert facts_block(facts, 40).splitlines() == [
+        "a surprise", "layout: c", "  stage 0: d d d d d d d d d d d d d d d", "    d d d d d", "data: b", "data: e",
+        "schedule: a"]
 
 
 def test_the_time_left_follows_the_cost_of_the_steps_to_come():

@@ -56,8 +56,8 @@ def test_the_description_counts_per_rank():
 def test_the_shares_of_context_ranks_are_told(launch, fullbatch_arguments):
     run = launch(*fullbatch_arguments, "--context-parallel-size", 2, "--exit-interval", 1, ranks=2)
     assert run.code == 0, run.output[-3000:]
-    told = re.search(r"\ndata: context parallel: the busiest of 2 ranks has (1\.\d\d) times the mean of .* over 64 rows",
-                     run.output)
+    told = re.search(r"\ndata: context parallel: the busiest of 2 ranks has (1\.\d\d) times the mean of .* over 64 "
+                     "rows", run.output)
     assert told and 1 <= float(told[1]) < 1.5
 
 
