@@ -54,9 +54,10 @@ class Reporter:
     def __init__(self, args: argparse.Namespace, console: Console, step: TrainingStep, rows_flops: RowsFlops) -> None:
         self.args, self.console, self.running, self.rows_flops = args, console, step, rows_flops
         self.architecture = architecture_of(args, args.vocab_size)
-        self.time_left = TimeLeft([tick_passes(args, step.bp_schedule.at(i + 1)) for i in range(args.train_iters)],
-                                  time.monotonic)
+        passes = functools.cache(functools.partial(tick_passes, args))
+        self.time_left = TimeLeft([passes(step.bp_schedule.at(i + 1)) for i in range(args.train_iters)], time.monotonic)
         self.sample: list[Sequence[tuple[int, int]]] = []
+        self.flops_at: dict[int, int] = {}  # by bp_steps
         self.means, self.part = IntervalMeans(), ""
 
     def begin(self, train_rows: PackedRows | None) -> None:
@@ -70,10 +71,11 @@ class Reporter:
 
     def flops(self) -> int:
         """FLOPs of the last step, the same on every rank: its rows are taken to be like the first of the run."""
-        if not self.sample:
-            return 0
-        flops = self.rows_flops(self.architecture, self.running.bp_steps, self.args.seq_length, self.sample)
-        return flops * int(self.args.global_batch_size) // len(self.sample)
+        bp_steps = self.running.bp_steps
+        if self.sample and bp_steps not in self.flops_at:
+            flops = self.rows_flops(self.architecture, bp_steps, self.args.seq_length, self.sample)
+            self.flops_at[bp_steps] = flops * int(self.args.global_batch_size) // len(self.sample)
+        return self.flops_at.get(bp_steps, 0)
 
     def training_log(self, stock: Callable[..., bool], losses: dict[str, torch.Tensor], totals: dict[str, Any],
                      lr: float | None, iteration: int, loss_scale: float, report_memory: bool, skipped: int,
