@@ -157,7 +157,7 @@ class Console(contextlib.AbstractContextManager["Console"]):
 
     def _warned(self, record: logging.LogRecord) -> None:
         if not self.verbose:  # else it is among Megatron's lines
-            self.line(f"{self._who}{record.levelname.lower()}: {record.name}: {record.getMessage()}")
+            self.line(f"{self._who}{record.levelname}:{record.name}:{record.getMessage()}")
 
     @property
     def _who(self) -> str:

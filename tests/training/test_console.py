@@ -352,3 +352,11 @@ def test_tools_show_no_info_of_other_libraries(monkeypatch):
         be_quiet()
     logging.basicConfig(handlers=[logging.StreamHandler(sys.stdout)], level=logging.INFO)  # as Megatron does
     assert root.level == logging.WARNING and [handler.stream for handler in root.handlers] == [sys.stderr]
+
+
+def test_what_libraries_warn_of_is_shown_with_the_one_that_does(capsys):
+    with Console(2, 3) as console:
+        console.settle(None, verbose=False)
+        logging.getLogger("megatron.core.writer").error("worker 0 failed\nin its second line")
+        logging.getLogger("megatron.core.writer").info("all is well")
+    assert capsys.readouterr().out == "rank 2: ERROR:megatron.core.writer:worker 0 failed\nin its second line\n"
