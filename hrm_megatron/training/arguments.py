@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 import traceback
 from typing import Any
@@ -36,6 +37,8 @@ from hrm_megatron.training.hardware import TRANSFORMER_IMPLS, check_compilation,
 from hrm_megatron.training.memory import check_memory, choose_recompute_modules
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 from hrm_megatron.transformer_config import HRM_SETTINGS, HRMConfig, architecture_of, swiglu_settings
+
+log = logging.getLogger(__name__)
 
 OPTIMIZER = "adam_atan2"
 
@@ -93,6 +96,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="load a checkpoint without reading it once before, to look for damage")
     group.add_argument("--load-newest-valid", action="store_true",
                        help="where the checkpoint to load is damaged, go on from the newest one that is not")
+    group.add_argument("--verbose", action="store_true",
+                       help="print what Megatron prints too (default: into a file in --save, else --tensorboard-dir)")
     for action in parser._actions:
         if action.dest == "optimizer":
             action.choices = [OPTIMIZER, *(action.choices or ())]
@@ -190,8 +195,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     args.transformer_impl, layers = choose_layers(args.transformer_impl, args.compile_layers, machine)
     check_compilation(args, machine)
     check_precision(args, machine)
-    if not args.rank:
-        print(f"layers: {layers}", flush=True)
+    log.info("layers: %s", layers)
     if not torch.cuda.is_available():
         for name, value in WITHOUT_CUDA.items():
             setattr(args, name, value)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from hrm_megatron.training.resume import changes, check_model, nothing_left, set
 from hrm_megatron.training.verification import check_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
 
+log = logging.getLogger(__name__)
+
 RESERVE_BYTES = 1 << 20
 
 
@@ -55,7 +58,7 @@ def starting_point(args: argparse.Namespace) -> Path | None:
             except ConfigError as error:
                 if not complete or (isinstance(error, DamagedError) and not args.load_newest_valid):
                     raise
-                say(f"{error}; going on from {complete[0]}, the latest that is complete")
+                log.info(f"checkpoint: {error}; going on from {complete[0]}, the latest that is complete")
                 write_aside(tracker, str(int(complete[0].removeprefix("iter_"))))
                 return find_iteration(load)
         begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
@@ -111,7 +114,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
         return True
     iteration = int(common["iteration"])
     if done := nothing_left(iteration, args.train_iters):
-        say(f"{folder}: {done}")
+        log.info(f"checkpoint: {folder}: {done}")
         return False
     if args.no_load_optim:
         return True
@@ -126,7 +129,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
     if not converted:
         for line in (settle_schedule(args, common["args"], folder, iteration), changes(common["args"], args)):
             if line:
-                say(line)
+                log.info(f"checkpoint: {line}")
     return True
 
 
@@ -207,9 +210,3 @@ def _check_space(args: argparse.Namespace, architecture: Architecture) -> None:
     if (free := shutil.disk_usage(place).free) < needed:
         raise ConfigError(f"--save {args.save}: one checkpoint needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
                           "free; free some space or choose another disk")
-
-
-def say(line: str) -> None:
-    """Print a line on one rank."""
-    if os.environ.get("RANK", "0") == "0":  # before there is a process group
-        print(f"checkpoint: {line}", flush=True)

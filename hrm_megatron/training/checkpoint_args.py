@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import last_saved_first, read_run
 from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import PRESETS, ConfigError
-from hrm_megatron.training.checkpoint import say, starting_point
+from hrm_megatron.training.checkpoint import starting_point
+
+log = logging.getLogger(__name__)
 
 # Argument > the flag that sets it: all that an Architecture is made of, but for the vocabulary, which is the data's.
 MODEL_ARGUMENTS = {
@@ -30,7 +33,7 @@ def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """
     folder = starting_point(args)
     if folder is None:
-        say(f"--use-checkpoint-args: none at {args.load} yet; sizes are the command line's")
+        log.info(f"checkpoint: --use-checkpoint-args: none at {args.load} yet; sizes are the command line's")
         return
     stored = _arguments_of(folder, args.load_newest_valid)
     check_given(given, stored, folder)
@@ -38,7 +41,7 @@ def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         setattr(args, name, getattr(stored, name))
     if args.seq_length is None:
         args.seq_length = stored.seq_length
-    say(f"{folder}: model " + ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_ARGUMENTS))
+    log.info(f"checkpoint: {folder}: model " + ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_ARGUMENTS))
 
 
 def _arguments_of(folder: Path, or_of_another: bool) -> argparse.Namespace:

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from megatron.core.datasets.utils import Split
-from megatron.training.utils import print_rank_0
 
 from hrm_megatron.attention.prefix_lm import context_loads
 from hrm_megatron.config import ConfigError
@@ -19,7 +19,9 @@ from hrm_megatron.data.store import ExampleStore
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.training.evaluation import Evaluation
 
-MEASURED_ROWS = 64  # whose attention is counted for the shares of context parallel ranks
+log = logging.getLogger(__name__)
+
+MEASURED_ROWS = 64  # whose examples stand for all, in FLOPs and in the shares of context parallel ranks
 
 Source = ExampleStore | SampledFolder
 Datasets = tuple[PackedRows | None, PackedRows | None, PackedRows | None]
@@ -92,13 +94,17 @@ def open_sources(args: argparse.Namespace) -> Sources:
     return Sources(source, stores.get("valid"), stores.get("test"), split=bool(whole))
 
 
+def first_lengths(rows: PackedRows) -> list[Sequence[tuple[int, int]]]:
+    """The (prefix, response) lengths of the examples in the first rows: the same on every rank."""
+    return [PackedBatch.from_row(rows[i]).lengths[0] for i in range(min(len(rows), MEASURED_ROWS))]
+
+
 def describe_loads(rows: PackedRows, row_tokens: int, ranks: int) -> str:
     """Say how evenly the attention of the first rows is shared among context parallel ranks."""
-    count = min(len(rows), MEASURED_ROWS)
-    lengths = [PackedBatch.from_row(rows[i]).lengths[0] for i in range(count)]
+    lengths = first_lengths(rows)
     loads = context_loads(lengths, row_tokens, ranks)
     return (f"context parallel: the busiest of {ranks} ranks has {max(loads) * ranks / sum(loads):.2f} times the mean "
-            f"of the attention's (query, key) pairs, over {count} rows")
+            f"of the attention's (query, key) pairs, over {len(lengths)} rows")
 
 
 def plan_evaluations(args: argparse.Namespace, evaluation: Evaluation, valid: PackedRows | None,
@@ -117,22 +123,22 @@ def plan_evaluations(args: argparse.Namespace, evaluation: Evaluation, valid: Pa
             evaluation.test_iters = evaluation.cover(test, rows)
         test.num_rows, test.split = evaluation.test_iters * rows, Split.test
     if evaluation.whole:
-        parts = {"validation": (valid, args.eval_iters), "test": (test, evaluation.test_iters)}
-        print_rank_0("".join(f" > {name}: all {part.rows_per_epoch} rows in {iters} iterations of {rows}\n"
-                             for name, (part, iters) in parts.items() if part).rstrip())
+        for name, part, iters in (("validation", valid, args.eval_iters), ("test", test, evaluation.test_iters)):
+            if part:
+                log.info(f"{name}: all {part.rows_per_epoch} rows in {iters} iterations of {rows}")
 
 
 def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Evaluation,
-                      on_ready: Callable[[], None]) -> Callable[..., Datasets]:
-    """Make Megatron's datasets provider; `on_ready` is called when training may begin."""
+                      on_ready: Callable[[PackedRows | None], None]) -> Callable[..., Datasets]:
+    """Make Megatron's datasets provider; `on_ready` is called with the training rows when training may begin."""
     def rows(name: str, source: Source | None, count: int, **options: object) -> PackedRows | None:
         if source is None or not count:
             return None
         dataset = PackedRows(source, args.seq_length, args.seed, count, cache_folder=args.data_cache_path,
                              **options)  # type: ignore[arg-type]
-        print_rank_0(f" > {name}: {dataset.describe()}")
+        log.info("data: %s: %s", name, dataset.describe())
         if name == "training" and args.context_parallel_size > 1:
-            print_rank_0(f" > {describe_loads(dataset, args.seq_length, args.context_parallel_size)}")
+            log.info("data: %s", describe_loads(dataset, args.seq_length, args.context_parallel_size))
         return dataset
 
     def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:
@@ -157,7 +163,7 @@ def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Ev
         if not torch.distributed.get_rank() and args.data_cache_path:
             torch.distributed.barrier()
         plan_evaluations(args, evaluation, found[1], found[2])
-        on_ready()
+        on_ready(found[0])
         return found
 
     provide.is_distributed = True  # type: ignore[attr-defined]  # every rank reads for itself: no broadcast of batches

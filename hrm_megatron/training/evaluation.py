@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from megatron.training.utils import is_last_rank, print_rank_last
 
 from hrm_megatron.config import ConfigError, round_up
 from hrm_megatron.data.dataset import PackedRows
+
+log = logging.getLogger(__name__)
 
 # How Megatron's loop calls its last evaluation (training.py, pretrain).
 ON_TEST_SET = "on test set"
@@ -44,8 +46,8 @@ def settle_evaluation(args: argparse.Namespace, valid_examples: int, test_exampl
     if args.skip_train and not (validates or tests):
         reason = absence if wanted else "--eval-iters is 0"
         raise ConfigError(f"--skip-train: nothing to evaluate: {reason}")
-    if wanted and not validates and os.environ.get("RANK", "0") == "0":  # before there is a process group
-        print(f"validation: off, {absence}", flush=True)
+    if wanted and not validates:
+        log.info(f"validation: off, {absence}")
     args.full_validation = False
     # With whole parts it is set again once the rows are counted.
     args.eval_iters = 1 if whole else args.eval_iters

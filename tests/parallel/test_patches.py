@@ -99,6 +99,21 @@ STOCK = [
     ("megatron.training.training", "torch_FSDP", ...),
     ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup.post_backward", "(self, *unused)"),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._pre_forward", "(self, module, args, kwargs)"),
+    # hrm_megatron/training/reporting.py and console.py
+    ("megatron.training.training", "training_log",
+     "(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm, "
+     "params_norm, num_zeros_in_grad, max_attention_logit, pg_collection=None, is_first_iteration=False, "
+     "seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None)"),
+    ("megatron.training.training", "evaluate",
+     "(forward_step_func, data_iterator, model, process_non_loss_data_func, config, verbose=False, "
+     "non_loss_data_func=None, eval_iters=None, pg_collection=None, p2p_communicator=None)"),
+    ("megatron.training.training", "evaluate_and_print_results",
+     "(prefix, forward_step_func, data_iterator, model, iteration, process_non_loss_data_func, config, verbose=False, "
+     "write_to_tensorboard=True, non_loss_data_func=None, pg_collection=None, p2p_communicator=None)"),
+    ("megatron.training.training", "num_floating_point_operations",
+     "(args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None)"),
+    ("megatron.training.training", "report_theoretical_memory", "(args, num_microbatches=None, verbose=False)"),
+    ("megatron.training.log_handler", "CustomHandler", "()"),  # which writes to stdout
     # hrm_megatron/attention/cpu_flash.py calls these by name
     ("torch", "ops.aten._scaled_dot_product_flash_attention_for_cpu",
      "aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, float dropout_p=0., "
