@@ -6,7 +6,7 @@ import argparse
 from megatron.training.checkpointing import get_loaded_iteration
 
 from hrm_megatron.optim.schedule import BPSchedule
-from hrm_megatron.training.arguments import lr_schedule
+from hrm_megatron.training.step_schedules import lr_schedule
 from hrm_megatron.transformer_config import architecture_of
 
 
