@@ -125,7 +125,7 @@ def plan_evaluations(args: argparse.Namespace, evaluation: Evaluation, valid: Pa
     if evaluation.whole:
         for name, part, iters in (("validation", valid, args.eval_iters), ("test", test, evaluation.test_iters)):
             if part:
-                log.info(f"{name}: all {part.rows_per_epoch} rows in {iters} iterations of {rows}")
+                log.info(f"data: {name}: all {part.rows_per_epoch} rows in {iters} iterations of {rows}")
 
 
 def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Evaluation,

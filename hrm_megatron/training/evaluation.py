@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.training import training as megatron_training
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
-from megatron.training.utils import is_last_rank, print_rank_last
+from megatron.training.utils import is_last_rank
 
 from hrm_megatron.config import ConfigError, round_up
 from hrm_megatron.data.dataset import PackedRows
@@ -80,7 +80,7 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
 
 
 def log_test(means: dict[str, float], iteration: int, rows: int, write_to_tensorboard: bool) -> None:
-    """Print the result of the test part, and write it beside those of validation."""
+    """Write the result of the test part beside those of validation; console.py has its line."""
     writer, wandb = get_tensorboard_writer() if write_to_tensorboard else None, get_wandb_writer()
     for name, mean in means.items():
         if writer:
@@ -88,5 +88,3 @@ def log_test(means: dict[str, float], iteration: int, rows: int, write_to_tensor
             writer.add_scalar(f"{name} test vs samples", mean, rows)
         if writer and wandb and is_last_rank():
             wandb.log({f"{name} test": mean}, iteration)
-    print_rank_last(f" test loss at iteration {iteration} | "
-                    + " | ".join(f"{name} value: {mean:.6E}" for name, mean in means.items()))

@@ -64,7 +64,10 @@ class Reporter:
         """Show what the run is: all is ready for its first step."""
         if train_rows is not None:
             self.sample = first_lengths(train_rows)
-        for fact in (describe_checkpoint(self.args), describe_schedule(self.args, self.running.bp_schedule)):
+        facts = [describe_checkpoint(self.args)]
+        if not self.args.skip_train:
+            facts.append(describe_schedule(self.args, self.running.bp_schedule))
+        for fact in facts:
             log.info(fact)
         self.console.begin(vars(self.args))
         self.time_left.start(self.args.iteration)
@@ -113,7 +116,8 @@ class Reporter:
         found = means, _, _ = stock(*rest, **options)
         if means and self.console.last:
             values = {name: float(value) for name, value in means.items()}
-            self.console.line(evaluation_line(self.done, self.args.train_iters, self.part, values,
+            steps = max(self.done, self.args.train_iters)  # of which an evaluation alone may know none
+            self.console.line(evaluation_line(self.done, steps, self.part, values,
                                               time.monotonic() - begun, self.console.width))
         return found
 

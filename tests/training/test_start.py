@@ -64,8 +64,8 @@ def test_a_run_that_goes_on_with_other_rows_per_step_follows_iterations(launch, 
     assert run.code == 0, run.output[-3000:]
     rates, ticks = ({step: value for step, value in of.items() if step > 12} for of in reference)
     assert scalars(tmp_path, "learning-rate") == rates and scalars(tmp_path, "bp steps") == ticks
-    console = dict(re.findall(r"iteration +(\d+)/.*learning rate: (\S+) \|", run.last_output))
-    assert console == {str(step): f"{rate:.6E}" for step, rate in rates.items()}
+    console = dict(re.findall(r"step +(\d+)/24 .* lr (\S+) ", run.last_output))
+    assert console == {str(step): f"{rate:.2e}" for step, rate in rates.items()}
     assert "schedule: the command line's" in run.output and "iteration 13 has rate" in run.output
 
 

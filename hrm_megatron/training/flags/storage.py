@@ -15,7 +15,7 @@ FSDP = "--use-megatron-fsdp"
 CHECKPOINTING: Group = (
     Used("hrm_megatron.training.checkpoint", "--save --load --finetune --pretrained-checkpoint --ckpt-step "
          "--exit-on-missing-checkpoint"),
-    Used("megatron.training.arguments", "--use-checkpoint-args", needs="--load --pretrained-checkpoint"),
+    Used("hrm_megatron.training.arguments", "--use-checkpoint-args", needs="--load --pretrained-checkpoint"),
     Used("megatron.training.training", "--save-interval --save-params-interval --save-wgrads-interval",
          needs="--save"),
     Used("megatron.training.training", "--save-activations-interval --save-dgrads-interval", needs="--save",
