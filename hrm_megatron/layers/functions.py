@@ -123,7 +123,7 @@ class RMSNormFunction(torch.autograd.Function):
 class SwiGLUFunction(torch.autograd.Function):
     """`swiglu` with its own backward.
 
-    Keeps silu(a) beside its input: on a CPU memory is plenty and exponentials are dear.
+    Keeps silu(a) beside its input: on a CPU memory is plenty and exponentials are expensive.
     """
 
     @staticmethod

@@ -19,12 +19,12 @@ def relative(ours, theirs):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """Examples whose response is the prefix and as many new digits: half of it can be learnt, half of it never."""
-    from hrm_megatron.data.store import StoreWriter
+    from hrm_megatron.data.indexed_examples import IndexedExamplesWriter
     from hrm_megatron.data.tokenizer import TextTokenizer
 
     prefix, tokenizer = tmp_path_factory.mktemp("store") / "digits", TextTokenizer(GOLDEN / "tokenizer")
     generator = np.random.default_rng(1)
-    with StoreWriter(prefix, tokenizer) as writer:
+    with IndexedExamplesWriter(prefix, tokenizer) as writer:
         for _ in range(20_000):
             asked, new = ("".join(map(str, generator.integers(10, size=8))) for _ in range(2))
             writer.add(tokenizer.encode_prefix("direct", asked), tokenizer.encode_response(asked + new))
