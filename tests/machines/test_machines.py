@@ -16,9 +16,9 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
-DIGITS = ["tests/model", "tests/optim", "tests/planner", "tests/convert", "tests/generate/test_decode.py",
-          "tests/gpu/test_loss_and_update.py", "tests/gpu/test_attention_kernels.py", "tests/parallel/test_patches.py",
-          "tests/training/test_fullbatch.py"]
+DIGITS = ["tests/layers", "tests/attention", "tests/model", "tests/optim", "tests/planner", "tests/convert",
+          "tests/generate/test_decode.py", "tests/gpu/test_loss_and_update.py", "tests/gpu/test_attention_kernels.py",
+          "tests/parallel/test_patches.py", "tests/training/test_fullbatch.py"]
 PROCESSES = ["tests/house", "tests/data", "tests/convert", "tests/demo", "tests/examples", "tests/launch_scripts",
              "tests/generate", "tests/parallel/test_patches.py", "tests/training/test_bad_input.py",
              "tests/training/test_resume.py", "tests/training/test_death.py"]
