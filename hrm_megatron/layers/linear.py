@@ -1,6 +1,7 @@
 """Linear layers on a product of our own, where Megatron's cannot be compiled or runs slower.
 
-A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (layers/compiled.py).
+A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (layers/compiled.py). And
+where gradients are added there, Megatron's answers autograd with a whole tensor at every tick (parallel/main_grad.py).
 
 On a CPU the product is oneDNN's on processors on which that of MKL, torch's own choice, is slower. MKL leaves the
 widest instructions of other makers' processors unused. Measured in fp32 on one core of an AMD EPYC with AVX-512:
@@ -17,7 +18,7 @@ import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added
+from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added, answer_once
 
 CPU_FACTS = Path("/proc/cpuinfo")
 MIN_MULTIPLICATIONS = 1 << 24  # of a product, below which MKL is not slower
@@ -49,6 +50,8 @@ class LinearFunction(torch.autograd.Function):
         if ctx.main_grad is None:
             return dx, grads[0].t() @ x, None
         add_weight_gradient(ctx.main_grad, grads[0], x)
+        if torch.compiler.is_compiling():  # which takes no notes on weights: a compiled layer does, behind its output
+            return dx, None, None
         return dx, already_added(weight), None
 
 
@@ -66,9 +69,12 @@ def on_own_product(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
                      sequence_parallel: bool, gradient_accumulation_fusion: bool,
                      **options: Any) -> torch.Tensor:
         if allreduce_dgrad or sequence_parallel or bias is not None:
-            return stock(input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
-                         sequence_parallel=sequence_parallel,
-                         gradient_accumulation_fusion=gradient_accumulation_fusion, **options)
+            out = stock(input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
+                        sequence_parallel=sequence_parallel,
+                        gradient_accumulation_fusion=gradient_accumulation_fusion, **options)
+            if gradient_accumulation_fusion:
+                answer_once(out, weight)
+            return out
         return linear(input, weight, gradient_accumulation_fusion)
     return forward_impl
 
@@ -103,4 +109,5 @@ def runs_faster_on_onednn() -> bool:
 
 def local_provider(compiled: bool = False) -> LocalSpecProvider:
     """Return the layers for this machine where Transformer Engine is not asked for; `compiled`: for a compiler."""
-    return OwnProductProvider() if compiled or runs_faster_on_onednn() else LocalSpecProvider()
+    own = compiled or torch.cuda.is_available() or runs_faster_on_onednn()
+    return OwnProductProvider() if own else LocalSpecProvider()

@@ -26,6 +26,8 @@ from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fp8_utils import get_fp8_recipe
 
+from hrm_megatron.parallel.main_grad import answer_once
+
 CACHED_WEIGHT = "weight"  # the key under which Linear.forward keeps its cast weight
 SCALING = ("scaling_fwd", "scaling_bwd")
 STATE = ("scale", "amax_history")
@@ -56,8 +58,10 @@ class TickLinear(TELinear):  # type: ignore[misc]
             # gradient would make another: by a newer scale if scaling is delayed.
             with torch.enable_grad():
                 return super().forward(x.detach().requires_grad_())[0].detach(), None
-        out: tuple[torch.Tensor, torch.Tensor | None] = super().forward(x)
-        return out
+        out, bias = super().forward(x)
+        if self.config.gradient_accumulation_fusion:
+            answer_once(out, self.weight)
+        return out, bias
 
     def get_extra_state(self) -> dict[str, torch.Tensor] | None:
         """Scales and histories of delayed scaling, without which a resumed run would begin with scales of 1.

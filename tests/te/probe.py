@@ -41,6 +41,7 @@ from hrm_megatron.model.hrm import HRMModel  # noqa: E402
 from hrm_megatron.parallel.patching import temporarily  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
+from tests.model.small import Sums  # noqa: E402
 from tests.te.memory import kept, offloading  # noqa: E402
 from tests.te.models import (  # noqa: E402
     ARCHITECTURE,
@@ -123,6 +124,20 @@ def fused() -> dict[str, float]:
         stock = gradients(with_main_grads(build(TE, **fusion)), bp_steps=5)
     wanted = gradients(build(LOCAL), bp_steps=5)
     found["stock at bp 5"] = furthest(stock, wanted)
+    return found
+
+
+def sums() -> dict[str, int]:
+    """Whole gradients that autograd adds up in a backward through five ticks, with layers that add to main_grad."""
+    found = {}
+    for name, precision in (("bf16", FP8 | dict(fp8=None)), ("fp8", FP8 | dict(fp8_recipe="tensorwise"))):
+        model = with_main_grads(build(TE, **precision))
+        loss = model(batch=next(batches(1)), bp_steps=5)[0].sum()
+        shapes = {weight.shape for key, weight in model.named_parameters()  # which no activation has
+                  if key.endswith(("linear_qkv.weight", "linear_fc1.weight"))}
+        with Sums(shapes, torch.bfloat16) as seen:
+            loss.backward()
+        found[name] = sum(seen.found.values())
     return found
 
 

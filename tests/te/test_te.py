@@ -17,7 +17,7 @@ from tests.training.conftest import FULLBATCH, scalars
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(os.environ.get("TE_PYTHON", Path(sys.prefix) / "te-python"))
 HOPPER, BLACKWELL = "9.0", "10.0"
-ON_HOPPER = ["presets", "spec", "fp32", "fused", "checkpoints", "delayed", "casts delayed", "casts tensorwise",
+ON_HOPPER = ["presets", "spec", "fp32", "fused", "sums", "checkpoints", "delayed", "casts delayed", "casts tensorwise",
              "recast", "layers_in_bf16", "fp8_parameters", "offloading fp32", "offloading fp8",
              "kept"]
 ON_BLACKWELL = ["casts mxfp8"]
@@ -106,6 +106,10 @@ def test_gradients_of_all_ticks_are_added_up(claims, parity):
     for what, difference in found.items():
         parity(f"TE over its stub, gradients that layers add, {what}", difference, 1e-6)
     assert stock > 0.1, "stock layers no longer overwrite: TickLinear.forward may become simpler"
+
+
+def test_autograd_adds_up_no_gradient_that_a_layer_has_added(claims):
+    assert claims["sums"] == dict(bf16=0, fp8=0)
 
 
 @pytest.mark.parametrize("saved, loaded", [("local", "transformer_engine"), ("transformer_engine", "local")])
