@@ -27,6 +27,7 @@ from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
 from hrm_megatron.training.memory import LESS_MEMORY  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
+from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 from hrm_megatron.training.verification import verify_start  # noqa: E402
@@ -47,6 +48,7 @@ def train() -> None:
     step = TrainingStep(args)
     install(args, step)
     install_schedule(args, step)
+    install_overlap(args)
     install_fsdp(args)
     guard_saves(args)
 
