@@ -43,6 +43,9 @@ class TickLinear(TELinear):  # type: ignore[misc]
         # As the local layers do: a state dict without our extra state is a whole one.
         self._register_load_state_dict_pre_hook(
             lambda state_dict, prefix, *_: state_dict.setdefault(f"{prefix}_extra_state"))
+        if self._scales_are_delayed() and SCALING[0] in self.fp8_meta:
+            # FP8 parameters were cast before they had a value, and the largest one of that memory would count.
+            self.fp8_meta[SCALING[0]].amax_history.zero_()
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [..., k/tp of a row-parallel layer] to [..., n/tp of a column-parallel one], and no bias.

@@ -32,6 +32,7 @@ stub.install((major, minor))
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: E402
+from transformer_engine.pytorch.constants import FP8FwdTensorIdx  # noqa: E402
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noqa: E402
 
 from hrm_megatron.config import PRESETS, Architecture  # noqa: E402
@@ -237,6 +238,20 @@ def fp8_parameters() -> dict[str, float]:
             found.weight = max(found.weight, float((weight.dequantize() - want).abs().max() / want.abs().max()))
             found.master = max(found.master, float((weight.get_high_precision_init_val() - want).abs().max()))
     return vars(found)
+
+
+def first_amax() -> dict[str, list[float]]:
+    """Largest value that each FP8 parameter's scale will follow, and its own, where memory begins with anything."""
+    stock = torch.empty
+
+    def empty(*arguments: Any, **options: Any) -> torch.Tensor:
+        memory = stock(*arguments, **options)
+        return memory.fill_(1e4) if memory.is_floating_point() else memory
+    with temporarily(torch, empty=empty):
+        model = build(TE, fp8_recipe="delayed", fp8_param=True, **FP8)
+    return {name: [layer.fp8_meta["scaling_fwd"].amax_history[:, FP8FwdTensorIdx.GEMM1_WEIGHT].max().item(),
+                   layer.weight.get_high_precision_init_val().abs().max().item()]
+            for name, layer in model.named_modules() if isinstance(layer, te_linear.TickLinear)}
 
 
 def train(*arguments: str) -> dict[str, Any]:
