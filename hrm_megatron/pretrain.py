@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import time
@@ -9,31 +10,43 @@ from typing import Any
 
 from hrm_megatron.parallel.connections import choose_connections
 from hrm_megatron.parallel.cpu import activate
+from hrm_megatron.parallel.log_levels import silence_unactionable
 
 choose_connections(sys.argv[1:])
+silence_unactionable()
 activate()
 
 import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
+from megatron.training.global_vars import set_global_variables  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
 from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.data.dataset import PackedRows  # noqa: E402
+from hrm_megatron.planner.flops import rows_flops  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import parse_arguments  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
+from hrm_megatron.training.console import Console  # noqa: E402
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
+from hrm_megatron.training.error_file import OneLineErrors, one_line  # noqa: E402
+from hrm_megatron.training.evaluation import install_evaluation, settle_evaluation  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
-from hrm_megatron.training.memory import LESS_MEMORY  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
+from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
+from hrm_megatron.training.summary import describe_model  # noqa: E402
 from hrm_megatron.training.verification import verify_start  # noqa: E402
 
+log = logging.getLogger("hrm_megatron.pretrain")  # __name__ is __main__
 
-def train() -> None:
+
+def train(console: Console) -> None:
     """Run Megatron's own training loop over our model, data and optimizer."""
     sources = {}
 
@@ -42,41 +55,58 @@ def train() -> None:
         return sources["all"].vocab_size
 
     args = parse_arguments(vocab_size_of)
-    start = check_checkpoint(args)
-    if not args.rank:
-        print(describe(args), flush=True)
+    console.settle(args.save or args.tensorboard_dir, args.verbose)
+    data = sources["all"]
+    evaluation = settle_evaluation(args, *data.held_out(args.split), data.why_no_validation(args.split))
+    start, is_left = check_checkpoint(args)
+    if not is_left:
+        return
+    set_global_variables(args)
+    log.info(describe_model(args))
+    log.info(describe(args))
     step = TrainingStep(args)
     install(args, step)
     install_schedule(args, step)
     install_overlap(args)
     install_fsdp(args)
+    install_evaluation(args, evaluation)
     guard_saves(args)
+    reporter = install_console(args, console, step, rows_flops)
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
         if not vp_stage:  # the first call, and the first moment at which there is a process group
-            check_agreement(sources["all"].files)
+            check_agreement(data.files)
             verify_start(args, start, functools.partial(check_fit, args))
         return step.build_model(vp_stage=vp_stage, **options)
 
-    pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, sources["all"], step.meter.restart),
+    def ready(train_rows: PackedRows | None) -> None:
+        reporter.begin(train_rows)
+        step.meter.restart()
+
+    pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready),
              ModelType.encoder_or_decoder, step.forward, build_model)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
-def main() -> None:
-    rank = int(os.environ.get("RANK", "0"))
+def run(rank: int, ranks: int) -> None:
     try:
-        train()
-    except ConfigError as error:
+        with Console(rank, ranks) as console:
+            train(console)
+    except ConfigError:
         if rank:
             time.sleep(5)  # where all ranks see the same, the launcher ends this one before it repeats rank 0
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: rank {rank}: {str(error).splitlines()[0]} {LESS_MEMORY}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        raise
+
+
+def main() -> None:
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    try:
+        record(run, OneLineErrors(rank))(rank, ranks)
+    except (ConfigError, torch.OutOfMemoryError) as error:
+        print(one_line(error, rank), file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 if __name__ == "__main__":

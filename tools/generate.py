@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from hrm_megatron.parallel.log_levels import be_quiet
 
 be_quiet()
 activate()
-logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s")  # Megatron's would log among the answers
 
 from tqdm import tqdm  # noqa: E402
 

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 # No torch and no Megatron up here: the processes that make the questions import this file again.
 from examples.demo.commands import CommandFailed, flags, python, run, shown  # noqa: E402
-from examples.demo.progress import TrainingProgress, minutes  # noqa: E402
+from examples.demo.progress import minutes, training_progress  # noqa: E402
 from examples.demo.questions import Row, constant_answer_accuracy, write_questions  # noqa: E402
 from hrm_megatron.config import Architecture, ConfigError  # noqa: E402
 from hrm_megatron.data.tokenizer import TextTokenizer  # noqa: E402
@@ -215,9 +215,9 @@ def train_with_a_stop(folder: Path, scale: Scale, architecture: Architecture, lo
                save_interval=scale.train_iters))
     started = time.monotonic()
     print("  (the first step comes about ten seconds after a start)")
-    run([*command, *flags(exit_interval=scale.stop_after)], log, TrainingProgress())
+    run([*command, *flags(exit_interval=scale.stop_after)], log, training_progress)
     print(f"  stopped after step {scale.stop_after}; the same command, with --load, goes on")
-    run([*command, *flags(load=checkpoints)], log, TrainingProgress())
+    run([*command, *flags(load=checkpoints)], log, training_progress)
     return time.monotonic() - started
 
 

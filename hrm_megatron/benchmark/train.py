@@ -14,7 +14,7 @@ from hrm_megatron.config import Architecture, ConfigError, Preset
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.sampled import SampledFolder
-from hrm_megatron.planner.flops import score_elements, training_flops
+from hrm_megatron.planner.flops import rows_flops
 from hrm_megatron.program import run_command
 
 WARMUP_STEPS, PROFILED_STEPS = 5, 2
@@ -84,10 +84,5 @@ def _scalars(log: Path) -> dict[str, dict[int, float]]:
 def _flops(architecture: Architecture, bp_steps: int, data: Path, row_tokens: int, rows: int, steps: range) -> float:
     """Mean FLOPs of these steps, by the examples that their rows hold."""
     dataset = PackedRows(SampledFolder(data), row_tokens, 0, rows * steps[-1])  # a sampled folder's order is its own
-    labels = scores = 0
-    for i in range(rows * (steps[0] - 1), rows * steps[-1]):
-        batch = PackedBatch.from_row(dataset[i])
-        labels += len(batch.label_index)
-        scores += score_elements(batch.lengths[0])
-    total = training_flops(architecture, bp_steps, rows * len(steps) * row_tokens, labels, scores)
-    return total / len(steps)
+    packed = [PackedBatch.from_row(dataset[i]).lengths[0] for i in range(rows * (steps[0] - 1), rows * steps[-1])]
+    return rows_flops(architecture, bp_steps, row_tokens, packed) / len(steps)

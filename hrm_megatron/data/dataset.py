@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ class Split(NamedTuple):
     test: Ids
 
 
-def split_store(count: int, split: str, seed: int) -> Split:
-    """Divide `count` examples in the proportions of `split`, by a permutation of the seed.
+def split_sizes(count: int, split: str) -> list[int]:
+    """Count the examples of each part of `count` in the proportions of `split`.
 
     A part with a positive weight gets at least one example while training has more than one to give.
     """
@@ -45,16 +45,24 @@ def split_store(count: int, split: str, seed: int) -> Split:
     for part, weight in enumerate(weights):
         if weight and not sizes[part] and sizes[largest] > 1:
             sizes[part], sizes[largest] = 1, sizes[largest] - 1
+    return sizes
+
+
+def split_store(count: int, split: str, seed: int) -> Split:
+    """Divide `count` examples into parts of `split_sizes`, by a permutation of the seed."""
     order = random_order(count, seed, SPLIT_STREAM)
-    return Split(*(np.sort(part) for part in np.split(order, np.cumsum(sizes)[:2])))
+    return Split(*(np.sort(part) for part in np.split(order, np.cumsum(split_sizes(count, split))[:2])))
 
 
 class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """`num_rows` rows of `row_tokens` positions; row i holds the same examples in every process.
 
     `example_ids` selects examples of a store (one part of its split). Training walks on from epoch to epoch;
-    `fixed=True`, for validation and test, repeats the rows of epoch 0. A sampled folder keeps its own order.
+    `fixed=True`, for validation and test, repeats the rows of epoch 0, or these and empty ones up to `period`. A
+    sampled folder keeps its own order. From `split` Megatron reads whether batches are those of an evaluation.
     """
+
+    split: Any = None
 
     def __init__(self, source: ExampleStore | SampledFolder, row_tokens: int, seed: int, num_rows: int,
                  example_ids: Ids | None = None, fixed: bool = False, cache_folder: str | Path | None = None) -> None:
@@ -69,7 +77,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             check_lengths(self._source_lengths(epoch), row_tokens)
         self.plan = RowPlan(self._row_lengths, row_tokens, seed, shuffle=isinstance(source, ExampleStore),
                             cache_folder=cache_folder)
-        self.rows_per_epoch = len(self.plan.rows_of_epoch(0))
+        self.rows_per_epoch = self.period = len(self.plan.rows_of_epoch(0))
 
     def __len__(self) -> int:
         return self.num_rows
@@ -78,7 +86,10 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         """Return `assemble_row` of the examples in row `row`."""
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows}")
-        epoch, ids = self.plan.locate(int(row) % self.rows_per_epoch if self.fixed else int(row))
+        row = int(row) % self.period if self.fixed else int(row)
+        if self.fixed and row >= self.rows_per_epoch:
+            return assemble_row([], self.row_tokens)
+        epoch, ids = self.plan.locate(row)
         examples = [self._example(epoch, int(i)) for i in ids]
         check_examples(examples, self.source.vocab_size, lambda i: self._name(epoch, int(ids[i])))
         return assemble_row(examples, self.row_tokens)

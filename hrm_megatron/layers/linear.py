@@ -1,12 +1,15 @@
-"""Linear layers on a product of our own, where Megatron's cannot be compiled or runs slower.
+"""Linear layers on a product of our own: Megatron's, less what they do in vain, and what no compiler can follow.
 
+Megatron's layer makes a gradient of its input even where nobody wants one (of the first tick with gradient, whose
+states carry none, that is a product of [s, h] by [h, 4 h] for every micro-batch, and its reduction over the ranks).
 A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (layers/compiled.py). And
 where gradients are added there, Megatron's answers autograd with a whole tensor at every tick (parallel/main_grad.py).
 
 On a CPU the product is oneDNN's on processors on which that of MKL, torch's own choice, is slower. MKL leaves the
 widest instructions of other makers' processors unused. Measured in fp32 on one core of an AMD EPYC with AVX-512:
 2048 x 512 by 512 x 2048 ran at 100 to 106 GFLOP/s instead of 88 to 92, forward and for the gradient of the input; the
-gradient of the weight gained nothing, and small products pay 12 us a call.
+gradient of the weight gained nothing, and small products pay 12 us a call. On an Intel Xeon with AVX-512 both run the
+same product at 158 to 163 GFLOP/s, so MKL's stays.
 """
 from __future__ import annotations
 
@@ -24,58 +27,84 @@ CPU_FACTS = Path("/proc/cpuinfo")
 MIN_MULTIPLICATIONS = 1 << 24  # of a product, below which MKL is not slower
 
 
+def runs_faster_on_onednn() -> bool:
+    """Tell whether oneDNN's product is the faster one on this machine."""
+    return (torch.backends.mkldnn.is_available() and CPU_FACTS.exists() and "AuthenticAMD" in CPU_FACTS.read_text())
+
+
+ON_ONEDNN = runs_faster_on_onednn()
+
+
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return a b^T, [m, k] and [n, k] to [m, n]."""
-    if a.is_cuda or a.dtype != torch.float32 or a.numel() * len(b) < MIN_MULTIPLICATIONS:
+    if not ON_ONEDNN or a.is_cuda or a.dtype != torch.float32 or a.numel() * len(b) < MIN_MULTIPLICATIONS:
         return a @ b.t()
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return out
 
 
+def whole(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """Gather the rows of x [m/tp, k] over the ranks of `group`, [m, k]; without a group they are all here."""
+    if group is None:
+        return x
+    rows = x.new_empty(group.size() * len(x), x.shape[1])
+    torch.distributed.all_gather_into_tensor(rows, x.contiguous(), group=group)
+    return rows
+
+
 class LinearFunction(torch.autograd.Function):
-    """x [m, k] and weight [n, k] to x weight^T [m, n]."""
+    """x [m, k] and weight [n, k] to x weight^T [m, n].
+
+    With a `group`, x is this rank's [m/tp, k] of the rows and wants no gradient; it is gathered again in backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, main_grad: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, main_grad: torch.Tensor | None,
+                group: Any) -> torch.Tensor:
+        assert group is None or not ctx.needs_input_grad[0]
         ctx.save_for_backward(x, weight)
-        ctx.main_grad = main_grad
-        return product(x, weight)
+        ctx.main_grad, ctx.group = main_grad, group
+        return product(whole(x, group), weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         dx = product(grads[0], weight.t()) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return dx, None, None
+            return dx, None, None, None
+        x = whole(x, ctx.group)
         if ctx.main_grad is None:
-            return dx, grads[0].t() @ x, None
+            return dx, grads[0].t() @ x, None, None
         add_weight_gradient(ctx.main_grad, grads[0], x)
         if torch.compiler.is_compiling():  # which takes no notes on weights: a compiled layer does, behind its output
-            return dx, None, None
-        return dx, already_added(weight), None
+            return dx, None, None, None
+        return dx, already_added(weight), None, None
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, fusion: bool = False) -> torch.Tensor:
-    """x [..., k] and weight [n, k] to x weight^T [..., n]; under `fusion` the gradient of the weight is added to
-    its `main_grad`."""
+def linear(x: torch.Tensor, weight: torch.Tensor, fusion: bool = False, group: Any = None) -> torch.Tensor:
+    """x [s, ..., k] and weight [n, k] to x weight^T [s, ..., n]; under `fusion` the gradient of the weight is added to
+    its `main_grad`. With a `group`, x is [s/tp, ..., k] and gets no gradient."""
     main_grad = weight.main_grad if fusion else None  # type: ignore[attr-defined]  # Megatron's DDP put it there
-    out: torch.Tensor = LinearFunction.apply(x.flatten(0, -2), weight, main_grad)
-    return out.unflatten(0, x.shape[:-1])
+    out: torch.Tensor = LinearFunction.apply(x.flatten(0, -2), weight, main_grad, group)
+    return out.unflatten(0, (-1, *x.shape[1:-1]))
 
 
 def on_own_product(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Make the `_forward_impl` of a linear layer: ours for what needs no other rank and no bias, else the stock one."""
+    """Make the `_forward_impl` of a linear layer: ours for what has no bias and whose gradient of the input needs no
+    other rank, else the stock one."""
     def forward_impl(*, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, allreduce_dgrad: bool,
-                     sequence_parallel: bool, gradient_accumulation_fusion: bool,
+                     sequence_parallel: bool, gradient_accumulation_fusion: bool, tp_group: Any,
                      **options: Any) -> torch.Tensor:
-        if allreduce_dgrad or sequence_parallel or bias is not None:
+        # Without gradients stock too: recomputation must find the bits of the first time.
+        wanted = input.requires_grad or not torch.is_grad_enabled()
+        if bias is not None or (wanted and (allreduce_dgrad or sequence_parallel)):
             out = stock(input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
-                        sequence_parallel=sequence_parallel,
+                        sequence_parallel=sequence_parallel, tp_group=tp_group,
                         gradient_accumulation_fusion=gradient_accumulation_fusion, **options)
             if gradient_accumulation_fusion:
                 answer_once(out, weight)
             return out
-        return linear(input, weight, gradient_accumulation_fusion)
+        return linear(input, weight, gradient_accumulation_fusion, tp_group if sequence_parallel else None)
     return forward_impl
 
 
@@ -99,15 +128,3 @@ class OwnProductProvider(LocalSpecProvider):  # type: ignore[misc]
 
     def row_parallel_linear(self) -> type:
         return OwnRowParallelLinear
-
-
-def runs_faster_on_onednn() -> bool:
-    """Tell whether this machine is one of those."""
-    return (not torch.cuda.is_available() and torch.backends.mkldnn.is_available() and CPU_FACTS.exists()
-            and "AuthenticAMD" in CPU_FACTS.read_text())
-
-
-def local_provider(compiled: bool = False) -> LocalSpecProvider:
-    """Return the layers for this machine where Transformer Engine is not asked for; `compiled`: for a compiler."""
-    own = compiled or torch.cuda.is_available() or runs_faster_on_onednn()
-    return OwnProductProvider() if own else LocalSpecProvider()

@@ -7,20 +7,16 @@ the third matrix product costs HRM-Text XL about one part in a hundred of a step
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
-from hrm_megatron.layers.linear import product, runs_faster_on_onednn
+from hrm_megatron.layers.linear import product
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added
 
 CHUNK_BYTES = 1 << 29  # of the logits of a chunk in fp32: 2,048 positions of 65,536 tokens
-
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # [m, k] and [n, k] to [m, n]
 
 
 @torch.compile(dynamic=True)
@@ -52,7 +48,7 @@ class LabelScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_rows: int,
-                multiply: Product, group: Any, main_grad: torch.Tensor | None) -> torch.Tensor:
+                group: Any, main_grad: torch.Tensor | None) -> torch.Tensor:
         width = len(weight)
         columns = labels - group.rank() * width
         own = (columns >= 0) & (columns < width)
@@ -61,7 +57,7 @@ class LabelScores(torch.autograd.Function):
         ctx.chunks = [slice(start, start + chunk_rows) for start in range(0, len(x), chunk_rows)]
         logits = None
         for rows in ctx.chunks:
-            logits = multiply(x[rows], weight)
+            logits = product(x[rows], weight)
             largest[rows], column, sums[rows] = _summarize(logits)
             targets[rows] = logits.gather(1, columns[rows]).squeeze(1)
             hits[rows] = own[rows] & (column == columns[rows, 0])
@@ -69,7 +65,7 @@ class LabelScores(torch.autograd.Function):
             largest, sums, targets, hits = _over_shards(
                 torch.stack((largest, sums, torch.where(own, targets, 0.0), hits)), group)
         ctx.save_for_backward(x, weight, columns, own, largest, sums)
-        ctx.multiply, ctx.group, ctx.main_grad, ctx.last_logits = multiply, group, main_grad, logits
+        ctx.group, ctx.main_grad, ctx.last_logits = group, main_grad, logits
         return torch.stack((sums.log() - (targets - largest), hits))
 
     @staticmethod
@@ -84,7 +80,7 @@ class LabelScores(torch.autograd.Function):
         transfers = []
         for rows in reversed(ctx.chunks):
             if logits is None:
-                logits = ctx.multiply(x[rows], weight)
+                logits = product(x[rows], weight)
             # Copies, because a view's offset would be a guard of the compiled function.
             top, total_sum, scale = (t[rows].clone() for t in (largest, sums, of_label))
             # The label's own entry apart: softmax - 1 loses its digits where softmax has been rounded to bf16.
@@ -93,15 +89,15 @@ class LabelScores(torch.autograd.Function):
             grad = _scaled_softmax(logits, top, total_sum, scale)
             grad.scatter_(1, columns[rows], of_target.unsqueeze(1).to(grad.dtype))
             logits = None
-            dx[rows] = ctx.multiply(grad, weight.t())
+            dx[rows] = product(grad, weight.t())
             if ctx.group.size() > 1:
                 transfers.append(torch.distributed.all_reduce(dx[rows], group=ctx.group, async_op=True))
             add_weight_gradient(total, grad, x[rows])
         for transfer in transfers:
             transfer.wait()
         if not fused:
-            return dx, total.to(weight.dtype), *[None] * 5
-        return dx, already_added(weight), *[None] * 5
+            return dx, total.to(weight.dtype), *[None] * 4
+        return dx, already_added(weight), *[None] * 4
 
 
 def _over_shards(parts: torch.Tensor, group: Any) -> tuple[torch.Tensor, ...]:
@@ -120,12 +116,10 @@ class LabelHead(ColumnParallelLinear):  # type: ignore[misc]
     def __init__(self, input_size: int, output_size: int, *, config: ModelParallelConfig, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, bias=False, **options)
         self.chunk_rows = max(1, CHUNK_BYTES // (4 * self.output_size_per_partition))
-        self.on_onednn = runs_faster_on_onednn()
 
     def forward(self, input_: torch.Tensor, *arguments: Any, labels: torch.Tensor | None = None, **options: Any) -> Any:
         """Apply the head to [s, b, h] as Megatron's does; or score `labels` [n] at [n, h], see `LabelScores`."""
         if labels is None:
             return super().forward(input_, *arguments, **options)
-        multiply = product if self.on_onednn and input_.dtype == torch.float32 else F.linear
         main_grad = self.weight.main_grad if self.gradient_accumulation_fusion else None
-        return LabelScores.apply(input_, self.weight, labels, self.chunk_rows, multiply, self.tp_group, main_grad)
+        return LabelScores.apply(input_, self.weight, labels, self.chunk_rows, self.tp_group, main_grad)

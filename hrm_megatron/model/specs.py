@@ -20,7 +20,7 @@ from hrm_megatron.attention.core import core_attention
 from hrm_megatron.layers.compiled import CompiledLayer
 from hrm_megatron.layers.functions import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
 from hrm_megatron.layers.gated_recompute import GatedAttention, RecomputedSwiGLU, RecomputingMLP
-from hrm_megatron.layers.linear import local_provider
+from hrm_megatron.layers.linear import OwnProductProvider
 from hrm_megatron.transformer_config import HRMConfig
 
 
@@ -54,7 +54,7 @@ class SwiGLU(torch.nn.Module):
 def linear_layers(config: HRMConfig) -> BackendSpecProvider:
     """Return the layers that `config.transformer_impl` names."""
     if config.transformer_impl == "local":
-        return local_provider(config.compile_layers)
+        return OwnProductProvider()
     from hrm_megatron.layers.te_linear import TickSpecProvider  # needs Transformer Engine
 
     return TickSpecProvider()

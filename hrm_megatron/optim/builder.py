@@ -59,31 +59,33 @@ def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module]
 
 
 class StepScheduler(OptimizerParamScheduler):  # type: ignore[misc]
-    """Megatron's scheduler with HRM-Text's learning rate, whose first step is step 1."""
+    """Megatron's scheduler with HRM-Text's learning rate, a function of the step that is running alone.
+
+    `running_step` answers with that step, counted from 1, as it does for the gradient ticks: one clock for both,
+    whether rows per step change, steps are skipped, or the optimizer's state is not loaded. Megatron's own count of
+    rows is written for its sake and never read. Rates are set as the optimizer steps, so that what is logged afterwards
+    is the step's own.
+    """
 
     def __init__(self, optimizer: MegatronOptimizer, schedule: LRSchedule, rows_per_step: int, weight_decay: float,
-                 **checkpoint_rules: bool) -> None:
-        self.schedule, self.rows_per_step = schedule, rows_per_step
+                 running_step: Callable[[], int]) -> None:
+        self.schedule, self.rows_per_step, self.running_step = schedule, rows_per_step, running_step
         samples = max(schedule.total_steps, schedule.warmup_steps + 1) * rows_per_step
         super().__init__(
             optimizer, init_lr=0.0, max_lr=schedule.lr, min_lr=schedule.min_lr,
             lr_warmup_steps=schedule.warmup_steps * rows_per_step, lr_decay_steps=samples, lr_decay_style="cosine",
-            start_wd=weight_decay, end_wd=weight_decay, wd_incr_steps=samples, wd_incr_style="constant",
-            **checkpoint_rules)
+            start_wd=weight_decay, end_wd=weight_decay, wd_incr_steps=samples, wd_incr_style="constant")
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part.optimizer.register_step_pre_hook(lambda *_: self.step(0))
+
+    def step(self, increment: int) -> None:
+        """Set the rates of the step that is running."""
+        self.num_steps = self.running_step() * self.rows_per_step
+        super().step(0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint stands, by its settings or ours as Megatron's flags say.
-
-        A converted checkpoint knows its step alone: rates and rows per step are the command line's.
-        """
-        if STEPS_DONE in state_dict:
-            self.step(state_dict[STEPS_DONE] * self.rows_per_step)
-            return
-        super().load_state_dict(state_dict)
-        self.schedule = LRSchedule(self.max_lr, self.min_lr, self.lr_warmup_steps // self.rows_per_step,
-                                   self.lr_decay_steps // self.rows_per_step)
-        self.step(0)
+        """Take nothing: which schedule a resumed run follows was settled before anything was built."""
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
-        """Learning rate of the step that comes next."""
-        return self.schedule.at(self.num_steps // self.rows_per_step + 1)
+        """Learning rate of the step that is running."""
+        return self.schedule.at(self.running_step())

@@ -31,11 +31,14 @@ class LRSchedule:
                               f"{self.total_steps}: lower --lr-warmup-iters or train longer")
 
     def at(self, step: int) -> float:
-        """Learning rate of this step, rounded to fp32."""
+        """Learning rate of this step, rounded to fp32: `min_lr` after the end.
+
+        The reference never steps there; its formula goes on with the cosine, which climbs back to `lr`.
+        """
         if step < self.warmup_steps:
             return as_fp32(self.lr * step / self.warmup_steps)
         min_ratio = self.min_lr / self.lr if self.lr else 1.0
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         cosine = max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
         return as_fp32(self.lr * (min_ratio + (1 - min_ratio) * cosine))
 

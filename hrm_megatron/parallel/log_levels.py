@@ -1,12 +1,68 @@
-"""Silence for tools: what Megatron and torch remark about packages that are not installed and not needed."""
+"""Which remarks of Megatron and torch are left out: for tools all, for training those that nobody can act on."""
 from __future__ import annotations
 
 import logging
+import re
 import warnings
+from dataclasses import dataclass
+from functools import partial
+
+WARNINGS, PRINTED = "warnings", "print"
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A remark that is left out: the name of its logger, or WARNINGS or PRINTED; how its text begins; and why."""
+
+    source: str
+    text: str  # a regular expression
+    reason: str
+
+
+_OPTIONAL = ("not installed, and nothing of it is used: AdamATan2, the norms and the linear layers are ours or "
+             "Megatron's local ones, and the start of a run names them")
+_PINNED = "concerns later releases of megatron-core; this one is pinned"
+_THEIR_MODEL = "about a class of Megatron that an HRM does not use"
+
+UNACTIONABLE = (
+    Remark(WARNINGS, "Transformer Engine and Apex are not installed", _OPTIONAL),
+    Remark(WARNINGS, "Apex is not installed", _OPTIONAL),
+    Remark(WARNINGS, "Only transformer-engine>=1.7.0 supports MoE experts", _THEIR_MODEL),
+    Remark(WARNINGS, "MimoModelConfig is experimental", _THEIR_MODEL),
+    Remark(WARNINGS, r"\s*It is recommended to use a ModelConfig", "there is none of an HRM; functions still work"),
+    Remark(WARNINGS, "'pin_memory' argument is set as true but no accelerator", "Megatron always asks for it"),
+    Remark(WARNINGS, "The .grad attribute of a Tensor that is not a leaf", "Megatron asks a view whether it has one"),
+    Remark("torch.utils.cpp_extension", "No CUDA runtime is found", "the start of a run says that there is no GPU"),
+    Remark("megatron.core.rerun_state_machine", "RerunStateMachine initialized in mode", "the default mode"),
+    Remark("megatron.core.rerun_state_machine", "Result validation enabled", "the default mode"),
+    Remark("megatron.core.rerun_state_machine", "Setting RerunStateMachine mode", "off and on again for an evaluation"),
+    Remark("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated", _PINNED),
+    Remark(PRINTED, "WARNING: one_logger package is required", "a service inside NVIDIA"),
+)
 
 
 def be_quiet() -> None:
-    """Leave out warnings; call it before anything of Megatron is imported. Errors are still shown."""
+    """Leave out warnings and all that is not an error; call it before anything of Megatron is imported."""
     warnings.simplefilter("ignore")
+    # Megatron would make INFO of all libraries visible, unless there is a handler already.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def silence_unactionable() -> None:
+    """Leave out the warnings of the table, and no others; call it before anything of Megatron is imported."""
+    for remark in UNACTIONABLE:
+        if remark.source == WARNINGS:
+            warnings.filterwarnings("ignore", message=remark.text)
+        elif remark.source != PRINTED:
+            logging.getLogger(remark.source).addFilter(partial(_differs, remark.text))
+
+
+def is_unactionable_print(line: str) -> bool:
+    """Tell whether Megatron prints this line for nobody who could act on it."""
+    return any(re.match(remark.text, line) for remark in UNACTIONABLE if remark.source == PRINTED)
+
+
+def _differs(text: str, record: logging.LogRecord) -> bool:
+    return not re.match(text, record.getMessage())

@@ -1,7 +1,8 @@
 """Floating point operations of a training step, from the architecture; a multiplication and an addition count as 2."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from hrm_megatron.config import Architecture
 from hrm_megatron.model.schedule import unroll
@@ -25,3 +26,11 @@ def training_flops(architecture: Architecture, bp_steps: int, tokens: int, label
     passes = sum(3 if tick.with_grad else 1 for tick in ticks) * architecture.num_layers
     stacks = passes * (2 * architecture.layer_parameters * tokens + 4 * h * scores)
     return stacks + 3 * 2 * h * architecture.padded_vocab_size * labels
+
+
+def rows_flops(architecture: Architecture, bp_steps: int, row_tokens: int,
+               rows: Sequence[Sequence[tuple[int, int]]]) -> int:
+    """FLOPs of packed rows of `row_tokens` positions; each is a list of its examples' (prefix, response) lengths."""
+    examples = [*chain.from_iterable(rows)]
+    labels = sum(response + 1 for _, response in examples)  # the last prefix position has one too
+    return training_flops(architecture, bp_steps, row_tokens * len(rows), labels, score_elements(examples))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 import traceback
 from typing import Any
@@ -10,24 +11,34 @@ from typing import Any
 import torch
 from megatron.training import arguments as megatron_arguments
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.global_vars import set_global_variables
 
 from hrm_megatron.attention.core import KERNELS, explain_kernel
 from hrm_megatron.attention.kernel_choice import AUTO
-from hrm_megatron.config import INIT_SCHEMES, NORM_PLACEMENTS, PRESETS, Architecture, ConfigError, ffn_hidden_size
+from hrm_megatron.config import (
+    INIT_SCHEMES,
+    NORM_PLACEMENTS,
+    PRESETS,
+    Architecture,
+    ConfigError,
+    ffn_hidden_size,
+    refuse_beside,
+)
 from hrm_megatron.model.schedule import split_bp_steps
-from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
 from hrm_megatron.parallel.machine import Machine
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
-from hrm_megatron.training.flags.check import check_flags
+from hrm_megatron.training.checkpoint_args import take_model
+from hrm_megatron.training.flags.check import check_flags, given
 from hrm_megatron.training.flags.help import prepare
 from hrm_megatron.training.flags.values import check_batch, check_values
 from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import TRANSFORMER_IMPLS, check_compilation, check_precision, choose_layers
 from hrm_megatron.training.memory import check_memory, choose_recompute_modules
+from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 from hrm_megatron.transformer_config import HRM_SETTINGS, HRMConfig, architecture_of, swiglu_settings
+
+log = logging.getLogger(__name__)
 
 OPTIMIZER = "adam_atan2"
 
@@ -41,6 +52,7 @@ DEFAULTS: dict[str, Any] = dict(
     ckpt_format="torch_dist", use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True,
     data_parallel_sharding_strategy="optim_grads_params", megatron_fsdp_main_grads_dtype="fp32",
     log_interval=10, eval_interval=1000, eval_iters=10, save_interval=1000, num_workers=2,
+    split="97,3,0",  # for validation three in a hundred, and no test; Megatron's would be 969,30,1
 )
 # What makes the model an HRM: not the user's to choose.
 FORCED: dict[str, Any] = dict(
@@ -84,6 +96,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="load a checkpoint without reading it once before, to look for damage")
     group.add_argument("--load-newest-valid", action="store_true",
                        help="where the checkpoint to load is damaged, go on from the newest one that is not")
+    group.add_argument("--verbose", action="store_true",
+                       help="print what Megatron prints too (default: into a file in --save, else --tensorboard-dir)")
     for action in parser._actions:
         if action.dest == "optimizer":
             action.choices = [OPTIMIZER, *(action.choices or ())]
@@ -107,6 +121,8 @@ def fill_from_preset(args: argparse.Namespace) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "lr"):
             if getattr(args, name) is None:
                 setattr(args, name, getattr(preset, name))
+    if args.skip_train and args.lr is None:
+        args.lr = 0.0
     for name in ("num_layers", "hidden_size", "num_attention_heads", "lr", "seq_length"):
         if getattr(args, name) is None:
             raise ConfigError(f"--{name.replace('_', '-')} is not set: give it, or a --hrm-preset that has it "
@@ -162,12 +178,14 @@ def set_pipeline(args: argparse.Namespace, architecture: Architecture) -> None:
 
 
 def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
-    """Parse, complete and check the command line, then make it Megatron's global state.
+    """Parse, complete and check the command line.
 
     `vocab_size_of(args)` reads the vocabulary's size from the data. Raises ConfigError with one line for
     everything that can be said before a process group exists.
     """
     args = megatron_arguments.parse_args(checked)
+    if args.use_checkpoint_args:
+        take_model(args, given_by_hand(args))
     check_values(args, torch.cuda.is_available())
     fill_from_preset(args)
     for name, value in FORCED.items():
@@ -177,8 +195,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     args.transformer_impl, layers = choose_layers(args.transformer_impl, args.compile_layers, machine)
     check_compilation(args, machine)
     check_precision(args, machine)
-    if not args.rank:
-        print(f"layers: {layers}", flush=True)
+    log.info("layers: %s", layers)
     if not torch.cuda.is_available():
         for name, value in WITHOUT_CUDA.items():
             setattr(args, name, value)
@@ -203,31 +220,28 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     explain_kernel(args.attention_kernel, args.params_dtype, architecture.head_dim)  # refuse an impossible one now
     if args.train_iters is None and args.train_samples:
         args.train_iters = args.train_samples // args.global_batch_size
+    refuse_beside("--override-opt-param-scheduler", {
+        "--use-checkpoint-opt-param-scheduler": args.override_opt_param_scheduler
+        and args.use_checkpoint_opt_param_scheduler})
+    if args.skip_train:
+        args.train_iters = args.train_iters or 0
+        args.gradient_accumulation_fusion = False  # there is no DDP, which would make the gradients' buffers
+        return args
     if not args.train_iters:
         raise ConfigError("--train-iters (or --train-samples) is not set: say how long to train")
     bp_schedule(args), lr_schedule(args)  # refuse impossible schedules now
-    set_global_variables(args)
     return args
+
+
+def given_by_hand(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that stand on the command line."""
+    parser = add_hrm_arguments(megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    return {action.dest: getattr(args, action.dest) for _, action in given(parser, sys.argv[1:])}
 
 
 def microbatches_of(args: argparse.Namespace) -> int:
     """Micro-batches of a step on each replica."""
     return int(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size))
-
-
-def bp_schedule(args: argparse.Namespace) -> BPSchedule:
-    return BPSchedule(args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction, args.train_iters)
-
-
-def lr_schedule(args: argparse.Namespace) -> LRSchedule:
-    warmup_steps = args.lr_warmup_iters or args.lr_warmup_samples // args.global_batch_size
-    total_steps = args.lr_decay_iters or args.train_iters
-    if total_steps < args.train_iters:
-        raise ConfigError(f"--lr-decay-iters {total_steps} is less than --train-iters {args.train_iters}: the cosine "
-                          "would rise again after its end; train shorter, or decay longer")
-    if args.lr_warmup_fraction:
-        warmup_steps = int(args.lr_warmup_fraction * total_steps)
-    return LRSchedule(args.lr, args.min_lr, warmup_steps, total_steps)
 
 
 def model_config(args: argparse.Namespace) -> HRMConfig:

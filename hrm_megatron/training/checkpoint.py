@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -28,14 +29,15 @@ from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
 from hrm_megatron.checkpoint.manifest import TENSORS, write_aside
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
+from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.training.resume import changes, check_model, nothing_left, settle_schedule
 from hrm_megatron.training.verification import check_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
 
+log = logging.getLogger(__name__)
+
 RESERVE_BYTES = 1 << 20
-# What decides the function that the weights stand for; how they were drawn does not matter any more.
-MUST_AGREE = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size", "h_cycles",
-              "l_cycles", "norm_placement", "rope_theta", "norm_epsilon")
 
 
 def starting_point(args: argparse.Namespace) -> Path | None:
@@ -56,7 +58,7 @@ def starting_point(args: argparse.Namespace) -> Path | None:
             except ConfigError as error:
                 if not complete or (isinstance(error, DamagedError) and not args.load_newest_valid):
                     raise
-                _say(f"{error}; going on from {complete[0]}, the latest that is complete")
+                log.info(f"checkpoint: {error}; going on from {complete[0]}, the latest that is complete")
                 write_aside(tracker, str(int(complete[0].removeprefix("iter_"))))
                 return find_iteration(load)
         begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
@@ -66,30 +68,37 @@ def starting_point(args: argparse.Namespace) -> Path | None:
     return None
 
 
-def check_checkpoint(args: argparse.Namespace) -> Path | None:
+def check_checkpoint(args: argparse.Namespace) -> tuple[Path | None, bool]:
     """Refuse to train where nothing could be saved, and to go on from a checkpoint that does not fit the run.
 
-    Returns the iteration to go on from, or None. It may still be damaged, of which all ranks must hear together.
+    Returns the iteration to go on from, or None, and whether there is anything left to do. The iteration may still be
+    damaged, of which all ranks must hear together.
     """
     check_flags(args)
     ours = architecture_of(args, args.vocab_size)
-    if args.save:
-        if args.save != args.load and (found := complete_iterations(Path(args.save))):
-            raise ConfigError(f"--save {args.save}: holds {found[-1]} of another run; give --load {args.save} to go "
-                              "on with that, or another --save")
-        _check_space(args, ours)
+    if args.save and args.save != args.load and (found := complete_iterations(Path(args.save))):
+        raise ConfigError(f"--save {args.save}: holds {found[-1]} of another run; give --load {args.save} to go on "
+                          "with that, or another --save")
     folder = starting_point(args)
+    if folder is None and args.skip_train:
+        raise ConfigError("--skip-train: no checkpoint to evaluate; give one with --load")
     if folder is not None:
         try:
-            check_fit(args, folder)
+            if not check_fit(args, folder):
+                return folder, False
         except DamagedError:
             if not args.verify_checkpoint:
                 raise
-    return folder
+    if args.save and not args.skip_train:
+        _check_space(args, ours)
+    return folder, True
 
 
-def check_fit(args: argparse.Namespace, folder: Path) -> None:
-    """Refuse an iteration that is not of the model and of the format that the command line asks for."""
+def check_fit(args: argparse.Namespace, folder: Path) -> bool:
+    """Refuse an iteration that is not of the model and of the format that the command line asks for.
+
+    Settles which schedule the run follows from there. Returns whether there is anything left to do.
+    """
     ours = architecture_of(args, args.vocab_size)
     stored = open_run(folder, args.verify_checkpoint)
     stored.check_files()
@@ -99,13 +108,16 @@ def check_fit(args: argparse.Namespace, folder: Path) -> None:
                           f"their own; train {with_or_without} it"
                           + ("" if args.use_megatron_fsdp else ", or pass the folder through tools/"
                              "convert_checkpoint.py --load-format megatron --save-format megatron"))
-    _, theirs = read_run(stored)
-    for name in MUST_AGREE:
-        if getattr(theirs, name) != getattr(ours, name):
-            raise ConfigError(f"{folder}: its model has {name}={getattr(theirs, name)}, the command line makes "
-                              f"{getattr(ours, name)}; train with its sizes, or give another --load")
-    if args.no_load_optim or args.finetune:
-        return
+    common, theirs = read_run(stored)
+    check_model(folder, theirs, ours)
+    if args.skip_train or begins_anew(args, folder):
+        return True
+    iteration = int(common["iteration"])
+    if done := nothing_left(iteration, args.train_iters):
+        log.info(f"checkpoint: {folder}: {done}")
+        return False
+    if args.no_load_optim:
+        return True
     keys = set(stored.keys())
     for name in STATE_KEYS:
         missing = [key for key in stored.shapes() if key.endswith(".weight") and not key.startswith("optimizer.")
@@ -113,6 +125,18 @@ def check_fit(args: argparse.Namespace, folder: Path) -> None:
         if missing:
             raise ConfigError(f"{folder}: holds no {name} of the optimizer for {missing[0]}; give --no-load-optim to "
                               "go on with a new optimizer and an EMA that starts at its weights, or another --load")
+    converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
+    if not converted:
+        for line in (settle_schedule(args, common["args"], folder, iteration), changes(common["args"], args)):
+            if line:
+                log.info(f"checkpoint: {line}")
+    return True
+
+
+def begins_anew(args: argparse.Namespace, folder: Path) -> bool:
+    """Tell whether Megatron will take nothing but weights from `folder`: for fine-tuning, and from a release."""
+    of_pretrained = args.load is None or not folder.resolve().is_relative_to(Path(args.load).resolve())
+    return bool(args.finetune) or of_pretrained or folder.name == "release"
 
 
 def guard_saves(args: argparse.Namespace) -> None:
@@ -186,8 +210,3 @@ def _check_space(args: argparse.Namespace, architecture: Architecture) -> None:
     if (free := shutil.disk_usage(place).free) < needed:
         raise ConfigError(f"--save {args.save}: one checkpoint needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
                           "free; free some space or choose another disk")
-
-
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # before there is a process group
-        print(f"checkpoint: {line}", flush=True)

@@ -54,6 +54,8 @@ def _megatron_fsdp_refuses(args: argparse.Namespace) -> dict[str, bool]:
         # A layer's gradient of one tick would take the place of a later tick's.
         "recomputation of whole layers or MLPs (core_attn alone is right)": bool(weights_recomputed),
         "--recompute-ticks": args.recompute_ticks > 0,
+        # Its checkpoints are read into the wrapper that Megatron leaves out (fsdp_dtensor_checkpoint.py).
+        "--skip-train (what tools/convert_checkpoint.py makes of its checkpoint evaluates without it)": args.skip_train,
     }
 
 

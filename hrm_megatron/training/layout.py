@@ -61,8 +61,8 @@ def describe(args: argparse.Namespace) -> str:
                      f"optimizer {rank * state_bytes / 2**30:.3f} GiB")
     if pp > 1:
         lines += [describe_pipeline(args, bp) for bp in sorted({args.bp_min_steps, args.bp_max_steps})]
-    lines.append(f"  weight gradients: {explain_weight_gradients(args)}")
-    lines.append(f"  attention: {explain_kernel(args.attention_kernel, args.params_dtype, architecture.head_dim)}")
+    lines.append(f"weight gradients: {explain_weight_gradients(args)}")
+    lines.append(f"attention: {explain_kernel(args.attention_kernel, args.params_dtype, architecture.head_dim)}")
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.pipeline import PipelinedHRM, TickChunk
 from hrm_megatron.model.schedule import trains_embedding, unroll
+from hrm_megatron.optim.schedule import BPSchedule
 from hrm_megatron.parallel.context import context_positions
-from hrm_megatron.training.arguments import bp_schedule, model_config
+from hrm_megatron.training.arguments import model_config
 from hrm_megatron.training.fsdp import FP32Module
 from hrm_megatron.training.metrics import Report, ThroughputMeter, filled, loss_sums
 from hrm_megatron.training.overlap import OverlappedReduction
+from hrm_megatron.training.step_schedules import bp_schedule
 
 
 def innermost(model: torch.nn.Module) -> Any:
@@ -34,7 +36,6 @@ class TrainingStep:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.bp_schedule = bp_schedule(args)
         self.meter = ThroughputMeter(args.data_parallel_size * args.context_parallel_size)
         self.reduction = OverlappedReduction()
         self.stage: PipelinedHRM
@@ -55,10 +56,19 @@ class TrainingStep:
         self.waiting = [deque() for _ in range(self.stage.num_ticks)]
         return self.stage
 
+    @cached_property
+    def bp_schedule(self) -> BPSchedule:
+        """Read when the first step runs: a checkpoint may decide it (training/resume.py)."""
+        return bp_schedule(self.args)
+
+    def running_step(self) -> int:
+        """Number of the step that is running, from 1; Megatron counts from 0, and before its loop not at all."""
+        return int(getattr(self.args, "curr_iteration", 0)) + 1
+
     @property
     def bp_steps(self) -> int:
-        """Gradient ticks of the step that is running; Megatron counts steps from 0."""
-        return self.bp_schedule.at(self.args.curr_iteration + 1)
+        """Gradient ticks of the step that is running."""
+        return self.bp_schedule.at(self.running_step())
 
     @property
     def with_grad(self) -> list[bool]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,6 +25,8 @@ from hrm_megatron.checkpoint.verify import UNVERIFIED, WITHOUT_MANIFEST, iterati
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.transformer_config import architecture_of
 
+log = logging.getLogger(__name__)
+
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags about the verification that would do nothing."""
@@ -35,7 +38,7 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ConfigError(f"{flag}: there is no checkpoint to load; give --load, or leave it out")
 
 
-def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Callable[[Path], None]) -> None:
+def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Callable[[Path], object]) -> None:
     """Verify the iteration that is about to be loaded, each rank a share; if it is damaged, raise ConfigError on all.
 
     With --load-newest-valid, the newest other one that verifies is loaded instead, if `check_fit` accepts it.
@@ -46,7 +49,7 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
         raise ConfigError(f"--verify-integrity: {folder} was saved without it; leave it out, for every checkpoint "
                           "is verified")
     if not args.verify_checkpoint:
-        _say(f"{folder} {UNVERIFIED}")
+        log.info(f"checkpoint: {folder} {UNVERIFIED}")
         return
     damage = _verify_together(folder)
     if damage is None:
@@ -61,7 +64,7 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
                           "--load-newest-valid takes by itself")
     check_fit(folder.parent / other)
     args.ckpt_step = iteration_of(other)
-    _say(f"{damage}; going on from {other}, the newest that verifies")
+    log.info(f"checkpoint: {damage}; going on from {other}, the newest that verifies")
 
 
 def _verify_together(folder: Path) -> str | None:
@@ -75,7 +78,7 @@ def _verify_together(folder: Path) -> str | None:
     first = next((theirs for _, theirs in everyone if theirs), None)
     if first is None:
         size = sum(theirs for theirs, _ in everyone)
-        _say(f"{folder} verified: {size / 1e9:.2f} GB in {time.perf_counter() - began:.1f} s"
+        log.info(f"checkpoint: {folder} verified: {size / 1e9:.2f} GB in {time.perf_counter() - began:.1f} s"
              + ("" if read_manifest(folder) else f"; it {WITHOUT_MANIFEST}"))
     return first
 
@@ -99,15 +102,10 @@ def record_save(args: argparse.Namespace, folder: Path) -> None:
         except (OSError, ConfigError) as error:
             fault = str(error)
     if fault:
-        _say(f"{folder}: saved, but without {MANIFEST_FILE} ({fault})")
+        log.info(f"checkpoint: {folder}: saved, but without {MANIFEST_FILE} ({fault})")
 
 
 def _gather[T](mine: T) -> list[T]:
     everyone: list[T] = [mine] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     return everyone
-
-
-def _say(line: str) -> None:
-    if not torch.distributed.get_rank():
-        print(f"checkpoint: {line}", flush=True)

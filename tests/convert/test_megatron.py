@@ -10,13 +10,15 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file
 
 from hrm_megatron.checkpoint.dcp import DCPFolder
-from hrm_megatron.checkpoint.folders import find_iteration
+from hrm_megatron.checkpoint.folders import find_iteration, read_run
+from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
 from hrm_megatron.config import Architecture, ConfigError
-from hrm_megatron.convert.hf import write_hf
+from hrm_megatron.convert.hf import read_hf, write_hf
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import read_native, write_native
 from hrm_megatron.convert.to_megatron import write_megatron
+from hrm_megatron.training.resume import check_model
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,28 @@ def test_unequal_sizes_survive(tmp_path, random_checkpoint, same_state):
     again = read_megatron(find_iteration(tmp_path))
     assert again.architecture == checkpoint.architecture and again.training == checkpoint.training
     assert same_state(again, checkpoint)
+
+
+@pytest.mark.parametrize("source, init_std", [("hf", 0.02), ("native", 0.02), ("native", None)])
+def test_the_scale_of_the_embedding_is_part_of_the_model(tmp_path, random_checkpoint, source, init_std):
+    """transformers' initializer_range and HRM-Text's fixed_normal: flags without them would train another function."""
+    architecture = Architecture(1, 24, 3, 256, 256, init_scheme="fixed_normal", init_std=init_std)
+    checkpoint = random_checkpoint(architecture)
+    if source == "hf":
+        write_hf(checkpoint, tmp_path / source, "raw")
+        config = json.loads((tmp_path / source / "config.json").read_text())
+        del config["embedding_scale"]  # as a config has it that only knows its initializer_range
+        assert config["initializer_range"] == 0.02
+        (tmp_path / source / "config.json").write_text(json.dumps(config))
+    else:
+        write_native(checkpoint, tmp_path / source)
+    read = {"hf": read_hf, "native": read_native}[source](tmp_path / source)
+    write_megatron(read, tmp_path / "megatron")
+    theirs = read_run(open_run(find_iteration(tmp_path / "megatron")))[1]
+    assert theirs.embedding_scale == 50
+    check_model(tmp_path, theirs, architecture)
+    with pytest.raises(ConfigError, match="embedding_scale=50.0, .* --init-scheme fixed_normal, --init-std"):
+        check_model(tmp_path, theirs, dataclasses.replace(architecture, init_scheme="lecun_normal", init_std=None))
 
 
 def test_weights_alone_become_a_model_before_its_first_step(tmp_path, random_checkpoint):

@@ -68,6 +68,16 @@ def test_training_walks_on_and_fixed_rows_repeat(store):
     assert not all(same(walking[i], walking[i + n]) for i in range(n))
 
 
+def test_a_period_shows_every_example_once_wherever_it_begins(store):
+    rows = PackedRows(store, 29, seed=1, num_rows=60, fixed=True)
+    rows.period = rows.rows_per_epoch + 2
+    for first in (0, 3, rows.rows_per_epoch, rows.period + 1):
+        window = [rows[first + i] for i in range(rows.period)]
+        assert sorted(i for row in window for i in examples_in(row)) == list(range(len(store)))
+        empty = [row for row in window if not row["prefix_lengths"].any()]
+        assert len(empty) == 2 and all((row["labels"] == -100).all() for row in empty)
+
+
 def test_rows_outside_are_refused_and_iteration_ends(store):
     rows = PackedRows(store, 29, seed=1, num_rows=5)
     assert len(rows) == len(list(rows)) == 5

@@ -88,6 +88,13 @@ def only_training_asks_for_args(path: str, source: str) -> list[str]:
     return [f"{path}:{line}: get_args() outside hrm_megatron/training; take the values as parameters" for line in lines]
 
 
+def logs_and_never_prints(path: str, source: str) -> list[str]:
+    return [f"{path}:{node.lineno}: prints without saying where; log it, and console.py will show it"
+            for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
+            and ast.unparse(node.func).split(".")[-1] in ("print", "print_rank_0", "print_rank_last")
+            and not any(keyword.arg == "file" for keyword in node.keywords)]
+
+
 def is_short_and_named(path: str, source: str) -> list[str]:
     complaints = []
     if (lines := source.count("\n")) >= LINE_LIMIT:
@@ -154,6 +161,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...], str], ...] = (  # rule, where it holds
     (imports_run_downhill, OURS, ".py"),
     (thinks_without_megatron, OURS, ".py"),
     (only_training_asks_for_args, OURS, ".py"),
+    (logs_and_never_prints, ("hrm_megatron/training/", "hrm_megatron/pretrain.py"), ".py"),
     (is_short_and_named, ("",), ".py"),
     (is_short_and_named, ("",), ".sh"),
     (swallows_nothing, ("",), ".py"),
@@ -200,6 +208,8 @@ MODEL = "hrm_megatron/model/hrm.py"
     (thinks_without_megatron, "hrm_megatron/planner/memory.py", "from torch import cuda"),
     (only_training_asks_for_args, MODEL, "from megatron.training import get_args"),
     (only_training_asks_for_args, "tools/plan.py", "import megatron.training as m\nm.get_args()"),
+    (logs_and_never_prints, "hrm_megatron/training/data.py", "print('3 rows')"),
+    (logs_and_never_prints, "hrm_megatron/training/data.py", "import megatron.training.utils as u\nu.print_rank_0(3)"),
     (is_short_and_named, MODEL, "\n" * LINE_LIMIT),
     (is_short_and_named, "hrm_megatron/data/utils.py", ""),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept:\n    pass"),
@@ -226,6 +236,7 @@ def test_a_rule_catches(rule: Rule, path: str, source: str) -> None:
     (thinks_without_megatron, MODEL, "import megatron"),
     (only_training_asks_for_args, "hrm_megatron/training/step.py", "from megatron.training import get_args"),
     (only_training_asks_for_args, "tools/plan.py", "from typing import get_args"),
+    (logs_and_never_prints, "hrm_megatron/training/console.py", "import sys\nprint(3, file=sys.stderr)"),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept KeyError:\n    pass"),
     (opens_what_is_made_for_its_owner_alone, MODEL, "save_file(tensors, path)\nfollow_umask(path)"),
     (names_no_private_place, "README.md", "8 GPUs/workers, docs/work, --workers"),

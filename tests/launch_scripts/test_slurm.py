@@ -45,8 +45,8 @@ def test_two_nodes_train_one_model(script, tmp_path):
                   "--global-batch-size", 2, "--train-iters", 2, "--eval-iters", 0, "--log-interval", 1,
                   "--sampled-data-path", "tests/golden/fullbatch/sampled", TP="2")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("iteration        2/       2") == 1  # one world of two, not two of one
-    assert "tensor-model-parallel size: 2" in done.stdout
+    assert done.stdout.count("\nstep 2/2  loss") == 1  # one world of two, not two of one
+    assert "layout: 2 ranks = TP 2 x PP 1 x CP 1 x DP 1" in done.stdout
 
 
 def test_the_command_is_shown(script):

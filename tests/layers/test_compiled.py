@@ -21,16 +21,20 @@ TOLERANCES = {"float32": 3e-6, "bfloat16": 3e-2}
 
 def compare(dtype, backend):
     """Print the largest differences over micro-batches of different examples and all bp, and the graphs compiled."""
+    import functools
     import json
     import os
 
+    import torch
+
     from hrm_megatron.parallel.cpu import activate
+
+    torch.compile = functools.partial(torch.compile, backend=backend)  # also of what Megatron and the head compile
 
     activate()
     del os.environ["TORCHDYNAMO_DISABLE"]
 
     import numpy as np
-    import torch
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -62,7 +66,7 @@ def compare(dtype, backend):
 
     found = dict(loss=0.0, gradient=0.0, graphs=[], evaluated=[])
     with single_rank():
-        plain, ours = (HRMModel(hrm_config(Architecture(3, 32, 4, 48, 250), gradient_accumulation_fusion=True,
+        plain, ours = (HRMModel(hrm_config(Architecture(2, 32, 4, 48, 250), gradient_accumulation_fusion=True,
                                            compile_layers=on, **precision), 1) for on in (False, True))
         for examples in (1, 2, 1):
             rows = [rows_of(examples) for _ in range(2)]

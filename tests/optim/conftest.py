@@ -42,12 +42,12 @@ def trainer(single_rank):
         ddp = DistributedDataParallel(model.config, sharded_optimizer, model)
         model.model_type = ModelType.encoder_or_decoder  # the loop's get_model sets it
         model.config.finalize_model_grads_func = finalize_model_grads
-        now = SimpleNamespace(bp_steps=0)
+        now = SimpleNamespace(bp_steps=0, step=0)
         optimizer = build_optimizer(
             OptimizerConfig(optimizer="adam", lr=schedule.lr, min_lr=schedule.min_lr, weight_decay=weight_decay,
                             adam_beta1=betas[0], adam_beta2=betas[1], clip_grad=0.0, use_distributed_optimizer=True),
             [ddp], ema_decay, lambda: trains_embedding(model.config.arch.h_cycles, now.bp_steps))
-        scheduler = StepScheduler(optimizer, schedule, rows_per_step, weight_decay)
+        scheduler = StepScheduler(optimizer, schedule, rows_per_step, weight_decay, lambda: now.step)
 
         def forward_step(batches, ddp):
             batch = next(batches)
@@ -55,7 +55,7 @@ def trainer(single_rank):
 
         def step(batches, bp_steps):
             """Train one step on micro-batches, as Megatron's train_step does; return the mean loss."""
-            now.bp_steps = bp_steps
+            now.bp_steps, now.step = bp_steps, now.step + 1
             ddp.zero_grad_buffer()
             optimizer.zero_grad()
             reports = get_forward_backward_func()(
@@ -83,6 +83,6 @@ def trainer(single_rank):
             (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
             return tuple(sorted(part.optimizer.param_groups, key=lambda group: bool(group.get("is_embedding"))))
 
-        return SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler, step=step, sharded=sharded,
-                               state=state, groups=groups)
+        return SimpleNamespace(now=now, model=model, optimizer=optimizer, scheduler=scheduler, step=step,
+                               sharded=sharded, state=state, groups=groups)
     return build

@@ -93,7 +93,7 @@ def test_everything_survives_a_checkpoint_and_the_command_line_wins(build, tmp_p
     loaded = dist_checkpointing.load(same.sharded(is_loading=True), str(tmp_path))
     same.model.load_state_dict(loaded["model"])
     same.optimizer.load_state_dict(loaded["optimizer"])
-    same.scheduler.load_state_dict(first.scheduler.state_dict())
+    same.now.step = first.now.step
     losses = [run.step([batch(4, (5, 3), (4, 7))], 4) for run in (first, same)]
     assert losses[0] == losses[1]
     have, want = same.state(), first.state()
@@ -141,49 +141,41 @@ def test_megatron_has_its_own_names_back(build):
 
 @pytest.fixture
 def schedule(single_rank):
-    """A scheduler of 6 rows per step over two groups, and the groups."""
+    """A scheduler of 6 rows per step over two groups of an optimizer, and `now`, whose `step` is the one that runs."""
+    from hrm_megatron.optim.adam_atan2 import AdamATan2
     from hrm_megatron.optim.builder import StepScheduler
 
-    def make(schedule=SCHEDULE, weight_decay=0.1, rows_per_step=6, **rules):
-        groups = [{}, {"wd_mult": 1.0}]
-        optimizer = SimpleNamespace(param_groups=groups)
-        return StepScheduler(optimizer, schedule, rows_per_step, weight_decay, **rules), groups
+    def make(schedule=SCHEDULE, weight_decay=0.1, rows_per_step=6):
+        now = SimpleNamespace(step=1)
+        inner = AdamATan2([dict(params=[torch.ones(2, requires_grad=True)]),
+                           dict(params=[torch.ones(3, requires_grad=True)], wd_mult=1.0)], lr=9.0)
+        optimizer = SimpleNamespace(param_groups=inner.param_groups, optimizer=inner)
+        scheduler = StepScheduler(optimizer, schedule, rows_per_step, weight_decay, lambda: now.step)
+        return SimpleNamespace(scheduler=scheduler, optimizer=inner, groups=inner.param_groups, now=now)
     return make
 
 
-def test_the_first_step_is_step_one(schedule):
-    scheduler, groups = schedule()
-    for step in range(1, 12):
-        assert [(group["lr"], group["weight_decay"]) for group in groups] == [(SCHEDULE.at(step), 0.1)] * 2
-        scheduler.step(6)
+def test_a_step_is_made_and_logged_at_its_own_rate(schedule):
+    run = schedule()
+    used = []
+    run.optimizer.update = lambda *_, rate, **__: used.append(rate)
+    for p in (group["params"][0] for group in run.groups):
+        p.grad = torch.ones_like(p)
+    for step in range(1, 14):
+        run.now.step = step
+        run.optimizer.step()
+        run.scheduler.step(6)  # as the loop does before it logs
+        assert [(group["lr"], group["weight_decay"]) for group in run.groups] == [(SCHEDULE.at(step), 0.1)] * 2
+        assert used[-2:] == [SCHEDULE.at(step) / (1 - 0.9 ** step)] * 2
 
 
-def test_a_schedule_goes_on_where_its_checkpoint_stands(schedule):
-    first, _ = schedule()
-    first.step(6 * 7)
-    second, groups = schedule()
-    second.load_state_dict(first.state_dict())
-    assert groups[0]["lr"] == SCHEDULE.at(8)
-
-
-def test_a_converted_checkpoint_knows_its_step_alone(schedule):
-    other = LRSchedule(0.5, 0.1, 2, 30)
-    scheduler, groups = schedule(other, rows_per_step=4)
-    scheduler.load_state_dict({"steps_done": 7})
-    assert groups[0]["lr"] == other.at(8)
-    scheduler.step(4)
-    assert groups[0]["lr"] == other.at(9)
-
-
-def test_changed_settings_are_refused_or_taken_as_the_flags_say(schedule):
-    first, _ = schedule()
-    first.step(6 * 7)
-    other = LRSchedule(0.5, 0.1, 2, 30)
-    with pytest.raises(AssertionError, match="learning rate do not match"):
-        schedule(other, use_checkpoint_opt_param_scheduler=False)[0].load_state_dict(first.state_dict())
-    for rules, want in (
-            (dict(use_checkpoint_opt_param_scheduler=True), SCHEDULE),
-            (dict(use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True), other)):
-        scheduler, groups = schedule(other, **rules)
-        scheduler.load_state_dict(first.state_dict())
-        assert groups[0]["lr"] == want.at(8)
+def test_the_running_step_is_the_only_clock(schedule):
+    first, second = schedule(), schedule(rows_per_step=4)
+    first.now.step = 7
+    first.scheduler.step(6)
+    state = first.scheduler.state_dict()
+    assert state["num_steps"] == 7 * 6 and state["lr_decay_steps"] == 11 * 6  # in Megatron's unit, rows
+    second.now.step = 8  # whatever the checkpoint says in rows, and with other rows per step
+    second.scheduler.load_state_dict(state)
+    second.optimizer.step()
+    assert [group["lr"] for group in second.groups] == [SCHEDULE.at(8)] * 2

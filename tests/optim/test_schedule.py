@@ -15,7 +15,10 @@ def test_learning_rates_equal_the_reference(golden_case):
                               case["total_steps"])
         assert case["columns"] == ["step", "lr_python_float", "lr_fp32_used"]
         for step, _, want in case["table"]:
-            assert schedule.at(step) == want, (case["lr"], step)
+            if step <= case["total_steps"]:
+                assert schedule.at(step) == want, (case["lr"], step)
+            else:  # where no run of the reference steps, and its formula climbs back to `lr`
+                assert schedule.at(step) == as_fp32(schedule.min_lr) and want >= schedule.at(step)
 
 
 def test_gradient_ticks_equal_the_reference(golden_case):
@@ -49,6 +52,15 @@ def test_the_ends_of_a_schedule_are_what_was_asked():
     assert [LRSchedule(0.0, 0.0, 2, 5).at(step) for step in (1, 4)] == [0.0, 0.0]
     assert [BPSchedule(2, 5, 0.0, 31).at(step) for step in (1, 31)] == [5, 5]
     assert BPSchedule(2, 6, 1.0, 31).at(31) == 6 and BPSchedule(2, 6, 1.0, 31).at(30) == 5
+
+
+@pytest.mark.parametrize("schedule", [LRSchedule(3e-4, 3e-5, 7, 31), LRSchedule(3e-4, 0.0, 0, 10),
+                                      LRSchedule(3e-4, 1e-4, 9, 9), LRSchedule(3e-4, 3e-4, 3, 20)])
+def test_the_rate_holds_its_minimum_after_the_end_and_never_rises(schedule):
+    after = [schedule.at(step) for step in range(schedule.warmup_steps, 4 * schedule.total_steps)]
+    assert after == sorted(after, reverse=True)
+    beyond = {schedule.at(step) for step in range(schedule.total_steps + 1, 4 * schedule.total_steps)}
+    assert beyond == {as_fp32(schedule.min_lr)}
 
 
 def test_rounding_to_fp32_is_that_of_the_hardware():

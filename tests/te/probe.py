@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 from collections import Counter
@@ -283,7 +284,7 @@ def train(*arguments: str) -> dict[str, Any]:
     sys.argv = ["pretrain", *arguments]
     stock_context = cpu_offload.DefaultOffloadSynchronizer
     with mock.patch.object(cpu_offload, "DefaultOffloadSynchronizer", wraps=stock_context) as made:
-        pretrain.train()
+        pretrain.run(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     return dict(casts=steps, contexts=made.call_count)
 
 

@@ -21,7 +21,7 @@ def test_the_others_stop_and_the_dead_rank_is_named(fullbatch_arguments, tmp_pat
             stdout=file, stderr=file)
         try:
             deadline = time.monotonic() + SECONDS_TO_START
-            while " iteration " not in log.read_text():
+            while "step " not in log.read_text():
                 assert run.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.2)
             ranks = {rank_of(pid): pid for pid in children(run.pid)}

@@ -98,7 +98,7 @@ def test_gradients_are_clipped_by_the_norm_of_all(launch, parity, tmp_path, rank
     moments = []
     for number, more in ((1, []), (ranks, flags)):
         run = launch(*ROWS, "--global-batch-size", 8, "--micro-batch-size", 2, "--bp-min-steps", 5, "--clip-grad", 0.01,
-                     "--save", tmp_path / str(number), *more, ranks=number)
+                     "--save", tmp_path / str(number), "--verbose", *more, ranks=number)
         assert run.code == 0, run.output[-5000:]
         assert "grad norm: 1.755" in run.last_output
         moments.append(read_megatron(find_iteration(tmp_path / str(number))))

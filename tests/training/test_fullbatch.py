@@ -11,8 +11,9 @@ from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.table import table
 from tests.training.conftest import FULLBATCH, scalars
 
-# fp32 sums in another order: 9.4e-7 in the losses and 8e-7 in the weights were measured.
-LOSS_TOLERANCE = WEIGHT_TOLERANCE = 1e-5
+# fp32 sums in another order: for each of the 24 steps a unit in the last place of a loss near 5, 2^-21. A weight is
+# below 1 and its update nearly sign-like, so that it moves less.
+LOSS_TOLERANCE = WEIGHT_TOLERANCE = 24 * 2 ** -21
 
 
 @pytest.fixture(scope="module")
@@ -47,5 +48,5 @@ def test_two_ranks_from_the_command_line_do_the_same(uninterrupted, fullbatch_ar
     assert done.returncode == 0, done.stderr
     ours, one = scalars(tmp_path), scalars(uninterrupted / "log")
     assert ours.keys() == set(range(1, 21))
-    # Half of the rows on each rank, so each loss is a sum in another order; two steps of fp32 near 5.
-    assert max(abs(ours[step] - one[step]) for step in ours) < 1e-6
+    # Half of the rows on each rank, so each loss is a sum in another order.
+    assert max(abs(ours[step] - one[step]) for step in ours) < LOSS_TOLERANCE

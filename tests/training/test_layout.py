@@ -47,8 +47,8 @@ def test_the_description_counts_per_rank():
         "ticks alive on a stage",
         f"  pipeline at bp 5: two phases; the first stage keeps {states:.3f} GiB of states; simulated bubble 2.9%, 23 "
         "ticks alive on a stage"]
-    assert lines[7:] == ["  weight gradients: summed over the ticks of a micro-batch by autograd, in bfloat16",
-                         "  attention: sdpa (torch's scaled_dot_product_attention, a call for each piece of an "
+    assert lines[7:] == ["weight gradients: summed over the ticks of a micro-batch by autograd, in bfloat16",
+                         "attention: sdpa (torch's scaled_dot_product_attention, a call for each piece of an "
                          "example), as asked"]
     windows = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_window=16))).splitlines()
     assert windows[6] == ("  pipeline at bp 5: two phases for each of 2 windows; the first stage keeps "
@@ -79,8 +79,8 @@ def test_who_adds_the_gradients_of_weights_is_told(monkeypatch, cuda, apex, opti
 def test_the_shares_of_context_ranks_are_told(launch, fullbatch_arguments):
     run = launch(*fullbatch_arguments, "--context-parallel-size", 2, "--exit-interval", 1, ranks=2)
     assert run.code == 0, run.output[-3000:]
-    told = re.search(r" > context parallel: the busiest of 2 ranks has (1\.\d\d) times the mean of .* over 64 rows",
-                     run.output)
+    told = re.search(r"\ndata: context parallel: the busiest of 2 ranks has (1\.\d\d) times the mean of .* over 64 "
+                     "rows", run.output)
     assert told and 1 <= float(told[1]) < 1.5
 
 

@@ -1,14 +1,27 @@
 """Training over a store with a held-out part: what is logged is what an independent model computes."""
+import argparse
+import re
+
 import pytest
 import torch
+from megatron.training import arguments as megatron_arguments
 
+from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.data.dataset import PackedRows, split_store
 from hrm_megatron.data.store import ExampleStore, StoreWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.training.arguments import add_hrm_arguments
+from hrm_megatron.training.data import open_sources
+from hrm_megatron.training.evaluation import settle_evaluation
 from tests.training.conftest import GOLDEN, scalars
 
 COUNT, SEED, SPLIT = 60, 7, "85,15,0"
+
+
+def example(tokenizer, i):
+    return (tokenizer.encode_prefix("direct", "x" * (i % 7) + str(i)),
+            tokenizer.encode_response("a" if i % 4 else "bc"))
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +31,7 @@ def store(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("store") / "store"
     with StoreWriter(prefix, tokenizer) as writer:
         for i in range(COUNT):
-            writer.add(tokenizer.encode_prefix("direct", "x" * (i % 7) + str(i)),
-                       tokenizer.encode_response("a" if i % 4 else "bc"))
+            writer.add(*example(tokenizer, i))
     return prefix
 
 
@@ -71,11 +83,153 @@ def test_validation_is_what_transformers_computes(trained, store, tmp_path):
 
 def test_every_metric_reaches_tensorboard_and_console(trained):
     folder, run = trained
+    megatrons_lines = (folder / "checkpoints" / "megatron.rank1.log").read_text()
     for name in ("lm loss", "accuracy", "exact accuracy", "tokens per second", "bp steps", "learning-rate"):
         found = scalars(folder / "log", name)
         assert {4, 8, 12, 16} <= found.keys()
         if name != "learning-rate":
-            assert f"| {name}: " in run.last_output
+            assert f"| {name}: " in megatrons_lines
     assert set(scalars(folder / "log", "bp steps").values()) <= {2.0, 3.0, 4.0, 5.0, 3.75, 3.5}
     assert all(0 < value < 1e7 for value in scalars(folder / "log", "tokens per second").values())
     assert "training: 51 examples" in run.output and "validation: 9 examples" in run.output
+
+
+WHOLE_SPLIT = "65,22,13"
+MODEL = ["--num-layers", 1, "--hidden-size", 32, "--num-attention-heads", 2, "--micro-batch-size", 2]
+WHOLE = ["--split", WHOLE_SPLIT, "--seed", SEED, "--seq-length", 24, "--full-validation"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(store, launch, tmp_path_factory):
+    """Two steps of two ranks, whole evaluations after each of them, and a test at the end."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    run = launch("--data-path", store, *WHOLE, *MODEL, "--num-layers", 2, "--global-batch-size", 4, "--train-iters", 2,
+                 "--lr", 2e-2, "--eval-interval", 1, "--save", folder / "checkpoints",
+                 "--tensorboard-dir", folder / "log", ranks=2)
+    assert run.code == 0, run.output
+    return folder, run
+
+
+@pytest.fixture(scope="module")
+def expected(evaluated, store, tmp_path_factory):
+    """Means over each example of a part once, by transformers; and the exported model."""
+    folder = tmp_path_factory.mktemp("expected") / "hf"
+    convert(Conversion(evaluated[0] / "checkpoints", "megatron", folder, "hf", weights="raw"))
+    source, parts = ExampleStore(store), split_store(COUNT, WHOLE_SPLIT, SEED)
+    means = {}
+    for part, ids in (("validation", parts.valid), ("test", parts.test)):
+        scored = [scores_by_transformers(folder, source[int(i)]) for i in ids]
+        loss, labels, right = (sum(column) for column in zip(*scored, strict=True))
+        means[part] = {"lm loss": loss / labels, "accuracy": right / labels,
+                       "exact accuracy": sum(one[1] == one[2] for one in scored) / len(scored)}
+        rows = PackedRows(source, 24, SEED, 1, example_ids=ids, fixed=True).rows_per_epoch
+        assert (rows % 4 and rows > 4) or part == "test"  # the last iteration is not full
+    return means, folder
+
+
+def printed(run):
+    """What the console says of each part at the end: part > name > value."""
+    found = {}
+    for line in run.last_output.splitlines():
+        if opened := re.match(r" (validation|test) loss at iteration ", line):
+            found[opened[1]] = {name: float(value) for name, value in re.findall(r"\| ([a-z ]+) value: (\S+)", line)}
+    return found
+
+
+def test_a_whole_evaluation_reads_every_row_once_and_a_test_is_logged_as_one(evaluated, expected):
+    folder, run = evaluated
+    for part, means in expected[0].items():
+        for name, value in means.items():  # fp32 sums over about a hundred labels
+            assert scalars(folder / "log", f"{name} {part}")[2] == pytest.approx(value, abs=2e-6)
+    assert scalars(folder / "log", "lm loss validation").keys() == {1, 2}
+    assert scalars(folder / "log", "lm loss test").keys() == {2}
+    assert printed(run) == {part: pytest.approx(means, rel=1e-5) for part, means in expected[0].items()}
+    assert "validation: all " in run.output and " test: all " in run.output
+
+
+@pytest.mark.parametrize("ranks, layout", [
+    (1, ["--global-batch-size", 2]), (2, ["--global-batch-size", 4, "--pipeline-model-parallel-size", 2]),
+    (2, ["--global-batch-size", 16]),  # one rank has nothing but empty rows
+    (2, ["--global-batch-size", 8, "--eval-global-batch-size", 4, "--eval-micro-batch-size", 1])])
+def test_a_checkpoint_alone_is_evaluated(launch, evaluated, expected, store, ranks, layout):
+    run = launch("--data-path", store, *WHOLE, "--micro-batch-size", 2, "--skip-train", "--use-checkpoint-args",
+                 "--load", evaluated[0] / "checkpoints", *layout, ranks=ranks)
+    assert run.code == 0, run.output[-3000:]
+    assert printed(run) == {part: pytest.approx(means, rel=1e-5) for part, means in expected[0].items()}
+
+
+def test_a_converted_model_is_evaluated_on_a_store_of_its_own(launch, expected, tmp_path):
+    """From transformers' folder, on nothing but a validation store: each example of the part, in another order."""
+    means, exported = expected
+    source = split_store(COUNT, WHOLE_SPLIT, SEED).valid
+    tokenizer = TextTokenizer(GOLDEN / "tokenizer")
+    with StoreWriter(tmp_path / "valid", tokenizer) as writer:
+        for i in map(int, reversed(source)):
+            writer.add(*example(tokenizer, i))
+    convert(Conversion(exported, "hf", tmp_path / "megatron", "megatron"))
+    run = launch("--valid-data-path", tmp_path / "valid", "--full-validation", "--skip-train", "--use-checkpoint-args",
+                 "--load", tmp_path / "megatron")
+    assert run.code == 0, run.output[-3000:]
+    assert printed(run) == {"validation": pytest.approx(means["validation"], rel=1e-5)}
+
+
+def test_an_evaluation_of_nothing_is_refused(launch, evaluated, store, tmp_path):
+    flags = ["--skip-train", "--use-checkpoint-args", "--data-path", store]
+    for more, part in ((["--load", evaluated[0] / "checkpoints", "--split", "100,0,0"],
+                        "--skip-train: nothing to evaluate: --split 100,0,0 leaves none of the 60 examples"),
+                       (["--load", evaluated[0] / "checkpoints", "--eval-iters", 0],
+                        "--skip-train: nothing to evaluate: --eval-iters is 0"),
+                       (["--load", tmp_path, "--save", tmp_path, *MODEL, "--seq-length", 32],
+                        "--skip-train: no checkpoint to evaluate")):
+        run = launch(*flags, *more)
+        assert run.code == 2 and len(run.errors) == 1 and part in run.errors[0], run.output
+
+
+def test_a_run_that_was_evaluated_more_often_goes_on(launch, trained, store):
+    """Its checkpoint says that more validation rows were read than the rest of the run will."""
+    run = launch("--data-path", store, "--split", SPLIT, "--seed", SEED, *MODEL, "--seq-length", 64,
+                 "--global-batch-size", 4, "--train-iters", 18, "--lr", 2e-2, "--override-opt-param-scheduler",
+                 "--ema-decay", 0.5, "--eval-interval", 1000, "--eval-iters", 1, "--load", trained[0] / "checkpoints")
+    assert run.code == 0, run.output[-3000:]
+    assert printed(run).keys() == {"validation"}
+
+
+def open_run(*flags):
+    """Sources and settled evaluation of a command line."""
+    parser = add_hrm_arguments(megatron_arguments.add_megatron_arguments(argparse.ArgumentParser()))
+    args = parser.parse_args([str(flag) for flag in flags])
+    sources = open_sources(args)
+    return args, settle_evaluation(args, *sources.held_out(args.split), sources.why_no_validation(args.split))
+
+
+def test_three_in_a_hundred_are_held_out_for_validation_and_none_for_a_test(store):
+    args, evaluation = open_run("--data-path", store)
+    assert (evaluation.validates, evaluation.tests) == (True, False)
+    assert args.split == "97,3,0" and open_sources(args).held_out(args.split) == (1, 0)
+
+
+@pytest.mark.parametrize("name, flags, reason", [
+    ("store", ["--split", "100,0,0"], "--split 100,0,0 leaves none of the 60 examples to validate on; give another"),
+    ("one", [], "--split 97,3,0 leaves none of the 1 examples to validate on"),
+    ("alone", [], "there is nothing to validate on; give --valid-data-path PREFIX")])
+def test_nothing_to_validate_on_is_one_line_and_no_evaluation(store, tmp_path, capsys, name, flags, reason):
+    if name == "one":
+        tokenizer = TextTokenizer(GOLDEN / "tokenizer")
+        with StoreWriter(tmp_path / "one", tokenizer) as writer:
+            writer.add(*example(tokenizer, 0))
+    data = ["--train-data-path", store] if name == "alone" else ["--data-path", tmp_path / "one" if flags == [] else
+                                                                store]
+    args, evaluation = open_run(*data, *flags)
+    assert not evaluation.validates and not evaluation.tests and args.eval_iters == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"validation: off, {reason}")
+    open_run(*data, *flags, "--eval-iters", 0)  # nobody asked for one
+    assert not capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--skip-train: nothing to evaluate: "):
+        open_run(*data, *flags, "--skip-train")
+
+
+def test_a_test_part_alone_is_still_tested(store, capsys):
+    args, evaluation = open_run("--data-path", store, "--split", "90,0,10")
+    assert (evaluation.validates, evaluation.tests, args.eval_iters) == (False, True, 10)
+    assert "validation: off, --split 90,0,10 leaves none" in capsys.readouterr().out

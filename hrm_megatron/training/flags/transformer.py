@@ -27,8 +27,9 @@ OTHER_RECIPES = "give --fp8-format with --fp8-recipe delayed, tensorwise or mxfp
 
 TRANSFORMER: Group = (
     Used("hrm_megatron.training.arguments",
-         "--num-layers --hidden-size --num-attention-heads --ffn-hidden-size --norm-epsilon --transformer-impl "
+         "--num-layers --hidden-size --num-attention-heads --ffn-hidden-size --transformer-impl "
          "--tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size"),
+    Used("hrm_megatron.transformer_config", "--norm-epsilon"),
     Used("hrm_megatron.training.memory", "--cpu-offloading-num-layers"),
     Used("megatron.core.models.common.language_module.language_module", "--attention-backend",
          only=("auto", "flash", "fused", "unfused")),  # of Transformer Engine
@@ -151,7 +152,7 @@ TRANSFORMER: Group = (
             "--moe-paged-stash-buffer-size-factor-cpu"),
 )
 NETWORK: Group = (
-    Used("hrm_megatron.training.arguments", "--rotary-base"),
+    Used("hrm_megatron.transformer_config", "--rotary-base"),
     Harmless("positions of an HRM need no table; a row has --seq-length of them", "--max-position-embeddings"),
     Harmless("positions of an HRM are rotary", "--use-rotary-position-embeddings --no-position-embedding"),
     Harmless(ONE_SWIGLU, "--swiglu"),

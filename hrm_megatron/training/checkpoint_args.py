@@ -1,0 +1,72 @@
+"""`--use-checkpoint-args`: the model's sizes and settings come from the checkpoint that the run goes on from."""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hrm_megatron.checkpoint.archive import DamagedError
+from hrm_megatron.checkpoint.folders import last_saved_first, read_run
+from hrm_megatron.checkpoint.fsdp_folder import open_run
+from hrm_megatron.config import PRESETS, ConfigError
+from hrm_megatron.training.checkpoint import starting_point
+
+log = logging.getLogger(__name__)
+
+# Argument > the flag that sets it: all that an Architecture is made of, but for the vocabulary, which is the data's.
+MODEL_ARGUMENTS = {
+    **{name: f"--{name.replace('_', '-')}" for name in (
+        "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
+        "norm_placement", "init_scheme", "init_std", "rotary_base")},
+    "layernorm_epsilon": "--norm-epsilon",
+}
+OF_A_PRESET = ("num_layers", "hidden_size", "num_attention_heads")
+
+
+def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Set the model's arguments, and the row's length unless `given`; `given` are those on the command line.
+
+    Where the run begins because there is no checkpoint yet, the command line's stay.
+    """
+    folder = starting_point(args)
+    if folder is None:
+        log.info(f"checkpoint: --use-checkpoint-args: none at {args.load} yet; sizes are the command line's")
+        return
+    stored = _arguments_of(folder, args.load_newest_valid)
+    check_given(given, stored, folder)
+    for name in MODEL_ARGUMENTS:
+        setattr(args, name, getattr(stored, name))
+    if args.seq_length is None:
+        args.seq_length = stored.seq_length
+    log.info(f"checkpoint: {folder}: model " + ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_ARGUMENTS))
+
+
+def _arguments_of(folder: Path, or_of_another: bool) -> argparse.Namespace:
+    """Read the arguments of the run that saved this iteration, or the newest other one that can be read."""
+    others = last_saved_first(folder.parent) if or_of_another else []
+    *first, last = (folder, *(folder.parent / name for name in others))
+    for path in first:
+        with contextlib.suppress(DamagedError):  # which is reported when the iteration is verified
+            return _stored_arguments(path)
+    return _stored_arguments(last)
+
+
+def _stored_arguments(folder: Path) -> argparse.Namespace:
+    stored: argparse.Namespace = read_run(open_run(folder))[0]["args"]
+    return stored
+
+
+def check_given(given: Mapping[str, Any], stored: argparse.Namespace, folder: Path) -> None:
+    """Refuse a flag or a preset that was given by hand and does not agree with the checkpoint."""
+    asked = {flag: (given[name], name) for name, flag in MODEL_ARGUMENTS.items() if name in given}
+    if preset := given.get("hrm_preset"):
+        for name in OF_A_PRESET:
+            if MODEL_ARGUMENTS[name] not in asked:
+                asked[f"--hrm-preset {preset} with {MODEL_ARGUMENTS[name]}"] = getattr(PRESETS[preset], name), name
+    for flag, (value, name) in asked.items():
+        if value != getattr(stored, name):
+            raise ConfigError(f"{flag} {value}: does not go with --use-checkpoint-args: {folder} has "
+                              f"{getattr(stored, name)}; leave one of them out")

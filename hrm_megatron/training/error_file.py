@@ -1,0 +1,38 @@
+"""Why a rank ended, for the screen and for torchrun, which repeats it as "Root Cause" in its last lines."""
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.training.memory import LESS_MEMORY
+
+
+def one_line(error: BaseException, rank: int) -> str | None:
+    """The line that says all about an error; None for one that needs its traceback."""
+    if isinstance(error, ConfigError):
+        return f"error: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"error: rank {rank}: {str(error).splitlines()[0]} {LESS_MEMORY}"
+    return None
+
+
+class OneLineErrors(ErrorHandler):
+    """Writes torchrun's error file: one line where that says all, else the traceback."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def record_exception(self, e: BaseException) -> None:
+        line, file = one_line(e, self.rank), os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if line is None or not file:
+            super().record_exception(e)
+            return
+        # torchrun prints the call stack where there is one, else the message (ChildFailedError._format_failure).
+        extra = dict(py_callstack=line, timestamp=str(int(time.time())))
+        with open(file, "w", encoding="utf-8") as stream:
+            json.dump(dict(message=dict(message=line, extraInfo=extra)), stream)

@@ -1,0 +1,92 @@
+"""What an evaluation reads, when there is one, and under which name its result is logged."""
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.training import training as megatron_training
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from megatron.training.utils import is_last_rank, print_rank_last
+
+from hrm_megatron.config import ConfigError, round_up
+from hrm_megatron.data.dataset import PackedRows
+
+log = logging.getLogger(__name__)
+
+# How Megatron's loop calls its last evaluation (training.py, pretrain).
+ON_TEST_SET = "on test set"
+
+
+@dataclass
+class Evaluation:
+    """Which of the held-out parts have examples; `whole`: an evaluation reads all rows of its part, each once."""
+
+    validates: bool
+    tests: bool
+    whole: bool
+    test_iters: int
+
+    def cover(self, dataset: PackedRows, rows_per_iteration: int) -> int:
+        """Return the iterations that read all rows of a part once; empty rows fill up the last one."""
+        dataset.period = round_up(dataset.rows_per_epoch, rows_per_iteration)
+        return dataset.period // rows_per_iteration
+
+
+def settle_evaluation(args: argparse.Namespace, valid_examples: int, test_examples: int, absence: str) -> Evaluation:
+    """Decide what is evaluated, and turn Megatron's evaluation off where there is nothing.
+
+    `absence` says why there is nothing to validate on where that is so. `--full-validation` is taken over here:
+    Megatron's would repeat rows to fill a step, and count rows for steps.
+    """
+    whole, wanted = bool(args.full_validation), bool(args.full_validation or args.eval_iters)
+    validates, tests = wanted and valid_examples > 0, wanted and test_examples > 0
+    if args.skip_train and not (validates or tests):
+        reason = absence if wanted else "--eval-iters is 0"
+        raise ConfigError(f"--skip-train: nothing to evaluate: {reason}")
+    if wanted and not validates:
+        log.info(f"validation: off, {absence}")
+    args.full_validation = False
+    # With whole parts it is set again once the rows are counted.
+    args.eval_iters = 1 if whole else args.eval_iters
+    if not (validates or tests):
+        args.eval_iters = 0
+    return Evaluation(validates, tests, whole, args.eval_iters)
+
+
+def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None:
+    """Let the loop evaluate the parts that are there, and log a test as a test."""
+    validate: Callable[..., None] = megatron_training.evaluate_and_print_results
+
+    def evaluate_and_print_results(prefix: str, forward_step_func: Any, data_iterator: Any, model: Any, iteration: int,
+                                   process_non_loss_data_func: Any, config: Any, verbose: bool = False,
+                                   write_to_tensorboard: bool = True, non_loss_data_func: Any = None,
+                                   **groups: Any) -> None:
+        if not prefix.endswith(ON_TEST_SET):
+            if evaluation.validates:
+                validate(prefix, forward_step_func, data_iterator, model, iteration, process_non_loss_data_func, config,
+                         verbose, write_to_tensorboard, non_loss_data_func, **groups)
+            return
+        means, _, out_of_time = megatron_training.evaluate(
+            forward_step_func, data_iterator, model, process_non_loss_data_func, config, verbose, non_loss_data_func,
+            eval_iters=evaluation.test_iters, **groups)
+        if not out_of_time:
+            log_test({name: mean.item() for name, mean in means.items()}, iteration, args.consumed_train_samples,
+                     write_to_tensorboard)
+
+    megatron_training.evaluate_and_print_results = evaluate_and_print_results
+
+
+def log_test(means: dict[str, float], iteration: int, rows: int, write_to_tensorboard: bool) -> None:
+    """Print the result of the test part, and write it beside those of validation."""
+    writer, wandb = get_tensorboard_writer() if write_to_tensorboard else None, get_wandb_writer()
+    for name, mean in means.items():
+        if writer:
+            writer.add_scalar(f"{name} test", mean, iteration)
+            writer.add_scalar(f"{name} test vs samples", mean, rows)
+        if writer and wandb and is_last_rank():
+            wandb.log({f"{name} test": mean}, iteration)
+    print_rank_last(f" test loss at iteration {iteration} | "
+                    + " | ".join(f"{name} value: {mean:.6E}" for name, mean in means.items()))

@@ -1,0 +1,155 @@
+"""Let Megatron's loop tell the console about steps, evaluations and saves, and count the FLOPs of an HRM."""
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.training import training as megatron_training
+
+from hrm_megatron.config import Architecture
+from hrm_megatron.data.dataset import PackedRows
+from hrm_megatron.model.schedule import unroll
+from hrm_megatron.training.console import Console
+from hrm_megatron.training.console_lines import StepReport, TimeLeft, evaluation_line, saved_line, step_line
+from hrm_megatron.training.data import first_lengths
+from hrm_megatron.training.step import TrainingStep
+from hrm_megatron.training.summary import describe_checkpoint, describe_schedule
+from hrm_megatron.transformer_config import architecture_of
+
+RowsFlops = Callable[[Architecture, int, int, Sequence[Sequence[tuple[int, int]]]], int]  # planner.flops.rows_flops
+TERA = 1e12
+
+log = logging.getLogger(__name__)
+
+
+def install_console(args: argparse.Namespace, console: Console, step: TrainingStep, rows_flops: RowsFlops) -> Reporter:
+    """Wrap what Megatron reports by; what it prints, and writes to TensorBoard and W&B, stays as it is.
+
+    Call it after all else that replaces the same functions.
+    """
+    reporter = Reporter(args, console, step, rows_flops)
+    megatron_training.training_log = _around(megatron_training.training_log, reporter.training_log)
+    megatron_training.evaluate = _around(megatron_training.evaluate, reporter.evaluate)
+    megatron_training.evaluate_and_print_results = _around(megatron_training.evaluate_and_print_results,
+                                                           reporter.evaluate_and_print_results)
+    megatron_training.save_checkpoint = _around(megatron_training.save_checkpoint, reporter.save_checkpoint)
+    megatron_training.num_floating_point_operations = lambda *_, **__: reporter.flops()
+    # By the formula of a GPT; ours is in the facts before step 1.
+    megatron_training.report_theoretical_memory = lambda *_, **__: None
+    return reporter
+
+
+def _around(stock: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.wraps(stock)(functools.partial(wrapper, stock))
+
+
+class Reporter:
+    """The wrappers of `install_console`; each takes the function that it wraps first."""
+
+    def __init__(self, args: argparse.Namespace, console: Console, step: TrainingStep, rows_flops: RowsFlops) -> None:
+        self.args, self.console, self.running, self.rows_flops = args, console, step, rows_flops
+        self.architecture = architecture_of(args, args.vocab_size)
+        passes = functools.cache(functools.partial(tick_passes, args))
+        self.time_left = TimeLeft([passes(step.bp_schedule.at(i + 1)) for i in range(args.train_iters)], time.monotonic)
+        self.sample: list[Sequence[tuple[int, int]]] = []
+        self.flops_at: dict[int, int] = {}  # by bp_steps
+        self.means, self.part = IntervalMeans(), ""
+
+    def begin(self, train_rows: PackedRows | None) -> None:
+        """Show what the run is: all is ready for its first step."""
+        if train_rows is not None:
+            self.sample = first_lengths(train_rows)
+        for fact in (describe_checkpoint(self.args), describe_schedule(self.args, self.running.bp_schedule)):
+            log.info(fact)
+        self.console.begin(vars(self.args))
+        self.time_left.start(self.args.iteration)
+
+    def flops(self) -> int:
+        """FLOPs of the last step, the same on every rank: its rows are taken to be like the first of the run."""
+        bp_steps = self.running.bp_steps
+        if self.sample and bp_steps not in self.flops_at:
+            flops = self.rows_flops(self.architecture, bp_steps, self.args.seq_length, self.sample)
+            self.flops_at[bp_steps] = flops * int(self.args.global_batch_size) // len(self.sample)
+        return self.flops_at.get(bp_steps, 0)
+
+    def training_log(self, stock: Callable[..., bool], losses: dict[str, torch.Tensor], totals: dict[str, Any],
+                     lr: float | None, iteration: int, loss_scale: float, report_memory: bool, skipped: int,
+                     *rest: Any, is_first_iteration: bool = False, **options: Any) -> bool:
+        report_memory = stock(losses, totals, lr, iteration, loss_scale, report_memory, skipped, *rest,
+                              is_first_iteration=is_first_iteration, **options)
+        if not self.console.last:
+            return report_memory
+        if not skipped:
+            self.means.add(losses)
+        if iteration % self.args.log_interval == 0 or is_first_iteration:
+            self.console.line(step_line(self.report(iteration, self.means.take(), lr), self.console.width))
+        if is_first_iteration:  # it took longer than the others will
+            self.time_left.start(iteration)
+        self.console.progress(iteration, self.args.train_iters)
+        return report_memory
+
+    def report(self, iteration: int, means: dict[str, float], lr: float | None) -> StepReport:
+        """Put the numbers of a step together."""
+        loss, exact, bp_steps, speed = (means.get(name, float("nan")) for name in (
+            "lm loss", "exact accuracy", "bp steps", "tokens per second"))
+        tflops = None
+        if self.args.log_throughput:
+            steps_per_second = speed / (self.args.global_batch_size * self.args.seq_length)
+            tflops = self.flops() * steps_per_second / TERA / self.args.world_size
+        return StepReport(iteration, self.args.train_iters, loss, exact, bp_steps, float("nan") if lr is None else lr,
+                          speed, self.time_left.after(iteration), tflops)
+
+    def evaluate_and_print_results(self, stock: Callable[..., None], prefix: str, *rest: Any, **options: Any) -> None:
+        self.part = "test" if "test set" in prefix else "validation"
+        stock(prefix, *rest, **options)
+
+    def evaluate(self, stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
+        begun = time.monotonic()
+        found = means, _, _ = stock(*rest, **options)
+        if means and self.console.last:
+            values = {name: float(value) for name, value in means.items()}
+            self.console.line(evaluation_line(self.done, self.args.train_iters, self.part, values,
+                                              time.monotonic() - begun, self.console.width))
+        return found
+
+    def save_checkpoint(self, stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
+        begun = time.monotonic()
+        stock(iteration, *rest, **options)
+        if self.console.last:
+            folder = f"{self.args.save}/iter_{iteration:07d}"
+            self.console.line(saved_line(iteration, self.args.train_iters, folder, time.monotonic() - begun,
+                                         in_background=self.args.async_save))
+
+    @property
+    def done(self) -> int:
+        """Steps that are done, while none is running."""
+        return int(getattr(self.args, "curr_iteration", self.args.iteration - 1)) + 1
+
+
+class IntervalMeans:
+    """Means of what steps reported since the line before; Megatron's go from the first step to the second line."""
+
+    def __init__(self) -> None:
+        self.steps, self.sums = 0, dict[str, torch.Tensor]()
+
+    def add(self, losses: dict[str, torch.Tensor]) -> None:
+        """Count a step; this does not wait for the device."""
+        self.steps += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def take(self) -> dict[str, float]:
+        """Return the means and begin anew."""
+        means = {name: float(value) / self.steps for name, value in self.sums.items()}
+        self.steps, self.sums = 0, {}
+        return means
+
+
+def tick_passes(args: argparse.Namespace, bp_steps: int) -> int:
+    """Passes through a stack in a step: one forward for each tick, and as much as two more for its backward."""
+    return sum(3 if tick.with_grad else 1 for tick in unroll(args.h_cycles, args.l_cycles, bp_steps))

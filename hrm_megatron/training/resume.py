@@ -1,0 +1,112 @@
+"""Going on from a checkpoint: whether there is anything left, whose model it is, and which schedule the rest follows.
+
+Plain rules over two sets of arguments, the checkpoint's and the command line's. All of it is settled before anything is
+built.
+"""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.optim.schedule import as_fp32
+from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
+
+# Field of Architecture > the property through which it enters the function that the weights stand for.
+ENTERS_FORWARD = {
+    **{name: name for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles",
+                               "l_cycles", "norm_placement", "h_norm_placement", "rope_theta", "norm_epsilon")},
+    "vocab_size": "padded_vocab_size",
+    # Beside how the first weights are drawn, which does not matter any more.
+    "init_scheme": "embedding_scale", "init_std": "embedding_scale",
+}
+# Fields that decide nothing but how the first weights are drawn.
+INITIAL_WEIGHTS_ONLY: tuple[str, ...] = ()
+# What a run may change as it goes on, and would change silently: argument > flag.
+CHANGEABLE = {"seed": "--seed", "seq_length": "--seq-length", "split": "--split", "ema_decay": "--ema-decay",
+              "adam_beta1": "--adam-beta1", "adam_beta2": "--adam-beta2"}
+OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
+
+
+def check_model(folder: Path, theirs: Architecture, ours: Architecture) -> None:
+    """Refuse to put the weights of one model into another."""
+    for name in dict.fromkeys(ENTERS_FORWARD.values()):
+        have, want = getattr(theirs, name), getattr(ours, name)
+        if isinstance(have, float):  # the model computes in fp32 at most
+            have, want = as_fp32(have), as_fp32(want)
+        if have != want:
+            hint = (f" (it was trained with --init-scheme {theirs.init_scheme}, --init-std {theirs.init_std})"
+                    if name == "embedding_scale" else "")
+            raise ConfigError(f"{folder}: its model has {name}={getattr(theirs, name)}, the command line makes "
+                              f"{getattr(ours, name)}{hint}; train with its sizes (--use-checkpoint-args takes them "
+                              "from there), or give another --load")
+
+
+def nothing_left(iteration: int, train_iters: int) -> str | None:
+    """Say in one line that a run which has come this far is done; None where it has iterations left."""
+    if iteration < train_iters:
+        return None
+    if iteration == train_iters:
+        return f"iteration {iteration} of {train_iters} is done, nothing to train"
+    return f"iteration {iteration} is done, nothing to train: --train-iters {train_iters} asks for fewer"
+
+
+def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
+    """Say in one line which rows or averages are others than in the run that wrote the checkpoint."""
+    def value(args: argparse.Namespace, name: str) -> object:
+        if name != "split":
+            return getattr(args, name)
+        # Of the examples of --data-path; Megatron's default has blanks in it.
+        return args.split.replace(" ", "") if theirs.data_path and ours.data_path else None
+
+    found = [f"{flag} from {getattr(theirs, name)} to {getattr(ours, name)}" for name, flag in CHANGEABLE.items()
+             if value(theirs, name) != value(ours, name)]
+    return f"the command line changes {', '.join(found)}" if found else None
+
+
+def schedule_settings(args: argparse.Namespace) -> dict[str, float]:
+    """What decides learning rate, decay, gradient ticks and rows of each step: flag > value, times in iterations."""
+    lr, bp = lr_schedule(args), bp_schedule(args)
+    return {"--lr": lr.lr, "--min-lr": lr.min_lr, "--lr-warmup-iters": lr.warmup_steps, "--train-iters": bp.total_steps,
+            "--lr-decay-iters": lr.total_steps, "--weight-decay": args.weight_decay, "--bp-min-steps": bp.min_steps,
+            "--bp-max-steps": bp.max_steps, "--bp-warmup-fraction": bp.warmup_fraction,
+            "--global-batch-size": args.global_batch_size}
+
+
+def differences(theirs: argparse.Namespace, ours: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Flag > (checkpoint's value, command line's value) of the settings of the schedule that differ."""
+    pairs = {flag: (value, schedule_settings(ours)[flag]) for flag, value in schedule_settings(theirs).items()}
+    if pairs["--lr-decay-iters"] == pairs["--train-iters"]:  # it is that unless given by hand
+        del pairs["--lr-decay-iters"]
+    return {flag: pair for flag, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def settle_schedule(args: argparse.Namespace, theirs: argparse.Namespace, folder: Path, iteration: int) -> str | None:
+    """Let `args` hold the schedule that the run follows from `iteration` on: theirs, or as a flag says.
+
+    Returns a line for the log where the two differ and a flag decides; raises ConfigError where none does.
+    """
+    differing = differences(theirs, args)
+    if not differing:
+        return None
+    if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+        listed = ", ".join(f"{flag} {have} (the command line makes {want})" for flag, (have, want) in differing.items())
+        raise ConfigError(f"{folder}: trained with {listed}: give {OVERRIDE} to go on by the command line's schedule, "
+                          f"{KEEP} to go on by the checkpoint's (with the command line's rows per step), or its values")
+    whose, flag = "the command line's", OVERRIDE
+    if args.use_checkpoint_opt_param_scheduler:
+        whose, flag = "the checkpoint's", KEEP
+        _take_schedule(args, theirs)
+    step = iteration + 1
+    return (f"schedule: {whose} ({flag}); learning rate and gradient ticks count iterations, whatever the rows per "
+            f"step: iteration {step} has rate {lr_schedule(args).at(step):g} and {bp_schedule(args).at(step)} gradient "
+            "ticks")
+
+
+def _take_schedule(args: argparse.Namespace, theirs: argparse.Namespace) -> None:
+    lr = lr_schedule(theirs)
+    args.lr, args.min_lr, args.lr_warmup_iters, args.lr_decay_iters = lr.lr, lr.min_lr, lr.warmup_steps, lr.total_steps
+    args.lr_warmup_fraction, args.lr_warmup_samples = None, 0
+    args.weight_decay, args.bp_schedule_iters = theirs.weight_decay, bp_schedule(theirs).total_steps
+    args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction = (
+        theirs.bp_min_steps, theirs.bp_max_steps, theirs.bp_warmup_fraction)

@@ -1,0 +1,41 @@
+"""What a run is, beside its layout: its model, where it goes on from, and what it will do."""
+from __future__ import annotations
+
+import argparse
+
+from megatron.training.checkpointing import get_loaded_iteration
+
+from hrm_megatron.optim.schedule import BPSchedule
+from hrm_megatron.training.step_schedules import lr_schedule
+from hrm_megatron.transformer_config import architecture_of
+
+
+def describe_model(args: argparse.Namespace) -> str:
+    a = architecture_of(args, args.vocab_size)
+    return (f"model: HRM of {a.num_parameters / 1e6:,.2f} M parameters: 2 stacks of {a.num_layers} layers, hidden "
+            f"{a.hidden_size}, {a.num_attention_heads} heads, FFN {a.ffn_hidden_size}, vocabulary {a.vocab_size} "
+            f"(padded to {a.padded_vocab_size}); ticks {' '.join((['L'] * a.l_cycles + ['H']) * a.h_cycles)}; "
+            f"{str(args.params_dtype).removeprefix('torch.')}{f', FP8 {args.fp8_recipe}' if args.fp8 else ''}")
+
+
+def describe_checkpoint(args: argparse.Namespace) -> str:
+    """Say where the run begins, once everything is loaded, and where it saves."""
+    if (loaded := get_loaded_iteration()) is None or loaded < 0:
+        start = "new weights"
+    elif args.iteration:
+        start = f"goes on after step {args.iteration}, loaded from {args.load}"
+    else:
+        start = f"weights of {args.load or args.pretrained_checkpoint}, a new run"
+    if not args.save:
+        return f"checkpoint: {start}; nothing is saved (--save DIR)"
+    every = f"every {args.save_interval} steps and " if args.save_interval else ""
+    return f"checkpoint: {start}; saves {every}at the end to {args.save}"
+
+
+def describe_schedule(args: argparse.Namespace, bp: BPSchedule) -> str:
+    lr = lr_schedule(args)
+    decay = "constant" if lr.min_lr == lr.lr else f"cosine to {lr.min_lr:g} at step {lr.total_steps}"
+    tokens = args.global_batch_size * args.seq_length
+    return (f"schedule: steps {args.iteration + 1} to {args.train_iters} of {tokens:,} tokens; lr {lr.lr:g} after "
+            f"{lr.warmup_steps} steps of warm-up, {decay}; bp_steps {bp.at(1)} to {bp.at(args.train_iters)}; EMA decay "
+            f"{args.ema_decay:g}")
