@@ -26,6 +26,8 @@ from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fp8_utils import get_fp8_recipe
 
+from hrm_megatron.parallel.main_grad import answer_once
+
 CACHED_WEIGHT = "weight"  # the key under which Linear.forward keeps its cast weight
 SCALING = ("scaling_fwd", "scaling_bwd")
 STATE = ("scale", "amax_history")
@@ -41,6 +43,9 @@ class TickLinear(TELinear):  # type: ignore[misc]
         # As the local layers do: a state dict without our extra state is a whole one.
         self._register_load_state_dict_pre_hook(
             lambda state_dict, prefix, *_: state_dict.setdefault(f"{prefix}_extra_state"))
+        if self._scales_are_delayed() and SCALING[0] in self.fp8_meta:
+            # FP8 parameters were cast before they had a value, and the largest one of that memory would count.
+            self.fp8_meta[SCALING[0]].amax_history.zero_()
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [..., k/tp of a row-parallel layer] to [..., n/tp of a column-parallel one], and no bias.
@@ -56,8 +61,10 @@ class TickLinear(TELinear):  # type: ignore[misc]
             # gradient would make another: by a newer scale if scaling is delayed.
             with torch.enable_grad():
                 return super().forward(x.detach().requires_grad_())[0].detach(), None
-        out: tuple[torch.Tensor, torch.Tensor | None] = super().forward(x)
-        return out
+        out, bias = super().forward(x)
+        if self.config.gradient_accumulation_fusion:
+            answer_once(out, self.weight)
+        return out, bias
 
     def get_extra_state(self) -> dict[str, torch.Tensor] | None:
         """Scales and histories of delayed scaling, without which a resumed run would begin with scales of 1.
