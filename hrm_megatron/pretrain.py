@@ -36,6 +36,7 @@ from hrm_megatron.training.evaluation import install_evaluation, settle_evaluati
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
+from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
@@ -66,6 +67,7 @@ def train(console: Console) -> None:
     step = TrainingStep(args)
     install(args, step)
     install_schedule(args, step)
+    install_overlap(args)
     install_fsdp(args)
     install_evaluation(args, evaluation)
     guard_saves(args)

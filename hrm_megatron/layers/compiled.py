@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from hrm_megatron.parallel.main_grad import GradientsAdded
+
 _forward = torch.compile(TransformerLayer.forward)
 
 
@@ -18,9 +20,8 @@ class CompiledLayer(TransformerLayer):  # type: ignore[misc]
     """Megatron's layer, compiled."""
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Run the layer. Where it adds gradients to `main_grad`, its weights say so from now on and not from the
-        backward on: a compiled backward cannot."""
-        if self.config.gradient_accumulation_fusion and torch.is_grad_enabled():
-            for weight in self.parameters():
-                weight.grad_added_to_main_grad = True
-        return _forward(self, *arguments, **options)
+        """Run the layer; where it adds gradients to `main_grad`, what follows its output says so for it."""
+        out, context = _forward(self, *arguments, **options)
+        if self.config.gradient_accumulation_fusion and out.requires_grad:
+            out = GradientsAdded.apply(out, *self.parameters())
+        return out, context

@@ -1,8 +1,9 @@
-"""Linear layers on a product of our own: Megatron's, less what they do in vain, and what no compiler can follow.
+"""Linear layers on a product of our own: Megatron's, without gradients that are not needed, and traceable.
 
-Megatron's layer makes a gradient of its input even where nobody wants one (of the first tick with gradient, whose
+Megatron's layer makes a gradient of its input even where it is not needed (of the first tick with gradient, whose
 states carry none, that is a product of [s, h] by [h, 4 h] for every micro-batch, and its reduction over the ranks).
-A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (layers/compiled.py).
+A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (layers/compiled.py). And
+where gradients are added there, Megatron's answers autograd with a whole tensor at every tick (parallel/main_grad.py).
 
 On a CPU the product is oneDNN's on processors on which that of MKL, torch's own choice, is slower. MKL leaves the
 widest instructions of other makers' processors unused. Measured in fp32 on one core of an AMD EPYC with AVX-512:
@@ -20,7 +21,7 @@ import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added
+from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added, answer_once
 
 CPU_FACTS = Path("/proc/cpuinfo")
 MIN_MULTIPLICATIONS = 1 << 24  # of a product, below which MKL is not slower
@@ -75,6 +76,8 @@ class LinearFunction(torch.autograd.Function):
         if ctx.main_grad is None:
             return dx, grads[0].t() @ x, None, None
         add_weight_gradient(ctx.main_grad, grads[0], x)
+        if torch.compiler.is_compiling():  # which takes no notes on weights: a compiled layer does, behind its output
+            return dx, None, None, None
         return dx, already_added(weight), None, None
 
 
@@ -95,9 +98,12 @@ def on_own_product(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         # Without gradients stock too: recomputation must find the bits of the first time.
         wanted = input.requires_grad or not torch.is_grad_enabled()
         if bias is not None or (wanted and (allreduce_dgrad or sequence_parallel)):
-            return stock(input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
-                         sequence_parallel=sequence_parallel, tp_group=tp_group,
-                         gradient_accumulation_fusion=gradient_accumulation_fusion, **options)
+            out = stock(input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
+                        sequence_parallel=sequence_parallel, tp_group=tp_group,
+                        gradient_accumulation_fusion=gradient_accumulation_fusion, **options)
+            if gradient_accumulation_fusion:
+                answer_once(out, weight)
+            return out
         return linear(input, weight, gradient_accumulation_fusion, tp_group if sequence_parallel else None)
     return forward_impl
 

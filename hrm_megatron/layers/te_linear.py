@@ -4,7 +4,7 @@ Names, shapes and checkpoint keys are those of Megatron's local layers, and a ch
 Importing this module needs Transformer Engine.
 
 Transformer Engine believes that a layer runs once for each micro-batch, and gives `is_first_microbatch` two meanings:
-cast the weight to FP8 anew, and *overwrite* `main_grad` in the backward of this very call (pytorch/module/linear.py,
+cast the weight to FP8 again, and *overwrite* `main_grad` in the backward of this very call (pytorch/module/linear.py,
 `accumulate_wgrad_into_param_main_grad`). Here a stack's first call of a step may build a graph, and its backward is
 the last of the micro-batch: it would wipe out the gradients of the later ticks. So these layers cast by themselves and
 never say that a call is the first. Megatron's schedules set the flag when a step begins
@@ -26,6 +26,8 @@ from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, 
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fp8_utils import get_fp8_recipe
 
+from hrm_megatron.parallel.main_grad import answer_once
+
 CACHED_WEIGHT = "weight"  # the key under which Linear.forward keeps its cast weight
 SCALING = ("scaling_fwd", "scaling_bwd")
 STATE = ("scale", "amax_history")
@@ -41,11 +43,14 @@ class TickLinear(TELinear):  # type: ignore[misc]
         # As the local layers do: a state dict without our extra state is a whole one.
         self._register_load_state_dict_pre_hook(
             lambda state_dict, prefix, *_: state_dict.setdefault(f"{prefix}_extra_state"))
+        if self._scales_are_delayed() and SCALING[0] in self.fp8_meta:
+            # FP8 parameters were cast before they had a value, and the largest one of that memory would count.
+            self.fp8_meta[SCALING[0]].amax_history.zero_()
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [..., k/tp of a row-parallel layer] to [..., n/tp of a column-parallel one], and no bias.
 
-        The FP8 copy of the weight that earlier steps left is cast anew here, in place. There is none in bf16, for
+        The FP8 copy of the weight that earlier steps left is cast again here, in place. There is none in bf16, for
         FP8 parameters, which the optimizer casts, and in the first step of a run.
         """
         first, self.is_first_microbatch = self.is_first_microbatch, False
@@ -56,8 +61,10 @@ class TickLinear(TELinear):  # type: ignore[misc]
             # gradient would make another: by a newer scale if scaling is delayed.
             with torch.enable_grad():
                 return super().forward(x.detach().requires_grad_())[0].detach(), None
-        out: tuple[torch.Tensor, torch.Tensor | None] = super().forward(x)
-        return out
+        out, bias = super().forward(x)
+        if self.config.gradient_accumulation_fusion:
+            answer_once(out, self.weight)
+        return out, bias
 
     def get_extra_state(self) -> dict[str, torch.Tensor] | None:
         """Scales and histories of delayed scaling, without which a resumed run would begin with scales of 1.

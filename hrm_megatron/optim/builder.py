@@ -10,10 +10,11 @@ from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 from hrm_megatron.optim.adam_atan2 import AdamATan2, init_states
 from hrm_megatron.optim.schedule import LRSchedule
@@ -27,12 +28,20 @@ STEPS_DONE = "steps_done"
 EMBEDDING_GROUP = {ParamKey(name="*embedding.word_embeddings.weight"): {EMBEDDING: True, "is_decoupled_lr": True}}
 
 
+def l2_norm(_chunk: int, _overflow: torch.Tensor, tensors: list[list[torch.Tensor]], _each: bool) -> tuple[
+        torch.Tensor, None]:
+    """Norm [1] of all tensors, on their device: Megatron's own, without Apex and Transformer Engine, waits for each."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors[0]))).unsqueeze(0), None
+
+
 def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module], ema_decay: float,
                     embedding_has_gradient: Callable[[], bool], config_overrides: dict[ParamKey, Any] | None = None,
                     **stock_arguments: Any) -> MegatronOptimizer:
     """Build Megatron's optimizer around AdamATan2; `embedding_has_gradient` is asked at every step."""
     # Without Apex or TE Megatron expects torch Adam's state["step"], which AdamATan2 does not have.
     distrib_optimizer.HAVE_APEX_OR_TE = True
+    if torch.cuda.is_available() and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = l2_norm
 
     def build(params: Any, lr: float, weight_decay: float, betas: tuple[float, float],
               **adam_only: Any) -> torch.optim.Optimizer:

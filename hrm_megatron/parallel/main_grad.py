@@ -32,18 +32,28 @@ def find_apex() -> Apex:
         return Apex(None, f"its import fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})")
 
 
-def add_weight_gradient(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
-    """main_grad [n, k] += grad^T x for grad [m, n] and x [m, k], in the precision of `main_grad`."""
-    # A compiler cannot follow Apex's kernels.
-    if not torch.compiler.is_compiling() and main_grad.device.type == APEX_DEVICE and (
-            kernel := _apex_kernel(main_grad.dtype, grad.dtype)):
-        # They take addresses and sizes, and check nothing (apex, csrc/megatron/fused_weight_gradient_dense_cuda.cu).
-        assert main_grad.is_contiguous() and x.dtype == grad.dtype, (main_grad.stride(), x.dtype, grad.dtype)
-        kernel(x.contiguous(), grad.contiguous(), main_grad)
-    elif main_grad.dtype != grad.dtype and main_grad.device.type == "cuda":  # a product into a wider type exists there
+def _add(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
+    if main_grad.dtype != grad.dtype and main_grad.device.type == "cuda":  # a product into a wider type exists there
         torch.addmm(main_grad, grad.t(), x, out_dtype=main_grad.dtype, out=main_grad)
     else:
         main_grad.addmm_(grad.t().to(main_grad.dtype), x.to(main_grad.dtype))
+
+
+# To a compiler a single operation: it has no rule for a sum in place that is wider than its factors.
+_add_when_compiled = torch.library.custom_op("hrm_megatron::add_weight_gradient", _add, mutates_args=("main_grad",))
+_add_when_compiled.register_fake(lambda main_grad, grad, x: None)
+
+
+def add_weight_gradient(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
+    """main_grad [n, k] += grad^T x for grad [m, n] and x [m, k], in the precision of `main_grad`."""
+    if torch.compiler.is_compiling():  # Apex's kernels cannot be followed either
+        _add_when_compiled(main_grad, grad, x)
+    elif main_grad.device.type == APEX_DEVICE and (kernel := _apex_kernel(main_grad.dtype, grad.dtype)):
+        # They take addresses and sizes, and check nothing (apex, csrc/megatron/fused_weight_gradient_dense_cuda.cu).
+        assert main_grad.is_contiguous() and x.dtype == grad.dtype, (main_grad.stride(), x.dtype, grad.dtype)
+        kernel(x.contiguous(), grad.contiguous(), main_grad)
+    else:
+        _add(main_grad, grad, x)
 
 
 def _apex_kernel(total: torch.dtype, grad: torch.dtype) -> Any:
@@ -54,11 +64,44 @@ def _apex_kernel(total: torch.dtype, grad: torch.dtype) -> Any:
     return kernels.wgrad_gemm_accum_fp16 if kernels and total == grad and grad in NARROW else None
 
 
-def already_added(weight: torch.Tensor) -> torch.Tensor:
+def already_added(weight: torch.Tensor) -> torch.Tensor | None:
     """Tell DDP that the gradient of `weight` is in the buffer; returns what an autograd function answers in its place.
 
-    DDP's hooks demand that a gradient was there; this one takes no memory.
+    DDP's hooks demand that a gradient arrives, from the thread that runs the layers: with none at all autograd would
+    call them from another, where they would start collectives out of order. So the first call of a backward answers
+    zeros that take no memory. Autograd would add up those of several ticks as whole tensors, so the others answer None.
     """
-    if not torch.compiler.is_compiling():  # which takes no notes on weights; a compiled layer makes them beforehand
-        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return weight.new_zeros(()).expand_as(weight)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    backward = torch._C._current_graph_task_id()  # another one in a tick that runs again
+    if weight.grad is not None or getattr(weight, "placeholder_of", None) == backward:
+        return None
+    weight.placeholder_of = backward  # type: ignore[attr-defined]
+    return torch._efficientzerotensor(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+class GradientsAdded(torch.autograd.Function):
+    """A layer's output, as it is: answers for `weights` whose gradients the layer adds by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.weights = weights
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grads[0], *map(already_added, ctx.weights)
+
+
+def answer_once(out: torch.Tensor, weight: torch.Tensor) -> None:
+    """Drop what the function of others that made `out` answers for `weight` if it adds to the buffer: see
+    `already_added`."""
+    if (node := out.grad_fn) is None:
+        return
+    places = [place for place, (source, _) in enumerate(node.next_functions)
+              if getattr(source, "variable", None) is weight]
+
+    def replace(gradients: tuple[torch.Tensor | None, ...], _: Any) -> tuple[torch.Tensor | None, ...]:
+        return tuple(already_added(weight) if place in places else gradient
+                     for place, gradient in enumerate(gradients))
+    if places:
+        node.register_hook(replace)

@@ -13,8 +13,8 @@ def model_bytes(architecture: Architecture, data_parallel: int = 1) -> float:
     return architecture.num_parameters * (WEIGHT_BYTES + GRADIENT_BYTES + OPTIMIZER_BYTES / data_parallel)
 
 
-def layer_states(architecture: Architecture, gated_act: bool = False) -> float:
-    """Tensors of a state's size [s, b, h] that one layer keeps for its backward.
+def kept_tensors(architecture: Architecture, gated_act: bool = False) -> list[float]:
+    """Sizes of the tensors that one layer keeps for its backward, in states [s, b, h].
 
     The results of both norms, queries, keys and values, the gate, attention's result before and after the gate, the
     sum behind attention; keys and values of prefixes, a quarter of the positions, once more; of the MLP both halves
@@ -22,7 +22,20 @@ def layer_states(architecture: Architecture, gated_act: bool = False) -> float:
     counts them over stand-ins of the kernels.
     """
     ffn = architecture.ffn_hidden_size / architecture.hidden_size
-    return 9.5 + 3 * ffn - (1 + ffn if gated_act else 0)
+    return [1.0] * 8 + [0.25] * 2 + [2 * ffn] + ([] if gated_act else [1.0, ffn])
+
+
+def layer_states(architecture: Architecture, gated_act: bool = False) -> float:
+    """Size of all that one layer keeps for its backward, in states [s, b, h]."""
+    return sum(kept_tensors(architecture, gated_act))
+
+
+def offloaded_bytes(architecture: Architecture, positions: int) -> tuple[int, int]:
+    """Bytes that one layer and tick with gradient keep in the host's memory where they are offloaded, and bytes of
+    pinned memory for them: torch's allocator rounds each tensor up to a power of two (CachingHostAllocator.h)."""
+    state = positions * architecture.hidden_size * ACTIVATION_BYTES
+    sizes = [round(states * state) for states in kept_tensors(architecture)]
+    return sum(sizes), sum(1 << (size - 1).bit_length() for size in sizes)
 
 
 def activation_bytes(architecture: Architecture, positions: int, bp_steps: int, gated_act: bool = False,

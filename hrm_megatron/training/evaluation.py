@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,7 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
 
 
 def log_test(means: dict[str, float], iteration: int, rows: int, write_to_tensorboard: bool) -> None:
-    """Write the result of the test part beside those of validation; console.py has its line."""
+    """Print the result of the test part, and write it beside those of validation."""
     writer, wandb = get_tensorboard_writer() if write_to_tensorboard else None, get_wandb_writer()
     for name, mean in means.items():
         if writer:
@@ -88,3 +89,6 @@ def log_test(means: dict[str, float], iteration: int, rows: int, write_to_tensor
             writer.add_scalar(f"{name} test vs samples", mean, rows)
         if writer and wandb and is_last_rank():
             wandb.log({f"{name} test": mean}, iteration)
+    if is_last_rank():  # in Megatron's form, for its log
+        print(f" test loss at iteration {iteration} | "
+              + " | ".join(f"{name} value: {mean:.6E}" for name, mean in means.items()), file=sys.stdout, flush=True)

@@ -1,10 +1,16 @@
-"""Keep Megatron's overlapped gradient reduction right while the number of gradient ticks changes during a run."""
+"""Keep Megatron's overlap of collectives with compute right, and an overlap."""
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import training as megatron_training
+
+from hrm_megatron.layers.compiled import CompiledLayer
 
 
 class OverlappedReduction:
@@ -24,9 +30,81 @@ class OverlappedReduction:
         groups: list[Any] = model.bucket_groups
         if bp_steps != self.bp_steps:
             self.bp_steps = bp_steps
-            for group in groups:  # count anew; this step reduces without overlap
+            for group in groups:  # count again; this step reduces without overlap
                 group.is_first_batch = True
                 group.golden_per_param_grad_ready_counts = {}
                 group.per_param_grad_ready_counts = {}
         if untrained is not None:
             model.param_to_bucket_group[untrained].register_grad_ready(untrained)
+
+
+class GradientCheck:
+    """Megatron's check for NaN and Inf in the gradients of this rank, for which the host waits once a step.
+
+    Stock code reads the norm of a bucket twice before it reduces it, in the middle of an overlapped backward: the
+    device runs dry each time. Here the norms stay on the device until the gradients are finalized.
+    """
+
+    def __init__(self) -> None:
+        self.norms: list[torch.Tensor] = []
+
+    def note(self, buckets: list[Any]) -> None:
+        """Take the norms of the gradients in `buckets`, which are about to be reduced."""
+        self.norms += [bucket.grad_data.norm(p=2) for bucket in buckets]
+
+    def read(self) -> None:
+        """Hand them to what decides about a rejected step: Megatron runs it again, and ends the run."""
+        if self.norms:
+            total, self.norms = torch.stack(self.norms).sum(), []  # NaN and Inf stay what they are in a sum
+            get_rerun_state_machine().validate_result(
+                result=total, rejection_func=lambda norm: not torch.isfinite(norm),
+                message="found NaN or Inf in local gradients before data-parallel communication collective",
+                tolerance=0.001, fatal=True)  # as stock code has it: attention may sum in another order
+
+
+def check_gradients_once(check: GradientCheck) -> None:
+    """Let DDP note what `check` reads when Megatron's loop finalizes gradients."""
+    stock, finalize = _ParamAndGradBucketGroup.check_grads, megatron_training.finalize_model_grads
+
+    def check_grads(self: Any, check_for_nan_or_inf: bool, check_for_large: bool) -> None:
+        if check_for_nan_or_inf:
+            check.note(self.buckets)
+        if check_for_large:
+            stock(self, False, True)
+
+    def finalize_model_grads(*arguments: Any, **options: Any) -> None:
+        finalize(*arguments, **options)
+        check.read()
+    _ParamAndGradBucketGroup.check_grads = check_grads
+    megatron_training.finalize_model_grads = finalize_model_grads
+
+
+def gather_before_compiled_layers() -> None:
+    """Let DDP wait for the weights of a compiled layer before it runs.
+
+    Stock hooks wait at each module inside, so dynamo traces them and with them DDP's state, which differs from layer to
+    layer: each would be compiled by itself until dynamo gives up.
+    """
+    stock = DistributedDataParallel.enable_forward_pre_hook
+
+    def enable_forward_pre_hook(self: Any) -> None:
+        stock(self)
+        wait = self._make_forward_pre_hook()
+
+        def wait_for_all(layer: CompiledLayer, *_: Any) -> None:
+            for part in layer.modules():
+                wait(part)
+        for layer in self.module.modules():
+            if isinstance(layer, CompiledLayer):
+                for part in layer.modules():
+                    self.remove_forward_pre_hook_handles[part].remove()
+                self.remove_forward_pre_hook_handles[layer] = layer.register_forward_pre_hook(wait_for_all)
+    DistributedDataParallel.enable_forward_pre_hook = enable_forward_pre_hook
+
+
+def install_overlap(args: argparse.Namespace) -> None:
+    """Let Megatron's loop build its DDP as above."""
+    if args.check_for_nan_in_loss_and_grad:
+        check_gradients_once(GradientCheck())
+    if args.compile_layers:
+        gather_before_compiled_layers()

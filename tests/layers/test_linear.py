@@ -1,4 +1,6 @@
 """Linear layers on our own product are the stock ones, less what these do in vain; which machine multiplies how."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -6,6 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hrm_megatron.parallel.cpu import activate
 
 activate()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce  # noqa: E402
 
 from hrm_megatron.layers import linear as linear_module  # noqa: E402
 from hrm_megatron.layers.linear import (  # noqa: E402
@@ -15,6 +20,9 @@ from hrm_megatron.layers.linear import (  # noqa: E402
     on_own_product,
     runs_faster_on_onednn,
 )
+from hrm_megatron.model.head import LabelScores  # noqa: E402
+from hrm_megatron.parallel.main_grad import GradientsAdded  # noqa: E402
+from tests.model.small import Sums  # noqa: E402
 from tests.rounding import of_sums  # noqa: E402
 
 
@@ -45,6 +53,51 @@ def test_a_fused_gradient_is_added_to_the_buffer():
     assert weight.grad is not None  # Megatron's DDP demands that its hook finds one
 
 
+@pytest.mark.parametrize("layer", ["ours", "stock", "compiled", "head"])
+def test_gradients_in_the_buffer_are_not_added_up_by_autograd(single_rank, layer):
+    """Five uses of a weight in bf16, as of five ticks; and again."""
+    n = 6
+    x, weight = torch.randn(3, n, dtype=torch.bfloat16), torch.randn(n, n, dtype=torch.bfloat16, requires_grad=True)
+    weight.main_grad, weight.grad_added_to_main_grad, arrived = torch.zeros(n, n), False, []
+    node = weight.expand_as(weight).grad_fn.next_functions[0][0]  # as Megatron's DDP hooks into it
+
+    def hook(*_):
+        arrived.append((weight.grad is not None, weight.grad_added_to_main_grad))
+        weight.grad = None
+    node.register_hook(hook)
+    stock = on_own_product(linear_with_grad_accumulation_and_async_allreduce)
+
+    def use(x):
+        if layer == "ours":
+            return linear(x, weight, fusion=True)
+        if layer == "compiled":  # itself it answers nothing for the weight
+            return GradientsAdded.apply(linear(x, weight.detach()), weight)
+        if layer == "head":
+            labels = torch.arange(len(x))
+            group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+            scores = LabelScores.apply(x, weight, labels, 2, group, weight.main_grad)
+            return x + scores[0].unsqueeze(1).bfloat16()
+        return stock(input=x, weight=weight, bias=torch.zeros(n, dtype=torch.bfloat16), allreduce_dgrad=False,
+                     sequence_parallel=False, gradient_accumulation_fusion=True,
+                     tp_group=parallel_state.get_tensor_model_parallel_group())
+    for _ in range(2):
+        out = x
+        for _ in range(5):
+            out = use(out)
+        with Sums([weight.shape], weight.dtype) as sums:
+            out.sum().backward()
+        assert not sums.found and weight.grad is None
+    assert arrived == [(True, True)] * 2  # once in each backward
+
+
+def test_a_sum_of_gradients_would_be_seen():
+    weight = torch.ones(4, 4, requires_grad=True)
+    out = weight @ (weight @ weight)
+    with Sums([weight.shape], weight.dtype) as sums:
+        out.sum().backward()
+    assert sums.found == {(4, 4): 2}
+
+
 OTHER_RANKS = dict(allreduce_dgrad=True), dict(sequence_parallel=True)
 
 
@@ -66,7 +119,7 @@ def test_what_is_no_plain_product_stays_stock():
 
 @pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("layout", [{}, *OTHER_RANKS], ids=["one rank", "tensor parallel", "sequence parallel"])
-def test_no_gradient_is_made_that_nobody_wants(single_rank, monkeypatch, layout, wanted):
+def test_no_gradient_is_made_that_is_not_needed(single_rank, monkeypatch, layout, wanted):
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as stock
 
     monkeypatch.setattr(linear_module, "ON_ONEDNN", False)  # whose products torch does not count

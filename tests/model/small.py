@@ -1,5 +1,8 @@
 """A small model over one packed row of three examples: its gradients, and what a forward pass keeps for them."""
+from collections import Counter
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrm_megatron.config import Architecture
 from hrm_megatron.data.batch import PackedBatch, assemble_row
@@ -47,3 +50,17 @@ def furthest(have, wanted):
         assert (have[name] is None) == (want is None), name
     return max(((have[name] - want).abs().max() / want.abs().max()).item()
                for name, want in wanted.items() if want is not None)
+
+
+class Sums(TorchDispatchMode):
+    """Counts additions of tensors of these shapes and this dtype: how autograd joins the gradients of one weight."""
+
+    def __init__(self, shapes, dtype):
+        super().__init__()
+        self.shapes, self.dtype, self.found = {*shapes}, dtype, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "aten.add" in str(func) and out.shape in self.shapes and out.dtype == self.dtype:
+            self.found[tuple(out.shape)] += 1
+        return out

@@ -113,6 +113,18 @@ def test_a_checkpoint_of_another_optimizer_is_refused(build, tmp_path):
         dist_checkpointing.load(build().sharded(is_loading=True), str(tmp_path))
 
 
+def test_the_norm_of_gradients_is_megatrons(single_rank):
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    from hrm_megatron.optim.builder import l2_norm
+
+    generator = torch.Generator().manual_seed(2)
+    gradients = [torch.randn(shape, generator=generator) * 10.0**i for i, shape in enumerate([(3, 5), (7,), (1,)])]
+    norms = [norm(2048, None, [gradients], False)[0] for norm in (l2_norm, local_multi_tensor_l2_norm)]
+    assert norms[0].shape == (1,)
+    torch.testing.assert_close(*norms, rtol=3e-7, atol=0)  # two roundings to 24 bits
+
+
 def test_megatron_has_its_own_names_back(build):
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer

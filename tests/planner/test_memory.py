@@ -1,8 +1,10 @@
 """Sums of memory against what torch and Megatron count, as far as a CPU can tell; tests/te counts activations."""
+from pathlib import Path
+
 import pytest
 
 from hrm_megatron.config import PRESETS, Architecture
-from hrm_megatron.planner.memory import activation_bytes, layer_states, model_bytes
+from hrm_megatron.planner.memory import activation_bytes, layer_states, model_bytes, offloaded_bytes
 
 XL = Architecture(16, 1536, 12, 4096, 65_536)
 
@@ -27,3 +29,14 @@ def test_a_recomputed_tick_keeps_its_input_and_is_rebuilt_alone():
     assert activation_bytes(XL, 1, 5, recompute_ticks=3) == pytest.approx(2 * tick + 3 * state)
     assert activation_bytes(XL, 1, 5, recompute_ticks=5) == pytest.approx(tick + 5 * state)
     assert activation_bytes(XL, 1, 5, gated_act=True) < activation_bytes(XL, 1, 5)
+
+
+def test_pinned_memory_is_rounded_up_as_docs_say():
+    kept, pinned = offloaded_bytes(XL, 1 << 14)
+    assert kept == layer_states(XL) * (state := 2**14 * 1536 * 2)  # 0.75 of 2^26
+    # Eight states and the gated result, two quarters, both products of the MLP: 5 1/3 and 2 2/3 states.
+    assert pinned == 9 * 2**26 + 2 * 2**24 + 2**28 + 2**27 and 3 * 2**24 == state
+    guide = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+    for positions in (16_384, 24_576):
+        kept, pinned = (size * XL.num_layers / positions / 1e6 for size in offloaded_bytes(XL, positions))
+        assert f"{kept:.2f} MB" in guide and f"{pinned:.2f} MB at {positions:,} positions" in guide

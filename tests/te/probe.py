@@ -33,6 +33,7 @@ stub.install((major, minor))
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: E402
+from transformer_engine.pytorch.constants import FP8FwdTensorIdx  # noqa: E402
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noqa: E402
 
 from hrm_megatron.config import PRESETS, Architecture  # noqa: E402
@@ -42,6 +43,7 @@ from hrm_megatron.model.hrm import HRMModel  # noqa: E402
 from hrm_megatron.parallel.patching import temporarily  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
+from tests.model.small import Sums  # noqa: E402
 from tests.te.memory import kept, offloading  # noqa: E402
 from tests.te.models import (  # noqa: E402
     ARCHITECTURE,
@@ -124,6 +126,20 @@ def fused() -> dict[str, float]:
         stock = gradients(with_main_grads(build(TE, **fusion)), bp_steps=5)
     wanted = gradients(build(LOCAL), bp_steps=5)
     found["stock at bp 5"] = furthest(stock, wanted)
+    return found
+
+
+def sums() -> dict[str, int]:
+    """Whole gradients that autograd adds up in a backward through five ticks, with layers that add to main_grad."""
+    found = {}
+    for name, precision in (("bf16", FP8 | dict(fp8=None)), ("fp8", FP8 | dict(fp8_recipe="tensorwise"))):
+        model = with_main_grads(build(TE, **precision))
+        loss = model(batch=next(batches(1)), bp_steps=5)[0].sum()
+        shapes = {weight.shape for key, weight in model.named_parameters()  # which no activation has
+                  if key.endswith(("linear_qkv.weight", "linear_fc1.weight"))}
+        with Sums(shapes, torch.bfloat16) as seen:
+            loss.backward()
+        found[name] = sum(seen.found.values())
     return found
 
 
@@ -223,6 +239,20 @@ def fp8_parameters() -> dict[str, float]:
             found.weight = max(found.weight, float((weight.dequantize() - want).abs().max() / want.abs().max()))
             found.master = max(found.master, float((weight.get_high_precision_init_val() - want).abs().max()))
     return vars(found)
+
+
+def first_amax() -> dict[str, list[float]]:
+    """Largest value that each FP8 parameter's scale will follow, and its own, where memory begins with anything."""
+    stock = torch.empty
+
+    def empty(*arguments: Any, **options: Any) -> torch.Tensor:
+        memory = stock(*arguments, **options)
+        return memory.fill_(1e4) if memory.is_floating_point() else memory
+    with temporarily(torch, empty=empty):
+        model = build(TE, fp8_recipe="delayed", fp8_param=True, **FP8)
+    return {name: [layer.fp8_meta["scaling_fwd"].amax_history[:, FP8FwdTensorIdx.GEMM1_WEIGHT].max().item(),
+                   layer.weight.get_high_precision_init_val().abs().max().item()]
+            for name, layer in model.named_modules() if isinstance(layer, te_linear.TickLinear)}
 
 
 def train(*arguments: str) -> dict[str, Any]:

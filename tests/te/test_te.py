@@ -17,8 +17,8 @@ from tests.training.conftest import FULLBATCH, scalars
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(os.environ.get("TE_PYTHON", Path(sys.prefix) / "te-python"))
 HOPPER, BLACKWELL = "9.0", "10.0"
-ON_HOPPER = ["presets", "spec", "fp32", "fused", "checkpoints", "delayed", "casts delayed", "casts tensorwise",
-             "recast", "layers_in_bf16", "fp8_parameters", "offloading fp32", "offloading fp8",
+ON_HOPPER = ["presets", "spec", "fp32", "fused", "sums", "checkpoints", "delayed", "casts delayed", "casts tensorwise",
+             "recast", "layers_in_bf16", "fp8_parameters", "first_amax", "offloading fp32", "offloading fp8",
              "kept"]
 ON_BLACKWELL = ["casts mxfp8"]
 RUN = ["--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 96, "--global-batch-size", 8,
@@ -108,6 +108,10 @@ def test_gradients_of_all_ticks_are_added_up(claims, parity):
     assert stock > 0.1, "stock layers no longer overwrite: TickLinear.forward may become simpler"
 
 
+def test_autograd_adds_up_no_gradient_that_a_layer_has_added(claims):
+    assert claims["sums"] == dict(bf16=0, fp8=0)
+
+
 @pytest.mark.parametrize("saved, loaded", [("local", "transformer_engine"), ("transformer_engine", "local")])
 def test_checkpoints_are_exchanged_bitwise(claims, saved, loaded):
     assert claims["checkpoints"][f"{saved} to {loaded}"] == []
@@ -145,13 +149,20 @@ def test_masters_of_fp8_parameters_begin_with_the_drawn_values(claims):
     assert found["master"] == 0 and 0 < found["weight"] < 0.05
 
 
+def test_delayed_scales_of_fp8_parameters_begin_with_the_drawn_values(claims):
+    assert len(claims["first_amax"]) == 2 * 2 * 4
+    for name, (seen, own) in claims["first_amax"].items():
+        assert seen == pytest.approx(own, rel=2**-8) and own > 0, name  # bf16 of what was drawn in fp32
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
 def test_activations_come_back_from_the_host(claims, precision):
     found = claims[f"offloading {precision}"]
     assert found["differ"] == []  # bitwise: copies of the same numbers
     assert found["foreign"] == 0  # neither weights nor what all layers share
     made, alive = found["contexts"]
-    assert made == 2 * 3 * (2 + 3 + 5 + 3 + 8) and alive == 0  # one for each micro-batch and tick; gone with its graph
+    ticks = sum(int(bp) - int(again) for bp, again, layers in map(str.split, found["bytes"]) if layers == "1")
+    assert made == 2 * 3 * ticks > 0 and alive == 0  # one for each micro-batch and tick; gone with its graph
     assert "Invalid state" in found["one context"], "Megatron's own context copes with ticks: layers/offload.py may go"
 
 
