@@ -2,6 +2,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 STAMP := .venv/.setup-done
+# Files go to two processes whole, in order: their tests share what they start. Half of the tests use one core alone.
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 GPU_FLAGS := --recompute-granularity selective --recompute-modules gated_act --recompute-ticks 3  # with which XL fits into 80 GB
 export PYTHON  # .ci/find-python tries it first
 
@@ -24,7 +26,7 @@ demo: $(STAMP)  ## Train, convert and question a small HRM on this machine
 	$(BIN)/python examples/demo/run.py
 
 test: $(STAMP)  ## Run the tests that take minutes in all
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_TWO)
 
 check: ruff mypy  ## Lint, check types, and check the rules of the house
 	$(BIN)/python -m pytest -q tests/house

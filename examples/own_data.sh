@@ -80,7 +80,7 @@ run "$root/launch_scripts/train_node.sh" \
     --load "$OUT/checkpoints" --save "$OUT/checkpoints" --save-interval 500 \
     --tensorboard-dir "$OUT/tensorboard" "$@"
 
-# 4. For transformers: the average of the weights (EMA), with the tokenizer beside them.
+# 4. For transformers: the EMA of the weights, with the tokenizer beside them.
 run "$PYTHON" "$root/tools/convert_checkpoint.py" --load "$OUT/checkpoints" --load-format megatron \
     --save "$OUT/hf" --save-format hf --tokenizer-model "$OUT/tokenizer" --overwrite
 

@@ -17,10 +17,10 @@ class ConfigError(ValueError):
 
 
 def refuse_beside(flag: str, others: Mapping[str, object]) -> None:
-    """Raise ConfigError if `flag`, which was given, stands beside one that it does not go with: name > given."""
+    """Raise ConfigError if `flag`, which was given, is given with one that it is incompatible with: name > given."""
     for other, given in others.items():
         if given:
-            raise ConfigError(f"{flag} does not go with {other}: leave one of them out")
+            raise ConfigError(f"{flag} is incompatible with {other}: leave one of them out")
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -34,21 +34,23 @@ def single_rank():
         yield
 
 
-PARITY = pytest.StashKey[list[tuple[str, float, float]]]()
+PARITY = "parity"  # under which reports carry it, also from the processes of pytest-xdist
 
 
 @pytest.fixture
 def parity(request):
     """Hold a difference against its tolerance, `parity(what, difference, tolerance)`, and put it into the table."""
     def hold(what: str, difference: float, tolerance: float) -> None:
-        request.config.stash.setdefault(PARITY, []).append((what, difference, tolerance))
+        request.node.user_properties.append((PARITY, (what, difference, tolerance)))
         assert difference <= tolerance, what
     return hold
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     """Print the table of all differences that tests have held against a tolerance."""
-    if rows := config.stash.get(PARITY, []):
+    reports = [report for reports in terminalreporter.stats.values() for report in reports
+               if getattr(report, "when", None) == "call"]
+    if rows := [row for report in reports for name, row in report.user_properties if name == PARITY]:
         terminalreporter.section("parity")
         for what, difference, tolerance in rows:
             terminalreporter.line(f"{what:64} {difference:9.1e}   at most {tolerance:.0e}")

@@ -41,7 +41,7 @@ class Launcher:
         self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, cwd=Path(__file__).parents[1])
 
-    def __call__(self, *arguments: object, ranks: int = 1, prelude: str = "", timeout_seconds: float = 120) -> Run:
+    def __call__(self, *arguments: object, ranks: int = 1, prelude: str = "", timeout_seconds: float = 240) -> Run:
         """Train with these arguments on so many ranks; `prelude` is run in every rank before."""
         self.runs += 1
         log = self.folder / f"run{self.runs}"

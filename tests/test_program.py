@@ -114,9 +114,9 @@ def rows(tmp_path):
     return path
 
 
-# Megatron's writer, which takes long to import, in as much as StoreWriter uses of it.
+# Megatron's writer, which takes long to import, in as much as IndexedExamplesWriter uses of it.
 LIGHT_BUILDER = """from types import SimpleNamespace
-from hrm_megatron.data import store
+from hrm_megatron.data import indexed_examples
 class Builder:
     def __init__(self, path, dtype):
         self.data_file = open(path, "wb")
@@ -124,7 +124,7 @@ class Builder:
         self.data_file.write(ids.tobytes())
     def finalize(self, path):
         open(path, "wb").close()
-store._indexed_dataset = lambda: SimpleNamespace(IndexedDatasetBuilder=Builder)
+indexed_examples._indexed_dataset = lambda: SimpleNamespace(IndexedDatasetBuilder=Builder)
 """
 
 
@@ -153,8 +153,8 @@ def test_a_stopped_preprocessing_leaves_nothing(rows, tmp_path, workers, number)
     """The signal goes to the whole group, as a terminal sends it, while workers are busy."""
     stop = ("from hrm_megatron.data import preprocess\ncut = preprocess.iterate_chunks\n"
             "preprocess.iterate_chunks = lambda paths, size: cut(paths, 2000)\n"
-            "add = store.StoreWriter.add\ndef stop(self, *ids):\n  add(self, *ids)\n"
-            f"  if self.metadata['examples'] == 20: os.killpg(0, {int(number)})\nstore.StoreWriter.add = stop")
+            "writer = preprocess.IndexedExamplesWriter\nadd = writer.add\ndef stop(self, *ids):\n  add(self, *ids)\n"
+            f"  if self.metadata['examples'] == 20: os.killpg(0, {int(number)})\nwriter.add = stop")
     status, said = preprocess(stop, rows, tmp_path / "new" / "x", workers)
     assert (status, said) == (128 + number, [f"stopped by {signal.Signals(number).name}"])
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -50,7 +50,7 @@ COLUMNS = ("device", "versions", "command", "tokens/s", "TFLOP/s", "of the measu
            "transformers' tokens/s")  # of the table that --record adds to
 ROW_TOKENS = 2048
 BP_STEPS = 5
-ARCHITECTURE = Architecture(num_layers=4, hidden_size=512, num_attention_heads=8, ffn_hidden_size=ffn_hidden_size(512),
+ARCHITECTURE = Architecture(num_layers=2, hidden_size=512, num_attention_heads=8, ffn_hidden_size=ffn_hidden_size(512),
                             vocab_size=4096)
 PREFIXES = (96, 160, 64, 128, 200, 80, 112, 100)  # eight examples fill the row
 RESPONSES = (160, 96, 192, 128, 56, 176, 144, 156)
@@ -64,9 +64,9 @@ def packed_row(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: tensor[None] for name, tensor in assemble_row(examples, ROW_TOKENS).items()}
 
 
-def our_step(row: dict[str, torch.Tensor]) -> Callable[[], float]:
+def our_step(row: dict[str, torch.Tensor], a: Architecture = ARCHITECTURE) -> Callable[[], float]:
     """Forward and backward of HRMModel, from the row's tensors to the gradients."""
-    model = HRMModel(hrm_config(ARCHITECTURE), seed=1).train()
+    model = HRMModel(hrm_config(a), seed=1).train()
 
     def step() -> float:
         model.zero_grad(set_to_none=True)
@@ -108,24 +108,28 @@ def transformers_step(row: dict[str, torch.Tensor], a: Architecture = ARCHITECTU
     return step
 
 
-def compare_steps(repeats: int) -> float:
-    """Alternate both steps, print the medians and return ours over theirs."""
+def compare_steps(pairs: int, architecture: Architecture) -> float:
+    """Take both steps in turns; print what each took and return the median over the pairs of ours over theirs."""
     row = packed_row()
-    steps = {"hrm_megatron": our_step(row), f"transformers {transformers.__version__}": transformers_step(row)}
+    steps = {"hrm_megatron": our_step(row, architecture),
+             f"transformers {transformers.__version__}": transformers_step(row, architecture)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
+    for pair in range(pairs + 1):
         for name, step in steps.items():
             start = time.perf_counter()
-            loss = step()
-            if repeat:  # the first round warms up
+            step()
+            if pair:  # the first warms up
                 seconds[name].append(time.perf_counter() - start)
-                print(f"{name:22} {seconds[name][-1]:7.2f} s  (loss {loss:.3f})", flush=True)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, median in medians.items():
-        print(f"{name:22} median of {repeats}: {median:.2f} s, {ROW_TOKENS / median:.0f} tokens/s")
-    ours, theirs = medians.values()
-    print(f"ratio {ours / theirs:.3f}")
-    return ours / theirs
+        if pair:
+            ours, theirs = (values[-1] for values in seconds.values())
+            print(f"pair {pair:2}: {ours:6.2f} s against {theirs:6.2f} s, ratio {ours / theirs:.3f}", flush=True)
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"{name:22} median of {pairs}: {median:.2f} s, {ROW_TOKENS / median:.0f} tokens/s")
+    # A machine's speed drifts; the two steps of a pair stand side by side.
+    ratios = sorted(ours / theirs for ours, theirs in zip(*seconds.values(), strict=True))
+    print(f"ratio {statistics.median(ratios):.3f}, median of {pairs} pairs from {ratios[0]:.3f} to {ratios[-1]:.3f}")
+    return statistics.median(ratios)
 
 
 def measure_training(args: argparse.Namespace) -> None:
@@ -178,7 +182,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", help="one training step, fp32 on the CPU, against transformers' HrmText")
-    step.add_argument("--repeats", type=int, default=5)
+    step.add_argument("--pairs", type=int, default=15, help="of a step of ours and one of transformers, in turns")
+    step.add_argument("--layers", type=int, default=2, help="of each stack")
     step.add_argument("--threads", type=int, default=1)
     gpu = commands.add_parser("gpu", help="training as hrm_megatron.pretrain does it, on one device")
     size = gpu.add_mutually_exclusive_group(required=True)
@@ -198,10 +203,11 @@ def main() -> int:
     if args.command == "gpu":
         return one_line(lambda: measure_training(args))
     torch.set_num_threads(args.threads)
-    sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(ARCHITECTURE).items() if value)
+    architecture = dataclasses.replace(ARCHITECTURE, num_layers=args.layers)
+    sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(architecture).items() if value)
     print(f"torch {torch.__version__}, {args.threads} thread(s); {ROW_TOKENS} packed tokens, bp {BP_STEPS}; {sizes}")
     with single_rank():
-        return one_line(lambda: compare_steps(args.repeats))
+        return one_line(lambda: compare_steps(args.pairs, architecture))
 
 
 if __name__ == "__main__":

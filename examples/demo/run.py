@@ -1,6 +1,6 @@
 """Show everything once, on a machine without a GPU: arithmetic questions become a trained and exported HRM.
 
-It makes questions, a tokenizer and stores, trains with a stop and a resume in the middle, answers unseen
+It makes questions, a tokenizer and indexed datasets, trains with a stop and a resume in the middle, answers unseen
 questions before and after, and lets plain transformers answer from the export. It shows each command line.
 """
 from __future__ import annotations
@@ -126,7 +126,7 @@ def demo(folder: Path, scale: Scale, judged: bool) -> None:
     clock.heading(f"Training: {scale.train_iters} steps on {RANKS} ranks, stopped after {scale.stop_after} and resumed")
     training_seconds = train_with_a_stop(folder, scale, architecture, log)
 
-    clock.heading("The trained model (average of its weights) answers the test")
+    clock.heading("The trained model (EMA of its weights) answers the test")
     ours = answers.of_checkpoint(folder / "checkpoints", tokenizer, test)
     after = answers.right_share(ours, test)
     print(f"  {after:.1%} of {len(test)} right")

@@ -25,7 +25,7 @@ class PackedCpuFlash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences, row: int,
                 scale: float | None) -> torch.Tensor:
-        out = _zeros(q)
+        out = _empty(q, sequences, row)
         q_h, k_h, v_h, out_h = (_heads_first(t) for t in (q, k, v, out))
         log_sums = []
         for piece in sequences.pieces(row):
@@ -41,7 +41,7 @@ class PackedCpuFlash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *inputs, out = ctx.saved_tensors[:4]
-        gradients = [_zeros(t) for t in inputs]
+        gradients = [_empty(inputs[0], ctx.sequences, ctx.row), *(_zeros(t) for t in inputs[1:])]
         g_h, q_h, k_h, v_h, out_h, *totals = (_heads_first(t) for t in (grads[0], *inputs, out, *gradients))
         for piece, log_sum in zip(ctx.sequences.pieces(ctx.row), ctx.saved_tensors[4:], strict=True):
             queries, keys = piece.queries, piece.keys
@@ -49,9 +49,17 @@ class PackedCpuFlash(torch.autograd.Function):
                 g_h.narrow(2, *queries), q_h.narrow(2, *queries), k_h.narrow(2, *keys), v_h.narrow(2, *keys),
                 out_h.narrow(2, *queries), log_sum, 0.0, False, attn_mask=ctx.sequences.causal_bias(piece, out),
                 scale=ctx.scale)
-            for total, part, place in zip(totals, parts, (queries, keys, keys), strict=True):
-                total.narrow(2, *place).add_(part)  # several pieces share keys
+            totals[0].narrow(2, *queries).copy_(parts[0])
+            for total, part in zip(totals[1:], parts[1:], strict=True):
+                total.narrow(2, *keys).add_(part)  # several pieces share keys
         return (*gradients, None, None, None)
+
+
+def _empty(like: torch.Tensor, sequences: PrefixSequences, row: int) -> torch.Tensor:
+    """Make a contiguous tensor for what pieces write once, with zeros at padding positions, which come last."""
+    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    out[sum(piece.queries[1] for piece in sequences.pieces(row)):] = 0
+    return out
 
 
 def _zeros(like: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,9 @@ import torch
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.batch import assemble_row
+from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.plan import RowPlan, check_lengths, random_order
 from hrm_megatron.data.sampled import SampledFolder
-from hrm_megatron.data.store import ExampleStore
 from hrm_megatron.data.vocabulary import check_examples
 
 SPLIT_STREAM = 969_301  # keeps the split's permutation apart from those of the epochs
@@ -48,7 +48,7 @@ def split_sizes(count: int, split: str) -> list[int]:
     return sizes
 
 
-def split_store(count: int, split: str, seed: int) -> Split:
+def split_examples(count: int, split: str, seed: int) -> Split:
     """Divide `count` examples into parts of `split_sizes`, by a permutation of the seed."""
     order = random_order(count, seed, SPLIT_STREAM)
     return Split(*(np.sort(part) for part in np.split(order, np.cumsum(split_sizes(count, split))[:2])))
@@ -57,16 +57,16 @@ def split_store(count: int, split: str, seed: int) -> Split:
 class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """`num_rows` rows of `row_tokens` positions; row i holds the same examples in every process.
 
-    `example_ids` selects examples of a store (one part of its split). Training walks on from epoch to epoch;
+    `example_ids` selects examples of an indexed dataset (one part of its split). Training walks on from epoch to epoch;
     `fixed=True`, for validation and test, repeats the rows of epoch 0, or these and empty ones up to `period`. A
     sampled folder keeps its own order. From `split` Megatron reads whether batches are those of an evaluation.
     """
 
     split: Any = None
 
-    def __init__(self, source: ExampleStore | SampledFolder, row_tokens: int, seed: int, num_rows: int,
+    def __init__(self, source: IndexedExamples | SampledFolder, row_tokens: int, seed: int, num_rows: int,
                  example_ids: Ids | None = None, fixed: bool = False, cache_folder: str | Path | None = None) -> None:
-        assert example_ids is None or isinstance(source, ExampleStore)
+        assert example_ids is None or isinstance(source, IndexedExamples)
         self.source = source
         self.row_tokens = row_tokens
         self.num_rows = num_rows
@@ -75,7 +75,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         # A too long example of a late epoch must not end a run after days.
         for epoch in range(source.epochs if isinstance(source, SampledFolder) else 1):
             check_lengths(self._source_lengths(epoch), row_tokens)
-        self.plan = RowPlan(self._row_lengths, row_tokens, seed, shuffle=isinstance(source, ExampleStore),
+        self.plan = RowPlan(self._row_lengths, row_tokens, seed, shuffle=isinstance(source, IndexedExamples),
                             cache_folder=cache_folder)
         self.rows_per_epoch = self.period = len(self.plan.rows_of_epoch(0))
 
@@ -103,7 +103,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def _source_lengths(self, epoch: int) -> np.ndarray:
         source = self.source
-        prefixes, targets = source.lengths() if isinstance(source, ExampleStore) else source.epoch_lengths(epoch)
+        prefixes, targets = source.lengths() if isinstance(source, IndexedExamples) else source.epoch_lengths(epoch)
         return np.asarray(prefixes + targets - 1)  # row_length
 
     def _row_lengths(self, epoch: int) -> np.ndarray:
@@ -121,5 +121,5 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self.source.example_name(self._stored(i))
 
     def _stored(self, i: int) -> int:
-        """Number of an example in the store."""
+        """Number of an example in the indexed dataset."""
         return i if self.example_ids is None else int(self.example_ids[i])

@@ -1,4 +1,4 @@
-"""From jsonl files to a tokenizer, and from jsonl files and a tokenizer to a store."""
+"""From jsonl files to a tokenizer, and from jsonl files and a tokenizer to an indexed dataset."""
 from __future__ import annotations
 
 import contextlib
@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat, parse_example, read_jsonl
+from hrm_megatron.data.indexed_examples import IndexedExamplesWriter, already_made
 from hrm_megatron.data.provenance import Provenance
-from hrm_megatron.data.store import StoreWriter, already_made
 from hrm_megatron.data.text_files import without_mark
 from hrm_megatron.data.tokenizer import (
     TextTokenizer,
@@ -179,9 +179,9 @@ def encode_all(chunks: Iterable[Chunk], tokenizer: TextTokenizer, workers: int, 
 def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: TextTokenizer, workers: int = 1,
                rows: RowFormat = ROWS, context_size: int = 4096, skip_bad_rows: bool = False,
                overwrite: bool = False, chunk_bytes: int = CHUNK_BYTES, keep_same: bool = False) -> Report | None:
-    """Write the examples of `paths`, in order, to a store. A bad row raises BadRow unless they are skipped.
+    """Write the examples of `paths`, in order, to an indexed dataset. A bad row raises BadRow unless they are skipped.
 
-    The files do not depend on `workers`. Whatever is raised, nothing stays behind. With `keep_same` a store that was
+    The files do not depend on `workers`. Whatever is raised, nothing stays behind. With `keep_same` a dataset that was
     made from the same files and settings is left alone, and None returned.
     """
     for name, value in (("workers", workers), ("context-size", context_size)):
@@ -192,7 +192,7 @@ def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: Text
         return None
     report = Report(BadRows(skip_bad_rows))
     started = time.monotonic()
-    with (StoreWriter(output_prefix, tokenizer, overwrite, provenance) as writer,
+    with (IndexedExamplesWriter(output_prefix, tokenizer, overwrite, provenance) as writer,
           tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, disable=None) as bar):
         for chunk, encoded in encode_all(iterate_chunks(paths, chunk_bytes), tokenizer, workers, rows, context_size):
             for bad_row in encoded.bad_rows:

@@ -18,7 +18,7 @@ class BadTokenId(ConfigError):
     """A token id that is not in the vocabulary."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader makes it anew in the main process, of the traceback in its worker: our line is the last.
+        # A DataLoader rebuilds it in the main process, of the traceback in its worker: our line is the last.
         super().__init__(message.rstrip().rpartition(f"{type(self).__name__}: ")[2])
 
     @classmethod

@@ -74,9 +74,10 @@ def fused_on_a_gpu[**P, T](function: Callable[Concatenate[torch.Tensor, P], T]) 
 def normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., h] to its norm and the factor of each position, [..., 1] in fp32."""
     wide = x.float()
-    buffer = wide * wide
-    inverse = buffer.mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return torch.mul(wide, inverse, out=buffer).to(x.dtype), inverse
+    # The norm in one pass: the squares are never in memory.
+    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * inverse).to(x.dtype), inverse
 
 
 @fused_on_a_gpu
@@ -123,13 +124,15 @@ class RMSNormFunction(torch.autograd.Function):
 class SwiGLUFunction(torch.autograd.Function):
     """`swiglu` with its own backward.
 
-    Keeps silu(a) beside its input: on a CPU memory is plenty and exponentials are dear.
+    Keeps silu(a) beside its input: on a CPU memory is plenty and exponentials are expensive.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         a, b = x.float().chunk(2, -1)
         activated = F.silu(a)
+        if not ctx.needs_input_grad[0]:
+            return activated.mul_(b).to(x.dtype)
         ctx.save_for_backward(x, activated)
         return (activated * b).to(x.dtype)
 

@@ -1,6 +1,6 @@
-"""Linear layers on a product of our own: Megatron's, less what they do in vain, and what no compiler can follow.
+"""Linear layers on a product of our own: Megatron's, without gradients that are not needed, and traceable.
 
-Megatron's layer makes a gradient of its input even where nobody wants one (of the first tick with gradient, whose
+Megatron's layer makes a gradient of its input even where it is not needed (of the first tick with gradient, whose
 states carry none, that is a product of [s, h] by [h, 4 h] for every micro-batch, and its reduction over the ranks).
 A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (layers/compiled.py). And
 where gradients are added there, Megatron's answers autograd with a whole tensor at every tick (parallel/main_grad.py).

@@ -4,7 +4,7 @@ Names, shapes and checkpoint keys are those of Megatron's local layers, and a ch
 Importing this module needs Transformer Engine.
 
 Transformer Engine believes that a layer runs once for each micro-batch, and gives `is_first_microbatch` two meanings:
-cast the weight to FP8 anew, and *overwrite* `main_grad` in the backward of this very call (pytorch/module/linear.py,
+cast the weight to FP8 again, and *overwrite* `main_grad` in the backward of this very call (pytorch/module/linear.py,
 `accumulate_wgrad_into_param_main_grad`). Here a stack's first call of a step may build a graph, and its backward is
 the last of the micro-batch: it would wipe out the gradients of the later ticks. So these layers cast by themselves and
 never say that a call is the first. Megatron's schedules set the flag when a step begins
@@ -50,7 +50,7 @@ class TickLinear(TELinear):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [..., k/tp of a row-parallel layer] to [..., n/tp of a column-parallel one], and no bias.
 
-        The FP8 copy of the weight that earlier steps left is cast anew here, in place. There is none in bf16, for
+        The FP8 copy of the weight that earlier steps left is cast again here, in place. There is none in bf16, for
         FP8 parameters, which the optimizer casts, and in the first step of a run.
         """
         first, self.is_first_microbatch = self.is_first_microbatch, False

@@ -1,6 +1,6 @@
 """The output head with its loss in one function, which never holds the logits of a whole micro-batch.
 
-Positions are scored in chunks. The backward computes the logits of a chunk anew, all but the last one's, which the
+Positions are scored in chunks. The backward recomputes the logits of a chunk, all but the last one's, which the
 forward has kept: the gradient of the weight needs each label's incoming gradient, which the forward does not know, and
 the third matrix product costs HRM-Text XL about one part in a hundred of a step (2 h v operations for each label, of
 18 billion for each token), where all logits in fp32 would take gigabytes. What fits into one chunk is computed once.

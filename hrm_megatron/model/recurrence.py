@@ -13,7 +13,7 @@ Recorder = Callable[[str, torch.Tensor], None]
 
 
 def recomputed(stack: Stack) -> Stack:
-    """Make a stack that keeps only its input, which must require a gradient, and runs again in backward.
+    """Make a stack that keeps only its input, which must require a gradient, and is recomputed in backward.
 
     Megatron's recomputation, which is reentrant: what a layer recomputes by itself works inside it.
     """

@@ -11,7 +11,7 @@ class Tick(NamedTuple):
 
     stack: str  # "H" (slow) or "L" (fast)
     with_grad: bool
-    recompute: bool = False  # keeps only its input and runs again in backward
+    recompute: bool = False  # keeps only its input and is recomputed in backward
 
 
 def split_bp_steps(h_cycles: int, l_cycles: int, bp_steps: int) -> tuple[int, int]:

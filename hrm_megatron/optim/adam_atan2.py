@@ -1,4 +1,4 @@
-"""AdamATan2 with a running average of the weights, as a plain torch optimizer."""
+"""AdamATan2 with an EMA of the weights, as a plain torch optimizer."""
 from __future__ import annotations
 
 import math
@@ -25,7 +25,7 @@ def update(p: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor
     m.lerp_(g, 1 - b1)
     v.mul_(b2).addcmul_(g, g, value=1 - b2)
     angle = torch.atan2(m, v.sqrt().div_(correction))
-    if torch.compiler.is_compiling():  # which takes alpha for a constant and would compile anew at every step
+    if torch.compiler.is_compiling():  # which takes alpha for a constant and would recompile at every step
         p.sub_(angle.mul_(rate))
     else:
         p.add_(angle, alpha=-rate)

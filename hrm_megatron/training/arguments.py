@@ -76,13 +76,13 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--bp-min-steps", type=int, default=2, help="ticks with gradient at the first step")
     group.add_argument("--bp-max-steps", type=int, default=5, help="ticks with gradient after the warm-up")
     group.add_argument("--bp-warmup-fraction", type=float, default=0.2, help="share of the run spent warming up")
-    group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' running average")
+    group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' EMA")
     group.add_argument("--init-scheme", choices=INIT_SCHEMES, default="lecun_normal", help="of the first weights")
     group.add_argument("--init-std", type=float, help="standard deviation for fixed_normal and megatron")
     group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre",
                        help="before attention and MLP, or after")
     group.add_argument("--recompute-ticks", type=int, default=0, metavar="K",
-                       help="the first K ticks with gradient keep only their input and run again in backward")
+                       help="the first K ticks with gradient keep only their input and are recomputed in backward")
     group.add_argument("--compile-layers", action="store_true",
                        help="join the element-wise work of Megatron's local layers by torch.compile (on a GPU)")
     group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO,

@@ -110,7 +110,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
                              "convert_checkpoint.py --load-format megatron --save-format megatron"))
     common, theirs = read_run(stored)
     check_model(folder, theirs, ours)
-    if args.skip_train or begins_anew(args, folder):
+    if args.skip_train or starts_new(args, folder):
         return True
     iteration = int(common["iteration"])
     if done := nothing_left(iteration, args.train_iters):
@@ -133,7 +133,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
     return True
 
 
-def begins_anew(args: argparse.Namespace, folder: Path) -> bool:
+def starts_new(args: argparse.Namespace, folder: Path) -> bool:
     """Tell whether Megatron will take nothing but weights from `folder`: for fine-tuning, and from a release."""
     of_pretrained = args.load is None or not folder.resolve().is_relative_to(Path(args.load).resolve())
     return bool(args.finetune) or of_pretrained or folder.name == "release"

@@ -68,5 +68,5 @@ def check_given(given: Mapping[str, Any], stored: argparse.Namespace, folder: Pa
                 asked[f"--hrm-preset {preset} with {MODEL_ARGUMENTS[name]}"] = getattr(PRESETS[preset], name), name
     for flag, (value, name) in asked.items():
         if value != getattr(stored, name):
-            raise ConfigError(f"{flag} {value}: does not go with --use-checkpoint-args: {folder} has "
+            raise ConfigError(f"{flag} {value}: is incompatible with --use-checkpoint-args: {folder} has "
                               f"{getattr(stored, name)}; leave one of them out")

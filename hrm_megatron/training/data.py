@@ -13,9 +13,9 @@ from megatron.core.datasets.utils import Split
 from hrm_megatron.attention.prefix_lm import context_loads
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.batch import PackedBatch
-from hrm_megatron.data.dataset import PackedRows, split_sizes, split_store
+from hrm_megatron.data.dataset import PackedRows, split_examples, split_sizes
+from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.sampled import SampledFolder
-from hrm_megatron.data.store import ExampleStore
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.training.evaluation import Evaluation
 
@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 
 MEASURED_ROWS = 64  # whose examples stand for all, in FLOPs and in the shares of context parallel ranks
 
-Source = ExampleStore | SampledFolder
+Source = IndexedExamples | SampledFolder
 Datasets = tuple[PackedRows | None, PackedRows | None, PackedRows | None]
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a run reads; `split` says that one store serves training, validation and test."""
+    """What a run reads; `split` says that one indexed dataset serves training, validation and test."""
 
     train: Source
-    valid: ExampleStore | None
-    test: ExampleStore | None
+    valid: IndexedExamples | None
+    test: IndexedExamples | None
     split: bool
 
     @property
@@ -43,7 +43,7 @@ class Sources:
     def held_out(self, split: str) -> tuple[int, int]:
         """Count the examples of validation and of test."""
         if self.split:
-            assert isinstance(self.train, ExampleStore)
+            assert isinstance(self.train, IndexedExamples)
             _, valid, test = split_sizes(len(self.train), split)
             return valid, test
         return len(self.valid or ()), len(self.test or ())
@@ -51,7 +51,7 @@ class Sources:
     def why_no_validation(self, split: str) -> str:
         """Say why there is nothing to validate on, and the way out."""
         if self.split:
-            assert isinstance(self.train, ExampleStore)
+            assert isinstance(self.train, IndexedExamples)
             return (f"--split {split} leaves none of the {len(self.train)} examples to validate on; give another, or "
                     "--train-data-path and --valid-data-path")
         return "there is nothing to validate on; give --valid-data-path PREFIX for that"
@@ -81,7 +81,7 @@ def open_sources(args: argparse.Namespace) -> Sources:
     if bool(train) == bool(args.sampled_data_path):
         raise ConfigError("no training data, or two kinds of it: give either --data-path PREFIX (or --train-data-path) "
                           "or --sampled-data-path DIR")
-    stores = {name: ExampleStore(path) for name, path in (("train", train), *list(parts.items())[1:]) if path}
+    stores = {name: IndexedExamples(path) for name, path in (("train", train), *list(parts.items())[1:]) if path}
     if args.tokenizer_model:
         fingerprint = TextTokenizer(args.tokenizer_model).fingerprint
         for store in stores.values():
@@ -151,8 +151,8 @@ def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Ev
         if torch.distributed.get_rank() and args.data_cache_path:
             torch.distributed.barrier()  # rank 0 plans the rows, the others read its plan
         if sources.split:
-            assert isinstance(sources.train, ExampleStore)
-            parts = split_store(len(sources.train), args.split, args.seed)
+            assert isinstance(sources.train, IndexedExamples)
+            parts = split_examples(len(sources.train), args.split, args.seed)
             found: Datasets = (
                 rows("training", sources.train, train, example_ids=parts.train),
                 rows("validation", sources.train, valid, example_ids=parts.valid, fixed=True),

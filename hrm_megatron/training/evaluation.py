@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.training import training as megatron_training
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
-from megatron.training.utils import is_last_rank, print_rank_last
+from megatron.training.utils import is_last_rank
 
 from hrm_megatron.config import ConfigError, round_up
 from hrm_megatron.data.dataset import PackedRows
@@ -88,5 +89,6 @@ def log_test(means: dict[str, float], iteration: int, rows: int, write_to_tensor
             writer.add_scalar(f"{name} test vs samples", mean, rows)
         if writer and wandb and is_last_rank():
             wandb.log({f"{name} test": mean}, iteration)
-    print_rank_last(f" test loss at iteration {iteration} | "
-                    + " | ".join(f"{name} value: {mean:.6E}" for name, mean in means.items()))
+    if is_last_rank():  # in Megatron's form, for its log
+        print(f" test loss at iteration {iteration} | "
+              + " | ".join(f"{name} value: {mean:.6E}" for name, mean in means.items()), file=sys.stdout, flush=True)

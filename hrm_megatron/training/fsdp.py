@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def choose_fsdp(args: argparse.Namespace, architecture: Architecture) -> None:
-    """Set the flags that FSDP needs, and refuse those that it does not go with."""
+    """Set the flags that FSDP needs, and refuse those that it is incompatible with."""
     chosen = [name for name in SETTINGS if getattr(args, name)]
     if not chosen:
         return

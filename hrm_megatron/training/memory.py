@@ -45,7 +45,7 @@ def check_memory(args: argparse.Namespace, machine: Machine) -> None:
         raise ConfigError(f"--recompute-ticks {ticks} with --recompute-granularity full would run layers three times: "
                           "choose one of them, or --recompute-granularity selective")
     if ticks and args.fp8 and args.fp8_recipe == "delayed":
-        raise ConfigError(f"--recompute-ticks {ticks} with --fp8-recipe delayed: a tick that runs again would find "
+        raise ConfigError(f"--recompute-ticks {ticks} with --fp8-recipe delayed: a recomputed tick would find "
                           "other scales; choose another recipe")
     if args.recompute_gated_act and args.fp8:
         raise ConfigError("--recompute-modules gated_act: saves nothing in FP8, whose layers keep their own copy of "

@@ -30,7 +30,7 @@ class OverlappedReduction:
         groups: list[Any] = model.bucket_groups
         if bp_steps != self.bp_steps:
             self.bp_steps = bp_steps
-            for group in groups:  # count anew; this step reduces without overlap
+            for group in groups:  # count again; this step reduces without overlap
                 group.is_first_batch = True
                 group.golden_per_param_grad_ready_counts = {}
                 group.per_param_grad_ready_counts = {}

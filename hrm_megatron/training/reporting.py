@@ -144,7 +144,7 @@ class IntervalMeans:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def take(self) -> dict[str, float]:
-        """Return the means and begin anew."""
+        """Return the means and start over."""
         means = {name: float(value) / self.steps for name, value in self.sums.items()}
         self.steps, self.sums = 0, {}
         return means

@@ -116,6 +116,25 @@ def test_rows_are_halved_until_they_fit(fits, asked, timed):
     assert tried == [asked // 2 ** n for n in range(len(tried))] and tried[-1] >= min(asked, SHORTEST_ROW)
 
 
+def test_steps_are_compared_pair_by_pair(monkeypatch, capsys):
+    """On a machine that gets slower the ratio of medians would be that of steps at different speeds."""
+    from tools import benchmark
+
+    now, slowness = [0.0], iter([9, 9, 1, 1, 2, 2, 4, 7, 8, 8, 9, 9])  # the first pair warms up; one is disturbed
+
+    def taking(seconds):
+        def step():
+            now[0] += seconds * next(slowness)
+        return lambda *_: step
+    monkeypatch.setattr(benchmark, "our_step", taking(3))
+    monkeypatch.setattr(benchmark, "transformers_step", taking(5))
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    assert benchmark.compare_steps(5, benchmark.ARCHITECTURE) == pytest.approx(3 / 5)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "pair  1:   3.00 s against   5.00 s, ratio 0.600" and len(said) == 5 + 3
+    assert said[-1] == "ratio 0.600, median of 5 pairs from 0.343 to 0.600"
+
+
 @pytest.mark.slow
 def test_the_tool_measures_and_says_what_failed(tmp_path):
     def run(*flags):

@@ -7,9 +7,9 @@ import torch
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.batch import PackedBatch
-from hrm_megatron.data.dataset import PackedRows, split_store
+from hrm_megatron.data.dataset import PackedRows, split_examples
+from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
 from hrm_megatron.data.sampled import SampledFolder
-from hrm_megatron.data.store import ExampleStore, StoreWriter
 
 
 class FakeTokenizer:
@@ -20,10 +20,10 @@ class FakeTokenizer:
 def store(tmp_path_factory):
     """23 examples; the second prefix token of example i is 100 + i; some targets are one token long."""
     prefix = tmp_path_factory.mktemp("store") / "x"
-    with StoreWriter(prefix, FakeTokenizer()) as writer:
+    with IndexedExamplesWriter(prefix, FakeTokenizer()) as writer:
         for i in range(23):
             writer.add(np.array([6, 100 + i] + [50] * (i % 5) + [7]), np.array([60] * (i * 7 % 9) + [11]))
-    return ExampleStore(prefix)
+    return IndexedExamples(prefix)
 
 
 def examples_in(row):
@@ -130,7 +130,7 @@ def test_describe(store):
 
 
 def test_held_out_examples_never_occur_in_training(store):
-    split = split_store(len(store), "70,20,10", seed=4)
+    split = split_examples(len(store), "70,20,10", seed=4)
     assert sorted(np.concatenate(split)) == list(range(23))
     assert [len(part) for part in split] == [17, 4, 2]
     for name, part in split._asdict().items():
@@ -143,32 +143,32 @@ def test_held_out_examples_never_occur_in_training(store):
     (2, "98,1,1", [1, 1, 0]), (5, "0,1,0", [0, 5, 0]), (0, "1,1,1", [0, 0, 0]),
 ])
 def test_split_sizes(count, split, sizes):
-    assert [len(part) for part in split_store(count, split, 3)] == sizes
+    assert [len(part) for part in split_examples(count, split, 3)] == sizes
 
 
 def test_splits_follow_the_seed_only():
-    first, again, other = (split_store(90, "5,4,0", seed) for seed in (1, 1, 2))
+    first, again, other = (split_examples(90, "5,4,0", seed) for seed in (1, 1, 2))
     assert np.array_equal(first.train, again.train) and not np.array_equal(first.train, other.train)
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "0,0,0", "-1,2,3", "nan,1,1"])
 def test_meaningless_splits_are_refused(split):
     with pytest.raises(ConfigError, match="97,3,0") as refusal:
-        split_store(9, split, 3)
+        split_examples(9, split, 3)
     assert repr(split) in str(refusal.value)
 
 
 def test_an_empty_part_is_refused(store):
     with pytest.raises(ConfigError, match="no examples to pack.*--split"):
-        PackedRows(store, 29, seed=1, num_rows=1, example_ids=split_store(23, "1,0,0", 3).test)
+        PackedRows(store, 29, seed=1, num_rows=1, example_ids=split_examples(23, "1,0,0", 3).test)
 
 
 @pytest.fixture
 def unscanned(golden, tmp_path, monkeypatch):
     """A store and a sampled folder, too large to be scanned, with one id outside: (source, row tokens, message)."""
-    for module in ("store", "sampled"):
+    for module in ("indexed_examples", "sampled"):
         monkeypatch.setattr(f"hrm_megatron.data.{module}.SCANNED_BYTES", 0)
-    with StoreWriter(tmp_path / "x", FakeTokenizer()) as writer:
+    with IndexedExamplesWriter(tmp_path / "x", FakeTokenizer()) as writer:
         for i in range(9):
             writer.add(np.array([6, 100 + i, 7]), np.array([60, 300 if i == 5 else 61, 11]))
     folder = shutil.copytree(golden / "sampled", tmp_path / "sampled")
@@ -176,14 +176,15 @@ def unscanned(golden, tmp_path, monkeypatch):
     tokens = np.load(folder / "tokens.npy")
     tokens[start] = 250
     np.save(folder / "tokens.npy", tokens)
-    return [(ExampleStore(tmp_path / "x"), 11, f"{tmp_path}/x, example 5: token 1 of its target has the id 300, but"),
+    return [(IndexedExamples(tmp_path / "x"), 11,
+             f"{tmp_path}/x, example 5: token 1 of its target has the id 300, but"),
             (SampledFolder(folder), 96, "token 0 of its target has the id 250, but the vocabulary has 250 entries")]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_id_outside_the_vocabulary_is_refused_when_its_row_is_assembled(unscanned, workers):
     for source, row_tokens, message in unscanned:
-        ids = np.array([3, 5, 7, 8]) if isinstance(source, ExampleStore) else None
+        ids = np.array([3, 5, 7, 8]) if isinstance(source, IndexedExamples) else None
         rows = PackedRows(source, row_tokens, seed=1, num_rows=200, example_ids=ids)
         rows.num_rows = rows.rows_per_epoch
         with pytest.raises(ConfigError) as refusal:

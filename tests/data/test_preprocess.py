@@ -11,8 +11,8 @@ import pytest
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data import preprocess as module
 from hrm_megatron.data.example import read_jsonl
+from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.preprocess import iterate_chunks, learn_tokenizer, preprocess
-from hrm_megatron.data.store import ExampleStore
 from hrm_megatron.data.tokenizer import TextTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def expected(tokenizer, paths):
 
 
 def stored(prefix):
-    store = ExampleStore(prefix)
+    store = IndexedExamples(prefix)
     return [tuple(part.tolist() for part in store[i]) for i in range(len(store))]
 
 
@@ -46,7 +46,7 @@ def test_the_store_holds_every_example_in_order(write_jsonl, tmp_path, tokenizer
     assert report.summary() == (
         f"18 examples, {sum(len(p) + len(t) for p, t in examples)} tokens, longest row "
         f"{max(len(p) + len(t) - 1 for p, t in examples)} positions, 0 responses truncated, 0 rows skipped")
-    ExampleStore(tmp_path / "out" / "x").check_tokenizer(tokenizer.fingerprint)
+    IndexedExamples(tmp_path / "out" / "x").check_tokenizer(tokenizer.fingerprint)
 
 
 def test_output_and_first_error_do_not_depend_on_workers(write_jsonl, tmp_path, tokenizer):
@@ -308,5 +308,5 @@ def test_examples_of_one_response_token_survive(write_jsonl, tmp_path, tokenizer
     preprocess([path], tmp_path / "x", tokenizer, context_size=10)
     (prefix, target), = stored(tmp_path / "x")
     assert (len(prefix), len(target)) == (10, 1)
-    assert np.array_equal(ExampleStore(tmp_path / "x").lengths(), [[10], [1]])
+    assert np.array_equal(IndexedExamples(tmp_path / "x").lengths(), [[10], [1]])
     assert json.loads((tmp_path / "x.json").read_text())["max_row_length"] == 10

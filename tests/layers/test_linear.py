@@ -119,7 +119,7 @@ def test_what_is_no_plain_product_stays_stock():
 
 @pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("layout", [{}, *OTHER_RANKS], ids=["one rank", "tensor parallel", "sequence parallel"])
-def test_no_gradient_is_made_that_nobody_wants(single_rank, monkeypatch, layout, wanted):
+def test_no_gradient_is_made_that_is_not_needed(single_rank, monkeypatch, layout, wanted):
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as stock
 
     monkeypatch.setattr(linear_module, "ON_ONEDNN", False)  # whose products torch does not count

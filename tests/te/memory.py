@@ -34,6 +34,10 @@ def with_one_context(block: Any, layers: int) -> Any:
     return block
 
 
+# bp and recomputed ticks. Which ticks keep what does not depend on the precision: FP8 repeats the ends.
+OFFLOADED = {"fp32": ((2, 0), (3, 0), (5, 0), (5, 2), (8, 0)), "fp8": ((2, 0), (5, 2))}
+
+
 def offloading(precision: str) -> dict[str, Any]:
     """Gradients of two micro-batches with activations in another place, against those without; what was copied there;
     and what becomes of it under Megatron's one context for each stack."""
@@ -62,7 +66,7 @@ def offloading(precision: str) -> dict[str, Any]:
     chosen = dict(_check_if_offload=lambda self, t: t.numel() >= 2 ** 10 and t.is_contiguous() and not (
         isinstance(t, torch.nn.Parameter) or getattr(t, "_TE_do_not_offload", False)), start_offload=start_offload)
     with temporarily(state, **chosen), temporarily(cpu_offload.OffloadSynchronizer, __init__=remember):
-        for bp_steps, ticks in ((2, 0), (3, 0), (5, 0), (5, 2), (8, 0)):
+        for bp_steps, ticks in OFFLOADED[precision]:
             wanted = gradients(build_on(0), bp_steps=bp_steps)
             for layers in (1, 2, 3):
                 model = build_on(layers, ticks)

@@ -161,7 +161,8 @@ def test_activations_come_back_from_the_host(claims, precision):
     assert found["differ"] == []  # bitwise: copies of the same numbers
     assert found["foreign"] == 0  # neither weights nor what all layers share
     made, alive = found["contexts"]
-    assert made == 2 * 3 * (2 + 3 + 5 + 3 + 8) and alive == 0  # one for each micro-batch and tick; gone with its graph
+    ticks = sum(int(bp) - int(again) for bp, again, layers in map(str.split, found["bytes"]) if layers == "1")
+    assert made == 2 * 3 * ticks > 0 and alive == 0  # one for each micro-batch and tick; gone with its graph
     assert "Invalid state" in found["one context"], "Megatron's own context copes with ticks: layers/offload.py may go"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hrm_megatron.checkpoint.folders import TRACKER_FILE
 from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
-from hrm_megatron.data.store import StoreWriter
+from hrm_megatron.data.indexed_examples import IndexedExamplesWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
 from tests.training.conftest import FULLBATCH, GOLDEN
 
@@ -37,19 +37,19 @@ def refused(launch, tmp_path):
     (["--tensor-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
     (["--pipeline-model-parallel-size", 2], ["1 processes cannot be divided into model replicas of 2"]),
     (["--context-parallel-size", 2, "--seq-length", 98], ["--context-parallel-size 2 cuts a row into 4 pieces", "98"]),
-    (["--use-torch-fsdp2", "--use-megatron-fsdp"], ["--use-torch-fsdp2 does not go with --use-megatron-fsdp"]),
-    (["--use-torch-fsdp2", "--fp16"], ["--use-torch-fsdp2 does not go with --fp16: leave one of them out"]),
+    (["--use-torch-fsdp2", "--use-megatron-fsdp"], ["--use-torch-fsdp2 is incompatible with --use-megatron-fsdp"]),
+    (["--use-torch-fsdp2", "--fp16"], ["--use-torch-fsdp2 is incompatible with --fp16: leave one of them out"]),
     (["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "no_shard"],
-     ["--use-megatron-fsdp does not go with --data-parallel-sharding-strategy no_shard"]),
-    (["--use-megatron-fsdp", "--recompute-ticks", 2], ["--use-megatron-fsdp does not go with --recompute-ticks"]),
-    (["--use-megatron-fsdp", "--skip-train"], ["--use-megatron-fsdp does not go with --skip-train (what tools/conv"]),
+     ["--use-megatron-fsdp is incompatible with --data-parallel-sharding-strategy no_shard"]),
+    (["--use-megatron-fsdp", "--recompute-ticks", 2], ["--use-megatron-fsdp is incompatible with --recompute-ticks"]),
+    (["--use-megatron-fsdp", "--skip-train"], ["is incompatible with --skip-train (what tools/conv"]),
     (["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"],
-     ["--override-opt-param-scheduler does not go with --use-checkpoint-opt-param-scheduler: leave one of them out"]),
+     ["is incompatible with --use-checkpoint-opt-param-scheduler: leave one of them out"]),
     (["--use-megatron-fsdp", "--recompute-granularity", "full", "--recompute-method", "uniform",
       "--recompute-num-layers", 1],
-     ["--use-megatron-fsdp does not go with recomputation of whole layers or MLPs"]),
+     ["--use-megatron-fsdp is incompatible with recomputation of whole layers or MLPs"]),
     (["--use-megatron-fsdp", "--recompute-granularity", "selective", "--recompute-modules", "mlp"],
-     ["--use-megatron-fsdp does not go with recomputation of whole layers or MLPs"]),
+     ["--use-megatron-fsdp is incompatible with recomputation of whole layers or MLPs"]),
     (["--transformer-impl", "transformer_engine"], ["--transformer-impl transformer_engine: ", "needs a CUDA device",
                                                     "--transformer-impl local works here"]),
     (["--fp8-format", "hybrid"], ["--fp8-format hybrid: Transformer Engine needs a CUDA device", "leave it out"]),
@@ -82,7 +82,7 @@ def refused(launch, tmp_path):
     (["--attention-kernel", "varlen"], ["--attention-kernel varlen: it ", "works here"]),  # in fp32 on any machine
     (["--load-newest-valid"], ["--load-newest-valid: there is no checkpoint to load; give --load"]),
     (["--no-verify-checkpoint"], ["--no-verify-checkpoint: there is no checkpoint to load"]),
-    (["--load-newest-valid", "--no-verify-checkpoint"], ["does not go with --no-verify-checkpoint"]),
+    (["--load-newest-valid", "--no-verify-checkpoint"], ["is incompatible with --no-verify-checkpoint"]),
     (["--init-scheme", "fixed_normal", "--h-cycles", 0], ["h_cycles=0: must be at least 1"]),
 ])
 def test_settings(refused, flags, parts):
@@ -100,7 +100,7 @@ def test_a_pipeline_that_cannot_be(refused, flags, parts):
 
 @pytest.mark.parametrize("flags, ranks, parts", [
     (["--use-torch-fsdp2", "--pipeline-model-parallel-size", 2], 2,
-     ["--use-torch-fsdp2 does not go with --pipeline-model-parallel-size"]),
+     ["--use-torch-fsdp2 is incompatible with --pipeline-model-parallel-size"]),
     (["--use-torch-fsdp2", "--global-batch-size", 3], 3,
      ["--use-torch-fsdp2 cannot share the hidden size (32) among 3 ranks: choose one of 1, 2, 4, 8, 16, 32"]),
     (["--use-torch-fsdp2", "--hidden-size", 24, "--ffn-hidden-size", 48, "--global-batch-size", 3], 3,
@@ -140,7 +140,7 @@ def test_a_token_id_between_the_vocabulary_and_its_padding(refused, tmp_path, pr
 @pytest.fixture
 def store(tmp_path):
     tokenizer = TextTokenizer(TOKENIZER)
-    with StoreWriter(tmp_path / "store", tokenizer) as writer:
+    with IndexedExamplesWriter(tmp_path / "store", tokenizer) as writer:
         for i in range(9):
             writer.add(tokenizer.encode_prefix("direct", "q" * i + "?"), tokenizer.encode_response(str(i)))
     return tmp_path / "store"

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.data.dataset import PackedRows
-from hrm_megatron.data.store import ExampleStore, StoreWriter
+from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.parallel.log_levels import UNACTIONABLE, WARNINGS, be_quiet, silence_unactionable
 from hrm_megatron.planner.flops import rows_flops, training_flops
@@ -50,7 +50,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     tokenizer = TextTokenizer(GOLDEN / "tokenizer")
     for name, count in (("train", 90), ("valid", 20)):
-        with StoreWriter(folder / name, tokenizer) as writer:
+        with IndexedExamplesWriter(folder / name, tokenizer) as writer:
             for i in range(count):
                 writer.add(tokenizer.encode_prefix("direct", "x" * (i % 7) + str(i)),
                            tokenizer.encode_response("a" * (1 + i % 5)))
@@ -120,7 +120,7 @@ def test_tensorboard_has_what_it_always_had(run):
 
 
 def test_throughput_is_that_of_an_hrm(run):
-    source = ExampleStore(run.folder / "train")
+    source = IndexedExamples(run.folder / "train")
     data = PackedRows(source, ROW_TOKENS, SEED, ROWS_PER_STEP * STEPS)
     rows = [data[i] for i in range(len(data))]
     labels = sum(int((row["labels"] >= 0).sum()) for row in rows) / STEPS

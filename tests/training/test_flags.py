@@ -180,10 +180,11 @@ def test_what_an_hrm_is_anyway_may_be_said(words):
     (["--tensor-model-parallel-size", 0], "--tensor-model-parallel-size 0: must be at least 1"),
     (["--adam-beta2", "nan"], "--adam-beta2 nan: must be at least 0 and at most 1"),
     (["--ema-decay", 2], "--ema-decay 2.0: must be at least 0 and at most 1"),
-    (["--train-iters", 3, "--train-samples", 30], "--train-iters does not go with --train-samples"),
-    (["--lr-warmup-fraction", 0.1, "--lr-warmup-iters", 3], "--lr-warmup-fraction does not go with --lr-warmup-iters"),
-    (["--train-samples", 30, "--lr-warmup-iters", 3], "--train-samples does not go with --lr-warmup-iters"),
-    (["--bf16", "--fp16"], "--bf16 does not go with --fp16"),
+    (["--train-iters", 3, "--train-samples", 30], "--train-iters is incompatible with --train-samples"),
+    (["--lr-warmup-fraction", 0.1, "--lr-warmup-iters", 3],
+     "--lr-warmup-fraction is incompatible with --lr-warmup-iters"),
+    (["--train-samples", 30, "--lr-warmup-iters", 3], "--train-samples is incompatible with --lr-warmup-iters"),
+    (["--bf16", "--fp16"], "--bf16 is incompatible with --fp16"),
     (["--recompute-granularity", "full"], "--recompute-granularity full: say which layers"),
     (["--save-retain-interval", 3, "--save-interval", 2, "--save", "x"],
      "--save-retain-interval 3: is no multiple of --save-interval 2"),
@@ -242,7 +243,7 @@ def test_help_exits_with_ours_first(flag, capsys):
     ours, theirs = sections.find("--hrm-preset {B"), sections.find("--tensor-model-parallel-size TENSOR")
     assert 0 <= ours and (theirs < 0 if flag == "--help-hrm" else ours < theirs)
     if flag == "--help-hrm":
-        assert "average (default: 0.9999)" in sections and "(default: None)" not in sections
+        assert "EMA (default: 0.9999)" in sections and "(default: None)" not in sections
     else:
         assert "10%)" in sections  # of --moe-paged-stash-buffer-size-factor-cuda, whose help argparse cannot print
 

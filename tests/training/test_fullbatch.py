@@ -1,7 +1,5 @@
 """The whole way by command line: the reference's checkpoint in, 24 of its steps, its EMA out."""
 import json
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -40,12 +38,11 @@ def test_the_average_is_the_references(uninterrupted):
         assert difference.abs().max() < WEIGHT_TOLERANCE, entry.native
 
 
-def test_two_ranks_from_the_command_line_do_the_same(uninterrupted, fullbatch_arguments, native_start, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-         "hrm_megatron.pretrain", *map(str, fullbatch_arguments), "--load", str(native_start), "--tensorboard-dir",
-         str(tmp_path), "--exit-interval", "20"], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.ranks
+def test_two_ranks_do_the_same(launch, uninterrupted, fullbatch_arguments, native_start, tmp_path):
+    run = launch(*fullbatch_arguments, "--load", native_start, "--tensorboard-dir", tmp_path, "--exit-interval", 20,
+                 ranks=2)
+    assert run.code == 0, run.output
     ours, one = scalars(tmp_path), scalars(uninterrupted / "log")
     assert ours.keys() == set(range(1, 21))
     # Half of the rows on each rank, so each loss is a sum in another order.

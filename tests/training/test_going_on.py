@@ -187,7 +187,7 @@ def test_a_flag_given_beside_the_checkpoints_arguments_must_agree():
     check_given({}, STORED, FOLDER)
     check_given({**vars(STORED), "hrm_preset": "B", "seq_length": 7}, STORED, FOLDER)
     for name, flag in MODEL_ARGUMENTS.items():
-        with pytest.raises(ConfigError, match=f"{flag} other: does not go with --use-checkpoint-args: .* leave one"):
+        with pytest.raises(ConfigError, match=f"{flag} other: is incompatible with --use-checkpoint-args: .* leave"):
             check_given({name: "other"}, STORED, FOLDER)
     with pytest.raises(ConfigError, match="--hrm-preset L with --num-layers 12: .* has 6"):
         check_given({"hrm_preset": "L"}, STORED, FOLDER)

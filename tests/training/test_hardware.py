@@ -57,10 +57,10 @@ def test_compiled_layers_are_local_ones():
 
 @pytest.mark.parametrize("machine, changes, said", [
     (CPU, {}, "--compile-layers: needs a CUDA device"),
-    (HOPPER, dict(tensor_model_parallel_size=2), "does not go with --tensor-model-parallel-size"),
-    (HOPPER, dict(use_torch_fsdp2=True), "does not go with --use-torch-fsdp2"),
-    (HOPPER, dict(use_megatron_fsdp=True), "does not go with --use-megatron-fsdp"),
-    (HOPPER, dict(recompute_gated_act=True), "does not go with --recompute-modules gated_act"),
+    (HOPPER, dict(tensor_model_parallel_size=2), "is incompatible with --tensor-model-parallel-size"),
+    (HOPPER, dict(use_torch_fsdp2=True), "is incompatible with --use-torch-fsdp2"),
+    (HOPPER, dict(use_megatron_fsdp=True), "is incompatible with --use-megatron-fsdp"),
+    (HOPPER, dict(recompute_gated_act=True), "is incompatible with --recompute-modules gated_act"),
     (HOPPER, dict(recompute_granularity="full"), "--recompute-granularity (--recompute-ticks works)"),
     (HOPPER, dict(recompute_activations=True), "--recompute-granularity (--recompute-ticks works)"),
 ])

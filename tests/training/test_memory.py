@@ -36,14 +36,14 @@ def test_what_works(changes):
     (Machine((9, 0)), OFFLOADED, ["--cpu-offloading-num-layers 4: Transformer Engine is not installed (pip install"]),
     (HOPPER, dict(cpu_offloading_num_layers=8), ["--cpu-offloading-num-layers 8: ", "choose 1 to 7"]),
     (HOPPER, dict(cpu_offloading_num_layers=-1), ["--cpu-offloading-num-layers -1: ", "choose 1 to 7"]),
-    (HOPPER, dict(OFFLOADED, transformer_impl="local"), ["does not go with --transformer-impl local"]),
-    (HOPPER, dict(OFFLOADED, pipeline_model_parallel_size=2), ["does not go with --pipeline-model-parallel-size"]),
-    (HOPPER, dict(OFFLOADED, recompute_granularity="selective"), ["does not go with --recompute-granularity"]),
-    (HOPPER, dict(OFFLOADED, recompute_activations=True), ["does not go with --recompute-granularity"]),
-    (HOPPER, dict(OFFLOADED, recompute_gated_act=True), ["does not go with --recompute-modules gated_act"]),
+    (HOPPER, dict(OFFLOADED, transformer_impl="local"), ["is incompatible with --transformer-impl local"]),
+    (HOPPER, dict(OFFLOADED, pipeline_model_parallel_size=2), ["is incompatible with --pipeline-model-parallel-size"]),
+    (HOPPER, dict(OFFLOADED, recompute_granularity="selective"), ["is incompatible with --recompute-granularity"]),
+    (HOPPER, dict(OFFLOADED, recompute_activations=True), ["is incompatible with --recompute-granularity"]),
+    (HOPPER, dict(OFFLOADED, recompute_gated_act=True), ["is incompatible with --recompute-modules gated_act"]),
     (HOPPER, dict(recompute_gated_act=True, fp8="hybrid"), ["gated_act: saves nothing in FP8", "leave it"]),
-    (HOPPER, dict(OFFLOADED, use_torch_fsdp2=True), ["does not go with --use-torch-fsdp2"]),
-    (HOPPER, dict(OFFLOADED, use_megatron_fsdp=True), ["does not go with --use-megatron-fsdp"]),
+    (HOPPER, dict(OFFLOADED, use_torch_fsdp2=True), ["is incompatible with --use-torch-fsdp2"]),
+    (HOPPER, dict(OFFLOADED, use_megatron_fsdp=True), ["is incompatible with --use-megatron-fsdp"]),
 ])
 def test_what_is_refused(machine, changes, parts):
     with pytest.raises(ConfigError) as refused:

@@ -8,8 +8,8 @@ from megatron.training import arguments as megatron_arguments
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.run import Conversion, convert
-from hrm_megatron.data.dataset import PackedRows, split_store
-from hrm_megatron.data.store import ExampleStore, StoreWriter
+from hrm_megatron.data.dataset import PackedRows, split_examples
+from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.training.arguments import add_hrm_arguments
 from hrm_megatron.training.data import open_sources
@@ -29,7 +29,7 @@ def store(tmp_path_factory):
     """Sixty different questions; the answer is mostly the same, so that a few steps get some of them exactly right."""
     tokenizer = TextTokenizer(GOLDEN / "tokenizer")
     prefix = tmp_path_factory.mktemp("store") / "store"
-    with StoreWriter(prefix, tokenizer) as writer:
+    with IndexedExamplesWriter(prefix, tokenizer) as writer:
         for i in range(COUNT):
             writer.add(*example(tokenizer, i))
     return prefix
@@ -64,8 +64,8 @@ def scores_by_transformers(folder, example):
 def test_validation_is_what_transformers_computes(trained, store, tmp_path):
     folder, _ = trained
     convert(Conversion(folder / "checkpoints", "megatron", tmp_path / "hf", "hf", weights="raw"))
-    source = ExampleStore(store)
-    held_out = split_store(COUNT, SPLIT, SEED).valid
+    source = IndexedExamples(store)
+    held_out = split_examples(COUNT, SPLIT, SEED).valid
     assert len(held_out) == 9
     rows = PackedRows(source, 64, SEED, 12, example_ids=held_out, fixed=True)
     shown = [int(held_out[i]) for row in range(12) for i in rows.plan.locate(row % rows.rows_per_epoch).example_ids]
@@ -115,7 +115,7 @@ def expected(evaluated, store, tmp_path_factory):
     """Means over each example of a part once, by transformers; and the exported model."""
     folder = tmp_path_factory.mktemp("expected") / "hf"
     convert(Conversion(evaluated[0] / "checkpoints", "megatron", folder, "hf", weights="raw"))
-    source, parts = ExampleStore(store), split_store(COUNT, WHOLE_SPLIT, SEED)
+    source, parts = IndexedExamples(store), split_examples(COUNT, WHOLE_SPLIT, SEED)
     means = {}
     for part, ids in (("validation", parts.valid), ("test", parts.test)):
         scored = [scores_by_transformers(folder, source[int(i)]) for i in ids]
@@ -161,9 +161,9 @@ def test_a_checkpoint_alone_is_evaluated(launch, evaluated, expected, store, ran
 def test_a_converted_model_is_evaluated_on_a_store_of_its_own(launch, expected, tmp_path):
     """From transformers' folder, on nothing but a validation store: each example of the part, in another order."""
     means, exported = expected
-    source = split_store(COUNT, WHOLE_SPLIT, SEED).valid
+    source = split_examples(COUNT, WHOLE_SPLIT, SEED).valid
     tokenizer = TextTokenizer(GOLDEN / "tokenizer")
-    with StoreWriter(tmp_path / "valid", tokenizer) as writer:
+    with IndexedExamplesWriter(tmp_path / "valid", tokenizer) as writer:
         for i in map(int, reversed(source)):
             writer.add(*example(tokenizer, i))
     convert(Conversion(exported, "hf", tmp_path / "megatron", "megatron"))
@@ -215,7 +215,7 @@ def test_three_in_a_hundred_are_held_out_for_validation_and_none_for_a_test(stor
 def test_nothing_to_validate_on_is_one_line_and_no_evaluation(store, tmp_path, capsys, name, flags, reason):
     if name == "one":
         tokenizer = TextTokenizer(GOLDEN / "tokenizer")
-        with StoreWriter(tmp_path / "one", tokenizer) as writer:
+        with IndexedExamplesWriter(tmp_path / "one", tokenizer) as writer:
             writer.add(*example(tokenizer, 0))
     data = ["--train-data-path", store] if name == "alone" else ["--data-path", tmp_path / "one" if flags == [] else
                                                                 store]

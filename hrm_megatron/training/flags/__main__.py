@@ -1,6 +1,8 @@
 """Print docs/flags.md."""
 from __future__ import annotations
 
+import sys
+
 from hrm_megatron.parallel.cpu import activate
 
 activate()
@@ -8,4 +10,4 @@ activate()
 from hrm_megatron.training.flags.document import document  # noqa: E402
 from hrm_megatron.training.flags.parser import VERSION, full_parser  # noqa: E402
 
-print(document(full_parser(), VERSION), end="")
+print(document(full_parser(), VERSION), end="", file=sys.stdout)

@@ -20,9 +20,10 @@ REGULARIZATION: Group = (
             "--muon-extra-scale-factor --muon-scalar-optimizer --lion-beta1 --lion-beta2"),
 )
 LEARNING_RATE: Group = (
-    Used("hrm_megatron.training.arguments", "--lr --min-lr --lr-warmup-iters --lr-warmup-fraction --lr-decay-iters"),
-    Used("hrm_megatron.training.arguments", "--lr-warmup-samples", needs="--train-samples"),
-    Used("hrm_megatron.training.optimizer", "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
+    Used("hrm_megatron.training.step_schedules",
+         "--lr --min-lr --lr-warmup-iters --lr-warmup-fraction --lr-decay-iters"),
+    Used("hrm_megatron.training.step_schedules", "--lr-warmup-samples", needs="--train-samples"),
+    Used("hrm_megatron.training.resume", "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
          needs="--load"),
     Refused("only cosine is built", "--lr-decay-style",
             "leave it out; for a constant rate give --min-lr the value of --lr"),

@@ -7,7 +7,7 @@ from hrm_megatron.training.flags.verdict import Group, Harmless, Refused, Used
 ONE_SIZE = "not built: learning rate and gradient ticks are counted in steps of one size"
 OWN_SWIGLU = "an HRM has a SwiGLU of its own where Megatron's fused one does not run"
 ADAM = "not built for this model: it would train by Adam; data parallel ranks share the state already"
-ONE_STORE = "each part of the data is one store"
+ONE_STORE = "each part of the data is one indexed dataset"
 OWN_RESTART = "our start does not restart ranks in a process"
 NO_LOGITS = "not built: an HRM learns from labels alone"
 FAULTS = "--fault-injector-ranks --fault-injector-num-ranks"

@@ -7,15 +7,15 @@ from hrm_megatron.training.flags.verdict import Group, Harmless, Refused, Used
 ONE_KIND = "checkpoints that a run goes on from are those of --save-interval"
 CONVERTER = "use tools/convert_checkpoint.py"
 EXAMPLES = "rows of an HRM are packed from examples, not cut from a stream of documents"
-PREPROCESSING = "tokens come from the store"
+PREPROCESSING = "tokens come from the indexed dataset"
 STORE = "leave it out; tools/preprocess_data.py --tokenizer-model decides"
-OWN_STORES = "stores of examples are read by readers of our own"
+OWN_STORES = "indexed datasets are read by readers of our own"
 FSDP = "--use-megatron-fsdp"
 
 CHECKPOINTING: Group = (
     Used("hrm_megatron.training.checkpoint", "--save --load --finetune --pretrained-checkpoint --ckpt-step "
          "--exit-on-missing-checkpoint"),
-    Used("megatron.training.arguments", "--use-checkpoint-args", needs="--load --pretrained-checkpoint"),
+    Used("hrm_megatron.training.arguments", "--use-checkpoint-args", needs="--load --pretrained-checkpoint"),
     Used("megatron.training.training", "--save-interval --save-params-interval --save-wgrads-interval",
          needs="--save"),
     Used("megatron.training.training", "--save-activations-interval --save-dgrads-interval", needs="--save",
@@ -41,7 +41,7 @@ CHECKPOINTING: Group = (
     Refused("only torch_dist is built, and what --use-megatron-fsdp chooses by itself", "--ckpt-format "
             "--dist-ckpt-format", same=("torch_dist",)),
     Refused(NO_EXPERTS, "--save-tokens-per-expert-interval"),
-    Refused("the average of the weights would not be loaded", "--load-main-params-from-ckpt",
+    Refused("the EMA would not be loaded", "--load-main-params-from-ckpt",
             "give --load alone, or --no-load-optim"),
     Refused(ONE_KIND, "--non-persistent-save-interval --non-persistent-ckpt-type --non-persistent-global-ckpt-dir "
             "--non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo --replication --replication-jump "
@@ -64,7 +64,7 @@ DATA: Group = (
     Refused(EXAMPLES, "--sample-rate --mask-prob --short-seq-prob --fim-data --fim-rate --fim-spm-rate "
             "--fim-split-sample --fim-fragment-rate --fim-no-prefix --fim-prefix-token --fim-middle-token "
             "--fim-suffix-token --fim-pad-token --fim-eod-token --allow-ambiguous-pad-tokens"),
-    Refused("blends of stores are not built", "--data-args-path --per-split-data-args-path "
+    Refused("blends of datasets are not built", "--data-args-path --per-split-data-args-path "
             "--per-dataset-sequences-path", "give one --data-path"),
     Refused("a run has one length of rows", "--encoder-seq-length --decoder-seq-length", "give --seq-length"),
     Refused("a run goes through its data in one phase", "--phase-transition-iterations"),
@@ -76,7 +76,7 @@ TOKENIZER: Group = (
     Used("hrm_megatron.training.data", "--tokenizer-model"),
     Refused("the size of the vocabulary is that of the data, padded to a multiple of 256 as HRM-Text does",
             "--vocab-size --padded-vocab-size --no-pad-vocab-size --vocab-extra-ids"),
-    Refused(PREPROCESSING, "--tokenizer-type", "leave it out; --tokenizer-model FOLDER says which made the store"),
+    Refused(PREPROCESSING, "--tokenizer-type", "leave it out; --tokenizer-model FOLDER says which made the dataset"),
     Refused(PREPROCESSING, "--vocab-file --merge-file --tokenizer-metadata --tokenizer-special-tokens "
             "--tiktoken-pattern --tiktoken-num-special-tokens --tokenizer-sentencepiece-legacy "
             "--no-tokenizer-sentencepiece-ignore-extra-whitespaces --tokenizer-hf-no-use-fast "

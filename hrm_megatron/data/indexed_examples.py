@@ -22,7 +22,7 @@ from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.data.vocabulary import SCANNED_BYTES, BadTokenId, positions_outside
 from hrm_megatron.program import signals_held
 
-PARTS = ("bin", "idx", "json")  # the order of their renames: a store without .json is not finished
+PARTS = ("bin", "idx", "json")  # the order of their renames: a dataset without .json is not finished
 UINT16_ENTRIES = 1 << 16  # Megatron itself falls back to int32 above 65,500 and would double the .bin
 MADE_FROM = "made_from"  # in the metadata, where the writer knew it
 METADATA = ("tokenizer_fingerprint", "vocab_size", "boq", "eoq", "eoa", "examples", "tokens", "max_row_length")
@@ -48,32 +48,32 @@ def _indexed_dataset() -> ModuleType:
     return module
 
 
-def store_files(prefix: str | Path) -> dict[str, Path]:
-    """Paths of a store by part; the prefix may hold dots."""
+def dataset_files(prefix: str | Path) -> dict[str, Path]:
+    """Paths of an indexed dataset by part; the prefix may hold dots."""
     return {part: Path(f"{prefix}.{part}") for part in PARTS}
 
 
 def check_output_prefix(prefix: str | Path, overwrite: bool) -> None:
-    """Refuse to replace a store unless told to."""
-    existing = [str(path) for path in store_files(prefix).values() if path.exists()]
+    """Refuse to replace a dataset unless told to."""
+    existing = [str(path) for path in dataset_files(prefix).values() if path.exists()]
     if existing and not overwrite:
         raise ConfigError(f"{', '.join(existing)} already there; pass --overwrite or choose another --output-prefix")
 
 
 def already_made(prefix: str | Path, provenance: Provenance) -> bool:
-    """Say whether a whole store of this provenance is there; one of another, or without any, is a ConfigError."""
-    files = store_files(prefix)
+    """Say whether a whole dataset of this provenance is there; one of another, or without any, is a ConfigError."""
+    files = dataset_files(prefix)
     if not all(path.exists() for path in files.values()):
         return False  # nothing, or what check_output_prefix refuses
     provenance.check(str(prefix), _read_metadata(files["json"]).get(MADE_FROM))
     return True
 
 
-class StoreWriter:
+class IndexedExamplesWriter:
     """Write examples under temporary names; leaving the `with` block without an error gives them theirs.
 
     A full disk is a ConfigError. After any error nothing is left, and what was there before is untouched. With a
-    `provenance` the store knows what it was made from.
+    `provenance` the dataset knows what it was made from.
     """
 
     def __init__(self, prefix: str | Path, tokenizer: TextTokenizer, overwrite: bool = False,
@@ -86,11 +86,11 @@ class StoreWriter:
             "examples": 0, "tokens": 0, "max_row_length": 0}
         if provenance:
             self.metadata[MADE_FROM] = provenance.to_json()
-        self._files = store_files(self.prefix)
+        self._files = dataset_files(self.prefix)
         self._partial = {part: Path(f"{path}.partial-{uuid.uuid4().hex}") for part, path in self._files.items()}
         self._new_folders: list[Path] = []
 
-    def __enter__(self) -> StoreWriter:
+    def __enter__(self) -> IndexedExamplesWriter:
         indexed_dataset = _indexed_dataset()
         dtype = np.uint16 if self.metadata["vocab_size"] <= UINT16_ENTRIES else np.int32
         try:
@@ -153,14 +153,14 @@ class StoreWriter:
                               "--output-prefix") from error
 
 
-class ExampleStore:
-    """Read a store by memory map; `store[i]` is (prefix ids, target ids)."""
+class IndexedExamples:
+    """Read an indexed dataset of examples by memory map; `examples[i]` is (prefix ids, target ids)."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        files = store_files(self.prefix)
+        files = dataset_files(self.prefix)
         if missing := [str(path) for path in files.values() if not path.is_file()]:
-            raise ConfigError(f"{', '.join(missing)} missing; write the store with {PREPROCESS} --output-prefix "
+            raise ConfigError(f"{', '.join(missing)} missing; write the dataset with {PREPROCESS} --output-prefix "
                               f"{self.prefix}")
         self.metadata = _read_metadata(files["json"])
         self._check_files(files)
@@ -171,7 +171,7 @@ class ExampleStore:
 
     @property
     def files(self) -> list[Path]:
-        return [*store_files(self.prefix).values()]
+        return [*dataset_files(self.prefix).values()]
 
     @property
     def vocab_size(self) -> int:
@@ -227,7 +227,7 @@ class ExampleStore:
         self._check_ids(files["bin"], INDEX_DTYPES[code], lengths)
 
     def _check_ids(self, path: Path, dtype: np.dtype[Any], lengths: np.ndarray) -> None:
-        """Refuse a token id outside the vocabulary, in a store small enough to be read for that."""
+        """Refuse a token id outside the vocabulary, in a dataset small enough to be read for that."""
         if not self.metadata["examples"] or path.stat().st_size > SCANNED_BYTES:
             return
         tokens = np.memmap(path, dtype, mode="r")

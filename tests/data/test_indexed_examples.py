@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.store import ExampleStore, StoreWriter, _indexed_dataset
+from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter, _indexed_dataset
 
 EXAMPLES = [([6, 9, 40, 7], [50, 51, 11]), ([6, 7], [11]), ([6, 41, 42, 7], [52, 11]), ([6, 43, 7], [53, 54, 55, 11])]
 
@@ -18,7 +18,7 @@ class FakeTokenizer:
 
 
 def write(prefix, examples=EXAMPLES, tokenizer=None, overwrite=False):
-    with StoreWriter(prefix, tokenizer or FakeTokenizer(), overwrite) as writer:
+    with IndexedExamplesWriter(prefix, tokenizer or FakeTokenizer(), overwrite) as writer:
         for prefix_ids, target_ids in examples:
             writer.add(np.array(prefix_ids), np.array(target_ids))
 
@@ -30,7 +30,7 @@ def prefix(tmp_path):
 
 
 def test_round_trip(prefix):
-    store = ExampleStore(prefix)
+    store = IndexedExamples(prefix)
     assert len(store) == 4
     assert [tuple(part.tolist() for part in store[i]) for i in range(4)] == EXAMPLES
     prefix_lengths, target_lengths = store.lengths()
@@ -38,7 +38,7 @@ def test_round_trip(prefix):
 
 
 def test_ids_and_lengths_outlive_the_store(prefix):
-    (prefix_ids, target_ids), (prefix_lengths, _) = ExampleStore(prefix)[0], ExampleStore(prefix).lengths()
+    (prefix_ids, target_ids), (prefix_lengths, _) = IndexedExamples(prefix)[0], IndexedExamples(prefix).lengths()
     assert (prefix_ids.tolist(), target_ids.tolist(), prefix_lengths.tolist()) == (*EXAMPLES[0], [4, 2, 4, 3])
 
 
@@ -59,7 +59,7 @@ def test_tokens_take_two_bytes_where_they_fit(tmp_path, vocab_size, item_bytes):
     last = vocab_size - 1
     write(tmp_path / "x", [([6, last, 7], [last, 11])], FakeTokenizer(vocab_size))
     assert (tmp_path / "x.bin").stat().st_size == 5 * item_bytes
-    assert ExampleStore(tmp_path / "x")[0][0].tolist() == [6, last, 7]
+    assert IndexedExamples(tmp_path / "x")[0][0].tolist() == [6, last, 7]
 
 
 def snapshot(folder):
@@ -72,14 +72,14 @@ def test_an_existing_store_is_kept_unless_told(prefix):
         write(prefix, EXAMPLES[:1])
     assert snapshot(prefix.parent) == before
     write(prefix, EXAMPLES[:1], overwrite=True)
-    assert len(ExampleStore(prefix)) == 1 and len(snapshot(prefix.parent)) == 3
+    assert len(IndexedExamples(prefix)) == 1 and len(snapshot(prefix.parent)) == 3
 
 
 def test_an_interrupted_write_leaves_nothing(prefix):
     before = snapshot(prefix.parent)
     new = prefix.parent / "not yet" / "there" / "x"
     for target, overwrite in ((prefix, True), (new, False)):
-        with pytest.raises(KeyboardInterrupt), StoreWriter(target, FakeTokenizer(), overwrite) as writer:
+        with pytest.raises(KeyboardInterrupt), IndexedExamplesWriter(target, FakeTokenizer(), overwrite) as writer:
             writer.add(np.array([6, 7]), np.array([11]))
             raise KeyboardInterrupt
     assert snapshot(prefix.parent) == before
@@ -98,12 +98,12 @@ def test_every_truncation_is_seen(prefix, part):
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         with pytest.raises(ConfigError, match=rf"{path}: truncated: {size} bytes.*run python tools/preprocess_data.py"):
-            ExampleStore(prefix)
+            IndexedExamples(prefix)
     path.write_bytes(whole + b"\0\0")
     with pytest.raises(ConfigError, match=f"{part}: truncated"):
-        ExampleStore(prefix)
+        IndexedExamples(prefix)
     path.write_bytes(whole)
-    assert len(ExampleStore(prefix)) == 4
+    assert len(IndexedExamples(prefix)) == 4
 
 
 @pytest.mark.parametrize("part, change, message", [
@@ -118,7 +118,7 @@ def test_damaged_files_are_refused(prefix, part, change, message):
     path = prefix.parent / f"{prefix.name}.{part}"
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ConfigError, match=message) as refusal:
-        ExampleStore(prefix)
+        IndexedExamples(prefix)
     assert str(path) in str(refusal.value) and "python tools/preprocess_data.py" in str(refusal.value)
 
 
@@ -127,7 +127,7 @@ def test_missing_files_are_named(prefix, missing):
     for part in missing:
         (prefix.parent / f"{prefix.name}.{part}").unlink()
     with pytest.raises(ConfigError) as refusal:
-        ExampleStore(prefix)
+        IndexedExamples(prefix)
     named = [part for part in ("bin", "idx", "json") if f"{prefix}.{part}" in str(refusal.value)]
     assert named == list(missing) and "tools/preprocess_data.py" in str(refusal.value)
 
@@ -139,7 +139,7 @@ def test_documents_that_are_no_pairs_are_refused(prefix, tmp_path):
     builder.finalize(str(tmp_path / "plain.idx"))
     shutil.copy(f"{prefix}.json", tmp_path / "plain.json")
     with pytest.raises(ConfigError, match="plain.idx: its documents are not pairs"):
-        ExampleStore(tmp_path / "plain")
+        IndexedExamples(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("ids, message", [
@@ -150,23 +150,23 @@ def test_documents_that_are_no_pairs_are_refused(prefix, tmp_path):
 def test_an_id_outside_the_vocabulary_is_refused_when_opened(tmp_path, ids, message):
     write(tmp_path / "x", ids)
     with pytest.raises(ConfigError, match=f"{tmp_path}/x, {message}, but the vocabulary has 300 entries; write"):
-        ExampleStore(tmp_path / "x")
+        IndexedExamples(tmp_path / "x")
 
 
 def test_a_negative_id_is_refused_too(tmp_path):
     write(tmp_path / "x", [([6, 7], [11]), ([6, -1, 7], [11])], FakeTokenizer(70_000))
     with pytest.raises(ConfigError, match="example 1: token 1 of its prefix has the id -1"):
-        ExampleStore(tmp_path / "x")
+        IndexedExamples(tmp_path / "x")
 
 
 def test_a_store_too_large_to_scan_is_opened(tmp_path, monkeypatch):
     write(tmp_path / "x", [([6, 300, 7], [11])])
-    monkeypatch.setattr("hrm_megatron.data.store.SCANNED_BYTES", (tmp_path / "x.bin").stat().st_size - 1)
-    assert ExampleStore(tmp_path / "x")[0][0].tolist() == [6, 300, 7]
+    monkeypatch.setattr("hrm_megatron.data.indexed_examples.SCANNED_BYTES", (tmp_path / "x.bin").stat().st_size - 1)
+    assert IndexedExamples(tmp_path / "x")[0][0].tolist() == [6, 300, 7]
 
 
 def test_another_tokenizer_is_refused(prefix):
-    store = ExampleStore(prefix)
+    store = IndexedExamples(prefix)
     store.check_tokenizer("f" * 64)
     with pytest.raises(ConfigError, match="written with tokenizer ffffffffffff, not with 0000000000"):
         store.check_tokenizer("0" * 64)

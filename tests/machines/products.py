@@ -1,0 +1,19 @@
+"""A pytest plugin that decides which library multiplies matrices, by $PRODUCTS, as another maker's processor would."""
+from __future__ import annotations
+
+import os
+
+import torch
+
+from hrm_megatron.parallel.cpu import activate
+
+activate()
+
+from hrm_megatron.layers import linear  # noqa: E402
+
+PRODUCTS = os.environ["PRODUCTS"]
+assert PRODUCTS in ("onednn", "mkl", "without onednn"), PRODUCTS
+linear.ON_ONEDNN = PRODUCTS == "onednn"
+linear.MIN_MULTIPLICATIONS = 0  # the models of tests are small
+if PRODUCTS == "without onednn":
+    torch.backends.mkldnn.set_flags(False)
