@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 COMPILED, OVERLAP = dict(compile_layers=True), dict(overlap=True)
 CASES = [COMPILED | OVERLAP | dict(recompute_ticks=2), OVERLAP]
 SLOW = [COMPILED | OVERLAP, COMPILED, {}, OVERLAP | dict(recompute_ticks=2),
-        OVERLAP | dict(recompute_gated_act=True), dict(attention_kernel="sdpa")]
+        OVERLAP | dict(recompute_gated_act=True), dict(attention_kernel="sdpa"), OVERLAP | dict(context_parallel=2)]
 WEIGHTS, MICROBATCHES = 2 * 2 * 4, 2  # stacks, layers, linear layers of each
+BP_STEPS, TICKS, LAYERS = (5, 5, 2), 8, 2
 
 
 def run(cases):
@@ -42,15 +43,19 @@ def test_steps_on_a_gpu(found, case):
     steps = found[json.dumps(case)]
     print(json.dumps(steps))
     # Of the first step, whose second micro-batch compiles nothing. Fewer gradient ticks begin at another layer.
-    forwards, backwards = steps["graphs"][0]
-    assert steps["graphs"][1] == [forwards, backwards] and forwards <= (24 if case.get("compile_layers") else 18)
-    assert steps["graphs"][2][0] <= forwards + 4 and backwards <= steps["graphs"][2][1] <= backwards + 2
+    compiled, of_backward = steps["graphs"][0]
+    assert steps["graphs"][1] == [compiled, of_backward] and compiled <= (24 if case.get("compile_layers") else 18)
+    assert steps["graphs"][2][0] <= compiled + 4 and of_backward <= steps["graphs"][2][1] <= of_backward + 2
     # Before gradients are finalized nothing; then their check and the norm for the log.
     assert steps["reads"] == [[0, 2]] * 3
     # The first step of a number of ticks counts gradients, the next one reduces each bucket as it fills.
     groups = steps["groups"] if case.get("overlap") else 0
-    assert steps["reduced"] == [0, groups, 0] and (groups > 4) == ("overlap" in case)
-    assert steps["gathered"] == [groups] * 3  # as they are needed
+    assert (groups > 4) == ("overlap" in case)
+    # Under context parallelism keys and values are gathered in each forward and their gradients reduced in backward.
+    forward, backwards = ((TICKS * LAYERS, [bp * LAYERS for bp in BP_STEPS]) if "context_parallel" in case
+                          else (0, [0] * 3))
+    assert steps["reduced"] == [backwards[0], groups + backwards[1], backwards[2]]
+    assert steps["gathered"] == [groups + 2 * forward + backward for backward in backwards]  # as they are needed
     # A weight's gradient is answered once in a backward and takes no memory. Ticks that run again have their own.
     backwards_of_a_weight = 2 + 2 + 1 if case.get("recompute_ticks") else 3
     assert steps["results"] == {"_efficientzerotensor.default": WEIGHTS * MICROBATCHES * backwards_of_a_weight}
