@@ -37,7 +37,7 @@ ruff: $(STAMP)
 mypy: $(STAMP)
 	$(BIN)/mypy hrm_megatron $(wildcard tools/*.py) $(wildcard examples/demo/*.py)
 
-slow: $(STAMP)  ## Run the tests that take minutes each
+slow: $(STAMP)  ## Run the tests that take minutes each, and parts of the suite as other machines would
 	$(BIN)/python -m pytest -m slow
 
 ranks: $(STAMP)  ## Train in every parallel layout and print how far each is from one process

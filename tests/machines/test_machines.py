@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 DIGITS = ["tests/layers", "tests/attention", "tests/model", "tests/optim", "tests/planner", "tests/convert",
           "tests/generate/test_decode.py", "tests/gpu/test_loss_and_update.py", "tests/gpu/test_attention_kernels.py",
           "tests/parallel/test_patches.py", "tests/training/test_fullbatch.py"]
-PROCESSES = ["tests/house", "tests/data", "tests/convert", "tests/demo", "tests/examples", "tests/launch_scripts",
-             "tests/generate", "tests/parallel/test_patches.py", "tests/training/test_bad_input.py",
-             "tests/training/test_resume.py", "tests/training/test_death.py"]
+PROCESSES = ["tests/house", "tests/data", "tests/checkpoint", "tests/convert", "tests/demo", "tests/examples",
+             "tests/launch_scripts", "tests/generate", "tests/parallel/test_patches.py", "tests/test_program.py",
+             *(f"tests/training/test_{name}.py" for name in ("bad_input", "console", "death", "file_modes", "going_on",
+                                                             "resume", "start"))]
 KERNELS = {  # libraries take the best that the processor has and the variable allows
     "no vectors": dict(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41", MKL_ENABLE_INSTRUCTIONS="SSE4_2"),
     "AVX2": dict(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2"),
