@@ -33,6 +33,9 @@ def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """
     folder = starting_point(args)
     if folder is None:
+        if args.num_layers is None and not args.hrm_preset:
+            raise ConfigError(f"--use-checkpoint-args: none at {args.load} yet, and --num-layers is not set: give the "
+                              f"model's sizes, or a --hrm-preset ({', '.join(PRESETS)})")
         log.info(f"checkpoint: --use-checkpoint-args: none at {args.load} yet; sizes are the command line's")
         return
     stored = _arguments_of(folder, args.load_newest_valid)

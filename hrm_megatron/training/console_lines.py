@@ -11,7 +11,7 @@ NO_TERMINAL_WIDTH = 120  # of a line in a file or a pipe
 NARROWEST = 40
 UNITS = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
 # Of the facts before step 1; each begins with one of these words and a colon. Others come first.
-FACTS = ("model", "layers", "attention", "layout", "data", "validation", "checkpoint", "schedule",
+FACTS = ("model", "layers", "weight gradients", "attention", "layout", "data", "validation", "checkpoint", "schedule",
          "log")
 
 

@@ -71,7 +71,8 @@ def test_a_run_says_little(run):
 def test_what_the_run_is_stands_before_step_1(run):
     begin = next(i for i, line in enumerate(run.said) if line.startswith("step "))
     topics = [line.split(":")[0] for line in run.said[:begin] if not line.startswith(" ")]
-    assert topics == ["model", "layers", "attention", "layout", "data", "data", "checkpoint", "schedule", "log"]
+    assert topics == ["model", "layers", "weight gradients", "attention", "layout", "data", "data", "checkpoint",
+                      "schedule", "log"]
     facts = "\n".join(run.said[:begin])
     for part in ("HRM of 0.1", "2 ranks = TP 1 x PP 1 x CP 1 x DP 2", "validation: 20 examples",
                  f"checkpoint: new weights; saves every 2 steps and at the end to {run.folder / 'saved'}",
@@ -193,7 +194,7 @@ def test_verbose_prints_what_megatron_prints(launch, tmp_path):
 def test_an_unknown_flag_is_one_line(launch):
     unknown = launch("--hiden-size", 3)
     assert (unknown.code, unknown.output) == (
-        2, "error: command line: unrecognized arguments: --hiden-size 3; --help lists all flags\n")
+        2, "error: command line: unrecognized arguments: --hiden-size 3; did you mean --hidden-size?\n")
 
 
 @pytest.fixture

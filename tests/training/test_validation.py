@@ -221,6 +221,7 @@ def test_nothing_to_validate_on_is_one_line_and_no_evaluation(store, tmp_path, c
         tokenizer = TextTokenizer(GOLDEN / "tokenizer")
         with IndexedExamplesWriter(tmp_path / "one", tokenizer) as writer:
             writer.add(*example(tokenizer, 0))
+        caplog.clear()  # of what the tokenizer says of itself
     data = ["--train-data-path", store] if name == "alone" else ["--data-path", tmp_path / "one" if flags == [] else
                                                                 store]
     args, evaluation = open_run(*data, *flags)
