@@ -180,7 +180,7 @@ def test_an_interrupt_ends_a_command_and_what_it_started(tmp_path, inherited):
 def test_a_demo_in_the_background_ends_on_sigterm_alone(tmp_path):
     answering = f"import os, signal\nsignal.signal(signal.SIGUSR1, lambda *_: print(-1, flush=True))\n{LAUNCHER}"
     answering = answering.replace("print(child.pid,", "print(os.getpid(), child.pid,")
-    program = ("import sys\nfrom pathlib import Path\nfrom examples.demo import commands, run\n"
+    program = ("import sys\nfrom pathlib import Path\nfrom examples.demo import commands, run\nrun.listen()\n"
                f"command = [sys.executable, '-c', {answering!r}]\n"
                "run.demo = lambda *_, **__: commands.run(command, Path('log'), lambda line: f'said {line}')\n"
                "sys.exit(run.main(['--output', 'out']))")

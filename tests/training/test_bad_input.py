@@ -43,7 +43,7 @@ def refused(launch, tmp_path):
      ["--use-megatron-fsdp is incompatible with --data-parallel-sharding-strategy no_shard"]),
     (["--use-megatron-fsdp", "--recompute-ticks", 2], ["--use-megatron-fsdp is incompatible with --recompute-ticks"]),
     (["--use-megatron-fsdp", "--skip-train"], ["is incompatible with --skip-train (what tools/conv"]),
-    (["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"],
+    (["--load", "any", "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"],
      ["is incompatible with --use-checkpoint-opt-param-scheduler: leave one of them out"]),
     (["--use-megatron-fsdp", "--recompute-granularity", "full", "--recompute-method", "uniform",
       "--recompute-num-layers", 1],
@@ -170,7 +170,8 @@ def saved(uninterrupted, tmp_path):
     (["--l-cycles", 2], ["its model has l_cycles=3, the command line makes 2"]),
     (["--norm-placement", "post"], ["its model has norm_placement=pre"]),
     (["--init-scheme", "fixed_normal"], ["its model has embedding_scale=5.65", "the command line makes 50.0"]),
-    (["--verify-integrity"], ["--verify-integrity: ", "iter_0000024 was saved without it; leave it out"]),
+    (["--verify-integrity", "--train-iters", 25, "--override-opt-param-scheduler"],
+     ["--verify-integrity: ", "iter_0000024 was saved without it; leave it out"]),
     (["--ckpt-step", 7], ["iter_0000007: not there; choose another with --ckpt-step (complete: iter_0000012, iter_"]),
 ])
 def test_a_checkpoint_that_does_not_fit(refused, fullbatch_arguments, saved, flags, parts):

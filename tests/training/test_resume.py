@@ -50,7 +50,7 @@ def test_a_save_in_the_background_is_the_same_save(launch, fullbatch_arguments, 
     run = launch(*fullbatch_arguments, "--load", native_start, "--save", tmp_path, "--save-interval", 6, *IN_BACKGROUND,
                  "--exit-interval", 12, ranks=ranks)
     assert run.code == 0, run.output[-3000:]
-    assert "scheduled an async checkpoint save at iteration" in run.output
+    assert "step 12/24  is being saved in the background: " in run.last_output
     assert complete_iterations(tmp_path) == ["iter_0000006", "iter_0000012"]
     assert (tmp_path / TRACKER_FILE).read_text() == "12"
     manifests = [read_manifest(tmp_path / name) for name in complete_iterations(tmp_path)]
