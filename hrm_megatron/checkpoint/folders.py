@@ -44,12 +44,17 @@ def last_saved_first(load: Path) -> list[str]:
 
     One without manifest counts as saved behind all that are below it: its run was killed before it wrote that.
     """
+    return [name for *_, name in _by_save(load)]
+
+
+def _by_save(load: Path) -> list[tuple[int, bool, str]]:
+    """List (count of the save, whether that is a guess for want of a manifest, name), the last saved first."""
     found, latest = [], 0
     for name in complete_iterations(load):
         save = _save(load / name)
         latest = max(latest, save)
         found.append((save or latest, not save, name))
-    return [name for *_, name in sorted(found, reverse=True)]
+    return sorted(found, reverse=True)
 
 
 def _save(folder: Path) -> int:
@@ -88,8 +93,8 @@ def _tracked(load: Path) -> str:
 def _check_tracked(load: Path, folder: Path) -> None:
     """Refuse a tracker file that names another iteration than the last one whose save came to its end."""
     save = _save(folder)
-    later = next((name for name in last_saved_first(load) if save and _save(load / name) > save), None)
-    if later:
+    others = _by_save(load) if save else []
+    if later := next((name for count, guessed, name in others if count > save and not guessed), None):
         raise DamagedError(f"{load / TRACKER_FILE}: names {folder.name}, but {later} was saved after it; say which one "
                            "with --ckpt-step")
 

@@ -32,7 +32,7 @@ from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.parallel.patching import temporarily
 from hrm_megatron.training.resume import changes, check_model, nothing_left, settle_schedule
-from hrm_megatron.training.verification import check_flags, record_save
+from hrm_megatron.training.verification import check_verification_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def check_checkpoint(args: argparse.Namespace) -> tuple[Path | None, bool]:
     Returns the iteration to go on from, or None, and whether there is anything left to do. The iteration may still be
     damaged, of which all ranks must hear together.
     """
-    check_flags(args)
+    check_verification_flags(args)
     ours = architecture_of(args, args.vocab_size)
     if args.save and args.save != args.load and (found := complete_iterations(Path(args.save))):
         raise ConfigError(f"--save {args.save}: holds {found[-1]} of another run; give --load {args.save} to go on "
@@ -127,9 +127,10 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
                               "go on with a new optimizer and an EMA that starts at its weights, or another --load")
     converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
     if not converted:
-        for line in (settle_schedule(args, common["args"], folder, iteration), changes(common["args"], args)):
-            if line:
-                log.info(f"checkpoint: {line}")
+        if schedule := settle_schedule(args, common["args"], folder, iteration):
+            log.info(schedule)
+        if changed := changes(common["args"], args):
+            log.info(f"checkpoint: {changed}")
     return True
 
 

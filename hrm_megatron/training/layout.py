@@ -52,7 +52,7 @@ def describe(args: argparse.Namespace) -> str:
     shards, sharded, itemsize = dp * cp, sharded_by_fsdp(args), args.params_dtype.itemsize
     weight_bytes = itemsize / (shards if "weights" in sharded else 1)
     gradient_bytes = (itemsize if args.use_torch_fsdp2 else 4) / (shards if "gradients" in sharded else 1)
-    # fp32 moments and average, and fp32 masters where the weights themselves are narrower.
+    # fp32 moments and EMA, and fp32 masters where the weights themselves are narrower.
     state_bytes = 4 * (len(STATE_KEYS) + (args.params_dtype != torch.float32)) / shards
     for stage, (n, count) in enumerate(zip(layers, stage_parameters(architecture, layers), strict=True)):
         rank = count / tp

@@ -75,7 +75,8 @@ def schedule_settings(args: argparse.Namespace) -> dict[str, float]:
 
 def differences(theirs: argparse.Namespace, ours: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """Flag > (checkpoint's value, command line's value) of the settings of the schedule that differ."""
-    pairs = {flag: (value, schedule_settings(ours)[flag]) for flag, value in schedule_settings(theirs).items()}
+    wanted = schedule_settings(ours)
+    pairs = {flag: (value, wanted[flag]) for flag, value in schedule_settings(theirs).items()}
     if pairs["--lr-decay-iters"] == pairs["--train-iters"]:  # it is that unless given by hand
         del pairs["--lr-decay-iters"]
     return {flag: pair for flag, pair in pairs.items() if pair[0] != pair[1]}

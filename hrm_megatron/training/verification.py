@@ -28,7 +28,7 @@ from hrm_megatron.transformer_config import architecture_of
 log = logging.getLogger(__name__)
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_verification_flags(args: argparse.Namespace) -> None:
     """Refuse flags about the verification that would do nothing."""
     if args.load_newest_valid:
         refuse_beside("--load-newest-valid", {"--no-verify-checkpoint": not args.verify_checkpoint})
