@@ -16,6 +16,12 @@ def test_shards_keep_the_distances_of_their_bucket():
     assert starts_of([]) == ([], 0)
 
 
+def test_padding_is_megatrons(single_rank):
+    from megatron.core.optimizer.param_layout import pad_param_start
+
+    assert [pad_param_start(end) for end in (1, flat.PADDING, flat.PADDING + 1)] == [64, 64, 128]
+
+
 def test_a_state_moves_to_its_place_and_again_when_it_is_replaced():
     state, home = dict(m=torch.arange(6.0).view(2, 3), v=torch.ones(2, 3)), FlatState(10)
     home.take(state, 4)
