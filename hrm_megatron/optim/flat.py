@@ -52,14 +52,15 @@ def joined(rows: Iterable[Row | None]) -> Iterator[Row]:
     """Yield one row of flat tensors for consecutive rows that lie side by side, padding included; None parts them.
 
     Gradients may lie apart from one another, as those of several buckets do: they are copied, by one call and at a
-    time when no activations are kept, unless what comes before them is `LARGE` enough for a call of its own.
+    time when no activations are kept, unless what comes before or next is `LARGE` enough for a call of its own.
     """
     run: list[Row] = []
     distances: list[int] = []
     for row in (*rows, None):
         distance = _common(run[-1][:-1], row[:-1]) if run and row else None
-        if distance is not None and row and sum(distances) >= LARGE and _distance(run[-1][-1], row[-1]) != distance:
-            distance = None
+        if row and distance is not None and _distance(run[-1][-1], row[-1]) != distance:
+            size = sum(distances) + run[-1][0].numel()
+            distance = distance if max(size, row[0].numel()) < LARGE else None
         if distance is not None:
             distances.append(distance)
         else:

@@ -63,17 +63,23 @@ def test_what_stands_apart_is_apart():
     assert len([*joined([last, first])]) == 2  # backwards
 
 
-@pytest.mark.parametrize("large, calls", [(1 << 24, 1), (10, 2)])
-def test_gradients_of_several_buckets_are_copied_unless_a_call_is_large(monkeypatch, large, calls):
+@pytest.mark.parametrize("large, sizes", [(1 << 24, [33]), (31, [33]), (30, [30, 3]), (10, [30, 3])])
+def test_gradients_of_several_buckets_are_copied_unless_a_call_is_large(monkeypatch, large, sizes):
     monkeypatch.setattr(flat, "LARGE", large)
-    given = rows([0, 16, 30], [12, 14, 3], [100, 116, 300])
-    found = [*joined(given)]
-    assert len(found) == calls
+    found = [*joined(rows([0, 16, 30], [12, 14, 3], [100, 116, 300]))]
+    assert [len(master) for master, *_ in found] == sizes
     for master, moment, gradient in found:
         assert len(master) == len(moment) == len(gradient)
     whole = torch.cat([gradient for *_, gradient in found]).tolist()
     assert whole[:12] == [*range(2100, 2112)] and whole[16:30] == [*range(2116, 2130)]
     assert whole[30:] == [2300, 2301, 2302]
+
+
+def test_a_large_weight_is_not_copied(monkeypatch):
+    monkeypatch.setattr(flat, "LARGE", 14)
+    given = rows([0, 16, 30], [12, 14, 3], [100, 200, 214])
+    first, others = joined(given)
+    assert len(first[0]) == 12 and len(others[0]) == 17 and others[2].data_ptr() == given[1][2].data_ptr()
 
 
 # 44 x 24 is no multiple of 64, so DDP pads behind it. All are multiples of 32: torch's kernels on a CPU have scalar

@@ -48,9 +48,9 @@ def states():
     return len({t.data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == shape})
 
 def run_tick(self, index, *rest):
-    if index == self.second_phase - 1:
+    if not SECONDS and index == self.second_phase - 1:
         sending.append(states())
-    if index == self.second_phase > 0 and not seen[index]:
+    if not SECONDS and index == self.second_phase > 0 and not seen[index]:
         gc.collect()
         held.append(states())
     out = stock_tick(self, index, *rest)
