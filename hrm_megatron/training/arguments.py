@@ -71,7 +71,7 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     """Add our group to Megatron's parser and set our defaults for its flags."""
     group = parser.add_argument_group("hrm")
     group.add_argument("--hrm-preset", choices=[*PRESETS],
-                       help="fills sizes, learning rate, rows per step and per micro-batch; any flag given by hand wins")
+                       help="fills sizes, learning rate, rows per step and micro-batch; any flag given by hand wins")
     group.add_argument("--h-cycles", type=int, default=2, help="applications of the slow stack")
     group.add_argument("--l-cycles", type=int, default=3, help="applications of the fast stack in each slow cycle")
     group.add_argument("--bp-min-steps", type=int, default=2, help="ticks with gradient at the first step")
