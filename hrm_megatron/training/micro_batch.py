@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import argparse
 
-# By the sums of planner/flops.py a layer of XL takes a GPU 0.7 ms for 4,096 positions at 600 TFLOP/s, about what its host
-# takes to launch it: four times as many leave it time. `python tools/benchmark.py host` counts the launches.
+# By the sums of planner/flops.py a layer of XL takes a GPU 0.7 ms for 4,096 positions at 600 TFLOP/s, about what its
+# host takes to launch it: four times as many leave it time. `python tools/benchmark.py host` counts the launches.
 POSITIONS = 16_384
 
 
