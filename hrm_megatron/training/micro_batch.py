@@ -11,8 +11,11 @@ POSITIONS = 16_384
 def choose_rows(args: argparse.Namespace, most_positions: int) -> int:
     """Return the fewest rows with POSITIONS on a GPU, or as many as `most_positions` allow.
 
-    They divide the rows of a replica's step; a pipeline takes one, because it waits less with many micro-batches.
+    They divide the rows of a replica's step; a pipeline takes one, because it waits less with many micro-batches, and so
+    does a model of which nothing is known (0).
     """
+    if not most_positions:
+        return 1
     stages, context = args.pipeline_model_parallel_size, args.context_parallel_size
     replicas = args.world_size // (args.tensor_model_parallel_size * stages * context)
     of_a_row = max(1, args.seq_length // context)
