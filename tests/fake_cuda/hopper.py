@@ -94,7 +94,8 @@ def kernels() -> Iterator[Kernel]:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "kernel.ptx"
             source.write_text(built.asm["ptx"])
-            said = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")],
+            assembler = triton.knobs.nvidia.ptxas.path
+            said = subprocess.run([assembler, "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")],
                                   capture_output=True, text=True, check=True).stderr
         registers, = re.findall(r"Used (\d+) registers", said)
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
