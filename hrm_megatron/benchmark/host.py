@@ -12,10 +12,12 @@ import pstats
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrm_megatron.attention.core import KERNELS, VarlenAttention
@@ -28,7 +30,7 @@ from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.transformer_config import hrm_config
 
 STAND_IN = "sdpa"  # whose place a kernel that does nothing takes: it is chosen on any machine
-NARROW = dict(hidden_size=32, num_attention_heads=2, ffn_hidden_size=64, vocab_size=256)
+NARROW = Architecture(1, hidden_size=32, num_attention_heads=2, ffn_hidden_size=64, vocab_size=256)
 SHORTER = 32  # rows without a GPU, than the stated ones
 ONE_KERNEL = ("normalize", "normalize_backward", "rotate")  # of layers/functions.py, on a GPU
 # Operations that launch nothing, besides views.
@@ -133,7 +135,7 @@ def build(architecture: Architecture, compile_layers: bool) -> HRMModel:
     """Make the model of a run of `architecture` in bf16, or on a CPU a narrow one with as many layers."""
     cuda = torch.cuda.is_available()
     if not cuda:
-        architecture = Architecture(architecture.num_layers, **NARROW)
+        architecture = replace(NARROW, num_layers=architecture.num_layers)
     with nullcontext() if cuda else attention_without_kernel():
         model = HRMModel(hrm_config(
             architecture, bf16=True, params_dtype=torch.bfloat16, gradient_accumulation_fusion=True,
@@ -148,10 +150,8 @@ def example_rows(row_tokens: int, rows: int) -> PackedBatch:
     """Make rows of equal examples, of the mean length of rows.py, and on a CPU a part of that."""
     shorter = 1 if torch.cuda.is_available() else SHORTER
     example, prefix = MEAN_TOKENS // shorter, sum(PREFIX_TOKENS) // 2 // shorter
-    packed = [(range(1, prefix + 1), range(1, example - prefix + 2))] * max(1, row_tokens // MEAN_TOKENS)
-    row = assemble_row([(list(a), list(b)) for a, b in packed], row_tokens // shorter)
-    row["tokens"] %= NARROW["vocab_size"]
-    row["labels"].clamp_(max=NARROW["vocab_size"] - 1)
+    one = np.ones(prefix, np.int64), np.ones(example - prefix + 1, np.int64)
+    row = assemble_row([one] * max(1, row_tokens // MEAN_TOKENS), row_tokens // shorter)
     batch = PackedBatch.from_rows({name: tensor.expand(rows, -1) for name, tensor in row.items()})
     return batch.to("cuda") if torch.cuda.is_available() else batch
 
@@ -183,7 +183,7 @@ def _on_the_device(run: Callable[[], object], calls: int, seconds: float) -> tup
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         run()
         torch.cuda.synchronize()
-    kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in found.events() if event.device_type == DeviceType.CUDA]
     return len(kernels), calls, seconds, sum(event.self_device_time_total for event in kernels) / 1e6
 
 
@@ -204,7 +204,7 @@ def measure_host(architecture: Architecture, row_tokens: int, rows: int, compile
         return run
     parts = dict(forward=forward, fewer=step(FEWER_TICKS), more=step(MORE_TICKS))
     # Backward in this thread, which is timed.
-    with torch.autograd.set_multithreading_enabled(False):  # type: ignore[attr-defined]
+    with torch.autograd.set_multithreading_enabled(False):
         for run in parts.values():
             run(), run()  # compiles
         found = {name: measure(run, compile_layers) for name, run in parts.items()}

@@ -71,7 +71,7 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     """Add our group to Megatron's parser and set our defaults for its flags."""
     group = parser.add_argument_group("hrm")
     group.add_argument("--hrm-preset", choices=[*PRESETS],
-                       help="model sizes, learning rate and batch sizes; explicit flags override them")
+                       help="model sizes, learning rate, global and micro-batch size; explicit flags override them")
     group.add_argument("--h-cycles", type=int, default=2,
                        help="H ticks (applications of the slow stack) per forward pass")
     group.add_argument("--l-cycles", type=int, default=3,

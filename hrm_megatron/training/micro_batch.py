@@ -11,8 +11,8 @@ POSITIONS = 16_384
 def choose_rows(args: argparse.Namespace, most_positions: int) -> int:
     """Return the fewest rows with POSITIONS on a GPU, or as many as `most_positions` allow.
 
-    They divide the rows of a replica's step; a pipeline takes one, because it waits less with many micro-batches, and so
-    does a model of which nothing is known (0).
+    They divide the rows of a replica's step. A pipeline takes one, because it waits less with many micro-batches, and
+    so does a model of which nothing is known (0).
     """
     if not most_positions:
         return 1

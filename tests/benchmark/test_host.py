@@ -23,8 +23,8 @@ def test_launches_and_calls_are_counted_per_tick(found):
     # Four products, two norms, one rotation, two gathers of queries and of keys and values each, two kernels; zeros and
     # two copies into them; the copy of the gate and its product; SwiGLU, two sums: as written where a CPU runs them.
     assert 25 <= layer <= 32, layer
-    # 535 in plain layers, 100 of which are modules' own; it was 800 with stock products and a function each for no graph.
-    assert (three.calls - one.calls) / 2 < 600
+    # 417; it was 800 with stock forwards, stock products, and autograd functions where there is no gradient.
+    assert (three.calls - one.calls) / 2 < 440
     assert one.seconds > 0 and one.device_seconds is None
 
 

@@ -45,8 +45,8 @@ def compare(dtype, backend):
     from hrm_megatron.transformer_config import hrm_config
 
     counter = CompileCounterWithBackend(backend)
-    compiled._before, compiled._behind = (
-        torch.compile(part, backend=counter) for part in (compiled.before_attention, compiled.behind_attention))
+    compiled.CompiledLayer.before, compiled.CompiledLayer.behind = (staticmethod(
+        torch.compile(part, backend=counter)) for part in (compiled.before_attention, compiled.behind_attention))
     precision = dict(params_dtype=getattr(torch, dtype), bf16=dtype == "bfloat16")
     generator = np.random.default_rng(3)
 
