@@ -151,8 +151,8 @@ def test_a_stopped_training_of_a_tokenizer_leaves_nothing(rows, tmp_path):
 @pytest.mark.parametrize("workers, number", [(1, signal.SIGTERM), *((2, number) for number in STOPS)])
 def test_a_stopped_preprocessing_leaves_nothing(rows, tmp_path, workers, number):
     """The signal goes to the whole group, as a terminal sends it, while workers are busy."""
-    stop = ("from hrm_megatron.data import preprocess\ncut = preprocess.iterate_chunks\n"
-            "preprocess.iterate_chunks = lambda paths, size: cut(paths, 2000)\n"
+    stop = ("from hrm_megatron.data import preprocess\ncut = preprocess.pieces\n"
+            "preprocess.pieces = lambda path, size, rows: cut(path, 2000, rows)\n"
             "writer = preprocess.IndexedExamplesWriter\nadd = writer.add\ndef stop(self, *ids):\n  add(self, *ids)\n"
             f"  if self.metadata['examples'] == 20: os.killpg(0, {int(number)})\nwriter.add = stop")
     status, said = preprocess(stop, rows, tmp_path / "new" / "x", workers)

@@ -10,7 +10,7 @@ from hrm_megatron.program import listen, one_line
 if __name__ == "__main__":
     listen()
 
-from hrm_megatron.data.inputs import add_input_flags, find_inputs, row_format
+from hrm_megatron.data.inputs import add_input_flags, inputs_of
 from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.tokenizer import TextTokenizer
 
@@ -33,9 +33,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    report = preprocess(find_inputs(args.input), args.output_prefix, TextTokenizer(args.tokenizer_model), args.workers,
-                        row_format(args), args.context_size, args.on_bad_row == "skip", args.overwrite,
-                        keep_same=args.keep_same)
+    paths, rows = inputs_of(args)
+    report = preprocess(paths, args.output_prefix, TextTokenizer(args.tokenizer_model), args.workers, rows,
+                        args.context_size, args.on_bad_row == "skip", args.overwrite, keep_same=args.keep_same)
     if report is None:
         print(f"{args.output_prefix}: made from the same input before, kept")
     else:

@@ -11,7 +11,7 @@ if __name__ == "__main__":
     listen()
 
 from hrm_megatron.data.example import BadRows
-from hrm_megatron.data.inputs import add_input_flags, find_inputs, row_format
+from hrm_megatron.data.inputs import add_input_flags, inputs_of
 from hrm_megatron.data.preprocess import learn_tokenizer
 
 
@@ -32,8 +32,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     bad_rows = BadRows(args.on_bad_row == "skip")
-    tokenizer = learn_tokenizer(find_inputs(args.input), args.output, args.vocab_size, args.max_chars, args.overwrite,
-                                row_format(args), bad_rows, args.keep_same)
+    paths, rows = inputs_of(args)
+    tokenizer = learn_tokenizer(paths, args.output, args.vocab_size, args.max_chars, args.overwrite, rows, bad_rows,
+                                args.keep_same)
     if tokenizer is None:
         print(f"{args.output}: made from the same input before, kept")
     else:

@@ -1,18 +1,18 @@
-"""Examples and the jsonl files that hold them: every row is an `Example`, or a `BadRow` that says where and why."""
+"""Rows and the examples in them: every row is an `Example`, or a `BadRow` that says where and why."""
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.text_files import convert_from, shown, without_mark
+from hrm_megatron.data.text_files import convert_from, shown
 from hrm_megatron.data.tokenizer import tags_of
 
 FIELDS = ("condition", "instruction", "response")
+MAX_CHARACTERS = 2_000_000  # of one text: a long book has more, no context has
+BYTES_PER_CHARACTER = 12  # of JSON at most: \uXXXX twice, for what lies outside the basic plane
 
 
 class BadRow(ConfigError):
@@ -48,16 +48,30 @@ class BadRows:
 @dataclass(frozen=True)
 class RowFormat:
     """How rows spell an example: the names of condition, instruction and response, and the tags of a row without a
-    condition (None: such a row is bad)."""
+    condition (None: such a row is bad). No text has more than `max_characters`."""
 
     keys: tuple[str, ...] = FIELDS
     default_condition: str | None = None
+    max_characters: int = MAX_CHARACTERS
 
     def __post_init__(self) -> None:
         try:
             tags_of(self.default_condition or "")
         except ConfigError as error:
             raise ConfigError(f"--default-condition {self.default_condition}: {error}") from error
+        if self.max_characters < 1:
+            raise ConfigError(f"--max-characters {self.max_characters}: must be at least 1")
+
+    @property
+    def max_line_bytes(self) -> int:
+        """Bytes of a line that is read at all."""
+        return BYTES_PER_CHARACTER * self.max_characters + 65_536
+
+    def settings(self) -> dict[str, object]:
+        """What decides, besides the files, which examples are read. Not what happens to bad rows: where there are
+        some, nothing is made unless they are skipped."""
+        return {"json_keys": list(self.keys), "default_condition": self.default_condition,
+                "max_characters": self.max_characters}
 
 
 @dataclass(frozen=True)
@@ -70,12 +84,11 @@ class Example:
     defaulted: bool = field(default=False, compare=False)
 
 
-def parse_example(line: bytes, place: str, rows: RowFormat = RowFormat()) -> Example:
-    """Read one jsonl line. Raises BadRow."""
-    row = _parse_object(line, place)
+def examples_of(row: dict[str, Any], place: str, rows: RowFormat = RowFormat()) -> list[Example]:
+    """Take the examples out of a row. Raises BadRow."""
     defaulted = row.get(rows.keys[0]) is None and rows.default_condition is not None
     if defaulted:
-        row[rows.keys[0]] = rows.default_condition
+        row = {**row, rows.keys[0]: rows.default_condition}
     for key in rows.keys:
         _check_text(row, key, place, or_else=", or give --default-condition" if key == rows.keys[0] else "")
     condition, instruction, response = (row[key] for key in rows.keys)
@@ -87,11 +100,14 @@ def parse_example(line: bytes, place: str, rows: RowFormat = RowFormat()) -> Exa
     for key, text in zip(rows.keys[1:], (example.instruction, example.response), strict=True):
         if not text.strip():
             raise BadRow("empty field", f"{place}: {key}={shown(text)} is empty; fill it or drop the row")
-    return example
+        if len(text) > rows.max_characters:
+            raise BadRow("row too long", f"{place}: {key} has {len(text):,} characters, --max-characters is "
+                                         f"{rows.max_characters}; split it or raise that")
+    return [example]
 
 
-def _parse_object(line: bytes, place: str) -> dict[str, Any]:
-    line = without_mark(line)
+def parse_object(line: bytes, place: str) -> dict[str, Any]:
+    """Read one jsonl line, without white space or a byte order mark around it. Raises BadRow."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -122,18 +138,3 @@ def _check_text(row: dict[str, Any], key: str, place: str, or_else: str) -> None
     except UnicodeEncodeError as error:
         raise BadRow("invalid Unicode", f"{place}: {key}={shown(value)} has half a surrogate pair at character "
                                         f"{error.start + 1}; correct the text") from error
-
-
-def read_jsonl(path: str | Path, rows: RowFormat = RowFormat(),
-               bad_rows: BadRows | None = None) -> Iterator[tuple[int, Example]]:
-    """Yield (line number from 1, example); blank lines are passed over. Bad rows go to `bad_rows`, else are raised."""
-    bad_rows = bad_rows or BadRows()
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if without_mark(line):
-                try:
-                    example = parse_example(line, f"{path}:{number}", rows)
-                except BadRow as error:
-                    bad_rows.take(error)
-                    continue
-                yield number, example

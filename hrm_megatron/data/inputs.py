@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.example import FIELDS, RowFormat
+from hrm_megatron.data.example import FIELDS, MAX_CHARACTERS, RowFormat
 from hrm_megatron.data.text_files import is_blank_jsonl
 
 SUFFIX = ".jsonl"
@@ -19,19 +19,22 @@ log = logging.getLogger(__name__)
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `find_inputs` and `row_format` read, and --on-bad-row."""
+    """Add the flags that `inputs_of` reads, and --on-bad-row."""
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, globs or folders of jsonl")
     parser.add_argument("--json-keys", nargs=3, default=FIELDS, metavar=("CONDITION", "INSTRUCTION", "RESPONSE"),
                         help="names of the fields in your rows (default: the names above in lower case)")
     parser.add_argument("--default-condition", metavar="TAGS",
                         help="comma-separated tags of rows that have no condition, or '' for none; the reference's "
                              "own is direct (default: such a row is bad)")
+    parser.add_argument("--max-characters", type=int, default=MAX_CHARACTERS,
+                        help="a row with a longer text is bad (default: %(default)s)")
     parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error",
                         help="stop at a bad row, or count and leave it out (default: %(default)s)")
 
 
-def row_format(args: argparse.Namespace) -> RowFormat:
-    return RowFormat(tuple(args.json_keys), args.default_condition)
+def inputs_of(args: argparse.Namespace) -> tuple[list[Path], RowFormat]:
+    """Resolve the flags of `add_input_flags`: the files to read, and how their rows spell examples."""
+    return find_inputs(args.input), RowFormat(tuple(args.json_keys), args.default_condition, args.max_characters)
 
 
 def find_inputs(inputs: Sequence[str]) -> list[Path]:

@@ -10,9 +10,8 @@ import pytest
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data import preprocess as module
-from hrm_megatron.data.example import read_jsonl
 from hrm_megatron.data.indexed_examples import IndexedExamples
-from hrm_megatron.data.preprocess import iterate_chunks, learn_tokenizer, preprocess
+from hrm_megatron.data.preprocess import learn_tokenizer, preprocess
 from hrm_megatron.data.tokenizer import TextTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +28,9 @@ def outputs(prefix):
 
 
 def expected(tokenizer, paths):
-    return [(tokenizer.encode_prefix(example.condition, example.instruction), tokenizer.encode_response(
-        example.response)) for path in paths for _, example in read_jsonl(path)]
+    rows = [json.loads(line) for path in paths for line in path.read_text().split("\n") if line]
+    return [(tokenizer.encode_prefix(row["condition"], row["instruction"]), tokenizer.encode_response(row["response"]))
+            for row in rows]
 
 
 def stored(prefix):
@@ -79,20 +79,6 @@ def test_byte_order_marks_change_nothing(write_jsonl, tmp_path, tokenizer, chunk
     assert stored(tmp_path / "out" / "marked") == stored(tmp_path / "out" / "plain") == expected(tokenizer, [plain])
     texts = [learn_tokenizer([path], tmp_path / f"{path.stem}-tok", 400).path.read_text() for path in (plain, marked)]
     assert texts[0] == texts[1] and "\ufeff" not in texts[1]
-
-
-@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 10_000])
-def test_chunks_cover_files_at_line_ends(tmp_path, chunk_bytes):
-    contents = b"first\n\nthird line is longer\r\nfourth\nlast without end"
-    (tmp_path / "a").write_bytes(contents)
-    (tmp_path / "empty").write_bytes(b"")
-    pieces = []
-    for chunk in iterate_chunks([tmp_path / "empty", tmp_path / "a"], chunk_bytes):
-        piece = contents[chunk.start_byte:chunk.start_byte + chunk.num_bytes]
-        assert chunk.first_line == contents[:chunk.start_byte].count(b"\n") + 1
-        pieces.append(piece)
-    assert b"".join(pieces) == contents
-    assert all(piece.endswith(b"\n") for piece in pieces[:-1])
 
 
 def test_long_responses_are_cut_and_long_prefixes_refused(write_jsonl, tmp_path, tokenizer):
