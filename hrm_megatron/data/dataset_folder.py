@@ -6,9 +6,9 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.folder_lock import InUse, lock
@@ -22,7 +22,8 @@ RECORD = "source-"
 OURS = re.compile(rf"([0-9a-f]{{{NAME_DIGITS}}})\.({'|'.join(PARTS)})|{RECORD}[0-9a-f]{{{NAME_DIGITS}}}\.json")
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True)
+class Task:
     """One of the tasks of a job array that share the sources; the only one where there is no array."""
 
     number: int = 0
@@ -48,8 +49,8 @@ class DatasetFolder:
         self.prefix = str(prefix)
         self.task = task
         self.shards = shard_folder(prefix)
-        number, count = task or Task()
-        self.scratch = self.shards / f"{SCRATCH}{number}-of-{count}"
+        work = task or Task()
+        self.scratch = self.shards / f"{SCRATCH}{work.number}-of-{work.count}"
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -123,7 +124,7 @@ class DatasetFolder:
     def prune(self, keep: set[str]) -> None:
         """Remove the shards that are not named in `keep`, all records, and the files of a dataset of the older form."""
         for path in self.shards.iterdir():
-            if (ours := OURS.fullmatch(path.name)) and ours[1] not in keep or path.name.startswith(f"{LOCK}-"):
+            if ((ours := OURS.fullmatch(path.name)) and ours[1] not in keep) or path.name.startswith(f"{LOCK}-"):
                 path.unlink()
         for part in ("bin", "idx"):
             Path(f"{self.prefix}.{part}").unlink(missing_ok=True)

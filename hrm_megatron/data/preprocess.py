@@ -6,11 +6,10 @@ import multiprocessing
 import os
 import signal
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -18,10 +17,15 @@ import numpy as np
 from tqdm import tqdm
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.dataset_folder import DatasetFolder, Task
+from hrm_megatron.data.encoded import Encoded
 from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat
-from hrm_megatron.data.indexed_examples import IndexedExamplesWriter, already_made
+from hrm_megatron.data.incremental import Update, list_inputs, share_of
+from hrm_megatron.data.manifest import facts_of
 from hrm_megatron.data.provenance import Provenance
 from hrm_megatron.data.readers import PIECE_BYTES, Piece, pieces, read_examples, read_piece
+from hrm_megatron.data.run_report import Report
+from hrm_megatron.data.text_keys import TextKeys
 from hrm_megatron.data.tokenizer import (
     TextTokenizer,
     already_trained,
@@ -35,43 +39,6 @@ TASKS_PER_WORKER = 4  # queued ahead, so that memory does not grow with the inpu
 ROWS = RowFormat()
 
 
-@dataclass
-class Encoded:
-    """Ids of a piece's examples: prefix, target, prefix, target, ... in `ids`, cut by `lengths` [examples, 2].
-    `noted`: what was handled on the way, by kind."""
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    truncated: int = 0
-    defaulted: int = 0
-    bad_rows: list[BadRow] = field(default_factory=list)
-    noted: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass
-class Report:
-    """What a run has written and what it has left out; `defaulted` examples had no condition of their own, and
-    `noted` is what was handled on the way."""
-
-    skipped: BadRows
-    examples: int = 0
-    tokens: int = 0
-    max_row_length: int = 0
-    truncated: int = 0
-    defaulted: int = 0
-    noted: Counter[str] = field(default_factory=Counter)
-
-    def summary(self) -> str:
-        """Say in one line what there is."""
-        return (f"{self.examples} examples, {self.tokens} tokens, longest row {self.max_row_length} positions, "
-                f"{self.truncated} responses truncated, {self.skipped.count.total()} rows skipped")
-
-    def lines(self) -> list[str]:
-        """Say what was not taken as it stands in the rows."""
-        defaulted = [f"{self.defaulted} rows have no condition and took the default"] if self.defaulted else []
-        return [*defaulted, *(f"{count} {what}" for what, count in sorted(self.noted.items())), *self.skipped.lines()]
-
-
 def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, context_size: int) -> Encoded:
     """Spell the examples of a piece; rows that cannot be spelled come back in `bad_rows`, in order.
 
@@ -80,6 +47,7 @@ def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, contex
     encoded = Encoded(np.empty(0, np.int32), np.empty((0, 2), np.int64))
     ids: list[np.ndarray] = []
     lengths: list[int] = []
+    keys = TextKeys()
     for batch in _batches(read_piece(piece, rows, encoded.noted)):
         examples = [example for _, example in batch if isinstance(example, Example)]
         prefixes = tokenizer.encode_prefixes([e.condition for e in examples], [e.instruction for e in examples])
@@ -100,9 +68,11 @@ def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, contex
             encoded.defaulted += example.defaulted
             ids += [np.array(prefix, np.int32), np.array(target[:room], np.int32)]
             lengths += [len(prefix), min(len(target), room)]
+            keys.add(example)
     if ids:
         encoded.ids = np.concatenate(ids)
     encoded.lengths = np.array(lengths, np.int64).reshape(-1, 2)
+    encoded.prompt_keys, encoded.example_keys = keys.arrays()
     return encoded
 
 
@@ -144,7 +114,7 @@ def _leave_stopping_to_us() -> Iterator[None]:
 
 
 def encode_all(chunks: Iterable[Piece], tokenizer: TextTokenizer, workers: int, rows: RowFormat,
-               context_size: int) -> Iterator[tuple[Piece, Encoded]]:
+               context_size: int) -> Generator[tuple[Piece, Encoded]]:
     """Spell chunks in `workers` processes (1: in this one) and return them in their order."""
     if workers == 1:
         for chunk in chunks:
@@ -172,38 +142,71 @@ def encode_all(chunks: Iterable[Piece], tokenizer: TextTokenizer, workers: int, 
 
 def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: TextTokenizer, workers: int = 1,
                rows: RowFormat = ROWS, context_size: int = 4096, skip_bad_rows: bool = False,
-               overwrite: bool = False, chunk_bytes: int = PIECE_BYTES, keep_same: bool = False) -> Report | None:
-    """Write the examples of `paths`, in order, to an indexed dataset. A bad row raises BadRow unless they are skipped.
+               overwrite: bool = False, chunk_bytes: int = PIECE_BYTES, names: Sequence[str] | None = None,
+               task: Task | None = None, merge: bool = False) -> Report | None:
+    """Bring the dataset at `output_prefix` up to the examples of `paths`, in order: a shard for each, by its name.
 
-    The files do not depend on `workers`. Whatever is raised, nothing stays behind. With `keep_same` a dataset that was
-    made from the same files and settings is left alone, and None returned.
+    A bad row raises BadRow unless they are skipped. The files do not depend on `workers`. Whatever is raised, finished
+    sources stay and nothing else, and the dataset is the one that was there before. As one `task` of several this makes
+    the shards of its share, and returns None unless it is the last; `merge` refuses to make any.
     """
     for name, value in (("workers", workers), ("context-size", context_size)):
         if value < 1:
             raise ConfigError(f"--{name} {value}: must be at least 1")
-    provenance = Provenance.of(paths, **rows.settings(), tokenizer=tokenizer.fingerprint, context_size=context_size)
-    if keep_same and already_made(output_prefix, provenance):
-        return None
-    report = Report(BadRows(skip_bad_rows))
-    chunks = chain.from_iterable(pieces(path, chunk_bytes, rows) for path in paths)
-    started = time.monotonic()
-    with (IndexedExamplesWriter(output_prefix, tokenizer, overwrite, provenance) as writer,
-          tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, disable=None) as bar):
-        for chunk, encoded in encode_all(chunks, tokenizer, workers, rows, context_size):
-            for bad_row in encoded.bad_rows:
-                report.skipped.take(bad_row)
-            ends = encoded.lengths.cumsum().reshape(-1, 2)
-            for (middle, end), (prefix_length, _) in zip(ends.tolist(), encoded.lengths.tolist(), strict=True):
-                writer.add(encoded.ids[middle - prefix_length:middle], encoded.ids[middle:end])
-            report.truncated += encoded.truncated
-            report.defaulted += encoded.defaulted
-            report.noted += encoded.noted
-            report.tokens += len(encoded.ids)
-            bar.update(chunk.num_bytes)
-            bar.set_postfix_str(f"{report.tokens / (time.monotonic() - started):,.0f} tokens/s")
-        report.examples = writer.metadata["examples"]
-        report.max_row_length = writer.metadata["max_row_length"]
-    return report
+    settings = {**rows.settings(), "tokenizer": tokenizer.fingerprint, "context_size": context_size}
+    inputs = list_inputs(paths, names)
+    folder = DatasetFolder(output_prefix, task)
+
+    def encode(paths: Sequence[Path]) -> Generator[tuple[Piece, Encoded]]:
+        chunks = chain.from_iterable(pieces(path, chunk_bytes, rows) for path in paths)
+        return encode_all(chunks, tokenizer, workers, rows, context_size)
+
+    def look() -> Update:
+        return Update(folder, inputs, facts_of(tokenizer), settings, skip_bad_rows, overwrite)
+
+    mine = share_of(inputs, task) if task else inputs
+    with folder.held(), Progress() as progress:
+        update = look()
+        if merge and (missing := update.missing()):
+            raise ConfigError(f"{len(missing)} of {len(inputs)} sources have no shard in {folder.shards} yet, the "
+                              f"first {missing[0].name}; run the --shard tasks that make them, or leave out --merge")
+        progress.begin(sum(given.num_bytes for given in update.missing() if given in mine))
+        update.make(mine, encode, progress.advance)
+        if task is None:
+            return Report(update.complete(), update.changes, progress.seconds, progress.read_bytes, progress.tokens)
+    with folder.held_by_last() as last:
+        if last and not (update := look()).missing():
+            return Report(update.complete(), update.changes, progress.seconds, progress.read_bytes, progress.tokens)
+    return None
+
+
+class Progress:
+    """A bar over the bytes of a run's sources, and what it has come to."""
+
+    def __init__(self) -> None:
+        self.read_bytes = self.tokens = 0
+        self._bar = tqdm(unit="B", unit_scale=True, disable=None)
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def begin(self, total_bytes: int) -> None:
+        self._bar.reset(total_bytes)
+        self._started = time.monotonic()
+
+    def advance(self, read_bytes: int, tokens: int) -> None:
+        self.read_bytes += read_bytes
+        self.tokens += tokens
+        self._bar.update(read_bytes)
+        self._bar.set_postfix_str(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
 
 
 def learn_tokenizer(paths: Sequence[Path], output: str | Path, vocab_size: int, max_chars: int = 10_000,

@@ -11,8 +11,9 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedWriter, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -125,7 +126,7 @@ class ShardWriter:
         self.dtype = np.dtype(np.uint16 if vocab_size <= UINT16_ENTRIES else np.int32)
         self.examples = self.tokens = self.prefix_tokens = self.max_row_length = 0
         self._files = {part: _HashedFile(scratch / part) for part in ("bin", PROMPT_KEYS, EXAMPLE_KEYS)}
-        self._lengths = open(scratch / "lengths", "wb")
+        self._lengths = _create(scratch / "lengths")
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, prompt_keys: np.ndarray, example_keys: np.ndarray) -> None:
         """Append examples: `ids` are prefix, target, prefix, target, ... cut by `lengths` [n, 2], none of them empty;
@@ -162,7 +163,8 @@ class ShardWriter:
 
     def close(self) -> None:
         """Let go of the files. Closing writes what was held back, so that a full disk fails once more."""
-        for file in (self._lengths, *self._files.values()):
+        self._lengths.close()
+        for file in self._files.values():
             file.close()
 
     def _index(self) -> Iterator[np.ndarray]:
@@ -182,11 +184,15 @@ class ShardWriter:
             yield 2 * np.arange(start, min(start + COPIED_SEQUENCES, self.examples + 1), dtype="<i8")
 
 
+def _create(path: Path) -> BufferedWriter:
+    return BufferedWriter(FileIO(path, "w"))
+
+
 class _HashedFile:
     """A file that knows the digests of its blocks when it is finished."""
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "wb")
+        self._file = _create(path)
         self._size = 0
         self._done: list[str] = []
         self._hash = hashlib.sha256()
