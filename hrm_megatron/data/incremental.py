@@ -197,7 +197,7 @@ class Update:
             sha256 = digests[given.name].result()
             if Input.of(given.name, given.path) != given:
                 raise ConfigError(f"{given.path} was changed while it was read; run the command again")
-            with self.folder.writing():
+            with signals_held(), self.folder.writing():
                 shard = writer.finish(self.folder.shards)
                 source = Source(given.name, given.num_bytes, given.modified_ns, sha256, shard, counts["truncated"],
                                 counts["defaulted"], dict(sorted(noted.items())),

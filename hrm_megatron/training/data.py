@@ -57,6 +57,11 @@ class Sources:
         return "there is nothing to validate on; give --valid-data-path PREFIX for that"
 
     @property
+    def indexed(self) -> list[IndexedExamples]:
+        """The indexed datasets among them."""
+        return [source for source in (self.train, self.valid, self.test) if isinstance(source, IndexedExamples)]
+
+    @property
     def files(self) -> list[Path]:
         """All files that are read."""
         return [file for source in (self.train, self.valid, self.test) if source for file in source.files]
@@ -91,6 +96,11 @@ def open_sources(args: argparse.Namespace) -> Sources:
         if store.vocab_size != source.vocab_size:
             raise ConfigError(f"--{name}-data-path {parts[name]}: made with a vocabulary of {store.vocab_size}, the "
                               f"training data with {source.vocab_size}; preprocess both with one tokenizer")
+    if args.verify_data:
+        if isinstance(source, SampledFolder):
+            raise ConfigError("--verify-data: the folder of --sampled-data-path has no checksums; leave it out")
+        for store in stores.values():
+            store.blocks()  # refused where there are none, before anything is built
     return Sources(source, stores.get("valid"), stores.get("test"), split=bool(whole))
 
 
