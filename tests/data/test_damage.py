@@ -78,7 +78,7 @@ def test_damages_to_a_dataset(dataset, tmp_path):
             try:
                 found = read_all(copy, verify)
             except ConfigError as error:
-                named = str(path) in str(error) or f"{copy}, example " in str(error) and name.endswith(".bin")
+                named = str(path) in str(error) or (f"{copy}, example " in str(error) and name.endswith(".bin"))
                 assert named and "\n" not in str(error), error
                 refused += verify
                 unverified += not verify
