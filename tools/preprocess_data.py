@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from hrm_megatron.program import listen, one_line
 
@@ -11,10 +12,12 @@ if __name__ == "__main__":
     listen()
 
 from hrm_megatron.data.dataset_folder import Task
+from hrm_megatron.data.engine import ENGINES
 from hrm_megatron.data.inputs import add_input_flags, inputs_of
 from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.source_names import source_names
-from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.data.spelling import add_spelling_flags, chosen_spelling
+from hrm_megatron.data.tokenizer import TextTokenizer, respelled, tokenizer_file
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -24,6 +27,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="PREFIX.json and the folder PREFIX.shards are written; where they are already there, only "
                              "what has changed is made, and shards of files that are no longer among --input go")
     parser.add_argument("--tokenizer-model", required=True, metavar="PATH", help="tokenizer folder or tokenizer.json")
+    parser.add_argument("--tokenizer-engine", choices=ENGINES, default="auto",
+                        help="gigatoken spells texts many times as fast, and tokenizers those for which it is not "
+                             "proven to give the same ids; they do not change the output (default: %(default)s, "
+                             "gigatoken where it is installed)")
+    add_spelling_flags(parser)
     parser.add_argument("--workers", type=int, default=1, help="processes; they do not change the output")
     parser.add_argument("--context-size", type=int, default=4096, metavar="POSITIONS",
                         help="longer responses are truncated (default: %(default)s)")
@@ -38,10 +46,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def open_tokenizer(args: argparse.Namespace) -> TextTokenizer:
+    """Open the tokenizer; one with another spelling is written beside the output, for what is trained on it."""
+    path = args.tokenizer_model
+    if spelling := chosen_spelling(args, tokenizer_file(path)):
+        path = respelled(path, spelling, Path(f"{args.output_prefix}.tokenizer"), args.overwrite)
+        print(f"{path}: the tokenizer as these flags spell; give it as --tokenizer-model from here on")
+    return TextTokenizer(path, args.tokenizer_engine)
+
+
 def run(args: argparse.Namespace) -> None:
     task = Task.of(args.shard) if args.shard else None
-    paths, rows = inputs_of(args)
-    report = preprocess(paths, args.output_prefix, TextTokenizer(args.tokenizer_model), args.workers, rows,
+    tokenizer = open_tokenizer(args)
+    paths, rows = inputs_of(args, tokenizer.spelling.tags)
+    report = preprocess(paths, args.output_prefix, tokenizer, args.workers, rows,
                         args.context_size, args.on_bad_row == "skip", args.overwrite,
                         names=source_names(args.input, paths), task=task, merge=args.merge)
     if report is None:

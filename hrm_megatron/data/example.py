@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.spelling import TAG_TOKENS, tags_of
 from hrm_megatron.data.text_files import convert_from, shown
-from hrm_megatron.data.tokenizer import tags_of
 
 FIELDS = ("condition", "instruction", "response")
 MAX_CHARACTERS = 2_000_000  # of one text: a long book has more, no context has
@@ -53,10 +53,11 @@ class RowFormat:
     keys: tuple[str, ...] = FIELDS
     default_condition: str | None = None
     max_characters: int = MAX_CHARACTERS
+    tags: tuple[str, ...] = tuple(TAG_TOKENS)  # that the tokenizer has
 
     def __post_init__(self) -> None:
         try:
-            tags_of(self.default_condition or "")
+            tags_of(self.default_condition or "", self.tags)
         except ConfigError as error:
             raise ConfigError(f"--default-condition {self.default_condition}: {error}") from error
         if self.max_characters < 1:
@@ -94,7 +95,7 @@ def examples_of(row: dict[str, Any], place: str, rows: RowFormat = RowFormat()) 
     condition, instruction, response = (row[key] for key in rows.keys)
     example = Example(condition, instruction, response, defaulted)
     try:
-        tags_of(example.condition)
+        tags_of(example.condition, rows.tags)
     except ConfigError as error:
         raise BadRow("unknown tag", f"{place}: {error}") from error
     for key, text in zip(rows.keys[1:], (example.instruction, example.response), strict=True):

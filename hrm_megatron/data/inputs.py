@@ -5,11 +5,12 @@ import argparse
 import glob
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import FIELDS, MAX_CHARACTERS, RowFormat
+from hrm_megatron.data.spelling import TAG_TOKENS
 from hrm_megatron.data.text_files import is_blank_jsonl
 
 SUFFIX = ".jsonl"
@@ -32,9 +33,10 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
                         help="stop at a bad row, or count and leave it out (default: %(default)s)")
 
 
-def inputs_of(args: argparse.Namespace) -> tuple[list[Path], RowFormat]:
+def inputs_of(args: argparse.Namespace, tags: Iterable[str] = TAG_TOKENS) -> tuple[list[Path], RowFormat]:
     """Resolve the flags of `add_input_flags`: the files to read, and how their rows spell examples."""
-    return find_inputs(args.input), RowFormat(tuple(args.json_keys), args.default_condition, args.max_characters)
+    return find_inputs(args.input), RowFormat(tuple(args.json_keys), args.default_condition, args.max_characters,
+                                              tuple(tags))
 
 
 def find_inputs(inputs: Sequence[str]) -> list[Path]:

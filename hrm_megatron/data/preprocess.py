@@ -1,4 +1,4 @@
-"""From rows to a tokenizer, and from rows and a tokenizer to an indexed dataset."""
+"""From rows and a tokenizer to an indexed dataset."""
 from __future__ import annotations
 
 import contextlib
@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
@@ -19,20 +19,14 @@ from tqdm import tqdm
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.dataset_folder import DatasetFolder, Task
 from hrm_megatron.data.encoded import Encoded
-from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat
+from hrm_megatron.data.example import BadRow, Example, RowFormat
 from hrm_megatron.data.incremental import Update, list_inputs, share_of
 from hrm_megatron.data.manifest import facts_of
-from hrm_megatron.data.provenance import Provenance
-from hrm_megatron.data.readers import PIECE_BYTES, Piece, pieces, read_examples, read_piece
+from hrm_megatron.data.readers import PIECE_BYTES, Piece, pieces, read_piece
 from hrm_megatron.data.run_report import Report
+from hrm_megatron.data.spell import Spelled, spell
 from hrm_megatron.data.text_keys import TextKeys
-from hrm_megatron.data.tokenizer import (
-    TextTokenizer,
-    already_trained,
-    check_output_folder,
-    save_tokenizer,
-    train_tokenizer,
-)
+from hrm_megatron.data.tokenizer import TextTokenizer
 
 BATCH_CHARACTERS = 1 << 21  # of text that are spelled at once, more only where one example has more
 TASKS_PER_WORKER = 4  # queued ahead, so that memory does not grow with the input
@@ -45,33 +39,28 @@ def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, contex
     An example takes at most `context_size` positions: a longer response is cut and loses its end token.
     """
     encoded = Encoded(np.empty(0, np.int32), np.empty((0, 2), np.int64))
-    ids: list[np.ndarray] = []
-    lengths: list[int] = []
+    spelled: list[Spelled] = []
     keys = TextKeys()
     for batch in _batches(read_piece(piece, rows, encoded.noted)):
-        examples = [example for _, example in batch if isinstance(example, Example)]
-        prefixes = tokenizer.encode_prefixes([e.condition for e in examples], [e.instruction for e in examples])
-        targets = tokenizer.encode_responses([e.response for e in examples])
-        spelled = zip(prefixes, targets, strict=True)
+        batch_spelled = spell(tokenizer, [example for _, example in batch if isinstance(example, Example)],
+                              context_size)
+        spelled.append(batch_spelled)
+        encoded.truncated += batch_spelled.truncated
+        lengths = zip(batch_spelled.prefix_lengths, batch_spelled.fits, strict=True)
         for place, example in batch:
             if isinstance(example, BadRow):
                 encoded.bad_rows.append(example)
                 continue
-            prefix, target = next(spelled)
-            room = context_size + 1 - len(prefix)  # the last target token takes no position
-            if room < 1:
+            prefix_length, fits = next(lengths)
+            if not fits:
                 encoded.bad_rows.append(BadRow(
-                    "prefix too long", f"{place}: the prefix alone takes {len(prefix)} of {context_size} positions; "
+                    "prefix too long", f"{place}: the prefix alone takes {prefix_length} of {context_size} positions; "
                     "shorten it or raise --context-size"))
                 continue
-            encoded.truncated += len(target) > room
             encoded.defaulted += example.defaulted
-            ids += [np.array(prefix, np.int32), np.array(target[:room], np.int32)]
-            lengths += [len(prefix), min(len(target), room)]
             keys.add(example)
-    if ids:
-        encoded.ids = np.concatenate(ids)
-    encoded.lengths = np.array(lengths, np.int64).reshape(-1, 2)
+    encoded.ids = np.concatenate([part.ids for part in spelled])
+    encoded.lengths = np.concatenate([part.lengths for part in spelled])
     encoded.prompt_keys, encoded.example_keys = keys.arrays()
     return encoded
 
@@ -93,10 +82,10 @@ def _batches(read: Iterable[tuple[str, Example | BadRow]]) -> Iterator[list[tupl
 _worker_tokenizer: TextTokenizer
 
 
-def _start_worker(tokenizer_path: Path) -> None:
+def _start_worker(tokenizer_path: Path, engine: str) -> None:
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_tokenizer = TextTokenizer(tokenizer_path)
+    _worker_tokenizer = TextTokenizer(tokenizer_path, engine)
 
 
 def _encode_in_worker(piece: Piece, rows: RowFormat, context_size: int) -> Encoded:
@@ -123,7 +112,7 @@ def encode_all(chunks: Iterable[Piece], tokenizer: TextTokenizer, workers: int, 
     # spawn: the tokenizers library and tqdm have threads, which do not survive a fork
     context = multiprocessing.get_context("spawn")
     with _leave_stopping_to_us():
-        executor = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,))
+        executor = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path, tokenizer.engine_choice))
     with executor as pool:
         waiting: deque[tuple[Piece, Future[Encoded]]] = deque()
         try:
@@ -207,34 +196,3 @@ class Progress:
         self.tokens += tokens
         self._bar.update(read_bytes)
         self._bar.set_postfix_str(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
-
-
-def learn_tokenizer(paths: Sequence[Path], output: str | Path, vocab_size: int, max_chars: int = 10_000,
-                    overwrite: bool = False, rows: RowFormat = ROWS, bad_rows: BadRows | None = None,
-                    keep_same: bool = False) -> TextTokenizer | None:
-    """Train a tokenizer on the first `max_chars` characters of every instruction and response, and save it.
-
-    Bad rows go to `bad_rows`, else the first is raised. With `keep_same` a tokenizer that was made from the same files
-    and settings is left alone, and None returned.
-    """
-    if max_chars < 1:
-        raise ConfigError(f"--max-chars {max_chars}: must be at least 1")
-    provenance = Provenance.of(paths, **rows.settings(), vocab_size=vocab_size, max_chars=max_chars)
-    if keep_same and already_trained(Path(output), provenance):
-        return None
-    check_output_folder(Path(output), overwrite)  # before the long part
-
-    def texts(advance: Callable[[int], object]) -> Iterator[str]:
-        seen = 0
-        for _, example in read_examples(paths, rows, bad_rows):
-            yield example.instruction[:max_chars]
-            yield example.response[:max_chars]
-            seen += 1
-            advance(1)
-        if not seen:
-            raise ConfigError(f"no examples in {', '.join(map(str, paths))}; check --input")
-
-    with tqdm(unit=" examples", disable=None) as bar:
-        tokenizer = train_tokenizer(texts(bar.update), vocab_size)
-    save_tokenizer(tokenizer, output, overwrite, provenance)
-    return TextTokenizer(output)

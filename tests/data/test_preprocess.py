@@ -11,8 +11,9 @@ import pytest
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data import preprocess as module
 from hrm_megatron.data.indexed_examples import IndexedExamples
-from hrm_megatron.data.preprocess import learn_tokenizer, preprocess
+from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.data.tokenizer_training import learn_tokenizer
 from tests.stores import examples_of, files_of
 
 ROOT = Path(__file__).parents[2]
