@@ -9,6 +9,7 @@ import struct
 import uuid
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -153,6 +154,15 @@ class IndexedExamplesWriter:
                               "--output-prefix") from error
 
 
+@dataclass(frozen=True)
+class SourceRange:
+    """Examples `first` to `first + count - 1` come from the source of this name."""
+
+    name: str
+    first: int
+    count: int
+
+
 class IndexedExamples:
     """Read an indexed dataset of examples by memory map; `examples[i]` is (prefix ids, target ids)."""
 
@@ -181,6 +191,18 @@ class IndexedExamples:
     def __getitem__(self, i: int) -> tuple[Ids, Ids]:
         # Copies: Megatron unmaps its files when the reader goes, and a view left behind would crash the process.
         return self._dataset[2 * int(i)].copy(), self._dataset[2 * int(i) + 1].copy()
+
+    @property
+    def sources(self) -> tuple[SourceRange, ...]:
+        return (SourceRange(Path(self.prefix).name, 0, len(self)),)
+
+    def prompt_keys(self) -> np.ndarray | None:
+        """A key [n] of each instruction; None for a dataset that has none."""
+        return None
+
+    def example_keys(self) -> np.ndarray | None:
+        """Two keys [n, 2] of all texts of each example; None for a dataset that has none."""
+        return None
 
     def example_name(self, i: int) -> str:
         return f"{self.prefix}, example {i}"
