@@ -79,7 +79,7 @@ def train(console: Console) -> None:
         if not vp_stage:  # the first call, and the first moment at which there is a process group
             check_agreement(data.files)
             if args.verify_data:
-                verify_data(data.indexed)
+                verify_data(data.stores)
             verify_start(args, start, fits)
         return step.build_model(vp_stage=vp_stage, **options)
 
