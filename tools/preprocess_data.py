@@ -13,11 +13,14 @@ if __name__ == "__main__":
 
 from hrm_megatron.data.dataset_folder import Task
 from hrm_megatron.data.engine import ENGINES
+from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.inputs import add_input_flags, inputs_of
 from hrm_megatron.data.preprocess import preprocess
+from hrm_megatron.data.report import report_on
 from hrm_megatron.data.source_names import source_names
 from hrm_megatron.data.spelling import add_spelling_flags, chosen_spelling
 from hrm_megatron.data.tokenizer import TextTokenizer, respelled, tokenizer_file
+from hrm_megatron.data.write_report import write_report
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -66,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.output_prefix}: the share of --shard {args.shard} is done; others are not")
     else:
         print(f"{args.output_prefix}: {report.summary()}", *report.lines(), *report.work(), sep="\n")
+        shown = report_on(IndexedExamples(args.output_prefix), args.context_size, report)
+        print("\n".join(write_report(shown)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
