@@ -4,8 +4,9 @@ import pickle
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat, examples_of, parse_object
+from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat, parse_object
 from hrm_megatron.data.readers import read_examples
+from hrm_megatron.data.row_shapes import examples_of
 
 GOOD = {"condition": "direct", "instruction": "2 + 3?", "response": "5"}
 
