@@ -80,6 +80,9 @@ class Changes:
     mended: list[str] = field(default_factory=list)  # their shard was damaged, or they had bad rows
     removed: list[str] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
     def __str__(self) -> str:
         parts = [f"{len(self.kept)} kept"] if self.kept else []
         for what in ("added", "changed", "mended", "removed"):

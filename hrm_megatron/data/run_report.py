@@ -60,4 +60,4 @@ class Report:
         """Say what this run has done."""
         speed = [f"{self.read_bytes:,} bytes read, {self.tokens_made:,} tokens made in {self.seconds:.1f} s "
                  f"({self.tokens_made / self.seconds:,.0f} tokens/s)"] if self.read_bytes and self.seconds else []
-        return [str(self.changes), *speed]
+        return [*([str(self.changes)] if self.changes else []), *speed]
