@@ -68,9 +68,9 @@ trap 'stop 129' HUP
 run "$PYTHON" "$root/tools/train_tokenizer.py" "${rows[@]}" --output "$OUT/tokenizer" --vocab-size "$VOCAB_SIZE" \
     --keep-same
 
-# 2. Token ids in Megatron's .bin/.idx.
+# 2. Token ids in shards of Megatron's .bin/.idx, and a report of them in $OUT/data.report.md. What is there is kept.
 run "$PYTHON" "$root/tools/preprocess_data.py" "${rows[@]}" --output-prefix "$OUT/data" \
-    --tokenizer-model "$OUT/tokenizer" --context-size "$ROW_TOKENS" --workers "$WORKERS" --keep-same
+    --tokenizer-model "$OUT/tokenizer" --context-size "$ROW_TOKENS" --workers "$WORKERS"
 
 # 3. Training on the GPUs of this node, or on the CPU where there is none. Three in a hundred examples are held out
 #    (--split). Started again, it goes on from its latest checkpoint. docs/flags.md has the flags; on GPUs add --bf16.
