@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from hrm_megatron.data.report import DatasetReport, Lengths, SourceLine
 
@@ -47,7 +47,9 @@ def _draw_lengths(axes: Axes, lengths: Lengths, what: str, colour: str) -> None:
     axes.bar(edges[:-1], heights, np.diff(edges), align="edge", color=colour, edgecolor="white", linewidth=0.3)
     if lengths.longest > 20 * max(shortest, 1):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     for share, style in ((0.5, "-"), (0.99, ":")):
         at = lengths.quantile(share)
         axes.axvline(at, color="black", linestyle=style, linewidth=1, label=f"{share:.0%} of examples up to {at:,}")
@@ -78,15 +80,19 @@ def _draw_left_out(axes: Axes, report: DatasetReport) -> None:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "an older version has written this:\nit does not say what was left out", ha="center")
         return
-    counts = {"responses truncated": report.run.truncated, "default condition": report.run.defaulted,
+    counts: dict[str, int] = {"responses truncated": report.run.truncated, "default condition": report.run.defaulted,
               **{f"skipped: {kind}": count for kind, count in sorted(report.run.skipped.items())},
               **dict(sorted(report.run.noted.items()))}
+    if not any(counts.values()):
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "every row is in it, as it stood", ha="center")
+        return
     bars = axes.barh([_shortened(name) for name in counts], [*counts.values()], color=RED)
     axes.bar_label(bars, [f" {count:,}" for count in counts.values()], fontsize="small")
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlim(left=0, right=None if any(counts.values()) else 10)
+    axes.set_xlim(left=0)
     axes.set_xlabel("rows and examples that are not as they stood")
 
 
