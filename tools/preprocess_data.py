@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 from hrm_megatron.data.engine import ENGINES
 from hrm_megatron.data.inputs import add_input_flags, inputs_of
+from hrm_megatron.data.lint import LINT
 from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.spelling import add_spelling_flags, chosen_spelling
 from hrm_megatron.data.tokenizer import TextTokenizer, respelled, tokenizer_file
@@ -29,6 +30,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                              "proven to give the same ids; they do not change the output (default: %(default)s, "
                              "gigatoken where it is installed)")
     add_spelling_flags(parser)
+    parser.add_argument("--lint", choices=LINT, default="warn",
+                        help="report rows that silently ruin a model, refuse them, or do not look (default: "
+                             "%(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes; they do not change the output")
     parser.add_argument("--context-size", type=int, default=4096, metavar="POSITIONS",
                         help="longer responses are truncated (default: %(default)s)")
@@ -53,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = open_tokenizer(args)
     paths, rows = inputs_of(args, tokenizer.spelling.tags)
     report = preprocess(paths, args.output_prefix, tokenizer, args.workers, rows,
-                        args.context_size, args.on_bad_row == "skip", args.overwrite, keep_same=args.keep_same)
+                        args.context_size, args.on_bad_row == "skip", args.overwrite, keep_same=args.keep_same,
+                        lint=args.lint)
     if report is None:
         print(f"{args.output_prefix}: made from the same input before, kept")
     else:

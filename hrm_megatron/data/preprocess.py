@@ -20,6 +20,7 @@ from tqdm import tqdm
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat
 from hrm_megatron.data.indexed_examples import IndexedExamplesWriter, already_made
+from hrm_megatron.data.lint import TRUNCATED, Lint
 from hrm_megatron.data.provenance import Provenance
 from hrm_megatron.data.readers import PIECE_BYTES, Piece, pieces, read_piece
 from hrm_megatron.data.spell import Spelled, spell
@@ -41,6 +42,7 @@ class Encoded:
     defaulted: int = 0
     bad_rows: list[BadRow] = field(default_factory=list)
     noted: Counter[str] = field(default_factory=Counter)
+    lint: Lint = field(default_factory=Lint)
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Report:
     truncated: int = 0
     defaulted: int = 0
     noted: Counter[str] = field(default_factory=Counter)
+    lint: Lint = field(default_factory=Lint)
 
     def summary(self) -> str:
         """Say in one line what there is."""
@@ -64,10 +67,12 @@ class Report:
     def lines(self) -> list[str]:
         """Say what was not taken as it stands in the rows."""
         defaulted = [f"{self.defaulted} rows have no condition and took the default"] if self.defaulted else []
-        return [*defaulted, *(f"{count} {what}" for what, count in sorted(self.noted.items())), *self.skipped.lines()]
+        return [*defaulted, *(f"{count} {what}" for what, count in sorted(self.noted.items())), *self.skipped.lines(),
+                *self.lint.lines()]
 
 
-def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, context_size: int) -> Encoded:
+def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, context_size: int,
+                 lint: bool = True) -> Encoded:
     """Spell the examples of a piece; rows that cannot be spelled come back in `bad_rows`, in order.
 
     An example takes at most `context_size` positions: a longer response is cut and loses its end token.
@@ -75,10 +80,14 @@ def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, contex
     encoded = Encoded(np.empty(0, np.int32), np.empty((0, 2), np.int64))
     spelled: list[Spelled] = []
     for batch in _batches(read_piece(piece, rows, encoded.noted)):
-        batch_spelled = spell(tokenizer, [example for _, example in batch if isinstance(example, Example)],
-                              context_size)
+        placed = [(place, example) for place, example in batch if isinstance(example, Example)]
+        batch_spelled = spell(tokenizer, [example for _, example in placed], context_size)
         spelled.append(batch_spelled)
-        encoded.truncated += batch_spelled.truncated
+        encoded.truncated += len(batch_spelled.truncated)
+        if lint:
+            encoded.lint.look(str(piece.path), placed, tokenizer.hidden_strings)
+            for i in batch_spelled.truncated:
+                encoded.lint.add(TRUNCATED, placed[i][0])
         lengths = zip(batch_spelled.prefix_lengths, batch_spelled.fits, strict=True)
         for place, example in batch:
             if isinstance(example, BadRow):
@@ -119,8 +128,8 @@ def _start_worker(tokenizer_path: Path, engine: str) -> None:
     _worker_tokenizer = TextTokenizer(tokenizer_path, engine)
 
 
-def _encode_in_worker(piece: Piece, rows: RowFormat, context_size: int) -> Encoded:
-    return encode_chunk(_worker_tokenizer, piece, rows, context_size)
+def _encode_in_worker(piece: Piece, rows: RowFormat, context_size: int, lint: bool) -> Encoded:
+    return encode_chunk(_worker_tokenizer, piece, rows, context_size, lint)
 
 
 @contextlib.contextmanager
@@ -134,11 +143,11 @@ def _leave_stopping_to_us() -> Iterator[None]:
 
 
 def encode_all(chunks: Iterable[Piece], tokenizer: TextTokenizer, workers: int, rows: RowFormat,
-               context_size: int) -> Iterator[tuple[Piece, Encoded]]:
+               context_size: int, lint: bool = True) -> Iterator[tuple[Piece, Encoded]]:
     """Spell chunks in `workers` processes (1: in this one) and return them in their order."""
     if workers == 1:
         for chunk in chunks:
-            yield chunk, encode_chunk(tokenizer, chunk, rows, context_size)
+            yield chunk, encode_chunk(tokenizer, chunk, rows, context_size, lint)
         return
     # spawn: the tokenizers library and tqdm have threads, which do not survive a fork
     context = multiprocessing.get_context("spawn")
@@ -149,7 +158,7 @@ def encode_all(chunks: Iterable[Piece], tokenizer: TextTokenizer, workers: int, 
         try:
             for chunk in chunks:
                 with _leave_stopping_to_us():
-                    waiting.append((chunk, pool.submit(_encode_in_worker, chunk, rows, context_size)))
+                    waiting.append((chunk, pool.submit(_encode_in_worker, chunk, rows, context_size, lint)))
                 if len(waiting) == workers * TASKS_PER_WORKER:
                     yield waiting[0][0], waiting.popleft()[1].result()
             while waiting:
@@ -162,11 +171,12 @@ def encode_all(chunks: Iterable[Piece], tokenizer: TextTokenizer, workers: int, 
 
 def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: TextTokenizer, workers: int = 1,
                rows: RowFormat = ROWS, context_size: int = 4096, skip_bad_rows: bool = False,
-               overwrite: bool = False, chunk_bytes: int = PIECE_BYTES, keep_same: bool = False) -> Report | None:
+               overwrite: bool = False, chunk_bytes: int = PIECE_BYTES, keep_same: bool = False,
+               lint: str = "warn") -> Report | None:
     """Write the examples of `paths`, in order, to an indexed dataset. A bad row raises BadRow unless they are skipped.
 
     The files do not depend on `workers`. Whatever is raised, nothing stays behind. With `keep_same` a dataset that was
-    made from the same files and settings is left alone, and None returned.
+    made from the same files and settings is left alone, and None returned. `lint` is one of `LINT`.
     """
     for name, value in (("workers", workers), ("context-size", context_size)):
         if value < 1:
@@ -179,7 +189,7 @@ def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: Text
     started = time.monotonic()
     with (IndexedExamplesWriter(output_prefix, tokenizer, overwrite, provenance) as writer,
           tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, disable=None) as bar):
-        for chunk, encoded in encode_all(chunks, tokenizer, workers, rows, context_size):
+        for chunk, encoded in encode_all(chunks, tokenizer, workers, rows, context_size, lint != "off"):
             for bad_row in encoded.bad_rows:
                 report.skipped.take(bad_row)
             ends = encoded.lengths.cumsum().reshape(-1, 2)
@@ -188,9 +198,14 @@ def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: Text
             report.truncated += encoded.truncated
             report.defaulted += encoded.defaulted
             report.noted += encoded.noted
+            report.lint.merge(encoded.lint)
+            if lint == "error":
+                report.lint.refuse(whole=False)
             report.tokens += len(encoded.ids)
             bar.update(chunk.num_bytes)
             bar.set_postfix_str(f"{report.tokens / (time.monotonic() - started):,.0f} tokens/s")
+        if lint == "error":
+            report.lint.refuse()
         report.examples = writer.metadata["examples"]
         report.max_row_length = writer.metadata["max_row_length"]
     return report
