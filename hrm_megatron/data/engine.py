@@ -175,8 +175,8 @@ class GigatokenEngine:
         ends = np.concatenate([[0], encoded.lengths.cumsum()])
         last = counts.cumsum()
         lengths = np.diff(ends[np.concatenate([[0], last])]) + counts - 1
-        ids = np.insert(encoded.ids, ends[after].astype(np.int64), inserted)
-        return Ragged(ids.astype(np.int32, copy=False), lengths)
+        woven = np.insert(encoded.ids, ends[after].astype(np.int64), inserted)
+        return Ragged(woven.astype(np.int32, copy=False), lengths)
 
     def _with_tokens(self, texts: Sequence[str]) -> dict[int, tuple[list[str], list[int]]]:
         assert self._tokens

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.engine import SPLIT_PATTERN, Ragged, TokenizersEngine, open_engine
 from hrm_megatron.data.provenance import Provenance
-from hrm_megatron.data.spelling import INFO_FILE, PAD, SPECIAL_TOKENS, Spelling, tags_of
+from hrm_megatron.data.spelling import INFO_FILE, PAD, SPECIAL_TOKENS, Spelling, strings_of, tags_of
 from hrm_megatron.program import signals_held
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,8 @@ class TextTokenizer:
                               f"{TRAIN_COMMAND}, or name those that it has with --boq, --eoq, --eoa and --tag")
         self.fingerprint = hashlib.sha256(contents if self.spelling == Spelling() else
                                           contents + json.dumps(self.spelling.to_info()).encode()).hexdigest()
+        self.hidden_strings = strings_of(token.content for token in self.tokenizer.get_added_tokens_decoder().values()
+                                         if token.special)  # those that no text becomes
         self.boq, self.eoq, self.eoa = (ids[token] for token in self.spelling.controls[:3])
         self.tag_ids = {tag: ids[token] for tag, token in self.spelling.tags.items()}
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
