@@ -77,6 +77,9 @@ def open_sources(args: argparse.Namespace) -> Sources:
                           "or --sampled-data-path DIR")
     if args.sampling_rules and not train:
         raise ConfigError("--sampling-rules: a sampled folder has been sampled; give --data-path PREFIX")
+    if args.sampling_rules and train and train.weights:
+        raise ConfigError(f"--sampling-rules: is incompatible with the weights of {train.flag}: leave them out, and "
+                          "let max_per_file and repeat decide")
     fingerprint = TextTokenizer(args.tokenizer_model).fingerprint if args.tokenizer_model else None
     stores: dict[str, IndexedExamples] = {}
     given = [blend for blend in (train, blends["valid"], blends["test"]) if blend]
