@@ -57,8 +57,13 @@ def kept_mask(store: IndexedExamples) -> np.ndarray | None:
 
 
 def dataset_digest(store: IndexedExamples) -> str:
-    """Hash what decides the lengths and the split of a dataset: its files, of the tokens the size alone."""
+    """Hash what decides the lengths and the split of a dataset: the names of its sources and the contents of their
+    shards; of the older form the files, of the tokens the size alone."""
     hashed = hashlib.sha256()
+    if store.manifest:
+        hashed.update(repr([(source.name, source.shard.name) for source in store.manifest.sources if source.shard]
+                           ).encode())
+        return hashed.hexdigest()
     for path in store.files:
         hashed.update(f"{path.stat().st_size}\0".encode())
         if path.suffix != ".bin":

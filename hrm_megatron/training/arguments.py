@@ -95,6 +95,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--sampled-data-path", metavar="DIR", help="train on HRM-Text's own sampled folder")
     group.add_argument("--sampling-rules", metavar="FILE",
                        help="YAML list of rules: how many examples of each source file an epoch has")
+    group.add_argument("--verify-data", action="store_true",
+                       help="read all data once before training, and hold it against the checksums stored with it")
     group.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
                        help="load a checkpoint without reading it once before, to look for damage")
     group.add_argument("--load-newest-valid", action="store_true",

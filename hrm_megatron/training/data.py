@@ -94,6 +94,11 @@ def open_sources(args: argparse.Namespace) -> Sources:
             if stores[path].vocab_size != vocab_size:
                 raise ConfigError(f"{blend.flag} {path}: made with a vocabulary of {stores[path].vocab_size}, the "
                                   f"training data with {vocab_size}; preprocess both with one tokenizer")
+    if args.verify_data:
+        if folder:
+            raise ConfigError("--verify-data: the folder of --sampled-data-path has no checksums; leave it out")
+        for store in stores.values():
+            store.blocks()  # refused where there are none, before anything is built
     rules = read_rules(args.sampling_rules) if args.sampling_rules else None
 
     def mixture(blend: Blend | None, part: str) -> Mixture | None:

@@ -55,6 +55,7 @@ def run(tmp_path_factory):
                 writer.add(tokenizer.encode_prefix("direct", "x" * (i % 7) + str(i)),
                            tokenizer.encode_response("a" * (1 + i % 5)))
     done = torchrun(*SIZES, "--train-data-path", folder / "train", "--valid-data-path", folder / "valid",
+                    "--verify-data",
                     "--eval-interval", 2, "--eval-iters", 1, "--save", folder / "saved", "--save-interval", 2,
                     "--tensorboard-dir", folder / "log", "--log-throughput", "--log-timers-to-tensorboard",
                     "--bp-warmup-fraction", 0.6)
