@@ -9,7 +9,7 @@ from hrm_megatron.data.indexed_examples import SourceRange
 class ListedStore:
     """Example i has the prompt `prompts[i]` and the lengths `prefixes[i]`, `targets[i]`; `files` holds all of that."""
 
-    vocab_size = 300
+    vocab_size, manifest = 300, None
 
     def __init__(self, folder, prompts, prefixes, targets, sources=None):
         folder.mkdir(parents=True, exist_ok=True)
