@@ -160,7 +160,8 @@ def test_a_signal_among_the_renames_lets_them_finish(rows, tmp_path):
 
 def test_a_stopped_plan_leaves_nothing(tmp_path):
     """Training leaves signals to Megatron and its launcher; while a plan is written they clear away."""
-    done = run("import sys\nimport numpy as np\nfrom hrm_megatron.data.plan import RowPlan\nfrom tests.data.walks import ListWalk\nsave = np.save\n"
+    done = run("import sys\nimport numpy as np\nfrom hrm_megatron.data.plan import RowPlan\n"
+               "from tests.data.walks import ListWalk\nsave = np.save\n"
                "def stop(*a, **k):\n  save(*a, **k)\n  os.kill(os.getpid(), 15)\nnp.save = stop\n"
                "RowPlan(ListWalk(lambda epoch: np.full(9, 3), 1), 6, 1, cache_folder=sys.argv[1]).rows_of_epoch(0)",
                tmp_path / "cache")

@@ -11,10 +11,13 @@ from hrm_megatron.program import listen, one_line
 if __name__ == "__main__":
     listen()
 
+from hrm_megatron.config import refuse_beside
 from hrm_megatron.data.dataset_folder import Task
+from hrm_megatron.data.deduplicate import check_duckdb, deduplicate
 from hrm_megatron.data.engine import ENGINES
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.inputs import add_input_flags, inputs_of
+from hrm_megatron.data.kept_examples import forget_kept_of_another
 from hrm_megatron.data.lint import LINT
 from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.report import report_on
@@ -44,6 +47,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="longer responses are truncated (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true",
                         help="make all of it again, in place of a dataset of other settings or of other files")
+    parser.add_argument("--deduplicate", action="store_true",
+                        help="leave out of training what has the condition, instruction and response of an earlier "
+                             "example; PREFIX.kept.npy says what is kept (needs duckdb)")
     shared = parser.add_mutually_exclusive_group()
     shared.add_argument("--shard", metavar="I/N",
                         help="as task I of N, from 0, that are given the same files: make the shards of this one's "
@@ -64,6 +70,9 @@ def open_tokenizer(args: argparse.Namespace) -> TextTokenizer:
 
 def run(args: argparse.Namespace) -> None:
     task = Task.of(args.shard) if args.shard else None
+    if args.deduplicate:
+        check_duckdb()
+        refuse_beside("--deduplicate", {"--shard (give it with --merge)": args.shard})
     tokenizer = open_tokenizer(args)
     paths, rows = inputs_of(args, tokenizer.spelling.tags)
     report = preprocess(paths, args.output_prefix, tokenizer, args.workers, rows,
@@ -73,6 +82,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.output_prefix}: the share of --shard {args.shard} is done; others are not")
     else:
         print(f"{args.output_prefix}: {report.summary()}", *report.lines(), *report.work(), sep="\n")
+        store = IndexedExamples(args.output_prefix)
+        if args.deduplicate:
+            print(f"{args.output_prefix}: {deduplicate(store, args.workers)}")
+        elif forget_kept_of_another(store):
+            print(f"{args.output_prefix}: has changed, and its duplicates are not left out any more; --deduplicate "
+                  "finds them again")
         shown = report_on(IndexedExamples(args.output_prefix), args.context_size, report)
         print("\n".join(write_report(shown)))
 

@@ -56,6 +56,16 @@ def kept_mask(store: IndexedExamples) -> np.ndarray | None:
         raise ConfigError(f"{described}: {error}; deduplicate again, or delete it to train on all examples") from error
 
 
+def forget_kept_of_another(store: IndexedExamples) -> bool:
+    """Remove a list that was made for what the dataset was before; say whether there was one."""
+    bits, described = kept_files(store.prefix)
+    if not described.exists() or json.loads(described.read_text(encoding="utf-8"))["dataset"] == dataset_digest(store):
+        return False
+    described.unlink()
+    bits.unlink(missing_ok=True)
+    return True
+
+
 def dataset_digest(store: IndexedExamples) -> str:
     """Hash what decides the lengths and the split of a dataset: the names of its sources and the contents of their
     shards; of the older form the files, of the tokens the size alone."""

@@ -41,6 +41,7 @@ class Mixture:
 
     def __init__(self, stores: Sequence[IndexedExamples], row_tokens: int, selection: Selection = Selection(),
                  part: str = "train", example_ids: Ints | None = None) -> None:
+        assert not (selection.rules and selection.weights)
         self.stores = tuple(stores)
         self.row_tokens = row_tokens
         self.selection = selection

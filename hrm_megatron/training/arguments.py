@@ -23,6 +23,7 @@ from hrm_megatron.config import (
     ffn_hidden_size,
     refuse_beside,
 )
+from hrm_megatron.data.plan import PLAN_VERSION
 from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.parallel.machine import Machine
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
@@ -215,6 +216,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
         split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)
     if args.pipeline_model_parallel_size > 1:
         set_pipeline(args, architecture)
+    args.plan_version = PLAN_VERSION  # a checkpoint says which order its rows have
     args.optimizer = "adam"  # Megatron's name of the slot; optim.builder puts AdamATan2 into it
     try:
         megatron_arguments.validate_args(args)

@@ -24,10 +24,10 @@ class Blend:
         if not values:
             return None
         said = f"{flag} {' '.join(values)}"
-        try:
-            paths, weights = get_blend_from_list([*values])
-        except AssertionError as error:
-            raise ConfigError(f"{said}: some have a weight before them and some not; give one to each") from error
+        numbers = [_is_number(value) for value in values]
+        if len(values) > 1 and any(numbers) and numbers != [True, False] * (len(values) // 2):
+            raise ConfigError(f"{said}: some have a weight before them and some not; give one to each")
+        paths, weights = get_blend_from_list([*values])
         for path in paths:
             if paths.count(path) > 1:
                 raise ConfigError(f"{said}: {path} is there twice; raise its weight instead")
@@ -35,3 +35,11 @@ class Blend:
             if not (math.isfinite(weight) and weight > 0):
                 raise ConfigError(f"{said}: weight {weight:g} is not above 0; leave that dataset out")
         return cls(flag, tuple(paths), tuple(weights or ()))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -14,6 +14,7 @@ from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples
+from hrm_megatron.data.kept_examples import kept_files, kept_mask
 from hrm_megatron.data.mixture import Mixture, Selection
 from hrm_megatron.data.plan_cache import writable_folder
 from hrm_megatron.data.sampled import SampledFolder
@@ -77,6 +78,9 @@ def open_sources(args: argparse.Namespace) -> Sources:
                           "or --sampled-data-path DIR")
     if args.sampling_rules and not train:
         raise ConfigError("--sampling-rules: a sampled folder has been sampled; give --data-path PREFIX")
+    if args.sampling_rules and train and train.weights:
+        raise ConfigError(f"--sampling-rules: is incompatible with the weights of {train.flag}: leave them out, and "
+                          "let max_per_file and repeat decide")
     fingerprint = TextTokenizer(args.tokenizer_model).fingerprint if args.tokenizer_model else None
     stores: dict[str, IndexedExamples] = {}
     given = [blend for blend in (train, blends["valid"], blends["test"]) if blend]
@@ -96,6 +100,13 @@ def open_sources(args: argparse.Namespace) -> Sources:
             raise ConfigError("--verify-data: the folder of --sampled-data-path has no checksums; leave it out")
         for store in stores.values():
             store.blocks()  # refused where there are none, before anything is built
+    for store in stores.values():
+        if (kept := kept_mask(store)) is not None:
+            log.info("data: %s: %d of %d examples are kept, as %s says", store.prefix, kept.sum(), len(kept),
+                     kept_files(store.prefix)[1])
+        if args.data_path and store.prompt_keys() is None:
+            log.info("data: %s was made without keys of its prompts: --split divides examples, and one question may be "
+                     "in two parts; preprocess it again for a split by question", store.prefix)
     rules = read_rules(args.sampling_rules) if args.sampling_rules else None
 
     def mixture(blend: Blend | None, part: str) -> Mixture | None:

@@ -315,7 +315,8 @@ def test_rows_know_their_number():
 
 def test_planning_needs_no_torch_and_no_megatron():
     code = ("import sys, hrm_megatron.data.plan, hrm_megatron.data.sampled, hrm_megatron.data.tokenizer, "
-            "hrm_megatron.data.example, hrm_megatron.data.preprocess, hrm_megatron.data.mixture; print('torch' in sys.modules, 'megatron' in "
+            "hrm_megatron.data.example, hrm_megatron.data.preprocess, "
+            "hrm_megatron.data.mixture; print('torch' in sys.modules, 'megatron' in "
             "sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True
                           ).stdout.split() == ["False", "False"]
