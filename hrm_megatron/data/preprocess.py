@@ -21,6 +21,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat
 from hrm_megatron.data.indexed_examples import IndexedExamplesWriter, already_made
 from hrm_megatron.data.provenance import Provenance
+from hrm_megatron.data.raw_text import Sizes
 from hrm_megatron.data.readers import PIECE_BYTES, Piece, pieces, read_examples, read_piece
 from hrm_megatron.data.tokenizer import (
     TextTokenizer,
@@ -78,9 +79,10 @@ def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, contex
     An example takes at most `context_size` positions: a longer response is cut and loses its end token.
     """
     encoded = Encoded(np.empty(0, np.int32), np.empty((0, 2), np.int64))
+    sizes = Sizes(context_size, lambda texts: [len(target) - 1 for target in tokenizer.encode_responses(texts)])
     ids: list[np.ndarray] = []
     lengths: list[int] = []
-    for batch in _batches(read_piece(piece, rows, encoded.noted)):
+    for batch in _batches(read_piece(piece, rows, encoded.noted, sizes)):
         examples = [example for _, example in batch if isinstance(example, Example)]
         prefixes = tokenizer.encode_prefixes([e.condition for e in examples], [e.instruction for e in examples])
         targets = tokenizer.encode_responses([e.response for e in examples])
