@@ -23,6 +23,7 @@ from hrm_megatron.data.example import BadRow, Example, RowFormat
 from hrm_megatron.data.incremental import Update, list_inputs, share_of
 from hrm_megatron.data.lint import TRUNCATED
 from hrm_megatron.data.manifest import facts_of
+from hrm_megatron.data.raw_text import Sizes
 from hrm_megatron.data.readers import PIECE_BYTES, Piece, pieces, read_piece
 from hrm_megatron.data.run_report import Report
 from hrm_megatron.data.spell import Spelled, spell
@@ -41,9 +42,10 @@ def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, contex
     An example takes at most `context_size` positions: a longer response is cut and loses its end token.
     """
     encoded = Encoded(np.empty(0, np.int32), np.empty((0, 2), np.int64))
+    sizes = Sizes(context_size, lambda texts: [len(target) - 1 for target in tokenizer.encode_responses(texts)])
     spelled: list[Spelled] = []
     keys = TextKeys()
-    for batch in _batches(read_piece(piece, rows, encoded.noted)):
+    for batch in _batches(read_piece(piece, rows, encoded.noted, sizes)):
         placed = [(place, example) for place, example in batch if isinstance(example, Example)]
         batch_spelled = spell(tokenizer, [example for _, example in placed], context_size)
         spelled.append(batch_spelled)

@@ -95,6 +95,11 @@ def test_any_kind_of_input_will_do(folder, launcher):
     done = run([SCRIPT], folder, DATA="in", **SETTINGS, **launcher, DEFAULT_CONDITION="direct", ROW_SHAPE="messages")
     assert done.returncode == 0, done.stderr
     assert "out/data: 12 examples, " in done.stdout and "train " in done.stdout
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("It rained on Friday. Nobody came. " * 40)
+    done = run([SCRIPT], folder, DATA="texts", **{**SETTINGS, **launcher, "OUT": "two", "SPLIT_SENTENCES": "1"})
+    assert done.returncode == 0 and " 0 responses truncated" in done.stdout, done.stderr
+    assert (folder / "two" / "sentences" / "abbrev_types.txt").exists()
 
 
 def test_rows_without_condition_are_refused_unless_told(folder, launcher):
@@ -109,7 +114,7 @@ def test_help_shows_the_settings_and_needs_none(tmp_path):
     done = run([SCRIPT, "--help"], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     settings = [line.removeprefix("export ").partition("=")[0] for line in done.stdout.splitlines() if "=${" in line]
-    assert {"DATA", *SETTINGS, *FIELDS, "ROW_SHAPE", "PRESET", "LR", "PYTHON"} == set(settings)
+    assert {"DATA", *SETTINGS, *FIELDS, "ROW_SHAPE", "SPLIT_SENTENCES", "PRESET", "LR", "PYTHON"} == set(settings)
     assert "root=" not in done.stdout
     shutil.copy(SCRIPT, tmp_path)
     for script, message in ((SCRIPT, "set DATA to your file or folder"), (tmp_path / SCRIPT.name, "no tools/")):
