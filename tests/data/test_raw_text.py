@@ -11,6 +11,7 @@ from hrm_megatron.data.example import BadRow, RawText, RowFormat
 from hrm_megatron.data.raw_text import Sizes
 from hrm_megatron.data.row_shapes import examples_of
 from hrm_megatron.data.sentences import FILES, fingerprint, save_sentences, sentence_starts, train_sentences
+from tests.stores import files_of
 
 PROSE = ("Dr. Weir met Mr. Okafor at 3.5 p.m. on Friday. Did they agree? They did, e.g. on the price! Dr. Weir left. "
          "Mr. Okafor stayed; he read for an hour.\n\nIt rained. Nobody came.  Dr. Weir wrote to Mr. Okafor again.")
@@ -177,17 +178,21 @@ def flags(corpus, tmp_path, tokenizer, *more):
             "--split-sentences", "--sentence-model", str(tmp_path / "punkt"), "--context-size", "60", *more]
 
 
+def shards_of(prefix):
+    return {name for name in files_of(prefix) if name.endswith(".bin")}  # named by contents
+
+
 def test_the_tool_trains_a_model_once_and_cuts_a_folder(corpus, tmp_path, tokenizer, tool, capsys):
     assert tool("preprocess_data")(flags(corpus, tmp_path, tokenizer)) == 0
     said = capsys.readouterr().out
     assert "1 empty documents, passed over" in said and " 0 responses truncated" in said
-    made = (tmp_path / "x.bin").read_bytes()
+    made = shards_of(tmp_path / "x")
     trained = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "punkt").iterdir()}
     for more in (["--workers", "2"], ["--cut-seed", "1"], ["--prefix-fraction", "0", "0"]):
         assert tool("preprocess_data")(flags(corpus, tmp_path, tokenizer, "--overwrite", *more)) == 0
-        assert ((tmp_path / "x.bin").read_bytes() == made) == (more[0] == "--workers")
+        assert (shards_of(tmp_path / "x") == made) == (more[0] == "--workers")
         capsys.readouterr()
-        assert tool("preprocess_data")(flags(corpus, tmp_path, tokenizer, "--keep-same")) == (more[0] != "--workers")
+        assert tool("preprocess_data")(flags(corpus, tmp_path, tokenizer)) == (more[0] != "--workers")
     assert trained == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "punkt").iterdir()}
     assert tool("train_tokenizer")(["--input", str(corpus), "--output", str(tmp_path / "tok"), "--vocab-size", "300",
                                     "--split-sentences", "--sentence-model", str(tmp_path / "punkt")]) == 0

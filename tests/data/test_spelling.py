@@ -115,10 +115,10 @@ def test_a_repeated_command_keeps_its_tokenizer_and_refuses_another(foreign, wri
     preprocess = tool("preprocess_data")
     assert preprocess(arguments) == 0
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "x.tokenizer").iterdir()}
-    preprocess([*arguments, "--keep-same"])
+    preprocess(arguments)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "x.tokenizer").iterdir()} == before
     capsys.readouterr()
-    assert preprocess([*arguments, "--keep-same", "--eoq", "<plain>"]) == 1
+    assert preprocess([*arguments, "--eoq", "<plain>"]) == 1
     assert "x.tokenizer already holds a tokenizer" in capsys.readouterr().err
 
 
