@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from hrm_megatron.data.example import BadRow, Example, RawText, RowFormat, make_example, text_of
 from hrm_megatron.data.sentences import sentence_starts
-from hrm_megatron.data.tokenizer import tags_of
+from hrm_megatron.data.spelling import tags_of
 
 CHARACTERS_PER_TOKEN = 4  # roughly; where no tokenizer is there yet
 
