@@ -1,6 +1,7 @@
 """Time training: one step against another implementation of the same model, or whole steps as users run them.
 
     python tools/benchmark.py step      # fp32 on the CPU, against transformers' HrmText, in the same process
+    python tools/benchmark.py tokenize  # rows to ids, against Megatron's path with the HuggingFace tokenizer
     python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 [-- --fp8-format hybrid ...]
     python tools/benchmark.py host      # what a micro-batch costs the host: launches, calls, time
     python tools/benchmark.py attention # te, varlen and flash-attn side by side
@@ -13,6 +14,7 @@ import itertools
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -252,7 +254,12 @@ def main() -> int:
     attention.add_argument("--heads", type=int, default=12)
     attention.add_argument("--head-dim", type=int, default=128)
     attention.add_argument("--rounds", type=int, default=20)
-    args = parser.parse_args()
+    commands.add_parser("tokenize", add_help=False, help="rows to ids on one core, against Megatron's own path")
+    args, rest = parser.parse_known_args()
+    if args.command == "tokenize":  # in a program without torch, which its workers would import with it
+        return subprocess.run([sys.executable, "-m", "hrm_megatron.benchmark.tokenize", *rest]).returncode
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     run = dict(gpu=measure_training, host=count_host, attention=time_attention)
     if args.command in run:
         return one_line(lambda: run[args.command](args))

@@ -23,6 +23,7 @@ from hrm_megatron.config import (
     ffn_hidden_size,
     refuse_beside,
 )
+from hrm_megatron.data.plan import PLAN_VERSION
 from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.parallel.machine import Machine
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
@@ -99,6 +100,10 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="micro-batches per window of the two-phase schedule, bounds its memory (default: all)")
     group.add_argument("--sampled-data-path", metavar="DIR",
                        help="train on a `sampled` folder of HRM-Text's data pipeline")
+    group.add_argument("--sampling-rules", metavar="FILE",
+                       help="YAML list of rules: how many examples of each source file an epoch has")
+    group.add_argument("--verify-data", action="store_true",
+                       help="verify the checksums of the data before training")
     group.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
                        help="load a checkpoint without verifying its checksums")
     group.add_argument("--load-newest-valid", action="store_true",
@@ -219,6 +224,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
         split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)
     if args.pipeline_model_parallel_size > 1:
         set_pipeline(args, architecture)
+    args.plan_version = PLAN_VERSION  # a checkpoint says which order its rows have
     args.optimizer = "adam"  # Megatron's name of the slot; optim.builder puts AdamATan2 into it
     try:
         megatron_arguments.validate_args(args)
