@@ -3,7 +3,6 @@ import gzip
 import json
 import pickle
 import random
-import tracemalloc
 from collections import Counter
 
 import pyarrow as pa
@@ -282,20 +281,3 @@ def test_a_row_that_is_too_long_is_left_out_of_columns_too(tmp_path, name):
     kinds = [example.kind if isinstance(example, BadRow) else "" for _, example in
              read(path, 500, RowFormat(max_characters=500))]
     assert kinds == ["", "", "row too long", "", "row too long"]
-
-
-@pytest.mark.parametrize("name", ["plain.jsonl", "one.jsonl.zst", "one.jsonl.gz", "groups.parquet", "stream.arrow"])
-def test_memory_does_not_grow_with_the_input(tmp_path, name):
-    """Ten times the rows take no more memory than a few pieces; Python's and Arrow's are both counted."""
-    def peak(count):
-        path, = write(name, rows_of(200) * count, tmp_path)
-        tracemalloc.start()
-        before, most = pa.total_allocated_bytes(), 0
-        for piece in pieces(path, 20_000):
-            for _ in read_piece(piece):
-                most = max(most, pa.total_allocated_bytes() - before)
-        _, python = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        return most + python
-    few = peak(3)
-    assert peak(30) < 1.5 * few + 1_000_000
