@@ -1,4 +1,4 @@
-"""Turn jsonl files of examples into a Megatron .bin/.idx that hrm_megatron.pretrain reads."""
+"""Turn files of examples or documents into a Megatron .bin/.idx that hrm_megatron.pretrain reads."""
 from __future__ import annotations
 
 import argparse
