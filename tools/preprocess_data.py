@@ -1,4 +1,4 @@
-"""Turn files of examples into shards of Megatron's .bin/.idx that hrm_megatron.pretrain reads."""
+"""Turn files of examples or documents into shards of Megatron's .bin/.idx that hrm_megatron.pretrain reads."""
 from __future__ import annotations
 
 import argparse
