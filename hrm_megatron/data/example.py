@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hrm_megatron.config import ConfigError
@@ -46,13 +47,34 @@ class BadRows:
 
 
 @dataclass(frozen=True)
+class RawText:
+    """How documents are cut into examples (raw_text.py): the share of the prefix, of which one between the two is drawn
+    for each example from `seed` and the document's text; the folder of the model that finds sentences, and what tells
+    it from others; the name of the field with the text."""
+
+    prefix_fraction: tuple[float, float]
+    seed: int
+    sentence_model: Path
+    fingerprint: str
+    key: str = "text"
+
+    def __post_init__(self) -> None:
+        low, high = self.prefix_fraction
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(f"--prefix-fraction {low:g} {high:g}: two numbers of 0 to 1, the smaller first")
+
+
+@dataclass(frozen=True)
 class RowFormat:
     """How rows spell an example: the names of condition, instruction and response, and the tags of a row without a
-    condition (None: such a row is bad). No text has more than `max_characters`."""
+    condition (None: such a row is bad), and how the rows are shaped (row_shapes.SHAPES), or how documents are cut. No
+    text has more than `max_characters`."""
 
     keys: tuple[str, ...] = FIELDS
     default_condition: str | None = None
     max_characters: int = MAX_CHARACTERS
+    shape: str = "fields"
+    raw: RawText | None = None
     tags: tuple[str, ...] = tuple(TAG_TOKENS)  # that the tokenizer has
 
     def __post_init__(self) -> None:
@@ -64,15 +86,20 @@ class RowFormat:
             raise ConfigError(f"--max-characters {self.max_characters}: must be at least 1")
 
     @property
-    def max_line_bytes(self) -> int:
-        """Bytes of a line that is read at all."""
+    def max_row_bytes(self) -> int:
+        """Bytes of a row that is read at all, whatever it has besides its texts."""
         return BYTES_PER_CHARACTER * self.max_characters + 65_536
 
     def settings(self) -> dict[str, object]:
         """What decides, besides the files, which examples are read. Not what happens to bad rows: where there are
         some, nothing is made unless they are skipped."""
-        return {"json_keys": list(self.keys), "default_condition": self.default_condition,
-                "max_characters": self.max_characters}
+        settings: dict[str, object] = {
+            "json_keys": list(self.keys), "default_condition": self.default_condition,
+            "max_characters": self.max_characters, "row_shape": self.shape}
+        if self.raw:
+            settings |= {"prefix_fraction": list(self.raw.prefix_fraction), "cut_seed": self.raw.seed,
+                         "sentence_model": self.raw.fingerprint, "text_key": self.raw.key}
+        return settings
 
 
 @dataclass(frozen=True)
@@ -85,26 +112,21 @@ class Example:
     defaulted: bool = field(default=False, compare=False)
 
 
-def examples_of(row: dict[str, Any], place: str, rows: RowFormat = RowFormat()) -> list[Example]:
-    """Take the examples out of a row. Raises BadRow."""
-    defaulted = row.get(rows.keys[0]) is None and rows.default_condition is not None
-    if defaulted:
-        row = {**row, rows.keys[0]: rows.default_condition}
-    for key in rows.keys:
-        _check_text(row, key, place, or_else=", or give --default-condition" if key == rows.keys[0] else "")
-    condition, instruction, response = (row[key] for key in rows.keys)
-    example = Example(condition, instruction, response, defaulted)
+def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: str, response: str) -> Example:
+    """Put the condition of a row, or the default, to texts that were taken from it. Raises BadRow."""
+    key = rows.keys[0]
+    defaulted = row.get(key) is None and rows.default_condition is not None
+    condition = rows.default_condition if defaulted else text_of(row, key, place, ", or give --default-condition")
+    example = Example(condition or "", instruction, response, defaulted)
     try:
         tags_of(example.condition, rows.tags)
     except ConfigError as error:
         raise BadRow("unknown tag", f"{place}: {error}") from error
-    for key, text in zip(rows.keys[1:], (example.instruction, example.response), strict=True):
-        if not text.strip():
-            raise BadRow("empty field", f"{place}: {key}={shown(text)} is empty; fill it or drop the row")
+    for text in (instruction, response):
         if len(text) > rows.max_characters:
-            raise BadRow("row too long", f"{place}: {key} has {len(text):,} characters, --max-characters is "
+            raise BadRow("row too long", f"{place}: a text of {len(text):,} characters, --max-characters is "
                                          f"{rows.max_characters}; split it or raise that")
-    return [example]
+    return example
 
 
 def parse_object(line: bytes, place: str) -> dict[str, Any]:
@@ -123,8 +145,8 @@ def parse_object(line: bytes, place: str) -> dict[str, Any]:
     return row
 
 
-def _check_text(row: dict[str, Any], key: str, place: str, or_else: str) -> None:
-    """Refuse a field that is not there or is no text; `or_else` is one more way out."""
+def text_of(row: dict[str, Any], key: str, place: str, or_else: str = "") -> str:
+    """Take a text out of a row, if it is there and is one; `or_else` is one more way out. Raises BadRow."""
     if key not in row:
         raise BadRow("missing field", f"{place}: no field {key!r} (there are {shown(sorted(row))}); add it or name "
                                       f"yours with --json-keys{or_else}")
@@ -132,10 +154,20 @@ def _check_text(row: dict[str, Any], key: str, place: str, or_else: str) -> None
     if value is None:
         raise BadRow("null field", f"{place}: {key} is null; fill it or drop the row{or_else}")
     if not isinstance(value, str):
-        way_out = "make one text of it" if isinstance(value, list | dict) else "put it in quotes"
+        way_out = ("make one text of it" if isinstance(value, list | dict) else "decode it" if isinstance(value, bytes)
+                   else "put it in quotes")
         raise BadRow("field is no string", f"{place}: {key}={shown(value)} is not a string; {way_out}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRow("invalid Unicode", f"{place}: {key}={shown(value)} has half a surrogate pair at character "
                                         f"{error.start + 1}; correct the text") from error
+    return value
+
+
+def filled_text_of(row: dict[str, Any], key: str, place: str) -> str:
+    """Take a text that is not empty. Raises BadRow."""
+    text = text_of(row, key, place)
+    if not text.strip():
+        raise BadRow("empty field", f"{place}: {key}={shown(text)} is empty; fill it or drop the row")
+    return text

@@ -68,7 +68,7 @@ class Lint:
             self._add_texts(REPLACEMENT, placed, ("\ufffd" in text for text in texts))
         if special and special.search(joined):
             self._add_texts(SPECIAL, placed, (bool(special.search(text)) for text in texts))
-        self._add_texts(BLANK, placed, (INVISIBLE.fullmatch(text) is not None for text in texts))
+        self._add_texts(BLANK, placed, (bool(text and INVISIBLE.fullmatch(text)) for text in texts))
         for place, example in placed:
             if (len(example.instruction) == len(example.response) and example.instruction == example.response) or \
                     example.instruction.strip() == example.response.strip():

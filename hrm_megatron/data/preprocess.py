@@ -22,6 +22,7 @@ from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat
 from hrm_megatron.data.indexed_examples import IndexedExamplesWriter, already_made
 from hrm_megatron.data.lint import TRUNCATED, Lint
 from hrm_megatron.data.provenance import Provenance
+from hrm_megatron.data.raw_text import Sizes
 from hrm_megatron.data.readers import PIECE_BYTES, Piece, pieces, read_piece
 from hrm_megatron.data.spell import Spelled, spell
 from hrm_megatron.data.tokenizer import TextTokenizer
@@ -78,8 +79,9 @@ def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, contex
     An example takes at most `context_size` positions: a longer response is cut and loses its end token.
     """
     encoded = Encoded(np.empty(0, np.int32), np.empty((0, 2), np.int64))
+    sizes = Sizes(context_size, lambda texts: tokenizer.engine.encode(texts).lengths.tolist())
     spelled: list[Spelled] = []
-    for batch in _batches(read_piece(piece, rows, encoded.noted)):
+    for batch in _batches(read_piece(piece, rows, encoded.noted, sizes)):
         placed = [(place, example) for place, example in batch if isinstance(example, Example)]
         batch_spelled = spell(tokenizer, [example for _, example in placed], context_size)
         spelled.append(batch_spelled)

@@ -4,8 +4,9 @@ import pickle
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat, examples_of, parse_object
+from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat, parse_object
 from hrm_megatron.data.readers import read_examples
+from hrm_megatron.data.row_shapes import examples_of
 
 GOOD = {"condition": "direct", "instruction": "2 + 3?", "response": "5"}
 
@@ -68,7 +69,7 @@ def test_a_bad_row_survives_the_way_from_a_worker():
 def test_null_is_never_put_in_quotes():
     for key in GOOD:
         with pytest.raises(BadRow) as refusal:
-            examples_of({**GOOD, key: None}, "x.jsonl:7")
+            examples_of({**GOOD, key: None}, "x.jsonl:7", RowFormat())
         assert "quotes" not in str(refusal.value) and ("--default" in str(refusal.value)) == (key == "condition")
 
 

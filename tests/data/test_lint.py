@@ -68,6 +68,10 @@ def test_each_kind_is_counted_with_its_first_place(tokenizer, row, kind, place):
         lint.refuse()
 
 
+def test_an_empty_prefix_of_raw_text_is_meant_so():
+    assert found([("f:1", Example("", "", "a sentence"))]).lines() == []
+
+
 def test_one_normal_form_alone_is_no_mixture():
     assert found(rows_of(["e\u0301 only", "ascii"])).lines() == []
     assert found(rows_of(["\u00e9 only", "ascii"])).lines() == []

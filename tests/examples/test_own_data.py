@@ -1,4 +1,5 @@
 """The script for a user's own data goes all the way, and goes on where it stopped."""
+import gzip
 import json
 import os
 import shutil
@@ -7,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.modes import wrong_modes
@@ -77,6 +80,23 @@ def test_a_second_start_keeps_what_is_there_and_other_data_is_refused(folder, la
     assert made == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
 
 
+def test_any_kind_of_input_will_do(folder, launcher):
+    """A folder of chats, packed and in columns."""
+    chats = [dict(messages=[dict(role="user", content=f"What is {i} + 1?"), dict(role="assistant", content=str(i + 1))])
+             for i in range(6)]
+    (folder / "in").mkdir()
+    (folder / "in" / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, chats)).encode()))
+    pq.write_table(pa.Table.from_pylist(chats), folder / "in" / "b.parquet")
+    done = run([SCRIPT], folder, DATA="in", **SETTINGS, **launcher, DEFAULT_CONDITION="direct", ROW_SHAPE="messages")
+    assert done.returncode == 0, done.stderr
+    assert "out/data: 12 examples, " in done.stdout and "train " in done.stdout
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("It rained on Friday. Nobody came. " * 40)
+    done = run([SCRIPT], folder, DATA="texts", **{**SETTINGS, **launcher, "OUT": "two", "SPLIT_SENTENCES": "1"})
+    assert done.returncode == 0 and " 0 responses truncated" in done.stdout, done.stderr
+    assert (folder / "two" / "sentences" / "abbrev_types.txt").exists()
+
+
 def test_rows_without_condition_are_refused_unless_told(folder, launcher):
     done = run([SCRIPT], folder, DATA="rows.jsonl", **{**SETTINGS, **FIELDS, **launcher, "DEFAULT_CONDITION": "refuse",
                                                       "ON_BAD_ROW": "error"})
@@ -89,10 +109,10 @@ def test_help_shows_the_settings_and_needs_none(tmp_path):
     done = run([SCRIPT, "--help"], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     settings = [line.removeprefix("export ").partition("=")[0] for line in done.stdout.splitlines() if "=${" in line]
-    assert {"DATA", *SETTINGS, *FIELDS, "PRESET", "LR", "PYTHON"} == set(settings)
+    assert {"DATA", *SETTINGS, *FIELDS, "ROW_SHAPE", "SPLIT_SENTENCES", "PRESET", "LR", "PYTHON"} == set(settings)
     assert "root=" not in done.stdout
     shutil.copy(SCRIPT, tmp_path)
-    for script, message in ((SCRIPT, "set DATA to your jsonl file"), (tmp_path / SCRIPT.name, "no tools/")):
+    for script, message in ((SCRIPT, "set DATA to your file or folder"), (tmp_path / SCRIPT.name, "no tools/")):
         refused = run([script], tmp_path)
         assert refused.returncode == 1 and refused.stderr.startswith(f"own_data.sh: {message}")
         assert refused.stderr.count("\n") == 1

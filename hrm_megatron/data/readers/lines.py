@@ -1,14 +1,15 @@
-"""Lines of JSON: byte ranges of a file, each read where it is needed."""
+"""Lines of JSON: byte ranges of a file that workers read themselves, or what was unpacked from a compressed file."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from hrm_megatron.data.example import BadRow, RowFormat, parse_object
-from hrm_megatron.data.readers.piece import Piece, Row
-from hrm_megatron.data.text_files import without_mark
+from hrm_megatron.data.readers.piece import Piece, Row, too_long
+from hrm_megatron.data.readers.streams import open_stream
+from hrm_megatron.data.text_files import HEAD_BYTES, is_blank_jsonl, without_mark
 
 
 class Cut(NamedTuple):
@@ -23,38 +24,31 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class LinesPiece(Piece):
-    """Lines of a jsonl file, or one that is too long to be read, by its length."""
+    """Lines of jsonl, or one that is too long to be read, by its length. Without `text` they are read from the file."""
 
     first_line: int
     start_byte: int
+    text: bytes | None = None
     long_line_bytes: int = 0
 
     def read(self, rows: RowFormat) -> Iterator[tuple[str, Row | BadRow]]:
         if self.long_line_bytes:
-            yield _too_long(f"{self.path}:{self.first_line}", self.long_line_bytes, rows)
+            yield too_long(f"{self.path}:{self.first_line}", self.long_line_bytes, rows)
             return
-        with open(self.path, "rb") as file:
-            file.seek(self.start_byte)
-            text = file.read(self.num_bytes)
+        text = self.text
+        if text is None:
+            with open(self.path, "rb") as file:
+                file.seek(self.start_byte)
+                text = file.read(self.num_bytes)
         for number, line in enumerate(text.split(b"\n"), self.first_line):
             place = f"{self.path}:{number}"
-            if len(line) > rows.max_line_bytes:
-                yield _too_long(place, len(line), rows)
+            if len(line) > rows.max_row_bytes:
+                yield too_long(place, len(line), rows)
             elif line := without_mark(line):
                 try:
                     yield place, parse_object(line, place)
                 except BadRow as error:
                     yield place, error
-
-
-def _too_long(place: str, num_bytes: int, rows: RowFormat) -> tuple[str, BadRow]:
-    return place, BadRow("row too long", f"{place}: a line of {num_bytes:,} bytes, --max-characters "
-                         f"{rows.max_characters} reads at most {rows.max_line_bytes:,}; split it or raise that")
-
-
-def blocks_of(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
-    while block := file.read(num_bytes):
-        yield block
 
 
 def cut_lines(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[Cut]:
@@ -83,7 +77,19 @@ def cut_lines(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[Cut]:
         yield Cut(line, start, len(rest), bytes(rest))
 
 
-def jsonl_pieces(path: Path, chunk_bytes: int, max_line_bytes: int) -> Iterator[LinesPiece]:
-    with open(path, "rb") as file:
-        for cut in cut_lines(blocks_of(file, chunk_bytes), max_line_bytes):
-            yield LinesPiece(path, cut.num_bytes, cut.first_line, cut.start_byte, cut.long_line_bytes)
+def jsonl_pieces(path: Path, chunk_bytes: int, rows: RowFormat) -> Iterator[LinesPiece]:
+    with open_stream(path) as stream:
+        done = 0
+        for cut in cut_lines(stream.blocks(chunk_bytes), rows.max_row_bytes):
+            packed = stream.packed_bytes
+            num_bytes, text = (packed - done, cut.text) if stream.codec else (cut.num_bytes, None)
+            done = packed
+            yield LinesPiece(path, num_bytes, cut.first_line, cut.start_byte, text, cut.long_line_bytes)
+
+
+def jsonl_is_blank(path: Path) -> bool:
+    """Say whether there is no row in a jsonl file, packed or not; refuse by its name what is no jsonl in UTF-8."""
+    with open_stream(path) as stream:
+        blocks = stream.blocks(HEAD_BYTES)
+        head = next(blocks, b"")
+        return is_blank_jsonl(path, head, whole=next(blocks, None) is None)

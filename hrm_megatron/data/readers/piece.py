@@ -22,3 +22,9 @@ class Piece(ABC):
     @abstractmethod
     def read(self, rows: RowFormat) -> Iterator[tuple[str, Row | BadRow]]:
         """Yield (place, row) in order."""
+
+
+def too_long(place: str, num_bytes: int, rows: RowFormat) -> tuple[str, BadRow]:
+    """Refuse a row by its size alone."""
+    return place, BadRow("row too long", f"{place}: a row of {num_bytes:,} bytes, --max-characters "
+                         f"{rows.max_characters} reads at most {rows.max_row_bytes:,}; split it or raise that")
