@@ -41,7 +41,7 @@ from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 from hrm_megatron.training.summary import describe_model  # noqa: E402
-from hrm_megatron.training.verification import verify_start  # noqa: E402
+from hrm_megatron.training.verification import verify_end, verify_start  # noqa: E402
 
 log = logging.getLogger("hrm_megatron.pretrain")  # __name__ is __main__
 
@@ -59,7 +59,8 @@ def train(console: Console) -> None:
     data = sources["all"]
     evaluation = settle_evaluation(args, *data.held_out(args.split), data.why_no_validation(args.split))
     start, is_left = check_checkpoint(args)
-    if not is_left:
+    fits = functools.partial(check_fit, args)
+    if start and not is_left and not verify_end(args, start, fits):
         return
     set_global_variables(args)
     log.info(describe_model(args))
@@ -76,7 +77,7 @@ def train(console: Console) -> None:
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
         if not vp_stage:  # the first call, and the first moment at which there is a process group
             check_agreement(data.files)
-            verify_start(args, start, functools.partial(check_fit, args))
+            verify_start(args, start, fits)
         return step.build_model(vp_stage=vp_stage, **options)
 
     def ready(train_rows: PackedRows | None) -> None:

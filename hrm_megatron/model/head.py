@@ -30,9 +30,14 @@ def _summarize(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 @torch.compile(dynamic=True)
 def _scaled_softmax(logits: torch.Tensor, largest: torch.Tensor, sums: torch.Tensor,
                     scale: torch.Tensor) -> torch.Tensor:
-    """Return softmax times `scale`, in fp32 and rounded once: logits [n, v/tp] and the others [n] to [n, v/tp]."""
+    """Return softmax times `scale`, in fp32 and rounded once: logits [n, v/tp] and the others [n] to [n, v/tp].
+
+    The logits may be written over: on a CPU fresh memory costs more than this arithmetic, by its page faults.
+    """
     largest, sums, scale = (t.unsqueeze(1) for t in (largest, sums, scale))
-    return torch.sub(logits, largest).exp_().div_(sums).mul_(scale).to(logits.dtype)
+    over = not torch.compiler.is_compiling() and logits.dtype == largest.dtype
+    shifted = logits.sub_(largest) if over else torch.sub(logits, largest)
+    return shifted.exp_().div_(sums).mul_(scale).to(logits.dtype)
 
 
 def _wide(t: torch.Tensor) -> torch.dtype:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
+from torch.distributed import PrefixStore, rendezvous
 
 from hrm_megatron.checkpoint.folders import last_saved_first
 from hrm_megatron.checkpoint.manifest import (
@@ -38,22 +39,39 @@ def check_verification_flags(args: argparse.Namespace) -> None:
             raise ConfigError(f"{flag}: there is no checkpoint to load; give --load, or leave it out")
 
 
-def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Callable[[Path], object]) -> None:
+def verify_end(args: argparse.Namespace, folder: Path, check_fit: Callable[[Path], bool]) -> bool:
+    """Verify the iteration with which a run is done, by `verify_start`, before there is a model or a process group.
+
+    Returns whether something is left after all, because an older iteration stands in for it.
+    """
+    if not args.verify_checkpoint:
+        return False
+    # Keys of its own: Megatron's group will meet in the same store.
+    store = PrefixStore("verify_end", next(rendezvous("env://", args.rank, args.world_size))[0])
+    torch.distributed.init_process_group("gloo", store=store, rank=args.rank, world_size=args.world_size)
+    try:
+        return verify_start(args, folder, check_fit)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Callable[[Path], bool]) -> bool:
     """Verify the iteration that is about to be loaded, each rank a share; if it is damaged, raise ConfigError on all.
 
-    With --load-newest-valid, the newest other one that verifies is loaded instead, if `check_fit` accepts it.
+    With --load-newest-valid, the newest other one that verifies is loaded instead, if `check_fit` accepts it. Returns
+    whether it is another one that leaves something to train.
     """
     if folder is None:
-        return
+        return False
     if args.verify_integrity and not (folder / INTEGRITY_FNAME).exists():
         raise ConfigError(f"--verify-integrity: {folder} was saved without it; leave it out, for every checkpoint "
                           "is verified")
     if not args.verify_checkpoint:
         log.info(f"checkpoint: {folder} {UNVERIFIED}")
-        return
+        return False
     damage = _verify_together(folder)
     if damage is None:
-        return
+        return False
     # Megatron cannot be told to load iteration 0, a model before its first step.
     others = (name for name in last_saved_first(folder.parent) if name != folder.name and iteration_of(name))
     other = next((name for name in others if _verify_together(folder.parent / name) is None), None)
@@ -62,9 +80,9 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
     if not args.load_newest_valid:
         raise ConfigError(f"{damage}; the newest that verifies: --ckpt-step {iteration_of(other)}, which "
                           "--load-newest-valid takes by itself")
-    check_fit(folder.parent / other)
     args.ckpt_step = iteration_of(other)
     log.info(f"checkpoint: {damage}; going on from {other}, the newest that verifies")
+    return check_fit(folder.parent / other)
 
 
 def _verify_together(folder: Path) -> str | None:

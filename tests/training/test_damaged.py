@@ -50,6 +50,15 @@ def test_the_newest_that_verifies_is_taken_where_that_is_wanted(launch, fullbatc
     assert (damaged / TRACKER_FILE).read_text() == "24"  # a later start with the same command does the same
 
 
+def test_a_damaged_iteration_is_no_end_of_a_run(launch, fullbatch_arguments, damaged, tmp_path):
+    flags = [*fullbatch_arguments, "--load", damaged]  # asks for the 24 steps that are done
+    run = launch(*flags)
+    assert run.code == 2 and len(run.errors) == 1 and "--ckpt-step 12" in run.errors[0], run.output[-5000:]
+    run = launch(*flags, "--load-newest-valid", "--exit-interval", 14, "--tensorboard-dir", tmp_path / "log", ranks=2)
+    assert run.code == 0 and "going on from iter_0000012, the newest that verifies" in run.output, run.output[-5000:]
+    assert list(scalars(tmp_path / "log")) == [13, 14]
+
+
 def test_who_must_can_skip_it_and_is_told(launch, flags, damaged):
     run = launch(*flags, "--no-verify-checkpoint", "--train-iters", 25)
     assert run.code == 0 and "step 25/25  loss " in run.last_output, run.output[-5000:]
