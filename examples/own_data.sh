@@ -75,10 +75,11 @@ run "$PYTHON" "$root/tools/preprocess_data.py" "${rows[@]}" --output-prefix "$OU
     --tokenizer-model "$OUT/tokenizer" --context-size "$ROW_TOKENS" --workers "$WORKERS" --keep-same
 
 # 3. Training on the GPUs of this node, or on the CPU where there is none. Three in a hundred examples are held out
-#    (--split). Started again, it goes on from its latest checkpoint. docs/flags.md has the flags; on GPUs add --bf16.
+#    (--split). The preset decides how many rows a GPU takes at a time (else give --micro-batch-size). Started again, it
+#    goes on from its latest checkpoint. docs/flags.md has the flags; on GPUs add --bf16.
 run "$root/launch_scripts/train_node.sh" \
     --data-path "$OUT/data" --tokenizer-model "$OUT/tokenizer" \
-    --seq-length "$ROW_TOKENS" --micro-batch-size 1 --global-batch-size "$ROWS_PER_STEP" \
+    --seq-length "$ROW_TOKENS" --global-batch-size "$ROWS_PER_STEP" \
     --train-iters "$TRAIN_ITERS" --lr "$LR" --lr-warmup-fraction 0.02 \
     --eval-interval 500 --eval-iters 10 \
     --load "$OUT/checkpoints" --save "$OUT/checkpoints" --save-interval 500 \

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from hrm_megatron.attention.core import core_attention
 from hrm_megatron.layers.compiled import CompiledLayer
-from hrm_megatron.layers.functions import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
+from hrm_megatron.layers.functions import RMSNormFunction, SwiGLUFunction, rms_norm, run, swiglu
 from hrm_megatron.layers.gated_recompute import GatedAttention, RecomputedSwiGLU, RecomputingMLP
 from hrm_megatron.layers.linear import OwnProductProvider
 from hrm_megatron.transformer_config import HRMConfig
@@ -34,7 +34,7 @@ class WeightlessRMSNorm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return rms_norm(x, self.eps)
-        normed: torch.Tensor = RMSNormFunction.apply(x, self.eps)
+        normed: torch.Tensor = run(RMSNormFunction, x, self.eps)
         return normed
 
 
@@ -47,7 +47,7 @@ class SwiGLU(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return swiglu(x)
-        activated: torch.Tensor = SwiGLUFunction.apply(x)
+        activated: torch.Tensor = run(SwiGLUFunction, x)
         return activated
 
 
