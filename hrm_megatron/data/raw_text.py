@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from hrm_megatron.data.example import BadRow, Example, RawText, RowFormat, make_example, text_of
 from hrm_megatron.data.sentences import sentence_starts
-from hrm_megatron.data.spelling import tags_of
 
 CHARACTERS_PER_TOKEN = 4  # roughly; where no tokenizer is there yet
 
@@ -51,7 +50,8 @@ def document_examples(row: dict[str, Any], place: str, rows: RowFormat, raw: Raw
     if row.get(rows.keys[0]) is None and rows.default_condition is None:
         row = {**row, rows.keys[0]: ""}
     condition = make_example(row, place, rows, "", "").condition
-    room = sizes.context_size - 2 - len(tags_of(condition))  # the prefix has two control tokens, the response one
+    tags = len(condition.split(",")) if condition.strip() else 0
+    room = sizes.context_size - 2 - tags  # the prefix has two control tokens besides, the response one
     if room < 1:
         raise BadRow("no room", f"{place}: {sizes.context_size} positions have no room for text; raise --context-size")
     seen: Counter[str] = Counter()

@@ -158,6 +158,9 @@ def test_empty_documents_are_counted_and_broken_ones_bad(rows):
 def test_conditions_are_those_of_the_row_or_the_default(rows):
     row = {"text": PROSE, "condition": "cot,synth"}
     assert {e.condition for e in examples_of(row, "x", rows(), None)} == {"cot,synth"}
+    for condition, tags in (("", 0), (" ", 0), ("cot", 1), ("cot, synth", 2)):
+        examples = examples_of({**row, "condition": condition}, "x", rows(), None, Sizes(23 + tags, words))
+        assert [e.response for e in examples] == [e.response for e in cut(PROSE, rows())]
     assert {(e.condition, e.defaulted) for e in cut(PROSE, rows(default_condition="noisy"))} == {("noisy", True)}
 
 
