@@ -77,10 +77,13 @@ class Checkpoint:
         return replace(self, iteration=0, embedding_updates=0, parts=frozenset({RAW}),
                        read=lambda _, entry: self.part_of(kind, entry))
 
-    def state(self, entry: Rename) -> dict[str, torch.Tensor]:
-        """Read all parts of one trained tensor; what is not stored is as before the first step."""
-        raw = self.read(RAW, entry).float()
-        fresh = {RAW: raw, EMA: raw}
-        zeros = torch.zeros((), dtype=torch.float32).expand(entry.shape)
-        return {part: self.read(part, entry).float() if part in self.parts and part != RAW
-                else fresh.get(part, zeros) for part in PARTS}
+    @property
+    def has_state(self) -> bool:
+        """Tell whether optimizer state and EMA are stored, all of them."""
+        return self.parts >= frozenset(PARTS)
+
+    def state(self, part: str, entry: Rename) -> torch.Tensor:
+        """Read a part of one trained tensor in fp32; what is not stored is as before the first step."""
+        if part in self.parts:
+            return self.read(part, entry).float()
+        return self.read(RAW, entry).float() if part == EMA else torch.zeros(entry.shape)
