@@ -1,15 +1,18 @@
-"""Time training: one step against another implementation of the same model, or whole steps as users run them.
+"""Time training, one step against another implementation or whole steps as users run them, and conversions.
 
     python tools/benchmark.py step      # fp32 on the CPU, against transformers' HrmText, in the same process
     python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 [-- --fp8-format hybrid ...]
+    python tools/benchmark.py convert   # random weights of XL in every direction: time, memory, bytes
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import itertools
+import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +33,7 @@ from transformers import HrmTextConfig, HrmTextForCausalLM  # noqa: E402
 
 from hrm_megatron.attention.prefix_lm import PrefixSequences  # noqa: E402
 from hrm_megatron.attention.rotary import Rotation  # noqa: E402
+from hrm_megatron.benchmark.conversion import measure as measure_conversion  # noqa: E402
 from hrm_megatron.benchmark.peak import (  # noqa: E402
     in_the_longest_row_that_fits,
     matmul_flops_per_second,
@@ -38,6 +42,7 @@ from hrm_megatron.benchmark.peak import (  # noqa: E402
 from hrm_megatron.benchmark.record import add_row, check_table, device_name, output_folder, versions  # noqa: E402
 from hrm_megatron.benchmark.train import Measured, measure  # noqa: E402
 from hrm_megatron.config import PRESETS, Architecture, Preset, ffn_hidden_size  # noqa: E402
+from hrm_megatron.convert.table import table  # noqa: E402
 from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch, assemble_row  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.data.sampled import SampledFolder  # noqa: E402
@@ -178,6 +183,21 @@ def time_peer(ours: Measured, args: argparse.Namespace, data: Path) -> str:
     return f"{speed:,.0f}" + ("" if timed[0] == args.row_tokens else f" in rows of {timed[0]}")
 
 
+def measure_conversions(args: argparse.Namespace) -> None:
+    """Print what each direction took."""
+    sizes = Preset(*args.sizes) if args.sizes else PRESETS[args.hrm_preset]
+    architecture = Architecture(sizes.num_layers, sizes.hidden_size, sizes.num_attention_heads, sizes.ffn_hidden_size,
+                                args.vocab_size)
+    largest = max(math.prod(entry.shape) for entry in table(architecture))
+    print(f"{architecture.num_parameters / 1e9:.2f} billion parameters, the largest tensor {4 * largest / 1e9:.2f} GB, "
+          f"{architecture.num_parameters * 4 / 1e9:.2f} GB of weights in fp32; torch {torch.__version__}")
+    print(f"{'direction':28} {'seconds':>8} {'peak GB':>8} {'written GB':>11}   beside the imports")
+    with tempfile.TemporaryDirectory(prefix="convert-", dir=args.output) as folder:
+        for found in measure_conversion(architecture, Path(folder), args.weights_only):
+            print(f"{found.source + ' > ' + found.target:28} {found.seconds:8.1f} {found.peak_bytes / 1e9:8.2f} "
+                  f"{found.written_bytes / 1e9:11.2f}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -199,9 +219,19 @@ def main() -> int:
     gpu.add_argument("--record", type=Path, metavar="FILE", help="add a row to the table of this Markdown file")
     gpu.add_argument("--peer", action="store_true", help="also time transformers' HrmText, compiled on a GPU")
     gpu.add_argument("flags", nargs="*", help="after --: more flags of hrm_megatron.pretrain")
+    conversion = commands.add_parser("convert", help="conversions of random weights in every direction")
+    size = conversion.add_mutually_exclusive_group()
+    size.add_argument("--hrm-preset", choices=[*PRESETS], default="XL")
+    size.add_argument("--sizes", type=int, nargs=3, metavar=("LAYERS", "HIDDEN", "HEADS"))
+    conversion.add_argument("--vocab-size", type=int, default=65_536)
+    conversion.add_argument("--weights-only", action="store_true", help="without optimizer state, for large models")
+    conversion.add_argument("--output", type=Path, metavar="DIR", help="existing folder on the disk to measure, which "
+                            "needs room for ten times the weights in fp32, or two with --weights-only")
     args = parser.parse_args()
     if args.command == "gpu":
         return one_line(lambda: measure_training(args))
+    if args.command == "convert":
+        return one_line(lambda: measure_conversions(args))
     torch.set_num_threads(args.threads)
     architecture = dataclasses.replace(ARCHITECTURE, num_layers=args.layers)
     sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(architecture).items() if value)

@@ -100,7 +100,10 @@ def _exported(checkpoint: Checkpoint, kind: str, entry: Rename, dtype: torch.dty
 def _token_ids(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict[str, TokenIds]:
     """Return the ids of the tokens that transformers asks for by role, all of them rows of the model."""
     architecture = checkpoint.architecture
-    if beside and padded_vocab_size(beside.text.vocab_size) != architecture.padded_vocab_size:
+    # A vocabulary of as many tokens as there are rows may be one that was padded.
+    rows_alone = architecture.vocab_size == architecture.padded_vocab_size
+    if beside and architecture.vocab_size != (
+            padded_vocab_size(beside.text.vocab_size) if rows_alone else beside.text.vocab_size):
         raise ConfigError(f"{beside.text.path}: has {beside.text.vocab_size} tokens, the model {checkpoint.path} was "
                           f"trained with {architecture.vocab_size}; give its own tokenizer as --tokenizer-model")
     token_ids: dict[str, TokenIds] = dict(beside.token_ids if beside else checkpoint.token_ids or TOKEN_IDS)

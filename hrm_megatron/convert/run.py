@@ -3,15 +3,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from hrm_megatron.checkpoint.folders import TRACKER_FILE, find_iteration
 from hrm_megatron.checkpoint.verify import naming_another
@@ -25,7 +24,7 @@ from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
 from hrm_megatron.convert.native import read_native, write_native
 from hrm_megatron.convert.table import table
 from hrm_megatron.convert.to_megatron import write_megatron
-from hrm_megatron.program import signals_held
+from hrm_megatron.program import whole_folder
 
 FORMATS = ("megatron", "hf", "native")
 SIGNATURES = (TRACKER_FILE, CONFIG_FILE, NATIVE_CONFIG_FILE)  # one of them is in every folder written here
@@ -144,29 +143,16 @@ def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
             raise ConfigError(f"--save {save}: exists and is no checkpoint; choose another")
         if not overwrite and any(save.iterdir()):
             raise ConfigError(f"--save {save}: exists; pass --overwrite to replace all of it, or choose another")
-    partial, replaced = (save.with_name(f".{save.name}.{state}-{uuid.uuid4().hex}")
-                         for state in ("partial", "replaced"))
     try:
-        partial.mkdir(parents=True)
-        if (free := shutil.disk_usage(partial).free) < size_bytes + RESERVE_BYTES:
-            raise ConfigError(f"--save {save}: needs {size_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free "
-                              "some space or choose another disk")
-        yield partial
-        if save.exists():
-            save.rename(replaced)
-        partial.rename(save)
-    except ConfigError:
-        raise
-    # safetensors and torch report a full disk in classes of their own, one of them no Exception.
-    except (Exception, CheckpointException) as error:
-        full = partial.exists() and shutil.disk_usage(partial).free < RESERVE_BYTES
-        if not full and not isinstance(error, OSError):
-            raise
-        reason = "no space left on device" if full else getattr(error, "strerror", None) or error
-        raise ConfigError(f"--save {save}: cannot write ({reason}); nothing was left there") from error
-    finally:
-        with signals_held():
-            if replaced.exists() and not save.exists():
-                replaced.rename(save)
-            for leftover in (partial, replaced):
-                shutil.rmtree(leftover, ignore_errors=True)
+        with whole_folder(save) as partial:
+            if (free := shutil.disk_usage(partial).free) < size_bytes + RESERVE_BYTES:
+                raise ConfigError(f"--save {save}: needs {size_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free "
+                                  "some space or choose another disk")
+            try:
+                yield partial
+            except Exception as error:  # torch reports a full disk in a class of its own
+                if isinstance(error, ConfigError) or shutil.disk_usage(partial).free >= RESERVE_BYTES:
+                    raise
+                raise OSError(errno.ENOSPC, "no space left on device") from error
+    except OSError as error:
+        raise ConfigError(f"--save {save}: cannot write ({error.strerror or error}); nothing was left there") from error

@@ -1,6 +1,8 @@
 """What the benchmark of whole steps reads, counts and says."""
 import gzip
+import itertools
 import json
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -159,3 +161,20 @@ def test_the_tool_measures_and_says_what_failed(tmp_path):
     assert [line.split()[0] for line in done.stdout.splitlines()[2:5]] == ["tokens/s", "TFLOP/s", "peak"]
     assert "matrix products" in done.stdout and "\ntransformers " in done.stdout
     assert not wrong_modes(tmp_path / "out", 0o027)
+
+
+def test_conversions_are_measured_in_every_direction(tmp_path, capsys, monkeypatch):
+    tool = runpy.run_path(str(ROOT / "tools" / "benchmark.py"))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "convert", "--sizes", "1", "64", "4", "--vocab-size", "40000",
+                                      "--output", str(tmp_path)])
+    assert tool["main"]() == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    weights = 2 * 64 * (40_192 + 5 * 64 + 3 * 256) * 4 / 1e9  # rows of 40,000 tokens, padded
+    assert f"{weights:.2f} GB of weights in fp32" in head
+    measured = {tuple(line.rsplit(maxsplit=3)[0].split(" > ")): [float(value) for value in line.rsplit(maxsplit=3)[1:]]
+                for line in lines}
+    assert measured.keys() == {("random weights", "native"), *itertools.permutations(("native", "megatron", "hf"), 2)}
+    for (source, target), (seconds, peak_gb, written_gb) in measured.items():
+        copies = {"hf": 1, "native": 4, "megatron": 1 if source == "hf" else 5}[target]
+        assert seconds > 0 and peak_gb < 5 * weights and written_gb == pytest.approx(copies * weights, abs=0.01)
+    assert not [*tmp_path.iterdir()]
