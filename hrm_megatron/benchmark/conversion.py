@@ -58,6 +58,9 @@ def measure(architecture: Architecture, folder: Path, weights_only: bool = False
             found: Measured = ours.recv()
         except EOFError:
             raise ConfigError(f"{source} > {target} in {folder} failed, see above") from None
+        except BaseException:
+            child.terminate()
+            raise
         finally:
             child.join()
         yield found
