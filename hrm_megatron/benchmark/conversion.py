@@ -86,8 +86,13 @@ def random_checkpoint(architecture: Architecture) -> Checkpoint:
     """Return a checkpoint after one step whose numbers are drawn when they are read, the same ones every time."""
     def read(part: str, entry: Rename) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{part} {entry.megatron}".encode()))
-        tensor = torch.randn(entry.shape, generator=generator).mul_(architecture.input_std)
+        tensor = torch.empty(entry.shape)
+        for block in tensor.view(-1).split(len(drawn)):
+            torch.mul(drawn[:len(block)], 1 + torch.rand((), generator=generator), out=block)
         return tensor if entry.trained else tensor.to(torch.bfloat16)
+
+    # To draw every number would take longer than any conversion.
+    drawn = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1)) * architecture.input_std
     return Checkpoint(Path(RANDOM), architecture, Training(), 1, 0, frozenset(PARTS), read)
 
 

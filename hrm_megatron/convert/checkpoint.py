@@ -56,12 +56,13 @@ class Checkpoint:
     remark: str = ""  # what could not be verified of it, as the rest of a sentence
 
     def part_of(self, kind: str, entry: Rename) -> torch.Tensor:
-        """Read one tensor of the weights of this kind; a tensor that is not trained has no average."""
-        return self.read(kind if entry.trained else RAW, entry)
+        """Read one tensor of the weights of this kind; one that is not trained has no EMA, a model before its first
+        step need not have one."""
+        return self.read(kind if entry.trained and kind in self.parts else RAW, entry)
 
     def require(self, kind: str) -> None:
-        """Refuse a kind of weights that is not stored."""
-        if kind not in self.parts:
+        """Refuse a kind of weights that is not stored; before the first step the EMA is the weights."""
+        if kind not in self.parts and (kind != EMA or self.iteration):
             raise ConfigError(f"{self.path}: holds no {kind.upper()} weights, only {', '.join(sorted(self.parts))}; "
                               f"choose --weights {RAW if kind == EMA else EMA}")
 

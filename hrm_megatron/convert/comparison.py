@@ -99,8 +99,10 @@ def logits_of(loaded: Loaded, architecture: Architecture, rows: list[tuple[Token
 
 
 def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:
-    from transformers import HrmTextForCausalLM  # seconds, and a conversion need not have it
+    from transformers import HrmTextForCausalLM  # takes seconds, which other formats need not wait for
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model, info = HrmTextForCausalLM.from_pretrained(loaded.folder, dtype=torch.float32, output_loading_info=True)
     if lost := [name for names in info.values() for name in names]:
         raise ConfigError(f"{loaded.folder}: transformers does not load {lost[0]}; please report it")

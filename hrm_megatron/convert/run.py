@@ -73,9 +73,10 @@ def convert(job: Conversion) -> str:
 
 
 def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
+    step = checkpoint.iteration
     if job.weights and job.save_format != "hf":
         checkpoint = checkpoint.only_weights(job.weights)
-    kind = job.weights or (EMA if EMA in checkpoint.parts or job.load_format != "hf" else RAW)
+    kind = job.weights or (EMA if EMA in checkpoint.parts or checkpoint.iteration else RAW)
     if job.save_format == "hf":
         checkpoint.require(kind)
     size_bytes = output_bytes(job, checkpoint)
@@ -91,7 +92,7 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
         settings = dataclasses.asdict(checkpoint.architecture) | (
             dict(dtype=job.dtype, weights=kind) if job.save_format == "hf" else {})
         ledger.write(folder, source=str(job.load), source_format=job.load_format, format=job.save_format,
-                     iteration=checkpoint.iteration, settings=settings)
+                     iteration=step, settings=settings)
         compared = _compare(job, checkpoint, kind, ledger, folder)
     content = "weights and optimizer state" if job.save_format != "hf" and checkpoint.has_state else f"{kind} weights"
     said = (f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(table(checkpoint.architecture))} "

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hrm_megatron.benchmark.conversion import measure as measure_conversion
 from hrm_megatron.benchmark.kernels import breakdown
 from hrm_megatron.benchmark.peak import SHORTEST_ROW, in_the_longest_row_that_fits
 from hrm_megatron.benchmark.record import add_row, output_folder
 from hrm_megatron.benchmark.rows import write_random_examples
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import Architecture, ConfigError
 from tests.modes import wrong_modes
 from tests.training.conftest import fullbatch_arguments  # noqa: F401  # a fixture
 
@@ -177,4 +178,8 @@ def test_conversions_are_measured_in_every_direction(tmp_path, capsys, monkeypat
     for (source, target), (seconds, peak_gb, written_gb) in measured.items():
         copies = {"hf": 1, "native": 4, "megatron": 1 if source == "hf" else 5}[target]
         assert seconds > 0 and peak_gb < 5 * weights and written_gb == pytest.approx(copies * weights, abs=0.01)
+    assert not [*tmp_path.iterdir()]
+    found = [*measure_conversion(Architecture(1, 64, 4, 256, 256), tmp_path, weights_only=True)]
+    assert [(one.source, one.target) for one in found] == [("random weights", "hf"), ("hf", "megatron"),
+                                                           ("megatron", "hf")]
     assert not [*tmp_path.iterdir()]

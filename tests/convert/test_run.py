@@ -53,6 +53,10 @@ def test_every_format_leads_to_every_other(command, tmp_path, golden, same_state
     imported, ema = read_megatron(find_iteration(tmp_path / "m2")), dict(source.weights("ema"))
     assert imported.iteration == 0
     assert imported.parts == {"raw"}
+    for number, flags in enumerate(([], ["--weights", "ema"])):  # before a first step the EMA is the weights
+        assert command(*flags, load=tmp_path / "m2", load_format="megatron", save=f"h{number}")[0] == 0
+        assert all(torch.equal(tensor, ema[name])
+                   for name, tensor in read_hf(tmp_path / f"h{number}").weights("raw"))
     assert all(torch.equal(tensor, ema[name]) for name, tensor in imported.weights("raw"))
     assert command("--weights", "ema", save_format="native", save="fresh")[0] == 0
     fresh = read_native(tmp_path / "fresh")
@@ -180,6 +184,8 @@ def test_the_manifest_says_what_it_is_of(command, tmp_path, golden):
     assert manifest["settings"]["hidden_size"] == 24 and manifest["settings"]["dtype"] == "bfloat16"
     assert manifest["settings"]["weights"] == "ema"
     assert len(manifest["tensors"]) == 11
+    assert command("--weights", "ema", save_format="megatron", save="m")[0] == 0  # which begins at step 0
+    assert json.loads((tmp_path / "m" / EXPORT_FILE).read_text())["iteration"] == 10
 
 
 def test_numbers_that_are_none_are_refused_or_told(command, tmp_path, monkeypatch):
