@@ -1,6 +1,7 @@
 """Measure conversions of random weights in every direction: seconds, peak memory beside the imports, bytes written."""
 from __future__ import annotations
 
+import math
 import multiprocessing
 import re
 import shutil
@@ -18,7 +19,7 @@ from hrm_megatron.convert.checkpoint import PARTS, RAW, Checkpoint, Training
 from hrm_megatron.convert.hf import write_hf
 from hrm_megatron.convert.native import write_native
 from hrm_megatron.convert.run import Conversion, convert
-from hrm_megatron.convert.table import Rename
+from hrm_megatron.convert.table import Rename, table
 
 RANDOM = "random weights"
 # What is written, from what was written before; and what is not needed then.
@@ -66,6 +67,17 @@ def measure(architecture: Architecture, folder: Path, weights_only: bool = False
         yield found
         for name in done_with:
             shutil.rmtree(folder / name)
+
+
+def report(architecture: Architecture, folder: Path, weights_only: bool = False) -> Iterator[str]:
+    """Say in lines what `measure` finds, as it finds it."""
+    largest = max(math.prod(entry.shape) for entry in table(architecture))
+    yield (f"{architecture.num_parameters / 1e9:.2f} billion parameters, the largest tensor {4 * largest / 1e9:.2f} "
+           f"GB, {architecture.num_parameters * 4 / 1e9:.2f} GB of weights in fp32; torch {torch.__version__}")
+    yield f"{'direction':28} {'seconds':>8} {'peak GB':>8} {'written GB':>11}   beside the imports"
+    for found in measure(architecture, folder, weights_only):
+        yield (f"{found.source + ' > ' + found.target:28} {found.seconds:8.1f} {found.peak_bytes / 1e9:8.2f} "
+               f"{found.written_bytes / 1e9:11.2f}")
 
 
 def _measure_one(architecture: Architecture, folder: Path, source: str, target: str, answer: Connection) -> None:

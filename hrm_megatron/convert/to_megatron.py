@@ -75,14 +75,14 @@ def write_megatron(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None =
     target = folder / f"iter_{checkpoint.iteration:07d}"
     target.mkdir(parents=True)
     common: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": checkpoint.iteration,
+                              "opt_param_scheduler": {STEPS_DONE: checkpoint.iteration},
                               "num_floating_point_operations_so_far": 0.0, "content_metadata": dict(SHARDING)}
     state: dict[str, LazyTensor | io.BytesIO] = dict(_extra_states(checkpoint.architecture))
     for entry in table(checkpoint.architecture):
         state[entry.megatron] = ledger.noting(entry.megatron, _stored(checkpoint, RAW, entry))
     if checkpoint.has_state:
-        common |= {"optimizer": {"optimizer": {"param_groups": _groups(checkpoint)},
-                                 "param_state_sharding_type": SHARDING["distrib_optim_sharding_type"]},
-                   "opt_param_scheduler": {STEPS_DONE: checkpoint.iteration}}
+        common["optimizer"] = {"optimizer": {"param_groups": _groups(checkpoint)},
+                               "param_state_sharding_type": SHARDING["distrib_optim_sharding_type"]}
         for entry in table(checkpoint.architecture):
             for part, name in STATE_NAMES.items() if entry.trained else ():
                 key = f"optimizer.state.{name}.{entry.megatron}"
