@@ -3,6 +3,7 @@
     python tools/benchmark.py step      # fp32 on the CPU, against transformers' HrmText, in the same process
     python tools/benchmark.py tokenize  # rows to ids, against Megatron's path with the HuggingFace tokenizer
     python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 [-- --fp8-format hybrid ...]
+    python tools/benchmark.py convert   # random weights of XL in every direction: time, memory, bytes
     python tools/benchmark.py host      # what a micro-batch costs the host: launches, calls, time
     python tools/benchmark.py attention # te, varlen and flash-attn side by side
 """
@@ -16,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +39,7 @@ from transformers import HrmTextConfig, HrmTextForCausalLM  # noqa: E402
 from hrm_megatron.attention.prefix_lm import PrefixSequences  # noqa: E402
 from hrm_megatron.attention.rotary import Rotation  # noqa: E402
 from hrm_megatron.benchmark.attention import compare_kernels, random_lengths  # noqa: E402
+from hrm_megatron.benchmark.conversion import report  # noqa: E402
 from hrm_megatron.benchmark.host import measure_host, table  # noqa: E402
 from hrm_megatron.benchmark.peak import (  # noqa: E402
     in_the_longest_row_that_fits,
@@ -220,6 +223,16 @@ def time_attention(args: argparse.Namespace) -> None:
                     print(line, flush=True)
 
 
+def measure_conversions(args: argparse.Namespace) -> None:
+    """Print what each direction takes."""
+    sizes = Preset(*args.sizes) if args.sizes else PRESETS[args.hrm_preset]
+    architecture = Architecture(sizes.num_layers, sizes.hidden_size, sizes.num_attention_heads, sizes.ffn_hidden_size,
+                                args.vocab_size)
+    with tempfile.TemporaryDirectory(prefix="convert-", dir=args.output) as folder:
+        for line in report(architecture, Path(folder), args.weights_only):
+            print(line, flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -241,6 +254,14 @@ def main() -> int:
     gpu.add_argument("--record", type=Path, metavar="FILE", help="add a row to the table of this Markdown file")
     gpu.add_argument("--peer", action="store_true", help="also time transformers' HrmText, compiled on a GPU")
     gpu.add_argument("flags", nargs="*", help="after --: more flags of hrm_megatron.pretrain")
+    conversion = commands.add_parser("convert", help="conversions of random weights in every direction")
+    size = conversion.add_mutually_exclusive_group()
+    size.add_argument("--hrm-preset", choices=[*PRESETS], default="XL")
+    size.add_argument("--sizes", type=int, nargs=3, metavar=("LAYERS", "HIDDEN", "HEADS"))
+    conversion.add_argument("--vocab-size", type=int, default=65_536)
+    conversion.add_argument("--weights-only", action="store_true", help="without optimizer state, for large models")
+    conversion.add_argument("--output", type=Path, metavar="DIR", help="existing folder on the disk to measure, which "
+                            "needs room for ten times the weights in fp32, or two with --weights-only")
     host = commands.add_parser("host", help="launches, calls and time of the host in a tick and in a micro-batch")
     host.add_argument("--hrm-preset", choices=[*PRESETS], default="XL", help="its number of layers; on a GPU its sizes")
     host.add_argument("--row-tokens", type=int, default=4096)
@@ -260,7 +281,7 @@ def main() -> int:
         return subprocess.run([sys.executable, "-m", "hrm_megatron.benchmark.tokenize", *rest]).returncode
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    run = dict(gpu=measure_training, host=count_host, attention=time_attention)
+    run = dict(gpu=measure_training, host=count_host, attention=time_attention, convert=measure_conversions)
     if args.command in run:
         return one_line(lambda: run[args.command](args))
     torch.set_num_threads(args.threads)

@@ -4,8 +4,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.engine import SPLIT_PATTERN, Ragged, TokenizersEngine, open_engine
 from hrm_megatron.data.provenance import Provenance
 from hrm_megatron.data.spelling import INFO_FILE, PAD, SPECIAL_TOKENS, Spelling, strings_of, tags_of
-from hrm_megatron.program import signals_held
+from hrm_megatron.program import whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -84,21 +82,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = F
     if provenance:
         files[MADE_FROM_FILE] = json.dumps(provenance.to_json(), indent=1)
     check_output_folder(folder, overwrite)
-    partial, replaced = (folder.with_name(f".{folder.name}.{state}-{uuid.uuid4().hex}")
-                         for state in ("partial", "replaced"))
-    try:
-        partial.mkdir(parents=True)
+    with whole_folder(folder) as partial:
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-    finally:
-        with signals_held():
-            if replaced.exists() and not folder.exists():
-                replaced.rename(folder)
-            for leftover in (partial, replaced):
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def already_trained(folder: Path, provenance: Provenance) -> bool:
