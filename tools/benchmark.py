@@ -1,6 +1,7 @@
-"""Time training: one step against another implementation of the same model, or whole steps as users run them.
+"""Time training and generation: against another implementation of the same model, or steps as users run them.
 
     python tools/benchmark.py step      # fp32 on the CPU, against transformers' HrmText, in the same process
+    python tools/benchmark.py generate  # answers on the CPU, against transformers' HrmText.generate, likewise
     python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 [-- --fp8-format hybrid ...]
 """
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transformers import HrmTextConfig, HrmTextForCausalLM  # noqa: E402
 
 from hrm_megatron.attention.prefix_lm import PrefixSequences  # noqa: E402
 from hrm_megatron.attention.rotary import Rotation  # noqa: E402
+from hrm_megatron.benchmark.generation import ARCHITECTURES, compare_generation  # noqa: E402
 from hrm_megatron.benchmark.peak import (  # noqa: E402
     in_the_longest_row_that_fits,
     matmul_flops_per_second,
@@ -199,10 +201,24 @@ def main() -> int:
     gpu.add_argument("--record", type=Path, metavar="FILE", help="add a row to the table of this Markdown file")
     gpu.add_argument("--peer", action="store_true", help="also time transformers' HrmText, compiled on a GPU")
     gpu.add_argument("flags", nargs="*", help="after --: more flags of hrm_megatron.pretrain")
+    answers = commands.add_parser("generate", help="greedy answers on the CPU, against transformers' HrmText.generate")
+    answers.add_argument("--models", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES])
+    answers.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    answers.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    answers.add_argument("--prompt-tokens", type=int, default=128, help="of the longest prompt; the shortest has half")
+    answers.add_argument("--new-tokens", type=int, default=128)
+    answers.add_argument("--pairs", type=int, default=3, help="of a run of ours and one of transformers, in turns")
+    answers.add_argument("--threads", type=int, default=1)
+    answers.add_argument("--cpu-time", action="store_true",
+                         help="time the process and not the clock: for a machine that others use (one thread)")
     args = parser.parse_args()
     if args.command == "gpu":
         return one_line(lambda: measure_training(args))
     torch.set_num_threads(args.threads)
+    if args.command == "generate":
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+        return one_line(lambda: compare_generation(args.models, args.batches, args.dtypes, args.prompt_tokens,
+                                                   args.new_tokens, args.pairs, args.cpu_time))
     architecture = dataclasses.replace(ARCHITECTURE, num_layers=args.layers)
     sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(architecture).items() if value)
     print(f"torch {torch.__version__}, {args.threads} thread(s); {ROW_TOKENS} packed tokens, bp {BP_STEPS}; {sizes}")
