@@ -75,7 +75,8 @@ def transformers_model(architecture: Architecture, tensors: dict[str, torch.Tens
         vocab_size=a.padded_vocab_size, hidden_size=a.hidden_size, intermediate_size=a.ffn_hidden_size,
         num_hidden_layers=a.num_layers, num_attention_heads=a.num_attention_heads, head_dim=a.head_dim,
         H_cycles=a.h_cycles, L_cycles=a.l_cycles, initializer_range=a.input_std, pad_token_id=0)).eval()
-    split = {"attn.gqkv_proj": ("gate_proj", "q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+    split = {"attn.gqkv_proj": ("gate_proj", "q_proj", "k_proj", "v_proj"),
+             "mlp.gate_up_proj": ("gate_proj", "up_proj")}
     state: dict[str, torch.Tensor] = {}
     for entry in table(a):
         tensor, name = entry.from_megatron(tensors[entry.megatron]), entry.hf
