@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hrm_megatron.program import listen, one_line
@@ -115,7 +115,7 @@ def converse(session: Session, condition: str) -> None:
     tell_once = iter([say])
     if sys.stdin.isatty():
         say("one instruction a line; Ctrl-D ends")
-    for number, line in enumerate(sys.stdin, start=1):
+    for number, line in enumerate(lines_of_input(), start=1):
         if not (instruction := line.rstrip("\r\n")).strip():
             continue
         try:
@@ -123,6 +123,13 @@ def converse(session: Session, condition: str) -> None:
             list(session.answer(session.requests(asked), 1, next(tell_once, lambda _: None), print_piece))
         except ConfigError as error:
             say(f"error: {error}")
+
+
+def lines_of_input() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
 
 
 def print_answers(session: Session, questions: Sequence[Question], args: argparse.Namespace) -> None:

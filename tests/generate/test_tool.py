@@ -254,6 +254,14 @@ def test_lines_are_answered_as_they_come(tool, expected, monkeypatch):
     assert "error: line 3: 103 tokens, which leave no room" in err and err.count("key-value cache") == 1
 
 
+def test_input_that_is_no_text_is_one_line(tool, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"na\xefve\n"), encoding="utf-8"))
+    status, out, err = tool(prompt=("--interactive",))
+    assert (status, out) == (1, "") and err.count("\n") == 1 and "standard input: not UTF-8 (" in err
+
+
 def test_stop_strings_and_cycles_reach_the_answer(tool, expected):
     whole = expected(QUESTIONS[:1])[:-1]
     assert len(whole) > 6
