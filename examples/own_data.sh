@@ -4,11 +4,14 @@
 # Set these in the environment, or edit them in a copy of this file beside it. Paths are relative to where you stand.
 # Started again it goes on where it stopped; other data or other settings of the data need another OUT.
 
-# Rows like {"condition": "direct", "instruction": "What is 2 + 3?", "response": "5"}: a file, a glob in quotes, or a
-# folder of *.jsonl. The condition is a comma-separated list of direct, cot, noisy, synth, or empty.
+# Rows like {"condition": "direct", "instruction": "What is 2 + 3?", "response": "5"}, chats or alpaca rows: a file, a glob
+# in quotes, or a folder. They may be jsonl, plain or in .gz or .zst, Parquet, Arrow or a dataset saved to disk: see
+# docs/data.md. The condition is a comma-separated list of direct, cot, noisy, synth, or empty.
 DATA=${DATA:-}
 OUT=${OUT:-runs/own_data}
 JSON_KEYS=${JSON_KEYS:-condition instruction response} # the names of these fields in your rows
+ROW_SHAPE=${ROW_SHAPE:-auto} # or fields, messages, alpaca: what the rows are, told from the first
+SPLIT_SENTENCES=${SPLIT_SENTENCES:-} # 1: DATA holds plain documents, rows with a field text or files of .txt and .md
 DEFAULT_CONDITION=${DEFAULT_CONDITION-refuse} # of rows that have none: direct in the reference, '' for no tags
 ON_BAD_ROW=${ON_BAD_ROW:-error} # or skip: count and leave out rows that cannot be read
 export PRESET=${PRESET:-B} # B, L, XL, XXL or XXL_wide: see hrm_megatron/config.py
@@ -33,13 +36,14 @@ if ! [ -f "$root/tools/train_tokenizer.py" ]; then
     exit 1
 fi
 if [ -z "$DATA" ]; then
-    echo "own_data.sh: set DATA to your jsonl file; --help shows all settings" >&2
+    echo "own_data.sh: set DATA to your file or folder; --help shows all settings" >&2
     exit 1
 fi
 PYTHON=${PYTHON:-$root/.venv/bin/python}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 read -ra keys <<<"$JSON_KEYS"
-rows=(--input "$DATA" --json-keys "${keys[@]}" --on-bad-row "$ON_BAD_ROW")
+rows=(--input "$DATA" --json-keys "${keys[@]}" --row-shape "$ROW_SHAPE" --on-bad-row "$ON_BAD_ROW")
+if [ -n "$SPLIT_SENTENCES" ]; then rows+=(--split-sentences --sentence-model "$OUT/sentences"); fi
 if [ "$DEFAULT_CONDITION" != refuse ]; then rows+=(--default-condition "$DEFAULT_CONDITION"); fi
 
 # Every command runs beside this script, so that a signal which the script alone gets can be passed on.
@@ -66,15 +70,16 @@ trap 'stop 129' HUP
 run "$PYTHON" "$root/tools/train_tokenizer.py" "${rows[@]}" --output "$OUT/tokenizer" --vocab-size "$VOCAB_SIZE" \
     --keep-same
 
-# 2. Token ids in Megatron's .bin/.idx.
+# 2. Token ids in shards of Megatron's .bin/.idx, and a report of them in $OUT/data.report.md. What is there is kept.
 run "$PYTHON" "$root/tools/preprocess_data.py" "${rows[@]}" --output-prefix "$OUT/data" \
-    --tokenizer-model "$OUT/tokenizer" --context-size "$ROW_TOKENS" --workers "$WORKERS" --keep-same
+    --tokenizer-model "$OUT/tokenizer" --context-size "$ROW_TOKENS" --workers "$WORKERS"
 
 # 3. Training on the GPUs of this node, or on the CPU where there is none. Three in a hundred examples are held out
-#    (--split). Started again, it goes on from its latest checkpoint. docs/flags.md has the flags; on GPUs add --bf16.
+#    (--split). The preset decides how many rows a GPU takes at a time (else give --micro-batch-size). Started again, it
+#    goes on from its latest checkpoint. docs/flags.md has the flags; on GPUs add --bf16.
 run "$root/launch_scripts/train_node.sh" \
     --data-path "$OUT/data" --tokenizer-model "$OUT/tokenizer" \
-    --seq-length "$ROW_TOKENS" --micro-batch-size 1 --global-batch-size "$ROWS_PER_STEP" \
+    --seq-length "$ROW_TOKENS" --global-batch-size "$ROWS_PER_STEP" \
     --train-iters "$TRAIN_ITERS" --lr "$LR" --lr-warmup-fraction 0.02 \
     --eval-interval 500 --eval-iters 10 \
     --load "$OUT/checkpoints" --save "$OUT/checkpoints" --save-interval 500 \

@@ -73,6 +73,9 @@ def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] =
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """Let signals wait for the end of the block, which renames or removes files and must not stop half-way."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
     global _held_blocks, _waiting
     _held_blocks += 1
     try:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.stores import files_of
+
 ROOT = Path(__file__).parents[1]
 TOOLS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "examples" / "demo" / "run.py"]
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -114,20 +116,6 @@ def rows(tmp_path):
     return path
 
 
-# Megatron's writer, which takes long to import, in as much as IndexedExamplesWriter uses of it.
-LIGHT_BUILDER = """from types import SimpleNamespace
-from hrm_megatron.data import indexed_examples
-class Builder:
-    def __init__(self, path, dtype):
-        self.data_file = open(path, "wb")
-    def add_document(self, ids, lengths):
-        self.data_file.write(ids.tobytes())
-    def finalize(self, path):
-        open(path, "wb").close()
-indexed_examples._indexed_dataset = lambda: SimpleNamespace(IndexedDatasetBuilder=Builder)
-"""
-
-
 def run_tool(name, prelude, *arguments):
     """Run a tool in a group of its own, after a prelude."""
     program = f"import runpy, sys\n{prelude}\nrunpy.run_path({str(ROOT / 'tools' / name)!r}, run_name='__main__')"
@@ -136,7 +124,7 @@ def run_tool(name, prelude, *arguments):
 
 def preprocess(prelude, rows, prefix, workers):
     """Return the exit status and what was said, but for the warning about the golden tokenizer."""
-    done = run_tool("preprocess_data.py", LIGHT_BUILDER + prelude, "--input", rows, "--output-prefix", prefix,
+    done = run_tool("preprocess_data.py", prelude, "--input", rows, "--output-prefix", prefix,
                     "--tokenizer-model", ROOT / "tests" / "golden" / "tokenizer", "--workers", workers)
     return done.returncode, [line for line in done.stderr.splitlines() if "bytes have no token" not in line]
 
@@ -151,10 +139,11 @@ def test_a_stopped_training_of_a_tokenizer_leaves_nothing(rows, tmp_path):
 @pytest.mark.parametrize("workers, number", [(1, signal.SIGTERM), *((2, number) for number in STOPS)])
 def test_a_stopped_preprocessing_leaves_nothing(rows, tmp_path, workers, number):
     """The signal goes to the whole group, as a terminal sends it, while workers are busy."""
-    stop = ("from hrm_megatron.data import preprocess\ncut = preprocess.iterate_chunks\n"
-            "preprocess.iterate_chunks = lambda paths, size: cut(paths, 2000)\n"
-            "writer = preprocess.IndexedExamplesWriter\nadd = writer.add\ndef stop(self, *ids):\n  add(self, *ids)\n"
-            f"  if self.metadata['examples'] == 20: os.killpg(0, {int(number)})\nwriter.add = stop")
+    stop = ("from hrm_megatron.data import preprocess\ncut = preprocess.pieces\n"
+            "preprocess.pieces = lambda path, size, rows: cut(path, 2000, rows)\n"
+            "from hrm_megatron.data.shards import ShardWriter as writer\nadd = writer.add\n"
+            "def stop(self, *more):\n  add(self, *more)\n"
+            f"  if self.examples > 20: os.killpg(0, {int(number)})\nwriter.add = stop")
     status, said = preprocess(stop, rows, tmp_path / "new" / "x", workers)
     assert (status, said) == (128 + number, [f"stopped by {signal.Signals(number).name}"])
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -163,13 +152,17 @@ def test_a_stopped_preprocessing_leaves_nothing(rows, tmp_path, workers, number)
 def test_a_signal_among_the_renames_lets_them_finish(rows, tmp_path):
     rename = "replace = os.replace\ndef stop(a, b):\n  replace(a, b)\n  os.kill(os.getpid(), 15)\nos.replace = stop"
     assert preprocess(rename, rows, tmp_path / "new" / "x", 1) == (128 + signal.SIGTERM, ["stopped by SIGTERM"])
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x.bin", "x.idx", "x.json"]
+    shard = [path.name for path in (tmp_path / "new" / "x.shards").glob("[!.]*")]
+    assert len(shard) == 5 and sum(name.startswith("source-") for name in shard) == 1  # finished, and noted as such
+    assert preprocess("", rows, tmp_path / "new" / "x", 1)[0] == 0
+    assert len(files_of(tmp_path / "new" / "x")) == 5
 
 
 def test_a_stopped_plan_leaves_nothing(tmp_path):
     """Training leaves signals to Megatron and its launcher; while a plan is written they clear away."""
-    done = run("import sys\nimport numpy as np\nfrom hrm_megatron.data.plan import RowPlan\nsave = np.save\n"
+    done = run("import sys\nimport numpy as np\nfrom hrm_megatron.data.plan import RowPlan\n"
+               "from tests.data.walks import ListWalk\nsave = np.save\n"
                "def stop(*a, **k):\n  save(*a, **k)\n  os.kill(os.getpid(), 15)\nnp.save = stop\n"
-               "RowPlan(lambda epoch: np.full(9, 3), 6, 1, cache_folder=sys.argv[1]).rows_of_epoch(0)",
+               "RowPlan(ListWalk(lambda epoch: np.full(9, 3), 1), 6, 1, cache_folder=sys.argv[1]).rows_of_epoch(0)",
                tmp_path / "cache")
     assert stopped(done, signal.SIGTERM) and not list((tmp_path / "cache").iterdir())

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on jsonl files of examples."""
+"""Train a byte-level BPE tokenizer on files of examples or documents."""
 from __future__ import annotations
 
 import argparse
@@ -11,8 +11,8 @@ if __name__ == "__main__":
     listen()
 
 from hrm_megatron.data.example import BadRows
-from hrm_megatron.data.inputs import add_input_flags, find_inputs, row_format
-from hrm_megatron.data.preprocess import learn_tokenizer
+from hrm_megatron.data.inputs import add_input_flags, inputs_of
+from hrm_megatron.data.tokenizer_training import TEXTS_PER_CAPPED_ROW, learn_tokenizer
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -22,6 +22,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=65_536, help="entries at most (default: %(default)s)")
     parser.add_argument("--max-chars", type=int, default=10_000,
                         help="characters used of each instruction and response (default: %(default)s)")
+    parser.add_argument("--max-per-file", type=int, metavar="ROWS",
+                        help="rows per file and epoch that sampling will take: at most "
+                             f"{TEXTS_PER_CAPPED_ROW} times as many texts are read of each file (default: all)")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     existing.add_argument("--keep-same", action="store_true",
@@ -32,8 +35,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     bad_rows = BadRows(args.on_bad_row == "skip")
-    tokenizer = learn_tokenizer(find_inputs(args.input), args.output, args.vocab_size, args.max_chars, args.overwrite,
-                                row_format(args), bad_rows, args.keep_same)
+    paths, rows = inputs_of(args)
+    tokenizer = learn_tokenizer(paths, args.output, args.vocab_size, args.max_chars, args.overwrite, rows, bad_rows,
+                                args.keep_same, args.max_per_file)
     if tokenizer is None:
         print(f"{args.output}: made from the same input before, kept")
     else:

@@ -15,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from examples.demo.questions import Row  # noqa: E402
 from hrm_megatron.config import Architecture  # noqa: E402
-from hrm_megatron.data.tokenizer import BOQ, EOQ, TAG_TOKENS, TextTokenizer  # noqa: E402
+from hrm_megatron.data.spelling import BOQ, EOQ, TAG_TOKENS  # noqa: E402
+from hrm_megatron.data.tokenizer import TextTokenizer  # noqa: E402
 from hrm_megatron.generate.decode import generate  # noqa: E402
 from hrm_megatron.generate.load import load_model, open_checkpoint  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402

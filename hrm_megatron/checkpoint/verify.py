@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from hrm_megatron.checkpoint.archive import WAY_OUT, DamagedError, naming
-from hrm_megatron.checkpoint.dcp import DCPFolder, Piece
+from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.folders import CONFIG_FILE, last_saved_first
 from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
 from hrm_megatron.config import ConfigError
@@ -52,10 +53,18 @@ def check_around_tensors(stored: DCPFolder, rank: int = 0, ranks: int = 1) -> st
     return "" if manifest else WITHOUT_MANIFEST
 
 
-def share(pieces: Sequence[Piece], rank: int, ranks: int) -> list[Piece]:
+class Stretch(Protocol):
+    """Something that is read as a whole."""
+
+    @property
+    def length(self) -> int: ...
+
+
+def share[T: Stretch](pieces: Sequence[T], rank: int, ranks: int) -> list[T]:
     """Choose the pieces whose middle lies in this rank's part of all bytes: each rank reads one long stretch."""
     total_bytes = sum(piece.length for piece in pieces)
-    chosen, before = [], 0
+    chosen: list[T] = []
+    before = 0
     for piece in pieces:
         if (2 * before + piece.length) * ranks // (2 * total_bytes) == rank:
             chosen.append(piece)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from hrm_megatron.config import Architecture
-from hrm_megatron.data.tokenizer import BOQ, EOA, EOQ, TAG_TOKENS
+from hrm_megatron.data.spelling import Spelling
 
 CARD_FILE = "README.md"
 ASK_WITH_TOKENIZER = """\
@@ -53,13 +53,13 @@ To score an answer, give it as the second text, `tokenizer(prompt, answer)`: its
 
 
 def model_card(architecture: Architecture, max_tokens: int, dtype: str, pad_token: str | None,
-               first_token: object) -> str:
+               first_token: object, spelling: Spelling) -> str:
     """Write the card; `pad_token` None: there is no tokenizer beside the model, whose prompts begin so."""
-    spelled = dict(boq=BOQ, eoq=EOQ, eoa=EOA)
+    spelled = dict(boq=spelling.boq, eoq=spelling.eoq, eoa=spelling.eoa)
     ask = ASK_WITHOUT.format(prompt=first_token) if pad_token is None else ASK_WITH_TOKENIZER.format(
-        tag=TAG_TOKENS["direct"], **spelled)
+        tag=next(iter(spelling.tags.values()), ""), **spelled)
     return CARD.format(
         parameters=architecture.num_parameters, layers=architecture.num_layers, dtype=dtype, tokens=max_tokens, ask=ask,
         ticks=architecture.h_cycles * (architecture.l_cycles + 1), types="" if pad_token is None else TYPES,
-        tags=", ".join(f"`{token}` {tag}" for tag, token in TAG_TOKENS.items()), **spelled,
+        tags=", ".join(f"`{token}` {tag}" for tag, token in spelling.tags.items()), **spelled,
         padding="" if pad_token is None else f" Batches are padded on the left with `{pad_token}`.")

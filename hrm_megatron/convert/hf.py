@@ -18,7 +18,7 @@ from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, TokenIds, Trai
 from hrm_megatron.convert.file_mode import follow_umask
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer
 from hrm_megatron.convert.table import Rename, check, table
-from hrm_megatron.data.tokenizer import BOQ, EOA, PAD, SPECIAL_TOKENS
+from hrm_megatron.data.spelling import BOQ, EOA, PAD, SPECIAL_TOKENS, Spelling
 from hrm_megatron.model.schedule import split_bp_steps
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -94,7 +94,7 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     for file, values in files.items():
         (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     card = model_card(architecture, max_tokens, dtype, beside.pad_token if beside else None,
-                      token_ids.get("bos_token_id", 0))
+                      token_ids.get("bos_token_id", 0), beside.text.spelling if beside else Spelling())
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 

@@ -9,21 +9,25 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.tokenizer import BOQ, CONFIG_FILE, EOA, EOQ, PAD, TAG_TOKENS, TextTokenizer, tokenizer_files
+from hrm_megatron.data.spelling import Spelling
+from hrm_megatron.data.tokenizer import CONFIG_FILE, PAD_TOKENS, TextTokenizer, tokenizer_files
 
-PAD_TOKENS = (PAD, "<|endoftext|>", EOA)  # the last is in every tokenizer that TextTokenizer takes
-# One question, since training has no other kind of prompt; `condition` may be given to apply_chat_template.
-CHAT_TEMPLATE = (
-    "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
-    "{{- raise_exception('this model takes one message, of the role user') -}}{%- endif -%}"
-    f"{{%- set tokens = {json.dumps(TAG_TOKENS)} -%}}"
-    f"{{{{- '{BOQ}' -}}}}"
-    "{%- for tag in (condition or '').split(',') if tag.strip() -%}"
-    "{%- if tag.strip() not in tokens -%}"
-    "{{- raise_exception('unknown tag ' ~ tag ~ '; use ' ~ tokens | join(', ')) -}}{%- endif -%}"
-    "{{- tokens[tag.strip()] -}}{%- endfor -%}"
-    f"{{{{- messages[0]['content'] ~ '{EOQ}' -}}}}"
-)
+
+def chat_template(spelling: Spelling) -> str:
+    """Spell one question, since training has no other kind of prompt; `condition` may be given to
+    apply_chat_template."""
+    boq, eoq = (json.dumps(token) for token in (spelling.boq, spelling.eoq))
+    return (
+        "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
+        "{{- raise_exception('this model takes one message, of the role user') -}}{%- endif -%}"
+        f"{{%- set tokens = {json.dumps(dict(spelling.tags))} -%}}"
+        f"{{{{- {boq} -}}}}"
+        "{%- for tag in (condition or '').split(',') if tag.strip() -%}"
+        "{%- if tag.strip() not in tokens -%}"
+        "{{- raise_exception('unknown tag ' ~ tag ~ '; use ' ~ tokens | join(', ')) -}}{%- endif -%}"
+        "{{- tokens[tag.strip()] -}}{%- endfor -%}"
+        f"{{{{- messages[0]['content'] ~ {eoq} -}}}}"
+    )
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class ExportTokenizer:
         text = TextTokenizer(path)
         named = _config_beside(text.path).get("pad_token")
         own = named.get("content") if isinstance(named, dict) else named
-        return ExportTokenizer(text, next(token for token in (str(own), *PAD_TOKENS) if token in text.special_ids))
+        return ExportTokenizer(text, next(token for token in (str(own), *PAD_TOKENS, text.spelling.eoa)
+                                          if token in text.special_ids))
 
     @property
     def token_ids(self) -> dict[str, int]:
@@ -53,12 +58,12 @@ class ExportTokenizer:
 
     def write(self, folder: Path, max_tokens: int) -> None:
         """Write files that let transformers mark a prompt as prefix, and a second text as response."""
-        tokenizer = Tokenizer.from_file(str(self.text.path))
+        tokenizer = Tokenizer.from_str(self.text.tokenizer.to_str())
         tokenizer.post_processor = processors.TemplateProcessing(single="$A:1", pair="$A:1 $B:0")
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        files = tokenizer_files(tokenizer, "tokenizer", self.pad_token, model_max_length=max_tokens,
-                                chat_template=CHAT_TEMPLATE)
+        files = tokenizer_files(tokenizer, "tokenizer", self.pad_token, self.text.spelling,
+                                model_max_length=max_tokens, chat_template=chat_template(self.text.spelling))
         for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
 

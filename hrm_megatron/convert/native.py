@@ -18,7 +18,7 @@ from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.config import Architecture, ConfigError, ffn_hidden_size
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
 from hrm_megatron.convert.table import Rename, check, is_embedding, table
-from hrm_megatron.data.tokenizer import BOQ, EOA, EOQ, TAG_TOKENS
+from hrm_megatron.data.spelling import BOQ, EOA, EOQ, TAG_TOKENS
 from hrm_megatron.optim.schedule import as_fp32
 
 CONFIG_FILE, METADATA_FILE = "all_config.yaml", "train_metadata.yaml"

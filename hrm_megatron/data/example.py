@@ -1,18 +1,19 @@
-"""Examples and the jsonl files that hold them: every row is an `Example`, or a `BadRow` that says where and why."""
+"""Rows and the examples in them: every row is an `Example`, or a `BadRow` that says where and why."""
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.text_files import convert_from, shown, without_mark
-from hrm_megatron.data.tokenizer import tags_of
+from hrm_megatron.data.spelling import TAG_TOKENS, tags_of
+from hrm_megatron.data.text_files import convert_from, shown
 
 FIELDS = ("condition", "instruction", "response")
+MAX_CHARACTERS = 2_000_000  # of one text: a long book has more, no context has
+BYTES_PER_CHARACTER = 12  # of JSON at most: \uXXXX twice, for what lies outside the basic plane
 
 
 class BadRow(ConfigError):
@@ -46,18 +47,59 @@ class BadRows:
 
 
 @dataclass(frozen=True)
+class RawText:
+    """How documents are cut into examples (raw_text.py): the share of the prefix, of which one between the two is drawn
+    for each example from `seed` and the document's text; the folder of the model that finds sentences, and what tells
+    it from others; the name of the field with the text."""
+
+    prefix_fraction: tuple[float, float]
+    seed: int
+    sentence_model: Path
+    fingerprint: str
+    key: str = "text"
+
+    def __post_init__(self) -> None:
+        low, high = self.prefix_fraction
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(f"--prefix-fraction {low:g} {high:g}: two numbers of 0 to 1, the smaller first")
+
+
+@dataclass(frozen=True)
 class RowFormat:
     """How rows spell an example: the names of condition, instruction and response, and the tags of a row without a
-    condition (None: such a row is bad)."""
+    condition (None: such a row is bad), and how the rows are shaped (row_shapes.SHAPES), or how documents are cut. No
+    text has more than `max_characters`."""
 
     keys: tuple[str, ...] = FIELDS
     default_condition: str | None = None
+    max_characters: int = MAX_CHARACTERS
+    tags: tuple[str, ...] = tuple(TAG_TOKENS)  # that the tokenizer has
+    shape: str = "fields"
+    raw: RawText | None = None
 
     def __post_init__(self) -> None:
         try:
-            tags_of(self.default_condition or "")
+            tags_of(self.default_condition or "", self.tags)
         except ConfigError as error:
             raise ConfigError(f"--default-condition {self.default_condition}: {error}") from error
+        if self.max_characters < 1:
+            raise ConfigError(f"--max-characters {self.max_characters}: must be at least 1")
+
+    @property
+    def max_row_bytes(self) -> int:
+        """Bytes of a row that is read at all, whatever it has besides its texts."""
+        return BYTES_PER_CHARACTER * self.max_characters + 65_536
+
+    def settings(self) -> dict[str, object]:
+        """What decides, besides the files, which examples are read. Not what happens to bad rows: where there are
+        some, nothing is made unless they are skipped."""
+        settings: dict[str, object] = {
+            "json_keys": list(self.keys), "default_condition": self.default_condition,
+            "max_characters": self.max_characters, "row_shape": self.shape}
+        if self.raw:
+            settings |= {"prefix_fraction": list(self.raw.prefix_fraction), "cut_seed": self.raw.seed,
+                         "sentence_model": self.raw.fingerprint, "text_key": self.raw.key}
+        return settings
 
 
 @dataclass(frozen=True)
@@ -70,28 +112,25 @@ class Example:
     defaulted: bool = field(default=False, compare=False)
 
 
-def parse_example(line: bytes, place: str, rows: RowFormat = RowFormat()) -> Example:
-    """Read one jsonl line. Raises BadRow."""
-    row = _parse_object(line, place)
-    defaulted = row.get(rows.keys[0]) is None and rows.default_condition is not None
-    if defaulted:
-        row[rows.keys[0]] = rows.default_condition
-    for key in rows.keys:
-        _check_text(row, key, place, or_else=", or give --default-condition" if key == rows.keys[0] else "")
-    condition, instruction, response = (row[key] for key in rows.keys)
-    example = Example(condition, instruction, response, defaulted)
+def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: str, response: str) -> Example:
+    """Put the condition of a row, or the default, to texts that were taken from it. Raises BadRow."""
+    key = rows.keys[0]
+    defaulted = row.get(key) is None and rows.default_condition is not None
+    condition = rows.default_condition if defaulted else text_of(row, key, place, ", or give --default-condition")
+    example = Example(condition or "", instruction, response, defaulted)
     try:
-        tags_of(example.condition)
+        tags_of(example.condition, rows.tags)
     except ConfigError as error:
         raise BadRow("unknown tag", f"{place}: {error}") from error
-    for key, text in zip(rows.keys[1:], (example.instruction, example.response), strict=True):
-        if not text.strip():
-            raise BadRow("empty field", f"{place}: {key}={shown(text)} is empty; fill it or drop the row")
+    for text in (instruction, response):
+        if len(text) > rows.max_characters:
+            raise BadRow("row too long", f"{place}: a text of {len(text):,} characters, --max-characters is "
+                                         f"{rows.max_characters}; split it or raise that")
     return example
 
 
-def _parse_object(line: bytes, place: str) -> dict[str, Any]:
-    line = without_mark(line)
+def parse_object(line: bytes, place: str) -> dict[str, Any]:
+    """Read one jsonl line, without white space or a byte order mark around it. Raises BadRow."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -106,8 +145,8 @@ def _parse_object(line: bytes, place: str) -> dict[str, Any]:
     return row
 
 
-def _check_text(row: dict[str, Any], key: str, place: str, or_else: str) -> None:
-    """Refuse a field that is not there or is no text; `or_else` is one more way out."""
+def text_of(row: dict[str, Any], key: str, place: str, or_else: str = "") -> str:
+    """Take a text out of a row, if it is there and is one; `or_else` is one more way out. Raises BadRow."""
     if key not in row:
         raise BadRow("missing field", f"{place}: no field {key!r} (there are {shown(sorted(row))}); add it or name "
                                       f"yours with --json-keys{or_else}")
@@ -115,25 +154,20 @@ def _check_text(row: dict[str, Any], key: str, place: str, or_else: str) -> None
     if value is None:
         raise BadRow("null field", f"{place}: {key} is null; fill it or drop the row{or_else}")
     if not isinstance(value, str):
-        way_out = "make one text of it" if isinstance(value, list | dict) else "put it in quotes"
+        way_out = ("make one text of it" if isinstance(value, list | dict) else "decode it" if isinstance(value, bytes)
+                   else "put it in quotes")
         raise BadRow("field is no string", f"{place}: {key}={shown(value)} is not a string; {way_out}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRow("invalid Unicode", f"{place}: {key}={shown(value)} has half a surrogate pair at character "
                                         f"{error.start + 1}; correct the text") from error
+    return value
 
 
-def read_jsonl(path: str | Path, rows: RowFormat = RowFormat(),
-               bad_rows: BadRows | None = None) -> Iterator[tuple[int, Example]]:
-    """Yield (line number from 1, example); blank lines are passed over. Bad rows go to `bad_rows`, else are raised."""
-    bad_rows = bad_rows or BadRows()
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if without_mark(line):
-                try:
-                    example = parse_example(line, f"{path}:{number}", rows)
-                except BadRow as error:
-                    bad_rows.take(error)
-                    continue
-                yield number, example
+def filled_text_of(row: dict[str, Any], key: str, place: str) -> str:
+    """Take a text that is not empty. Raises BadRow."""
+    text = text_of(row, key, place)
+    if not text.strip():
+        raise BadRow("empty field", f"{place}: {key}={shown(text)} is empty; fill it or drop the row")
+    return text

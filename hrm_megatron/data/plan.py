@@ -1,44 +1,31 @@
 """Which examples share a row, decided once from the seed: the same rows for any number of readers.
 
-Every epoch is a shuffled walk over all examples, cut into windows; each window is packed by best fit, longest
-example first, and its rows are shuffled. A row never mixes epochs. Only numpy: nothing here knows a tensor.
+Every epoch is a walk over its examples (`walk.py`), cut into windows; each window is packed by best fit, longest
+example first, and its rows are shuffled. A row never mixes epochs. Nothing here knows a tensor.
 """
 from __future__ import annotations
 
 import hashlib
-import shutil
-import uuid
-from bisect import bisect_left, insort
-from collections.abc import Callable
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hrm_megatron.config import ConfigError
-from hrm_megatron.program import listening, signals_held
+from hrm_megatron.data.plan_cache import PlanCache, Rows
+from hrm_megatron.data.shuffle import Ints, stream_key
+from hrm_megatron.data.walk import Epoch, Walk
 
-WINDOW_EXAMPLES = 16_384  # wide enough that a window's last, half-empty row does not count
-PLAN_VERSION = 1  # raise it when a change moves an example: cached plans must not survive
+log = logging.getLogger(__name__)
+
+WINDOW_EXAMPLES = 16_384  # at least; a window's last, half-empty row must not count, so that long rows need more
+WINDOW_ROW_LENGTHS = 4  # examples per position of a row
+# Raise it when a change moves an example: cached plans must not survive, and no run may go on in the middle of another
+# order (training/resume.py). 1: orders by sorting, in windows of one size.
+PLAN_VERSION = 2
 EPOCHS_IN_MEMORY = 2
-ROW_ARRAYS = ("offsets", "example_ids")  # files of a cached plan
-
-Ints = np.ndarray  # [n] integers
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Row i holds `example_ids[offsets[i]:offsets[i + 1]]`, in that order."""
-
-    offsets: Ints
-    example_ids: Ints
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> Ints:
-        return self.example_ids[self.offsets[row]:self.offsets[row + 1]]
 
 
 class Place(NamedTuple):
@@ -53,137 +40,102 @@ def row_length(prefix_length: int, target_length: int) -> int:
     return prefix_length + target_length - 1
 
 
-def random_order(count: int, *key: int) -> Ints:
-    """Permute range(count) by the numbers of `key`.
-
-    Sorted raw Philox output, because numpy promises that stream for good; `permutation` may change between releases.
-    """
-    raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
-    return np.argsort(raw, kind="stable")
+def window_for(row_tokens: int) -> int:
+    """Examples that are packed together."""
+    return max(WINDOW_EXAMPLES, WINDOW_ROW_LENGTHS * row_tokens)
 
 
-def shuffled_order(count: int, seed: int, epoch: int) -> Ints:
-    """Order in which an epoch walks over its examples."""
-    return random_order(count, seed, epoch)
+def plan_windows(epoch: Epoch, row_tokens: int, window_examples: int, *seed: int) -> Iterator[tuple[Ints, Ints, int]]:
+    """Yield per window the ids row by row, the number of each row's examples, and the positions that all take."""
+    from hrm_megatron.data.kernels import best_fit, group_by_row
+
+    for start in range(0, len(epoch), window_examples):
+        window = epoch.window(start, min(start + window_examples, len(epoch)))
+        row_of, rows = best_fit(window.lengths, row_tokens)
+        # Best fit fills long rows first; shuffled, else a batch would be all long or all short examples.
+        ids, sizes = group_by_row(window.ids, row_of, rows, stream_key(*seed, start, 1))
+        yield ids, sizes, int(window.lengths.sum(dtype=np.int64))
 
 
-def check_lengths(lengths: Ints, row_tokens: int) -> None:
-    """Refuse an empty list, and an example that fits no row."""
-    if not len(lengths):
-        raise ConfigError("no examples to pack; check the input and --split")
-    longest = int(np.argmax(lengths))
-    if lengths[longest] > row_tokens:
-        raise ConfigError(f"example {longest} takes {lengths[longest]} positions, more than a row of {row_tokens}; "
-                          f"raise --seq-length, or preprocess again with --context-size {row_tokens}")
+def warm_up(id_dtype: np.dtype[np.unsignedinteger]) -> None:
+    """Compile all that planning calls."""
+    from hrm_megatron.data.kernels import best_fit, draw, group_by_row
 
-
-def best_fit(lengths: Ints, row_tokens: int) -> Ints:
-    """Row of each example [n]: longest first, each into the fullest row that still has room."""
-    count, shortest = len(lengths), int(lengths.min())
-    row_of = np.empty(count, np.int64)
-    rooms: list[int] = []  # room * count + row of every row that can still take something, ascending
-    opened = 0
-    by_length = np.argsort(-lengths, kind="stable")
-    for example, length in zip(by_length.tolist(), lengths[by_length].tolist(), strict=True):
-        at = bisect_left(rooms, length * count)
-        if at < len(rooms):
-            room, row = divmod(rooms.pop(at), count)
-        else:
-            room, row = row_tokens, opened
-            opened += 1
-        row_of[example] = row
-        if room - length >= shortest:
-            insort(rooms, (room - length) * count + row)
-    return row_of
-
-
-def plan_epoch(lengths: Ints, row_tokens: int, order: Ints, seed: int, epoch: int = 0,
-               window_examples: int = WINDOW_EXAMPLES) -> Rows:
-    """Pack the examples of one epoch, taken in `order`, into rows of `row_tokens` positions.
-
-    `lengths[i]` are the positions of example i; `order` is a permutation of all ids.
-    """
-    check_lengths(lengths, row_tokens)
-    ids, sizes = [], []
-    for start in range(0, len(order), window_examples):
-        window = order[start:start + window_examples]
-        row_of = best_fit(lengths[window], row_tokens)
-        # Best fit fills long rows first; without this, a batch would be all long or all short examples.
-        row_of = random_order(int(row_of.max()) + 1, seed, epoch, start, 1)[row_of]
-        ids.append(window[np.argsort(row_of, kind="stable")])
-        sizes.append(np.bincount(row_of))
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    return Rows(offsets, np.concatenate(ids))
+    one, key = np.ones(1, np.int64), stream_key(0)
+    draw(0, 1, 0, key, np.arange(2), one, one, np.zeros(1, np.uint64))
+    group_by_row(one.astype(id_dtype), best_fit(one.astype(np.int32), 1)[0], 1, key)
 
 
 class RowPlan:
     """Rows 0, 1, 2, ... over as many epochs as anybody asks for, planned epoch by epoch when first needed.
 
-    `epoch_lengths(epoch)` returns the positions of each example of that epoch. `shuffle=False` keeps their order
-    (before packing). With a `cache_folder`, planned epochs are kept there and opened as memory maps.
+    With a `cache_folder`, planned epochs are kept there and opened as memory maps by all processes that see it; one of
+    them plans, the others wait. There, the epoch after the current one is planned by a thread, if a row before
+    `num_rows` is in it.
     """
 
-    def __init__(self, epoch_lengths: Callable[[int], Ints], row_tokens: int, seed: int, shuffle: bool = True,
-                 cache_folder: str | Path | None = None, window_examples: int = WINDOW_EXAMPLES) -> None:
-        self.epoch_lengths = epoch_lengths
+    def __init__(self, walk: Walk, row_tokens: int, seed: int, cache_folder: str | Path | None = None,
+                 window_examples: int | None = None, num_rows: int = 0) -> None:
+        self.walk = walk
         self.row_tokens = row_tokens
         self.seed = seed
-        self.shuffle = shuffle
-        self.window_examples = window_examples
-        self.cache_folder = Path(cache_folder) if cache_folder else None
-        self._first_rows = [0]  # of every planned epoch, and of the next one
+        self.window_examples = window_examples or window_for(row_tokens)
+        self.num_rows = num_rows
+        self._cache = PlanCache(Path(cache_folder)) if cache_folder else None
+        self._first_rows = [0]  # of every epoch counted, and of the next one
         self._recent: dict[int, Rows] = {}
+        self._entered: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A process that gets a copy maps cached rows itself, and has a thread of its own."""
+        return self.__dict__ | {"_entered": set()} | ({"_recent": {}} if self._cache else {})
 
     def rows_of_epoch(self, epoch: int) -> Rows:
-        """Return the rows of one epoch; example ids are positions in `epoch_lengths(epoch)`."""
+        """Return the rows of one epoch."""
         if epoch not in self._recent:
-            rows = self._planned(epoch)
+            rows = self._cache.opened(self._name(epoch), self._plan(epoch)) if self._cache else (
+                Rows.gathered(self._plan(epoch)()))
             self._recent = dict([*self._recent.items(), (epoch, rows)][-EPOCHS_IN_MEMORY:])
         return self._recent[epoch]
 
     def locate(self, row: int) -> Place:
-        """Find row number `row` of the whole walk."""
+        """Find row number `row` of the whole walk. Of epochs before it, only their number of rows is read."""
         while self._first_rows[-1] <= row:
-            self._first_rows.append(self._first_rows[-1] + len(self.rows_of_epoch(len(self._first_rows) - 1)))
+            self._first_rows.append(self._first_rows[-1] + self._count(len(self._first_rows) - 1))
         epoch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        if self._cache and epoch not in self._entered and self._first_rows[epoch + 1] < self.num_rows:
+            warm_up(self.walk.id_dtype)  # a reader that forks must not meet a thread that imports or compiles
+            self._cache.plan_ahead(self._name(epoch + 1), self._plan(epoch + 1))
+        self._entered.add(epoch)
         return Place(epoch, self.rows_of_epoch(epoch)[row - self._first_rows[epoch]])
 
-    def _planned(self, epoch: int) -> Rows:
-        lengths = np.ascontiguousarray(self.epoch_lengths(epoch), np.int64)
-        if self.cache_folder is None:
-            return self._plan(lengths, epoch)
-        key = (PLAN_VERSION, hashlib.sha256(lengths).hexdigest(), self.row_tokens, self.seed, epoch, self.shuffle,
-               self.window_examples)
-        folder = self.cache_folder / f"rows-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
-        if not folder.exists():
-            _save(self._plan(lengths, epoch), folder)
-        return _load(folder)
+    def _count(self, epoch: int) -> int:
+        if self._cache and (count := self._cache.num_rows(self._name(epoch))) is not None:
+            return count
+        return len(self.rows_of_epoch(epoch))
 
-    def _plan(self, lengths: Ints, epoch: int) -> Rows:
-        order = shuffled_order(len(lengths), self.seed, epoch) if self.shuffle else np.arange(len(lengths))
-        return plan_epoch(lengths, self.row_tokens, order, self.seed, epoch, self.window_examples)
+    def _name(self, epoch: int) -> str:
+        key = (PLAN_VERSION, self.walk.identity(epoch), self.row_tokens, self.seed, epoch, self.window_examples)
+        return f"rows-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
+
+    def _plan(self, epoch: int) -> Planner:
+        return Planner(self.walk, epoch, self.row_tokens, self.seed, self.window_examples)
 
 
-@listening()
-def _save(rows: Rows, folder: Path) -> None:
-    """Write a planned epoch so that other processes see all of it or nothing."""
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
-    try:
-        partial.mkdir(parents=True)
-        for name in ROW_ARRAYS:
-            np.save(partial / f"{name}.npy", getattr(rows, name), allow_pickle=False)
-        partial.rename(folder)
-    except OSError as error:
-        if not folder.exists():  # else another process was faster, with the same rows
-            raise ConfigError(f"{folder}: cannot keep the packing plan ({error.strerror}); choose another "
-                              "--data-cache-path") from error
-    finally:
-        with signals_held():
-            shutil.rmtree(partial, ignore_errors=True)
+@dataclass(frozen=True)
+class Planner:
+    """Plans one epoch when it is called."""
 
+    walk: Walk
+    epoch: int
+    row_tokens: int
+    seed: int
+    window_examples: int
 
-def _load(folder: Path) -> Rows:
-    try:
-        return Rows(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ROW_ARRAYS))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: damaged packing plan ({error}); delete that folder") from error
+    def __call__(self) -> Iterator[tuple[Ints, Ints, int]]:
+        if not self.epoch:
+            self.walk.check(self.row_tokens)  # of all epochs: a late one must not end a run after days
+        loaded = self.walk.epoch(self.epoch)
+        if len(loaded) > self.window_examples:
+            log.info("data: planning the rows of %d examples, epoch %d", len(loaded), self.epoch)
+        yield from plan_windows(loaded, self.row_tokens, self.window_examples, self.seed, self.epoch)

@@ -1,21 +1,37 @@
 """The `sampled` folder of HRM-Text's data pipeline, read as it is: one token array, and the places of examples."""
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.vocabulary import SCANNED_BYTES, BadTokenId, positions_outside
+from hrm_megatron.data.walk import Window, check_lengths, row_lengths, smallest_dtype
 
 ARRAYS = ("inst_start", "inst_len", "resp_start", "resp_len")  # of every epoch, [examples] each
 
 Ids = np.ndarray  # [n] token ids
 
 
+class SampledEpoch:
+    """One epoch in the folder's order, loaded for planning."""
+
+    def __init__(self, lengths: np.ndarray, id_dtype: np.dtype[np.unsignedinteger]) -> None:
+        self.lengths, self.id_dtype = lengths, id_dtype
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def window(self, start: int, stop: int) -> Window:
+        return Window(np.arange(start, stop, dtype=self.id_dtype), self.lengths[start:stop])
+
+
 class SampledFolder:
-    """Examples of `epochs` stored epochs, in the order of the folder; later epochs start over with epoch 0.
+    """A `Walk` over the examples of `epochs` stored epochs, in the order of the folder; later epochs start over.
 
     `context_size` is the longest example in positions. Everything is memory-mapped and checked when opened, token ids
     where they are few enough.
@@ -32,11 +48,31 @@ class SampledFolder:
         if not self.epochs or sum(folder.is_dir() for folder in self.path.glob("epoch_[0-9]*")) > self.epochs:
             raise ConfigError(f"{self._folder(self.epochs)} missing; give a folder that sample_tokenized.py wrote")
         self._arrays = [self._read_epoch(epoch) for epoch in range(self.epochs)]
+        self.id_dtype = smallest_dtype(self.size)
         if self._tokens.nbytes <= SCANNED_BYTES:
             self._check_ids()
 
     def __reduce__(self) -> tuple[type[SampledFolder], tuple[Path]]:
         return SampledFolder, (self.path,)  # a reader process maps the files itself instead of receiving a copy
+
+    @property
+    def folder(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.rows")
+
+    @property
+    def size(self) -> int:
+        return max(len(arrays["inst_len"]) for arrays in self._arrays)
+
+    def identity(self, epoch: int) -> str:
+        prefixes, targets = self.epoch_lengths(epoch)
+        return hashlib.sha256(row_lengths(prefixes, targets)).hexdigest()
+
+    def check(self, row_tokens: int) -> None:
+        for epoch in range(self.epochs):
+            check_lengths(row_lengths(*self.epoch_lengths(epoch)), row_tokens, partial(self.example_name, epoch))
+
+    def epoch(self, epoch: int) -> SampledEpoch:
+        return SampledEpoch(row_lengths(*self.epoch_lengths(epoch)), self.id_dtype)
 
     def epoch_lengths(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Prefix and target lengths of the examples of an epoch, [n] each."""

@@ -54,11 +54,8 @@ def read_lines(path: Path) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
-def is_blank_jsonl(path: Path) -> bool:
-    """Say whether there is no row in a jsonl file; refuse by its name what is no jsonl in UTF-8."""
-    with open(path, "rb") as file:
-        head = file.read(HEAD_BYTES)
-        whole = not file.read(1)
+def is_blank_jsonl(path: Path, head: bytes, whole: bool) -> bool:
+    """Say whether a jsonl file that begins with `head` has no row; refuse by its name what is no jsonl in UTF-8."""
     lines = [stripped for line in head.split(b"\n") if (stripped := without_mark(line))]
     if foreign := _foreign(head) or _other_text(lines):
         raise ConfigError(f"{path}: {foreign[0]}, not jsonl (one JSON object per line, UTF-8); {foreign[1]}")

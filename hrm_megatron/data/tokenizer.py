@@ -9,50 +9,25 @@ import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.engine import SPLIT_PATTERN, Ragged, TokenizersEngine, open_engine
 from hrm_megatron.data.provenance import Provenance
+from hrm_megatron.data.spelling import INFO_FILE, PAD, SPECIAL_TOKENS, Spelling, strings_of, tags_of
 from hrm_megatron.program import signals_held
 
 log = logging.getLogger(__name__)
 
-SPECIAL_TOKENS = (  # ids 0 to 30, in this order; HRM-Text, data_io tokenizer
-    "<|PAD|>", "<|direct|>", "<|cot|>", "<|noisy|>", "<|synth|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>",
-    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
-    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<|fim_prefix|>",
-    "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_call>", "</tool_call>",
-    "<tool_response>", "</tool_response>", "<think>", "</think>",
-)
-PAD = "<|PAD|>"
-BOQ, EOQ, EOA = "<|im_start|>", "<|im_end|>", "<|box_end|>"  # begin and end of the question, end of the answer
-TAG_TOKENS = {  # not the tokens that carry the tags' names: those were never used
-    "direct": "<|object_ref_start|>",
-    "cot": "<|object_ref_end|>",
-    "noisy": "<|quad_start|>",
-    "synth": "<|quad_end|>",
-}
-SPLIT_PATTERN = (  # Qwen's, with single digits
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 BYTES = 256
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + BYTES
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-INFO_FILE = "tokenizer_info.json"
 MADE_FROM_FILE = "made_from.json"  # where it was trained here
+PAD_TOKENS = (PAD, "<|endoftext|>")  # what fills up batches, where a tokenizer has it; else its end of answers
 TRAIN_COMMAND = "python tools/train_tokenizer.py"
-
-
-def tags_of(condition: str) -> list[str]:
-    """Split a condition at its commas; the empty condition has no tags. An unknown tag is a ConfigError."""
-    tags = [tag.strip() for tag in condition.split(",")] if condition.strip() else []
-    for tag in tags:
-        if tag not in TAG_TOKENS:
-            raise ConfigError(f"unknown tag {tag!r} in condition {condition!r}; use {', '.join(TAG_TOKENS)}")
-    return tags
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
@@ -80,29 +55,32 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 
     return tokenizer
 
 
-def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, **settings: object) -> dict[str, str]:
+def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, spelling: Spelling | None = None,
+                    **settings: object) -> dict[str, str]:
     """Return the files, name > text, of a folder `name` that `TextTokenizer` and transformers' AutoTokenizer load.
 
     `settings` are more of transformers' for its tokenizer_config.json.
     """
+    spelling = spelling or Spelling()
     return {
         TOKENIZER_FILE: tokenizer.to_str(pretty=True),
         CONFIG_FILE: json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOQ, "eos_token": EOA, "pad_token": pad_token,
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": spelling.boq,
+            "eos_token": spelling.eoa, "pad_token": pad_token,
             "padding_side": "left",  # an answer goes on after the last token of its row
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False, **settings}, indent=1),
         INFO_FILE: json.dumps({
-            "tokenizer_path": name, "boq": BOQ, "eoq": EOQ, "eoa": EOA, "condition_mapping": TAG_TOKENS,
-            "vocab_size": tokenizer.get_vocab_size()}, indent=1),
+            "tokenizer_path": name, **spelling.to_info(), "vocab_size": tokenizer.get_vocab_size()}, indent=1),
     }
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = False,
-                   provenance: Provenance | None = None) -> None:
+                   provenance: Provenance | None = None, spelling: Spelling | None = None,
+                   pad_token: str = PAD) -> None:
     """Write a folder that `TextTokenizer` and transformers' AutoTokenizer load, all of it or nothing."""
     folder = Path(folder)
-    files = tokenizer_files(tokenizer, folder.name)
+    files = tokenizer_files(tokenizer, folder.name, pad_token, spelling)
     if provenance:
         files[MADE_FROM_FILE] = json.dumps(provenance.to_json(), indent=1)
     check_output_folder(folder, overwrite)
@@ -148,51 +126,95 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
 
 
 class TextTokenizer:
-    """Spell examples as ids. Special-token strings inside a text are text, never control tokens."""
+    """Spell examples as ids. Special-token strings inside a text are text, never control tokens, unless the spelling
+    says so of one."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Load a tokenizer folder or a tokenizer.json."""
-        path = Path(path)
-        self.path = path / TOKENIZER_FILE if path.is_dir() else path
+    def __init__(self, path: str | Path, engine: str = "tokenizers", spelling: Spelling | None = None) -> None:
+        """Load a tokenizer folder or a tokenizer.json; `engine` is one of `ENGINES`, the spelling by default that of
+        the tokenizer_info.json beside it."""
+        self.path = tokenizer_file(path)
+        self.engine_choice = engine
         try:
             contents = self.path.read_bytes()
         except OSError as error:
             raise ConfigError(f"{self.path}: no tokenizer there ({error.strerror}); train one with {TRAIN_COMMAND}"
                               ) from error
-        try:
-            self.tokenizer = Tokenizer.from_str(contents.decode("utf-8"))
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise ConfigError(f"{self.path}: not a tokenizer ({' '.join(str(error).split())}); train one with "
-                              f"{TRAIN_COMMAND}") from error
-        self.fingerprint = hashlib.sha256(contents).hexdigest()
-        ids = self.special_ids = {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items()
-                                  if token.special}
-        needed = (BOQ, EOQ, EOA, *TAG_TOKENS.values())
-        if missing := [token for token in needed if token not in ids]:
+        self.spelling = spelling or Spelling.beside(self.path)
+        self.tokenizer = self._load(contents)
+        ids = self.special_ids = {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items()}
+        if missing := [token for token in (*self.spelling.controls, *self.spelling.in_text) if token not in ids]:
             raise ConfigError(f"{self.path}: special tokens missing: {', '.join(missing)}; train a tokenizer with "
-                              f"{TRAIN_COMMAND}")
-        self.boq, self.eoq, self.eoa = ids[BOQ], ids[EOQ], ids[EOA]
-        self.tag_ids = {tag: ids[token] for tag, token in TAG_TOKENS.items()}
+                              f"{TRAIN_COMMAND}, or name those that it has with --boq, --eoq, --eoa and --tag")
+        self.fingerprint = hashlib.sha256(contents if self.spelling == Spelling() else
+                                          contents + json.dumps(self.spelling.to_info()).encode()).hexdigest()
+        self.hidden_strings = strings_of(token.content for token in self.tokenizer.get_added_tokens_decoder().values()
+                                         if token.special)  # those that no text becomes
+        self.boq, self.eoq, self.eoa = (ids[token] for token in self.spelling.controls[:3])
+        self.tag_ids = {tag: ids[token] for tag, token in self.spelling.tags.items()}
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
-        lost = sum(self.tokenizer.token_to_id(byte) is None for byte in pre_tokenizers.ByteLevel.alphabet())
+        lost = sum(self.tokenizer.token_to_id(byte) is None for byte in pre_tokenizers.ByteLevel.alphabet()) \
+            if isinstance(self.tokenizer.decoder, decoders.ByteLevel) else 0
         if lost:
             log.warning("%s: %d of %d bytes have no token; characters that need them are dropped", self.path, lost,
                         BYTES)
+        self.engine = TokenizersEngine(self.tokenizer) if engine == "tokenizers" else open_engine(
+            engine, self.tokenizer, json.loads(self.tokenizer.to_str()))
 
-    def _texts(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def _load(self, contents: bytes) -> Tokenizer:
+        """Read a tokenizer.json, in which those tokens are special that no text may hold, and no others of ours."""
+        try:
+            tokenizer = Tokenizer.from_str(contents.decode("utf-8"))
+        except BaseException as error:  # bare Exception, or a panic of Rust, which is none
+            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+                raise
+            raise ConfigError(f"{self.path}: not a tokenizer ({' '.join(str(error).split())}); train one with "
+                              f"{TRAIN_COMMAND}") from error
+        hidden = {*SPECIAL_TOKENS, *self.spelling.controls}
+        added = tokenizer.get_added_tokens_decoder()
+        special = {i: (token.special or token.content in hidden) and token.content not in self.spelling.in_text
+                   for i, token in added.items()}
+        if all(special[i] == token.special for i, token in added.items()):
+            return tokenizer
+        config = json.loads(contents)
+        for token in config["added_tokens"]:
+            token["special"] = special[token["id"]]
+        return Tokenizer.from_str(json.dumps(config))
+
+    def encode_examples(self, conditions: Sequence[str], instructions: Sequence[str],
+                        responses: Sequence[str]) -> Ragged:
+        """Spell examples as prefix, target, prefix, target, ...: boq, one token per tag in order, instruction, eoq;
+        response, eoa."""
+        heads = [self._head(condition) for condition in conditions]
+        texts = [text for pair in zip(instructions, responses, strict=True) for text in pair]
+        spelled = self.engine.encode(texts)
+        before = np.zeros(len(texts), np.int64)
+        before[::2] = [len(head) for head in heads]
+        lengths = before + spelled.lengths + 1
+        ends = lengths.cumsum()
+        ids = np.empty(int(lengths.sum()), np.int32)
+        of_text = np.ones(len(ids), bool)
+        of_text[ends - 1] = False
+        starts = np.repeat(ends[::2] - lengths[::2], before[::2])
+        at = starts + np.arange(len(starts)) - np.repeat(before[::2].cumsum() - before[::2], before[::2])
+        of_text[at] = False
+        ids[of_text] = spelled.ids
+        ids[at] = [i for head in heads for i in head]
+        ids[ends[::2] - 1], ids[ends[1::2] - 1] = self.eoq, self.eoa
+        return Ragged(ids, lengths)
+
+    def _head(self, condition: str) -> list[int]:
+        return [self.boq, *(self.tag_ids[tag] for tag in tags_of(condition, self.tag_ids))]
 
     def encode_prefixes(self, conditions: Sequence[str], instructions: Sequence[str]) -> list[list[int]]:
         """Spell prefixes: boq, one token per tag in order, the instruction, eoq."""
-        return [[self.boq, *(self.tag_ids[tag] for tag in tags_of(condition)), *ids, self.eoq]
-                for condition, ids in zip(conditions, self._texts(instructions), strict=True)]
+        return self.encode_examples(conditions, instructions, [""] * len(instructions)).rows()[::2]
 
     def encode_responses(self, responses: Sequence[str]) -> list[list[int]]:
         """Spell targets: the response, eoa."""
-        return [[*ids, self.eoa] for ids in self._texts(responses)]
+        return [[*ids, self.eoa] for ids in self.engine.encode(responses).rows()]
 
     def encode_prefix(self, condition: str, instruction: str) -> list[int]:
         return self.encode_prefixes([condition], [instruction])[0]
@@ -203,3 +225,21 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; special tokens have none."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The tokenizer.json of a folder, or the file itself."""
+    path = Path(path)
+    return path / TOKENIZER_FILE if path.is_dir() else path
+
+
+def respelled(path: str | Path, spelling: Spelling, folder: Path, overwrite: bool = False) -> Path:
+    """Write the tokenizer of `path` with another spelling to `folder`, unless it is there, and return that."""
+    tokenizer = TextTokenizer(path, spelling=spelling)
+    pad = next(token for token in (*PAD_TOKENS, spelling.eoa) if token in tokenizer.special_ids)
+    files = tokenizer_files(tokenizer.tokenizer, folder.name, pad, spelling)
+    if all((folder / name).is_file() and (folder / name).read_text(encoding="utf-8") == text
+           for name, text in files.items()):
+        return folder
+    save_tokenizer(tokenizer.tokenizer, folder, overwrite, spelling=spelling, pad_token=pad)
+    return folder

@@ -23,6 +23,7 @@ from hrm_megatron.config import (
     ffn_hidden_size,
     refuse_beside,
 )
+from hrm_megatron.data.plan import PLAN_VERSION
 from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.parallel.machine import Machine
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
@@ -35,6 +36,7 @@ from hrm_megatron.training.flags.values import check_batch, check_values
 from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import TRANSFORMER_IMPLS, check_compilation, check_precision, choose_layers
 from hrm_megatron.training.memory import check_memory, choose_recompute_modules
+from hrm_megatron.training.micro_batch import choose_rows
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 from hrm_megatron.transformer_config import HRM_SETTINGS, HRMConfig, architecture_of, swiglu_settings
 
@@ -70,7 +72,7 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     """Add our group to Megatron's parser and set our defaults for its flags."""
     group = parser.add_argument_group("hrm")
     group.add_argument("--hrm-preset", choices=[*PRESETS],
-                       help="model sizes, learning rate and global batch size; explicit flags override them")
+                       help="model sizes, learning rate, global and micro-batch size; explicit flags override them")
     group.add_argument("--h-cycles", type=int, default=2,
                        help="H ticks (applications of the slow stack) per forward pass")
     group.add_argument("--l-cycles", type=int, default=3,
@@ -98,6 +100,10 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="micro-batches per window of the two-phase schedule, bounds its memory (default: all)")
     group.add_argument("--sampled-data-path", metavar="DIR",
                        help="train on a `sampled` folder of HRM-Text's data pipeline")
+    group.add_argument("--sampling-rules", metavar="FILE",
+                       help="YAML list of rules: how many examples of each source file an epoch has")
+    group.add_argument("--verify-data", action="store_true",
+                       help="verify the checksums of the data before training")
     group.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
                        help="load a checkpoint without verifying its checksums")
     group.add_argument("--load-newest-valid", action="store_true",
@@ -135,14 +141,15 @@ def fill_from_preset(args: argparse.Namespace) -> None:
                               f"({', '.join(PRESETS)})")
     if args.ffn_hidden_size is None:
         args.ffn_hidden_size = ffn_hidden_size(args.hidden_size)
-    if args.micro_batch_size is None:
-        args.micro_batch_size = 1
     if args.global_batch_size is None and preset and preset.tokens_per_step:
         if preset.tokens_per_step % args.seq_length:
             raise ConfigError(f"--seq-length {args.seq_length} does not divide the preset's {preset.tokens_per_step} "
                               "tokens per step: give --global-batch-size (rows per step) by hand")
         args.global_batch_size = preset.tokens_per_step // args.seq_length
         args._is_global_batch_size_explicitly_specified = True
+    if args.micro_batch_size is None:
+        smaller = preset and args.num_layers <= preset.num_layers and args.hidden_size <= preset.hidden_size
+        args.micro_batch_size = choose_rows(args, preset.positions if preset and smaller else 0)
     if args.min_lr is None:
         args.min_lr = args.lr  # HRM-Text, min_ratio 1: a constant rate after the warm-up
     if not 0 <= args.min_lr <= args.lr:
@@ -217,6 +224,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
         split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)
     if args.pipeline_model_parallel_size > 1:
         set_pipeline(args, architecture)
+    args.plan_version = PLAN_VERSION  # a checkpoint says which order its rows have
     args.optimizer = "adam"  # Megatron's name of the slot; optim.builder puts AdamATan2 into it
     try:
         megatron_arguments.validate_args(args)

@@ -31,7 +31,7 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.parallel.patching import temporarily
-from hrm_megatron.training.resume import changes, check_model, nothing_left, settle_schedule
+from hrm_megatron.training.resume import changes, check_model, check_plan, nothing_left, settle_schedule
 from hrm_megatron.training.verification import check_verification_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
 
@@ -116,6 +116,9 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
     if done := nothing_left(iteration, args.train_iters):
         log.info(f"checkpoint: {folder}: {done}")
         return False
+    converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
+    if not converted:
+        check_plan(folder, common["args"], args)
     if args.no_load_optim:
         return True
     keys = set(stored.keys())
@@ -125,7 +128,6 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
         if missing:
             raise ConfigError(f"{folder}: holds no {name} of the optimizer for {missing[0]}; give --no-load-optim to "
                               "go on with a new optimizer and an EMA that starts at its weights, or another --load")
-    converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
     if not converted:
         if schedule := settle_schedule(args, common["args"], folder, iteration):
             log.info(schedule)

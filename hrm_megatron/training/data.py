@@ -7,34 +7,41 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from megatron.core.datasets.utils import Split
 
 from hrm_megatron.attention.prefix_lm import context_loads
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.data.batch import PackedBatch
-from hrm_megatron.data.dataset import PackedRows, split_examples, split_sizes
+from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples
+from hrm_megatron.data.kept_examples import kept_files, kept_mask
+from hrm_megatron.data.mixture import Mixture, Selection
+from hrm_megatron.data.plan_cache import writable_folder
 from hrm_megatron.data.sampled import SampledFolder
+from hrm_megatron.data.sampling_rules import read_rules
 from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.data.walk import Walk
+from hrm_megatron.training.blend import Blend
 from hrm_megatron.training.evaluation import Evaluation
 
 log = logging.getLogger(__name__)
 
+CACHED_EXAMPLES = 1 << 20  # planned in a fraction of a second
 MEASURED_ROWS = 64  # whose examples stand for all, in FLOPs and in the shares of context parallel ranks
 
-Source = IndexedExamples | SampledFolder
+BLENDS = {"whole": "data-path", "train": "train-data-path", "valid": "valid-data-path", "test": "test-data-path"}
 Datasets = tuple[PackedRows | None, PackedRows | None, PackedRows | None]
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a run reads; `split` says that one indexed dataset serves training, validation and test."""
+    """What a run reads, part by part; `split` says that the same datasets serve training, validation and test."""
 
-    train: Source
-    valid: IndexedExamples | None
-    test: IndexedExamples | None
+    train: Walk
+    valid: Mixture | None
+    test: Mixture | None
     split: bool
+    stores: tuple[IndexedExamples, ...]
 
     @property
     def vocab_size(self) -> int:
@@ -42,56 +49,76 @@ class Sources:
 
     def held_out(self, split: str) -> tuple[int, int]:
         """Count the examples of validation and of test."""
-        if self.split:
-            assert isinstance(self.train, IndexedExamples)
-            _, valid, test = split_sizes(len(self.train), split)
-            return valid, test
-        return len(self.valid or ()), len(self.test or ())
+        return (self.valid.count_examples() if self.valid else 0, self.test.count_examples() if self.test else 0)
 
     def why_no_validation(self, split: str) -> str:
         """Say why there is nothing to validate on, and the way out."""
         if self.split:
-            assert isinstance(self.train, IndexedExamples)
-            return (f"--split {split} leaves none of the {len(self.train)} examples to validate on; give another, or "
-                    "--train-data-path and --valid-data-path")
+            return (f"--split {split} leaves none of the {sum(map(len, self.stores))} examples to validate on; give "
+                    "another, or --train-data-path and --valid-data-path")
         return "there is nothing to validate on; give --valid-data-path PREFIX for that"
 
     @property
     def files(self) -> list[Path]:
         """All files that are read."""
-        return [file for source in (self.train, self.valid, self.test) if source for file in source.files]
-
-
-def _single(flag: str, paths: Sequence[str] | None) -> str | None:
-    if not paths:
-        return None
-    if len(paths) > 1:
-        raise ConfigError(f"{flag} {' '.join(paths)}: give one prefix; weighted blends are not built yet")
-    return paths[0]
+        folder = self.train.files if isinstance(self.train, SampledFolder) else []
+        return [*folder, *(file for store in self.stores for file in store.files)]
 
 
 def open_sources(args: argparse.Namespace) -> Sources:
     """Open and check every file that the arguments name; raise ConfigError with one line otherwise."""
-    whole = _single("--data-path", args.data_path)
-    parts = {name: _single(f"--{name}-data-path", getattr(args, f"{name}_data_path"))
-             for name in ("train", "valid", "test")}
-    train = whole or parts["train"]
+    blends = {name: Blend.of(f"--{flag}", getattr(args, flag.replace("-", "_"))) for name, flag in BLENDS.items()}
+    whole, train = blends["whole"], blends["whole"] or blends["train"]
+    refuse_beside("--data-path", {f"--{flag}": whole and blends[name] for name, flag in BLENDS.items()
+                                  if name != "whole"})
     if args.skip_train and not (train or args.sampled_data_path):
-        train = parts["valid"] or parts["test"]  # for its vocabulary; nobody trains on it
+        train = blends["valid"] or blends["test"]  # for its vocabulary; nobody trains on it
     if bool(train) == bool(args.sampled_data_path):
         raise ConfigError("no training data, or two kinds of it: give either --data-path PREFIX (or --train-data-path) "
                           "or --sampled-data-path DIR")
-    stores = {name: IndexedExamples(path) for name, path in (("train", train), *list(parts.items())[1:]) if path}
-    if args.tokenizer_model:
-        fingerprint = TextTokenizer(args.tokenizer_model).fingerprint
+    if args.sampling_rules and not train:
+        raise ConfigError("--sampling-rules: a sampled folder has been sampled; give --data-path PREFIX")
+    if args.sampling_rules and train and train.weights:
+        raise ConfigError(f"--sampling-rules: is incompatible with the weights of {train.flag}: leave them out, and "
+                          "let max_per_file and repeat decide")
+    fingerprint = TextTokenizer(args.tokenizer_model).fingerprint if args.tokenizer_model else None
+    stores: dict[str, IndexedExamples] = {}
+    given = [blend for blend in (train, blends["valid"], blends["test"]) if blend]
+    for path in [path for blend in given for path in blend.paths]:
+        stores[path] = stores.get(path) or IndexedExamples(path)
+        if fingerprint:
+            stores[path].check_tokenizer(fingerprint)
+    folder = None if train else SampledFolder(args.sampled_data_path)
+    vocab_size = folder.vocab_size if folder else next(iter(stores.values())).vocab_size
+    for blend in given:
+        for path in blend.paths:
+            if stores[path].vocab_size != vocab_size:
+                raise ConfigError(f"{blend.flag} {path}: made with a vocabulary of {stores[path].vocab_size}, the "
+                                  f"training data with {vocab_size}; preprocess both with one tokenizer")
+    if args.verify_data:
+        if folder:
+            raise ConfigError("--verify-data: the folder of --sampled-data-path has no checksums; leave it out")
         for store in stores.values():
-            store.check_tokenizer(fingerprint)
-    source = stores.get("train") or SampledFolder(args.sampled_data_path)
-    for name, store in stores.items():
-        if store.vocab_size != source.vocab_size:
-            raise ConfigError(f"--{name}-data-path {parts[name]}: made with a vocabulary of {store.vocab_size}, the "
-                              f"training data with {source.vocab_size}; preprocess both with one tokenizer")
-    return Sources(source, stores.get("valid"), stores.get("test"), split=bool(whole))
+            store.blocks()  # refused where there are none, before anything is built
+    for store in stores.values():
+        if (kept := kept_mask(store)) is not None:
+            log.info("data: %s: %d of %d examples are kept, as %s says", store.prefix, kept.sum(), len(kept),
+                     kept_files(store.prefix)[1])
+        if args.data_path and store.prompt_keys() is None:
+            log.info("data: %s was made without keys of its prompts: --split divides examples, and one question may be "
+                     "in two parts; preprocess it again for a split by question", store.prefix)
+    rules = read_rules(args.sampling_rules) if args.sampling_rules else None
+
+    def mixture(blend: Blend | None, part: str) -> Mixture | None:
+        if not blend:
+            return None
+        selection = Selection(args.split if whole else None, args.seed, rules, blend.weights)
+        return Mixture([stores[path] for path in blend.paths], args.seq_length, selection, part)
+
+    walk = folder or mixture(train, "train")
+    assert walk
+    return Sources(walk, mixture(whole or blends["valid"], "valid"), mixture(whole or blends["test"], "test"),
+                   bool(whole), tuple(stores.values()))
 
 
 def first_lengths(rows: PackedRows) -> list[Sequence[tuple[int, int]]]:
@@ -128,14 +155,23 @@ def plan_evaluations(args: argparse.Namespace, evaluation: Evaluation, valid: Pa
                 log.info(f"data: {name}: all {part.rows_per_epoch} rows in {iters} iterations of {rows}")
 
 
+def plan_folder(args: argparse.Namespace, walk: Walk) -> Path | None:
+    """Where planned rows are kept for all processes; None where each of them plans in less time than it would wait."""
+    if args.data_cache_path:
+        return Path(args.data_cache_path)
+    if walk.size < CACHED_EXAMPLES:
+        return None
+    return writable_folder(walk.folder, *([Path(args.save) / "rows"] if args.save else []))
+
+
 def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Evaluation,
                       on_ready: Callable[[PackedRows | None], None]) -> Callable[..., Datasets]:
     """Make Megatron's datasets provider; `on_ready` is called with the training rows when training may begin."""
-    def rows(name: str, source: Source | None, count: int, **options: object) -> PackedRows | None:
-        if source is None or not count:
+    def rows(name: str, walk: Walk | None, count: int, fixed: bool = False) -> PackedRows | None:
+        if walk is None or not count:
             return None
-        dataset = PackedRows(source, args.seq_length, args.seed, count, cache_folder=args.data_cache_path,
-                             **options)  # type: ignore[arg-type]
+        dataset = PackedRows(walk, args.seq_length, args.seed, count, fixed=fixed,
+                             cache_folder=plan_folder(args, walk))
         log.info("data: %s: %s", name, dataset.describe())
         if name == "training" and args.context_parallel_size > 1:
             log.info("data: %s", describe_loads(dataset, args.seq_length, args.context_parallel_size))
@@ -148,20 +184,8 @@ def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Ev
         left = args.consumed_train_samples + (args.train_iters - args.iteration) * args.global_batch_size
         train = 0 if args.skip_train else max(num_samples[0], left)
         valid, test = num_samples[1] * evaluation.validates, num_samples[2] * evaluation.tests
-        if torch.distributed.get_rank() and args.data_cache_path:
-            torch.distributed.barrier()  # rank 0 plans the rows, the others read its plan
-        if sources.split:
-            assert isinstance(sources.train, IndexedExamples)
-            parts = split_examples(len(sources.train), args.split, args.seed)
-            found: Datasets = (
-                rows("training", sources.train, train, example_ids=parts.train),
-                rows("validation", sources.train, valid, example_ids=parts.valid, fixed=True),
-                rows("test", sources.train, test, example_ids=parts.test, fixed=True))
-        else:
-            found = (rows("training", sources.train, train), rows("validation", sources.valid, valid, fixed=True),
-                     rows("test", sources.test, test, fixed=True))
-        if not torch.distributed.get_rank() and args.data_cache_path:
-            torch.distributed.barrier()
+        found = (rows("training", sources.train, train), rows("validation", sources.valid, valid, fixed=True),
+                 rows("test", sources.test, test, fixed=True))
         plan_evaluations(args, evaluation, found[1], found[2])
         on_ready(found[0])
         return found

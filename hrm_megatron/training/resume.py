@@ -23,8 +23,10 @@ ENTERS_FORWARD = {
 # Fields that decide nothing but how the first weights are drawn.
 INITIAL_WEIGHTS_ONLY: tuple[str, ...] = ()
 # What a run may change as it goes on, and would change silently: argument > flag.
-CHANGEABLE = {"seed": "--seed", "seq_length": "--seq-length", "split": "--split", "ema_decay": "--ema-decay",
+CHANGEABLE = {"seed": "--seed", "seq_length": "--seq-length", "split": "--split", "data_path": "--data-path",
+              "train_data_path": "--train-data-path", "sampling_rules": "--sampling-rules", "ema_decay": "--ema-decay",
               "adam_beta1": "--adam-beta1", "adam_beta2": "--adam-beta2"}
+FIRST_PLAN_VERSION = 1  # of checkpoints that do not say by which version their rows were planned
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 
 
@@ -42,6 +44,16 @@ def check_model(folder: Path, theirs: Architecture, ours: Architecture) -> None:
                               "from there), or give another --load")
 
 
+def check_plan(folder: Path, theirs: argparse.Namespace, ours: argparse.Namespace) -> None:
+    """Refuse to go on in the middle of an order of rows that this version does not plan any more."""
+    have = getattr(theirs, "plan_version", FIRST_PLAN_VERSION)
+    if have != ours.plan_version and theirs.seed == ours.seed:
+        raise ConfigError(f"{folder}: its rows were planned by version {have} of the plan, here they are by version "
+                          f"{ours.plan_version}: the next row would be another; go on with the version of hrm_megatron "
+                          "that wrote it, or give another --seed to begin another order (what is left of this epoch is "
+                          "then partly read twice, partly not at all)")
+
+
 def nothing_left(iteration: int, train_iters: int) -> str | None:
     """Say in one line that a run which has come this far is done; None where it has iterations left."""
     if iteration < train_iters:
@@ -54,12 +66,19 @@ def nothing_left(iteration: int, train_iters: int) -> str | None:
 def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
     """Say in one line which rows or averages are others than in the run that wrote the checkpoint."""
     def value(args: argparse.Namespace, name: str) -> object:
+        if name in ("data_path", "train_data_path"):  # one dataset may have moved; of several the weights count
+            paths = getattr(args, name, None) or []
+            return " ".join(paths) if len(paths) > 1 else None
         if name != "split":
-            return getattr(args, name)
+            return getattr(args, name, None)  # a checkpoint of an older version does not know every flag
         # Of the examples of --data-path; Megatron's default has blanks in it.
         return args.split.replace(" ", "") if theirs.data_path and ours.data_path else None
 
-    found = [f"{flag} from {getattr(theirs, name)} to {getattr(ours, name)}" for name, flag in CHANGEABLE.items()
+    def shown(args: argparse.Namespace, name: str) -> object:
+        given = getattr(args, name, None)
+        return " ".join(given) if isinstance(given, list) else given
+
+    found = [f"{flag} from {shown(theirs, name)} to {shown(ours, name)}" for name, flag in CHANGEABLE.items()
              if value(theirs, name) != value(ours, name)]
     return f"the command line changes {', '.join(found)}" if found else None
 

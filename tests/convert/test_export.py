@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import EMA
 from hrm_megatron.convert.hf import read_hf, write_hf
-from hrm_megatron.data.tokenizer import EOA, EOQ, TextTokenizer, save_tokenizer, train_tokenizer
+from hrm_megatron.data.spelling import EOA, EOQ
+from hrm_megatron.data.tokenizer import TextTokenizer, save_tokenizer, train_tokenizer
 from hrm_megatron.generate.decode import generate
 from hrm_megatron.generate.load import load_model
 from hrm_megatron.parallel.single import single_rank

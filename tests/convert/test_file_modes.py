@@ -9,7 +9,8 @@ from hrm_megatron.config import Architecture
 from hrm_megatron.convert.file_mode import follow_umask
 from hrm_megatron.convert.hf import write_hf
 from hrm_megatron.convert.run import Conversion, convert
-from hrm_megatron.data.preprocess import learn_tokenizer, preprocess
+from hrm_megatron.data.preprocess import preprocess
+from hrm_megatron.data.tokenizer_training import learn_tokenizer
 from tests.modes import UMASKS, wrong_modes
 
 

@@ -12,7 +12,8 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.hf import bp_list, read_hf, write_hf
 from hrm_megatron.convert.native import read_native
 from hrm_megatron.data.batch import PackedBatch, assemble_row
-from hrm_megatron.data.tokenizer import BOQ, EOQ, save_tokenizer, train_tokenizer
+from hrm_megatron.data.spelling import BOQ, EOQ
+from hrm_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.parallel.single import single_rank
 from hrm_megatron.transformer_config import hrm_config

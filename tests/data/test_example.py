@@ -4,7 +4,9 @@ import pickle
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat, parse_example, read_jsonl
+from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat, parse_object
+from hrm_megatron.data.readers import read_examples
+from hrm_megatron.data.row_shapes import examples_of
 
 GOOD = {"condition": "direct", "instruction": "2 + 3?", "response": "5"}
 
@@ -12,14 +14,15 @@ GOOD = {"condition": "direct", "instruction": "2 + 3?", "response": "5"}
 def test_rows_are_read_with_their_line_numbers(write_jsonl):
     path = write_jsonl("a.jsonl", [GOOD, "", "   ", {**GOOD, "condition": "", "more": 1},
                                    {**GOOD, "instruction": "line\u2028\nend"}])
-    assert list(read_jsonl(path)) == [
-        (1, Example("direct", "2 + 3?", "5")), (4, Example("", "2 + 3?", "5")),
-        (5, Example("direct", "line\u2028\nend", "5"))]
+    assert list(read_examples([path])) == [
+        (f"{path}:1", Example("direct", "2 + 3?", "5")), (f"{path}:4", Example("", "2 + 3?", "5")),
+        (f"{path}:5", Example("direct", "line\u2028\nend", "5"))]
 
 
 def test_keys_can_be_named(write_jsonl):
     path = write_jsonl("a.jsonl", [{"tags": "cot,synth", "q": "why?", "a": "so"}])
-    assert list(read_jsonl(path, RowFormat(("tags", "q", "a")))) == [(1, Example("cot,synth", "why?", "so"))]
+    assert list(read_examples([path], RowFormat(("tags", "q", "a")))) == [
+        (f"{path}:1", Example("cot,synth", "why?", "so"))]
 
 
 BAD_ROWS = [
@@ -46,8 +49,8 @@ BAD_ROWS = [
 @pytest.mark.parametrize("row, kind, parts", BAD_ROWS)
 def test_bad_rows_name_place_value_and_way_out(write_jsonl, row, kind, parts):
     path = write_jsonl("rows.jsonl", [GOOD, "", row])
-    rows = read_jsonl(path)
-    assert next(rows)[0] == 1
+    rows = read_examples([path])
+    assert next(rows)[0] == f"{path}:1"
     with pytest.raises(BadRow) as refusal:
         next(rows)
     message = str(refusal.value)
@@ -58,7 +61,7 @@ def test_bad_rows_name_place_value_and_way_out(write_jsonl, row, kind, parts):
 
 def test_a_bad_row_survives_the_way_from_a_worker():
     with pytest.raises(BadRow) as refusal:
-        parse_example(b"{", "x.jsonl:7")
+        parse_object(b"{", "x.jsonl:7")
     copy = pickle.loads(pickle.dumps(refusal.value))
     assert (type(copy), copy.kind, str(copy)) == (BadRow, "broken JSON", str(refusal.value))
 
@@ -66,7 +69,7 @@ def test_a_bad_row_survives_the_way_from_a_worker():
 def test_null_is_never_put_in_quotes():
     for key in GOOD:
         with pytest.raises(BadRow) as refusal:
-            parse_example(json.dumps({**GOOD, key: None}).encode(), "x.jsonl:7")
+            examples_of({**GOOD, key: None}, "x.jsonl:7", RowFormat())
         assert "quotes" not in str(refusal.value) and ("--default" in str(refusal.value)) == (key == "condition")
 
 
@@ -74,13 +77,13 @@ def test_null_is_never_put_in_quotes():
     ({"instruction": "2 + 3?", "response": "5"}, "cot,synth"), ({**GOOD, "condition": None}, "cot,synth"),
     ({**GOOD, "condition": ""}, ""), (GOOD, "direct")])
 def test_a_row_without_condition_takes_the_default(row, condition):
-    example = parse_example(json.dumps(row).encode(), "x:1", RowFormat(default_condition="cot,synth"))
+    example, = examples_of(row, "x:1", RowFormat(default_condition="cot,synth"))
     assert (example.condition, example.defaulted) == (condition, condition == "cot,synth")
 
 
 def test_a_default_condition_of_no_tags_is_one_and_an_unknown_tag_none():
-    row = b'{"instruction": "2 + 3?", "response": "5"}'
-    assert parse_example(row, "x:1", RowFormat(default_condition="")) == Example("", "2 + 3?", "5")
+    row = {"instruction": "2 + 3?", "response": "5"}
+    assert examples_of(row, "x:1", RowFormat(default_condition="")) == [Example("", "2 + 3?", "5")]
     with pytest.raises(ConfigError, match="--default-condition direct,loud: unknown tag 'loud'"):
         RowFormat(default_condition="direct,loud")
 
@@ -88,17 +91,17 @@ def test_a_default_condition_of_no_tags_is_one_and_an_unknown_tag_none():
 def test_a_byte_order_mark_is_stripped_wherever_files_were_joined(write_jsonl):
     mark, row = b"\xef\xbb\xbf", json.dumps(GOOD).encode()
     path = write_jsonl("a.jsonl", [mark + row, row, mark + row, mark, mark + b"  " + row])
-    assert list(read_jsonl(path)) == [(number, Example(**GOOD)) for number in (1, 2, 3, 5)]
+    assert list(read_examples([path])) == [(f"{path}:{number}", Example(**GOOD)) for number in (1, 2, 3, 5)]
     inside = {**GOOD, "instruction": "a\ufeffb"}
-    assert parse_example(json.dumps(inside, ensure_ascii=False).encode(), "x:1").instruction == "a\ufeffb"
+    assert parse_object(json.dumps(inside, ensure_ascii=False).encode(), "x:1") == inside
 
 
 def test_bad_rows_are_counted_by_kind_or_raised(write_jsonl):
     path = write_jsonl("a.jsonl", ["{", GOOD, {**GOOD, "response": ""}, "{"])
     skipped = BadRows(skip=True)
-    assert [number for number, _ in read_jsonl(path, bad_rows=skipped)] == [2]
+    assert [place for place, _ in read_examples([path], bad_rows=skipped)] == [f"{path}:2"]
     broken, empty = skipped.lines()
     assert broken.startswith(f"skipped 2: broken JSON, first {path}:1: ")
     assert empty.startswith(f"skipped 1: empty field, first {path}:3: ")
     with pytest.raises(BadRow, match="a.jsonl:1: "):
-        list(read_jsonl(path, bad_rows=BadRows()))
+        list(read_examples([path], bad_rows=BadRows()))

@@ -30,7 +30,7 @@ def test_inputs_are_files_globs_and_folders(write_jsonl, tmp_path):
 
 @pytest.mark.parametrize("name, message", [
     ("absent.jsonl", "absent.jsonl matches no file"), ("*.parquet", "parquet matches no file"),
-    ("empty", "empty has no .*jsonl"),
+    ("empty", "empty has no file to read; .*jsonl"),
 ])
 def test_inputs_that_match_nothing_are_refused(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
@@ -41,7 +41,7 @@ def test_inputs_that_match_nothing_are_refused(tmp_path, name, message):
 @pytest.mark.parametrize("name", ["", "*.jsonl", "**/*.jsonl"])
 def test_what_lies_beside_and_is_not_read_is_named(write_jsonl, tmp_path, caplog, name):
     b = write_jsonl("b.jsonl", [GOOD])
-    packed = write_jsonl("a.jsonl.gz", [b"anything"])
+    packed = write_jsonl("b.jsonl.bz2", [b"anything"])
     assert find_inputs([os.path.join(tmp_path, name)]) == [b]
     assert [record.getMessage() for record in caplog.records] == [f"not read: {packed}"]
 
@@ -103,12 +103,11 @@ FOREIGN = {  # contents that are not jsonl: what the message says
     "utf-16 big": (codecs.BOM_UTF16_BE + ROW.encode("utf-16-be"), ["UTF-16", "iconv"]),
     "utf-16 without": (ROW.encode("utf-16-le"), ["UTF-16", "iconv -f UTF-16LE"]),
     "utf-32": (ROW.encode("utf-32"), ["UTF-32", "iconv -f UTF-32"]),
-    "gzip": (gzip.compress(ROW.encode()), ["gzip", "gunzip"]),
-    "zstd": (b"\x28\xb5\x2f\xfd\x24\x00\x01\x00\x00", ["Zstandard", "unzstd"]),
+    "gzip in gzip": (gzip.compress(gzip.compress(ROW.encode())), ["gzip", "gunzip"]),
+    "parquet in gzip": (gzip.compress(b"PAR1\x15\x04"), ["Parquet"]),
     "bzip2": (bz2.compress(ROW.encode()), ["bzip2", "bunzip2"]),
     "xz": (lzma.compress(ROW.encode()), ["xz", "unxz"]),
     "zip": (zipped(), ["zip", "unzip"]),
-    "parquet": (b"PAR1\x15\x04\x15 \x15PAR1", ["Parquet", "read_parquet"]),
     "array file": (saved_array(), ["NumPy"]),
     "json array": (f" [{ROW},\n{ROW}]".encode(), ["a JSON array", "jq -c '.[]'"]),
     "json array of lines": (f"[\n{ROW},\n{ROW}\n]".encode(), ["a JSON array", "jq -c '.[]'"]),
@@ -121,9 +120,10 @@ FOREIGN = {  # contents that are not jsonl: what the message says
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_what_is_no_jsonl_is_named(write_jsonl, tmp_path, kind):
+def test_what_is_no_jsonl_is_named(tmp_path, kind):
     contents, parts = FOREIGN[kind]
-    path = write_jsonl("a.jsonl", [contents])
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(contents)
     with pytest.raises(ConfigError) as refusal:
         find_inputs([str(tmp_path)])
     message = str(refusal.value)

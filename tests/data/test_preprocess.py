@@ -10,10 +10,11 @@ import pytest
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data import preprocess as module
-from hrm_megatron.data.example import read_jsonl
 from hrm_megatron.data.indexed_examples import IndexedExamples
-from hrm_megatron.data.preprocess import iterate_chunks, learn_tokenizer, preprocess
+from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.data.tokenizer_training import learn_tokenizer
+from tests.stores import examples_of, files_of
 
 ROOT = Path(__file__).parents[2]
 TAGS = ("", "cot", "noisy,synth")
@@ -24,25 +25,17 @@ def good_row(i):
             "response": f"{i + 4}" + " é" * (i % 4)}
 
 
-def outputs(prefix):
-    return {path.name: path.read_bytes() for path in sorted(prefix.parent.glob(f"{prefix.name}.*"))}
-
-
 def expected(tokenizer, paths):
-    return [(tokenizer.encode_prefix(example.condition, example.instruction), tokenizer.encode_response(
-        example.response)) for path in paths for _, example in read_jsonl(path)]
-
-
-def stored(prefix):
-    store = IndexedExamples(prefix)
-    return [tuple(part.tolist() for part in store[i]) for i in range(len(store))]
+    rows = [json.loads(line) for path in paths for line in path.read_text().split("\n") if line]
+    return [(tokenizer.encode_prefix(row["condition"], row["instruction"]), tokenizer.encode_response(row["response"]))
+            for row in rows]
 
 
 def test_the_store_holds_every_example_in_order(write_jsonl, tmp_path, tokenizer):
     paths = [write_jsonl("b.jsonl", map(good_row, range(5))), write_jsonl("a.jsonl", map(good_row, range(5, 18)))]
     report = preprocess(paths, tmp_path / "out" / "x", tokenizer)
     examples = expected(tokenizer, paths)
-    assert stored(tmp_path / "out" / "x") == examples
+    assert examples_of(tmp_path / "out" / "x") == examples
     assert report.summary() == (
         f"18 examples, {sum(len(p) + len(t) for p, t in examples)} tokens, longest row "
         f"{max(len(p) + len(t) - 1 for p, t in examples)} positions, 0 responses truncated, 0 rows skipped")
@@ -61,12 +54,13 @@ def test_output_and_first_error_do_not_depend_on_workers(write_jsonl, tmp_path, 
         assert not prefix.parent.exists()
         errors.append(str(refusal.value))
         report = preprocess([path], prefix, tokenizer, workers, skip_bad_rows=True, chunk_bytes=chunk_bytes)
-        written.append((outputs(prefix), report.summary(), report.lines()))
+        written.append((files_of(prefix), report.summary(), report.lines()))
     assert errors[0] == errors[1] == errors[2] and errors[0].startswith(f"{path}:21: broken JSON")
-    assert written[0] == written[1] == written[2] and len(written[0][0]) == 3
-    assert [line.partition(str(path))[0::2] for line in written[0][2]] == [
+    assert written[0] == written[1] == written[2] and len(written[0][0]) == 5
+    assert [line.partition(str(path))[0::2] for line in written[0][2][:2]] == [
         ("skipped 1: broken JSON, first ", written[0][2][0].partition(str(path))[2]),
         ("skipped 1: empty field, first ", ":42: response='' is empty; fill it or drop the row")]
+    assert [line[:9] for line in written[0][2][2:]] == ["lint: 58 "]  # texts with the string of a special token
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
@@ -76,23 +70,10 @@ def test_byte_order_marks_change_nothing(write_jsonl, tmp_path, tokenizer, chunk
     marked = write_jsonl("marked.jsonl", [mark + rows[0], mark, rows[1], mark + rows[2], rows[3]])
     for path in (plain, marked):
         preprocess([path], tmp_path / "out" / path.stem, tokenizer, chunk_bytes=chunk_bytes)
-    assert stored(tmp_path / "out" / "marked") == stored(tmp_path / "out" / "plain") == expected(tokenizer, [plain])
+    out = tmp_path / "out"
+    assert examples_of(out / "marked") == examples_of(out / "plain") == expected(tokenizer, [plain])
     texts = [learn_tokenizer([path], tmp_path / f"{path.stem}-tok", 400).path.read_text() for path in (plain, marked)]
     assert texts[0] == texts[1] and "\ufeff" not in texts[1]
-
-
-@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 10_000])
-def test_chunks_cover_files_at_line_ends(tmp_path, chunk_bytes):
-    contents = b"first\n\nthird line is longer\r\nfourth\nlast without end"
-    (tmp_path / "a").write_bytes(contents)
-    (tmp_path / "empty").write_bytes(b"")
-    pieces = []
-    for chunk in iterate_chunks([tmp_path / "empty", tmp_path / "a"], chunk_bytes):
-        piece = contents[chunk.start_byte:chunk.start_byte + chunk.num_bytes]
-        assert chunk.first_line == contents[:chunk.start_byte].count(b"\n") + 1
-        pieces.append(piece)
-    assert b"".join(pieces) == contents
-    assert all(piece.endswith(b"\n") for piece in pieces[:-1])
 
 
 def test_long_responses_are_cut_and_long_prefixes_refused(write_jsonl, tmp_path, tokenizer):
@@ -103,9 +84,10 @@ def test_long_responses_are_cut_and_long_prefixes_refused(write_jsonl, tmp_path,
     assert [len(prefix) for prefix, _ in whole] == [6, 6, 6, 11, 12, 13]
     context = 11
     report = preprocess([path], tmp_path / "x", tokenizer, context_size=context, skip_bad_rows=True)
-    assert stored(tmp_path / "x") == [(prefix, target[:context + 1 - len(prefix)]) for prefix, target in whole[:4]]
-    assert [target[-1] == tokenizer.eoa for _, target in stored(tmp_path / "x")] == [True, False, False, False]
-    assert (report.truncated, report.max_row_length, dict(report.skipped.count)) == (3, context, {"prefix too long": 2})
+    assert examples_of(tmp_path / "x") == [(prefix, target[:context + 1 - len(prefix)]) for prefix, target in whole[:4]]
+    assert [target[-1] == tokenizer.eoa for _, target in examples_of(tmp_path / "x")] == [True, False, False, False]
+    assert (report.truncated, report.manifest.totals["max_row_length"], dict(report.skipped)) == (
+        3, context, {"prefix too long": 2})
     with pytest.raises(ConfigError, match=rf"{path}:5: the prefix alone takes 12 of 11 positions; shorten"):
         preprocess([path], tmp_path / "y", tokenizer, context_size=context)
 
@@ -147,7 +129,7 @@ def test_refusals_are_one_line_and_leave_nothing(write_jsonl, tmp_path, tokenize
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_the_tool_writes_reports_and_overwrites_only_when_told(write_jsonl, tmp_path, tokenizer, tool, capsys):
+def test_the_tool_reports_and_replaces_other_settings_only_when_told(write_jsonl, tmp_path, tokenizer, tool, capsys):
     path = write_jsonl("a.jsonl", [{"tags": "cot", "q": "three", "a": "four"}, "{", {"tags": "", "q": "3", "a": "4"}])
     prefix = tmp_path / "x"
     arguments = ["--input", str(path), "--output-prefix", str(prefix), "--tokenizer-model", str(tokenizer.path.parent),
@@ -155,13 +137,17 @@ def test_the_tool_writes_reports_and_overwrites_only_when_told(write_jsonl, tmp_
     assert tool("preprocess_data")(arguments) == 0
     printed = capsys.readouterr().out
     assert "2 examples" in printed and "1 rows skipped" in printed and f"broken JSON, first {path}:2: " in printed
-    assert stored(prefix)[0] == (tokenizer.encode_prefix("cot", "three"), tokenizer.encode_response("four"))
-    before = outputs(prefix)
-    path = write_jsonl("a.jsonl", [{"tags": "", "q": "5", "a": "6"}])
-    assert tool("preprocess_data")(arguments) == 1
-    assert "--overwrite" in capsys.readouterr().err and outputs(prefix) == before
-    assert tool("preprocess_data")([*arguments, "--overwrite"]) == 0
-    assert len(stored(prefix)) == 1
+    assert examples_of(prefix)[0] == (tokenizer.encode_prefix("cot", "three"), tokenizer.encode_response("four"))
+    assert "\nsources: 1 added (a.jsonl)\n" in printed and " tokens made in " in printed
+    before = files_of(prefix)
+    with_other_keys = [*arguments[:-4], "a", "q", "--on-bad-row", "skip"]
+    assert tool("preprocess_data")(with_other_keys) == 1
+    refusal = capsys.readouterr().err
+    assert f"error: {prefix} was made with json_keys=['tags', 'q', 'a'], not ['tags', 'a', 'q']; choose" in refusal
+    assert "--overwrite" in refusal and files_of(prefix) == before
+    assert tool("preprocess_data")([*with_other_keys, "--overwrite"]) == 0
+    assert examples_of(prefix)[0] == (tokenizer.encode_prefix("cot", "four"), tokenizer.encode_response("three"))
+    assert len(files_of(prefix)) == len(before)
 
 
 def run_script(name, *arguments, **options):
@@ -170,7 +156,7 @@ def run_script(name, *arguments, **options):
                           capture_output=True, env=environment, **options)
 
 
-@pytest.mark.parametrize("bytes_free", [20_000, 70_000])  # the .bin fails; the .bin fits and the .idx fails
+@pytest.mark.parametrize("bytes_free", [20_000, 70_000, 120_000])  # for the ids; for these, not the keys; nor the .idx
 def test_a_full_disk_is_one_line_and_leaves_nothing(write_jsonl, tmp_path, tokenizer, bytes_free):
     path = write_jsonl("in/a.jsonl", [{"condition": "", "instruction": "3", "response": "4"}] * 5_000)
 
@@ -191,7 +177,7 @@ def test_both_tools_run_as_programs(write_jsonl, tmp_path):
     done = run_script("preprocess_data", "--input", path, "--output-prefix", tmp_path / "x", "--tokenizer-model",
                       tmp_path / "tok", "--workers", 2)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{tmp_path / 'x'}: 40 examples, ")
-    assert stored(tmp_path / "x") == expected(TextTokenizer(tmp_path / "tok"), [path])
+    assert examples_of(tmp_path / "x") == expected(TextTokenizer(tmp_path / "tok"), [path])
 
 
 def test_training_sees_the_first_characters_only(write_jsonl, tmp_path):
@@ -251,10 +237,11 @@ def test_a_default_condition_is_in_the_store_and_in_the_report(write_jsonl, tmp_
     path = write_jsonl("a.jsonl", [{"instruction": "three", "response": "four"}, good_row(1)])
     arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "x"), "--tokenizer-model", str(tokenizer.path)]
     assert tool("preprocess_data")([*arguments, "--default-condition", "synth,direct"]) == 0
-    assert stored(tmp_path / "x")[0][0] == tokenizer.encode_prefix("synth,direct", "three")
+    assert examples_of(tmp_path / "x")[0][0] == tokenizer.encode_prefix("synth,direct", "three")
     assert "\n1 rows have no condition and took the default\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("call", ["train_tokenizer"], indirect=True)
 def test_the_same_input_is_kept_and_any_other_refused(write_jsonl, tmp_path, call):
     first, other = (write_jsonl(f"in/{name}.jsonl", map(good_row, range(9))) for name in "ab")
     os.utime(other, ns=(0, first.stat().st_mtime_ns))
@@ -276,6 +263,7 @@ def test_the_same_input_is_kept_and_any_other_refused(write_jsonl, tmp_path, cal
     assert call("--input", first, "--overwrite")[0] == call("--input", first, "--keep-same")[0] == 0
 
 
+@pytest.mark.parametrize("call", ["train_tokenizer"], indirect=True)
 def test_data_that_was_moved_is_the_same(write_jsonl, tmp_path, call):
     path = write_jsonl("in/a.jsonl", map(good_row, range(9)))
     assert call("--input", path, "--keep-same")[0] == 0
@@ -283,6 +271,7 @@ def test_data_that_was_moved_is_the_same(write_jsonl, tmp_path, call):
     assert "kept" in call("--input", tmp_path / "moved", "--keep-same")[1]
 
 
+@pytest.mark.parametrize("call", ["train_tokenizer"], indirect=True)
 def test_what_does_not_say_what_it_was_made_from_is_refused(write_jsonl, tmp_path, call):
     path = write_jsonl("in/a.jsonl", map(good_row, range(9)))
     assert call("--input", path)[0] == 0
@@ -306,7 +295,7 @@ def test_training_overwrites_only_when_told(write_jsonl, tmp_path, tool, capsys)
 def test_examples_of_one_response_token_survive(write_jsonl, tmp_path, tokenizer):
     path = write_jsonl("a.jsonl", [{"condition": "", "instruction": "a" * 8, "response": "b"}])
     preprocess([path], tmp_path / "x", tokenizer, context_size=10)
-    (prefix, target), = stored(tmp_path / "x")
+    (prefix, target), = examples_of(tmp_path / "x")
     assert (len(prefix), len(target)) == (10, 1)
     assert np.array_equal(IndexedExamples(tmp_path / "x").lengths(), [[10], [1]])
     assert json.loads((tmp_path / "x.json").read_text())["max_row_length"] == 10

@@ -6,17 +6,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.tokenizer import (
-    BOQ,
-    EOA,
-    EOQ,
-    MIN_VOCAB_SIZE,
-    SPECIAL_TOKENS,
-    TAG_TOKENS,
-    TextTokenizer,
-    save_tokenizer,
-    train_tokenizer,
-)
+from hrm_megatron.data.spelling import BOQ, EOA, EOQ, SPECIAL_TOKENS, TAG_TOKENS
+from hrm_megatron.data.tokenizer import MIN_VOCAB_SIZE, TextTokenizer, save_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +120,6 @@ def without_tokens(text, *tokens):
     (lambda text: "{}", "not a tokenizer"),
     (lambda text: "\ufeff[", "not a tokenizer"),
     (lambda text: without_tokens(text, EOA, TAG_TOKENS["cot"]), rf"{EOA[:1]}.*box_end.*, .*object_ref_end"),
-    (lambda text: text.replace('"special": true', '"special": false'), "special tokens missing: .*im_start"),
 ])
 def test_damaged_tokenizers_are_refused(tokenizer, tmp_path, change, message):
     path = tmp_path / "tokenizer.json"
@@ -138,6 +128,13 @@ def test_damaged_tokenizers_are_refused(tokenizer, tmp_path, change, message):
         TextTokenizer(tmp_path)
     assert str(path) in str(refusal.value) and "python tools/train_tokenizer.py" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_our_tokens_stay_text_where_a_tokenizer_does_not_call_them_special(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(tokenizer.path.read_text().replace('"special": true', '"special": false'))
+    theirs = TextTokenizer(tmp_path)
+    for token in SPECIAL_TOKENS:
+        assert theirs.encode_response(f"a {token}") == tokenizer.encode_response(f"a {token}")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere/tokenizer.json", "."])

@@ -10,6 +10,7 @@ from hrm_megatron.checkpoint.folders import TRACKER_FILE
 from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
 from hrm_megatron.data.indexed_examples import IndexedExamplesWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
+from tests.stores import part_of, write_single
 from tests.training.conftest import FULLBATCH, GOLDEN
 
 TOKENIZER = GOLDEN / "tokenizer"
@@ -147,9 +148,25 @@ def store(tmp_path):
 
 
 def test_a_truncated_store(refused, store):
-    with open(f"{store}.bin", "r+b") as file:
-        file.truncate(20)
-    refused(*SIZES, "--data-path", store, parts=[f"{store}.bin: truncated: 20 bytes"])
+    path = part_of(store, "bin")
+    path.write_bytes(path.read_bytes()[:20])
+    refused(*SIZES, "--data-path", store, parts=[f"{path}: truncated: 20 bytes"])
+
+
+@pytest.mark.parametrize("part, ranks", [("bin", 1), ("example_keys", 2)])  # the last file is not rank 0's
+def test_a_damaged_store_is_refused_where_it_is_verified(refused, store, part, ranks):
+    path = part_of(store, part)
+    data = bytearray(path.read_bytes())
+    data[30] ^= 1  # an id becomes another one of the vocabulary: nothing else can see that
+    path.write_bytes(data)
+    refused(*SIZES, "--data-path", store, "--verify-data", ranks=ranks,
+            parts=[f"{path}: bytes 0 to ", "are not what was written"])
+
+
+def test_data_without_checksums_is_not_verified(refused, tmp_path):
+    refused(*SIZES, *SAMPLED, "--verify-data", parts=["--verify-data: ", "no checksums"])
+    write_single(tmp_path / "old", [([6, 7], [11])] * 9)
+    refused(*SIZES, "--data-path", tmp_path / "old", "--verify-data", parts=["old has no checksums", "run python"])
 
 
 def test_a_store_of_another_tokenizer(refused, store, tmp_path):

@@ -150,7 +150,8 @@ def test_a_refused_command_ends_with_its_one_line():
     line = "error: hidden_size=33 is not a multiple of num_attention_heads=4; change one of them"
     assert done.returncode and done.stdout == "" and done.stderr.splitlines()[0] == line, done.stderr
     cause = done.stderr.split("Root Cause")[-1].splitlines()
-    assert re.search(r"rank +: 0 ", "".join(cause)) and cause[-2].endswith(f"traceback : {line}")
+    # Of rank 0, but for a machine on which that takes seconds longer than rank 1.
+    assert re.search(r"rank +: [01] ", "".join(cause)) and cause[-2].endswith(line.removeprefix("error: "))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -199,11 +200,20 @@ def test_an_unknown_flag_is_one_line(launch):
 
 @pytest.fixture
 def terminal():
-    """A terminal of 80 columns: `stream` writes to it, `read()` returns what was written."""
+    """A terminal of 80 columns: `stream` writes to it, `read()` returns all that was written."""
     ours, theirs = pty.openpty()
+    end = b"the end"
+
+    def read():
+        os.write(theirs, end)
+        written = b""
+        while not written.endswith(end):  # the kernel hands it on in pieces, when it comes to it
+            written += os.read(ours, 1 << 16)
+        return written.removesuffix(end).decode().replace("\r\n", "\n")
+
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with open(theirs, "w", encoding="utf-8") as stream:
-        yield SimpleNamespace(stream=stream, read=lambda: os.read(ours, 1 << 16).decode().replace("\r\n", "\n"))
+        yield SimpleNamespace(stream=stream, read=read)
     os.close(ours)
 
 

@@ -1,5 +1,6 @@
 """The whole way by command line: the reference's checkpoint in, 24 of its steps, its EMA out."""
 import json
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -7,6 +8,8 @@ from safetensors.torch import load_file
 from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.table import table
+from hrm_megatron.data.indexed_examples import IndexedExamplesWriter
+from hrm_megatron.data.sampled import SampledFolder
 from tests.training.conftest import FULLBATCH, scalars
 
 # fp32 sums in another order: for each of the 24 steps a unit in the last place of a loss near 5, 2^-21. A weight is
@@ -36,6 +39,27 @@ def test_the_average_is_the_references(uninterrupted):
     for entry in entries:
         difference = ours.read("ema", entry) - entry.to_megatron(theirs[f"ema.{entry.native}"])
         assert difference.abs().max() < WEIGHT_TOLERANCE, entry.native
+
+
+def test_a_mixture_of_indexed_datasets_trains_as_the_sampled_folder_does(launch, uninterrupted, fullbatch_arguments,
+                                                                         native_start, tmp_path):
+    """The folder's sixteen examples in two datasets, under rules that take each once an epoch: other rows."""
+    folder = SampledFolder(FULLBATCH / "sampled")
+    tokenizer = SimpleNamespace(fingerprint="f" * 64, vocab_size=folder.vocab_size, boq=6, eoq=7, eoa=11)
+    for name, ids in (("a", range(5)), ("b", range(5, 16))):
+        with IndexedExamplesWriter(tmp_path / name, tokenizer) as writer:
+            for i in ids:
+                writer.add(*folder.example(0, i))
+    (tmp_path / "rules.yaml").write_text("- {prefix: a, max_per_file: 5}\n- {prefix: b, long_context: drop}\n")
+    at = fullbatch_arguments.index("--sampled-data-path")
+    run = launch(*fullbatch_arguments[:at], *fullbatch_arguments[at + 2:], "--load", native_start,
+                 "--train-data-path", tmp_path / "a", tmp_path / "b", "--sampling-rules", tmp_path / "rules.yaml",
+                 "--data-cache-path", tmp_path / "rows", "--tensorboard-dir", tmp_path / "log", "--exit-interval", 8)
+    assert run.code == 0, run.output
+    ours, folders = scalars(tmp_path / "log"), scalars(uninterrupted / "log")
+    assert ours.keys() == set(range(1, 9))
+    assert max(abs(ours[step] - folders[step]) for step in ours) < LOSS_TOLERANCE
+    assert len(list((tmp_path / "rows").iterdir())) >= 8  # one step is one epoch here
 
 
 @pytest.mark.ranks

@@ -17,6 +17,7 @@ from hrm_megatron.training.resume import (
     INITIAL_WEIGHTS_ONLY,
     changes,
     check_model,
+    check_plan,
     differences,
     nothing_left,
     schedule_settings,
@@ -165,16 +166,28 @@ def test_every_setting_of_the_schedule_can_be_overridden():
     (dict(split="969, 30, 1"), None), (dict(split="97,3,0"), "--split from 969,30,1 to 97,3,0"),
     (dict(split="97,3,0", data_path=None), None),
     (dict(seq_length=128), "--seq-length from 64 to 128"),
+    (dict(data_path=["0.3", "a", "0.7", "b"]), "--data-path from store to 0.3 a 0.7 b"),
+    (dict(data_path=["moved/store"]), None), (dict(sampling_rules="r.yaml"), "--sampling-rules from None to r.yaml"),
     (dict(adam_beta1=0.8, adam_beta2=0.9), "--adam-beta1 from 0.9 to 0.8, --adam-beta2 from 0.95 to 0.9"),
 ])
 def test_other_rows_and_averages_are_named(changed, line):
     run = dict(seed=1234, seq_length=64, split="969,30,1", data_path=["store"], ema_decay=0.9999, adam_beta1=0.9,
-               adam_beta2=0.95)
-    assert run.keys() - {"data_path"} == CHANGEABLE.keys()
+               adam_beta2=0.95, train_data_path=None, sampling_rules=None)
+    assert run.keys() == CHANGEABLE.keys()
     theirs, ours = argparse.Namespace(**run), argparse.Namespace(**run | changed)
     assert changes(theirs, ours) == (line and f"the command line changes {line}")
     theirs.data_path = ours.data_path = None  # of a sampled folder there is no split
     assert "split" not in (changes(theirs, ours) or "")
+
+
+def test_no_run_goes_on_in_the_middle_of_another_order():
+    """Orders of rows changed with the version of the plan; checkpoints before the second say nothing of it."""
+    theirs, ours = argparse.Namespace(seed=7), argparse.Namespace(seed=7, plan_version=2)
+    with pytest.raises(ConfigError, match=f"{FOLDER}: its rows were planned by version 1 .* version 2: .*--seed"):
+        check_plan(FOLDER, theirs, ours)
+    ours.seed = 8  # another order by choice, which is named
+    check_plan(FOLDER, theirs, ours)
+    check_plan(FOLDER, ours, ours)
 
 
 STORED = argparse.Namespace(num_layers=6, hidden_size=1024, num_attention_heads=8, ffn_hidden_size=2816, h_cycles=2,

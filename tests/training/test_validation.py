@@ -8,8 +8,9 @@ from megatron.training import arguments as megatron_arguments
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.run import Conversion, convert
-from hrm_megatron.data.dataset import PackedRows, split_examples
+from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
+from hrm_megatron.data.split import split_examples
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.training.arguments import add_hrm_arguments
 from hrm_megatron.training.data import open_sources
@@ -68,7 +69,7 @@ def test_validation_is_what_transformers_computes(trained, store, tmp_path):
     held_out = split_examples(COUNT, SPLIT, SEED).valid
     assert len(held_out) == 9
     rows = PackedRows(source, 64, SEED, 12, example_ids=held_out, fixed=True)
-    shown = [int(held_out[i]) for row in range(12) for i in rows.plan.locate(row % rows.rows_per_epoch).example_ids]
+    shown = [int(i) for row in range(12) for i in rows.plan.locate(row % rows.rows_per_epoch).example_ids]
     assert set(shown) == set(held_out)  # an evaluation sees all of them, some more than once
     scored = {i: scores_by_transformers(tmp_path / "hf", source[i]) for i in set(shown)}
     losses, labels, right = (sum(scored[i][part] for i in shown) for part in range(3))

@@ -1,0 +1,107 @@
+"""Chats as examples: one for each turn of the assistant, with all that was said before in its prefix.
+
+A single question is its own prefix, so that a chat of one question and one answer is the example that the two would be.
+Otherwise the prefix is the system message, if there is one, and a paragraph for each turn, which begins with
+`User: `, `Assistant: `, `Tool: ` or, for a system message in between, `System: `. Paragraphs are joined by blank lines.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+from hrm_megatron.data.example import BadRow, Example, RowFormat, make_example, text_of
+from hrm_megatron.data.text_files import shown
+
+TURN_LISTS = ("messages", "conversations")
+SPELLINGS = (("role", "content"), ("from", "value"))  # the keys of a turn
+SPEAKERS = {  # the roles of OpenAI's and of ShareGPT's format
+    "system": "System", "developer": "System", "user": "User", "human": "User", "assistant": "Assistant",
+    "gpt": "Assistant", "tool": "Tool", "function": "Tool", "ipython": "Tool", "observation": "Tool",
+}
+CALLS = ("tool_calls", "function_call")
+REPEATS = 10  # --max-characters so often is what the prefixes of a chat may have together
+
+
+class Turn(NamedTuple):
+    speaker: str
+    text: str
+
+
+def chat_examples(row: dict[str, Any], place: str, rows: RowFormat, noted: Counter[str]) -> list[Example]:
+    """Make an example of each turn of the assistant that something was said before. Raises BadRow."""
+    turns = _turns(row, place)
+    if not any(turn.speaker == "Assistant" for turn in turns):
+        raise BadRow("no answer", f"{place}: no turn of the assistant; drop the row")
+    examples: list[Example] = []
+    seen: Counter[str] = Counter()
+    characters = 0
+    for i, turn in enumerate(turns):
+        if i and turn.speaker == turns[i - 1].speaker != "Tool":
+            seen[f"turns of the {turn.speaker.lower()} behind another of the same"] += 1
+        if turn.speaker != "Assistant":
+            seen["turns of tools, kept in prefixes"] += turn.speaker == "Tool"
+            continue
+        if not any(before.speaker in ("User", "Tool") for before in turns[:i]):
+            seen["turns of the assistant before any question, kept in prefixes"] += 1
+            continue
+        prefix = prefix_of(turns[:i])
+        characters += len(prefix)
+        if characters > REPEATS * rows.max_characters:
+            raise BadRow("row too long", f"{place}: a chat whose prefixes have over {REPEATS} x --max-characters "
+                                         f"{rows.max_characters}; split it or raise that")
+        examples.append(make_example(row, place, rows, prefix, turn.text))
+    if not examples:
+        raise BadRow("no answer", f"{place}: the assistant answers nothing; drop the row")
+    last = max(i for i, turn in enumerate(turns) if turn.speaker == "Assistant")
+    seen["turns behind the last of the assistant, left out"] += len(turns[last + 1:])
+    noted.update(+seen)
+    return examples
+
+
+def prefix_of(turns: list[Turn]) -> str:
+    """Spell what was said before an answer."""
+    system, said = (turns[0].text, turns[1:]) if turns and turns[0].speaker == "System" else ("", turns)
+    alone = len(said) == 1 and said[0].speaker == "User"
+    paragraphs = [said[0].text] if alone else [f"{turn.speaker}: {turn.text}" for turn in said]
+    return "\n\n".join([system, *paragraphs] if system else paragraphs)
+
+
+def _turns(row: dict[str, Any], place: str) -> list[Turn]:
+    """Read the turns of a row; a system message without text is as good as none."""
+    if not any(key in row for key in TURN_LISTS):
+        raise BadRow("missing field", f"{place}: no field {' or '.join(map(repr, TURN_LISTS))} (there are "
+                                      f"{shown(sorted(row))}); add it or choose another --row-shape")
+    key = next((key for key in TURN_LISTS if row.get(key) is not None), TURN_LISTS[0])
+    said = row.get(key)
+    if not isinstance(said, list) or not said:
+        raise BadRow("no turns", f"{place}: {key}={shown(said)} is not a list of turns; write "
+                                 '[{"role": "user", "content": ...}, ...]')
+    turns = [_turn(turn, f"{place}, {key}[{number}]") for number, turn in enumerate(said)]
+    return [turn for turn in turns if turn.text.strip() or turn.speaker == "Tool"]
+
+
+def _turn(turn: Any, place: str) -> Turn:
+    if not isinstance(turn, dict):
+        raise BadRow("no turns", f'{place}: {shown(turn)} is not a turn; write {{"role": ..., "content": ...}}')
+    role_key, text_key = next((keys for keys in SPELLINGS if turn.get(keys[0]) is not None), SPELLINGS[0])
+    role = turn.get(role_key)
+    speaker = SPEAKERS.get(role) if isinstance(role, str) else None
+    if speaker is None:
+        raise BadRow("unknown role", f"{place}: {role_key}={shown(role)}; use one of {', '.join(SPEAKERS)}")
+    if calls := next((key for key in CALLS if turn.get(key)), None):
+        raise BadRow("tool call", f"{place}: {calls} would be lost; write the call into the text of the turn")
+    text = _text(turn, text_key, place)
+    if not text.strip() and speaker in ("User", "Assistant"):
+        raise BadRow("empty turn", f"{place}: {text_key}={shown(text)} is empty; fill it or drop the row")
+    return Turn(speaker, text)
+
+
+def _text(turn: dict[str, Any], key: str, place: str) -> str:
+    """The text of a turn, or of its parts where it has some."""
+    parts = turn.get(key)
+    if not isinstance(parts, list):
+        return text_of(turn, key, place)
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise BadRow("turn is no text", f"{place}: {shown(part)} is no text; leave such rows out")
+    return "".join(text_of(part, "text", place) for part in parts)

@@ -1,0 +1,142 @@
+"""The files of a dataset while it is made: finished shards stay whatever happens, all else vanishes with its run."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.folder_lock import InUse, lock
+from hrm_megatron.data.manifest import Source, check_seal, read_json, shard_folder, write_sealed
+from hrm_megatron.data.shards import NAME_DIGITS, PARTS
+from hrm_megatron.program import signals_held
+
+LOCK = ".lock"
+SCRATCH = "partial-"
+RECORD = "source-"
+OURS = re.compile(rf"([0-9a-f]{{{NAME_DIGITS}}})\.({'|'.join(PARTS)})|{RECORD}[0-9a-f]{{{NAME_DIGITS}}}\.json")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the tasks of a job array that share the sources; the only one where there is no array."""
+
+    number: int = 0
+    count: int = 1
+
+    @classmethod
+    def of(cls, spelled: str) -> Task:
+        """Read the value of --shard."""
+        found = re.fullmatch(r"(\d+)/(\d+)", spelled)
+        task = cls(int(found[1]), int(found[2])) if found else None
+        if task is None or task.number >= task.count:
+            raise ConfigError(f"--shard {spelled}: give a task and their number, 0/4 to 3/4 for four of them")
+        return task
+
+
+class DatasetFolder:
+    """PREFIX.json and PREFIX.shards, in the hands of this run alone or of the tasks of a job array.
+
+    A finished source has a record in the folder until the manifest names it.
+    """
+
+    def __init__(self, prefix: str | Path, task: Task | None = None) -> None:
+        self.prefix = str(prefix)
+        self.task = task
+        self.shards = shard_folder(prefix)
+        work = task or Task()
+        self.scratch = self.shards / f"{SCRATCH}{work.number}-of-{work.count}"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and hold its lock; what dead runs left half-written is removed. After an error, folders that
+        hold nothing are removed again."""
+        made = [path for path in (self.shards, *self.shards.parents) if not path.exists()]
+        with contextlib.ExitStack() as locks:
+            with self.writing():
+                self.shards.mkdir(parents=True, exist_ok=True)
+                has_locks = locks.enter_context(lock(self.shards / LOCK, self.prefix, shared=self.task is not None))
+                if self.task:
+                    locks.enter_context(lock(self.shards / f"{LOCK}-{self.scratch.name}",
+                                             f"{self.prefix}, --shard {self.task.number}/{self.task.count},"))
+            try:
+                with self.writing():
+                    self._make_scratch(alone=has_locks and self.task is None)
+                yield
+            finally:
+                with signals_held():
+                    shutil.rmtree(self.scratch, ignore_errors=True)
+                    if self.task is None:
+                        self._remove_if_empty(made)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Say in one line that there is no room, or no permission."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"{self.prefix}: cannot write ({error.strerror}); free some space or choose another "
+                              "--output-prefix") from error
+
+    @contextlib.contextmanager
+    def held_by_last(self) -> Iterator[bool]:
+        """Hold the folder alone if no other task is at work in it any more; yields whether that is so."""
+        with contextlib.ExitStack() as locks:
+            try:
+                alone = locks.enter_context(lock(self.shards / LOCK, self.prefix))
+            except InUse:
+                alone = False
+            try:
+                if alone:
+                    with self.writing():
+                        self._make_scratch(alone)
+                yield alone
+            finally:
+                if alone:
+                    with signals_held():
+                        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _make_scratch(self, alone: bool) -> None:
+        for dead in self.shards.glob(f"{SCRATCH}*") if alone else [self.scratch]:
+            shutil.rmtree(dead, ignore_errors=True)
+        self.scratch.mkdir()
+
+    def record(self, source: Source, settings: Mapping[str, Any]) -> None:
+        """Note that a source is finished, so that a run which goes on finds its shard."""
+        write_sealed(self._record_path(source.name), {"settings": dict(settings), "source": asdict(source)},
+                     self.scratch)
+
+    def recorded(self, name: str, settings: Mapping[str, Any]) -> Source | None:
+        """Return what is noted of a source; None if nothing is, or of other settings, or the note is damaged."""
+        path = self._record_path(name)
+        try:
+            content = read_json(path)
+            check_seal(path, content)
+        except (FileNotFoundError, ConfigError):
+            return None  # as if it had not been made: it will be made again
+        return Source.from_json(content["source"]) if content["settings"] == settings else None
+
+    def prune(self, keep: set[str]) -> None:
+        """Remove the shards that are not named in `keep`, all records, and the files of a dataset of the older form."""
+        for path in self.shards.iterdir():
+            if ((ours := OURS.fullmatch(path.name)) and ours[1] not in keep) or path.name.startswith(f"{LOCK}-"):
+                path.unlink()
+        for part in ("bin", "idx"):
+            Path(f"{self.prefix}.{part}").unlink(missing_ok=True)
+
+    def _record_path(self, name: str) -> Path:
+        return self.shards / f"{RECORD}{hashlib.sha256(name.encode()).hexdigest()[:NAME_DIGITS]}.json"
+
+    def _remove_if_empty(self, made: list[Path]) -> None:
+        """Leave no trace of a run that has finished nothing. Who waits for the lock notices that it is gone."""
+        left = [path for path in self.shards.iterdir() if not path.name.startswith(LOCK)]
+        if not left:
+            (self.shards / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for folder in made:
+                    folder.rmdir()

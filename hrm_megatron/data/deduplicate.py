@@ -1,0 +1,88 @@
+"""Exact deduplication of a dataset in bounded memory: a list of the examples that are kept, written beside it."""
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.indexed_examples import IndexedExamples
+from hrm_megatron.data.kept_examples import write_kept
+from hrm_megatron.program import signals_held
+
+MEMORY = "1GB"  # of duckdb; what does not fit goes to a folder beside the dataset
+BLOCK_EXAMPLES = 1 << 20
+FETCHED_EXAMPLES = 1 << 16
+# Of the examples that have the same keys, all but the first.
+LATER_ONES = ("SELECT id FROM keys JOIN (SELECT a, b, min(id) AS first FROM keys GROUP BY a, b HAVING count(*) > 1) "
+              "USING (a, b) WHERE id <> first")
+
+
+@dataclass(frozen=True)
+class Deduplicated:
+    """Counts of a dataset whose later duplicates are left out."""
+
+    examples: int
+    duplicates: int
+
+    def __str__(self) -> str:
+        return (f"{self.duplicates} of {self.examples} examples are duplicates of an earlier one and left out of "
+                f"training, {self.examples - self.duplicates} are kept")
+
+
+def deduplicate(store: IndexedExamples, threads: int = 1) -> Deduplicated:
+    """Keep the first of all examples with the same condition, instruction and response, by 128 bits of BLAKE2b.
+
+    Replaces an earlier list. Nothing is copied.
+    """
+    keys = store.example_keys()
+    if keys is None:
+        raise ConfigError(f"{store.prefix}: written by an older version, without the keys of its examples; preprocess "
+                          "it again to deduplicate")
+    kept = np.ones(len(store), bool)
+    for ids in _later_ones(Path(store.prefix), keys, threads):
+        kept[ids] = False
+    found = Deduplicated(len(store), int(len(store) - kept.sum()))
+    write_kept(store, kept, {"examples": found.examples, "duplicates": found.duplicates})
+    return found
+
+
+def check_duckdb() -> None:
+    """Refuse to deduplicate without the library, before hours of other work."""
+    if not importlib.util.find_spec("duckdb"):
+        raise ConfigError("--deduplicate needs duckdb, which is not installed; pip install 'hrm-megatron[deduplicate]'")
+
+
+def _later_ones(prefix: Path, keys: np.ndarray, threads: int) -> Iterator[np.ndarray]:
+    """Yield ids of examples whose two keys an earlier one has."""
+    check_duckdb()
+    import duckdb
+    import pyarrow
+
+    folder = prefix.with_name(f"{prefix.name}.deduplicate-{uuid.uuid4().hex}")
+    try:
+        folder.mkdir()
+        with duckdb.connect(folder / "keys", config={"memory_limit": MEMORY, "threads": threads,
+                                                     "preserve_insertion_order": False,
+                                                     "temp_directory": str(folder / "spilled")}) as database:
+            database.execute("CREATE TABLE keys (id UBIGINT, a UBIGINT, b UBIGINT)")
+            for start in range(0, len(keys), BLOCK_EXAMPLES):
+                block = np.asarray(keys[start:start + BLOCK_EXAMPLES])
+                ids = np.arange(start, start + len(block), dtype=np.uint64)
+                database.register("block", pyarrow.table({"id": ids, "a": np.ascontiguousarray(block[:, 0]),
+                                                          "b": np.ascontiguousarray(block[:, 1])}))
+                database.execute("INSERT INTO keys SELECT * FROM block")
+            database.execute(LATER_ONES)
+            while found := database.fetchmany(FETCHED_EXAMPLES):
+                yield np.array(found, np.int64)[:, 0]
+    except (OSError, duckdb.Error) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{folder}: cannot deduplicate ({reason}); free some space") from error
+    finally:
+        with signals_held():
+            shutil.rmtree(folder, ignore_errors=True)

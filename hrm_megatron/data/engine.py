@@ -1,0 +1,311 @@
+"""Texts to ids, always those of the tokenizers library: by it, or by gigatoken where both provably agree.
+
+Both cut a text by one regular expression and merge the bytes of each piece by one table. They can differ in what they
+take a character for, in how they normalize, and in tokens that stand in a text. So gigatoken gets texts
+
+- that are in the normal form already, else as the tokenizer's own normalizer spells them. A text in the form of a
+  later Unicode is in that of an earlier one, because normal forms are stable;
+- of code points that this Python's Unicode assigns. The expression sees a character only through its class, and the
+  classes of those are the same in both libraries, which a test holds for every one of them;
+- cut at the tokens that may stand in a text, as tokenizers cuts them before it does anything else.
+
+Tokenizers splits and merges everything else, and all texts of a tokenizer that is built otherwise.
+"""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer, pre_tokenizers
+
+from hrm_megatron.config import ConfigError
+
+ENGINES = ("auto", "tokenizers", "gigatoken")
+GIGATOKEN = "0.10.0"  # the version whose classes were compared
+_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT_PATTERN = _SPLIT % ""  # Qwen's, with single digits
+PATTERNS = (SPLIT_PATTERN, _SPLIT % "{1,3}")  # whose classes were compared
+CODE_POINTS = 0x110000
+CHECKED_UNICODE = 16  # the major version of Unicode up to which the classes agree
+PRIVATE_PLANES = 0xF0000
+BATCH_CHARACTERS = 1 << 18  # spelled by tokenizers at once: it takes some hundred bytes for a token
+CHECKED_TEXTS = 4096  # one in so many of gigatoken's texts is spelled by tokenizers, too
+CHECKED_CHARACTERS = 1 << 14  # of the longest text that is
+CACHE_BYTES = 1 << 28  # gigatoken keeps every piece that it has seen; with so much more memory it starts anew
+SPACES = "\t\n\r \x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u200b\ufeff"
+SAMPLE = (  # both must agree on when a tokenizer is opened
+    "", " ", "It's what I'LL say; we'Ve 2024 !!\r\n\n  two  spaces \t", "\u017f'\u017f 'S K\u212a",
+    "\u00e9 \u4f60\u597d 12",
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u05e9\u05dc\u05d5\u05dd",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \u2167\u00bd\u2460", "x" * 300, "=" * 300,
+    *(f"a{s}{s}b {s}\n{s}!{s}" for s in SPACES),
+    "<|im_start|><think></think><|PAD|>", "\\boxed{\\frac{1}{2}}\x08oxed\x0crac",
+)
+
+log = logging.getLogger(__name__)
+
+
+class Ragged(NamedTuple):
+    """Ids of several texts, one after the other."""
+
+    ids: np.ndarray  # [sum of lengths] int32
+    lengths: np.ndarray  # [texts] int64
+
+    def rows(self) -> list[list[int]]:
+        return [row.tolist() for row in np.split(self.ids, self.lengths.cumsum()[:-1])] if len(self.lengths) else []
+
+
+class Engine(Protocol):
+    name: str
+    guarded: int  # texts, of all, that only tokenizers was trusted with
+    texts: int
+
+    def encode(self, texts: Sequence[str]) -> Ragged: ...
+
+
+class TokenizersEngine:
+    """The tokenizers library itself. Its cache takes no piece of more than 256 bytes and 10,000 in all."""
+
+    name = "tokenizers"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.texts = self.guarded = 0
+
+    def encode(self, texts: Sequence[str]) -> Ragged:
+        self.texts += len(texts)
+        self.guarded += len(texts)
+        ids: list[np.ndarray] = []
+        lengths: list[int] = []
+        batch: list[str] = []
+        characters = 0
+        for i, text in enumerate(texts, start=1):
+            batch.append(text)
+            characters += len(text)
+            if characters >= BATCH_CHARACTERS or i == len(texts):
+                encoded = [encoding.ids for encoding in
+                           self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
+                ids += [np.array(row, np.int32) for row in encoded]
+                lengths += map(len, encoded)
+                batch, characters = [], 0
+        return Ragged(np.concatenate(ids) if ids else np.empty(0, np.int32), np.array(lengths, np.int64))
+
+
+class Disagreement(ConfigError):
+    """Ids of the two libraries differ: a fault of the guard, or of a changed library."""
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """The tokens that stand in a text: all that tokenizers looks for, and the ids of those that it takes."""
+
+    pattern: re.Pattern[str]
+    ids: dict[str, int]
+
+    @classmethod
+    def of(cls, added: Sequence[dict[str, Any]]) -> TextTokens | None:
+        """Read a tokenizer.json's added tokens; special ones are passed over, as encode_special_tokens asks."""
+        ids = {token["content"]: token["id"] for token in added if not token["special"]}
+        if not ids:
+            return None
+        # The longest of those that begin at one place, the first place of all.
+        contents = sorted((token["content"] for token in added), key=len, reverse=True)
+        return cls(re.compile("|".join(map(re.escape, contents))), ids)
+
+    def cut(self, text: str) -> tuple[list[str], list[int]]:
+        """Return the texts between the tokens, one more than there are, and the tokens' ids."""
+        between, ids, start = [], [], 0
+        for match in self.pattern.finditer(text):
+            if (token := self.ids.get(match.group())) is not None:
+                between.append(text[start:match.start()])
+                ids.append(token)
+                start = match.end()
+        return [*between, text[start:]], ids
+
+
+class GigatokenEngine:
+    """gigatoken behind the guard that the top of this file describes."""
+
+    name = "gigatoken"
+
+    def __init__(self, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+        """Raises ValueError with the reason where gigatoken cannot stand in for this tokenizer."""
+        if reason := unsupported(config):
+            raise ValueError(reason)
+        # An optional library: this is the only place that imports it.
+        from gigatoken import Tokenizer as Gigatoken
+        # Special tokens stay in the vocabulary, where no merge leads to them; a text is never searched for them.
+        contents = json.dumps(dict(config, added_tokens=[], normalizer=None, post_processor=None, decoder=None,
+                                   truncation=None, padding=None))
+        self._build = lambda: Gigatoken.from_json(contents)
+        self._gigatoken = self._build()
+        self._slow = TokenizersEngine(tokenizer)
+        self._normalizer = tokenizer.normalizer
+        self._tokens = TextTokens.of(config["added_tokens"])
+        self._memory = resident_bytes()
+        self.texts = self.guarded = 0
+        self._check(SAMPLE, self.encode(SAMPLE).rows())
+        self.texts = self.guarded = 0
+
+    def encode(self, texts: Sequence[str]) -> Ragged:
+        if not self._tokens or not (held := self._with_tokens(texts)):
+            return self._encode(texts)
+        # Each text as the texts between its tokens, whose ids come back at their borders.
+        flat: list[str] = []
+        inserted: list[int] = []
+        after: list[int] = []
+        counts = np.ones(len(texts), np.int64)
+        for i, text in enumerate(texts):
+            between, ids = held.get(i, ([text], []))
+            after += range(len(flat) + 1, len(flat) + 1 + len(ids))
+            flat += between
+            counts[i] = len(between)
+            inserted += ids
+        encoded = self._encode(flat)
+        ends = np.concatenate([[0], encoded.lengths.cumsum()])
+        last = counts.cumsum()
+        lengths = np.diff(ends[np.concatenate([[0], last])]) + counts - 1
+        woven = np.insert(encoded.ids, ends[after].astype(np.int64), inserted)
+        return Ragged(woven.astype(np.int32, copy=False), lengths)
+
+    def _with_tokens(self, texts: Sequence[str]) -> dict[int, tuple[list[str], list[int]]]:
+        assert self._tokens
+        return {i: cut for i, text in enumerate(texts)
+                if self._tokens.pattern.search(text) and (cut := self._tokens.cut(text))[1]}
+
+    def _encode(self, texts: Sequence[str]) -> Ragged:
+        """Spell texts in which no token stands."""
+        before = self.texts
+        self.texts += len(texts)
+        spelled = list(texts)
+        wide = [i for i, text in enumerate(texts) if not text.isascii()]
+        for i in wide:
+            if self._normalizer and not unicodedata.is_normalized("NFC", texts[i]):
+                spelled[i] = self._normalizer.normalize_str(texts[i])
+        refused = [wide[i] for i in unassigned([spelled[i] for i in wide])]
+        self.guarded += len(refused)
+        for i in refused:
+            spelled[i] = ""
+        encoded = self._trusted(spelled)
+        for i in range(-before % CHECKED_TEXTS, len(texts), CHECKED_TEXTS):
+            if len(texts[i]) <= CHECKED_CHARACTERS and i not in refused:
+                start = int(encoded.lengths[:i].sum())
+                self._check([texts[i]], [encoded.ids[start:start + int(encoded.lengths[i])].tolist()])
+        if refused:
+            encoded = _put(encoded, refused, self._slow.encode([texts[i] for i in refused]))
+        if resident_bytes() - self._memory > CACHE_BYTES:
+            del self._gigatoken  # before the next one is there
+            self._gigatoken = self._build()
+            self._memory = resident_bytes()
+        return encoded
+
+    def _trusted(self, texts: Sequence[str]) -> Ragged:
+        layout = self._gigatoken.encode_batch(list(texts), parallel=False).layout
+        ids, ends = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
+        return Ragged(ids[ends[0]:ends[-1]].view(np.int32), np.diff(ends))
+
+    def _check(self, texts: Sequence[str], have: list[list[int]]) -> None:
+        for text, ids, want in zip(texts, have, self._slow.encode(texts).rows(), strict=True):
+            if ids != want:
+                raise Disagreement(f"gigatoken spells {text[:200]!r} otherwise than tokenizers; choose "
+                                   "--tokenizer-engine tokenizers, and please report this text")
+
+
+def _put(encoded: Ragged, places: Sequence[int], rows: Ragged) -> Ragged:
+    """Fill in the texts at ascending `places`, which have no ids yet."""
+    lengths = encoded.lengths.copy()
+    lengths[places] = rows.lengths
+    missing = np.zeros(len(lengths), bool)
+    missing[places] = True
+    ids = np.empty(int(lengths.sum()), np.int32)
+    theirs = np.repeat(missing, lengths)
+    ids[theirs], ids[~theirs] = rows.ids, encoded.ids
+    return Ragged(ids, lengths)
+
+
+@cache
+def _assigned() -> np.ndarray:
+    """Say of every code point whether both libraries are known to take it for the same, [0x110000] bool."""
+    table = np.fromiter((unicodedata.category(chr(code)) not in ("Cn", "Cs") for code in range(CODE_POINTS)), bool,
+                        CODE_POINTS)
+    table[PRIVATE_PLANES:] = False
+    return table
+
+
+def unassigned(texts: Sequence[str]) -> list[int]:
+    """Return which of the texts hold a code point that the guard does not let pass."""
+    codes = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
+    found = np.flatnonzero(~_assigned()[codes])
+    if not len(found):
+        return []
+    ends = np.cumsum([len(text) for text in texts])
+    return [int(i) for i in np.unique(np.searchsorted(ends, found, side="right"))]
+
+
+def unsupported(config: dict[str, Any]) -> str | None:
+    """Say why the guard's argument does not hold for a tokenizer.json, None where it does."""
+    if int(unicodedata.unidata_version.split(".")[0]) > CHECKED_UNICODE:
+        return f"this Python knows Unicode {unicodedata.unidata_version}, which was not compared"
+    model = dict(config["model"])
+    vocabulary = model.pop("vocab")
+    model.pop("merges", None)
+    if model.pop("type", None) != "BPE" or any(model.values()):
+        return f"its model is not plain BPE ({', '.join(f'{key}={value}' for key, value in model.items() if value)})"
+    if any(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet()):
+        return "some bytes have no token"
+    if config["normalizer"] not in (None, {"type": "NFC"}):
+        return f"its normalizer is {config['normalizer'].get('type')}"
+    steps = (config["pre_tokenizer"] or {}).get("pretokenizers", [])
+    if len(steps) != 2 or [step.get("type") for step in steps] != ["Split", "ByteLevel"]:
+        return "its pre-tokenizer is not one Split and ByteLevel"
+    split, byte_level = steps
+    if split["pattern"].get("Regex") not in PATTERNS or split["behavior"] != "Isolated" or split["invert"]:
+        return "it splits by another expression"
+    if byte_level["add_prefix_space"] or byte_level["use_regex"]:
+        return "ByteLevel changes or splits the text once more"
+    if any(not token["special"] for token in config["added_tokens"]) and any(
+            token["normalized"] or token["lstrip"] or token["rstrip"] or token["single_word"]
+            for token in config["added_tokens"]):
+        return "tokens that stand in a text depend on what is around them"
+    return None
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0  # no Linux: the cache is not bounded
+
+
+def open_engine(choice: str, tokenizer: Tokenizer, config: dict[str, Any]) -> Engine:
+    """Return the fast engine unless it is not asked for, not installed or not sure of this tokenizer."""
+    if choice == "tokenizers":
+        return TokenizersEngine(tokenizer)
+    try:
+        version = metadata.version("gigatoken")
+        if version != GIGATOKEN:
+            raise ValueError(f"it is {version}, and {GIGATOKEN} was compared")
+        return GigatokenEngine(tokenizer, config)
+    except metadata.PackageNotFoundError:
+        reason = "it is not installed: pip install 'hrm_megatron[tokenize]'"
+    except (ImportError, ValueError, Disagreement) as error:
+        reason = str(error)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+            raise
+        reason = str(error)
+    level = logging.INFO if choice == "auto" else logging.WARNING
+    log.log(level, "tokenizers spells the texts, not gigatoken: %s", " ".join(reason.split()))
+    return TokenizersEngine(tokenizer)

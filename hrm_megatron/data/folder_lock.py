@@ -1,0 +1,62 @@
+"""One run at a time in a folder, or the tasks of one job array: locks that vanish with the process that holds them."""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hrm_megatron.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class InUse(ConfigError):
+    """Another run holds the lock."""
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str, shared: bool = False) -> Iterator[bool]:
+    """Hold the lock file at `path` for the block; raise InUse, about `what`, if another process holds it.
+
+    `shared` holders stand beside each other. Yields False where the file system has no locks.
+    """
+    file = _open_and_lock(path, what, shared)
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            os.close(file)  # and with it the lock
+
+
+def _open_and_lock(path: Path, what: str, shared: bool) -> int | None:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(file, 1000, 0).decode("utf-8", "replace").strip()
+            os.close(file)
+            raise InUse(f"{what} is in use by another run{f' ({holder})' if holder else ''}; wait for its end, or "
+                        "choose another --output-prefix") from error
+        except OSError as error:
+            os.close(file)
+            log.warning("%s: the file system has no locks (%s); see that no other run writes there", path.parent,
+                        error.strerror)
+            return None
+        try:
+            same = os.stat(path).st_ino == os.fstat(file).st_ino
+        except FileNotFoundError:
+            same = False
+        if same:
+            break
+        os.close(file)  # who held it has removed it
+    if not shared:
+        holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        os.ftruncate(file, 0)
+        os.pwrite(file, holder.encode(), 0)
+    return file

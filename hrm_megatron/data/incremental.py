@@ -1,0 +1,246 @@
+"""Bring a dataset up to its sources: what has not changed is kept, what is finished survives whatever comes."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.dataset_folder import DatasetFolder, Task
+from hrm_megatron.data.encoded import Encoded
+from hrm_megatron.data.example import BadRows
+from hrm_megatron.data.lint import Lint
+from hrm_megatron.data.manifest import (
+    Left,
+    Manifest,
+    Source,
+    check_names,
+    check_settings,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
+from hrm_megatron.data.readers import Piece
+from hrm_megatron.data.shards import ShardWriter
+from hrm_megatron.program import signals_held
+
+SHOWN_NAMES = 5
+READ_BYTES = 1 << 20
+
+Encode = Callable[[Sequence[Path]], Generator[tuple[Piece, Encoded]]]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A source as it was when the run began."""
+
+    name: str
+    path: Path
+    num_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, name: str, path: Path) -> Input:
+        stat = path.stat()
+        return cls(name, path, stat.st_size, stat.st_mtime_ns)
+
+
+def list_inputs(paths: Sequence[Path], names: Sequence[str] | None = None) -> list[Input]:
+    """Look at the sources; without `names` they are called as their files."""
+    names = names or [path.name for path in paths]
+    check_names(names, paths)
+    return [Input.of(name, path) for name, path in zip(names, paths, strict=True)]
+
+
+def share_of(inputs: Sequence[Input], task: Task) -> list[Input]:
+    """Choose the sources of one task, the same whatever is finished: the largest first, each to the least laden."""
+    loads = [0] * task.count
+    mine = set()
+    for at in sorted(range(len(inputs)), key=lambda at: (-inputs[at].num_bytes, at)):
+        least = loads.index(min(loads))
+        loads[least] += inputs[at].num_bytes + 1  # empty ones are shared too
+        if least == task.number:
+            mine.add(at)
+    return [inputs[at] for at in sorted(mine)]
+
+
+@dataclass
+class Changes:
+    """Names of the sources by what became of them."""
+
+    kept: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    mended: list[str] = field(default_factory=list)  # their shard was damaged, or they had bad rows
+    removed: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.kept)} kept"] if self.kept else []
+        for what in ("added", "changed", "mended", "removed"):
+            if names := getattr(self, what):
+                more = len(names) - SHOWN_NAMES
+                parts.append(f"{len(names)} {what} ({', '.join(names[:SHOWN_NAMES])}"
+                             + (f" and {more} more)" if more > 0 else ")"))
+        return f"sources: {', '.join(parts)}"
+
+
+class Update:
+    """One run over the sources of a dataset, inside `folder.held()`.
+
+    `tokenizer` and `settings` are those of the manifest. Raises ConfigError if the dataset is of other settings, or
+    shares no source with `inputs`, unless `overwrite`.
+    """
+
+    def __init__(self, folder: DatasetFolder, inputs: Sequence[Input], tokenizer: Mapping[str, Any],
+                 settings: Mapping[str, Any], skip_bad_rows: bool, overwrite: bool, lint: str) -> None:
+        self.folder = folder
+        self.inputs = inputs
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.skip_bad_rows = skip_bad_rows
+        self.lint = lint
+        self.known = self._read_known(overwrite)
+        self.done: dict[str, Source] = {}
+        self.changes = Changes()
+        before = {source.name: source for source in self.known.sources} if self.known else {}
+        for given in inputs:
+            old = folder.recorded(given.name, settings) or before.get(given.name)
+            if kept := self._unchanged(given, old):
+                self.done[given.name] = kept
+                self.changes.kept.append(given.name)
+            else:
+                same = old and (old.num_bytes, old.modified_ns) == (given.num_bytes, given.modified_ns)
+                (self.changes.added if not old else self.changes.mended if same else self.changes.changed
+                 ).append(given.name)
+        self.changes.removed += sorted(before.keys() - {given.name for given in inputs})
+
+    def make(self, inputs: Iterable[Input], encode: Encode, advance: Callable[[int, int], object]) -> None:
+        """Make the shards of those of the `inputs` that have none; `advance` is told of bytes read and tokens."""
+        todo = {given.path: given for given in inputs if given.name not in self.done}
+        if not todo:
+            return
+        with _digests(todo.values()) as digests, contextlib.closing(encode([*todo])) as encoded:
+            for path, chunks in groupby(encoded, key=lambda pair: pair[0].path):
+                self._finish(todo.pop(path), chunks, digests, advance)
+            for given in todo.values():  # files without any row
+                self._finish(given, iter(()), digests, advance)
+
+    def missing(self) -> list[Input]:
+        """List the sources that are not finished."""
+        return [given for given in self.inputs if given.name not in self.done]
+
+    def complete(self) -> Manifest:
+        """Write the manifest over all sources, and remove what it does not name."""
+        manifest = Manifest(self.tokenizer, self.settings, tuple(self.done[given.name] for given in self.inputs))
+        if self.lint == "error":
+            manifest.lint.refuse()
+        if not manifest.shards:
+            if self.known is None:
+                self.folder.prune(set())
+            raise ConfigError(f"{self.folder.prefix}: no example to write; check the input")
+        with signals_held(), self.folder.writing():
+            if manifest != self.known:
+                write_manifest(self.folder.prefix, manifest, self.folder.scratch)
+            self.folder.prune({shard.name for shard in manifest.shards})
+        return manifest
+
+    def _read_known(self, overwrite: bool) -> Manifest | None:
+        """Return the manifest that is there; None if there is none or it is to be overwritten."""
+        prefix = self.folder.prefix
+        if overwrite:
+            return None
+        old = [path for part in ("bin", "idx", "json") if (path := Path(f"{prefix}.{part}")).exists()]
+        known = read_manifest(prefix) if manifest_path(prefix).exists() else None
+        if known is None:
+            if old:
+                raise ConfigError(f"{', '.join(map(str, old))} already there, without shards; pass --overwrite to "
+                                  "replace it, or choose another --output-prefix")
+            return None
+        check_settings(prefix, known.settings, self.settings)
+        if not {source.name for source in known.sources} & {given.name for given in self.inputs}:
+            raise ConfigError(f"{prefix} was made from {known.sources[0].name}"
+                              + (f" and {len(known.sources) - 1} more" if len(known.sources) > 1 else "")
+                              + ", nothing of which is among --input; name all sources to add some, choose another "
+                              "--output-prefix, or replace it with --overwrite")
+        return known
+
+    def _unchanged(self, given: Input, source: Source | None) -> Source | None:
+        """Return what is known of a source if it need not be read again."""
+        if (source is None or source.num_bytes != given.num_bytes
+                or (source.bad_rows and not self.skip_bad_rows) or (source.lint is None and self.lint != "off")
+                or (source.shard and not source.shard.is_whole(self.folder.shards))):
+            return None
+        if source.modified_ns == given.modified_ns:
+            return source
+        return replace(source, modified_ns=given.modified_ns) if sha256_of(given.path) == source.sha256 else None
+
+    def _finish(self, given: Input, chunks: Iterable[tuple[Piece, Encoded]], digests: Mapping[str, Future[str]],
+                advance: Callable[[int, int], object]) -> None:
+        """Write the shard of a source and note that it is finished."""
+        skipped = BadRows(self.skip_bad_rows)
+        counts: Counter[str] = Counter()
+        noted: Counter[str] = Counter()
+        lint = Lint()
+        with contextlib.ExitStack() as stack:
+            with self.folder.writing():
+                writer = ShardWriter(self.folder.scratch, self.tokenizer["vocab_size"])
+            stack.callback(_close, writer)
+            for piece, encoded in chunks:
+                for bad_row in encoded.bad_rows:
+                    skipped.take(bad_row)
+                counts.update(truncated=encoded.truncated, defaulted=encoded.defaulted)
+                noted += encoded.noted
+                lint.merge(encoded.lint)
+                if self.lint == "error":
+                    lint.refuse(whole=False)
+                with self.folder.writing():
+                    writer.add(encoded.ids, encoded.lengths, encoded.prompt_keys, encoded.example_keys)
+                advance(piece.num_bytes, len(encoded.ids))
+            sha256 = digests[given.name].result()
+            if Input.of(given.name, given.path) != given:
+                raise ConfigError(f"{given.path} was changed while it was read; run the command again")
+            with signals_held(), self.folder.writing():
+                shard = writer.finish(self.folder.shards)
+                source = Source(given.name, given.num_bytes, given.modified_ns, sha256, shard, counts["truncated"],
+                                counts["defaulted"], dict(sorted(noted.items())),
+                                {kind: Left(count, skipped.first[kind])
+                                 for kind, count in sorted(skipped.count.items())},
+                                None if self.lint == "off" else lint.to_json())
+                self.folder.record(source, self.settings)
+        self.done[given.name] = source
+
+
+def _close(writer: ShardWriter) -> None:
+    with contextlib.suppress(OSError):  # closing flushes: a full disk fails once more
+        writer.close()
+
+
+@contextlib.contextmanager
+def _digests(inputs: Iterable[Input]) -> Iterator[dict[str, Future[str]]]:
+    """Hash sources by name, beside whatever else reads them."""
+    stop = Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield {given.name: pool.submit(sha256_of, given.path, stop) for given in inputs}
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def sha256_of(path: Path, stop: Event | None = None) -> str:
+    """Hash a file; told to `stop`, give up."""
+    hashed = hashlib.sha256()
+    with open(path, "rb") as file:
+        while (block := file.read(READ_BYTES)) and not (stop and stop.is_set()):
+            hashed.update(block)
+    return hashed.hexdigest()

@@ -1,0 +1,89 @@
+"""The examples of a dataset that are trained on, where some were left out: a list beside it, PREFIX.kept.json/.npy.
+
+Nothing is copied: the plan of rows passes over the others.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.indexed_examples import IndexedExamples
+
+BITS, FACTS = "kept.npy", "kept.json"  # one bit per example, and what the list was made for
+HASHED_BYTES = 1 << 24  # at a time
+
+
+def kept_files(prefix: str | Path) -> tuple[Path, Path]:
+    return Path(f"{prefix}.{BITS}"), Path(f"{prefix}.{FACTS}")
+
+
+def write_kept(store: IndexedExamples, kept: np.ndarray, facts: dict[str, Any]) -> None:
+    """Keep which examples [n] are kept; the facts, written last, make the list valid."""
+    bits, described = kept_files(store.prefix)
+    temporary = [path.with_name(f"{path.name}.partial-{uuid.uuid4().hex}") for path in (bits, described)]
+    try:
+        with open(temporary[0], "wb") as file:
+            np.save(file, np.packbits(kept), allow_pickle=False)
+        temporary[1].write_text(json.dumps(facts | {"dataset": dataset_digest(store)}, indent=1), encoding="utf-8")
+        described.unlink(missing_ok=True)
+        for path, place in zip(temporary, (bits, described), strict=True):
+            os.replace(path, place)
+    except OSError as error:
+        raise ConfigError(f"{bits}: cannot write ({error.strerror}); free some space") from error
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def kept_mask(store: IndexedExamples) -> np.ndarray | None:
+    """Say of each example [n] whether it is kept; None where all are. Refuses the list of another dataset."""
+    bits, described = kept_files(store.prefix)
+    if not described.exists():
+        return None
+    try:
+        facts = json.loads(described.read_text(encoding="utf-8"))
+        if facts["dataset"] != dataset_digest(store):
+            raise ValueError("made for another dataset")
+        return np.unpackbits(np.load(bits, allow_pickle=False), count=len(store)).view(bool)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{described}: {error}; deduplicate again, or delete it to train on all examples") from error
+
+
+def forget_kept_of_another(store: IndexedExamples) -> bool:
+    """Remove a list that was made for what the dataset was before; say whether there was one."""
+    bits, described = kept_files(store.prefix)
+    if not described.exists() or json.loads(described.read_text(encoding="utf-8"))["dataset"] == dataset_digest(store):
+        return False
+    described.unlink()
+    bits.unlink(missing_ok=True)
+    return True
+
+
+def dataset_digest(store: IndexedExamples) -> str:
+    """Hash what decides the lengths and the split of a dataset: the names of its sources and the contents of their
+    shards; of the older form the files, of the tokens the size alone."""
+    hashed = hashlib.sha256()
+    if store.manifest:
+        hashed.update(repr([(source.name, source.shard.name) for source in store.manifest.sources if source.shard]
+                           ).encode())
+        return hashed.hexdigest()
+    for path in store.files:
+        hashed.update(f"{path.stat().st_size}\0".encode())
+        if path.suffix != ".bin":
+            with path.open("rb") as file:
+                while block := file.read(HASHED_BYTES):
+                    hashed.update(block)
+    return hashed.hexdigest()
+
+
+def kept_digest(store: IndexedExamples) -> str | None:
+    """Hash which examples are kept; None where all are."""
+    mask = kept_mask(store)
+    return None if mask is None else hashlib.sha256(mask.data).hexdigest()

@@ -1,0 +1,242 @@
+"""Loops over single examples, compiled by numba. Import this module where a loop runs: numba takes half a second.
+
+The machine code is kept beside the source, or in the user's cache folder where that is read-only; without either it is
+compiled once per process. All of them run without the GIL, so that a thread can plan while others train.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+
+Ints = np.ndarray  # [n] integers
+
+ROUNDS = 8  # 4 look random on large ranges
+LEAST_BITS = 8  # halves of one or two bits prefer some orders
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # steps of SplitMix64
+
+
+def compiled[Function: Callable[..., object]](function: Function) -> Function:
+    """Compile `function` at its first call."""
+    try:
+        return numba.njit(function, cache=True, nogil=True)
+    except RuntimeError:  # numba's word for: no folder to keep it in
+        return numba.njit(function, nogil=True)
+
+
+@compiled
+def mixed(value: np.uint64) -> np.uint64:
+    """Scatter 64 bits over 64 bits, one to one: the finalizer of SplitMix64."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+@compiled
+def permuted(index: np.uint64, count: np.uint64, key: np.uint64) -> np.uint64:
+    """Return element `index` of the permutation of range(count) that `key` stands for.
+
+    A Feistel network permutes the smallest range of whole bits that holds `count` numbers; what falls outside is sent
+    through again until it is inside (cycle walking).
+    """
+    bits = np.uint64(LEAST_BITS)
+    while bits < np.uint64(64) and (count - np.uint64(1)) >> bits:
+        bits += np.uint64(1)
+    low_bits = bits >> np.uint64(1)
+    high_bits = bits - low_bits
+    while True:
+        kept_bits, changed_bits = low_bits, high_bits
+        round_key = key
+        for _ in range(ROUNDS):
+            kept = index & ((np.uint64(1) << kept_bits) - np.uint64(1))
+            changed = (index >> kept_bits) ^ (mixed(kept + round_key) >> (np.uint64(64) - changed_bits))
+            index = (kept << changed_bits) | changed
+            kept_bits, changed_bits = changed_bits, kept_bits  # the halves change places, and with them their widths
+            round_key += GOLDEN
+        if index < count:
+            return index
+
+
+@compiled
+def order_between(start: int, stop: int, count: int, key: np.uint64) -> Ints:
+    """Elements `start` to `stop` - 1 of the permutation of range(count), [stop - start] int64."""
+    order = np.empty(stop - start, np.int64)
+    for i in range(stop - start):
+        order[i] = permuted(np.uint64(start + i), np.uint64(count), key)
+    return order
+
+
+@compiled
+def best_fit(lengths: Ints, row_tokens: int) -> tuple[Ints, int]:
+    """Row of each example [n] and the number of rows: longest first, each into the fullest row that still has room.
+
+    Among rows equally full the first opened wins, among equal lengths the first example goes first. Rows of one room
+    are a list in ascending order; three levels of bits say which rooms have rows.
+    """
+    count = len(lengths)
+    row_of = np.empty(count, np.int32)
+    first = np.full(row_tokens + 1, -1, np.int32)  # [room] its row of the lowest number
+    last = np.full(row_tokens + 1, -1, np.int32)
+    after = np.empty(count, np.int32)  # [row] the next row of its room
+    words = (row_tokens >> 6) + 1
+    filled = np.zeros(words, np.uint64)  # bit r % 64 of word r // 64: there are rows with room r
+    blocks = np.zeros((words >> 6) + 1, np.uint64)  # bit w % 64 of block w // 64: word w is not zero
+    opened = 0
+    for example in by_length(lengths, row_tokens):
+        length = lengths[example]
+        room = first_set(filled, blocks, length)
+        if room < 0:
+            row, room = opened, row_tokens
+            opened += 1
+        else:
+            row = first[room]
+            first[room] = after[row]
+            if first[room] < 0:
+                last[room] = -1
+                word = room >> 6
+                filled[word] &= ~(np.uint64(1) << np.uint64(room & 63))
+                if not filled[word]:
+                    blocks[word >> 6] &= ~(np.uint64(1) << np.uint64(word & 63))
+        row_of[example] = row
+        room -= length
+        if room == 0:
+            continue
+        if first[room] < 0:
+            first[room] = last[room] = row
+            after[row] = -1
+            word = room >> 6
+            filled[word] |= np.uint64(1) << np.uint64(room & 63)
+            blocks[word >> 6] |= np.uint64(1) << np.uint64(word & 63)
+        elif row > last[room]:
+            after[last[room]] = row
+            after[row] = -1
+            last[room] = row
+        elif row < first[room]:
+            after[row] = first[room]
+            first[room] = row
+        else:
+            at = first[room]
+            while after[at] < row:
+                at = after[at]
+            after[row] = after[at]
+            after[at] = row
+    return row_of, opened
+
+
+@compiled
+def by_length(lengths: Ints, longest: int) -> Ints:
+    """Indices of `lengths` from the longest to the shortest, equal ones in their order: a counting sort."""
+    places = np.zeros(longest + 2, np.int32)
+    for length in lengths:
+        places[longest - length + 1] += 1
+    for i in range(1, longest + 2):
+        places[i] += places[i - 1]
+    order = np.empty(len(lengths), np.int32)
+    for i in range(len(lengths)):
+        place = longest - lengths[i]
+        order[places[place]] = i
+        places[place] += 1
+    return order
+
+
+@compiled
+def lowest_bit(word: np.uint64) -> int:
+    """Number of the lowest bit set in a word that is not zero."""
+    number = 0
+    for width in (32, 16, 8, 4, 2, 1):
+        if not word & ((np.uint64(1) << np.uint64(width)) - np.uint64(1)):
+            word >>= np.uint64(width)
+            number += width
+    return number
+
+
+@compiled
+def first_set(filled: Ints, blocks: Ints, start: int) -> int:
+    """Number of the first bit set in `filled` from bit `start` on, or -1."""
+    word = start >> 6
+    found = filled[word] >> np.uint64(start & 63)
+    if found:
+        return start + lowest_bit(found)
+    word += 1
+    block = word >> 6
+    if block >= len(blocks):
+        return -1
+    found = blocks[block] >> np.uint64(word & 63)
+    if found:
+        word += lowest_bit(found)
+        return (word << 6) + lowest_bit(filled[word])
+    for later in range(block + 1, len(blocks)):
+        if blocks[later]:
+            word = (later << 6) + lowest_bit(blocks[later])
+            return (word << 6) + lowest_bit(filled[word])
+    return -1
+
+
+@compiled
+def group_by_row(ids: Ints, row_of: Ints, rows: int, key: np.uint64) -> tuple[Ints, Ints]:
+    """Return the ids row by row, and the number of each row's; the rows stand in the order that `key` stands for.
+
+    Within a row, ids keep their order.
+    """
+    place_of = np.empty(rows, np.int32)
+    for row in range(rows):
+        place_of[row] = permuted(np.uint64(row), np.uint64(rows), key)
+    sizes = np.zeros(rows, np.int64)
+    for row in row_of:
+        sizes[place_of[row]] += 1
+    ends = np.cumsum(sizes) - sizes
+    grouped = np.empty(len(ids), ids.dtype)
+    for i in range(len(ids)):
+        place = place_of[row_of[i]]
+        grouped[ends[place]] = ids[i]
+        ends[place] += 1
+    return grouped, sizes
+
+
+@compiled
+def draw(start: int, stop: int, epoch: int, key: np.uint64, begins: Ints, firsts: Ints, sizes: Ints, keys: Ints
+         ) -> Ints:
+    """Where places `start` to `stop` - 1 of an epoch come from, as positions in the concatenated examples of streams.
+
+    Stream k fills the places `begins[k]` to `begins[k + 1]` - 1 of an epoch before it is shuffled by `key`, from its
+    `sizes[k]` examples that stand from `firsts[k]` on: the next ones of its own walk, which is one permutation of its
+    examples after another, or each example equally often where that comes out even.
+    """
+    found = np.empty(stop - start, np.int64)
+    for i in range(stop - start):
+        place = np.int64(permuted(np.uint64(start + i), np.uint64(begins[-1]), key))
+        k = np.searchsorted(begins, place, side="right") - 1
+        quota, size = begins[k + 1] - begins[k], sizes[k]
+        place -= begins[k]
+        if quota % size == 0:
+            at = place % size
+        else:
+            walked = epoch * quota + place
+            own_key = mixed(np.uint64(keys[k]) + np.uint64(walked // size) * GOLDEN)
+            at = np.int64(permuted(np.uint64(walked % size), np.uint64(size), own_key))
+        found[i] = firsts[k] + at
+    return found
+
+
+@compiled
+def parts_by_key(prompt_keys: Ints, key: np.uint64, train_end: np.uint64, valid_end: np.uint64, last: int) -> Ints:
+    """Part of each example [n] uint8 by where its scattered prompt key falls: 0 below `train_end`, 1 below `valid_end`.
+
+    `last` is the part of all above.
+    """
+    parts = np.empty(len(prompt_keys), np.uint8)
+    for i in range(len(prompt_keys)):
+        place = mixed(mixed(prompt_keys[i]) + key)
+        parts[i] = 0 if place < train_end else 1 if place < valid_end else last
+    return parts
+
+
+@compiled
+def parts_by_place(start: int, stop: int, count: int, key: np.uint64, train_end: int, valid_end: int) -> Ints:
+    """Part of examples `start` to `stop` - 1 by their place in a permutation of `count`, uint8."""
+    parts = np.empty(stop - start, np.uint8)
+    for i in range(stop - start):
+        place = np.int64(permuted(np.uint64(start + i), np.uint64(count), key))
+        parts[i] = 0 if place < train_end else 1 if place < valid_end else 2
+    return parts

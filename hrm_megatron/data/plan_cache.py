@@ -1,0 +1,209 @@
+"""Planned epochs on disk: planned by one process, read as memory maps by all that see the folder."""
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.program import listening, signals_held
+
+OFFSETS, EXAMPLE_IDS, COUNTS = "offsets.npy", "example_ids.bin", "plan.json"  # files of a planned epoch
+POLL_SECONDS = 0.2
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+Ints = np.ndarray  # [n] integers
+Windows = Iterable[tuple[Ints, Ints, int]]  # ids row by row, number of each row's, positions they take
+Plan = Callable[[], Windows]
+
+log = logging.getLogger(__name__)
+
+
+def writable_folder(*wanted: Path) -> Path:
+    """Return the first of these folders that can be written, else one of this user among the temporary files.
+
+    Nothing is created. A folder in the second place or later is named in the log.
+    """
+    own = Path(tempfile.gettempdir()) / f"hrm_megatron-{os.getuid()}" / "rows"
+    for number, folder in enumerate([*wanted, own]):
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+            if number:
+                log.info("data: %s cannot be written: planned rows are kept in %s (another: --data-cache-path)",
+                         wanted[0], folder)
+            return folder
+    raise ConfigError(f"{wanted[0]}: cannot keep planned rows there, nor in {own}; give --data-cache-path")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row i holds `example_ids[offsets[i]:offsets[i + 1]]`, in that order; `tokens` positions are filled in all."""
+
+    offsets: Ints
+    example_ids: Ints
+    tokens: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> Ints:
+        return self.example_ids[self.offsets[row]:self.offsets[row + 1]]
+
+    @classmethod
+    def gathered(cls, windows: Windows) -> Rows:
+        """Join windows in memory."""
+        ids, sizes, tokens = zip(*windows, strict=True)
+        return cls(_offsets(sizes), np.concatenate(ids), sum(tokens))
+
+
+def _offsets(sizes: Iterable[Ints]) -> Ints:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([*sizes]), dtype=np.int64)])
+
+
+class PlanCache:
+    """A folder of planned epochs by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def opened(self, name: str, plan: Plan) -> Rows:
+        """Open a planned epoch. One process plans it if nobody has, however long that takes; the others wait."""
+        folder, waiting = self.folder / name, False
+        while not folder.exists():
+            with self._lock(name) as mine:
+                if mine and not folder.exists():
+                    self._write(folder, plan())
+            if not mine:
+                if not waiting:
+                    log.info("data: waiting for the process that plans rows into %s", folder)
+                waiting = True
+                time.sleep(POLL_SECONDS)
+        return _load(folder)
+
+    def plan_ahead(self, name: str, plan: Plan) -> None:
+        """Plan an epoch in a thread, unless it is there or somebody is at it."""
+        if not (self.folder / name).exists():
+            threading.Thread(target=self._plan_quietly, args=(name, plan), daemon=True, name="plan").start()
+
+    def num_rows(self, name: str) -> int | None:
+        """Rows of a planned epoch; None where it is not planned."""
+        return len(_load(self.folder / name)) if (self.folder / name).exists() else None
+
+    def _plan_quietly(self, name: str, plan: Plan) -> None:
+        try:
+            with self._lock(name) as mine:
+                if mine and not (self.folder / name).exists():
+                    self._write(self.folder / name, plan())
+        except ConfigError as error:
+            log.warning("data: the next epoch is planned when it begins: %s", error)
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[bool]:
+        """Hold the lock of a plan; False where another process, or thread, holds it. It goes with its process."""
+        path = self.folder / f"{name}.lock"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        try:
+            lock = _locked(file, path)
+            if lock is Lock.OURS:
+                for partial in self.folder.glob(f"{name}.partial-*"):  # of a process that was killed
+                    shutil.rmtree(partial, ignore_errors=True)
+            try:
+                yield lock is not Lock.TAKEN
+            finally:
+                if lock is not Lock.TAKEN:
+                    path.unlink(missing_ok=True)
+        finally:
+            os.close(file)
+
+    @listening()
+    def _write(self, folder: Path, windows: Windows) -> None:
+        """Write a planned epoch so that other processes see all of it or nothing."""
+        partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
+        try:
+            partial.mkdir()
+            _write_rows(partial, windows)
+            partial.rename(folder)
+        except OSError as error:
+            if not folder.exists():  # else another process was faster, with the same rows
+                raise _unwritable(folder, error) from error
+        finally:
+            with signals_held():
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+class Lock(Enum):
+    """What came of an attempt to lock; NONE: the file system has no locks, so that every process plans for itself and
+    the first rename counts."""
+
+    OURS = auto()
+    TAKEN = auto()
+    NONE = auto()
+
+
+def _locked(file: int, path: Path) -> Lock:
+    """Lock an open file; it is taken too where it is no longer the file of that path."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return Lock.TAKEN
+    except OSError as error:
+        if error.errno not in LOCKS_UNSUPPORTED:
+            raise
+        return Lock.NONE
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file), path.stat()):
+            return Lock.OURS
+    return Lock.TAKEN
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{folder}: cannot keep the packing plan ({error.strerror}); choose another --data-cache-path")
+
+
+def _write_rows(folder: Path, windows: Windows) -> None:
+    """Write ids as they come: the planner's memory holds none of them."""
+    sizes, tokens, count = [], 0, 0
+    with open(folder / EXAMPLE_IDS, "wb") as file:
+        for ids, window_sizes, window_tokens in windows:
+            ids.tofile(file)
+            sizes.append(window_sizes)
+            tokens += window_tokens
+            count += len(ids)
+    np.save(folder / OFFSETS, _offsets(sizes), allow_pickle=False)
+    counts = {"rows": sum(map(len, sizes)), "examples": count, "tokens": tokens, "dtype": ids.dtype.name}
+    (folder / COUNTS).write_text(json.dumps(counts), encoding="utf-8")
+
+
+def _load(folder: Path) -> Rows:
+    try:
+        counts = _counts(folder / COUNTS)
+        ids = np.memmap(folder / EXAMPLE_IDS, counts["dtype"], "r", shape=(counts["examples"],))
+        offsets = np.load(folder / OFFSETS, mmap_mode="r", allow_pickle=False)
+        if len(offsets) != counts["rows"] + 1 or offsets[-1] != len(ids):
+            raise ValueError(f"{OFFSETS} and {COUNTS} do not agree")
+        return Rows(offsets, ids, int(counts["tokens"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder}: damaged packing plan ({error}); delete that folder") from error
+
+
+def _counts(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,187 @@
+"""Batches of columns, of Parquet and Arrow files, as pieces that carry their rows."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.example import BadRow, RowFormat
+from hrm_megatron.data.readers.piece import Piece, Row, too_long
+from hrm_megatron.data.row_shapes import fields_to_read
+from hrm_megatron.data.text_files import convert_from
+
+DAMAGE = (pa.ArrowException, OSError, OverflowError, ValueError)  # what pyarrow raises where bytes are wrong
+SLICE_ROWS = 1024  # of a batch that are looked at together; a memory-mapped one may be the whole file
+
+
+class Group(NamedTuple):
+    """Rows that a file keeps together, by the name that its own library gives them: `row group 3`."""
+
+    name: str
+    num_bytes: int
+    batches: Iterator[pa.RecordBatch]
+
+
+class Part(NamedTuple):
+    """Rows of a group as an Arrow stream, or one row that is too long, by its size."""
+
+    num_rows: int
+    batches: bytes
+    long_row_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class ColumnsPiece(Piece):
+    """Rows of a group from `first_row` on. They count from 0 in each group, as in pyarrow."""
+
+    group: str
+    first_row: int
+    part: Part
+
+    def read(self, rows: RowFormat) -> Iterator[tuple[str, Row | BadRow]]:
+        number = self.first_row
+        if self.part.long_row_bytes:
+            yield too_long(self._place(number), self.part.long_row_bytes, rows)
+            return
+        for batch in pa.ipc.open_stream(self.part.batches):
+            for row in _rows(batch):
+                place = self._place(number)
+                yield place, row if isinstance(row, dict) else _not_utf8(place, row)
+                number += 1
+
+    def _place(self, number: int) -> str:
+        return f"{self.path}:{self.group}, row {number}"
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[Row | UnicodeDecodeError]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield error
+
+
+def _not_utf8(place: str, error: UnicodeDecodeError) -> BadRow:
+    return BadRow("not UTF-8", f"{place}: not UTF-8 ({error.reason} at byte {error.start} of a text); correct the row, "
+                               f"or if the texts are of another encoding, {convert_from('LATIN1')}")
+
+
+@contextlib.contextmanager
+def damage_named(path: Path, what: str) -> Iterator[None]:
+    """Turn what pyarrow says of wrong bytes into one line with file and group."""
+    try:
+        yield
+    except ConfigError:  # of ours, and a ValueError too
+        raise
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: {what} cannot be read ({reason}); copy or write it again") from error
+
+
+def columns_of(path: Path, schema: pa.Schema, rows: RowFormat) -> list[str]:
+    """Name the columns to read: all, where one is missing, so that what is said of a row names those that it has."""
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise ConfigError(f"{path}: two columns {twice[0]!r}; rename one")
+    return fields_to_read(schema.names, rows)
+
+
+def column_pieces(path: Path, chunk_bytes: int, rows: RowFormat, groups: Iterable[Group]) -> Iterator[ColumnsPiece]:
+    """Cut groups into pieces of about `chunk_bytes`. Damage is a ConfigError that names file and group."""
+    for group in groups:
+        first = done = 0
+        parts = _parts(group.batches, chunk_bytes, rows.max_row_bytes)
+        while True:
+            with damage_named(path, group.name):
+                part = next(parts, None)
+            if part is None:
+                break
+            yield ColumnsPiece(path, group.num_bytes - done, group.name, first, part)
+            first, done = first + part.num_rows, group.num_bytes
+
+
+def _parts(batches: Iterable[pa.RecordBatch], chunk_bytes: int, max_row_bytes: int) -> Iterator[Part]:
+    waiting: list[pa.RecordBatch] = []
+    waiting_bytes = 0
+    for batch in _slices(batches, chunk_bytes):
+        num_bytes = sum(map(_num_bytes, batch.columns))
+        long = batch.num_rows == 1 and num_bytes > max_row_bytes
+        if waiting and (long or waiting_bytes + num_bytes > chunk_bytes):
+            yield _part(waiting)
+            waiting, waiting_bytes = [], 0
+        if long:
+            yield Part(1, b"", num_bytes)
+        else:
+            waiting.append(batch)
+            waiting_bytes += num_bytes
+    if waiting:
+        yield _part(waiting)
+
+
+def _part(batches: Sequence[pa.RecordBatch]) -> Part:
+    plain = [pa.RecordBatch.from_arrays([column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+                                         for column in batch.columns], batch.schema.names) for batch in batches]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, plain[0].schema) as writer:
+        for batch in plain:
+            writer.write_batch(batch)
+    return Part(sum(batch.num_rows for batch in batches), sink.getvalue().to_pybytes())
+
+
+def _slices(batches: Iterable[pa.RecordBatch], chunk_bytes: int) -> Iterator[pa.RecordBatch]:
+    """Cut batches until they have `chunk_bytes` or one row. Where offsets lead astray an ArrowInvalid is raised."""
+    for batch in batches:
+        batch.validate()
+        for column in batch.columns:
+            if pa.types.is_nested(column.type):
+                _check_offsets(column)
+        for start in range(0, batch.num_rows, SLICE_ROWS):
+            part = batch.slice(start, SLICE_ROWS)
+            for column in part.columns:
+                if not pa.types.is_nested(column.type):
+                    _check_offsets(column)
+            yield from _halves(part, chunk_bytes)
+
+
+def _halves(batch: pa.RecordBatch, chunk_bytes: int) -> Iterator[pa.RecordBatch]:
+    if batch.num_rows < 2 or sum(map(_num_bytes, batch.columns)) <= chunk_bytes:
+        yield batch
+        return
+    middle = batch.num_rows // 2
+    yield from _halves(batch.slice(0, middle), chunk_bytes)
+    yield from _halves(batch.slice(middle), chunk_bytes)
+
+
+def _num_bytes(column: pa.Array) -> int:
+    """Bytes of a column's values, those of a dictionary as often as they are used."""
+    if isinstance(column, pa.DictionaryArray) and pa.types.is_string(column.dictionary.type):
+        return int(pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0)
+    return int(column.nbytes)
+
+
+def _check_offsets(column: pa.Array) -> None:
+    """Hold offsets against the bytes that they lead to. Whether these are UTF-8 is a question for each row."""
+    column.view(_as_bytes(column.type)).validate(full=True)
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type of the same layout whose texts are bytes."""
+    if pa.types.is_string(kind):
+        return pa.binary()
+    if pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
+    return kind

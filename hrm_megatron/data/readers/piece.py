@@ -1,0 +1,30 @@
+"""What a piece of an input file is, whatever its kind."""
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hrm_megatron.data.example import BadRow, RowFormat
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece(ABC):
+    """Consecutive rows of a file, which travel to a worker. `num_bytes` of the file are done when it is."""
+
+    path: Path
+    num_bytes: int
+
+    @abstractmethod
+    def read(self, rows: RowFormat) -> Iterator[tuple[str, Row | BadRow]]:
+        """Yield (place, row) in order."""
+
+
+def too_long(place: str, num_bytes: int, rows: RowFormat) -> tuple[str, BadRow]:
+    """Refuse a row by its size alone."""
+    return place, BadRow("row too long", f"{place}: a row of {num_bytes:,} bytes, --max-characters "
+                         f"{rows.max_characters} reads at most {rows.max_row_bytes:,}; split it or raise that")

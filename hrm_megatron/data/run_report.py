@@ -1,0 +1,69 @@
+"""What a run of preprocessing says at its end, from the manifest that it has written."""
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hrm_megatron.data.incremental import Changes
+from hrm_megatron.data.lint import Lint
+from hrm_megatron.data.manifest import Manifest
+
+
+@dataclass
+class Report:
+    """A dataset and what is not in it as it stands in the sources; `read_bytes` and `tokens_made` in `seconds` are the
+    work of this run."""
+
+    manifest: Manifest
+    changes: Changes = field(default_factory=Changes)
+    seconds: float = 0.0
+    read_bytes: int = 0
+    tokens_made: int = 0
+
+    @property
+    def truncated(self) -> int:
+        return sum(source.truncated for source in self.manifest.sources)
+
+    @property
+    def defaulted(self) -> int:
+        """Count the examples that had no condition of their own."""
+        return sum(source.defaulted for source in self.manifest.sources)
+
+    @property
+    def noted(self) -> Counter[str]:
+        """Count by kind what was handled on the way."""
+        return sum((Counter(source.noted) for source in self.manifest.sources), Counter())
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Count by kind the rows that were left out."""
+        return Counter({kind: sum(source.bad_rows[kind].count for source in self.manifest.sources
+                                  if kind in source.bad_rows)
+                        for kind in {kind for source in self.manifest.sources for kind in source.bad_rows}})
+
+    @property
+    def lint(self) -> Lint:
+        return self.manifest.lint
+
+    def summary(self) -> str:
+        """Say in one line what there is."""
+        totals = self.manifest.totals
+        return (f"{totals['examples']} examples, {totals['tokens']} tokens, longest row {totals['max_row_length']} "
+                f"positions, {self.truncated} responses truncated, {self.skipped.total()} rows skipped")
+
+    def lines(self) -> list[str]:
+        """Say what was not taken as it stands in the rows."""
+        first: dict[str, str] = {}
+        for source in self.manifest.sources:
+            for kind, left in source.bad_rows.items():
+                first.setdefault(kind, left.first)
+        return [*([f"{self.defaulted} rows have no condition and took the default"] if self.defaulted else []),
+                *(f"{count} {what}" for what, count in sorted(self.noted.items())),
+                *(f"skipped {self.skipped[kind]}: {kind}, first {first[kind]}" for kind in sorted(first)),
+                *self.lint.lines()]
+
+    def work(self) -> list[str]:
+        """Say what this run has done."""
+        speed = [f"{self.read_bytes:,} bytes read, {self.tokens_made:,} tokens made in {self.seconds:.1f} s "
+                 f"({self.tokens_made / self.seconds:,.0f} tokens/s)"] if self.read_bytes and self.seconds else []
+        return [*([str(self.changes)] if self.changes else []), *speed]

@@ -1,0 +1,37 @@
+"""Examples to the ids that are stored: cut to the context, without those whose prefix alone fills it."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hrm_megatron.data.example import Example
+from hrm_megatron.data.tokenizer import TextTokenizer
+
+
+class Spelled(NamedTuple):
+    """Ids of the examples that fit: prefix, target, prefix, target, ..."""
+
+    ids: np.ndarray  # [sum of lengths] int32
+    lengths: np.ndarray  # [examples that fit, 2] int64
+    prefix_lengths: list[int]  # of all examples
+    fits: list[bool]  # of all examples
+    truncated: list[int]  # which examples have a target that was cut, and so no end token
+
+
+def spell(tokenizer: TextTokenizer, examples: Sequence[Example], context_size: int) -> Spelled:
+    """Spell examples, each in at most `context_size` positions."""
+    ids, flat = tokenizer.encode_examples([e.condition for e in examples], [e.instruction for e in examples],
+                                          [e.response for e in examples])
+    lengths = flat.reshape(-1, 2)
+    room = context_size + 1 - lengths[:, 0]  # the last target token takes no position
+    fits = room >= 1
+    cut = fits & (lengths[:, 1] > room)
+    if cut.any() or not fits.all():
+        kept = np.where(fits[:, None], np.column_stack([lengths[:, 0], np.minimum(lengths[:, 1], room)]), 0)
+        position = np.arange(len(ids)) - np.repeat(flat.cumsum() - flat, flat)
+        ids = ids[position < np.repeat(kept.reshape(-1), flat)]
+    else:
+        kept = lengths
+    return Spelled(ids, kept[fits], lengths[:, 0].tolist(), fits.tolist(), np.flatnonzero(cut).tolist())

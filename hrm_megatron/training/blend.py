@@ -1,0 +1,45 @@
+"""Megatron's way to name data: one prefix, several, or several with a weight before each."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.core.datasets.utils import get_blend_from_list
+
+from hrm_megatron.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Prefixes of datasets and, if they were given, the weight of each; `flag` is what named them."""
+
+    flag: str
+    paths: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, flag: str, values: Sequence[str] | None) -> Blend | None:
+        """Read the values of a flag as Megatron does; None where it is not given."""
+        if not values:
+            return None
+        said = f"{flag} {' '.join(values)}"
+        numbers = [_is_number(value) for value in values]
+        if len(values) > 1 and any(numbers) and numbers != [True, False] * (len(values) // 2):
+            raise ConfigError(f"{said}: some have a weight before them and some not; give one to each")
+        paths, weights = get_blend_from_list([*values])
+        for path in paths:
+            if paths.count(path) > 1:
+                raise ConfigError(f"{said}: {path} is there twice; raise its weight instead")
+        for weight in weights or ():
+            if not (math.isfinite(weight) and weight > 0):
+                raise ConfigError(f"{said}: weight {weight:g} is not above 0; leave that dataset out")
+        return cls(flag, tuple(paths), tuple(weights or ()))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

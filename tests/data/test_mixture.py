@@ -1,0 +1,209 @@
+"""What an epoch holds: parts, weights, rules and kept examples, by plain counting."""
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.kept_examples import kept_files, write_kept
+from hrm_megatron.data.mixture import Mixture, Selection
+from hrm_megatron.data.plan import RowPlan
+from hrm_megatron.data.sampling_rules import Rule, Rules, read_rules
+from hrm_megatron.data.split import example_parts, split_examples
+from tests.data.listed_store import ListedStore
+
+ROW_TOKENS = 20
+
+
+def store(folder, count, sources=None, longest=9, prompts=None):
+    random = np.random.default_rng(count)
+    return ListedStore(folder, prompts or [f"prompt {i}" for i in range(count)], random.integers(2, longest, count),
+                       random.integers(2, longest, count), sources)
+
+
+def drawn(mixture, epoch, window=7):
+    loaded = mixture.epoch(epoch)
+    windows = [loaded.window(start, min(start + window, len(loaded))) for start in range(0, len(loaded), window)]
+    return np.concatenate([ids for ids, _ in windows]), np.concatenate([lengths for _, lengths in windows])
+
+
+def test_an_epoch_of_all_datasets_has_each_example_once_in_an_order_of_its_own(tmp_path):
+    mixture = Mixture([store(tmp_path / "a", 31), store(tmp_path / "b", 12)], ROW_TOKENS, Selection(seed=5))
+    ids, lengths = drawn(mixture, 0)
+    assert sorted(ids) == list(range(43)) and mixture.size == 43
+    for i, length in zip(ids.tolist(), lengths.tolist(), strict=True):
+        prefix, target = mixture.example(0, i)
+        assert len(prefix) + len(target) - 1 == length
+        assert set(prefix) == {i if i < 31 else i - 31}
+        assert mixture.example_name(0, i) == f"{tmp_path}/{'a' if i < 31 else 'b'}/x, example {i if i < 31 else i - 31}"
+    assert not np.array_equal(ids, drawn(mixture, 1)[0]) and np.array_equal(ids, drawn(mixture, 0, window=43)[0])
+    assert not np.array_equal(ids, drawn(Mixture(mixture.stores, ROW_TOKENS, Selection(seed=6)), 0)[0])
+
+
+def test_weights_are_shares_of_tokens_and_walk_through_all_examples(tmp_path):
+    short, long = store(tmp_path / "a", 400, longest=5), store(tmp_path / "b", 300, longest=11)
+    mixture = Mixture([short, long], ROW_TOKENS, Selection(seed=5, weights=(3.0, 1.0)))
+    tokens = [int(sum(part.lengths()[0] + part.lengths()[1] - 1)) for part in (short, long)]
+    seen = [Counter(), Counter()]
+    for epoch in range(9):
+        ids, lengths = drawn(mixture, epoch)
+        own = [int(lengths[ids < 400].sum()), int(lengths[ids >= 400].sum())]
+        # As many tokens as both together, but for the luck of which examples come: 5 standard errors of the mean.
+        for have, share, part in zip(own, (0.75, 0.25), (short, long), strict=True):
+            want = share * sum(tokens)
+            spread = np.std(part.lengths()[0] + part.lengths()[1]) * np.sqrt(want / np.mean(part.lengths()[0]))
+            assert abs(have - want) < 5 * spread + 20
+        seen[0].update(ids[ids < 400].tolist())
+        seen[1].update(ids[ids >= 400].tolist())
+    for counts, size in zip(seen, (400, 300), strict=True):  # a walk: no example is two ahead of another
+        assert len(counts) == size and max(counts.values()) - min(counts.values()) <= 1
+
+
+def rules_file(folder, text):
+    path = folder / "rules.yaml"
+    path.write_text(text)
+    return path
+
+
+SOURCES = [("alpha.jsonl", 30), ("beta__one", 11), ("beta__two", 4), ("gamma", 7)]
+RULES = """
+- {prefix: alpha, max_per_file: 8}
+- {prefix: beta__, repeat: 3, max_per_file: 5}
+- {prefix: gamma, long_context: drop}
+"""
+
+
+def by_source(ids):
+    borders = np.cumsum([count for _, count in SOURCES])
+    return [ids[np.searchsorted(borders, ids, side="right") == k].tolist() for k in range(len(SOURCES))]
+
+
+def test_rules_cap_repeat_and_walk_on(tmp_path):
+    data = store(tmp_path, 52, SOURCES)
+    mixture = Mixture([data], ROW_TOKENS, Selection(seed=2, rules=read_rules(rules_file(tmp_path, RULES))))
+    seen = [Counter() for _ in SOURCES]
+    for epoch in range(6):
+        per_source = by_source(drawn(mixture, epoch)[0])
+        assert [len(ids) for ids in per_source] == [8, 15, 12, 7]
+        for counts, ids in zip(seen, per_source, strict=True):
+            counts.update(ids)
+            assert max(counts.values()) - min(counts.values()) <= 1
+    assert [len(counts) for counts in seen] == [30, 11, 4, 7]
+    assert sorted(by_source(drawn(mixture, 3)[0])[2]) == sorted([41, 42, 43, 44] * 3)
+
+
+def test_rules_truncate_or_drop_what_is_longer_than_a_row(tmp_path):
+    data = ListedStore(tmp_path, ["p"] * 8, [5, 5, 20, 21, 20, 5, 5, 5], [16, 17, 2, 2, 1, 2, 1, 300],
+                       [("cut__a", 4), ("drop__a", 4)])
+    for prefix, mode, kept in (("cut", "truncate", {0: 20, 1: 20, 2: 20, 5: 6, 7: 20}),
+                               ("cut", "drop", {0: 20, 5: 6, 7: 20}),
+                               ("drop", "drop", {0: 20, 1: 20, 2: 20, 5: 6})):
+        rules = Rules(tmp_path / "r", (Rule(prefix, long_context=mode),))
+        mixture = Mixture([data], ROW_TOKENS, Selection(rules=rules))
+        mixture.check(ROW_TOKENS)
+        ids, lengths = drawn(mixture, 0)
+        assert dict(zip(ids.tolist(), lengths.tolist(), strict=True)) == kept
+        for i, length in kept.items():
+            prefix_ids, target_ids = mixture.example(0, i)
+            assert len(prefix_ids) == data.prefixes[i] and len(prefix_ids) + len(target_ids) - 1 == length
+    with pytest.raises(ConfigError, match="x, example 7 takes 304 positions, more than a row of 20"):
+        Mixture([data], ROW_TOKENS).check(ROW_TOKENS)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("- {prefix: alpha}\n- {prefix: delta}", "rule 2, prefix 'delta' matches none of the sources alpha.jsonl, beta_"),
+    ("- {prefix: beta}\n- {prefix: beta__one}", "rule 2, prefix 'beta__one': all its sources are taken by the rule of "
+                                                "prefix 'beta' before it"),
+    ("- {prefix: alpha, max_per_file: 0}", "rule 1: max_per_file 0 is no number of at least 1"),
+    ("- {prefix: alpha, repeat: 1.5}", "rule 1: repeat 1.5 is no number"),
+    ("- {prefix: alpha, repeat: true}", "rule 1: repeat True is no number"),
+    ("- {prefix: alpha, max_rows: 3}", "rule 1: unknown key 'max_rows'; there are prefix, max_per_file, repeat"),
+    ("- {prefix: alpha, long_context: cut}", "rule 1: long_context 'cut'; give truncate or drop"),
+    ("- {max_per_file: 3}", "rule 1: .* has no prefix"),
+    ("- {prefix: a}\n- {prefix: a}", "rule 2.*there is one before"),
+    ("prefix: alpha", "holds dict, not a list of rules"), ("", "holds NoneType"), ("- {prefix: [", "not YAML"),
+])
+def test_rules_without_effect_or_sense_are_refused(tmp_path, text, said):
+    data = store(tmp_path, 52, SOURCES)
+    with pytest.raises(ConfigError, match=said) as refusal:
+        Mixture([data], ROW_TOKENS, Selection(rules=read_rules(rules_file(tmp_path, text))))
+    assert str(refusal.value).startswith(f"{tmp_path}/rules.yaml") and "\n" not in str(refusal.value)
+
+
+def test_one_question_is_on_one_side(tmp_path):
+    prompts = [f"question {i % 700}" for i in range(3000)]
+    data = store(tmp_path, 3000, prompts=prompts)
+    parts = [Mixture([data], ROW_TOKENS, Selection("80,15,5", seed=4), part) for part in ("train", "valid", "test")]
+    found = [drawn(part, 0)[0].tolist() for part in parts]
+    assert sorted(i for ids in found for i in ids) == list(range(3000))
+    questions = [{prompts[i] for i in ids} for ids in found]
+    assert not questions[0] & questions[1] and not questions[0] & questions[2] and not questions[1] & questions[2]
+    for asked, share, part in zip(questions, (0.8, 0.15, 0.05), parts, strict=True):
+        assert abs(len(asked) - 700 * share) < 5 * np.sqrt(700 * share * (1 - share))  # binomial, 5 deviations
+        assert part.count_examples() == len(drawn(part, 0)[0])
+
+
+def test_a_question_keeps_its_side_when_the_data_grows():
+    keys = np.random.default_rng(0).integers(0, 2**64, 5000, np.uint64)
+    before, after = (example_parts(count, "90,9,1", 3, keys[:count]) for count in (2000, 5000))
+    assert np.array_equal(before, after[:2000]) and set(before) == {0, 1, 2}
+    assert not np.array_equal(before, example_parts(2000, "90,9,1", 4, keys[:2000]))
+
+
+def test_no_part_with_a_weight_is_empty_while_there_are_two_questions():
+    keys = np.repeat(np.arange(4, dtype=np.uint64), 3)
+    for seed in range(40):
+        sizes = [len(part) for part in split_examples(12, "98,1,1", seed, keys)]
+        assert sum(sizes) == 12 and min(sizes) >= 3 and not any(size % 3 for size in sizes)
+    assert [len(part) for part in split_examples(3, "98,2", 1, keys[:3])] in ([3, 0, 0], [0, 3, 0])
+    assert [len(part) for part in split_examples(12, "1", 1, keys)] == [12, 0, 0]
+
+
+def test_without_keys_examples_are_split_one_by_one(tmp_path):
+    data = ListedStore(tmp_path, [None] * 200, [3] * 200, [3] * 200)
+    sizes = [Mixture([data], ROW_TOKENS, Selection("97,3,0", seed=1), part).count_examples()
+             for part in ("train", "valid", "test")]
+    assert sizes == [194, 6, 0]
+
+
+def test_examples_that_are_not_kept_are_in_no_part(tmp_path):
+    data = store(tmp_path, 60)
+    kept = np.arange(60) % 7 != 0
+    before = Mixture([data], ROW_TOKENS, Selection("80,20,0", seed=1)).identity(0)
+    write_kept(data, kept, {"duplicates": 9})
+    parts = [Mixture([data], ROW_TOKENS, Selection("80,20,0", seed=1), part) for part in ("train", "valid")]
+    assert sorted(i for part in parts for i in drawn(part, 0)[0].tolist()) == np.flatnonzero(kept).tolist()
+    assert parts[0].identity(0) != before
+    data.files[0].write_text("another dataset")
+    with pytest.raises(ConfigError, match="x.kept.json: made for another dataset; deduplicate again, or delete it"):
+        drawn(parts[0], 0)
+    kept_files(data.prefix)[1].unlink()
+    assert len(drawn(Mixture([data], ROW_TOKENS), 0)[0]) == 60
+
+
+def test_held_out_parts_are_whole_whatever_the_mixture_of_training(tmp_path):
+    data = store(tmp_path, 52, SOURCES)
+    selection = Selection("50,50,0", seed=2, rules=read_rules(rules_file(tmp_path, RULES)))
+    valid = drawn(Mixture([data], ROW_TOKENS, selection, "valid"), 0)[0]
+    train = {i for epoch in range(9) for i in drawn(Mixture([data], ROW_TOKENS, selection), epoch)[0].tolist()}
+    assert len(valid) == len(set(valid.tolist())) and train | set(valid.tolist()) == set(range(52))
+    assert not train & set(valid.tolist())
+
+
+@pytest.mark.parametrize("change", [dict(seed=3), dict(split="80,20,0"), dict(weights=(1.0, 2.0)),
+                                    dict(rules=Rules("r", (Rule("x", repeat=2),)))])
+def test_what_changes_an_epoch_changes_its_identity(tmp_path, change):
+    stores = [store(tmp_path / "a", 31), store(tmp_path / "b", 12)]
+    base, changed, moved = (Mixture(stores, ROW_TOKENS, Selection(**options)) for options in ({}, change, {}))
+    assert base.identity(0) == moved.identity(0) != changed.identity(0)
+
+
+def test_rows_of_a_mixture_are_the_same_for_any_reader(tmp_path):
+    stores = [store(tmp_path / "a", 310), store(tmp_path / "b", 120)]
+    selection = Selection("90,10,0", 7, weights=(1.0, 2.0))
+    plans = [RowPlan(Mixture(stores, ROW_TOKENS, selection), ROW_TOKENS, 7, cache, window_examples=64)
+             for cache in (None, tmp_path / "rows")]
+    assert plans[0].locate(900).epoch >= 1
+    for row in range(0, 900, 7):
+        one, other = (plan.locate(row) for plan in plans)
+        assert one.epoch == other.epoch and np.array_equal(one.example_ids, other.example_ids)

@@ -1,0 +1,162 @@
+"""Fields, alpaca rows and chats become the same examples; shapes are told from the first row and never mixed."""
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from hrm_megatron.data.example import BadRow, Example, RowFormat
+from hrm_megatron.data.row_shapes import SHAPES, examples_of, shape_of
+
+ROOT = Path(__file__).parents[2]
+CHAT = RowFormat(default_condition="", shape="messages")
+Q, A, SYSTEM = ({"role": role, "content": content} for role, content in
+                (("user", "2 + 3?"), ("assistant", "5"), ("system", "Be brief.")))
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def chat(*turns, noted=None):
+    return [(example.instruction, example.response)
+            for example in examples_of({"messages": list(turns)}, "x:1", CHAT, noted)]
+
+
+@pytest.mark.parametrize("row, shape", [
+    ({"instruction": "2 + 3?", "response": "5"}, "fields"),
+    ({"instruction": "2 + 3?", "output": "5"}, "alpaca"),
+    ({"instruction": "2 + 3?", "input": "", "output": "5"}, "alpaca"),
+    ({"instruction": "2 + 3?", "input": None, "output": "5"}, "alpaca"), ({"messages": [Q, A]}, "messages"),
+    ({"conversations": [{"from": "human", "value": "2 + 3?"}, {"from": "gpt", "value": "5"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "2 +"}, {"type": "text", "text": " 3?"}]}, A]},
+     "messages"),
+    ({"messages": [{**Q, "from": None, "value": None, "tool_calls": None}, A], "conversations": None}, "messages")])
+def test_a_question_and_its_answer_are_one_example_in_every_shape(row, shape):
+    rows = RowFormat(default_condition="direct", shape=shape)
+    assert examples_of(row, "x:1", rows) == [Example("direct", "2 + 3?", "5", True)]
+    assert examples_of({**row, "condition": "cot"}, "x:1", rows) == [Example("cot", "2 + 3?", "5")]
+    with pytest.raises(BadRow, match="x:1: no field 'condition'.*--default-condition"):
+        examples_of(row, "x:1", RowFormat(shape=shape))
+
+
+def test_an_input_stands_behind_its_instruction():
+    row = {"instruction": "Translate.", "input": "le chat\n", "output": "the cat"}
+    assert examples_of(row, "x", RowFormat(default_condition="", shape="alpaca")) == [
+        Example("", "Translate.\n\nle chat\n", "the cat")]
+
+
+def test_every_answer_is_an_example_with_all_before_it_in_the_prefix():
+    assert chat(SYSTEM, Q, A, turn("user", "And 4?"), turn("assistant", "9")) == [
+        ("Be brief.\n\n2 + 3?", "5"),
+        ("Be brief.\n\nUser: 2 + 3?\n\nAssistant: 5\n\nUser: And 4?", "9")]
+    assert chat(Q, A, Q, A)[1] == ("User: 2 + 3?\n\nAssistant: 5\n\nUser: 2 + 3?", "5")
+    assert chat(turn("system", " "), Q, A) == chat(Q, A)
+
+
+def test_turns_out_of_the_common_order_are_kept_and_counted():
+    noted = Counter()
+    assert chat(turn("assistant", "Hello."), Q, turn("user", "Quick!"), A, A, turn("tool", ""), SYSTEM,
+                turn("assistant", "six"), Q, noted=noted) == [
+        ("Assistant: Hello.\n\nUser: 2 + 3?\n\nUser: Quick!", "5"),
+        ("Assistant: Hello.\n\nUser: 2 + 3?\n\nUser: Quick!\n\nAssistant: 5", "5"),
+        ("Assistant: Hello.\n\nUser: 2 + 3?\n\nUser: Quick!\n\nAssistant: 5\n\nAssistant: 5\n\nTool: \n\n"
+         "System: Be brief.", "six")]
+    assert noted == {"turns of the assistant before any question, kept in prefixes": 1,
+                     "turns of the user behind another of the same": 1,
+                     "turns of the assistant behind another of the same": 1, "turns of tools, kept in prefixes": 1,
+                     "turns behind the last of the assistant, left out": 1}
+
+
+BAD_CHATS = [
+    ("hello", "no turns", "messages='hello' is not a list of turns"), ([], "no turns", "is not a list of turns"),
+    (["hello"], "no turns", "x:1, messages[0]: 'hello' is not a turn"),
+    ([Q], "no answer", "no turn of the assistant"), ([SYSTEM, A], "no answer", "answers nothing"),
+    ([turn(None, "a"), A], "unknown role", "messages[0]: role=None; use one of system, "),
+    ([Q, turn("narrator", "a")], "unknown role", "messages[1]: role='narrator'"),
+    ([{"text": "a"}, A], "unknown role", "role=None"), ([turn(["user"], "a")], "unknown role", "role=['user']"),
+    ([turn("user", " "), A], "empty turn", "messages[0]: content=' ' is empty"),
+    ([Q, turn("assistant", "")], "empty turn", "messages[1]: content='' is empty"),
+    ([Q, turn("assistant", None)], "null field", "content is null"),
+    ([{"role": "user"}, A], "missing field", "content"),
+    ([Q, turn("assistant", "", tool_calls=[{"name": "f"}])], "tool call", "tool_calls would be lost"),
+    ([turn("user", [{"type": "image", "url": "u"}]), A], "turn is no text", "image"),
+    ([turn("user", "a\ud800"), A], "invalid Unicode", "half a surrogate pair"),
+    ([turn("user", "a" * 101), A], "row too long", "a text of 101 characters"),
+]
+
+
+@pytest.mark.parametrize("turns, kind, message", BAD_CHATS)
+def test_bad_chats_name_place_value_and_way_out(turns, kind, message):
+    noted = Counter()
+    with pytest.raises(BadRow) as refusal:
+        examples_of({"messages": turns}, "x:1", RowFormat(default_condition="", shape="messages", max_characters=100),
+                    noted)
+    assert refusal.value.kind == kind and message in str(refusal.value), str(refusal.value)
+    assert str(refusal.value).startswith("x:1") and "\n" not in str(refusal.value)
+    assert not noted
+
+
+def test_a_chat_whose_prefixes_grow_beyond_measure_is_one_bad_row():
+    turns = [turn("user", "a"), turn("assistant", "b")] * 25
+    longest, total = len(chat(*turns)[-1][0]), sum(len(prefix) for prefix, _ in chat(*turns))
+    assert longest < 600 and 6000 < total
+    for max_characters, refused in ((600, True), (-(-total // 10), False)):
+        rows = RowFormat(default_condition="", shape="messages", max_characters=max_characters)
+        if refused:
+            with pytest.raises(BadRow, match="x:1: a chat whose prefixes have over 10 x --max-characters 600"):
+                examples_of({"messages": turns}, "x:1", rows)
+        else:
+            assert len(examples_of({"messages": turns}, "x:1", rows)) == 25
+
+
+FIELDS_ROW = {"condition": "", "instruction": "2 + 3?", "response": "5"}
+ALPACA_ROW = {"instruction": "2 + 3?", "output": "5"}
+
+
+@pytest.fixture
+def call(tmp_path, tool, capsys, caplog):
+    def call(*flags):
+        caplog.set_level(logging.INFO)
+        status = tool("train_tokenizer")(["--output", str(tmp_path / "tok"), "--vocab-size", "300", "--overwrite",
+                                          *map(str, flags)])
+        return status, "".join(capsys.readouterr())
+    return call
+
+
+def test_the_first_row_tells_the_shape_and_rows_of_another_are_named(write_jsonl, tmp_path, call, caplog):
+    path = write_jsonl("a.jsonl", ["{", {"messages": [Q, A]}, ALPACA_ROW, {"what": 1}])
+    status, said = call("--input", path, "--default-condition", "", "--on-bad-row", "skip")
+    assert status == 0 and f"row shape: messages, as in {path}:2" in caplog.text
+    assert (f"skipped 1: mixed row shapes, first {path}:3: a row of shape alpaca (instruction, output) among rows of "
+            "shape messages; read them in two runs") in said
+    assert f"skipped 1: missing field, first {path}:4: no field 'messages' or 'conversations' (there are ['wha" in said
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--row-shape", "alpaca"], "a.jsonl:1: a row of shape fields (condition, instruction, response) among rows of "
+                                "shape alpaca"),
+    (["--row-shape", "alpaca", "--json-keys", "a", "b", "c"], "--json-keys names fields that --row-shape alpaca does"),
+    (["--json-keys", "a", "instruction", "output"], "no field 'output'")])
+def test_a_shape_that_is_named_is_held_to(write_jsonl, call, flags, message):
+    path = write_jsonl("a.jsonl", [FIELDS_ROW, ALPACA_ROW])
+    status, said = call("--input", path, "--default-condition", "", *flags)
+    assert status == 1 and message in said and said.count("\n") == 1, said
+
+
+def test_handled_turns_are_in_the_report(write_jsonl, tmp_path, tokenizer, tool, capsys):
+    path = write_jsonl("a.jsonl", [{"messages": [Q, A, Q]}, {"messages": [Q, Q, A]}] * 3)
+    assert tool("preprocess_data")(["--input", str(path), "--output-prefix", str(tmp_path / "x"), "--tokenizer-model",
+                                    str(tokenizer.path), "--default-condition", "direct"]) == 0
+    said = capsys.readouterr().out
+    assert "6 examples, " in said and "\n6 rows have no condition and took the default\n" in said
+    assert "\n3 turns behind the last of the assistant, left out\n3 turns of the user behind another" in said
+
+
+def test_the_documentation_shows_rows_of_every_shape_and_the_prefix_of_a_chat():
+    text = (ROOT / "docs" / "data.md").read_text()
+    shown = [json.loads(line) for line in text.splitlines() if line.startswith('{"')]
+    assert {shape_of(row, RowFormat()) for row in shown} == set(SHAPES)
+    prefixes = [example.instruction for row in shown if "messages" in row for example in examples_of(row, "x:1", CHAT)]
+    assert len(prefixes) > 1 and f"```text\n{prefixes[-1]}\n```" in text
