@@ -36,7 +36,7 @@ class Prefill:
         heads, d = self.cache.size.heads, self.cache.size.head_dim
         gate, *qkv = gqkv.chunk(4, -1)
         query, key, value = (part.view(-1, 1, heads, d) for part in qkv)  # [n, 1, heads, d]
-        query, key = self.rotation(query), self.rotation(key)
+        query, key = self.rotation(query, key)
         keys, values = self.cache.pool[slot]
         keys[self.blocks, :, self.places] = key.squeeze(1)
         values[self.blocks, :, self.places] = value.squeeze(1)
@@ -63,9 +63,9 @@ class Gathered:
         heads, d = self.cache.size.heads, self.cache.size.head_dim
         gate, *qkv = gqkv.chunk(4, -1)
         query, key, value = (part.view(-1, 1, heads, d) for part in qkv)
-        query = self.rotation(query)
+        query, key = self.rotation(query, key)
         pool = self.cache.pool[slot]
-        pool[0][self.own, :, self.places] = self.rotation(key).squeeze(1)
+        pool[0][self.own, :, self.places] = key.squeeze(1)
         pool[1][self.own, :, self.places] = value.squeeze(1)
         # [b, blocks, heads, positions, d] > [b, heads, keys, d]
         keys, values = (part[self.tables].transpose(1, 2).flatten(2, 3) for part in pool)

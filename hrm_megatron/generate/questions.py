@@ -9,7 +9,6 @@ from typing import Any
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.text_files import read_lines, shown
-from hrm_megatron.data.tokenizer import tags_of
 
 REFERENCE = "reference"  # what an answer file calls the response that a row came with
 ANSWER_FIELDS = ("condition", "instruction", "response", "responses", "finish", "logprobs")
@@ -32,10 +31,6 @@ class Question:
                               "correct it") from error
         if not self.instruction.strip():
             raise ConfigError(f"{self.place}: empty instruction; write one, or leave it out")
-        try:
-            tags_of(self.condition)
-        except ConfigError as error:
-            raise ConfigError(f"{self.place}: {error}") from error
 
 
 def of_lines(path: Path, condition: str) -> list[Question]:

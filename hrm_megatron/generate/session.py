@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.spelling import tags_of
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.generate.cache import PagedCache
 from hrm_megatron.generate.decoder import Decoder
@@ -76,6 +77,11 @@ class Session:
     def requests(self, questions: Sequence[Question]) -> list[Request]:
         """Spell questions; each has random numbers of its own by its place among them."""
         a = self.answering
+        for question in questions:
+            try:
+                tags_of(question.condition, self.tokenizer.tag_ids)
+            except ConfigError as error:
+                raise ConfigError(f"{question.place}: {error}") from error
         prompts = self.tokenizer.encode_prefixes([question.condition for question in questions],
                                                  [question.instruction for question in questions])
         requests = []
