@@ -1,6 +1,7 @@
-"""Time training: one step against another implementation of the same model, or whole steps as users run them.
+"""Time training and generation: against another implementation of the same model, or steps as users run them.
 
     python tools/benchmark.py step      # fp32 on the CPU, against transformers' HrmText, in the same process
+    python tools/benchmark.py generate  # answers on the CPU, against transformers' HrmText.generate, likewise
     python tools/benchmark.py tokenize  # rows to ids, against Megatron's path with the HuggingFace tokenizer
     python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 [-- --fp8-format hybrid ...]
     python tools/benchmark.py convert   # random weights of XL in every direction: time, memory, bytes
@@ -40,6 +41,7 @@ from hrm_megatron.attention.prefix_lm import PrefixSequences  # noqa: E402
 from hrm_megatron.attention.rotary import Rotation  # noqa: E402
 from hrm_megatron.benchmark.attention import compare_kernels, random_lengths  # noqa: E402
 from hrm_megatron.benchmark.conversion import report  # noqa: E402
+from hrm_megatron.benchmark.generation import ARCHITECTURES, compare_generation  # noqa: E402
 from hrm_megatron.benchmark.host import measure_host, table  # noqa: E402
 from hrm_megatron.benchmark.peak import (  # noqa: E402
     in_the_longest_row_that_fits,
@@ -233,6 +235,14 @@ def measure_conversions(args: argparse.Namespace) -> None:
             print(line, flush=True)
 
 
+def time_generation(args: argparse.Namespace) -> None:
+    """Print how fast answers come."""
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    compare_generation(args.models, args.batches, args.dtypes, args.prompt_tokens, args.new_tokens, args.pairs,
+                       args.cpu_time)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -262,6 +272,16 @@ def main() -> int:
     conversion.add_argument("--weights-only", action="store_true", help="without optimizer state, for large models")
     conversion.add_argument("--output", type=Path, metavar="DIR", help="existing folder on the disk to measure, which "
                             "needs room for ten times the weights in fp32, or two with --weights-only")
+    answers = commands.add_parser("generate", help="greedy answers on the CPU, against transformers' HrmText.generate")
+    answers.add_argument("--models", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES])
+    answers.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    answers.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    answers.add_argument("--prompt-tokens", type=int, default=128, help="of the longest prompt; the shortest has half")
+    answers.add_argument("--new-tokens", type=int, default=128)
+    answers.add_argument("--pairs", type=int, default=3, help="of a run of ours and one of transformers, in turns")
+    answers.add_argument("--threads", type=int, default=1)
+    answers.add_argument("--cpu-time", action="store_true",
+                         help="time the process and not the clock: for a machine that others use (one thread)")
     host = commands.add_parser("host", help="launches, calls and time of the host in a tick and in a micro-batch")
     host.add_argument("--hrm-preset", choices=[*PRESETS], default="XL", help="its number of layers; on a GPU its sizes")
     host.add_argument("--row-tokens", type=int, default=4096)
@@ -281,7 +301,8 @@ def main() -> int:
         return subprocess.run([sys.executable, "-m", "hrm_megatron.benchmark.tokenize", *rest]).returncode
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    run = dict(gpu=measure_training, host=count_host, attention=time_attention, convert=measure_conversions)
+    run = dict(gpu=measure_training, host=count_host, attention=time_attention, convert=measure_conversions,
+               generate=time_generation)
     if args.command in run:
         return one_line(lambda: run[args.command](args))
     torch.set_num_threads(args.threads)

@@ -138,6 +138,17 @@ def test_steps_are_compared_pair_by_pair(monkeypatch, capsys):
     assert said[-1] == "ratio 0.600, median of 5 pairs from 0.343 to 0.600"
 
 
+def test_generation_is_compared_on_the_same_weights_and_prompts(capsys):
+    from hrm_megatron.benchmark.generation import compare_generation
+
+    compare_generation(["demo"], [1, 3], ["float32"], prompt_tokens=12, new_tokens=4, pairs=1, cpu_time=True)
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("greedy, prompts of 6 to 12 tokens, 4 new ones each, 1 pair(s), ") and " GB/s" in head
+    assert [row.split(" tokens/s")[0].split()[:4] for row in rows] == [
+        ["demo", "float32", "batch", "1"], ["demo", "float32", "batch", "3"]]
+    assert rows[0].endswith("same answers 1 of 1") and rows[1].endswith("same answers 3 of 3")
+
+
 @pytest.mark.slow
 def test_the_tool_measures_and_says_what_failed(tmp_path):
     def run(*flags):
