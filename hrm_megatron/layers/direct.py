@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_viewless_tensor
 
 Rotate = Callable[..., tuple[torch.Tensor, ...]]  # queries and keys to their positions
 
@@ -43,4 +44,7 @@ class DirectLayer(TransformerLayer):  # type: ignore[misc]
         """Run the layer on [s/tp under SP, b, h]; what else stock code hands over is None for an HRM."""
         *attends, gate = self.before(self, hidden_states, packed_seq_params.rotation)
         attended = self.self_attention.core_attention.attend_to_all(*attends, packed_seq_params)
-        return self.behind(self, hidden_states, attended, gate), None
+        out = self.behind(self, hidden_states, attended, gate)
+        # As stock: without gradients the residual sum is written into what a linear layer views, and a pipeline frees
+        # what it has sent.
+        return make_viewless_tensor(out, out.requires_grad, keep_graph=True), None

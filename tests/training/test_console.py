@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
+from hrm_megatron.data.mixture import Mixture, Selection
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.parallel.log_levels import UNACTIONABLE, WARNINGS, be_quiet, silence_unactionable
 from hrm_megatron.planner.flops import rows_flops, training_flops
@@ -122,7 +123,7 @@ def test_tensorboard_has_what_it_always_had(run):
 
 def test_throughput_is_that_of_an_hrm(run):
     source = IndexedExamples(run.folder / "train")
-    data = PackedRows(source, ROW_TOKENS, SEED, ROWS_PER_STEP * STEPS)
+    data = PackedRows(Mixture([source], ROW_TOKENS, Selection(seed=SEED)), ROW_TOKENS, SEED, ROWS_PER_STEP * STEPS)
     rows = [data[i] for i in range(len(data))]
     labels = sum(int((row["labels"] >= 0).sum()) for row in rows) / STEPS
     # Queries of a prefix see all of it and nothing else; those of a response, what lies before and themselves.
@@ -134,7 +135,7 @@ def test_throughput_is_that_of_an_hrm(run):
     bp = scalars(run.folder / "log", "bp steps")
     for step in (2, 3, 4):
         flops = throughput[step] * 1e12 * 2 * seconds[step]  # of two ranks
-        expected = training_flops(architecture, int(bp[step]), ROW_TOKENS * ROWS_PER_STEP, round(labels), round(scores))
+        expected = training_flops(architecture, int(bp[step]), ROW_TOKENS * ROWS_PER_STEP, labels, scores)
         assert flops == pytest.approx(expected, rel=1e-5)  # fp32 in the log, and three roundings
 
 
