@@ -3,6 +3,7 @@
     python tools/benchmark.py step      # fp32 on the CPU, against transformers' HrmText, in the same process
     python tools/benchmark.py generate  # answers on the CPU, against transformers' HrmText.generate, likewise
     python tools/benchmark.py tokenize  # rows to ids, against Megatron's path with the HuggingFace tokenizer
+    python tools/benchmark.py plan      # split, shuffle, pack, and the start of a process, by number of examples
     python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 [-- --fp8-format hybrid ...]
     python tools/benchmark.py convert   # random weights of XL in every direction: time, memory, bytes
     python tools/benchmark.py host      # what a micro-batch costs the host: launches, calls, time
@@ -296,9 +297,10 @@ def main() -> int:
     attention.add_argument("--head-dim", type=int, default=128)
     attention.add_argument("--rounds", type=int, default=20)
     commands.add_parser("tokenize", add_help=False, help="rows to ids on one core, against Megatron's own path")
+    commands.add_parser("plan", add_help=False, help="what a run does before its first row, by number of examples")
     args, rest = parser.parse_known_args()
-    if args.command == "tokenize":  # in a program without torch, which its workers would import with it
-        return subprocess.run([sys.executable, "-m", "hrm_megatron.benchmark.tokenize", *rest]).returncode
+    if args.command in ("tokenize", "plan"):  # in a program without torch, which their processes would import with it
+        return subprocess.run([sys.executable, "-m", f"hrm_megatron.benchmark.{args.command}", *rest]).returncode
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     run = dict(gpu=measure_training, host=count_host, attention=time_attention, convert=measure_conversions,
