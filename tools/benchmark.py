@@ -1,5 +1,6 @@
 """Time training: one step against another implementation of the same model, or whole steps as users run them.
 
+    python tools/benchmark.py plan      # splitting and packing made-up examples, and the start of a process
     python tools/benchmark.py step      # fp32 on the CPU, against transformers' HrmText, in the same process
     python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 [-- --fp8-format hybrid ...]
 """
@@ -9,6 +10,7 @@ import argparse
 import dataclasses
 import itertools
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -199,7 +201,12 @@ def main() -> int:
     gpu.add_argument("--record", type=Path, metavar="FILE", help="add a row to the table of this Markdown file")
     gpu.add_argument("--peer", action="store_true", help="also time transformers' HrmText, compiled on a GPU")
     gpu.add_argument("flags", nargs="*", help="after --: more flags of hrm_megatron.pretrain")
-    args = parser.parse_args()
+    commands.add_parser("plan", add_help=False, help="rows of made-up examples: speed, start-up time and memory")
+    args, rest = parser.parse_known_args()
+    if args.command == "plan":  # its processes measure their own imports and memory
+        return subprocess.run([sys.executable, "-m", "hrm_megatron.benchmark.plan", *rest]).returncode
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "gpu":
         return one_line(lambda: measure_training(args))
     torch.set_num_threads(args.threads)

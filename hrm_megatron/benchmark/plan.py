@@ -1,0 +1,166 @@
+"""Time what a run does before its first row: split, shuffle, pack, and the start of a process, by number of examples.
+
+    python tools/benchmark.py plan --millions 1 10 100
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from hrm_megatron.data.indexed_examples import IndexedExamples
+from hrm_megatron.data.manifest import Manifest, Source, shard_folder, write_manifest
+from hrm_megatron.data.mixture import Mixture, Selection
+from hrm_megatron.data.plan import RowPlan, warm_up, window_for
+from hrm_megatron.data.shards import HEADER, INDEX_DTYPES, MAGIC, PARTS, FileRecord, Shard
+from hrm_megatron.data.shuffle import stream_key
+from hrm_megatron.data.split import example_parts
+from hrm_megatron.data.walk import row_lengths
+from hrm_megatron.program import listen, one_line
+
+ROW_TOKENS = 4096
+SEED = 1
+MEAN_TOKENS, SPREAD = 230, 1.0  # of a lognormal distribution of prefix and response together
+BLOCK_EXAMPLES = 1 << 20
+VOCAB_SIZE = 65_536
+COLUMNS = ("examples", "split M/s", "shuffle M/s", "pack M/s", "plan M/s", "fill", "first start", "other starts",
+           "resume")
+# What a process does until it has its rows, and until it has found the one that the second argument chooses.
+START = """
+import sys, time
+from hrm_megatron.benchmark.plan import mixture, spent
+from hrm_megatron.data.dataset import PackedRows
+start = time.perf_counter()
+rows = PackedRows(mixture(sys.argv[1]), {row_tokens}, {seed}, 1 << 40, cache_folder=sys.argv[1] + ".rows")
+seconds = time.perf_counter() - start
+row = eval(sys.argv[2])(rows)
+start = time.perf_counter()
+rows.plan.num_rows = 0
+if row is not None:
+    rows.plan.locate(row)
+spent(seconds, time.perf_counter() - start, len(rows.plan.rows_of_epoch(0)), rows.plan.rows_of_epoch(0).tokens)
+"""
+
+
+def mixture(prefix: str) -> Mixture:
+    """Open a dataset as a run with the default --split does."""
+    return Mixture([IndexedExamples(prefix)], ROW_TOKENS, Selection("97,3,0", SEED))
+
+
+def spent(*found: float) -> None:
+    """Print what a process measured, and the most memory that it held."""
+    print(json.dumps([*found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
+
+
+def make_dataset(prefix: Path, count: int) -> None:
+    """Write a dataset of `count` examples with realistic lengths and keys, whose tokens are a hole in a file."""
+    folder = shard_folder(prefix)
+    folder.mkdir(parents=True)
+    random, tokens = np.random.default_rng(SEED), 0
+    with open(folder / "made.idx", "wb") as index, open(folder / "made.prompt_keys", "wb") as keys:
+        code = next(code for code, dtype in INDEX_DTYPES.items() if dtype == np.uint16)
+        index.write(HEADER.pack(MAGIC, 1, code, 2 * count, count + 1))
+        for start in range(0, count, BLOCK_EXAMPLES):
+            size = min(BLOCK_EXAMPLES, count - start)
+            both = np.clip(random.lognormal(np.log(MEAN_TOKENS) - SPREAD**2 / 2, SPREAD, size), 4, ROW_TOKENS + 1)
+            prefixes = np.clip(both * random.uniform(0.1, 0.9, size), 2, None).astype("<i4")
+            np.stack([prefixes, np.maximum(both.astype("<i4") - prefixes, 2)], 1).tofile(index)
+            random.integers(0, 2**64, size, np.uint64).tofile(keys)
+            tokens += int(both.sum())
+        index.truncate(HEADER.size + 24 * count + 8 * (count + 1))
+    for part, size in (("bin", 2 * tokens), ("example_keys", 16 * count)):
+        with open(folder / f"made.{part}", "wb") as file:
+            file.truncate(size)
+    files = {part: FileRecord((folder / f"made.{part}").stat().st_size, ()) for part in PARTS}
+    tokenizer = dict(tokenizer_fingerprint="made", vocab_size=VOCAB_SIZE, boq=6, eoq=7, eoa=11)
+    shard = Shard("made", count, tokens, tokens // 2, ROW_TOKENS, files)
+    write_manifest(prefix, Manifest(tokenizer, {}, (Source("made", 0, 0, "", shard),)), folder)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def speeds(prefix: Path, count: int) -> Iterator[float]:
+    """Yield the examples a second that one core splits, shuffles and packs."""
+    from hrm_megatron.data.kernels import best_fit, group_by_row, order_between
+
+    store, window = IndexedExamples(prefix), window_for(ROW_TOKENS)
+    warm_up(np.dtype(np.uint32))
+    example_parts(4, "97,3,0", SEED, np.arange(4, dtype=np.uint64))
+    order_between(0, 1, 1, stream_key(SEED))
+    keys = store.prompt_keys()
+    yield count / timed(lambda: example_parts(count, "97,3,0", SEED, keys))
+    yield count / timed(lambda: [order_between(start, min(start + window, count), count, stream_key(SEED))
+                                 for start in range(0, count, window)])
+    lengths = row_lengths(*store.lengths())
+    ids = np.arange(window, dtype=np.uint32)
+
+    def pack() -> None:
+        for start in range(0, count, window):
+            row_of, rows = best_fit(lengths[start:start + window], ROW_TOKENS)
+            group_by_row(ids[:len(row_of)], row_of, rows, stream_key(SEED, start))
+
+    yield count / timed(pack)
+    plan = RowPlan(mixture(str(prefix)), ROW_TOKENS, SEED, f"{prefix}.timed")
+    seconds = timed(lambda: plan.rows_of_epoch(0))
+    yield len(plan.rows_of_epoch(0).example_ids) / seconds
+
+
+def started(prefix: Path, row: str) -> list[float]:
+    """Start a process that opens its rows and locates one; seconds of both, rows, tokens, and GB of memory."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", START.format(row_tokens=ROW_TOKENS, seed=SEED),
+                           str(prefix), row], capture_output=True, text=True, check=True)
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(folder: Path, count: int) -> list[str]:
+    """Return the cells of a row of the table."""
+    prefix = folder / f"{count}" / "made"
+    try:
+        make_dataset(prefix, count)
+        per_second = [*speeds(prefix, count)]
+        first, _, rows, tokens, first_memory = started(prefix, "lambda rows: None")
+        started(prefix, "lambda rows: rows.rows_per_epoch")  # plans epoch 1
+        other, resume, *_, memory = started(prefix, "lambda rows: rows.rows_per_epoch * 3 // 2")
+        return [f"{count:,}", *(f"{speed / 1e6:.1f}" for speed in per_second),
+                f"{tokens / (rows * ROW_TOKENS):.2%}", f"{first:.1f} s, {first_memory:.2f} GB",
+                f"{other:.2f} s, {memory:.2f} GB", f"{resume:.3f} s"]
+    finally:
+        shutil.rmtree(folder / f"{count}", ignore_errors=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tools/benchmark.py plan", description=__doc__.splitlines()[0]
+                                     if __doc__ else None)
+    parser.add_argument("--millions", type=float, nargs="+", default=[1, 10], help="of examples")
+    parser.add_argument("--output", type=Path, default=Path("benchmark-plan"), metavar="DIR",
+                        help="a new folder for made-up datasets of 40 bytes an example, removed at the end")
+    args = parser.parse_args()
+
+    def run() -> None:
+        args.output.mkdir(parents=True)
+        try:
+            print(" | ".join(COLUMNS))
+            for millions in args.millions:
+                print(" | ".join(measure(args.output, int(millions * 1e6))), flush=True)
+        finally:
+            shutil.rmtree(args.output)
+
+    return one_line(run)
+
+
+if __name__ == "__main__":
+    listen()
+    sys.exit(main())
