@@ -11,6 +11,7 @@ DATA=${DATA:-}
 OUT=${OUT:-runs/own_data}
 JSON_KEYS=${JSON_KEYS:-condition instruction response} # the names of these fields in your rows
 ROW_SHAPE=${ROW_SHAPE:-auto} # or fields, messages, alpaca: what the rows are, told from the first
+SPLIT_SENTENCES=${SPLIT_SENTENCES:-} # 1: DATA holds plain documents, rows with a field text or files of .txt and .md
 DEFAULT_CONDITION=${DEFAULT_CONDITION-refuse} # of rows that have none: direct in the reference, '' for no tags
 ON_BAD_ROW=${ON_BAD_ROW:-error} # or skip: count and leave out rows that cannot be read
 export PRESET=${PRESET:-B} # B, L, XL, XXL or XXL_wide: see hrm_megatron/config.py
@@ -42,6 +43,7 @@ PYTHON=${PYTHON:-$root/.venv/bin/python}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 read -ra keys <<<"$JSON_KEYS"
 rows=(--input "$DATA" --json-keys "${keys[@]}" --row-shape "$ROW_SHAPE" --on-bad-row "$ON_BAD_ROW")
+if [ -n "$SPLIT_SENTENCES" ]; then rows+=(--split-sentences --sentence-model "$OUT/sentences"); fi
 if [ "$DEFAULT_CONDITION" != refuse ]; then rows+=(--default-condition "$DEFAULT_CONDITION"); fi
 
 # Every command runs beside this script, so that a signal which the script alone gets can be passed on.
@@ -68,15 +70,16 @@ trap 'stop 129' HUP
 run "$PYTHON" "$root/tools/train_tokenizer.py" "${rows[@]}" --output "$OUT/tokenizer" --vocab-size "$VOCAB_SIZE" \
     --keep-same
 
-# 2. Token ids in Megatron's .bin/.idx.
+# 2. Token ids in shards of Megatron's .bin/.idx, and a report of them in $OUT/data.report.md. What is there is kept.
 run "$PYTHON" "$root/tools/preprocess_data.py" "${rows[@]}" --output-prefix "$OUT/data" \
-    --tokenizer-model "$OUT/tokenizer" --context-size "$ROW_TOKENS" --workers "$WORKERS" --keep-same
+    --tokenizer-model "$OUT/tokenizer" --context-size "$ROW_TOKENS" --workers "$WORKERS"
 
 # 3. Training on the GPUs of this node, or on the CPU where there is none. Three in a hundred examples are held out
-#    (--split). Started again, it goes on from its latest checkpoint. docs/flags.md has the flags; on GPUs add --bf16.
+#    (--split). The preset decides how many rows a GPU takes at a time (else give --micro-batch-size). Started again, it
+#    goes on from its latest checkpoint. docs/flags.md has the flags; on GPUs add --bf16.
 run "$root/launch_scripts/train_node.sh" \
     --data-path "$OUT/data" --tokenizer-model "$OUT/tokenizer" \
-    --seq-length "$ROW_TOKENS" --micro-batch-size 1 --global-batch-size "$ROWS_PER_STEP" \
+    --seq-length "$ROW_TOKENS" --global-batch-size "$ROWS_PER_STEP" \
     --train-iters "$TRAIN_ITERS" --lr "$LR" --lr-warmup-fraction 0.02 \
     --eval-interval 500 --eval-iters 10 \
     --load "$OUT/checkpoints" --save "$OUT/checkpoints" --save-interval 500 \

@@ -40,13 +40,16 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class Preset:
-    """One published size. `num_layers` counts layers per stack; `tokens_per_step` and `lr` where published."""
+    """One published size. `num_layers` counts layers per stack; `tokens_per_step` and `lr` where published. `positions`
+    are the most thousands of a micro-batch that leave a twentieth of 80 GB free by planner/memory.py, with nothing
+    recomputed, on one GPU; on eight where one is too small."""
 
     num_layers: int
     hidden_size: int
     num_attention_heads: int
     lr: float | None = None
     tokens_per_step: int | None = None
+    positions: int = 0
 
     @property
     def ffn_hidden_size(self) -> int:
@@ -54,11 +57,11 @@ class Preset:
 
 
 PRESETS = {  # HRM-Text: config/arch/size, README, cfg_pretrain
-    "B": Preset(6, 1024, 8),
-    "L": Preset(12, 1280, 10, lr=2.5e-4, tokens_per_step=172_032),
-    "XL": Preset(16, 1536, 12, lr=2.2e-4, tokens_per_step=196_608),
-    "XXL": Preset(36, 1792, 14),
-    "XXL_wide": Preset(16, 2560, 20),
+    "B": Preset(6, 1024, 8, positions=63_488),
+    "L": Preset(12, 1280, 10, lr=2.5e-4, tokens_per_step=172_032, positions=21_504),
+    "XL": Preset(16, 1536, 12, lr=2.2e-4, tokens_per_step=196_608, positions=11_264),
+    "XXL": Preset(36, 1792, 14, positions=4_096),
+    "XXL_wide": Preset(16, 2560, 20, positions=6_144),
 }
 
 

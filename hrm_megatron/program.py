@@ -4,10 +4,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -85,6 +87,25 @@ def signals_held() -> Iterator[None]:
         if not _held_blocks and _waiting is not None:
             number, _waiting = _waiting, None
             _on_signal(number, None)
+
+
+@contextlib.contextmanager
+def whole_folder(place: Path) -> Iterator[Path]:
+    """Give an empty folder beside `place` that replaces it when the block ends well, and vanishes otherwise."""
+    partial, replaced = (place.with_name(f".{place.name}.{state}-{uuid.uuid4().hex}")
+                         for state in ("partial", "replaced"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if place.exists():
+            place.rename(replaced)
+        partial.rename(place)
+    finally:
+        with signals_held():
+            if replaced.exists() and not place.exists():
+                replaced.rename(place)
+            for leftover in (partial, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def run_command(command: Sequence[str | Path], output: IO[str] | None = None) -> int:

@@ -1,17 +1,25 @@
-"""Time training: one step against another implementation of the same model, or whole steps as users run them.
+"""Time training and generation: against another implementation of the same model, or steps as users run them.
 
-    python tools/benchmark.py plan      # splitting and packing made-up examples, and the start of a process
     python tools/benchmark.py step      # fp32 on the CPU, against transformers' HrmText, in the same process
+    python tools/benchmark.py generate  # answers on the CPU, against transformers' HrmText.generate, likewise
+    python tools/benchmark.py tokenize  # rows to ids, against Megatron's path with the HuggingFace tokenizer
+    python tools/benchmark.py plan      # split, shuffle, pack, and the start of a process, by number of examples
     python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 [-- --fp8-format hybrid ...]
+    python tools/benchmark.py convert   # random weights of XL in every direction: time, memory, bytes
+    python tools/benchmark.py host      # what a micro-batch costs the host: launches, calls, time
+    python tools/benchmark.py attention # te, varlen and flash-attn side by side
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import itertools
+import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +40,10 @@ from transformers import HrmTextConfig, HrmTextForCausalLM  # noqa: E402
 
 from hrm_megatron.attention.prefix_lm import PrefixSequences  # noqa: E402
 from hrm_megatron.attention.rotary import Rotation  # noqa: E402
+from hrm_megatron.benchmark.attention import compare_kernels, random_lengths  # noqa: E402
+from hrm_megatron.benchmark.conversion import report  # noqa: E402
+from hrm_megatron.benchmark.generation import ARCHITECTURES, compare_generation  # noqa: E402
+from hrm_megatron.benchmark.host import measure_host, table  # noqa: E402
 from hrm_megatron.benchmark.peak import (  # noqa: E402
     in_the_longest_row_that_fits,
     matmul_flops_per_second,
@@ -39,15 +51,17 @@ from hrm_megatron.benchmark.peak import (  # noqa: E402
 )
 from hrm_megatron.benchmark.record import add_row, check_table, device_name, output_folder, versions  # noqa: E402
 from hrm_megatron.benchmark.train import Measured, measure  # noqa: E402
-from hrm_megatron.config import PRESETS, Architecture, Preset, ffn_hidden_size  # noqa: E402
+from hrm_megatron.config import PRESETS, Architecture, ConfigError, Preset, ffn_hidden_size  # noqa: E402
 from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch, assemble_row  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.data.sampled import SampledFolder  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402
 from hrm_megatron.model.schedule import split_bp_steps  # noqa: E402
+from hrm_megatron.parallel.machine import Machine  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
 
+GOLDEN_LENGTHS = Path(__file__).parents[1] / "tests" / "golden" / "sampled"  # many short examples
 COLUMNS = ("device", "versions", "command", "tokens/s", "TFLOP/s", "of the measured peak", "peak memory", "kernels",
            "transformers' tokens/s")  # of the table that --record adds to
 ROW_TOKENS = 2048
@@ -180,6 +194,56 @@ def time_peer(ours: Measured, args: argparse.Namespace, data: Path) -> str:
     return f"{speed:,.0f}" + ("" if timed[0] == args.row_tokens else f" in rows of {timed[0]}")
 
 
+def count_host(args: argparse.Namespace) -> None:
+    """Print what micro-batches of so many rows cost the host."""
+    preset = PRESETS[args.hrm_preset]
+    architecture = Architecture(preset.num_layers, preset.hidden_size, preset.num_attention_heads,
+                                preset.ffn_hidden_size, 65_536)
+    if args.compile_layers and not torch.cuda.is_available():
+        if not shutil.which("g++"):
+            raise ConfigError("--compile-layers: without CUDA torch compiles by g++, which is not there; leave it out")
+        del os.environ["TORCHDYNAMO_DISABLE"]  # which `activate` set
+    print(f"{device_name()}, torch {torch.__version__}; {preset.num_layers} layers of {args.hrm_preset} in each stack, "
+          f"{'compiled' if args.compile_layers else 'plain'}")
+    with single_rank():
+        for rows in args.rows:
+            print(f"micro-batch of {rows} x {args.row_tokens} tokens")
+            print(*table(measure_host(architecture, args.row_tokens, rows, args.compile_layers)), sep="\n", flush=True)
+
+
+def time_attention(args: argparse.Namespace) -> None:
+    """Print the time of each kernel over micro-batches of a folder's lengths, and of random ones."""
+    print(f"{device_name()}, {versions()}")
+    prefixes, targets = SampledFolder(args.lengths).epoch_lengths(0)
+    of_folder = [(int(p), int(t) - 1) for p, t in zip(prefixes, targets, strict=True)]
+    with single_rank():
+        machine = Machine.here()
+        for name, lengths in ((str(args.lengths), of_folder), ("random lengths", random_lengths())):
+            for rows in args.rows:
+                print(name, end=", ")
+                for line in compare_kernels(machine, lengths, args.row_tokens, rows, args.heads, args.head_dim,
+                                            args.rounds):
+                    print(line, flush=True)
+
+
+def measure_conversions(args: argparse.Namespace) -> None:
+    """Print what each direction takes."""
+    sizes = Preset(*args.sizes) if args.sizes else PRESETS[args.hrm_preset]
+    architecture = Architecture(sizes.num_layers, sizes.hidden_size, sizes.num_attention_heads, sizes.ffn_hidden_size,
+                                args.vocab_size)
+    with tempfile.TemporaryDirectory(prefix="convert-", dir=args.output) as folder:
+        for line in report(architecture, Path(folder), args.weights_only):
+            print(line, flush=True)
+
+
+def time_generation(args: argparse.Namespace) -> None:
+    """Print how fast answers come."""
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    compare_generation(args.models, args.batches, args.dtypes, args.prompt_tokens, args.new_tokens, args.pairs,
+                       args.cpu_time)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -201,14 +265,48 @@ def main() -> int:
     gpu.add_argument("--record", type=Path, metavar="FILE", help="add a row to the table of this Markdown file")
     gpu.add_argument("--peer", action="store_true", help="also time transformers' HrmText, compiled on a GPU")
     gpu.add_argument("flags", nargs="*", help="after --: more flags of hrm_megatron.pretrain")
-    commands.add_parser("plan", add_help=False, help="rows of made-up examples: speed, start-up time and memory")
+    conversion = commands.add_parser("convert", help="conversions of random weights in every direction")
+    size = conversion.add_mutually_exclusive_group()
+    size.add_argument("--hrm-preset", choices=[*PRESETS], default="XL")
+    size.add_argument("--sizes", type=int, nargs=3, metavar=("LAYERS", "HIDDEN", "HEADS"))
+    conversion.add_argument("--vocab-size", type=int, default=65_536)
+    conversion.add_argument("--weights-only", action="store_true", help="without optimizer state, for large models")
+    conversion.add_argument("--output", type=Path, metavar="DIR", help="existing folder on the disk to measure, which "
+                            "needs room for ten times the weights in fp32, or two with --weights-only")
+    answers = commands.add_parser("generate", help="greedy answers on the CPU, against transformers' HrmText.generate")
+    answers.add_argument("--models", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES])
+    answers.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    answers.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    answers.add_argument("--prompt-tokens", type=int, default=128, help="of the longest prompt; the shortest has half")
+    answers.add_argument("--new-tokens", type=int, default=128)
+    answers.add_argument("--pairs", type=int, default=3, help="of a run of ours and one of transformers, in turns")
+    answers.add_argument("--threads", type=int, default=1)
+    answers.add_argument("--cpu-time", action="store_true",
+                         help="time the process and not the clock: for a machine that others use (one thread)")
+    host = commands.add_parser("host", help="launches, calls and time of the host in a tick and in a micro-batch")
+    host.add_argument("--hrm-preset", choices=[*PRESETS], default="XL", help="its number of layers; on a GPU its sizes")
+    host.add_argument("--row-tokens", type=int, default=4096)
+    host.add_argument("--rows", type=int, nargs="+", default=[1, 4], help="of a micro-batch")
+    host.add_argument("--compile-layers", action="store_true")
+    attention = commands.add_parser("attention", help="the kernels side by side, forward and backward, by lengths")
+    attention.add_argument("--lengths", type=Path, metavar="DIR", default=GOLDEN_LENGTHS,
+                           help="HRM-Text's sampled folder whose lengths are taken beside random ones")
+    attention.add_argument("--row-tokens", type=int, default=4096)
+    attention.add_argument("--rows", type=int, nargs="+", default=[1, 4], help="of a micro-batch")
+    attention.add_argument("--heads", type=int, default=12)
+    attention.add_argument("--head-dim", type=int, default=128)
+    attention.add_argument("--rounds", type=int, default=20)
+    commands.add_parser("tokenize", add_help=False, help="rows to ids on one core, against Megatron's own path")
+    commands.add_parser("plan", add_help=False, help="what a run does before its first row, by number of examples")
     args, rest = parser.parse_known_args()
-    if args.command == "plan":  # its processes measure their own imports and memory
-        return subprocess.run([sys.executable, "-m", "hrm_megatron.benchmark.plan", *rest]).returncode
+    if args.command in ("tokenize", "plan"):  # in a program without torch, which their processes would import with it
+        return subprocess.run([sys.executable, "-m", f"hrm_megatron.benchmark.{args.command}", *rest]).returncode
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.command == "gpu":
-        return one_line(lambda: measure_training(args))
+    run = dict(gpu=measure_training, host=count_host, attention=time_attention, convert=measure_conversions,
+               generate=time_generation)
+    if args.command in run:
+        return one_line(lambda: run[args.command](args))
     torch.set_num_threads(args.threads)
     architecture = dataclasses.replace(ARCHITECTURE, num_layers=args.layers)
     sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(architecture).items() if value)

@@ -30,7 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> Conversion:
     parser.add_argument("--save-format", choices=FORMATS, required=True)
     parser.add_argument("--weights", choices=(EMA, RAW),
                         help="take these weights alone, without optimizer state (default: ema for hf; the other "
-                             "formats get weights, EMA and optimizer state)")
+                             "formats get weights, EMA and optimizer state where the source has them)")
     parser.add_argument("--ckpt-step", type=int, metavar="N",
                         help="iteration (megatron) or epoch (native) to read (default: the latest)")
     parser.add_argument("--tokenizer-model", type=Path, metavar="PATH",
@@ -41,7 +41,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> Conversion:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
                         help="largest file of weights (hf; default: %(default)s)")
     parser.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
-                        help="take what can be read of a damaged checkpoint (megatron, native)")
+                        help="take what can be read of a damaged checkpoint")
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction,
+                        help="load the output with the code that will load it and compare logits with the source's on "
+                             "a few rows, which takes the memory of a model in fp32 (default: below 2 billion "
+                             "parameters)")
+    parser.add_argument("--allow-nonfinite", action="store_true",
+                        help="write tensors that hold NaN or infinities, with a warning (default: refuse them)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder, all of it")
     return Conversion(**vars(parser.parse_args(arguments)))
 

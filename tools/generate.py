@@ -1,13 +1,16 @@
-"""Answer prompts from a Megatron checkpoint.
+"""Answer prompts from a checkpoint: of Megatron, of transformers (hf) or of HRM-Text.
 
     python tools/generate.py --load runs/demo/checkpoints --tokenizer-model runs/demo/tokenizer \\
         --condition direct --prompt "What is the tens digit of 7543?"
+    python tools/generate.py --load runs/demo/hf --input questions.jsonl --output answers.jsonl --batch-size 32
 """
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hrm_megatron.program import listen, one_line
@@ -23,70 +26,166 @@ activate()
 
 from tqdm import tqdm  # noqa: E402
 
-from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.config import ConfigError, refuse_beside  # noqa: E402
 from hrm_megatron.convert.checkpoint import EMA, RAW  # noqa: E402
-from hrm_megatron.data.text_files import read_lines  # noqa: E402
-from hrm_megatron.data.tokenizer import TextTokenizer  # noqa: E402
-from hrm_megatron.generate.decode import Sampling, generate  # noqa: E402
-from hrm_megatron.generate.load import load_model, open_checkpoint  # noqa: E402
-from hrm_megatron.parallel.single import single_rank  # noqa: E402
+from hrm_megatron.generate.answer_file import AnswerFile  # noqa: E402
+from hrm_megatron.generate.engine import Progress, Request  # noqa: E402
+from hrm_megatron.generate.questions import Question, of_jsonl, of_lines  # noqa: E402
+from hrm_megatron.generate.sampling import Sampling  # noqa: E402
+from hrm_megatron.generate.session import DTYPES, Answering, Session, record  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--load", required=True, help="folder that --save named, or one iteration in it")
-    p.add_argument("--ckpt-step", type=int, help="iteration to take instead of the latest")
+    p.add_argument("--load", type=Path, required=True,
+                   help="folder that --save named, or one iteration in it; a transformers folder; one of HRM-Text")
+    p.add_argument("--ckpt-step", type=int, help="iteration (Megatron) or epoch (HRM-Text) instead of the latest")
     p.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
                    help="answer from what can be read of a damaged checkpoint")
-    p.add_argument("--weights", choices=[EMA, RAW], default=EMA)
-    p.add_argument("--tokenizer-model", required=True, help="tokenizer folder of the training data")
+    p.add_argument("--weights", choices=[EMA, RAW], help="(default: ema, or raw where there is no other)")
+    p.add_argument("--tokenizer-model", type=Path,
+                   help="tokenizer folder of the training data (default: the one beside the model)")
     prompts = p.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="one instruction")
     prompts.add_argument("--prompt-file", type=Path, help="one instruction per line, which ends at \\n or \\r\\n only")
-    p.add_argument("--jsonl", action="store_true",
-                   help="print each answer as one line of JSON: condition, instruction, response")
+    prompts.add_argument("--input", type=Path, metavar="JSONL",
+                         help="one question per row: instruction, condition (else --condition), others are kept")
+    prompts.add_argument("--interactive", action="store_true", help="answer each line of standard input as it comes")
     p.add_argument("--condition", default="direct", help="comma-separated tags (direct, cot, noisy, synth), or ''")
-    p.add_argument("--max-new-tokens", type=int, default=128)
-    p.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=1234)
+    out = p.add_argument_group("output")
+    out.add_argument("--jsonl", action="store_true",
+                     help="print each answer as one line of JSON: condition, instruction, response, finish")
+    out.add_argument("--output", type=Path, metavar="JSONL",
+                     help="write these lines to a file, in the order of the questions; an interrupted run goes on")
+    out.add_argument("--overwrite", action="store_true", help="replace an existing --output")
+    out.add_argument("--stream", action="store_true", help="print an answer while it grows")
+    out.add_argument("--logprobs", type=int, metavar="K",
+                     help="also write the log-probability of each token and of the K likeliest")
+    how = p.add_argument_group("how to answer")
+    how.add_argument("--max-new-tokens", type=int, default=128)
+    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text")
+    how.add_argument("--samples", type=int, default=1, help="answers to each prompt, which is read once")
+    how.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    how.add_argument("--top-p", type=float, default=1.0)
+    how.add_argument("--top-k", type=int, default=0)
+    how.add_argument("--min-p", type=float, default=0.0)
+    how.add_argument("--seed", type=int, default=1234)
+    how.add_argument("--h-cycles", type=int, help="(default: as in training)")
+    how.add_argument("--l-cycles", type=int, help="(default: as in training)")
+    how.add_argument("--dtype", choices=[*DTYPES], default="float32", help="of weights and cache")
+    how.add_argument("--batch-size", type=int, default=32, help="answers at once (default: %(default)s)")
     return p
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    prompts = [args.prompt] if args.prompt_file is None else read_lines(args.prompt_file)
-    if not prompts:
-        raise ConfigError(f"--prompt-file {args.prompt_file}: empty; write one instruction per line")
-    for prompt in prompts:
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that would be without effect."""
+    if args.output:
+        refuse_beside("--output", {"--jsonl": args.jsonl, "--stream": args.stream, "--interactive": args.interactive})
+    elif args.overwrite:
+        raise ConfigError("--overwrite: replaces an --output; give one, or leave it out")
+    if args.stream:
+        refuse_beside("--stream", {"--jsonl": args.jsonl, "--prompt-file": args.prompt_file, "--input": args.input})
+    if args.interactive:
+        refuse_beside("--interactive", {"--jsonl": args.jsonl})
+    if args.logprobs is not None and not (args.jsonl or args.output):
+        raise ConfigError("--logprobs: are written as JSON; give --jsonl or --output too")
+    if args.samples > 1 and (args.stream or args.interactive):
+        raise ConfigError(f"--samples {args.samples}: only one answer is printed while it grows; leave --stream and "
+                          "--interactive out")
+
+
+def questions_of(args: argparse.Namespace) -> list[Question]:
+    if args.prompt is not None:
+        return [Question("--prompt", args.condition, args.prompt)]
+    if args.prompt_file is not None:
+        return of_lines(args.prompt_file, args.condition)
+    return [] if args.interactive else of_jsonl(args.input, args.condition)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def print_piece(progress: Progress) -> None:
+    print(progress.piece, end="\n" if progress.transcript.finish else "", flush=True)
+
+
+def converse(session: Session, condition: str) -> None:
+    """Answer lines of standard input until it ends; a bad one is told of, and passed over."""
+    tell_once = iter([say])
+    if sys.stdin.isatty():
+        say("one instruction a line; Ctrl-D ends")
+    for number, line in enumerate(lines_of_input(), start=1):
+        if not (instruction := line.rstrip("\r\n")).strip():
+            continue
         try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:  # how Python takes a command line that is no UTF-8
-            raise ConfigError(f"--prompt {prompt!r}: not UTF-8 at character {error.start + 1}; correct it") from error
-    return prompts
+            asked = [Question(f"line {number}", condition, instruction)]
+            list(session.answer(session.requests(asked), 1, next(tell_once, lambda _: None), print_piece))
+        except ConfigError as error:
+            say(f"error: {error}")
+
+
+def lines_of_input() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+
+
+def print_answers(session: Session, questions: Sequence[Question], args: argparse.Namespace) -> None:
+    requests = session.requests(questions)
+    broken = 0
+    for question, samples in zip(questions, session.answer(requests, args.batch_size, say, shown(args, requests)),
+                                 strict=True):
+        if args.stream:
+            continue  # it has been printed
+        if args.jsonl:
+            print(json.dumps(record(question, samples, session.tokenizer)))
+        else:
+            print("\n".join(sample.text for sample in samples))
+            broken += sum("\n" in sample.text for sample in samples)
+    if len(questions) > 1 and broken:
+        say(f"{broken} of {len(questions) * args.samples} answers hold line ends; --jsonl keeps each on one line")
+
+
+def write_answers(session: Session, questions: Sequence[Question], args: argparse.Namespace) -> None:
+    requests = session.requests(questions)
+    asked = hashlib.sha256(json.dumps([[q.condition, q.instruction, q.others] for q in questions]).encode()).hexdigest()
+    with AnswerFile(args.output, dict(session.identity, questions=asked), args.overwrite) as file:
+        if file.done:
+            say(f"{file.partial}: goes on after {file.done} of {len(questions)} answers")
+        requests = requests[file.done:]
+        found = session.answer(requests, args.batch_size, say, shown(args, requests))
+        for question, samples in zip(questions[file.done:], found, strict=True):
+            file.write(record(question, samples, session.tokenizer))
+        file.finish()
+    say(f"{args.output}: {len(questions)} questions answered")
+
+
+def shown(args: argparse.Namespace, requests: Sequence[Request]) -> Callable[[Progress], object]:
+    """Make what shows the progress: the text itself, or a bar, which a refusal comes before."""
+    if args.stream:
+        return print_piece
+    answers = len(requests) * args.samples
+    bar = tqdm(total=answers, unit="answer", disable=answers == 1, delay=0.1)
+    return lambda progress: bar.update(progress.transcript.finish is not None)
 
 
 def answer(args: argparse.Namespace) -> None:
-    """Print one answer per prompt."""
-    tokenizer = TextTokenizer(args.tokenizer_model)
-    checkpoint = open_checkpoint(args.load, args.ckpt_step, args.verify_checkpoint)
-    if checkpoint.remark:
-        print(f"{checkpoint.path} {checkpoint.remark}", file=sys.stderr)
-    if tokenizer.vocab_size != checkpoint.architecture.vocab_size:
-        raise ConfigError(f"{args.tokenizer_model}: {tokenizer.vocab_size} entries, the checkpoint has "
-                          f"{checkpoint.architecture.vocab_size}; give the tokenizer of its training data")
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
-    prompts = read_prompts(args)
-    encoded = [tokenizer.encode_prefix(args.condition, prompt) for prompt in prompts]
-    with single_rank(), tqdm(total=len(prompts), unit="answer", disable=len(prompts) == 1) as bar:
-        answers = generate(load_model(checkpoint, args.weights), encoded, tokenizer.eoa, tokenizer.vocab_size,
-                           args.max_new_tokens, sampling, on_answer=bar.update)
-    texts = [tokenizer.decode(token for token in ids if token != tokenizer.eoa) for ids in answers]
-    for prompt, text in zip(prompts, texts, strict=True):
-        # ASCII, so that no reader splits a record at U+2028 and the like
-        record = {"condition": args.condition, "instruction": prompt, "response": text}
-        print(json.dumps(record) if args.jsonl else text)
-    if len(prompts) > 1 and not args.jsonl and (longer := sum("\n" in text for text in texts)):
-        print(f"{longer} of {len(prompts)} answers hold line ends; --jsonl keeps each on one line", file=sys.stderr)
+    check_flags(args)
+    answering = Answering(
+        args.max_new_tokens, Sampling(args.temperature, args.top_p, args.seed, args.top_k, args.min_p), args.samples,
+        tuple(args.stop), args.logprobs, args.h_cycles, args.l_cycles, args.dtype)
+    questions = questions_of(args)
+    session = Session(args.load, answering, args.tokenizer_model, args.weights, args.ckpt_step, args.verify_checkpoint)
+    if session.remark:
+        say(session.remark)
+    if args.interactive:
+        converse(session, args.condition)
+    elif args.output:
+        write_answers(session, questions, args)
+    else:
+        print_answers(session, questions, args)
 
 
 def main() -> int:

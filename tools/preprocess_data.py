@@ -1,4 +1,4 @@
-"""Turn files of examples into shards of Megatron's .bin/.idx that hrm_megatron.pretrain reads."""
+"""Turn files of examples or documents into shards of Megatron's .bin/.idx that hrm_megatron.pretrain reads."""
 from __future__ import annotations
 
 import argparse
@@ -18,6 +18,7 @@ from hrm_megatron.data.engine import ENGINES
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.inputs import add_input_flags, inputs_of
 from hrm_megatron.data.kept_examples import forget_kept_of_another
+from hrm_megatron.data.lint import LINT
 from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.report import report_on
 from hrm_megatron.data.source_names import source_names
@@ -38,6 +39,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                              "proven to give the same ids; they do not change the output (default: %(default)s, "
                              "gigatoken where it is installed)")
     add_spelling_flags(parser)
+    parser.add_argument("--lint", choices=LINT, default="warn",
+                        help="report rows that silently ruin a model, refuse them, or do not look (default: "
+                             "%(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes; they do not change the output")
     parser.add_argument("--context-size", type=int, default=4096, metavar="POSITIONS",
                         help="longer responses are truncated (default: %(default)s)")
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     paths, rows = inputs_of(args, tokenizer.spelling.tags)
     report = preprocess(paths, args.output_prefix, tokenizer, args.workers, rows,
                         args.context_size, args.on_bad_row == "skip", args.overwrite,
-                        names=source_names(args.input, paths), task=task, merge=args.merge)
+                        names=source_names(args.input, paths), task=task, merge=args.merge, lint=args.lint)
     if report is None:
         print(f"{args.output_prefix}: the share of --shard {args.shard} is done; others are not")
     else:

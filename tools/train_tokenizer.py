@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on jsonl files of examples."""
+"""Train a byte-level BPE tokenizer on files of examples or documents."""
 from __future__ import annotations
 
 import argparse

@@ -23,7 +23,6 @@ from hrm_megatron.model.hrm import HRMModel  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
 
-ROW_TOKENS = 1024  # as many packed prompts run at once
 UNFINISHED = " ..."  # no right answer ends so
 
 
@@ -41,8 +40,7 @@ def of_checkpoint(folder: Path, tokenizer: TextTokenizer, rows: Sequence[Row]) -
 
 def _answers(model: HRMModel, tokenizer: TextTokenizer, rows: Sequence[Row]) -> list[str]:
     prompts = [tokenizer.encode_prefix(row["condition"], row["instruction"]) for row in rows]
-    answers = generate(model, prompts, tokenizer.eoa, tokenizer.vocab_size, longest_answer(tokenizer, rows),
-                       row_tokens=ROW_TOKENS)
+    answers = generate(model, prompts, tokenizer.eoa, tokenizer.vocab_size, longest_answer(tokenizer, rows))
     return [tokenizer.decode(ids) + (UNFINISHED if ids[-1] != tokenizer.eoa else "") for ids in answers]
 
 

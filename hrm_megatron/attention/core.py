@@ -42,12 +42,10 @@ class PrefixLMAttention(MegatronModule):  # type: ignore[misc]
                 attn_mask_type: Any = None, attention_bias: None = None,
                 packed_seq_params: PrefixSequences | None = None) -> torch.Tensor:
         assert packed_seq_params is not None, "PrefixLM attention needs the lengths of its examples"
-        out: torch.Tensor = self.attend_to_all(packed_seq_params.rotation(query), packed_seq_params.rotation(key),
-                                               value, packed_seq_params)
+        query, key = packed_seq_params.rotation(query, key)
+        out: torch.Tensor = self.attend_to_all(query, key, value, packed_seq_params)
         return out
 
-    # The sizes in here differ from micro-batch to micro-batch, and the kernels are made already.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend_to_all(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                       sequences: PrefixSequences) -> torch.Tensor:
         """Attention to the keys of all context parallel ranks, in the shapes of `forward`."""

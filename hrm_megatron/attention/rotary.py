@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hrm_megatron.layers.functions import RotateFunction, rotated
+from hrm_megatron.layers.functions import RotateFunction, rotated, run
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Rotation:
         cos = angles.cos()
         return cls(torch.cat((cos, cos), -1), angles.sin())
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate queries or keys [s, b, heads, head_dim]; the result has the dtype of `x`."""
+    def __call__(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rotate queries, keys or both, [s, b, heads, head_dim] each; results have the dtype of what they were."""
         if torch.compiler.is_compiling():
-            return rotated(x, self.cos, self.sin)
-        out: torch.Tensor = RotateFunction.apply(x, self.cos, self.sin)
+            return tuple(rotated(x, self.cos, self.sin) for x in states)
+        out: tuple[torch.Tensor, ...] = run(RotateFunction, self.cos, self.sin, *states)
         return out

@@ -16,6 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from hrm_megatron.attention.gather_scatter import GatherForCalls, RowIndex, ScatterFromCalls
 from hrm_megatron.attention.prefix_lm import Piece, PrefixSequences
 from hrm_megatron.data.batch import send
+from hrm_megatron.layers.functions import run
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,11 @@ def attend_in_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, calls: Se
     """Attention of q [s/cp, b, heads, d] to k, v [s, b, heads, d]: [s/cp, b, heads * d], zeros at padding."""
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
     if calls:
-        parts = GatherForCalls.apply(flat_q, flat_k, flat_v, [(call.queries, call.keys, call.keys) for call in calls])
+        parts = run(GatherForCalls, flat_q, flat_k, flat_v,
+                    [(call.queries, call.keys, call.keys) for call in calls])
         results = [primitive(queries, keys, values, call, scale)
                    for (queries, keys, values), call in zip(itertools.batched(parts, 3), calls, strict=True)]
-        out = ScatterFromCalls.apply([call.queries for call in calls], len(flat_q), *results)
+        out = run(ScatterFromCalls, [call.queries for call in calls], len(flat_q), *results)
     else:
         out = torch.cat((torch.zeros_like(flat_q), nothing_of(flat_q, flat_k, flat_v)))
     return out.view(*q.shape[:2], -1)

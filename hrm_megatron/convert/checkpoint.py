@@ -56,12 +56,13 @@ class Checkpoint:
     remark: str = ""  # what could not be verified of it, as the rest of a sentence
 
     def part_of(self, kind: str, entry: Rename) -> torch.Tensor:
-        """Read one tensor of the weights of this kind; a tensor that is not trained has no average."""
-        return self.read(kind if entry.trained else RAW, entry)
+        """Read one tensor of the weights of this kind; one that is not trained has no EMA, a model before its first
+        step need not have one."""
+        return self.read(kind if entry.trained and kind in self.parts else RAW, entry)
 
     def require(self, kind: str) -> None:
-        """Refuse a kind of weights that is not stored."""
-        if kind not in self.parts:
+        """Refuse a kind of weights that is not stored; before the first step the EMA is the weights."""
+        if kind not in self.parts and (kind != EMA or self.iteration):
             raise ConfigError(f"{self.path}: holds no {kind.upper()} weights, only {', '.join(sorted(self.parts))}; "
                               f"choose --weights {RAW if kind == EMA else EMA}")
 
@@ -77,10 +78,13 @@ class Checkpoint:
         return replace(self, iteration=0, embedding_updates=0, parts=frozenset({RAW}),
                        read=lambda _, entry: self.part_of(kind, entry))
 
-    def state(self, entry: Rename) -> dict[str, torch.Tensor]:
-        """Read all parts of one trained tensor; what is not stored is as before the first step."""
-        raw = self.read(RAW, entry).float()
-        fresh = {RAW: raw, EMA: raw}
-        zeros = torch.zeros((), dtype=torch.float32).expand(entry.shape)
-        return {part: self.read(part, entry).float() if part in self.parts and part != RAW
-                else fresh.get(part, zeros) for part in PARTS}
+    @property
+    def has_state(self) -> bool:
+        """Tell whether optimizer state and EMA are stored, all of them."""
+        return self.parts >= frozenset(PARTS)
+
+    def state(self, part: str, entry: Rename) -> torch.Tensor:
+        """Read a part of one trained tensor in fp32; what is not stored is as before the first step."""
+        if part in self.parts:
+            return self.read(part, entry).float()
+        return self.read(RAW, entry).float() if part == EMA else torch.zeros(entry.shape)

@@ -2,29 +2,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from hrm_megatron.checkpoint.stream import LazyTensor
+from hrm_megatron.checkpoint.verify import UNVERIFIED
 from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
 from hrm_megatron.convert.card import CARD_FILE, model_card
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, TokenIds, Training
-from hrm_megatron.convert.file_mode import follow_umask
+from hrm_megatron.convert.hf_files import INDEX_FILE, HFFiles, read_json
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer
-from hrm_megatron.convert.table import Rename, check, table
+from hrm_megatron.convert.ledger import Ledger
+from hrm_megatron.convert.safetensors_file import write_safetensors
+from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.data.spelling import BOQ, EOA, PAD, SPECIAL_TOKENS, Spelling
 from hrm_megatron.model.schedule import split_bp_steps
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WITHOUT_CHECKSUMS = "has no checksums, so that its files were held against their headers only"
-FLOATS = ("F32", "BF16", "F16")  # of safetensors
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What an HRM is in transformers' words.
 FIXED: dict[str, Any] = dict(model_type="hrm_text", tie_word_embeddings=False, prefix_lm=True)
@@ -57,12 +57,13 @@ def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: Mapping[str, Token
 
 def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str = "float32",
              tokenizer: str | Path | None = None, max_shard_size: int | str = "5GB",
-             progress: Callable[[], object] = lambda: None) -> None:
+             ledger: Ledger | None = None) -> None:
     """Write the weights of this kind so that unmodified transformers computes the same logits.
 
     With a `tokenizer` (folder or tokenizer.json), `generate(**tokenizer(prompt))` sees the prompt both ways, as
-    in training. `progress` is called once for every tensor; one shard is in memory at a time.
+    in training. One tensor is in memory at a time; `ledger` notes them.
     """
+    ledger = ledger or Ledger()
     checkpoint.require(kind)
     architecture, max_tokens = checkpoint.architecture, checkpoint.training.seq_length
     beside = None if tokenizer is None else ExportTokenizer.open(tokenizer)
@@ -71,21 +72,15 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     folder.mkdir(parents=True, exist_ok=True)
     if beside:
         beside.write(folder, max_tokens)
-    entries = {entry.hf: entry for entry in table(architecture)}
+    tensors = {entry.hf: _exported(checkpoint, kind, entry, DTYPES[dtype]) for entry in table(architecture)}
     try:
         plan = split_torch_state_dict_into_shards(
-            {name: torch.empty(entry.shape, dtype=DTYPES[dtype], device="meta") for name, entry in entries.items()},
+            {name: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for name, lazy in tensors.items()},
             max_shard_size=max_shard_size)
     except ValueError as error:
         raise ConfigError(f"--max-shard-size {max_shard_size}: {error}; write for example 5GB") from error
     for file, names in plan.filename_to_tensors.items():
-        tensors = {}
-        for name in names:
-            tensor = entries[name].from_megatron(checkpoint.part_of(kind, entries[name]))
-            tensors[name] = tensor.to(DTYPES[dtype]).contiguous()
-            progress()
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        follow_umask(folder / file)
+        write_safetensors(folder / file, {name: ledger.noting(name, tensors[name]) for name in names})
     tokens = min(architecture.vocab_size, beside.text.vocab_size if beside else architecture.vocab_size)
     padding = list(range(tokens, architecture.padded_vocab_size))  # rows of the head that stand for no token
     files = {CONFIG_FILE: config, GENERATION_FILE: {**token_ids, **({"suppress_tokens": padding} if padding else {})}}
@@ -98,10 +93,17 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
+def _exported(checkpoint: Checkpoint, kind: str, entry: Rename, dtype: torch.dtype) -> LazyTensor:
+    return LazyTensor(entry.shape, dtype, lambda: entry.from_megatron(checkpoint.part_of(kind, entry)).to(dtype))
+
+
 def _token_ids(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict[str, TokenIds]:
     """Return the ids of the tokens that transformers asks for by role, all of them rows of the model."""
     architecture = checkpoint.architecture
-    if beside and padded_vocab_size(beside.text.vocab_size) != architecture.padded_vocab_size:
+    # A vocabulary of as many tokens as there are rows may be one that was padded.
+    rows_alone = architecture.vocab_size == architecture.padded_vocab_size
+    if beside and architecture.vocab_size != (
+            padded_vocab_size(beside.text.vocab_size) if rows_alone else beside.text.vocab_size):
         raise ConfigError(f"{beside.text.path}: has {beside.text.vocab_size} tokens, the model {checkpoint.path} was "
                           f"trained with {architecture.vocab_size}; give its own tokenizer as --tokenizer-model")
     token_ids: dict[str, TokenIds] = dict(beside.token_ids if beside else checkpoint.token_ids or TOKEN_IDS)
@@ -110,18 +112,6 @@ def _token_ids(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict[s
             raise ConfigError(f"{checkpoint.path}: has {architecture.vocab_size} tokens, {name} would be {ids}; give "
                               "its own tokenizer as --tokenizer-model")
     return token_ids
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read ({error.strerror}); give a folder that transformers saved") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error}); copy the folder again") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: holds no settings; copy the folder again")
-    return loaded
 
 
 def _architecture(config: dict[str, Any]) -> Architecture:
@@ -150,10 +140,13 @@ def _architecture(config: dict[str, Any]) -> Architecture:
     return architecture
 
 
-def read_hf(folder: str | Path) -> Checkpoint:
-    """Open a transformers folder as a model before its first step; tensors are read when they are asked for."""
+def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
+    """Open a transformers folder as a model before its first step.
+
+    Tensors are read when they are asked for, and verified if the folder is an export from here.
+    """
     folder = Path(folder)
-    config = _read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE)
     try:
         architecture, token_ids = _architecture(config), _ids_of(config)
         # transformers: [2] by default, and 1 for every earlier cycle.
@@ -166,36 +159,21 @@ def read_hf(folder: str | Path) -> Checkpoint:
         raise ConfigError(f"{folder / CONFIG_FILE}: lacks a setting or has an odd one ({error}); copy the folder again"
                           ) from error
     architecture = replace(architecture, vocab_size=_tokens_of(folder, architecture.vocab_size))
-    files = {WEIGHTS_FILE}
-    if (folder / INDEX_FILE).exists():
-        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ConfigError(f"{folder / INDEX_FILE}: does not say which file a tensor is in; copy the folder again")
-        files = set(weight_map.values())
-    file_of: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in (folder / Path(file).name for file in sorted(files)):
-        with _open(path) as opened:
-            for name in opened.keys():  # noqa: SIM118  # no dict
-                file_of[name], shapes[name] = path, tuple(opened.get_slice(name).get_shape())
-                if (dtype := opened.get_slice(name).get_dtype()) not in FLOATS:
-                    raise ConfigError(f"{path}: {name} is of type {dtype}, no weight's; copy the folder again")
-    check(folder, "hf", table(architecture), shapes)
+    files = HFFiles(folder, table(architecture), verify)
 
     def read(part: str, entry: Rename) -> torch.Tensor:
-        with _open(file_of[entry.hf]) as opened:
-            tensor: torch.Tensor = opened.get_tensor(entry.hf)
+        tensor = files.tensor(entry)
         # HRM-Text's start of z_L is bf16 in every run.
         return entry.to_megatron(tensor.float() if entry.trained else tensor.to(torch.bfloat16))
 
     return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read, token_ids,
-                      WITHOUT_CHECKSUMS)
+                      UNVERIFIED if not verify else "" if files.has_digests else WITHOUT_CHECKSUMS)
 
 
 def _tokens_of(folder: Path, rows: int) -> int:
     """Return the number of tokens, which no config tells from rows: exports suppress the rows that stand for none."""
     path = folder / GENERATION_FILE
-    suppressed = _read_json(path).get("suppress_tokens") if path.exists() else None
+    suppressed = read_json(path).get("suppress_tokens") if path.exists() else None
     tokens = rows - len(suppressed) if isinstance(suppressed, list) else rows
     return tokens if suppressed == [*range(tokens, rows)] and padded_vocab_size(tokens) == rows else rows
 
@@ -209,10 +187,3 @@ def _ids_of(config: dict[str, Any]) -> dict[str, TokenIds]:
             raise ConfigError(f"{name}: {value!r} is no token id")
     end = ids.get("eos_token_id")
     return {"pad_token_id": end[0] if isinstance(end, list) else end, **ids} if end is not None else {}
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot read ({error}); copy the folder again") from error

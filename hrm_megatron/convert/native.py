@@ -2,21 +2,20 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from hrm_megatron.checkpoint.archive import check_archive_file
 from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.manifest import describe_folder, write_manifest
+from hrm_megatron.checkpoint.stream import LazyTensor, save_lazily
 from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.config import Architecture, ConfigError, ffn_hidden_size
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
+from hrm_megatron.convert.ledger import Ledger
 from hrm_megatron.convert.table import Rename, check, is_embedding, table
 from hrm_megatron.data.spelling import BOQ, EOA, EOQ, TAG_TOKENS
 from hrm_megatron.optim.schedule import as_fp32
@@ -28,11 +27,11 @@ FIXED = {"name": "baselines.hrm_nocarry_bp_warmup@HierarchicalReasoningModel", "
          "pos_emb_type": "rope"}
 
 
-def _model_key(entry: Rename) -> str:
+def model_key(entry: Rename) -> str:
     return f"model.{entry.native}"
 
 
-def _state_key(entry: Rename, name: str) -> str:
+def state_key(entry: Rename, name: str) -> str:
     return f"optim.state.{entry.native}.{name}"
 
 
@@ -126,7 +125,7 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
             if key.startswith("optim.state.") and key.endswith(f".{name}")})
 
     def read(part: str, entry: Rename) -> torch.Tensor:
-        key = _model_key(entry) if part == RAW else _state_key(entry, PART_NAMES[part])
+        key = model_key(entry) if part == RAW else state_key(entry, PART_NAMES[part])
         return entry.to_megatron(stored.tensor(key))
 
     return Checkpoint(folder, architecture, training, iteration, embedding_updates,
@@ -135,7 +134,7 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
 
 def _counts(stored: DCPFolder, trained: list[Rename]) -> tuple[int, int]:
     """Number of updates of the weights and of the embedding; all others must agree."""
-    steps = {entry.native: int(stored.tensor(_state_key(entry, "step"))) for entry in trained}
+    steps = {entry.native: int(stored.tensor(state_key(entry, "step"))) for entry in trained}
     embedding = next(steps.pop(entry.native) for entry in trained if is_embedding(entry))
     if len(set(steps.values())) > 1:
         few, many = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
@@ -175,33 +174,27 @@ def _metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
             boq=BOQ, eoq=EOQ, eoa=EOA, condition_mapping=dict(TAG_TOKENS), tokenizer_path="tokenizer"))
 
 
-def write_native(checkpoint: Checkpoint, folder: Path, progress: Callable[[], object] = lambda: None) -> None:
+def write_native(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None = None) -> None:
     """Write a folder that HRM-Text resumes from, of epoch 1 (0 for a model before its first step).
 
-    `progress` is called once for every tensor of the table. All of the state is in memory at once.
+    One tensor is in memory at a time; `ledger` notes them.
     """
-    t = checkpoint.training
+    ledger, t = ledger or Ledger(), checkpoint.training
     config, metadata = _config_of(checkpoint), _metadata_of(checkpoint)
-    model: dict[str, torch.Tensor] = {}
-    state: dict[str, dict[str, torch.Tensor]] = {}
+    model: dict[str, LazyTensor] = {}
+    state: dict[str, dict[str, LazyTensor | torch.Tensor]] = {}
     for entry in table(checkpoint.architecture):
+        model[entry.native] = ledger.noting(model_key(entry), _stored(checkpoint, RAW, entry))
         if entry.trained:
-            parts = {part: entry.from_megatron(tensor) for part, tensor in checkpoint.state(entry).items()}
-            model[entry.native] = parts[RAW]
             updates = checkpoint.embedding_updates if is_embedding(entry) else checkpoint.iteration
-            state[entry.native] = {"step": torch.tensor(float(updates)),
-                                   **{name: parts[part] for part, name in PART_NAMES.items()}}
-        else:
-            model[entry.native] = checkpoint.read(RAW, entry)
-        progress()
+            state[entry.native] = {"step": torch.tensor(float(updates)), **{
+                name: ledger.noting(state_key(entry, name), _stored(checkpoint, part, entry))
+                for part, name in PART_NAMES.items()}}
     group = dict(lr=torch.tensor(as_fp32(t.last_lr)), betas=(t.beta1, t.beta2), weight_decay=t.weight_decay,
                  ema=t.ema_decay, params=list(state))
     epoch = min(1, checkpoint.iteration)
     folder.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch remarks on the absence of a process group, which is meant
-        save_dcp({"model": model, "optim": {"state": state, "param_groups": [group]}},
-                 checkpoint_id=folder / f"fsdp2_epoch_{epoch}", no_dist=True)
+    save_lazily({"model": model, "optim": {"state": state, "param_groups": [group]}}, folder / f"fsdp2_epoch_{epoch}")
     carry, settings = f"carry_epoch_{epoch}.0.pt", {CONFIG_FILE: config, METADATA_FILE: metadata}
     torch.save(None, folder / carry)
     for name, values in settings.items():
@@ -209,3 +202,9 @@ def write_native(checkpoint: Checkpoint, folder: Path, progress: Callable[[], ob
     target = folder / f"fsdp2_epoch_{epoch}"
     write_manifest(target, checkpoint.iteration, {}, describe_folder(
         target, beside=(f"../{name}" for name in (carry, *settings))))
+
+
+def _stored(checkpoint: Checkpoint, part: str, entry: Rename) -> LazyTensor:
+    if not entry.trained:  # HRM-Text's start of z_L, which it keeps in bf16
+        return LazyTensor(entry.shape, torch.bfloat16, lambda: checkpoint.read(RAW, entry))
+    return LazyTensor(entry.shape, torch.float32, lambda: entry.from_megatron(checkpoint.state(part, entry)))

@@ -2,36 +2,42 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import math
 import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.checkpoint.api import CheckpointException
-from tqdm import tqdm
+import torch
 
 from hrm_megatron.checkpoint.folders import TRACKER_FILE, find_iteration
 from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint
+from hrm_megatron.convert.comparison import Loaded, compare
 from hrm_megatron.convert.hf import CONFIG_FILE, DTYPES, read_hf, write_hf
+from hrm_megatron.convert.ledger import Ledger, progress
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
 from hrm_megatron.convert.native import read_native, write_native
 from hrm_megatron.convert.table import table
 from hrm_megatron.convert.to_megatron import write_megatron
-from hrm_megatron.program import signals_held
+from hrm_megatron.program import whole_folder
 
 FORMATS = ("megatron", "hf", "native")
 SIGNATURES = (TRACKER_FILE, CONFIG_FILE, NATIVE_CONFIG_FILE)  # one of them is in every folder written here
 RESERVE_BYTES = 1 << 20
+VERIFIED_PARAMETERS = 2e9  # fp32 models of that size and above do not fit the memory of many machines
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """One conversion; `weights` None: everything that the output can hold, EMA weights where it holds weights only."""
+    """One conversion; `weights` None: everything that the output can hold, EMA weights where it holds weights only.
+
+    `verify` loads the output and compares logits; None: of models below VERIFIED_PARAMETERS.
+    """
 
     load: Path
     load_format: str
@@ -44,14 +50,14 @@ class Conversion:
     max_shard_size: str = "5GB"
     overwrite: bool = False
     verify_checkpoint: bool = True
+    verify: bool | None = None
+    allow_nonfinite: bool = False
 
 
 def convert(job: Conversion) -> str:
     """Do one conversion and return a line about it; raise ConfigError with one line, and then leave no output."""
     if job.ckpt_step is not None and job.load_format == "hf":
         raise ConfigError(f"--ckpt-step {job.ckpt_step}: a transformers folder has no steps; leave the flag out")
-    if not job.verify_checkpoint and job.load_format == "hf":
-        raise ConfigError("--no-verify-checkpoint: a transformers folder has no checksums to skip; leave the flag out")
     if job.save_format != "hf" and (job.tokenizer_model or job.dtype != "float32"):
         raise ConfigError(f"--tokenizer-model and --dtype are for --save-format hf; {job.save_format} keeps fp32 "
                           "masters")
@@ -60,36 +66,63 @@ def convert(job: Conversion) -> str:
         raise ConfigError(f"--save {job.save}: overlaps --load {job.load}; choose a folder apart")
     if job.load_format != "megatron":
         return _convert(job, read_native(job.load, job.ckpt_step, job.verify_checkpoint)
-                        if job.load_format == "native" else read_hf(job.load))
+                        if job.load_format == "native" else read_hf(job.load, job.verify_checkpoint))
     iteration = find_iteration(job.load, job.ckpt_step)
     with naming_another(iteration):
         return _convert(job, read_megatron(iteration, job.verify_checkpoint))
 
 
 def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
+    step = checkpoint.iteration
     if job.weights and job.save_format != "hf":
         checkpoint = checkpoint.only_weights(job.weights)
-    kind = job.weights or (EMA if EMA in checkpoint.parts or job.load_format != "hf" else RAW)
+    kind = job.weights or (EMA if EMA in checkpoint.parts or checkpoint.iteration else RAW)
     if job.save_format == "hf":
         checkpoint.require(kind)
-    entries = table(checkpoint.architecture)
-    with (new_folder(job.save, job.overwrite, output_bytes(job, checkpoint)) as folder,
-          tqdm(total=len(entries), unit=" tensors", disable=None) as bar):
-        if job.save_format == "hf":
-            write_hf(checkpoint, folder, kind, job.dtype, job.tokenizer_model, job.max_shard_size, bar.update)
-        elif job.save_format == "native":
-            write_native(checkpoint, folder, bar.update)
-        else:
-            write_megatron(checkpoint, folder, bar.update)
-    whole = job.save_format != "hf" and EMA in checkpoint.parts
-    content = "weights and optimizer state" if whole else f"{kind} weights"
-    said = f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(entries)} tensors, from {checkpoint.path}"
+    size_bytes = output_bytes(job, checkpoint)
+    with new_folder(job.save, job.overwrite, size_bytes) as folder:
+        with progress(size_bytes) as passed:
+            ledger = Ledger(job.allow_nonfinite, passed)
+            if job.save_format == "hf":
+                write_hf(checkpoint, folder, kind, job.dtype, job.tokenizer_model, job.max_shard_size, ledger)
+            elif job.save_format == "native":
+                write_native(checkpoint, folder, ledger)
+            else:
+                write_megatron(checkpoint, folder, ledger)
+        settings = dataclasses.asdict(checkpoint.architecture) | (
+            dict(dtype=job.dtype, weights=kind) if job.save_format == "hf" else {})
+        ledger.write(folder, source=str(job.load), source_format=job.load_format, format=job.save_format,
+                     iteration=step, settings=settings)
+        compared = _compare(job, checkpoint, kind, ledger, folder)
+    content = "weights and optimizer state" if job.save_format != "hf" and checkpoint.has_state else f"{kind} weights"
+    said = (f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(table(checkpoint.architecture))} "
+            f"tensors, from {checkpoint.path}")
     if checkpoint.remark:
         said += f", which {checkpoint.remark}"
+    if job.save_format == "megatron" and not checkpoint.has_state:
+        said += "; train from them with --finetune, moments and EMA begin there"
     if job.save_format == "hf" and job.tokenizer_model is None:
         said += "; no tokenizer beside them, and token ids of " + (
             str(job.load) if checkpoint.token_ids else "HRM-Text's tokenizers") + " (--tokenizer-model puts one there)"
-    return said
+    if ledger.not_finite:
+        said += f"; warning: NaN or infinities in {', '.join(ledger.not_finite)} (--allow-nonfinite)"
+    return f"{said}; {compared}"
+
+
+def _compare(job: Conversion, checkpoint: Checkpoint, kind: str, ledger: Ledger, folder: Path) -> str:
+    """Load what was written and compare it with its source, unless that is not wanted; return what to say of it."""
+    skipped = "its logits were not compared with the source's"
+    parameters = checkpoint.architecture.num_parameters
+    if job.verify is False:
+        return f"{skipped} (--no-verify)"
+    if job.verify is None and parameters >= VERIFIED_PARAMETERS:
+        return f"{skipped} ({parameters / 1e9:.1f} billion parameters; --verify compares them)"
+    if ledger.not_finite:
+        return f"{skipped}, which are NaN"
+    dtype, kind = (DTYPES[job.dtype], kind) if job.save_format == "hf" else (torch.float32, RAW)
+    source = Loaded(job.load, job.load_format, None if job.load_format == "hf" else checkpoint, kind, dtype)
+    return compare(source, Loaded(folder, job.save_format, dtype=dtype), checkpoint.architecture,
+                   checkpoint.training.seq_length)
 
 
 def output_bytes(job: Conversion, checkpoint: Checkpoint) -> int:
@@ -97,7 +130,9 @@ def output_bytes(job: Conversion, checkpoint: Checkpoint) -> int:
     elements = sum(math.prod(entry.shape) for entry in table(checkpoint.architecture))
     if job.save_format == "hf":
         return elements * DTYPES[job.dtype].itemsize
-    copies = len(PARTS) + (job.save_format == "megatron")  # Megatron stores weights beside their masters
+    copies = len(PARTS)
+    if job.save_format == "megatron":  # which stores weights beside their masters
+        copies = len(PARTS) + 1 if checkpoint.has_state else 1
     return elements * copies * 4
 
 
@@ -109,29 +144,16 @@ def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
             raise ConfigError(f"--save {save}: exists and is no checkpoint; choose another")
         if not overwrite and any(save.iterdir()):
             raise ConfigError(f"--save {save}: exists; pass --overwrite to replace all of it, or choose another")
-    partial, replaced = (save.with_name(f".{save.name}.{state}-{uuid.uuid4().hex}")
-                         for state in ("partial", "replaced"))
     try:
-        partial.mkdir(parents=True)
-        if (free := shutil.disk_usage(partial).free) < size_bytes + RESERVE_BYTES:
-            raise ConfigError(f"--save {save}: needs {size_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free "
-                              "some space or choose another disk")
-        yield partial
-        if save.exists():
-            save.rename(replaced)
-        partial.rename(save)
-    except ConfigError:
-        raise
-    # safetensors and torch report a full disk in classes of their own, one of them no Exception.
-    except (Exception, CheckpointException) as error:
-        full = partial.exists() and shutil.disk_usage(partial).free < RESERVE_BYTES
-        if not full and not isinstance(error, OSError):
-            raise
-        reason = "no space left on device" if full else getattr(error, "strerror", None) or error
-        raise ConfigError(f"--save {save}: cannot write ({reason}); nothing was left there") from error
-    finally:
-        with signals_held():
-            if replaced.exists() and not save.exists():
-                replaced.rename(save)
-            for leftover in (partial, replaced):
-                shutil.rmtree(leftover, ignore_errors=True)
+        with whole_folder(save) as partial:
+            if (free := shutil.disk_usage(partial).free) < size_bytes + RESERVE_BYTES:
+                raise ConfigError(f"--save {save}: needs {size_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free "
+                                  "some space or choose another disk")
+            try:
+                yield partial
+            except Exception as error:  # torch reports a full disk in a class of its own
+                if isinstance(error, ConfigError) or shutil.disk_usage(partial).free >= RESERVE_BYTES:
+                    raise
+                raise OSError(errno.ENOSPC, "no space left on device") from error
+    except OSError as error:
+        raise ConfigError(f"--save {save}: cannot write ({error.strerror or error}); nothing was left there") from error

@@ -3,21 +3,26 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.training import arguments as megatron_arguments
 
-from hrm_megatron.checkpoint.folders import TRACKER_FILE
+from hrm_megatron.checkpoint.folders import CONFIG_FILE, TRACKER_FILE
+from hrm_megatron.checkpoint.fsdp_folder import COMMON
 from hrm_megatron.checkpoint.manifest import describe_folder, write_manifest
-from hrm_megatron.config import ConfigError
+from hrm_megatron.checkpoint.stream import LazyTensor, save_lazily
+from hrm_megatron.checkpoint.verify import FORMAT
+from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
+from hrm_megatron.convert.ledger import Ledger
 from hrm_megatron.convert.megatron import STATE_NAMES
-from hrm_megatron.convert.table import table
+from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.optim.adam_atan2 import UPDATES
 from hrm_megatron.optim.builder import STEPS_DONE
@@ -60,48 +65,64 @@ def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
     return args
 
 
-def write_megatron(checkpoint: Checkpoint, folder: Path, progress: Callable[[], object] = lambda: None) -> None:
+def write_megatron(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None = None) -> None:
     """Write a folder that `hrm_megatron.pretrain --load` resumes from, in any layout and with any schedule.
 
-    A checkpoint without optimizer state becomes a model before its first step. `progress` is called once for
-    every tensor of the table. All of the state is in memory at once.
+    Of a checkpoint without optimizer state it is a folder of weights, to train from with --finetune. One tensor is in
+    memory at a time; `ledger` notes them.
     """
-    args = _arguments_for(checkpoint)
+    ledger, args = ledger or Ledger(), _arguments_for(checkpoint)
     target = folder / f"iter_{checkpoint.iteration:07d}"
     target.mkdir(parents=True)
-    with single_rank():
-        model = HRMModel(hrm_config(checkpoint.architecture, use_cpu_initialization=True), seed=0)
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        weights = model.sharded_state_dict(metadata=dict(SHARDING, dp_cp_group=group))
-        del model
-        states: dict[int, dict[str, Any]] = {}
+    common: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": checkpoint.iteration,
+                              "opt_param_scheduler": {STEPS_DONE: checkpoint.iteration},
+                              "num_floating_point_operations_so_far": 0.0, "content_metadata": dict(SHARDING)}
+    state: dict[str, LazyTensor | io.BytesIO] = dict(_extra_states(checkpoint.architecture))
+    for entry in table(checkpoint.architecture):
+        state[entry.megatron] = ledger.noting(entry.megatron, _stored(checkpoint, RAW, entry))
+    if checkpoint.has_state:
+        common["optimizer"] = {"optimizer": {"param_groups": _groups(checkpoint)},
+                               "param_state_sharding_type": SHARDING["distrib_optim_sharding_type"]}
         for entry in table(checkpoint.architecture):
-            if entry.trained:
-                parts = checkpoint.state(entry)
-                states[len(states)] = {name: _sharded(weights[entry.megatron], parts[part],
-                                                      f"optimizer.state.{name}.{entry.megatron}")
-                                       for part, name in STATE_NAMES.items()}
-                weights[entry.megatron] = _sharded(weights[entry.megatron], parts[RAW], entry.megatron)
-            else:
-                weights[entry.megatron] = _sharded(weights[entry.megatron], checkpoint.read(RAW, entry), entry.megatron)
-            progress()
-        dist_checkpointing.save({
-            "args": args, "checkpoint_version": 3.0, "iteration": checkpoint.iteration, "model": weights,
-            "optimizer": {"optimizer": {"param_groups": _groups(checkpoint)}, "param_state": states,
-                          "param_state_sharding_type": SHARDING["distrib_optim_sharding_type"]},
-            "opt_param_scheduler": {STEPS_DONE: checkpoint.iteration}, "num_floating_point_operations_so_far": 0.0,
-        }, str(target), content_metadata=dict(SHARDING))
+            for part, name in STATE_NAMES.items() if entry.trained else ():
+                key = f"optimizer.state.{name}.{entry.megatron}"
+                state[key] = ledger.noting(key, _stored(checkpoint, part, entry))
+    args.no_save_optim = not checkpoint.has_state
+    state[COMMON] = _saved([common])
+    save_lazily(state, target, flatten=False)
+    (target / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(FORMAT)))
     (folder / TRACKER_FILE).write_text(str(checkpoint.iteration))
     write_manifest(target, checkpoint.iteration, dataclasses.asdict(checkpoint.architecture), describe_folder(target))
 
 
-def _sharded(like: ShardedTensor | ShardedTensorFactory, tensor: torch.Tensor,
-             key: str) -> ShardedTensor | ShardedTensorFactory:
-    """Put a full tensor into the place of a weight of the single rank's model."""
-    values: dict[str, Any] = dict(key=key, data=tensor)
-    if isinstance(like, ShardedTensor):
-        values["dtype"] = tensor.dtype
-    return dataclasses.replace(like, **values)
+def stock_state(model: HRMModel) -> dict[str, Any]:
+    """Return what Megatron stores of the single rank's model, by its names."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    stored: dict[str, Any] = model.sharded_state_dict(metadata=dict(SHARDING, dp_cp_group=group))
+    return stored
+
+
+def _stored(checkpoint: Checkpoint, part: str, entry: Rename) -> LazyTensor:
+    if not entry.trained:
+        return LazyTensor(entry.shape, torch.bfloat16, lambda: checkpoint.read(RAW, entry))
+    return LazyTensor(entry.shape, torch.float32, lambda: checkpoint.state(part, entry))
+
+
+def _extra_states(architecture: Architecture) -> dict[str, io.BytesIO]:
+    """Return what stock layers store beside tensors, by key: that of a model as deep, and as narrow as can be."""
+    heads = architecture.num_attention_heads
+    narrow = dataclasses.replace(architecture, hidden_size=2 * heads, ffn_hidden_size=1, vocab_size=1)
+    with single_rank():
+        stored = stock_state(HRMModel(hrm_config(narrow), seed=0))
+    return {value.unique_key: _saved([value.data]) for value in stored.values()
+            if isinstance(value, ShardedObject)}
+
+
+def _saved(value: object) -> io.BytesIO:
+    """Store a value as Megatron does, which lists the shards of an object in this rank."""
+    stored = io.BytesIO()
+    torch.save(value, stored)
+    return stored
 
 
 def _groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:

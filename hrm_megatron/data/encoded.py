@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hrm_megatron.data.example import BadRow
+from hrm_megatron.data.lint import Lint
 from hrm_megatron.data.shards import KEY
 
 
@@ -21,5 +22,6 @@ class Encoded:
     defaulted: int = 0
     bad_rows: list[BadRow] = field(default_factory=list)
     noted: Counter[str] = field(default_factory=Counter)
+    lint: Lint = field(default_factory=Lint)
     prompt_keys: np.ndarray = field(default_factory=lambda: np.empty(0, KEY))
     example_keys: np.ndarray = field(default_factory=lambda: np.empty((0, 2), KEY))

@@ -39,7 +39,7 @@ CODE_POINTS = 0x110000
 CHECKED_UNICODE = 16  # the major version of Unicode up to which the classes agree
 PRIVATE_PLANES = 0xF0000
 BATCH_CHARACTERS = 1 << 18  # spelled by tokenizers at once: it takes some hundred bytes for a token
-CHECKED_TEXTS = 1024  # one in so many of gigatoken's texts is spelled by tokenizers, too
+CHECKED_TEXTS = 4096  # one in so many of gigatoken's texts is spelled by tokenizers, too
 CHECKED_CHARACTERS = 1 << 14  # of the longest text that is
 CACHE_BYTES = 1 << 28  # gigatoken keeps every piece that it has seen; with so much more memory it starts anew
 SPACES = "\t\n\r \x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u200b\ufeff"
@@ -175,8 +175,8 @@ class GigatokenEngine:
         ends = np.concatenate([[0], encoded.lengths.cumsum()])
         last = counts.cumsum()
         lengths = np.diff(ends[np.concatenate([[0], last])]) + counts - 1
-        ids = np.insert(encoded.ids, ends[after].astype(np.int64), inserted)
-        return Ragged(ids.astype(np.int32, copy=False), lengths)
+        woven = np.insert(encoded.ids, ends[after].astype(np.int64), inserted)
+        return Ragged(woven.astype(np.int32, copy=False), lengths)
 
     def _with_tokens(self, texts: Sequence[str]) -> dict[int, tuple[list[str], list[int]]]:
         assert self._tokens

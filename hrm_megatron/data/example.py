@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hrm_megatron.config import ConfigError
@@ -46,16 +47,35 @@ class BadRows:
 
 
 @dataclass(frozen=True)
+class RawText:
+    """How documents are cut into examples (raw_text.py): the share of the prefix, of which one between the two is drawn
+    for each example from `seed` and the document's text; the folder of the model that finds sentences, and what tells
+    it from others; the name of the field with the text."""
+
+    prefix_fraction: tuple[float, float]
+    seed: int
+    sentence_model: Path
+    fingerprint: str
+    key: str = "text"
+
+    def __post_init__(self) -> None:
+        low, high = self.prefix_fraction
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(f"--prefix-fraction {low:g} {high:g}: two numbers of 0 to 1, the smaller first")
+
+
+@dataclass(frozen=True)
 class RowFormat:
     """How rows spell an example: the names of condition, instruction and response, and the tags of a row without a
-    condition (None: such a row is bad), and how the rows are shaped (row_shapes.SHAPES). No text has more than
-    `max_characters`."""
+    condition (None: such a row is bad), and how the rows are shaped (row_shapes.SHAPES), or how documents are cut. No
+    text has more than `max_characters`."""
 
     keys: tuple[str, ...] = FIELDS
     default_condition: str | None = None
     max_characters: int = MAX_CHARACTERS
     tags: tuple[str, ...] = tuple(TAG_TOKENS)  # that the tokenizer has
     shape: str = "fields"
+    raw: RawText | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -73,8 +93,13 @@ class RowFormat:
     def settings(self) -> dict[str, object]:
         """What decides, besides the files, which examples are read. Not what happens to bad rows: where there are
         some, nothing is made unless they are skipped."""
-        return {"json_keys": list(self.keys), "default_condition": self.default_condition,
-                "max_characters": self.max_characters, "row_shape": self.shape}
+        settings: dict[str, object] = {
+            "json_keys": list(self.keys), "default_condition": self.default_condition,
+            "max_characters": self.max_characters, "row_shape": self.shape}
+        if self.raw:
+            settings |= {"prefix_fraction": list(self.raw.prefix_fraction), "cut_seed": self.raw.seed,
+                         "sentence_model": self.raw.fingerprint, "text_key": self.raw.key}
+        return settings
 
 
 @dataclass(frozen=True)

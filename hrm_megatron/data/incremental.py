@@ -16,6 +16,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.dataset_folder import DatasetFolder, Task
 from hrm_megatron.data.encoded import Encoded
 from hrm_megatron.data.example import BadRows
+from hrm_megatron.data.lint import Lint
 from hrm_megatron.data.manifest import (
     Left,
     Manifest,
@@ -80,6 +81,9 @@ class Changes:
     mended: list[str] = field(default_factory=list)  # their shard was damaged, or they had bad rows
     removed: list[str] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
     def __str__(self) -> str:
         parts = [f"{len(self.kept)} kept"] if self.kept else []
         for what in ("added", "changed", "mended", "removed"):
@@ -98,12 +102,13 @@ class Update:
     """
 
     def __init__(self, folder: DatasetFolder, inputs: Sequence[Input], tokenizer: Mapping[str, Any],
-                 settings: Mapping[str, Any], skip_bad_rows: bool, overwrite: bool) -> None:
+                 settings: Mapping[str, Any], skip_bad_rows: bool, overwrite: bool, lint: str) -> None:
         self.folder = folder
         self.inputs = inputs
         self.tokenizer = tokenizer
         self.settings = settings
         self.skip_bad_rows = skip_bad_rows
+        self.lint = lint
         self.known = self._read_known(overwrite)
         self.done: dict[str, Source] = {}
         self.changes = Changes()
@@ -137,6 +142,8 @@ class Update:
     def complete(self) -> Manifest:
         """Write the manifest over all sources, and remove what it does not name."""
         manifest = Manifest(self.tokenizer, self.settings, tuple(self.done[given.name] for given in self.inputs))
+        if self.lint == "error":
+            manifest.lint.refuse()
         if not manifest.shards:
             if self.known is None:
                 self.folder.prune(set())
@@ -169,7 +176,8 @@ class Update:
 
     def _unchanged(self, given: Input, source: Source | None) -> Source | None:
         """Return what is known of a source if it need not be read again."""
-        if (source is None or source.num_bytes != given.num_bytes or (source.bad_rows and not self.skip_bad_rows)
+        if (source is None or source.num_bytes != given.num_bytes
+                or (source.bad_rows and not self.skip_bad_rows) or (source.lint is None and self.lint != "off")
                 or (source.shard and not source.shard.is_whole(self.folder.shards))):
             return None
         if source.modified_ns == given.modified_ns:
@@ -182,6 +190,7 @@ class Update:
         skipped = BadRows(self.skip_bad_rows)
         counts: Counter[str] = Counter()
         noted: Counter[str] = Counter()
+        lint = Lint()
         with contextlib.ExitStack() as stack:
             with self.folder.writing():
                 writer = ShardWriter(self.folder.scratch, self.tokenizer["vocab_size"])
@@ -191,6 +200,9 @@ class Update:
                     skipped.take(bad_row)
                 counts.update(truncated=encoded.truncated, defaulted=encoded.defaulted)
                 noted += encoded.noted
+                lint.merge(encoded.lint)
+                if self.lint == "error":
+                    lint.refuse(whole=False)
                 with self.folder.writing():
                     writer.add(encoded.ids, encoded.lengths, encoded.prompt_keys, encoded.example_keys)
                 advance(piece.num_bytes, len(encoded.ids))
@@ -202,7 +214,8 @@ class Update:
                 source = Source(given.name, given.num_bytes, given.modified_ns, sha256, shard, counts["truncated"],
                                 counts["defaulted"], dict(sorted(noted.items())),
                                 {kind: Left(count, skipped.first[kind])
-                                 for kind, count in sorted(skipped.count.items())})
+                                 for kind, count in sorted(skipped.count.items())},
+                                None if self.lint == "off" else lint.to_json())
                 self.folder.record(source, self.settings)
         self.done[given.name] = source
 

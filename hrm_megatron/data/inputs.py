@@ -10,16 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.example import FIELDS, MAX_CHARACTERS, RowFormat
-from hrm_megatron.data.readers import is_blank, with_shape
+from hrm_megatron.data.example import FIELDS, MAX_CHARACTERS, RawText, RowFormat
+from hrm_megatron.data.readers import is_blank, sample_documents, with_shape
+from hrm_megatron.data.readers.documents import SUFFIXES as DOCUMENT_SUFFIXES
 from hrm_megatron.data.readers.saved_dataset import ITS_OWN_FILES, row_files
 from hrm_megatron.data.row_shapes import SHAPES
+from hrm_megatron.data.sentences import SAMPLE_CHARACTERS, fingerprint, save_sentences, train_sentences
 from hrm_megatron.data.spelling import TAG_TOKENS
 
 PACKED = (".gz", ".zst")
 ROWS_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".feather",
                  *(name + packed for name in (".jsonl", ".ndjson", ".json") for packed in PACKED))
 KINDS = "jsonl, plain or in .gz or .zst, Parquet, Arrow, or datasets saved to disk"
+FRACTION = (0.1, 0.5)  # of --prefix-fraction
+TEXT_FLAGS = ("sentence_model", "prefix_fraction", "cut_seed", "text_key")
 SHOWN_NAMES = 5
 
 log = logging.getLogger(__name__)
@@ -33,6 +37,16 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row-shape", choices=("auto", *SHAPES), default="auto",
                         help="fields: those of --json-keys; messages: chats, an example for each turn of the "
                              "assistant; alpaca: instruction, input, output (default: what the first row is)")
+    parser.add_argument("--split-sentences", action="store_true",
+                        help="the rows are plain documents, and files of .txt and .md are: cut them at borders of "
+                             "sentences into examples that fill the context")
+    parser.add_argument("--sentence-model", type=Path, metavar="DIR",
+                        help="Punkt model for --split-sentences, in nltk's punkt_tab format; where there is none, one "
+                             "is trained on the input and saved there")
+    parser.add_argument("--prefix-fraction", nargs=2, type=float, metavar=("LOW", "HIGH"),
+                        help=f"share of a document's example that is its prefix, drawn for each (default: {FRACTION})")
+    parser.add_argument("--cut-seed", type=int, help="for --prefix-fraction (default: 0)")
+    parser.add_argument("--text-key", help="name of the field with the document's text (default: text)")
     parser.add_argument("--default-condition", metavar="TAGS",
                         help="comma-separated tags of rows that have no condition, or '' for none; the reference's "
                              "own is direct (default: such a row is bad)")
@@ -44,9 +58,17 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 
 def inputs_of(args: argparse.Namespace, tags: Iterable[str] = TAG_TOKENS) -> tuple[list[Path], RowFormat]:
     """Resolve the flags of `add_input_flags`: the files to read, and how their rows spell examples."""
-    paths = find_inputs(args.input)
+    given = [f"--{name.replace('_', '-')}" for name in TEXT_FLAGS if getattr(args, name) is not None]
+    if given and not args.split_sentences:
+        raise ConfigError(f"{given[0]} has no effect without --split-sentences")
+    paths = find_inputs(args.input, args.split_sentences)
     rows = RowFormat(tuple(args.json_keys), args.default_condition, args.max_characters, tuple(tags))
     named_keys = rows.keys[1:] != FIELDS[1:]
+    if args.split_sentences:
+        if named_keys or args.row_shape != "auto":
+            flag = "--json-keys" if named_keys else "--row-shape"
+            raise ConfigError(f"--split-sentences reads documents, {flag} rows; leave one out")
+        return paths, _with_raw_text(rows, args, paths)
     if args.row_shape != "auto":
         if named_keys and args.row_shape != "fields":
             raise ConfigError(f"--json-keys names fields that --row-shape {args.row_shape} does not read; drop one")
@@ -57,18 +79,33 @@ def inputs_of(args: argparse.Namespace, tags: Iterable[str] = TAG_TOKENS) -> tup
     return paths, rows
 
 
-def find_inputs(inputs: Sequence[str]) -> list[Path]:
+def _with_raw_text(rows: RowFormat, args: argparse.Namespace, paths: Sequence[Path]) -> RowFormat:
+    folder = args.sentence_model
+    if folder is None:
+        raise ConfigError("--split-sentences needs --sentence-model DIR; where there is none, one is trained and saved "
+                          "there")
+    raw = RawText(tuple(args.prefix_fraction or FRACTION), args.cut_seed or 0, folder, "", args.text_key or "text")
+    if not folder.exists():
+        log.info("training a model of sentences")
+        samples = sample_documents(paths, replace(rows, raw=raw), SAMPLE_CHARACTERS)
+        save_sentences(train_sentences(samples), folder)
+    return replace(rows, raw=replace(raw, fingerprint=fingerprint(folder)))
+
+
+def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
     """Resolve files, glob patterns and folders (searched for ROWS_SUFFIXES) in the order given, each file once.
+    With `documents` files of plain text are read too.
 
     What is of no kind that is read is refused by what it is. What lies beside and is not read is named in a warning.
     """
+    suffixes = ROWS_SUFFIXES + (DOCUMENT_SUFFIXES if documents else ())
     found: dict[str, Path] = {}
     unread: dict[Path, None] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
             candidates = sorted(_walk(path))
-            files = [file for file in candidates if file.name.endswith(ROWS_SUFFIXES) and file.is_file()]
+            files = [file for file in candidates if file.name.endswith(suffixes) and file.is_file()]
             files, candidates = _without_rests(files, candidates)
         elif path.exists():
             candidates = files = [path]
@@ -90,7 +127,7 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
         log.warning("not read: %s", _listed(names))
     if twice := [path for path in found.values() if path.suffix in PACKED and path.absolute().with_suffix("") in read]:
         log.warning("read beside the file of the same name that is not packed: %s", _listed(twice))
-    if blank := [path for path in found.values() if is_blank(path)]:
+    if blank := [path for path in found.values() if is_blank(path, documents)]:
         log.warning("no row in: %s", _listed(blank))
     return list(found.values())
 

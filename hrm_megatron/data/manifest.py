@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.lint import Lint
 from hrm_megatron.data.shards import Shard
 from hrm_megatron.data.tokenizer import TextTokenizer
 
@@ -30,7 +31,8 @@ class Left:
 
 @dataclass(frozen=True)
 class Source:
-    """An input file as it was read, and what became of it; `shard` is None where it gave no example."""
+    """An input file as it was read, and what became of it; `shard` is None where it gave no example,
+    `lint` (of `Lint.to_json`) where nobody has looked."""
 
     name: str
     num_bytes: int
@@ -41,6 +43,7 @@ class Source:
     defaulted: int = 0
     noted: Mapping[str, int] = field(default_factory=dict)
     bad_rows: Mapping[str, Left] = field(default_factory=dict)
+    lint: Mapping[str, Any] | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Source:
@@ -66,6 +69,15 @@ class Manifest:
     def shards(self) -> list[Shard]:
         """The shard of each source that has one; sources of equal contents share theirs."""
         return [source.shard for source in self.sources if source.shard]
+
+    @property
+    def lint(self) -> Lint:
+        """What was found in all sources that somebody has looked at."""
+        found = Lint()
+        for source in self.sources:
+            if source.lint is not None:
+                found.merge(Lint.from_json(source.lint))
+        return found
 
     @property
     def totals(self) -> dict[str, int]:

@@ -21,7 +21,9 @@ from hrm_megatron.data.dataset_folder import DatasetFolder, Task
 from hrm_megatron.data.encoded import Encoded
 from hrm_megatron.data.example import BadRow, Example, RowFormat
 from hrm_megatron.data.incremental import Update, list_inputs, share_of
+from hrm_megatron.data.lint import TRUNCATED
 from hrm_megatron.data.manifest import facts_of
+from hrm_megatron.data.raw_text import Sizes
 from hrm_megatron.data.readers import PIECE_BYTES, Piece, pieces, read_piece
 from hrm_megatron.data.run_report import Report
 from hrm_megatron.data.spell import Spelled, spell
@@ -33,19 +35,25 @@ TASKS_PER_WORKER = 4  # queued ahead, so that memory does not grow with the inpu
 ROWS = RowFormat()
 
 
-def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, context_size: int) -> Encoded:
+def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, context_size: int,
+                 lint: bool = True) -> Encoded:
     """Spell the examples of a piece; rows that cannot be spelled come back in `bad_rows`, in order.
 
     An example takes at most `context_size` positions: a longer response is cut and loses its end token.
     """
     encoded = Encoded(np.empty(0, np.int32), np.empty((0, 2), np.int64))
+    sizes = Sizes(context_size, lambda texts: [len(target) - 1 for target in tokenizer.encode_responses(texts)])
     spelled: list[Spelled] = []
     keys = TextKeys()
-    for batch in _batches(read_piece(piece, rows, encoded.noted)):
-        batch_spelled = spell(tokenizer, [example for _, example in batch if isinstance(example, Example)],
-                              context_size)
+    for batch in _batches(read_piece(piece, rows, encoded.noted, sizes)):
+        placed = [(place, example) for place, example in batch if isinstance(example, Example)]
+        batch_spelled = spell(tokenizer, [example for _, example in placed], context_size)
         spelled.append(batch_spelled)
-        encoded.truncated += batch_spelled.truncated
+        encoded.truncated += len(batch_spelled.truncated)
+        if lint:
+            encoded.lint.look(str(piece.path), placed, tokenizer.hidden_strings)
+            for i in batch_spelled.truncated:
+                encoded.lint.add(TRUNCATED, placed[i][0])
         lengths = zip(batch_spelled.prefix_lengths, batch_spelled.fits, strict=True)
         for place, example in batch:
             if isinstance(example, BadRow):
@@ -88,8 +96,8 @@ def _start_worker(tokenizer_path: Path, engine: str) -> None:
     _worker_tokenizer = TextTokenizer(tokenizer_path, engine)
 
 
-def _encode_in_worker(piece: Piece, rows: RowFormat, context_size: int) -> Encoded:
-    return encode_chunk(_worker_tokenizer, piece, rows, context_size)
+def _encode_in_worker(piece: Piece, rows: RowFormat, context_size: int, lint: bool) -> Encoded:
+    return encode_chunk(_worker_tokenizer, piece, rows, context_size, lint)
 
 
 @contextlib.contextmanager
@@ -103,11 +111,11 @@ def _leave_stopping_to_us() -> Iterator[None]:
 
 
 def encode_all(chunks: Iterable[Piece], tokenizer: TextTokenizer, workers: int, rows: RowFormat,
-               context_size: int) -> Generator[tuple[Piece, Encoded]]:
+               context_size: int, lint: bool = True) -> Generator[tuple[Piece, Encoded]]:
     """Spell chunks in `workers` processes (1: in this one) and return them in their order."""
     if workers == 1:
         for chunk in chunks:
-            yield chunk, encode_chunk(tokenizer, chunk, rows, context_size)
+            yield chunk, encode_chunk(tokenizer, chunk, rows, context_size, lint)
         return
     # spawn: the tokenizers library and tqdm have threads, which do not survive a fork
     context = multiprocessing.get_context("spawn")
@@ -118,7 +126,7 @@ def encode_all(chunks: Iterable[Piece], tokenizer: TextTokenizer, workers: int, 
         try:
             for chunk in chunks:
                 with _leave_stopping_to_us():
-                    waiting.append((chunk, pool.submit(_encode_in_worker, chunk, rows, context_size)))
+                    waiting.append((chunk, pool.submit(_encode_in_worker, chunk, rows, context_size, lint)))
                 if len(waiting) == workers * TASKS_PER_WORKER:
                     yield waiting[0][0], waiting.popleft()[1].result()
             while waiting:
@@ -132,12 +140,13 @@ def encode_all(chunks: Iterable[Piece], tokenizer: TextTokenizer, workers: int, 
 def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: TextTokenizer, workers: int = 1,
                rows: RowFormat = ROWS, context_size: int = 4096, skip_bad_rows: bool = False,
                overwrite: bool = False, chunk_bytes: int = PIECE_BYTES, names: Sequence[str] | None = None,
-               task: Task | None = None, merge: bool = False) -> Report | None:
+               task: Task | None = None, merge: bool = False,
+               lint: str = "warn") -> Report | None:
     """Bring the dataset at `output_prefix` up to the examples of `paths`, in order: a shard for each, by its name.
 
     A bad row raises BadRow unless they are skipped. The files do not depend on `workers`. Whatever is raised, finished
     sources stay and nothing else, and the dataset is the one that was there before. As one `task` of several this makes
-    the shards of its share, and returns None unless it is the last; `merge` refuses to make any.
+    the shards of its share, and returns None unless it is the last; `merge` refuses to make any. `lint`: one of `LINT`.
     """
     for name, value in (("workers", workers), ("context-size", context_size)):
         if value < 1:
@@ -148,10 +157,10 @@ def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: Text
 
     def encode(paths: Sequence[Path]) -> Generator[tuple[Piece, Encoded]]:
         chunks = chain.from_iterable(pieces(path, chunk_bytes, rows) for path in paths)
-        return encode_all(chunks, tokenizer, workers, rows, context_size)
+        return encode_all(chunks, tokenizer, workers, rows, context_size, lint != "off")
 
     def look() -> Update:
-        return Update(folder, inputs, facts_of(tokenizer), settings, skip_bad_rows, overwrite)
+        return Update(folder, inputs, facts_of(tokenizer), settings, skip_bad_rows, overwrite, lint)
 
     mine = share_of(inputs, task) if task else inputs
     with folder.held(), Progress() as progress:

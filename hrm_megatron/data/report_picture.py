@@ -1,14 +1,17 @@
 """A dataset's report as a picture, and one packed row as the model sees it. Needs matplotlib, which is optional."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from hrm_megatron.data.report import DatasetReport, Lengths, SourceLine
 
@@ -16,6 +19,8 @@ BLUE, ORANGE, GREY, RED = "#1f77b4", "#d95f02", "#888888", "#c0392b"
 BINS = 40
 SHOWN_SOURCES = 12
 NAME_CHARACTERS = 36
+TOKENS: dict[str, Any] = dict(fontsize=6.5, family="monospace", parse_math=False)  # a $ is no formula
+NAMED_POSITIONS = 110  # whose tokens fit beside the picture of a mask
 MASK_COLOURS = ListedColormap(["#f7f7f7", "#9ecae1", "#fdae6b"])  # not seen, seen of a prefix, seen of a response
 
 
@@ -28,7 +33,8 @@ def draw_report(report: DatasetReport, path: Path) -> None:
     _draw_sources(axes[1, 0], report)
     _draw_left_out(axes[1, 1], report)
     fill = (f", rows of {report.fill.row_tokens:,} {report.fill.share:.2%} full" if report.fill else "")
-    figure.suptitle(f"{Path(report.prefix).name}: {report.examples:,} examples, {report.tokens:,} tokens{fill}")
+    figure.suptitle(f"{Path(report.prefix).name}: {report.examples:,} examples, {report.tokens:,} tokens{fill}",
+                    parse_math=False)
     figure.savefig(path, dpi=110)
 
 
@@ -41,7 +47,9 @@ def _draw_lengths(axes: Axes, lengths: Lengths, what: str, colour: str) -> None:
     axes.bar(edges[:-1], heights, np.diff(edges), align="edge", color=colour, edgecolor="white", linewidth=0.3)
     if lengths.longest > 20 * max(shortest, 1):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     for share, style in ((0.5, "-"), (0.99, ":")):
         at = lengths.quantile(share)
         axes.axvline(at, color="black", linestyle=style, linewidth=1, label=f"{share:.0%} of examples up to {at:,}")
@@ -61,7 +69,7 @@ def _draw_sources(axes: Axes, report: DatasetReport) -> None:
     axes.bar_label(bars, [f" {line.tokens / report.tokens:.1%}" + (f", {line.seen:.0%} seen" if line.seen == line.seen
                                                                    else "") for line in lines], fontsize="small")
     axes.invert_yaxis()
-    axes.margins(x=0.25)
+    axes.margins(x=0.4)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.tick_params(axis="x", labelrotation=20)
     axes.set_xlabel("tokens by source" + (f"; seen in {report.epochs} epochs" if report.epochs else ""))
@@ -72,19 +80,25 @@ def _draw_left_out(axes: Axes, report: DatasetReport) -> None:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "an older version has written this:\nit does not say what was left out", ha="center")
         return
-    counts = {"responses truncated": report.run.truncated, "default condition": report.run.defaulted,
+    counts: dict[str, int] = {"responses truncated": report.run.truncated, "default condition": report.run.defaulted,
               **{f"skipped: {kind}": count for kind, count in sorted(report.run.skipped.items())},
               **dict(sorted(report.run.noted.items()))}
+    if not any(counts.values()):
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "every row is in it, as it stood", ha="center")
+        return
     bars = axes.barh([_shortened(name) for name in counts], [*counts.values()], color=RED)
     axes.bar_label(bars, [f" {count:,}" for count in counts.values()], fontsize="small")
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    axes.set_xlim(left=0, right=None if any(counts.values()) else 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(left=0)
     axes.set_xlabel("rows and examples that are not as they stood")
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= NAME_CHARACTERS else f"{name[:NAME_CHARACTERS - 1]}…"
+    name = name if len(name) <= NAME_CHARACTERS else f"{name[:NAME_CHARACTERS - 1]}…"
+    return name.replace("$", r"\$")  # else the beginning of a formula
 
 
 def draw_row(texts: Sequence[str], labels: Sequence[str], pairs: Sequence[tuple[int, int]], mask: np.ndarray,
@@ -100,8 +114,8 @@ def draw_row(texts: Sequence[str], labels: Sequence[str], pairs: Sequence[tuple[
         start += p + r
         borders.append(start)
     colours = np.where(mask, np.where(prefix_keys[None, :], 1, 2), 0)[:shown, :shown]
-    named = shown <= 110
-    size = min(22.0, max(7.0, 0.17 * shown + 3))
+    named = shown <= NAMED_POSITIONS
+    size = max(7.0, 0.15 * shown + 3) if named else 9.0
     figure = Figure(figsize=(size + 1.5, size), layout="constrained")
     axes = figure.subplots()
     axes.imshow(colours, cmap=MASK_COLOURS, vmin=0, vmax=2, interpolation="nearest")
@@ -111,12 +125,14 @@ def draw_row(texts: Sequence[str], labels: Sequence[str], pairs: Sequence[tuple[
         axes.plot([end - p - r - 0.5, end - 0.5], [end - r - 0.5] * 2, color=GREY, linewidth=0.8, linestyle="--")
     if named:
         axes.set_yticks(range(shown), [f"{text} → {label}" if label else text for text, label in zip(
-            texts[:shown], labels[:shown], strict=True)], fontsize=6.5, family="monospace")
-        axes.set_xticks(range(shown), texts[:shown], rotation=90, fontsize=6.5, family="monospace")
+            texts[:shown], labels[:shown], strict=True)], **TOKENS)
+        axes.set_xticks(range(shown), texts[:shown], rotation=90, **TOKENS)
     else:
         axes.set_xticks(borders)
         axes.set_yticks(borders)
     axes.set_xlabel("keys: blue where a prefix is seen, orange where a response is")
     axes.set_ylabel("queries" + (" → label" if named else " (rows this long are named in the text alone)"))
-    axes.set_title(title, fontsize="medium")
-    figure.savefig(path, dpi=110)
+    axes.set_title(title, fontsize="medium", parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of scripts that the font lacks: the text alone has them
+        figure.savefig(path, dpi=110)

@@ -8,6 +8,7 @@ from typing import Any
 
 from hrm_megatron.data.chat import TURN_LISTS, chat_examples
 from hrm_megatron.data.example import BadRow, Example, RowFormat, filled_text_of, make_example, text_of
+from hrm_megatron.data.raw_text import BY_CHARACTERS, Sizes, document_examples
 
 Row = dict[str, Any]
 
@@ -56,6 +57,9 @@ def shape_of(names: Iterable[str], rows: RowFormat) -> str | None:
 
 def fields_to_read(names: Sequence[str], rows: RowFormat) -> list[str]:
     """Choose what is needed of the fields of a file; all, where rows of it will be bad, which are then shown whole."""
+    if rows.raw:
+        chosen = [name for name in names if name in (rows.keys[0], rows.raw.key)]
+        return chosen if rows.raw.key in names else list(names)
     shape = SHAPES[rows.shape]
     if not shape.fits(names, rows):
         return list(names)
@@ -63,10 +67,21 @@ def fields_to_read(names: Sequence[str], rows: RowFormat) -> list[str]:
     return [name for name in names if name in wanted]
 
 
-def examples_of(row: Row, place: str, rows: RowFormat, noted: Counter[str] | None = None) -> list[Example]:
-    """Take the examples out of a row, and count in `noted` what was handled on the way. Raises BadRow."""
+def examples_of(row: Row, place: str, rows: RowFormat, noted: Counter[str] | None = None,
+                sizes: Sizes = BY_CHARACTERS) -> list[Example]:
+    """Take the examples out of a row, and count in `noted` what was handled on the way. Raises BadRow.
+
+    `sizes` is what a document is cut by.
+    """
+    noted = Counter() if noted is None else noted
+    if rows.raw:
+        return document_examples(row, place, rows, rows.raw, noted, sizes)
     shape = SHAPES[rows.shape]
-    if not shape.fits(row, rows) and (other := shape_of(row, rows)):
-        raise BadRow("mixed row shapes", f"{place}: a row of shape {other} ({', '.join(sorted(row))}) among rows of "
-                     f"shape {rows.shape}; read them in two runs, each with its --row-shape, or make them alike")
-    return shape.examples(row, place, rows, Counter() if noted is None else noted)
+    if not shape.fits(row, rows):
+        if other := shape_of(row, rows):
+            raise BadRow("mixed row shapes", f"{place}: a row of shape {other} ({', '.join(sorted(row))}) among rows "
+                         f"of shape {rows.shape}; read them in two runs, each with its --row-shape, or make them alike")
+        if "text" in row:
+            raise BadRow("plain text", f"{place}: a document (its fields: {', '.join(sorted(row))}); --split-sentences "
+                                       "makes examples of such")
+    return shape.examples(row, place, rows, noted)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch
 from hrm_megatron.data.tokenizer import TextTokenizer
 
-PAD_TEXT = "·"
+PAD_TEXT, SPACE = "·", "␣"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def view_row(batch: PackedBatch, tokenizer: TextTokenizer, names: Sequence[str])
     used = sum(p + r for p, r in pairs)
 
     def text(token: int) -> str:
-        return shown.get(token) or repr(tokenizer.decode([token]))[1:-1] or f"#{token}"
+        return shown.get(token) or repr(tokenizer.decode([token]))[1:-1].replace(" ", SPACE) or f"#{token}"
 
     texts = [text(token) if at < used else PAD_TEXT for at, token in enumerate(batch.tokens[0].tolist())]
     labels = ["" if label == IGNORED_LABEL else text(label) for label in batch.labels[0].tolist()]

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from hrm_megatron.data.incremental import Changes
+from hrm_megatron.data.lint import Lint
 from hrm_megatron.data.manifest import Manifest
 
 
@@ -40,6 +41,10 @@ class Report:
                                   if kind in source.bad_rows)
                         for kind in {kind for source in self.manifest.sources for kind in source.bad_rows}})
 
+    @property
+    def lint(self) -> Lint:
+        return self.manifest.lint
+
     def summary(self) -> str:
         """Say in one line what there is."""
         totals = self.manifest.totals
@@ -54,10 +59,11 @@ class Report:
                 first.setdefault(kind, left.first)
         return [*([f"{self.defaulted} rows have no condition and took the default"] if self.defaulted else []),
                 *(f"{count} {what}" for what, count in sorted(self.noted.items())),
-                *(f"skipped {self.skipped[kind]}: {kind}, first {first[kind]}" for kind in sorted(first))]
+                *(f"skipped {self.skipped[kind]}: {kind}, first {first[kind]}" for kind in sorted(first)),
+                *self.lint.lines()]
 
     def work(self) -> list[str]:
         """Say what this run has done."""
         speed = [f"{self.read_bytes:,} bytes read, {self.tokens_made:,} tokens made in {self.seconds:.1f} s "
                  f"({self.tokens_made / self.seconds:,.0f} tokens/s)"] if self.read_bytes and self.seconds else []
-        return [str(self.changes), *speed]
+        return [*([str(self.changes)] if self.changes else []), *speed]

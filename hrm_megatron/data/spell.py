@@ -17,7 +17,7 @@ class Spelled(NamedTuple):
     lengths: np.ndarray  # [examples that fit, 2] int64
     prefix_lengths: list[int]  # of all examples
     fits: list[bool]  # of all examples
-    truncated: int  # targets that were cut, and so have no end token
+    truncated: list[int]  # which examples have a target that was cut, and so no end token
 
 
 def spell(tokenizer: TextTokenizer, examples: Sequence[Example], context_size: int) -> Spelled:
@@ -34,4 +34,4 @@ def spell(tokenizer: TextTokenizer, examples: Sequence[Example], context_size: i
         ids = ids[position < np.repeat(kept.reshape(-1), flat)]
     else:
         kept = lengths
-    return Spelled(ids, kept[fits], lengths[:, 0].tolist(), fits.tolist(), int(cut.sum()))
+    return Spelled(ids, kept[fits], lengths[:, 0].tolist(), fits.tolist(), np.flatnonzero(cut).tolist())

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,12 @@ def tags_of(condition: str, known: Iterable[str] = TAG_TOKENS) -> list[str]:
         if tag not in known:
             raise ConfigError(f"unknown tag {tag!r} in condition {condition!r}; use {', '.join(known)}")
     return tags
+
+
+def strings_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern that finds any of these strings."""
+    ordered = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
 
 def add_spelling_flags(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,8 @@ class TextKeys:
         self._examples: list[bytes] = []
 
     def add(self, example: Example) -> None:
-        self._prompts.append(prompt_key(example.instruction))
+        # Without a prompt, as at the beginning of a plain document, nothing else tells examples apart.
+        self._prompts.append(prompt_key(example.instruction.strip() or example.response))
         self._examples.append(example_key(example))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,8 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.engine import SPLIT_PATTERN, Ragged, TokenizersEngine, open_engine
 from hrm_megatron.data.provenance import Provenance
-from hrm_megatron.data.spelling import INFO_FILE, PAD, SPECIAL_TOKENS, Spelling, tags_of
-from hrm_megatron.program import signals_held
+from hrm_megatron.data.spelling import INFO_FILE, PAD, SPECIAL_TOKENS, Spelling, strings_of, tags_of
+from hrm_megatron.program import whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -84,21 +82,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = F
     if provenance:
         files[MADE_FROM_FILE] = json.dumps(provenance.to_json(), indent=1)
     check_output_folder(folder, overwrite)
-    partial, replaced = (folder.with_name(f".{folder.name}.{state}-{uuid.uuid4().hex}")
-                         for state in ("partial", "replaced"))
-    try:
-        partial.mkdir(parents=True)
+    with whole_folder(folder) as partial:
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-    finally:
-        with signals_held():
-            if replaced.exists() and not folder.exists():
-                replaced.rename(folder)
-            for leftover in (partial, replaced):
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def already_trained(folder: Path, provenance: Provenance) -> bool:
@@ -147,6 +133,8 @@ class TextTokenizer:
                               f"{TRAIN_COMMAND}, or name those that it has with --boq, --eoq, --eoa and --tag")
         self.fingerprint = hashlib.sha256(contents if self.spelling == Spelling() else
                                           contents + json.dumps(self.spelling.to_info()).encode()).hexdigest()
+        self.hidden_strings = strings_of(token.content for token in self.tokenizer.get_added_tokens_decoder().values()
+                                         if token.special)  # those that no text becomes
         self.boq, self.eoq, self.eoa = (ids[token] for token in self.spelling.controls[:3])
         self.tag_ids = {tag: ids[token] for tag, token in self.spelling.tags.items()}
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1

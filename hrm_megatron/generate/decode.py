@@ -1,61 +1,29 @@
-"""Answer prompts with an HRM: the whole sequences run at every token, many prompts packed into one row."""
+"""Answer prompts with a model of the training code, and the definition that generation is tested against."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from hrm_megatron.config import ConfigError
 from hrm_megatron.data.batch import PackedBatch, assemble_row
+from hrm_megatron.generate.cache import PagedCache
+from hrm_megatron.generate.decoder import Decoder
+from hrm_megatron.generate.engine import Engine, Progress, Request, blocks_needed
+from hrm_megatron.generate.sampling import Sampling
+from hrm_megatron.generate.weights import take_weights
 from hrm_megatron.model.hrm import HRMModel
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose a token: `temperature` 0 is greedy; `top_p` keeps the likeliest tokens of that mass."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 1234
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:  # NaN too
-            raise ConfigError(f"temperature={self.temperature}: must be 0 (greedy) or positive")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p}: must be above 0 and at most 1")
-
-
-def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Choose one token per row of logits [n, v]: [n]."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.float() / sampling.temperature).softmax(-1)
-    ordered, order = probabilities.sort(-1, descending=True)
-    # Nucleus sampling (Holtzman et al., arXiv 1904.09751): drop a token if those before it have the mass already.
-    ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
-    picked = torch.multinomial(ordered.cpu(), 1, generator=generator).to(order.device)
-    return order.gather(-1, picked).squeeze(-1)
-
-
-def _batches(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Split indices into runs that fit a row; one that is longer than a row has a row to itself."""
-    rows: list[list[int]] = [[]]
-    used = 0
-    for i, length in enumerate(lengths):
-        if rows[-1] and used + length > row_tokens:
-            rows.append([])
-            used = 0
-        rows[-1].append(i)
-        used += length
-    return rows
+MAX_ROWS = 32
 
 
 @torch.no_grad()
 def next_token_logits(model: HRMModel, prompts: Sequence[Sequence[int]],
                       answers: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits [n, v] of the token after each (prompt, answer so far); the prompts are prefixes of PrefixLM."""
+    """Logits [n, v] of the token after each (prompt, answer so far), by the training code and without a cache.
+
+    The prompts are prefixes of PrefixLM.
+    """
     pad = [0]  # assemble_row shifts: the last target is only a label
     examples = [(np.asarray(p), np.asarray([*a, *pad])) for p, a in zip(prompts, answers, strict=True)]
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
@@ -66,30 +34,30 @@ def next_token_logits(model: HRMModel, prompts: Sequence[Sequence[int]],
     return model.logits_at(model.states(batch), last)
 
 
+def decoder_of(model: HRMModel, context_tokens: int, vocab_size: int | None = None) -> Decoder:
+    """Make a decoder with the weights of a model on one rank."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    parameter = model.output_layer.weight
+    return Decoder(take_weights(model.config.arch, tensors.items(), vocab_size, parameter.dtype, parameter.device),
+                   context_tokens)
+
+
 def generate(model: HRMModel, prompts: Sequence[Sequence[int]], stop_token: int, vocab_size: int, max_new_tokens: int,
-             sampling: Sampling | None = None, row_tokens: int = 4096,
+             sampling: Sampling | None = None, max_rows: int = MAX_ROWS,
              on_answer: Callable[[int], object] = lambda count: None) -> list[list[int]]:
     """Continue each prompt until `stop_token` (kept) or `max_new_tokens`; padded vocabulary is never chosen.
 
-    `on_answer` is told how many answers just ended. Needs an HRMModel on one rank.
+    `on_answer` is called with 1 for each answer that ends. Needs an HRMModel on one rank.
     """
-    sampling = sampling or Sampling()
-    generator = torch.Generator().manual_seed(sampling.seed)
-    answers: list[list[int]] = [[] for _ in prompts]
-    open_answers = list(range(len(prompts)))
-    model.eval()
-    for _ in range(max_new_tokens):
-        if not open_answers:
-            break
-        lengths = [len(prompts[i]) + len(answers[i]) for i in open_answers]
-        for run in _batches(lengths, row_tokens):
-            chosen = [open_answers[i] for i in run]
-            logits = next_token_logits(model, [prompts[i] for i in chosen], [answers[i] for i in chosen])
-            tokens = choose(logits[:, :vocab_size], sampling, generator)
-            for i, token in zip(chosen, tokens.tolist(), strict=True):
-                answers[i].append(token)
-        ended = [i for i in open_answers if answers[i][-1] == stop_token]
-        on_answer(len(ended))
-        open_answers = [i for i in open_answers if answers[i][-1] != stop_token]
-    on_answer(len(open_answers))
-    return answers
+    if not prompts:
+        return []
+    decoder = decoder_of(model, max(map(len, prompts)) + max_new_tokens, vocab_size)
+    requests = [Request(prompt, max_new_tokens, sampling or Sampling(), frozenset({stop_token}), stream=stream)
+                for stream, prompt in enumerate(prompts)]
+    size = decoder.cache_size(sum(sorted(blocks_needed(len(prompt), max_new_tokens) for prompt in prompts)[-max_rows:]))
+    size.check(decoder.device)
+    engine = Engine(decoder, PagedCache(size, decoder.device), max_rows)
+
+    def count(progress: Progress) -> None:
+        on_answer(progress.transcript.finish is not None)
+    return [samples[0].tokens for samples in engine.answer(requests, count)]

@@ -1,21 +1,34 @@
-"""Put the weights of a Megatron checkpoint into an HRMModel on one rank."""
+"""Open a checkpoint of any format for generation, and hold the tokenizer against it."""
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.checkpoint.verify import naming_another
-from hrm_megatron.convert.checkpoint import EMA, Checkpoint
+from hrm_megatron.config import ConfigError
+from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint
+from hrm_megatron.convert.hf import CONFIG_FILE as HF_CONFIG_FILE
+from hrm_megatron.convert.hf import read_hf
 from hrm_megatron.convert.megatron import read_megatron
-from hrm_megatron.model.hrm import HRMModel
-from hrm_megatron.transformer_config import hrm_config
+from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
+from hrm_megatron.convert.native import read_native
+from hrm_megatron.data.tokenizer import TOKENIZER_FILE, TextTokenizer
+
+if TYPE_CHECKING:
+    from hrm_megatron.model.hrm import HRMModel
 
 
 @torch.no_grad()
 def load_model(checkpoint: Checkpoint, kind: str = EMA) -> HRMModel:
-    """Build the model of `checkpoint` in fp32 with its weights of this kind ("ema" or "raw")."""
+    """Build the training code's model of `checkpoint` in fp32 with its weights of this kind ("ema" or "raw")."""
+    from hrm_megatron.model.hrm import HRMModel
+    from hrm_megatron.transformer_config import hrm_config
+
     model = HRMModel(hrm_config(checkpoint.architecture), seed=0)
     places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with naming_another(checkpoint.path):
@@ -30,3 +43,67 @@ def open_checkpoint(load: str | Path, step: int | None = None, verify: bool = Tr
     iteration = find_iteration(load, step)
     with naming_another(iteration):
         return read_megatron(iteration, verify)
+
+
+@contextlib.contextmanager
+def opened(load: Path, step: int | None = None, verify: bool = True) -> Iterator[Checkpoint]:
+    """Open a folder of Megatron, transformers or HRM-Text, whichever its files say it is.
+
+    In the block, damage that is found while tensors are read names the newest iteration that is whole.
+    """
+    if (load / HF_CONFIG_FILE).exists():
+        if step is not None:
+            raise ConfigError(f"--ckpt-step {step}: a transformers folder has no steps; leave the flag out")
+        if not verify:
+            raise ConfigError("--no-verify-checkpoint: a transformers folder has no checksums to skip; leave the flag "
+                              "out")
+        yield read_hf(load)
+    elif (load / NATIVE_CONFIG_FILE).exists():
+        yield read_native(load, step, verify)
+    else:
+        iteration = find_iteration(load, step)
+        with naming_another(iteration):
+            yield read_megatron(iteration, verify)
+
+
+def weights_kind(checkpoint: Checkpoint, asked: str | None) -> str:
+    """Choose the weights: what was asked for, else the EMA where there is one."""
+    kind = asked or (EMA if EMA in checkpoint.parts else RAW)
+    checkpoint.require(kind)
+    return kind
+
+
+def open_tokenizer(path: Path | None, load: Path) -> TextTokenizer:
+    """Open the tokenizer that was named, else the one beside the model."""
+    beside = load / TOKENIZER_FILE
+    if path is None:
+        if not beside.exists():
+            raise ConfigError(f"{load}: no {TOKENIZER_FILE} in it; give the tokenizer of the training data as "
+                              "--tokenizer-model")
+        return TextTokenizer(load)
+    return TextTokenizer(path)
+
+
+def check_tokenizer(tokenizer: TextTokenizer, checkpoint: Checkpoint) -> None:
+    """Refuse a tokenizer whose ids are not the model's, as far as a checkpoint knows them."""
+    a = checkpoint.architecture
+    # HRM-Text's folders, and exports of others, tell rows of the embedding only.
+    rows_only = a.vocab_size == a.padded_vocab_size and not _knows_its_tokens(checkpoint)
+    if tokenizer.vocab_size > a.vocab_size or (tokenizer.vocab_size < a.vocab_size and not rows_only):
+        raise ConfigError(f"{tokenizer.path}: {tokenizer.vocab_size} entries, the checkpoint has {a.vocab_size}; give "
+                          "the tokenizer of its training data")
+    beside = checkpoint.path / TOKENIZER_FILE
+    if beside.exists() and vocabulary(TextTokenizer(checkpoint.path)) != vocabulary(tokenizer):
+        raise ConfigError(f"{tokenizer.path}: is another tokenizer than {beside}, the model's own; give that one, or "
+                          "leave --tokenizer-model out")
+
+
+def _knows_its_tokens(checkpoint: Checkpoint) -> bool:
+    """Say whether the format keeps the tokenizer's size beside the rows of the embedding: Megatron's alone."""
+    return not (checkpoint.path / HF_CONFIG_FILE).exists() and not (checkpoint.path / NATIVE_CONFIG_FILE).exists()
+
+
+def vocabulary(tokenizer: TextTokenizer) -> dict[str, int]:
+    """All tokens and their ids: exports may differ from the trained tokenizer in settings, not in these."""
+    found: dict[str, int] = tokenizer.tokenizer.get_vocab()
+    return found

@@ -1,27 +1,30 @@
 """Layers whose element-wise work torch.compile joins into a few kernels: --compile-layers.
 
-A layer is cut at attention, whose sizes differ from micro-batch to micro-batch. What lies before it and behind it is
-compiled with the matrix products inside. All layers of both stacks, ticks and micro-batches share the compiled code:
-it is made for a layer's first call with and without a graph, and once more where an input lies in memory otherwise.
+A layer is cut at attention, whose sizes differ from micro-batch to micro-batch. What lies before it and what lies
+behind it is one compiled function each, with the matrix products inside: a call costs the host as much as several
+launches, and the stock forward, which attention cuts in the middle of three calls inside each other, would make seven.
+All layers of both stacks, ticks and micro-batches share the compiled code: it is made for a layer's first call with and
+without a graph, and once more where an input lies in memory otherwise.
 """
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from hrm_megatron.layers.direct import DirectLayer, before_attention, behind_attention
 from hrm_megatron.parallel.main_grad import GradientsAdded
 
-_forward = torch.compile(TransformerLayer.forward)
 
-
-class CompiledLayer(TransformerLayer):  # type: ignore[misc]
+class CompiledLayer(DirectLayer):
     """Megatron's layer, compiled."""
 
-    def forward(self, *arguments: Any, **options: Any) -> Any:
+    before = staticmethod(torch.compile(before_attention))
+    behind = staticmethod(torch.compile(behind_attention))
+
+    def forward(self, hidden_states: torch.Tensor, **options: Any) -> tuple[torch.Tensor, None]:
         """Run the layer; where it adds gradients to `main_grad`, what follows its output says so for it."""
-        out, context = _forward(self, *arguments, **options)
+        out, _ = super().forward(hidden_states, **options)
         if self.config.gradient_accumulation_fusion and out.requires_grad:
             out = GradientsAdded.apply(out, *self.parameters())
-        return out, context
+        return out, None

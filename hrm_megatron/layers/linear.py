@@ -21,6 +21,7 @@ import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from hrm_megatron.layers.functions import run
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added, answer_once
 
 CPU_FACTS = Path("/proc/cpuinfo")
@@ -85,8 +86,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, fusion: bool = False, group: A
     """x [s, ..., k] and weight [n, k] to x weight^T [s, ..., n]; under `fusion` the gradient of the weight is added to
     its `main_grad`. With a `group`, x is [s/tp, ..., k] and gets no gradient."""
     main_grad = weight.main_grad if fusion else None  # type: ignore[attr-defined]  # Megatron's DDP put it there
-    out: torch.Tensor = LinearFunction.apply(x.flatten(0, -2), weight, main_grad, group)
-    return out.unflatten(0, (-1, *x.shape[1:-1]))
+    out: torch.Tensor = run(LinearFunction, x.flatten(0, -2), weight, main_grad, group)
+    return out.view(-1, *x.shape[1:-1], len(weight))
 
 
 def on_own_product(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -108,16 +109,33 @@ def on_own_product(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
     return forward_impl
 
 
-class OwnColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+class OwnLinear:
+    """What our layers have in common: a layer whose group is one rank, and that has no bias, is a product."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    tp_group: Any
+    gradient_accumulation_fusion: bool
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._forward_impl: Callable[..., torch.Tensor] = on_own_product(self._forward_impl)
+        self.alone = self.tp_group.size() == 1 and self.bias is None
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [s/tp under SP, b, k] to [s, b, n/tp], or [s, b, k/tp] to [s/tp under SP, b, n]; no bias."""
+        if self.alone:  # stock code asks at each call what there is to gather and to reduce
+            return linear(input_, self.weight, self.gradient_accumulation_fusion), None
+        out: tuple[torch.Tensor, torch.Tensor | None] = super().forward(input_)  # type: ignore[misc]
+        return out
 
 
-class OwnRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._forward_impl: Callable[..., torch.Tensor] = on_own_product(self._forward_impl)
+class OwnColumnParallelLinear(OwnLinear, ColumnParallelLinear):  # type: ignore[misc]
+    """Megatron's ColumnParallelLinear."""
+
+
+class OwnRowParallelLinear(OwnLinear, RowParallelLinear):  # type: ignore[misc]
+    """Megatron's RowParallelLinear."""
 
 
 class OwnProductProvider(LocalSpecProvider):  # type: ignore[misc]

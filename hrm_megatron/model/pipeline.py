@@ -1,13 +1,15 @@
 """Pipeline of a recurrence: a stage owns a slice of both stacks, and every tick is a virtual chunk of Megatron's
 interleaved schedule, which stays as it is. All chunks of a stage share its weights.
 
-Between stages and from the last stage back to the first travels one tensor [s/tp under SP, b, h], the newest state.
-The first stage parks the pair (z_H, z_L) of each micro-batch from tick to tick. Chunk 0 is the stage's `PipelinedHRM`
-and owns everything; the others are `TickChunk`s, which own nothing and so have no parameters in their DDP.
+Between stages and from the last stage back to the first travels one tensor [s/tp under SP, b, h], the newest state. The
+first stage parks the other one, which the tick does not replace, until that is back. Chunk 0 is the stage's
+`PipelinedHRM` and owns everything; the others are `TickChunk`s, which own nothing and so have no parameters in their
+DDP.
 """
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,9 +61,10 @@ class PipelinedHRM(HRMModel):
         super().__init__(config, seed, pre_process=first_stage, post_process=last_stage, pg_collection=pg_collection)
         self.first_stage, self.last_stage = first_stage, last_stage
         self.num_ticks = len(unroll(config.arch.h_cycles, config.arch.l_cycles))
-        self.parked: list[deque[tuple[torch.Tensor, torch.Tensor]]] = [deque() for _ in range(self.num_ticks)]
-        # Where the step has two phases: the first tick of the second, and the states that the first phase ended with.
-        self.second_phase, self.handed = 0, deque[torch.Tensor]()
+        self.parked: list[deque[torch.Tensor | None]] = [deque() for _ in range(self.num_ticks)]
+        # Where the step has two phases: the first tick of the second, and what waits for the states that the first
+        # phase ends with.
+        self.second_phase, self.handed = 0, deque[Callable[[], torch.Tensor]]()
         # Megatron asks the chunk, not the stage, for its part in the whole.
         self.post_process = False
 
@@ -72,7 +75,8 @@ class PipelinedHRM(HRMModel):
     def forward(self, batch: PackedBatch, bp_steps: int | None = None,
                 sequences: PrefixSequences | None = None) -> torch.Tensor:
         """Run this stage's part of tick 0: [s/tp under SP, b, h]."""
-        return self.run_tick(0, self.received, batch, bp_steps, sequences)
+        received, self.received = self.received, None  # not kept until the next visit
+        return self.run_tick(0, received, batch, bp_steps, sequences)
 
     def run_tick(self, index: int, received: torch.Tensor | None, batch: PackedBatch, bp_steps: int | None,
                  sequences: PrefixSequences | None) -> torch.Tensor:
@@ -88,16 +92,16 @@ class PipelinedHRM(HRMModel):
         return self.scores(out, batch) if self.last_stage and index == self.num_ticks - 1 else out
 
     def _enter(self, stacks: list[str], index: int, received: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:
-        """Return the input of a tick, and park the pair of states that it came from for the next."""
+        """Return the input of a tick, and park the state that it does not replace for the next."""
         begins = index in (0, self.second_phase)  # nothing before it is in this graph
         z_h = z_l = None
         if index:
-            z_h, z_l = self.parked[index - 1].popleft()
+            kept = self.parked[index - 1].popleft()
             if begins:
-                received, z_h, z_l = self.handed.popleft(), z_h.detach(), z_l.detach()
+                received, kept = self.handed.popleft()(), None if kept is None else kept.detach()
             # `received` is a leaf: later ticks add to the .grad of it that the schedule sends back after this chunk's
             # own backward.
-            z_h, z_l = (received, z_l) if stacks[index - 1] == "H" else (z_h, received)
+            z_h, z_l = (received, kept) if stacks[index - 1] == "H" else (kept, received)
         entering = z_h
         if begins and "H" not in stacks[:index]:  # z_H is the embedding still
             embedded = self.embed(batch)
@@ -106,7 +110,8 @@ class PipelinedHRM(HRMModel):
             entering = Enter.apply(embedded, z_h)
         assert entering is not None and z_h is not None and z_l is not None
         if index < self.num_ticks - 1:
-            self.parked[index].append((z_h, z_l))
+            embedded_again = index + 1 == self.second_phase and "H" not in stacks[:index + 1]
+            self.parked[index].append(None if embedded_again else z_l if stacks[index] == "H" else z_h)
         return entering + z_l
 
 
@@ -130,7 +135,8 @@ class TickChunk(MegatronModule):  # type: ignore[misc]
     def forward(self, batch: PackedBatch, bp_steps: int | None = None,
                 sequences: PrefixSequences | None = None) -> torch.Tensor:
         """Run this stage's part of the tick: [s/tp under SP, b, h], or scores [2, n] at the end of all."""
-        return self.stage.run_tick(self.index, self.received, batch, bp_steps, sequences)
+        received, self.received = self.received, None
+        return self.stage.run_tick(self.index, received, batch, bp_steps, sequences)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Store nothing: chunk 0 does."""

@@ -1,6 +1,7 @@
 """The ticks of one forward pass, as a plain list that model, pipeline, cache and FLOP count all read."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from hrm_megatron.config import ConfigError
@@ -31,6 +32,12 @@ def split_bp_steps(h_cycles: int, l_cycles: int, bp_steps: int) -> tuple[int, in
 def trains_embedding(h_cycles: int, bp_steps: int) -> bool:
     """Tell whether a gradient reaches the embedding: only through a graph over all H ticks."""
     return bp_steps > h_cycles
+
+
+def states_between(ticks: Sequence[Tick], first: int) -> int:
+    """Count the states from which a pass goes on at tick `first`: z_L and, once an H tick has run, z_H, which before
+    is the embedding of the tokens."""
+    return 1 + any(tick.stack == "H" for tick in ticks[:first])
 
 
 def unroll(h_cycles: int, l_cycles: int, bp_steps: int | None = None, recompute_ticks: int = 0) -> list[Tick]:

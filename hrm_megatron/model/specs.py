@@ -18,7 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from hrm_megatron.attention.core import core_attention
 from hrm_megatron.layers.compiled import CompiledLayer
-from hrm_megatron.layers.functions import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
+from hrm_megatron.layers.direct import DirectLayer
+from hrm_megatron.layers.functions import RMSNormFunction, SwiGLUFunction, rms_norm, run, swiglu
 from hrm_megatron.layers.gated_recompute import GatedAttention, RecomputedSwiGLU, RecomputingMLP
 from hrm_megatron.layers.linear import OwnProductProvider
 from hrm_megatron.transformer_config import HRMConfig
@@ -34,7 +35,7 @@ class WeightlessRMSNorm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return rms_norm(x, self.eps)
-        normed: torch.Tensor = RMSNormFunction.apply(x, self.eps)
+        normed: torch.Tensor = run(RMSNormFunction, x, self.eps)
         return normed
 
 
@@ -47,7 +48,7 @@ class SwiGLU(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return swiglu(x)
-        activated: torch.Tensor = SwiGLUFunction.apply(x)
+        activated: torch.Tensor = run(SwiGLUFunction, x)
         return activated
 
 
@@ -78,7 +79,9 @@ def stack_spec(config: HRMConfig, norm_placement: str, backend: BackendSpecProvi
     else:
         norm, exit_norm = IdentityOp, None
         bias_dropout_add = add_then_norm(WeightlessRMSNorm(config, eps=config.layernorm_epsilon))
-    layer_class = CompiledLayer if config.compile_layers else TransformerLayer
+    stock = (config.recompute_granularity or config.recompute_gated_act or config.cpu_offloading
+             or config.mlp_chunks_for_training > 1)
+    layer_class = CompiledLayer if config.compile_layers else TransformerLayer if stock else DirectLayer
     mlp_class, activation = (RecomputingMLP, RecomputedSwiGLU) if config.recompute_gated_act else (MLP, SwiGLU)
     layer = ModuleSpec(module=layer_class, submodules=TransformerLayerSubmodules(
         input_layernorm=norm,

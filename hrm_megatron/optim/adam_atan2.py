@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+
+from hrm_megatron.optim.flat import FlatState, Shard, joined, starts_of
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
 # The number of updates lives in the param group under our own word: "step" there must be one number for all
@@ -36,6 +38,7 @@ def fused_update() -> Callable[..., None]:
     """Return `update` as one compiled kernel that reads and writes each tensor once.
 
     One compilation serves all sizes and steps; parameters go in detached, or it would take their sizes for constants.
+    No two tensors of a call may share a buffer, which the compiler would have to assume to overlap.
     """
     return torch.compile(update, dynamic=True)
 
@@ -55,9 +58,24 @@ class AdamATan2(torch.optim.Optimizer):
                  has_gradient: Callable[[dict[str, Any]], bool] = lambda group: True) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, ema_decay=ema_decay))
         self.has_gradient = has_gradient
+        self.places: dict[torch.Tensor, tuple[FlatState, int]] = {}
         self.update = fused_update() if torch.cuda.is_available() else update  # on a CPU there may be no compiler
         for group in self.param_groups:
             group.setdefault(UPDATES, 0)
+
+    def lay_out(self, params: Sequence[torch.Tensor], shards: Sequence[Shard], movable: bool) -> None:
+        """Keep the state of these parameters of one group side by side from now on, so that one call updates them.
+
+        `movable` masters come to lie so themselves; others are where their owner has them, which decides how far a
+        call reaches. Without this each parameter is updated by itself: DTensors are.
+        """
+        starts, size = starts_of(shards)
+        flat = FlatState(size)
+        masters = params[0].new_zeros(size, requires_grad=False) if movable and params else None
+        for p, start in zip(params, starts, strict=True):
+            self.places[p] = flat, start
+            if masters is not None:
+                p.data = masters[start:start + p.numel()].copy_(p.data)
 
     def init_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the state of `p`, made if there is none; refuse one that lost a part on its way."""
@@ -67,6 +85,9 @@ class AdamATan2(torch.optim.Optimizer):
         missing = [key for key in STATE_KEYS if key not in state]
         if missing:
             raise KeyError(f"optimizer state without {', '.join(missing)}: the checkpoint was not written by AdamATan2")
+        if p in self.places:  # also where a checkpoint was loaded, or anybody replaced a tensor
+            flat, start = self.places[p]
+            flat.take(state, start)
         return state
 
     @torch.no_grad()
@@ -81,9 +102,10 @@ class AdamATan2(torch.optim.Optimizer):
             t, lr, (b1, b2) = group[UPDATES], group["lr"], group["betas"]
             factors = dict(keep=1 - lr * group["weight_decay"], b1=b1, b2=b2, correction=math.sqrt(1 - b2 ** t),
                            rate=lr / (1 - b1 ** t), ema_decay=group["ema_decay"])
-            for p, state in zip(group["params"], states, strict=True):
-                if p.grad is not None and p.numel():
-                    self.update(p.detach(), p.grad, *(state[key] for key in STATE_KEYS), **factors)
+            rows = [(p.detach(), *(state[key] for key in STATE_KEYS), p.grad) if p.grad is not None and p.numel()
+                    else None for p, state in zip(group["params"], states, strict=True)]
+            for p, m, v, ema, grad in joined(rows) if self.places else filter(None, rows):
+                self.update(p, grad, m, v, ema, **factors)
 
 
 def init_states(optimizer: AdamATan2, config: Any = None) -> None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.core.utils import to_local_if_dtensor
 
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_states
+from hrm_megatron.optim.flat import Shard
 
 # How the distributed optimizer says that its state is stored by the names of the weights (distrib_optimizer.py).
 BY_NAME = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
@@ -31,7 +32,32 @@ def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]
 
 
 class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
-    """Megatron's, told of the third state: without this it loads a checkpoint silently and drops the EMA."""
+    """Megatron's, told of the third state: without this it loads a checkpoint silently and drops the EMA.
+
+    Masters and state lie side by side as DDP's buffers have the weights, so that a step is one update for each group;
+    in fp32, where DDP's buffers are the masters, one for each group and bucket. Megatron-FSDP has buffers of its own.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.is_stub_optimizer or self.ddp_config.use_megatron_fsdp:
+            return
+        for weights, masters, movable in (*zip(self.model_fp32_groups, self.shard_fp32_groups, repeat(False)),
+                                          *zip(self.model_float16_groups, self.shard_fp32_from_float16_groups,
+                                               repeat(True))):
+            self.optimizer.lay_out(masters, [self._shard(weight) for weight in weights], movable)
+
+    def _shard(self, weight: torch.nn.Parameter) -> Shard:
+        buffer, _, bucket = self.model_param_gbuf_map[weight]
+        place = self._get_model_param_range_map(weight)["gbuf_world"]
+        return Shard((buffer, bucket), place.start, place.end)
+
+    def _copy_main_params_to_model_params(self) -> None:
+        """Cast the masters into the model's weights: by one call where stock code makes one for each."""
+        if self.is_stub_optimizer or self.ddp_config.use_megatron_fsdp or self.ddp_config.fp8_param_gather:
+            super()._copy_main_params_to_model_params()
+        elif weights := [*chain(*self.shard_float16_groups)]:  # those in fp32 are the masters
+            torch._foreach_copy_(weights, [*chain(*self.shard_fp32_from_float16_groups)])
 
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
@@ -47,6 +73,7 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             set_updates(self.optimizer, state_dict["param_to_group_meta"].values())
             return
         set_updates(self.optimizer, state_dict["optimizer"]["param_groups"])
+        init_states(self.optimizer)  # where they shall be; stock code would make others first
         super().load_state_dict({**state_dict, "optimizer": {
             **state_dict["optimizer"], "param_groups": settings_of_groups(self.optimizer)}})
 

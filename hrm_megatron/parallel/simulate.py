@@ -25,14 +25,6 @@ class Operation(NamedTuple):
     tick: int
 
 
-class Barrier(NamedTuple):
-    """The first stage begins `tick` of micro-batch m when `last[m]`, the last one of m's window, has left the tick
-    before."""
-
-    tick: int
-    last: Sequence[int]
-
-
 @dataclass(frozen=True)
 class Estimate:
     """`bubble` is the share of time in which a stage waits; `live_graphs` the most ticks on one stage whose forward
@@ -58,8 +50,7 @@ def interleaved(microbatches: range, ticks: range, stage: int, stages: int) -> l
     return forward[:warmup] + steady + backward[len(forward) - warmup:]
 
 
-def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool],
-             barrier: Barrier | None = None) -> Estimate:
+def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool]) -> Estimate:
     """Run the operations of all stages; `with_grad[tick]` tells which ticks build a graph."""
     stages, last = len(orders), len(with_grad) - 1
     done: dict[tuple[Operation, int], float] = {}
@@ -72,8 +63,6 @@ def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool],
             while position[stage] < len(order):
                 operation = order[position[stage]]
                 source = _source(operation, stage, stages, last)
-                if barrier and not operation.backward and not stage and operation.tick == barrier.tick:
-                    source = Operation(False, barrier.last[operation.microbatch], barrier.tick - 1), stages - 1
                 if source is not None and source not in done:
                     break
                 arrival = 0.0 if source is None else done[source] + LATENCY * (source[1] != stage)
@@ -126,8 +115,7 @@ def two_phase(microbatches: int, with_grad: Sequence[bool], stages: int, window:
     Each phase has visits of equal cost, so that stages wait less for each other, where micro-batches are many.
     """
     windows = microbatch_windows(microbatches, stages, window)
-    barrier = Barrier(leading(with_grad), [part[-1] for part in windows for _ in part])
-    return estimate(two_phase_orders(windows, with_grad, stages), with_grad, barrier)
+    return estimate(two_phase_orders(windows, with_grad, stages), with_grad)
 
 
 def leading(with_grad: Sequence[bool]) -> int:

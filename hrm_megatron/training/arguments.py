@@ -36,6 +36,7 @@ from hrm_megatron.training.flags.values import check_batch, check_values
 from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import TRANSFORMER_IMPLS, check_compilation, check_precision, choose_layers
 from hrm_megatron.training.memory import check_memory, choose_recompute_modules
+from hrm_megatron.training.micro_batch import choose_rows
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 from hrm_megatron.transformer_config import HRM_SETTINGS, HRMConfig, architecture_of, swiglu_settings
 
@@ -71,38 +72,44 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     """Add our group to Megatron's parser and set our defaults for its flags."""
     group = parser.add_argument_group("hrm")
     group.add_argument("--hrm-preset", choices=[*PRESETS],
-                       help="fills sizes, learning rate and rows per step; any flag given by hand wins")
-    group.add_argument("--h-cycles", type=int, default=2, help="applications of the slow stack")
-    group.add_argument("--l-cycles", type=int, default=3, help="applications of the fast stack in each slow cycle")
-    group.add_argument("--bp-min-steps", type=int, default=2, help="ticks with gradient at the first step")
-    group.add_argument("--bp-max-steps", type=int, default=5, help="ticks with gradient after the warm-up")
-    group.add_argument("--bp-warmup-fraction", type=float, default=0.2, help="share of the run spent warming up")
-    group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the weights' EMA")
-    group.add_argument("--init-scheme", choices=INIT_SCHEMES, default="lecun_normal", help="of the first weights")
-    group.add_argument("--init-std", type=float, help="standard deviation for fixed_normal and megatron")
+                       help="model sizes, learning rate, global and micro-batch size; explicit flags override them")
+    group.add_argument("--h-cycles", type=int, default=2,
+                       help="H ticks (applications of the slow stack) per forward pass")
+    group.add_argument("--l-cycles", type=int, default=3,
+                       help="L ticks (applications of the fast stack) before each H tick")
+    group.add_argument("--bp-min-steps", type=int, default=2,
+                       help="bp_steps, the ticks that carry gradients, at the first step")
+    group.add_argument("--bp-max-steps", type=int, default=5, help="bp_steps after its warm-up")
+    group.add_argument("--bp-warmup-fraction", type=float, default=0.2,
+                       help="fraction of the run over which bp_steps rises")
+    group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the EMA of the weights")
+    group.add_argument("--init-scheme", choices=INIT_SCHEMES, default="lecun_normal",
+                       help="initialization of the weights")
+    group.add_argument("--init-std", type=float, help="standard deviation of fixed_normal and megatron initialization")
     group.add_argument("--norm-placement", choices=NORM_PLACEMENTS, default="pre",
-                       help="before attention and MLP, or after")
+                       help="RMSNorm before attention and MLP, or after")
     group.add_argument("--recompute-ticks", type=int, default=0, metavar="K",
-                       help="the first K ticks with gradient keep only their input and are recomputed in backward")
+                       help="recompute the first K ticks with gradient in backward, keeping only their input")
     group.add_argument("--compile-layers", action="store_true",
-                       help="join the element-wise work of Megatron's local layers by torch.compile (on a GPU)")
+                       help="fuse the element-wise operations of local layers with torch.compile (GPU only)")
     group.add_argument("--attention-kernel", choices=[AUTO, *KERNELS], default=AUTO,
-                       help="auto: the fastest that runs here; the start of a run says which and why")
+                       help="attention implementation; auto: the fastest that can run, printed with the reason")
     group.add_argument("--pipeline-schedule", choices=SCHEDULES, default=AUTO_SCHEDULE,
-                       help="of a step through a pipeline; auto: in two phases where these wait less by a simulation")
+                       help="auto: two-phase where a simulation predicts a smaller pipeline bubble")
     group.add_argument("--pipeline-window", type=int, metavar="N",
-                       help="micro-batches of which two phases keep states at a time (default: all of a step)")
-    group.add_argument("--sampled-data-path", metavar="DIR", help="train on HRM-Text's own sampled folder")
+                       help="micro-batches per window of the two-phase schedule, bounds its memory (default: all)")
+    group.add_argument("--sampled-data-path", metavar="DIR",
+                       help="train on a `sampled` folder of HRM-Text's data pipeline")
     group.add_argument("--sampling-rules", metavar="FILE",
                        help="YAML list of rules: how many examples of each source file an epoch has")
     group.add_argument("--verify-data", action="store_true",
-                       help="read all data once before training, and hold it against the checksums stored with it")
+                       help="verify the checksums of the data before training")
     group.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
-                       help="load a checkpoint without reading it once before, to look for damage")
+                       help="load a checkpoint without verifying its checksums")
     group.add_argument("--load-newest-valid", action="store_true",
-                       help="where the checkpoint to load is damaged, go on from the newest one that is not")
+                       help="resume from the newest iteration that verifies if the latest one is damaged")
     group.add_argument("--verbose", action="store_true",
-                       help="print what Megatron prints too (default: into a file in --save, else --tensorboard-dir)")
+                       help="print Megatron's own output too (default: to a file in --save or --tensorboard-dir)")
     for action in parser._actions:
         if action.dest == "optimizer":
             action.choices = [OPTIMIZER, *(action.choices or ())]
@@ -134,14 +141,15 @@ def fill_from_preset(args: argparse.Namespace) -> None:
                               f"({', '.join(PRESETS)})")
     if args.ffn_hidden_size is None:
         args.ffn_hidden_size = ffn_hidden_size(args.hidden_size)
-    if args.micro_batch_size is None:
-        args.micro_batch_size = 1
     if args.global_batch_size is None and preset and preset.tokens_per_step:
         if preset.tokens_per_step % args.seq_length:
             raise ConfigError(f"--seq-length {args.seq_length} does not divide the preset's {preset.tokens_per_step} "
                               "tokens per step: give --global-batch-size (rows per step) by hand")
         args.global_batch_size = preset.tokens_per_step // args.seq_length
         args._is_global_batch_size_explicitly_specified = True
+    if args.micro_batch_size is None:
+        smaller = preset and args.num_layers <= preset.num_layers and args.hidden_size <= preset.hidden_size
+        args.micro_batch_size = choose_rows(args, preset.positions if preset and smaller else 0)
     if args.min_lr is None:
         args.min_lr = args.lr  # HRM-Text, min_ratio 1: a constant rate after the warm-up
     if not 0 <= args.min_lr <= args.lr:

@@ -126,8 +126,9 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
         missing = [key for key in stored.shapes() if key.endswith(".weight") and not key.startswith("optimizer.")
                    and f"optimizer.state.{name}.{key}" not in keys]
         if missing:
-            raise ConfigError(f"{folder}: holds no {name} of the optimizer for {missing[0]}; give --no-load-optim to "
-                              "go on with a new optimizer and an EMA that starts at its weights, or another --load")
+            raise ConfigError(f"{folder}: holds no {name} of the optimizer for {missing[0]}; give --finetune to begin "
+                              "at step 0, or --no-load-optim to go on, with a new optimizer and an EMA that starts at "
+                              "its weights, or another --load")
     if not converted:
         if schedule := settle_schedule(args, common["args"], folder, iteration):
             log.info(schedule)

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 CACHED_EXAMPLES = 1 << 20  # planned in a fraction of a second
 MEASURED_ROWS = 64  # whose examples stand for all, in FLOPs and in the shares of context parallel ranks
 
-BLENDS = {"whole": "data-path", "train": "train-data-path", "valid": "valid-data-path", "test": "test-data-path"}
+BLENDS = {"whole": "data_path", "train": "train_data_path", "valid": "valid_data_path", "test": "test_data_path"}
 Datasets = tuple[PackedRows | None, PackedRows | None, PackedRows | None]
 
 
@@ -67,10 +67,10 @@ class Sources:
 
 def open_sources(args: argparse.Namespace) -> Sources:
     """Open and check every file that the arguments name; raise ConfigError with one line otherwise."""
-    blends = {name: Blend.of(f"--{flag}", getattr(args, flag.replace("-", "_"))) for name, flag in BLENDS.items()}
+    flags = {name: f"--{argument.replace('_', '-')}" for name, argument in BLENDS.items()}
+    blends = {name: Blend.of(flags[name], getattr(args, argument)) for name, argument in BLENDS.items()}
     whole, train = blends["whole"], blends["whole"] or blends["train"]
-    refuse_beside("--data-path", {f"--{flag}": whole and blends[name] for name, flag in BLENDS.items()
-                                  if name != "whole"})
+    refuse_beside("--data-path", {flags[name]: whole and blends[name] for name in BLENDS if name != "whole"})
     if args.skip_train and not (train or args.sampled_data_path):
         train = blends["valid"] or blends["test"]  # for its vocabulary; nobody trains on it
     if bool(train) == bool(args.sampled_data_path):

@@ -7,7 +7,7 @@ import torch
 
 from hrm_megatron.attention.core import explain_kernel
 from hrm_megatron.config import Architecture
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.schedule import states_between, unroll
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.parallel.main_grad import find_apex
 from hrm_megatron.parallel.simulate import second_phase, stock, two_phase
@@ -84,13 +84,14 @@ def explain_weight_gradients(args: argparse.Namespace) -> str:
 def describe_pipeline(args: argparse.Namespace, bp_steps: int) -> str:
     """Describe the schedule of a step with so many gradient ticks in one line."""
     stages, window, microbatches = args.pipeline_model_parallel_size, args.pipeline_window, microbatches_of(args)
-    with_grad = [tick.with_grad for tick in unroll(args.h_cycles, args.l_cycles, bp_steps)]
-    if second_phase(args.pipeline_schedule, with_grad, microbatches, stages, window):
+    ticks = unroll(args.h_cycles, args.l_cycles, bp_steps)
+    with_grad = [tick.with_grad for tick in ticks]
+    if first := second_phase(args.pipeline_schedule, with_grad, microbatches, stages, window):
         windows = microbatch_windows(microbatches, stages, window)
         found, rows = two_phase(microbatches, with_grad, stages, window), max(map(len, windows)) * args.micro_batch_size
         ranks = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
-        # The pair of states of every micro-batch, and what the last stage hands over.
-        kept = 3 * rows * args.seq_length * args.hidden_size * args.params_dtype.itemsize / ranks
+        kept = (states_between(ticks, first) * rows * args.seq_length * args.hidden_size * args.params_dtype.itemsize
+                / ranks)
         how = (f"two phases{f' for each of {len(windows)} windows' if len(windows) > 1 else ''}; the first stage keeps "
                f"{kept / 2**30:.3f} GiB of states")
     else:

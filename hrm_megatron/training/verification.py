@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
-from torch.distributed import PrefixStore, rendezvous
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from hrm_megatron.checkpoint.folders import last_saved_first
 from hrm_megatron.checkpoint.manifest import (

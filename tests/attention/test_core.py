@@ -102,7 +102,7 @@ def rotated(leaves, sequences, positions):
     """Rotate the queries of a rank, and all keys, as the layers of all ranks would together."""
     q, k, v = leaves
     cos, sin = sequences.rotation.cos, sequences.rotation.sin
-    return Rotation(cos[positions], sin[positions])(q), sequences.rotation(k), v
+    return Rotation(cos[positions], sin[positions])(q)[0], sequences.rotation(k)[0], v
 
 
 @pytest.mark.parametrize("name", ["dense", "sdpa", "cpu", "two calls"])

@@ -1,6 +1,8 @@
 """What the benchmark of whole steps reads, counts and says."""
 import gzip
+import itertools
 import json
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -9,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hrm_megatron.benchmark.conversion import measure as measure_conversion
 from hrm_megatron.benchmark.kernels import breakdown
 from hrm_megatron.benchmark.peak import SHORTEST_ROW, in_the_longest_row_that_fits
 from hrm_megatron.benchmark.record import add_row, output_folder
 from hrm_megatron.benchmark.rows import write_random_examples
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import Architecture, ConfigError
 from tests.modes import wrong_modes
 from tests.training.conftest import fullbatch_arguments  # noqa: F401  # a fixture
 
@@ -135,6 +138,17 @@ def test_steps_are_compared_pair_by_pair(monkeypatch, capsys):
     assert said[-1] == "ratio 0.600, median of 5 pairs from 0.343 to 0.600"
 
 
+def test_generation_is_compared_on_the_same_weights_and_prompts(capsys):
+    from hrm_megatron.benchmark.generation import compare_generation
+
+    compare_generation(["demo"], [1, 3], ["float32"], prompt_tokens=12, new_tokens=4, pairs=1, cpu_time=True)
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("greedy, prompts of 6 to 12 tokens, 4 new ones each, 1 pair(s), ") and " GB/s" in head
+    assert [row.split(" tokens/s")[0].split()[:4] for row in rows] == [
+        ["demo", "float32", "batch", "1"], ["demo", "float32", "batch", "3"]]
+    assert rows[0].endswith("same answers 1 of 1") and rows[1].endswith("same answers 3 of 3")
+
+
 @pytest.mark.slow
 def test_the_tool_measures_and_says_what_failed(tmp_path):
     def run(*flags):
@@ -159,3 +173,24 @@ def test_the_tool_measures_and_says_what_failed(tmp_path):
     assert [line.split()[0] for line in done.stdout.splitlines()[2:5]] == ["tokens/s", "TFLOP/s", "peak"]
     assert "matrix products" in done.stdout and "\ntransformers " in done.stdout
     assert not wrong_modes(tmp_path / "out", 0o027)
+
+
+def test_conversions_are_measured_in_every_direction(tmp_path, capsys, monkeypatch):
+    tool = runpy.run_path(str(ROOT / "tools" / "benchmark.py"))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "convert", "--sizes", "1", "64", "4", "--vocab-size", "40000",
+                                      "--output", str(tmp_path)])
+    assert tool["main"]() == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    weights = 2 * 64 * (40_192 + 5 * 64 + 3 * 256) * 4 / 1e9  # rows of 40,000 tokens, padded
+    assert f"{weights:.2f} GB of weights in fp32" in head
+    measured = {tuple(line.rsplit(maxsplit=3)[0].split(" > ")): [float(value) for value in line.rsplit(maxsplit=3)[1:]]
+                for line in lines}
+    assert measured.keys() == {("random weights", "native"), *itertools.permutations(("native", "megatron", "hf"), 2)}
+    for (source, target), (seconds, peak_gb, written_gb) in measured.items():
+        copies = {"hf": 1, "native": 4, "megatron": 1 if source == "hf" else 5}[target]
+        assert seconds > 0 and peak_gb < 5 * weights and written_gb == pytest.approx(copies * weights, abs=0.01)
+    assert not [*tmp_path.iterdir()]
+    found = [*measure_conversion(Architecture(1, 64, 4, 256, 256), tmp_path, weights_only=True)]
+    assert [(one.source, one.target) for one in found] == [("random weights", "hf"), ("hf", "megatron"),
+                                                           ("megatron", "hf")]
+    assert not [*tmp_path.iterdir()]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
 from hrm_megatron.convert.checkpoint import EMA
 from hrm_megatron.convert.hf import read_hf, write_hf
 from hrm_megatron.data.spelling import EOA, EOQ
@@ -150,6 +150,18 @@ def test_without_a_tokenizer_the_ids_are_of_hrm_text_if_the_model_has_them(tmp_p
     with pytest.raises(ConfigError, match="has 11 tokens, eos_token_id would be 11; give its own .*--tokenizer-model"):
         write_hf(random_checkpoint(Architecture(1, 24, 3, 40, 11)), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused_if_rows_would_do(tmp_path, random_checkpoint, tokenizer):
+    """Both vocabularies are padded to the same rows; a model that only knows its rows cannot tell."""
+    other = Architecture(1, 24, 3, 40, tokenizer.vocab_size - 1)
+    assert other.padded_vocab_size == padded_vocab_size(tokenizer.vocab_size)
+    with pytest.raises(ConfigError, match=f"has {tokenizer.vocab_size} tokens, the model random was trained with "
+                                          f"{tokenizer.vocab_size - 1}; give its own tokenizer"):
+        write_hf(random_checkpoint(other), tmp_path / "hf", tokenizer=tokenizer.path)
+    assert not (tmp_path / "hf").exists()
+    padded = dataclasses.replace(other, vocab_size=other.padded_vocab_size)
+    write_hf(random_checkpoint(padded), tmp_path / "hf", tokenizer=tokenizer.path)
 
 
 def test_padding_and_cuts_of_a_tokenizer_json_are_left_out(tmp_path, checkpoint, tokenizer):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, HrmTextConfig, HrmTextForCausalLM
 
 from hrm_megatron.config import Architecture, ConfigError
@@ -177,7 +177,80 @@ def test_missing_and_damaged_files_are_named(golden, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((golden / "hf_export/ema/model.safetensors").read_bytes()[:5000])
     with pytest.raises(ConfigError, match=r"model\.safetensors: cannot read"):
         read_hf(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin: a pickle, which can run code .*save it as safetensors"):
+        read_hf(tmp_path)
     for index in ("[1]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"lm_head.weight": 1}}'):
         (tmp_path / "model.safetensors.index.json").write_text(index)
         with pytest.raises(ConfigError, match=r"index\.json: (holds no settings|does not say which file)"):
             read_hf(tmp_path)
+
+
+@pytest.fixture
+def sharded(tmp_path, random_checkpoint):
+    """An export in several files."""
+    write_hf(random_checkpoint(), tmp_path / "hf", "raw", max_shard_size="30KB")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("file", ["../model-00001-of-00002.safetensors", "/etc/passwd", "pytorch_model.bin",
+                                  "nested/a.safetensors"])
+def test_an_index_that_leaves_the_folder_is_refused(sharded, file):
+    place = sharded / "model.safetensors.index.json"
+    index = json.loads(place.read_text())
+    index["weight_map"]["lm_head.weight"] = file
+    place.write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=f"index.json: says that lm_head.weight is in '{file}'; only safetensors"):
+        read_hf(sharded)
+
+
+def test_an_index_and_files_that_differ_are_refused(sharded):
+    place = sharded / "model.safetensors.index.json"
+    index = json.loads(place.read_text())
+    files = index["weight_map"]
+    for name, file, message in (
+            ("lm_head.weight", files["model.z_L_init"], r"lm_head\.weight is not in .*, where it should be"),
+            ("lm_head.bias", files["lm_head.weight"], r"lm_head\.bias is not in")):
+        place.write_text(json.dumps({"weight_map": {**files, name: file}}))
+        with pytest.raises(ConfigError, match=f"index.json: {message}"):
+            read_hf(sharded)
+    place.write_text(json.dumps({"weight_map": {**files, "a": "copy.safetensors"}}))
+    path = sharded / files["lm_head.weight"]
+    (sharded / "copy.safetensors").write_bytes(path.read_bytes())
+    with pytest.raises(ConfigError, match=r"holds \S+, which \S+ holds too"):
+        read_hf(sharded)
+
+
+def test_the_names_of_transformers_modules_are_read(tmp_path, random_checkpoint):
+    checkpoint = random_checkpoint()
+    write_hf(checkpoint, tmp_path / "fused", "raw")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    model.save_pretrained(tmp_path / "split", save_original_format=False)
+    names = load_file(tmp_path / "split" / "model.safetensors").keys()
+    assert "model.L_module.layers.1.self_attn.q_proj.weight" in names
+    assert not any("gqkv" in name for name in names)
+    again = read_hf(tmp_path / "split")
+    assert all(torch.equal(tensor, dict(checkpoint.weights("raw"))[name]) for name, tensor in again.weights("raw"))
+    write_hf(again, tmp_path / "fused again", "raw")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("fused", "fused again"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda tensors: tensors.pop("model.H_module.layers.0.self_attn.k_proj.weight"),
+     r"tensors missing: model\.H_module\.layers\.0\.self_attn\.k_proj\.weight"),
+    (lambda tensors: tensors.update({"model.H_module.layers.0.attn.gqkv_proj.weight": torch.zeros(96, 24)}),
+     r"tensors left over: model\.H_module\.layers\.0\.self_attn\.gate_proj\.weight, .*k_proj"),
+    (lambda tensors: tensors.update({"model.L_module.layers.1.mlp.up_proj.weight": torch.zeros(41, 24)}),
+     r"up_proj\.weight has shape \[41, 24\], its settings ask for \[40, 24\]"),
+])
+def test_parts_that_are_not_a_whole_are_named(tmp_path, random_checkpoint, change, message):
+    write_hf(random_checkpoint(), tmp_path / "fused", "raw")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "fused").save_pretrained(tmp_path / "split",
+                                                                             save_original_format=False)
+    tensors = load_file(tmp_path / "split" / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "split" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=message):
+        read_hf(tmp_path / "split")

@@ -88,18 +88,6 @@ def test_the_scale_of_the_embedding_is_part_of_the_model(tmp_path, random_checkp
         check_model(tmp_path, theirs, dataclasses.replace(architecture, init_scheme="lecun_normal", init_std=None))
 
 
-def test_weights_alone_become_a_model_before_its_first_step(tmp_path, random_checkpoint):
-    checkpoint = random_checkpoint()
-    write_megatron(checkpoint.only_weights("ema"), tmp_path)
-    again = read_megatron(find_iteration(tmp_path))
-    assert (again.iteration, again.embedding_updates) == (0, 0)
-    expected = dict(checkpoint.weights("ema"))
-    for kind in ("raw", "ema"):
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in again.weights(kind))
-    name = "optimizer.state.exp_avg_sq.output_layer.weight"
-    assert not DCPFolder(find_iteration(tmp_path)).tensor(name).any()
-
-
 def test_without_optimizer_state_there_are_weights_but_no_ema(converted, monkeypatch):
     path = find_iteration(converted)
     shapes = DCPFolder(path).shapes()

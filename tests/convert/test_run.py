@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.convert import run
 from hrm_megatron.convert.hf import read_hf
+from hrm_megatron.convert.ledger import EXPORT_FILE
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import read_native
 from tests.damage import flip_bit_of_tensor
@@ -49,6 +52,11 @@ def test_every_format_leads_to_every_other(command, tmp_path, golden, same_state
     assert command(load=tmp_path / "h", load_format="hf", save_format="megatron", save="m2")[0] == 0
     imported, ema = read_megatron(find_iteration(tmp_path / "m2")), dict(source.weights("ema"))
     assert imported.iteration == 0
+    assert imported.parts == {"raw"}
+    for number, flags in enumerate(([], ["--weights", "ema"])):  # before a first step the EMA is the weights
+        assert command(*flags, load=tmp_path / "m2", load_format="megatron", save=f"h{number}")[0] == 0
+        assert all(torch.equal(tensor, ema[name])
+                   for name, tensor in read_hf(tmp_path / f"h{number}").weights("raw"))
     assert all(torch.equal(tensor, ema[name]) for name, tensor in imported.weights("raw"))
     assert command("--weights", "ema", save_format="native", save="fresh")[0] == 0
     fresh = read_native(tmp_path / "fresh")
@@ -124,6 +132,8 @@ def test_a_damaged_iteration_names_the_one_that_is_not(command, tmp_path, golden
 
 def test_what_no_checksum_covers_is_said(command, tmp_path):
     assert "from " + str(tmp_path) not in command()[1]
+    assert "which" not in command(load=tmp_path / "out", load_format="hf", save_format="native", save="n1")[1]
+    (tmp_path / "out" / EXPORT_FILE).unlink()
     status, out, _ = command(load=tmp_path / "out", load_format="hf", save_format="native", save="n")
     assert status == 0 and "which has no checksums, so that its files were held against their headers only" in out
     assert "which" not in command(load=tmp_path / "n", load_format="native", save_format="megatron", save="m")[1]
@@ -139,7 +149,6 @@ def test_what_no_checksum_covers_is_said(command, tmp_path):
     ([], dict(load="nowhere", load_format="hf"), "config.json: cannot read"),
     (["--ckpt-step", "3"], dict(), "choose --ckpt-step from 1"),
     (["--ckpt-step", "3"], dict(load_format="hf"), "a transformers folder has no steps"),
-    (["--no-verify-checkpoint"], dict(load_format="hf"), "a transformers folder has no checksums to skip"),
     (["--tokenizer-model", "nowhere"], dict(), "no tokenizer there"),
     (["--dtype", "bfloat16"], dict(save_format="native"), "are for --save-format hf"),
     ([], dict(load=".", save="out"), "overlaps --load"),
@@ -150,3 +159,46 @@ def test_bad_input_is_one_line(command, tmp_path, monkeypatch, flags, options, m
     assert status == 1 and not out
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
     assert _entries(tmp_path) == []
+
+
+def test_an_export_that_was_changed_is_told(command, tmp_path):
+    assert command(save="m")[0] == 0
+    path = tmp_path / "m" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    again = dict(load=tmp_path / "m", load_format="hf", save_format="megatron", save="again")
+    status, _, err = command(**again)
+    assert status == 1 and err.startswith(f"error: {path}: ") and "is not what was exported" in err
+    assert _entries(tmp_path) == ["m"]
+    status, out, _ = command("--no-verify-checkpoint", **again)
+    assert status == 0 and "which was not verified" in out
+    (tmp_path / "m" / EXPORT_FILE).write_text("{")
+    status, _, err = command(save="third", load=tmp_path / "m", load_format="hf", save_format="native")
+    assert status == 1 and f"error: {tmp_path / 'm' / EXPORT_FILE}: cannot read" in err and err.count("\n") == 1
+
+
+def test_the_manifest_says_what_it_is_of(command, tmp_path, golden):
+    assert command("--dtype", "bfloat16")[0] == 0
+    manifest = json.loads((tmp_path / "out" / EXPORT_FILE).read_text())
+    assert (manifest["source"], manifest["source_format"], manifest["format"], manifest["iteration"]) \
+        == (str(golden / "native_ckpt"), "native", "hf", 10)
+    assert manifest["settings"]["hidden_size"] == 24 and manifest["settings"]["dtype"] == "bfloat16"
+    assert manifest["settings"]["weights"] == "ema"
+    assert len(manifest["tensors"]) == 11
+    assert command("--weights", "ema", save_format="megatron", save="m")[0] == 0  # which begins at step 0
+    assert json.loads((tmp_path / "m" / EXPORT_FILE).read_text())["iteration"] == 10
+
+
+def test_numbers_that_are_none_are_refused_or_told(command, tmp_path, monkeypatch):
+    stock = run.read_native
+
+    def broken(*arguments):
+        source = stock(*arguments)
+        return dataclasses.replace(source, read=lambda part, entry: source.read(part, entry) / 0
+                                   if entry.hf == "lm_head.weight" else source.read(part, entry))
+
+    monkeypatch.setattr(run, "read_native", broken)
+    status, out, err = command()
+    assert status == 1 and not out and "error: lm_head.weight: " in err and "pass --allow-nonfinite" in err
+    assert _entries(tmp_path) == []
+    status, out, _ = command("--allow-nonfinite")
+    assert status == 0 and "warning: NaN or infinities in lm_head.weight" in out and "were not compared" in out

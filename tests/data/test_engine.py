@@ -62,7 +62,7 @@ def test_ids_are_those_of_tokenizers(engines, count, seed):
     assert 0 < guarded < count / 2, "some have code points of a later Unicode, most have none"
 
 
-@pytest.mark.parametrize("longest", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("longest", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_string_of_character_classes_is_cut_alike(folder, longest):
     pair = engines_of(bordered(Tokenizer.from_file(str(folder / "tokenizer.json"))))
     batch = list(class_strings(longest))

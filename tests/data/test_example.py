@@ -69,7 +69,7 @@ def test_a_bad_row_survives_the_way_from_a_worker():
 def test_null_is_never_put_in_quotes():
     for key in GOOD:
         with pytest.raises(BadRow) as refusal:
-            examples_of({**GOOD, key: None}, "x.jsonl:7")
+            examples_of({**GOOD, key: None}, "x.jsonl:7", RowFormat())
         assert "quotes" not in str(refusal.value) and ("--default" in str(refusal.value)) == (key == "condition")
 
 

@@ -281,3 +281,19 @@ def test_two_sources_of_one_name_are_refused(write_jsonl, tmp_path, tokenizer, t
         assert all(str(name) in error for name in names) and "give --input the folder" in error
     assert not (tmp_path / "out").exists()
     assert tool("preprocess_data")(["--input", str(tmp_path / "in" / "one"), str(two), *flags]) == 1
+
+
+def test_what_lint_has_found_is_kept_with_its_source(update, write_jsonl, encoded, tmp_path):
+    odd = write_jsonl("in/odd.jsonl", [dict(condition="", instruction="what is \ufffd?", response="this"),
+                                       dict(condition="", instruction="and that?", response="and that?")])
+    paths = [write_jsonl("in/a.jsonl", rows("a", 3)), odd]
+    update(paths, lint="off")
+    assert not any("lint" in line for line in update(paths, lint="off").lines()) and len(encoded) == 2
+    lines = update(paths).lines()  # nobody has looked yet
+    assert len(encoded) == 4 and [line.split(".")[0] for line in lines if "U+FFFD" in line or "equal" in line]
+    assert update(paths).lines() == lines and len(encoded) == 4
+    before = files_of(tmp_path / "x" / "x")
+    with pytest.raises(ConfigError, match="lint: 1 texts with U.*odd.jsonl:1 .*--lint warn writes them"):
+        update(paths, lint="error")
+    assert files_of(tmp_path / "x" / "x") == before and len(encoded) == 4
+    assert str(update(paths[:1], lint="error").changes) == "sources: 1 kept, 1 removed (odd.jsonl)"

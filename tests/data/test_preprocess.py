@@ -57,9 +57,10 @@ def test_output_and_first_error_do_not_depend_on_workers(write_jsonl, tmp_path, 
         written.append((files_of(prefix), report.summary(), report.lines()))
     assert errors[0] == errors[1] == errors[2] and errors[0].startswith(f"{path}:21: broken JSON")
     assert written[0] == written[1] == written[2] and len(written[0][0]) == 5
-    assert [line.partition(str(path))[0::2] for line in written[0][2]] == [
+    assert [line.partition(str(path))[0::2] for line in written[0][2][:2]] == [
         ("skipped 1: broken JSON, first ", written[0][2][0].partition(str(path))[2]),
         ("skipped 1: empty field, first ", ":42: response='' is empty; fill it or drop the row")]
+    assert [line[:9] for line in written[0][2][2:]] == ["lint: 58 "]  # texts with the string of a special token
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])

@@ -3,7 +3,6 @@ import gzip
 import json
 import pickle
 import random
-import tracemalloc
 from collections import Counter
 
 import pyarrow as pa
@@ -13,6 +12,7 @@ import zstandard
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import BadRow, Example, RowFormat
+from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.inputs import find_inputs
 from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.readers import is_blank, pieces, read_piece
@@ -91,12 +91,18 @@ def test_every_kind_of_file_gives_the_same_chats(tmp_path, name):
 
 
 def test_every_kind_of_file_gives_the_same_store(tmp_path, tokenizer):
-    rows, stores = rows_of(40), set()
+    """The same bytes where it is one file; a dataset of two files may be stored as two, with the same examples."""
+    rows, stores, examples = rows_of(40), [], []
     for name in FLAT:
-        prefix = tmp_path / "out" / name
-        preprocess(write(name, rows, tmp_path), prefix, tokenizer, workers=1, chunk_bytes=900)
-        stores.add((prefix.with_name(f"{name}.bin").read_bytes(), prefix.with_name(f"{name}.idx").read_bytes()))
-    assert len(stores) == 1
+        folder = tmp_path / "out" / name
+        preprocess(write(name, rows, tmp_path), folder / "x", tokenizer, workers=1, chunk_bytes=900)
+        store = IndexedExamples(folder / "x")
+        examples.append([[part.tolist() for part in store[i]] for i in range(len(store))])
+        stores.append({path.suffix: path.read_bytes() for path in folder.rglob("*") if path.suffix not in ("", ".json")
+                       and path.is_file()})
+    single = [store for store, name in zip(stores, FLAT, strict=True) if name != "saved"]
+    assert single == single[:1] * len(single) and {".bin", ".idx"} <= single[0].keys()
+    assert examples == examples[:1] * len(FLAT) and len(examples[0]) == 40
 
 
 def test_places_count_as_the_kind_of_file_does(tmp_path):
@@ -282,20 +288,3 @@ def test_a_row_that_is_too_long_is_left_out_of_columns_too(tmp_path, name):
     kinds = [example.kind if isinstance(example, BadRow) else "" for _, example in
              read(path, 500, RowFormat(max_characters=500))]
     assert kinds == ["", "", "row too long", "", "row too long"]
-
-
-@pytest.mark.parametrize("name", ["plain.jsonl", "one.jsonl.zst", "one.jsonl.gz", "groups.parquet", "stream.arrow"])
-def test_memory_does_not_grow_with_the_input(tmp_path, name):
-    """Ten times the rows take no more memory than a few pieces; Python's and Arrow's are both counted."""
-    def peak(count):
-        path, = write(name, rows_of(200) * count, tmp_path)
-        tracemalloc.start()
-        before, most = pa.total_allocated_bytes(), 0
-        for piece in pieces(path, 20_000):
-            for _ in read_piece(piece):
-                most = max(most, pa.total_allocated_bytes() - before)
-        _, python = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        return most + python
-    few = peak(3)
-    assert peak(30) < 1.5 * few + 1_000_000

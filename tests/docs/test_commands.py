@@ -14,6 +14,7 @@ import pytest
 
 from hrm_megatron.config import PRESETS, Architecture
 from hrm_megatron.planner.memory import activation_bytes, model_bytes
+from hrm_megatron.training.micro_batch import POSITIONS
 from tests.docs.commands import ROOT, blocks, table
 
 BLOCKS = blocks()
@@ -146,6 +147,11 @@ def test_launch_settings_start_and_take_what_they_say(launch, row):
         needed = model_bytes(architecture, gpus) + activation_bytes(architecture, rows * row_tokens, BP_STEPS,
                                                                     gated_act=True)
         assert amount == round(needed / 1e9, 1) < 80
+    # Of those that divide the step on all of these GPUs, and fit.
+    fit = [one for one in range(1, batch + 1) if not any(batch % (one * gpus) for gpus in gpu_counts) and all(
+        model_bytes(architecture, gpus) + activation_bytes(architecture, one * row_tokens, BP_STEPS, gated_act=True)
+        < 80e9 for gpus in gpu_counts)]
+    assert rows == next((one for one in fit if one * row_tokens >= POSITIONS), fit[-1])
 
 
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))

@@ -62,22 +62,27 @@ def test_own_data_becomes_an_exported_model(folder):
     assert not wrong_modes(out, UMASK)
 
 
+def snapshot(out):
+    """Contents of all files but locks, by path."""
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def test_a_second_start_keeps_what_is_there_and_other_data_is_refused(folder, launcher):
     first, again = (run([SCRIPT, "--bf16"], folder, DATA="rows.jsonl", **SETTINGS, **FIELDS, **launcher)
                     for _ in range(2))
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
-    kept = "".join(f"out/{name}: made from the same input before, kept\n" for name in ("tokenizer", "data"))
-    assert again.stdout.startswith(f"{kept}train ") and kept not in first.stdout
+    assert again.stdout.startswith("out/tokenizer: made from the same input before, kept\n")
+    assert "\nsources: 1 kept\n" in again.stdout and "\nsources: 1 added (rows.jsonl)\n" in first.stdout
     assert first.stdout.count(" --bf16\n") == again.stdout.count(" --bf16\n") == 1
-    made = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
+    made = snapshot(folder / "out")
     (folder / "more.jsonl").write_text((folder / "rows.jsonl").read_text() * 2)
     for changed in (dict(DATA="more.jsonl"), dict(VOCAB_SIZE="301"), dict(ROW_TOKENS="65"),
                     dict(DEFAULT_CONDITION="cot")):
         done = run([SCRIPT], folder, **{**SETTINGS, **FIELDS, **launcher, "DATA": "rows.jsonl", **changed})
         assert done.returncode == 1 and "train " not in done.stdout, changed
         assert done.stderr.startswith("error: out/") and done.stderr.count("\n") == 1, done.stderr
-        assert "name another output" in done.stderr
-    assert made == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
+        assert "name another output" in done.stderr or "choose another --output-prefix" in done.stderr
+    assert made == snapshot(folder / "out")
 
 
 def test_any_kind_of_input_will_do(folder, launcher):
@@ -90,6 +95,11 @@ def test_any_kind_of_input_will_do(folder, launcher):
     done = run([SCRIPT], folder, DATA="in", **SETTINGS, **launcher, DEFAULT_CONDITION="direct", ROW_SHAPE="messages")
     assert done.returncode == 0, done.stderr
     assert "out/data: 12 examples, " in done.stdout and "train " in done.stdout
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("It rained on Friday. Nobody came. " * 40)
+    done = run([SCRIPT], folder, DATA="texts", **{**SETTINGS, **launcher, "OUT": "two", "SPLIT_SENTENCES": "1"})
+    assert done.returncode == 0 and " 0 responses truncated" in done.stdout, done.stderr
+    assert (folder / "two" / "sentences" / "abbrev_types.txt").exists()
 
 
 def test_rows_without_condition_are_refused_unless_told(folder, launcher):
@@ -104,7 +114,7 @@ def test_help_shows_the_settings_and_needs_none(tmp_path):
     done = run([SCRIPT, "--help"], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     settings = [line.removeprefix("export ").partition("=")[0] for line in done.stdout.splitlines() if "=${" in line]
-    assert {"DATA", *SETTINGS, *FIELDS, "ROW_SHAPE", "PRESET", "LR", "PYTHON"} == set(settings)
+    assert {"DATA", *SETTINGS, *FIELDS, "ROW_SHAPE", "SPLIT_SENTENCES", "PRESET", "LR", "PYTHON"} == set(settings)
     assert "root=" not in done.stdout
     shutil.copy(SCRIPT, tmp_path)
     for script, message in ((SCRIPT, "set DATA to your file or folder"), (tmp_path / SCRIPT.name, "no tools/")):

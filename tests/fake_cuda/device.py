@@ -35,7 +35,7 @@ KEPT: list[Any] = []
 
 
 class Graphs(list[torch.fx.GraphModule]):
-    """What was compiled; it runs as it was traced. (Inductor asks the device for its properties.)"""
+    """What was compiled; it runs as it was traced."""
 
     def keep(self, graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
         self.append(graph)
@@ -43,6 +43,7 @@ class Graphs(list[torch.fx.GraphModule]):
 
 
 FORWARDS, BACKWARDS = Graphs(), Graphs()
+COMPILER: list[Any] = [aot_autograd(fw_compiler=FORWARDS.keep, bw_compiler=BACKWARDS.keep)]  # the last is taken
 
 
 def _without_driver() -> None:
@@ -79,6 +80,7 @@ def _pin_memory(self: torch.Tensor, *_: Any) -> torch.Tensor:
     return pinned
 
 
+@functools.cache
 def pretend_cuda() -> None:
     """Be a machine with one Hopper GPU, as far as our code and Megatron can tell."""
     _without_driver()
@@ -86,8 +88,7 @@ def pretend_cuda() -> None:
     replaced: Any = torch
     replaced.cuda._lazy_init = lambda: None
     replaced.cuda.is_available = lambda: sys._getframe(1).f_globals.get("__name__", "").split(".")[0] in OURS
-    replaced.compile = functools.partial(torch.compile, backend=aot_autograd(
-        fw_compiler=FORWARDS.keep, bw_compiler=BACKWARDS.keep))
+    replaced.compile = functools.partial(torch.compile, backend=COMPILER[-1])
     replaced.Tensor.pin_memory = _pin_memory
     for name in cpu.FACTORIES:
         setattr(torch, name, _there(getattr(torch, name)))

@@ -50,7 +50,8 @@ def micro_batch(number: int, context: Any) -> PackedBatch:
     return batch.to("cuda")
 
 
-def train(overlap: bool = False, context_parallel: int = 1, **settings: Any) -> dict[str, Any]:
+def train(overlap: bool = False, context_parallel: int = 1, tensor_parallel: int = 1,
+          **settings: Any) -> dict[str, Any]:
     """A few steps. By step: the graphs compiled so far, the collectives that started in forward passes and in the last
     backward, the values that the host has read when gradients are finalized, and at its end. Of all: what made tensors
     that are like weights."""
@@ -58,9 +59,10 @@ def train(overlap: bool = False, context_parallel: int = 1, **settings: Any) -> 
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     FORWARDS.clear(), BACKWARDS.clear()
     found: dict[str, Any] = dict(graphs=[], gathered=[], reduced=[], reads=[])
-    with ranks(RANKS, context_parallel_size=context_parallel) as device:
+    layout: dict[str, Any] = dict(context_parallel_size=context_parallel, tensor_model_parallel_size=tensor_parallel)
+    with ranks(RANKS, **layout) as device:
         config = hrm_config(ARCHITECTURE, gradient_accumulation_fusion=True, calculate_per_token_loss=True, bf16=True,
-                            params_dtype=torch.bfloat16, context_parallel_size=context_parallel, **settings)
+                            params_dtype=torch.bfloat16, sequence_parallel=tensor_parallel > 1, **layout, **settings)
         model = HRMModel(config, 1).train()
         device.watched = {(weight.shape, weight.dtype) for name, weight in model.named_parameters() if "linear" in name}
         ddp = DistributedDataParallel(config, DistributedDataParallelConfig(

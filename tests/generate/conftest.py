@@ -24,3 +24,15 @@ def model(converted):
     from hrm_megatron.generate.load import load_model, open_checkpoint
 
     return load_model(open_checkpoint(converted))
+
+
+@pytest.fixture(scope="session")
+def untrained(single_rank):
+    """Build an HRMModel of such an architecture with random weights."""
+    from hrm_megatron.config import Architecture
+    from hrm_megatron.model.hrm import HRMModel
+    from hrm_megatron.transformer_config import hrm_config
+
+    def build(*sizes, seed=5, **settings):
+        return HRMModel(hrm_config(Architecture(*sizes, **settings)), seed=seed).eval()
+    return build

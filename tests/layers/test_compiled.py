@@ -35,7 +35,6 @@ def compare(dtype, backend):
     del os.environ["TORCHDYNAMO_DISABLE"]
 
     import numpy as np
-    from megatron.core.transformer.transformer_layer import TransformerLayer
     from torch._dynamo.testing import CompileCounterWithBackend
 
     from hrm_megatron.config import Architecture
@@ -46,7 +45,8 @@ def compare(dtype, backend):
     from hrm_megatron.transformer_config import hrm_config
 
     counter = CompileCounterWithBackend(backend)
-    compiled._forward = torch.compile(TransformerLayer.forward, backend=counter)
+    compiled.CompiledLayer.before, compiled.CompiledLayer.behind = (staticmethod(
+        torch.compile(part, backend=counter)) for part in (compiled.before_attention, compiled.behind_attention))
     precision = dict(params_dtype=getattr(torch, dtype), bf16=dtype == "bfloat16")
     generator = np.random.default_rng(3)
 

@@ -21,7 +21,7 @@ COS, SIN = torch.cat((ANGLES.cos(), ANGLES.cos()), -1), ANGLES.sin()
 CASES = {
     "swiglu": (SwiGLUFunction.apply, functions.swiglu, (7, 2, 10)),
     "rms_norm": (lambda x: RMSNormFunction.apply(x, 1e-6), lambda x: functions.rms_norm(x, 1e-6), (7, 2, 6)),
-    "rotate": (lambda x: RotateFunction.apply(x, COS, SIN), lambda x: functions.rotated(x, COS, SIN), (7, 2, 3, 6)),
+    "rotate": (lambda x: RotateFunction.apply(COS, SIN, x)[0], lambda x: functions.rotated(x, COS, SIN), (7, 2, 3, 6)),
 }
 
 
@@ -88,7 +88,8 @@ def draw(*shape):
 
 
 @pytest.mark.parametrize("function, arguments", [
-    (functions.rotate, (draw(7, 2, 3, 6), COS, SIN, False)), (functions.rotate, (draw(7, 2, 3, 6), COS, SIN, True)),
+    (functions.rotate, (COS, SIN, False, draw(7, 2, 3, 6), draw(7, 2, 1, 6))),
+    (functions.rotate, (COS, SIN, True, draw(7, 2, 3, 6), draw(7, 2, 1, 6))),
     (functions.normalize, (draw(7, 2, 6), 1e-6)),
     (functions.normalize_backward, (draw(7, 2, 6), draw(7, 2, 6).flip(0), draw(7, 2, 1).abs()))],
     ids=["rotate", "rotate back", "normalize", "normalize backward"])

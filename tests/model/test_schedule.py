@@ -2,7 +2,7 @@
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.model.schedule import split_bp_steps, trains_embedding, unroll
+from hrm_megatron.model.schedule import split_bp_steps, states_between, trains_embedding, unroll
 
 
 def test_the_split_equals_the_reference(golden_case):
@@ -38,6 +38,10 @@ def test_the_first_ticks_with_gradient_run_again(bp_steps, recompute_ticks, agai
 def test_impossible_gradient_ticks_are_refused(bp_steps):
     with pytest.raises(ConfigError, match=f"bp_steps={bp_steps} does not fit h_cycles=2, l_cycles=3: choose 2 to 8"):
         unroll(2, 3, bp_steps)
+
+
+def test_a_pass_goes_on_from_z_l_and_from_z_h_once_that_is_not_the_embedding():
+    assert [states_between(unroll(2, 3), first) for first in range(1, 8)] == [1, 1, 1, 2, 2, 2, 2]
 
 
 def test_the_embedding_is_trained_only_through_all_slow_ticks():

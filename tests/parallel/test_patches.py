@@ -56,6 +56,8 @@ STOCK = [
     ("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", "bool"),
     ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.optimizer_state_keys", "property"),
     ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer.load_state_dict", "(self, state_dict)"),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._copy_main_params_to_model_params", "(self)"),
+    ("megatron.core.optimizer.distrib_optimizer", "DistributedOptimizer._get_model_param_range_map", "(self, param)"),
     ("megatron.core.optimizer.optimizer", "param_group_identifier_keys",
      "('end_wd', 'max_lr', 'min_lr', 'optimizer', 'start_wd', 'wd_mult', 'lr_mult', 'is_expert_parallel', "
      "'is_decoupled_lr')"),

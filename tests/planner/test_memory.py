@@ -40,3 +40,15 @@ def test_pinned_memory_is_rounded_up_as_docs_say():
     for positions in (16_384, 24_576):
         kept, pinned = (size * XL.num_layers / positions / 1e6 for size in offloaded_bytes(XL, positions))
         assert f"{kept:.2f} MB" in guide and f"{pinned:.2f} MB at {positions:,} positions" in guide
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_says_how_many_positions_fit(name):
+    preset = PRESETS[name]
+    architecture = Architecture(preset.num_layers, preset.hidden_size, preset.num_attention_heads,
+                                preset.ffn_hidden_size, 65_536)
+
+    def fits(positions, gpus):
+        return model_bytes(architecture, gpus) + activation_bytes(architecture, positions, 5) < 0.95 * 80e9
+    gpus = 1 if fits(4096, 1) else 8
+    assert fits(preset.positions, gpus) and not fits(preset.positions + 1024, gpus) and preset.positions % 1024 == 0

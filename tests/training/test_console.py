@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
+from hrm_megatron.data.mixture import Mixture, Selection
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.parallel.log_levels import UNACTIONABLE, WARNINGS, be_quiet, silence_unactionable
 from hrm_megatron.planner.flops import rows_flops, training_flops
@@ -55,7 +56,6 @@ def run(tmp_path_factory):
                 writer.add(tokenizer.encode_prefix("direct", "x" * (i % 7) + str(i)),
                            tokenizer.encode_response("a" * (1 + i % 5)))
     done = torchrun(*SIZES, "--train-data-path", folder / "train", "--valid-data-path", folder / "valid",
-                    "--verify-data",
                     "--eval-interval", 2, "--eval-iters", 1, "--save", folder / "saved", "--save-interval", 2,
                     "--tensorboard-dir", folder / "log", "--log-throughput", "--log-timers-to-tensorboard",
                     "--bp-warmup-fraction", 0.6)
@@ -123,7 +123,7 @@ def test_tensorboard_has_what_it_always_had(run):
 
 def test_throughput_is_that_of_an_hrm(run):
     source = IndexedExamples(run.folder / "train")
-    data = PackedRows(source, ROW_TOKENS, SEED, ROWS_PER_STEP * STEPS)
+    data = PackedRows(Mixture([source], ROW_TOKENS, Selection(seed=SEED)), ROW_TOKENS, SEED, ROWS_PER_STEP * STEPS)
     rows = [data[i] for i in range(len(data))]
     labels = sum(int((row["labels"] >= 0).sum()) for row in rows) / STEPS
     # Queries of a prefix see all of it and nothing else; those of a response, what lies before and themselves.
@@ -135,7 +135,7 @@ def test_throughput_is_that_of_an_hrm(run):
     bp = scalars(run.folder / "log", "bp steps")
     for step in (2, 3, 4):
         flops = throughput[step] * 1e12 * 2 * seconds[step]  # of two ranks
-        expected = training_flops(architecture, int(bp[step]), ROW_TOKENS * ROWS_PER_STEP, round(labels), round(scores))
+        expected = training_flops(architecture, int(bp[step]), ROW_TOKENS * ROWS_PER_STEP, labels, scores)
         assert flops == pytest.approx(expected, rel=1e-5)  # fp32 in the log, and three roundings
 
 
@@ -151,7 +151,8 @@ def test_a_refused_command_ends_with_its_one_line():
     line = "error: hidden_size=33 is not a multiple of num_attention_heads=4; change one of them"
     assert done.returncode and done.stdout == "" and done.stderr.splitlines()[0] == line, done.stderr
     cause = done.stderr.split("Root Cause")[-1].splitlines()
-    assert re.search(r"rank +: 0 ", "".join(cause)) and cause[-2].endswith(f"traceback : {line}")
+    # Of rank 0, but for a machine on which that takes seconds longer than rank 1.
+    assert re.search(r"rank +: [01] ", "".join(cause)) and cause[-2].endswith(line.removeprefix("error: "))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -200,11 +201,20 @@ def test_an_unknown_flag_is_one_line(launch):
 
 @pytest.fixture
 def terminal():
-    """A terminal of 80 columns: `stream` writes to it, `read()` returns what was written."""
+    """A terminal of 80 columns: `stream` writes to it, `read()` returns all that was written."""
     ours, theirs = pty.openpty()
+    end = b"the end"
+
+    def read():
+        os.write(theirs, end)
+        written = b""
+        while not written.endswith(end):  # the kernel hands it on in pieces, when it comes to it
+            written += os.read(ours, 1 << 16)
+        return written.removesuffix(end).decode().replace("\r\n", "\n")
+
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with open(theirs, "w", encoding="utf-8") as stream:
-        yield SimpleNamespace(stream=stream, read=lambda: os.read(ours, 1 << 16).decode().replace("\r\n", "\n"))
+        yield SimpleNamespace(stream=stream, read=read)
     os.close(ours)
 
 

@@ -243,7 +243,7 @@ def test_help_exits_with_ours_first(flag, capsys):
     ours, theirs = sections.find("--hrm-preset {B"), sections.find("--tensor-model-parallel-size TENSOR")
     assert 0 <= ours and (theirs < 0 if flag == "--help-hrm" else ours < theirs)
     if flag == "--help-hrm":
-        assert "EMA (default: 0.9999)" in sections and "(default: None)" not in sections
+        assert "EMA of the weights (default: 0.9999)" in sections and "(default: None)" not in sections
     else:
         assert "10%)" in sections  # of --moe-paged-stash-buffer-size-factor-cuda, whose help argparse cannot print
 

@@ -1,7 +1,9 @@
 """The whole way by command line: the reference's checkpoint in, 24 of its steps, its EMA out."""
 import json
+import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -41,24 +43,34 @@ def test_the_average_is_the_references(uninterrupted):
         assert difference.abs().max() < WEIGHT_TOLERANCE, entry.native
 
 
-def test_a_mixture_of_indexed_datasets_trains_as_the_sampled_folder_does(launch, uninterrupted, fullbatch_arguments,
-                                                                         native_start, tmp_path):
-    """The folder's sixteen examples in two datasets, under rules that take each once an epoch: other rows."""
+def test_a_mixture_of_indexed_datasets_trains_as_a_sampled_folder_does(launch, fullbatch_arguments, native_start,
+                                                                       tmp_path):
+    """Examples of golden/fullbatch in two datasets, under rules that take each once an epoch: the same steps in other
+    rows. The rules leave out the one whose response is its end token alone, and so does the folder here."""
     folder = SampledFolder(FULLBATCH / "sampled")
     tokenizer = SimpleNamespace(fingerprint="f" * 64, vocab_size=folder.vocab_size, boq=6, eoq=7, eoa=11)
     for name, ids in (("a", range(5)), ("b", range(5, 16))):
         with IndexedExamplesWriter(tmp_path / name, tokenizer) as writer:
             for i in ids:
                 writer.add(*folder.example(0, i))
+    shutil.copytree(FULLBATCH / "sampled", tmp_path / "sampled")
+    for epoch in (tmp_path / "sampled").glob("epoch_*"):
+        kept = np.load(epoch / "resp_len.npy") > 1
+        assert kept.sum() == 15
+        for path in epoch.iterdir():
+            np.save(path, np.load(path)[kept])
     (tmp_path / "rules.yaml").write_text("- {prefix: a, max_per_file: 5}\n- {prefix: b, long_context: drop}\n")
     at = fullbatch_arguments.index("--sampled-data-path")
-    run = launch(*fullbatch_arguments[:at], *fullbatch_arguments[at + 2:], "--load", native_start,
-                 "--train-data-path", tmp_path / "a", tmp_path / "b", "--sampling-rules", tmp_path / "rules.yaml",
-                 "--data-cache-path", tmp_path / "rows", "--tensorboard-dir", tmp_path / "log", "--exit-interval", 8)
-    assert run.code == 0, run.output
-    ours, folders = scalars(tmp_path / "log"), scalars(uninterrupted / "log")
-    assert ours.keys() == set(range(1, 9))
-    assert max(abs(ours[step] - folders[step]) for step in ours) < LOSS_TOLERANCE
+    losses = []
+    for name, data in (("folder", ["--sampled-data-path", tmp_path / "sampled"]),
+                       ("mixture", ["--train-data-path", tmp_path / "a", tmp_path / "b", "--sampling-rules",
+                                    tmp_path / "rules.yaml", "--data-cache-path", tmp_path / "rows"])):
+        run = launch(*fullbatch_arguments[:at], *fullbatch_arguments[at + 2:], *data, "--load", native_start,
+                     "--tensorboard-dir", tmp_path / name, "--exit-interval", 8)
+        assert run.code == 0, run.output
+        losses.append(scalars(tmp_path / name))
+    assert losses[0].keys() == losses[1].keys() == set(range(1, 9))
+    assert max(abs(losses[0][step] - losses[1][step]) for step in losses[0]) < LOSS_TOLERANCE
     assert len(list((tmp_path / "rows").iterdir())) >= 8  # one step is one epoch here
 
 

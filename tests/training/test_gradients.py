@@ -26,6 +26,9 @@ MORE = {
     "PP 4": (4, [PP, 4]),
     "PP 4, 5 micro-batches": (4, [PP, 4, "--global-batch-size", 10]),
     "PP 4, two phases, 8 micro-batches": (4, [PP, 4, *TWO_PHASES]),
+    "TP 2 x PP 2 + SP, two phases": (4, [TP, 2, PP, 2, "--sequence-parallel", *TWO_PHASES]),
+    "TP 2 x PP 4 + SP, two phases": (8, [TP, 2, PP, 4, "--sequence-parallel", *TWO_PHASES]),
+    "PP 2 x CP 2, two phases": (4, [PP, 2, CP, 2, *TWO_PHASES]),
     "PP 2, 3 layers by hand": (2, [PP, 2, "--decoder-first-pipeline-num-layers", 3,
                                    "--decoder-last-pipeline-num-layers", 1]),
     "TP 2 x PP 2 + SP, gated_act recomputed": (4, [TP, 2, PP, 2, "--sequence-parallel", *GATED_ACT]),
@@ -79,8 +82,8 @@ def keep(model, *rest, **options):
 pretrain.parse_arguments, training.finalize_model_grads = parse_arguments, keep
 """
 FP64_TOLERANCE = 1e-13
-ALWAYS = [("PP 2, 5 micro-batches", 4), ("PP 4, two phases, 8 micro-batches", 2), ("CP 2 x TP 2 + SP", 5),
-          ("TP 2 x PP 2 + SP, gated_act recomputed", 5)]
+ALWAYS = [("PP 2, 5 micro-batches", 4), ("TP 2 x PP 2 + SP, two phases", 2), ("PP 4, two phases, 8 micro-batches", 2),
+          ("CP 2 x TP 2 + SP", 5), ("TP 2 x PP 2 + SP, gated_act recomputed", 5)]
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +112,13 @@ def test_gradients_are_those_of_one_process(first_moments, parity, case):
     rows = 10 if 10 in ALL[name][1] else 8
     worst = largest_difference(first_moments(name, bp_steps, rows), first_moments(None, bp_steps, rows), bp_steps)
     parity(f"{name}, bp {bp_steps}: gradients", worst, TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bp_steps", [2, 3, 5])
+def test_two_phases_give_the_gradients_of_one_bitwise(first_moments, bp_steps):
+    one, two = (first_moments(name, bp_steps, 8) for name in ("PP 2, one phase", "PP 2, two phases, recompute"))
+    assert largest_difference(two, one, bp_steps) == 0
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from hrm_megatron.config import Architecture
 from hrm_megatron.parallel.main_grad import Apex
 from hrm_megatron.training import layout
-from hrm_megatron.training.layout import describe, explain_weight_gradients, stage_parameters
+from hrm_megatron.training.layout import describe, describe_pipeline, explain_weight_gradients, stage_parameters
 
 ARGUMENTS = dict(
     world_size=16, tensor_model_parallel_size=2, pipeline_model_parallel_size=4, context_parallel_size=1,
@@ -41,20 +41,27 @@ def test_the_description_counts_per_rank():
     layer = 32 * (5 * 32 + 3 * 48)
     assert lines[3].startswith(f"  stage 2: 2 layers of each stack, {2 * 2 * layer / 2 / 1e6:.2f} M parameters a rank")
     assert [line.split(":")[1].split(" layers")[0].strip() for line in lines[1:5]] == ["2", "2", "2", "1"]
-    states = 3 * 32 * 96 * 32 * 2 / 2 / 2**30  # a pair and what is handed over, of 32 rows in bf16, halved by SP
+    state = 32 * 96 * 32 * 2 / 2 / 2**30  # z_L of 32 rows in bf16, halved by SP
+    pair = 2 * state  # and z_H
     assert lines[5:7] == [
-        f"  pipeline at bp 2: two phases; the first stage keeps {states:.3f} GiB of states; simulated bubble 5.2%, 11 "
+        f"  pipeline at bp 2: two phases; the first stage keeps {pair:.3f} GiB of states; simulated bubble 4.4%, 11 "
         "ticks alive on a stage",
-        f"  pipeline at bp 5: two phases; the first stage keeps {states:.3f} GiB of states; simulated bubble 2.9%, 23 "
+        f"  pipeline at bp 5: two phases; the first stage keeps {state:.3f} GiB of states; simulated bubble 2.4%, 23 "
         "ticks alive on a stage"]
     assert lines[7:] == ["weight gradients: summed over the ticks of a micro-batch by autograd, in bfloat16",
                          "attention: sdpa (torch's scaled_dot_product_attention, a call for each piece of an "
                          "example), as asked"]
     windows = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_window=16))).splitlines()
     assert windows[6] == ("  pipeline at bp 5: two phases for each of 2 windows; the first stage keeps "
-                          f"{states / 2:.3f} GiB of states; simulated bubble 5.2%, 23 ticks alive on a stage")
+                          f"{state / 2:.3f} GiB of states; simulated bubble 4.2%, 23 ticks alive on a stage")
     one = describe(argparse.Namespace(**ARGUMENTS | dict(pipeline_schedule="stock"))).splitlines()
     assert one[6] == "  pipeline at bp 5: one phase; simulated bubble 6.9%, 20 ticks alive on a stage"
+
+
+@pytest.mark.parametrize("bp_steps, states", [(2, 2), (3, 1), (5, 1)])
+def test_states_between_the_phases_are_counted(bp_steps, states):
+    line = describe_pipeline(argparse.Namespace(**ARGUMENTS | dict(seq_length=2**15, pipeline_window=16)), bp_steps)
+    assert f"the first stage keeps {states * 16 * 2**15 * 32 * 2 / 2 / 2**30:.3f} GiB" in line  # 0.016 or 0.031
 
 
 KERNELS, BROKEN = object(), "its import fails (ImportError: undefined symbol)"

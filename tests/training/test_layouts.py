@@ -2,11 +2,17 @@
 
 `make ranks` runs all of it and prints the table; `make test` an important third.
 """
+import itertools
+
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from hrm_megatron.checkpoint.folders import find_iteration
+from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW
 from hrm_megatron.convert.megatron import read_megatron
+from hrm_megatron.convert.native import read_native
+from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.convert.table import table
 from tests.training.conftest import FULLBATCH, scalars
 
@@ -151,3 +157,25 @@ def test_bf16_follows_one_process(launch, fullbatch_arguments, native_start, par
     # near 5 differ by up to 0.002, which is as far as one process in bf16 is from fp32.
     difference = max(abs(losses[0][step] / losses[1][step] - 1) for step in losses[0])
     parity(f"{layout} in bf16: 20 losses, relative", difference, 1e-3)
+
+
+@pytest.mark.parametrize("layout", some(["1 process", "TP 2", "PP 2", "TP 2 x PP 2 + SP", "DP 2", "FSDP2"],
+                                        {"1 process", "TP 2 x PP 2 + SP", "FSDP2"}))
+def test_a_checkpoint_of_any_layout_is_converted_bitwise_every_way(trained, tmp_path, layout):
+    """All of it by native and back by Megatron, each kind of weights by transformers' folder and back."""
+    folders = [(trained(layout) / "checkpoints", "megatron"), *((tmp_path / name, name.split()[0]) for name in (
+        "native", "megatron", "native again"))]
+    for source, target in itertools.pairwise(folders):
+        convert(Conversion(*source, *target))
+    start = read_megatron(find_iteration(folders[0][0]))
+    assert start.iteration == 24 and start.has_state
+    for end in (read_native(folders[1][0]), read_megatron(find_iteration(folders[2][0])), read_native(folders[3][0])):
+        assert (end.iteration, end.embedding_updates) == (24, start.embedding_updates)
+        assert all(torch.equal(end.read(part, entry), start.read(part, entry)) for entry in table(start.architecture)
+                   for part in (PARTS if entry.trained else [RAW]))
+    for kind in (RAW, EMA):
+        way = [folders[0], (tmp_path / f"hf {kind}", "hf"), (tmp_path / f"from hf {kind}", "megatron")]
+        for source, target in itertools.pairwise(way):
+            convert(Conversion(*source, *target, weights=kind if target[1] == "hf" else None))
+        assert all(torch.equal(tensor, dict(start.weights(kind))[name])
+                   for name, tensor in read_megatron(find_iteration(way[2][0])).weights(RAW))

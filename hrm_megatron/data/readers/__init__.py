@@ -9,13 +9,16 @@ from typing import NamedTuple
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat
+from hrm_megatron.data.raw_text import BY_CHARACTERS, Sizes
 from hrm_megatron.data.readers.arrow import FILE_MARK, STREAM_MARK, arrow_is_blank, arrow_pieces
+from hrm_megatron.data.readers.documents import document_is_blank, document_pieces, is_document
 from hrm_megatron.data.readers.lines import jsonl_is_blank, jsonl_pieces
 from hrm_megatron.data.readers.parquet import MARK, parquet_is_blank, parquet_pieces
 from hrm_megatron.data.readers.piece import Piece
 from hrm_megatron.data.row_shapes import examples_of, shape_of
 
-__all__ = ["PIECE_BYTES", "Piece", "is_blank", "pieces", "read_examples", "read_piece", "with_shape"]
+__all__ = ["PIECE_BYTES", "Piece", "is_blank", "pieces", "read_examples", "read_piece", "sample_documents",
+           "with_shape"]
 
 PIECE_BYTES = 1 << 20  # of text, the work of one task
 ROWS = RowFormat()
@@ -35,39 +38,43 @@ KINDS = (
     Kind(STREAM_MARK, arrow_pieces, arrow_is_blank),
     Kind(b"", jsonl_pieces, jsonl_is_blank),  # packed or not
 )
+DOCUMENT = Kind(b"", document_pieces, document_is_blank)  # told by its name, and only where documents are wanted
 NEVER_EMPTY = (".parquet", ".arrow", ".feather", ".gz", ".zst")
 
 
-def _kind(path: Path) -> Kind:
+def _kind(path: Path, documents: bool) -> Kind:
     with open(path, "rb") as file:
         head = file.read(max(len(kind.mark) for kind in KINDS))
     if not head and path.suffix in NEVER_EMPTY:
         raise ConfigError(f"{path}: empty, which no {path.suffix} file is; copy or write it again")
+    if documents and is_document(path):
+        return DOCUMENT
     return next(kind for kind in KINDS if head.startswith(kind.mark))
 
 
-def is_blank(path: Path) -> bool:
+def is_blank(path: Path, documents: bool = False) -> bool:
     """Say whether there is no row in a file; refuse by its name what is of no kind that is read."""
-    return _kind(path).is_blank(path)
+    return _kind(path, documents).is_blank(path)
 
 
 def pieces(path: Path, chunk_bytes: int = PIECE_BYTES, rows: RowFormat = ROWS) -> Iterator[Piece]:
     """Cut a file into pieces of about `chunk_bytes` of text, in its order."""
-    return _kind(path).pieces(path, chunk_bytes, rows)
+    return _kind(path, rows.raw is not None).pieces(path, chunk_bytes, rows)
 
 
 def read_piece(piece: Piece, rows: RowFormat = ROWS,
-               noted: Counter[str] | None = None) -> Iterator[tuple[str, Example | BadRow]]:
+               noted: Counter[str] | None = None,
+               sizes: Sizes = BY_CHARACTERS) -> Iterator[tuple[str, Example | BadRow]]:
     """Yield (place, example or why there is none) in the order of the rows; a row may give several examples.
 
-    What was handled and should be known is counted in `noted`.
+    What was handled and should be known is counted in `noted`; documents are cut by `sizes`.
     """
     for place, row in piece.read(rows):
         if isinstance(row, BadRow):
             yield place, row
             continue
         try:
-            examples = examples_of(row, place, rows, noted)
+            examples = examples_of(row, place, rows, noted, sizes)
         except BadRow as error:
             yield place, error
         else:
@@ -95,3 +102,18 @@ def with_shape(rows: RowFormat, paths: Sequence[Path]) -> tuple[RowFormat, str]:
                 if not isinstance(row, BadRow):
                     return replace(rows, shape=shape_of(row, rows) or rows.shape), place
     return rows, "no row"
+
+
+def sample_documents(paths: Sequence[Path], rows: RowFormat, characters: int) -> Iterator[str]:
+    """Yield the first documents of every file, about as much of each, up to `characters` of all."""
+    assert rows.raw
+    for path in paths:
+        left = max(1, characters // len(paths))
+        for piece in pieces(path, rows=rows):
+            for _, row in piece.read(rows):
+                text = "" if isinstance(row, BadRow) else row.get(rows.raw.key)
+                if isinstance(text, str) and left > 0:
+                    yield text[:left]
+                    left -= len(text)
+            if left <= 0:
+                break

@@ -10,20 +10,22 @@ import pyarrow as pa
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import RowFormat
+from hrm_megatron.data.readers.arrow_bodies import unpacked_bytes
 from hrm_megatron.data.readers.columns import ColumnsPiece, Group, column_pieces, columns_of, damage_named
 
 FILE_MARK = b"ARROW1"
 STREAM_MARK = b"\xff\xff\xff\xff"
 STREAM_END = STREAM_MARK + b"\0\0\0\0"
+STREAM_IN_FILE = 8  # where the stream begins that a file holds in front of its footer
+OPTIONS = pa.ipc.IpcReadOptions(use_threads=False)
+UNPACKED_BYTES = 1 << 29  # of one batch, which is unpacked as a whole
 
 
 def arrow_pieces(path: Path, chunk_bytes: int, rows: RowFormat) -> Iterator[ColumnsPiece]:
     mapped = _mapped(path)
-    with damage_named(path, "its schema"):
-        schema = _schema(mapped)
-        columns = columns_of(path, schema, rows)
-        options = pa.ipc.IpcReadOptions(use_threads=False, included_fields=[schema.names.index(c) for c in columns])
-    groups = (_file_groups if mapped[:len(FILE_MARK)] == FILE_MARK else _stream_groups)(path, mapped, options)
+    is_file = mapped[:len(FILE_MARK)] == FILE_MARK
+    _check_sizes(path, mapped, is_file)
+    groups = (_file_groups if is_file else _stream_groups)(path, mapped, rows)
     for piece in column_pieces(path, chunk_bytes, rows, groups):
         yield piece
         mapped.madvise(mmap.MADV_DONTNEED)  # else the whole file is in memory once it was read
@@ -45,27 +47,40 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _schema(mapped: mmap.mmap) -> pa.Schema:
-    buffer = pa.py_buffer(mapped)
-    return (pa.ipc.open_file(buffer) if mapped[:len(FILE_MARK)] == FILE_MARK else pa.ipc.open_stream(buffer)).schema
+def _check_sizes(path: Path, mapped: mmap.mmap, is_file: bool) -> None:
+    """Refuse batches that do not fit in memory when they are unpacked; the others are read where they are."""
+    stream = pa.py_buffer(mapped)
+    sizes = unpacked_bytes(stream.slice(STREAM_IN_FILE) if is_file else stream)
+    for number in count():
+        with damage_named(path, f"record batch {number}"):
+            num_bytes = next(sizes, None)
+        if num_bytes is None:
+            return
+        if num_bytes > UNPACKED_BYTES:
+            raise ConfigError(f"{path}: record batch {number} unpacks to {num_bytes:,} bytes, more than "
+                              f"{UNPACKED_BYTES:,}; write it with smaller batches or without compression")
 
 
-def _file_groups(path: Path, mapped: mmap.mmap, options: pa.ipc.IpcReadOptions) -> Iterator[Group]:
+# Columns are chosen from whole batches: told what to read, pyarrow copies it instead of leaving it in the file.
+
+def _file_groups(path: Path, mapped: mmap.mmap, rows: RowFormat) -> Iterator[Group]:
     with damage_named(path, "its footer"):
-        reader = pa.ipc.open_file(pa.py_buffer(mapped), options=options)
+        reader = pa.ipc.open_file(pa.py_buffer(mapped), options=OPTIONS)
+        columns = columns_of(path, reader.schema, rows)
     for number in range(reader.num_record_batches):
-        batches = (reader.get_batch(i) for i in (number,))
+        batches = (reader.get_batch(i).select(columns) for i in (number,))
         yield Group(f"record batch {number}", len(mapped) // reader.num_record_batches, batches)
 
 
-def _stream_groups(path: Path, mapped: mmap.mmap, options: pa.ipc.IpcReadOptions) -> Iterator[Group]:
+def _stream_groups(path: Path, mapped: mmap.mmap, rows: RowFormat) -> Iterator[Group]:
     source = pa.BufferReader(pa.py_buffer(mapped))
     with damage_named(path, "its schema"):
-        reader = iter(pa.ipc.open_stream(source, options=options))
+        reader = pa.ipc.open_stream(source, options=OPTIONS)
+        columns = columns_of(path, reader.schema, rows)
     for number in count():
         start = source.tell()
         with damage_named(path, f"record batch {number}"):
             batch = next(reader, None)
         if batch is None:
             return
-        yield Group(f"record batch {number}", source.tell() - start, iter([batch]))
+        yield Group(f"record batch {number}", source.tell() - start, iter([batch.select(columns)]))

@@ -16,7 +16,7 @@ from hrm_megatron.data.readers.piece import Piece, Row, too_long
 from hrm_megatron.data.row_shapes import fields_to_read
 from hrm_megatron.data.text_files import convert_from
 
-DAMAGE = (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError)  # what pyarrow raises where bytes are wrong
+DAMAGE = (pa.ArrowException, OSError, OverflowError, ValueError)  # what pyarrow raises where bytes are wrong
 SLICE_ROWS = 1024  # of a batch that are looked at together; a memory-mapped one may be the whole file
 
 
@@ -80,6 +80,8 @@ def damage_named(path: Path, what: str) -> Iterator[None]:
     """Turn what pyarrow says of wrong bytes into one line with file and group."""
     try:
         yield
+    except ConfigError:  # of ours, and a ValueError too
+        raise
     except DAMAGE as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: {what} cannot be read ({reason}); copy or write it again") from error
@@ -110,7 +112,7 @@ def _parts(batches: Iterable[pa.RecordBatch], chunk_bytes: int, max_row_bytes: i
     waiting: list[pa.RecordBatch] = []
     waiting_bytes = 0
     for batch in _slices(batches, chunk_bytes):
-        num_bytes = batch.nbytes
+        num_bytes = sum(map(_num_bytes, batch.columns))
         long = batch.num_rows == 1 and num_bytes > max_row_bytes
         if waiting and (long or waiting_bytes + num_bytes > chunk_bytes):
             yield _part(waiting)
@@ -125,9 +127,11 @@ def _parts(batches: Iterable[pa.RecordBatch], chunk_bytes: int, max_row_bytes: i
 
 
 def _part(batches: Sequence[pa.RecordBatch]) -> Part:
+    plain = [pa.RecordBatch.from_arrays([column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+                                         for column in batch.columns], batch.schema.names) for batch in batches]
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batches[0].schema) as writer:
-        for batch in batches:
+    with pa.ipc.new_stream(sink, plain[0].schema) as writer:
+        for batch in plain:
             writer.write_batch(batch)
     return Part(sum(batch.num_rows for batch in batches), sink.getvalue().to_pybytes())
 
@@ -149,9 +153,7 @@ def _slices(batches: Iterable[pa.RecordBatch], chunk_bytes: int) -> Iterator[pa.
 
 def _halves(batch: pa.RecordBatch, chunk_bytes: int) -> Iterator[pa.RecordBatch]:
     if batch.num_rows < 2 or sum(map(_num_bytes, batch.columns)) <= chunk_bytes:
-        columns = [column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-                   for column in batch.columns]
-        yield pa.RecordBatch.from_arrays(columns, batch.schema.names)
+        yield batch
         return
     middle = batch.num_rows // 2
     yield from _halves(batch.slice(0, middle), chunk_bytes)

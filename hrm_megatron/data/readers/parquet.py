@@ -9,16 +9,21 @@ import pyarrow.parquet as pq
 
 from hrm_megatron.data.example import RowFormat
 from hrm_megatron.data.readers.columns import ColumnsPiece, Group, column_pieces, columns_of, damage_named
+from hrm_megatron.data.readers.parquet_pages import pages
 
 MARK = b"PAR1"
 BATCH_ROWS = 1024
+BATCH_BYTES = 1 << 24  # of a batch, as rows of the group are on the average
+EXPANDED_BYTES = 1 << 28  # of a batch, where every row were the longest that a dictionary or a page allows
+PAGE_BYTES = 1 << 27  # usual ones have 1 MB, DuckDB's up to 100 MB
+PAGE_VALUES = 1 << 24
 BUFFER_BYTES = 1 << 20  # of a column chunk; without it, each is read as a whole
 
 
 def parquet_pieces(path: Path, chunk_bytes: int, rows: RowFormat) -> Iterator[ColumnsPiece]:
     with _opened(path) as file:
         columns = columns_of(path, file.schema_arrow, rows)
-        yield from column_pieces(path, chunk_bytes, rows, _groups(file, columns))
+        yield from column_pieces(path, chunk_bytes, rows, _groups(path, file, columns))
 
 
 def parquet_is_blank(path: Path) -> bool:
@@ -31,12 +36,33 @@ def _opened(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
 
 
-def _groups(file: pq.ParquetFile, columns: list[str]) -> Iterator[Group]:
+def _groups(path: Path, file: pq.ParquetFile, columns: list[str]) -> Iterator[Group]:
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         num_bytes = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
-        yield Group(f"row group {number}", num_bytes, _batches(file, number, columns))
+        yield Group(f"row group {number}", num_bytes, _batches(path, file, number, columns))
 
 
-def _batches(file: pq.ParquetFile, number: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    yield from file.iter_batches(BATCH_ROWS, row_groups=[number], columns=columns)
+def _batches(path: Path, file: pq.ParquetFile, number: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    batch_rows = _batch_rows(path, file.metadata.row_group(number), columns)
+    yield from file.iter_batches(batch_rows, row_groups=[number], columns=columns)
+
+
+def _batch_rows(path: Path, group: pq.RowGroupMetaData, columns: list[str]) -> int:
+    """Choose rows of a batch so that it fits in memory, whatever is packed how tightly. Raises ArrowInvalid where it
+    never does."""
+    rows = BATCH_ROWS
+    with open(path, "rb") as file:
+        for column in map(group.column, range(group.num_columns)):
+            if not group.num_rows or column.path_in_schema.split(".")[0] not in columns:
+                continue
+            rows = min(rows, BATCH_BYTES * group.num_rows // max(1, column.total_uncompressed_size))
+            values_per_row = -(-column.num_values // group.num_rows)
+            for page in pages(file, column):
+                if page.num_bytes > PAGE_BYTES or max(page.num_values, values_per_row) > PAGE_VALUES:
+                    raise pa.ArrowInvalid(
+                        f"{column.path_in_schema} has a page of {page.num_bytes:,} bytes, {page.num_values:,} values, "
+                        f"more than {PAGE_BYTES:,} or {PAGE_VALUES:,}: leave out rows that long, or use smaller pages")
+                if page.is_dictionary or "DELTA_BYTE_ARRAY" in column.encodings:
+                    rows = min(rows, EXPANDED_BYTES // max(1, page.num_bytes * values_per_row))
+    return max(1, rows)

@@ -1,0 +1,145 @@
+"""Whether what a conversion wrote computes what its source computes, loaded by the code that will load it."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from safetensors import safe_open
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from hrm_megatron.checkpoint.folders import find_iteration
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.convert.checkpoint import RAW, Checkpoint
+from hrm_megatron.convert.engine_names import check_names
+from hrm_megatron.convert.native import PART_NAMES, model_key, read_native, state_key
+from hrm_megatron.convert.table import table
+from hrm_megatron.convert.to_megatron import stock_state
+from hrm_megatron.data.batch import PackedBatch, TokenIds, assemble_row
+from hrm_megatron.model.hrm import HRMModel
+from hrm_megatron.parallel.single import single_rank
+from hrm_megatron.transformer_config import hrm_config
+
+LENGTHS = ((5, 4), (1, 9), (12, 2), (3, 1))  # of prefix and target
+# Of the norm of all logits. fp32 adds up a dot product of thousands of terms with an error of some 1e-6, which tens of
+# normalized layers do not raise beyond 1e-4; a swapped block, gate or head gives some 0.1 to 1.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A folder, its format, and which of its weights to run, rounded to `dtype` and computed in fp32."""
+
+    folder: Path
+    format: str
+    checkpoint: Checkpoint | None = None  # what was read of it already
+    kind: str = RAW
+    dtype: torch.dtype = torch.float32
+
+
+def compare(source: Loaded, target: Loaded, architecture: Architecture, max_tokens: int) -> str:
+    """Compare the logits of two folders on PrefixLM rows, one model in memory at a time; refuse a difference.
+
+    Returns a sentence about it.
+    """
+    check_keys(target, architecture)
+    rows = examples(architecture, max_tokens)
+    expected, found = (logits_of(loaded, architecture, rows) for loaded in (source, target))
+    difference = float((found - expected).norm() / expected.norm())
+    if not difference <= TOLERANCE:  # NaN too
+        raise ConfigError(f"{target.folder}: computes other logits than {source.folder} on {len(rows)} PrefixLM rows "
+                          f"({difference:.1e} of their norm, at most {TOLERANCE:.0e}); nothing was left there: "
+                          "please report it, or pass --no-verify to keep it as it is")
+    return f"its logits are the source's within {difference:.1e} of their norm on {len(rows)} PrefixLM rows"
+
+
+def examples(architecture: Architecture, max_tokens: int) -> list[tuple[TokenIds, TokenIds]]:
+    """A few (prefix, target) pairs of tokens that the model knows, no longer than it takes."""
+    rng = np.random.default_rng(0)
+    return [(rng.integers(0, architecture.vocab_size, prefix), rng.integers(0, architecture.vocab_size, target))
+            for prefix, target in LENGTHS if prefix + target <= max(max_tokens, 4)]
+
+
+def check_keys(target: Loaded, architecture: Architecture) -> None:
+    """Refuse names, shapes and types that the code which loads the target would not find."""
+    if target.format == "hf":
+        names: set[str] = set()
+        for path in target.folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as opened:
+                names |= set(opened.keys())
+        check_names(target.folder, names, architecture.num_layers)
+    if target.format == "native":
+        [folder] = target.folder.glob("fsdp2_epoch_*")
+        stored = {key: (tuple(entry.size), entry.properties.dtype) for key, entry
+                  in FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+                  if isinstance(entry, TensorStorageMetadata)}
+        if wrong := stored.items() ^ native_tensors(architecture).items():
+            raise ConfigError(f"{folder}: {min(wrong)[0]} is not there as HRM-Text keeps it; please report it")
+
+
+def native_tensors(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every tensor of HRM-Text's checkpoint, by key."""
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"optim.param_groups.0.lr": ((), torch.float32)}
+    for entry in table(architecture):
+        tensors[model_key(entry)] = entry.shape, torch.float32 if entry.trained else torch.bfloat16
+        if entry.trained:
+            tensors[state_key(entry, "step")] = (), torch.float32
+            tensors |= {state_key(entry, name): (entry.shape, torch.float32) for name in PART_NAMES.values()}
+    return tensors
+
+
+@torch.no_grad()
+def logits_of(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:
+    """Logits [positions of all rows, v] in fp32 on the CPU, without the rows of the head that stand for no token."""
+    logits = _of_transformers(loaded, rows) if loaded.format == "hf" else _of_ours(loaded, architecture, rows)
+    return logits[:, :architecture.vocab_size].float().cpu()
+
+
+def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:
+    from transformers import HrmTextForCausalLM  # takes seconds, which other formats need not wait for
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, info = HrmTextForCausalLM.from_pretrained(loaded.folder, dtype=torch.float32, output_loading_info=True)
+    if lost := [name for names in info.values() for name in names]:
+        raise ConfigError(f"{loaded.folder}: transformers does not load {lost[0]}; please report it")
+    _round(model, loaded.dtype)
+    logits = []
+    for prefix, target in rows:
+        tokens = torch.tensor([[*prefix, *target[:-1]]])
+        types = torch.tensor([[1] * len(prefix) + [0] * (len(target) - 1)])
+        logits.append(model.eval()(tokens, token_type_ids=types).logits[0])
+    return torch.cat(logits)
+
+
+def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:
+    with single_rank():
+        model = HRMModel(hrm_config(architecture), seed=0).eval()
+        if loaded.checkpoint is None and loaded.format == "megatron":
+            _load_as_megatron(model, loaded.folder)
+        else:
+            checkpoint = loaded.checkpoint or read_native(loaded.folder)
+            places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            for name, tensor in checkpoint.weights(loaded.kind):
+                places[name].copy_(tensor)
+        _round(model, loaded.dtype)
+        positions = sum(len(prefix) + len(target) - 1 for prefix, target in rows)
+        row = {name: tensor[None] for name, tensor in assemble_row(rows, positions).items()}
+        device = model.zL_init.device
+        batch = PackedBatch.from_rows(row).to(device)
+        logits: torch.Tensor = model.logits_at(model.states(batch), torch.arange(positions, device=device))
+        return logits
+
+
+def _load_as_megatron(model: HRMModel, folder: Path) -> None:
+    stored = dist_checkpointing.load(stock_state(model), str(find_iteration(folder)))
+    model.load_state_dict({name: value for name, value in stored.items() if isinstance(value, torch.Tensor)},
+                          strict=False)  # but for what stock layers keep beside tensors
+
+
+def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    for weight in model.parameters():
+        weight.copy_(weight.to(dtype))

@@ -1,0 +1,101 @@
+"""What a conversion has written: each tensor held against NaN, hashed and counted on its way to the disk."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from hrm_megatron.checkpoint.manifest import write_aside
+from hrm_megatron.checkpoint.stream import LazyTensor
+from hrm_megatron.config import ConfigError
+from hrm_megatron.convert.safetensors_file import tensor_bytes
+
+EXPORT_FILE = "conversion.json"
+LINE_SECONDS = 10.0  # between lines about the progress where there is no terminal
+
+
+@dataclass
+class Ledger:
+    """Notes the tensors that a writer makes, by the names that they have in the file.
+
+    `passed` is told the bytes of each. Tensors that hold NaN or an infinity are refused, or listed in `not_finite`.
+    """
+
+    allow_nonfinite: bool = False
+    passed: Callable[[int], object] = lambda size_bytes: None
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    not_finite: list[str] = field(default_factory=list)
+
+    def noting(self, name: str, lazy: LazyTensor) -> LazyTensor:
+        """Return the same tensor, which is noted when it is made."""
+        def make() -> torch.Tensor:
+            tensor = lazy.made()
+            self._note(name, tensor)
+            return tensor
+        return LazyTensor(lazy.shape, lazy.dtype, make)
+
+    def _note(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.is_floating_point() and not all(end.isfinite() for end in tensor.aminmax()):  # NaN passes through it
+            if not self.allow_nonfinite:
+                count = int((~tensor.isfinite()).sum())
+                raise ConfigError(f"{name}: {count} of {tensor.numel()} numbers are NaN or infinite; choose an earlier "
+                                  "checkpoint, or pass --allow-nonfinite to write them as they are")
+            self.not_finite.append(name)
+        self.tensors[name] = dict(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
+                                  sha256=tensor_digest(tensor))
+        self.passed(tensor.nbytes)
+
+    def write(self, folder: Path, **facts: object) -> None:
+        """Write the manifest of the export: `facts` about it, and dtype, shape and checksum of each tensor."""
+        content = dict(**facts, tensors=dict(sorted(self.tensors.items())))
+        write_aside(folder / EXPORT_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a contiguous tensor's bytes."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def digests_of(folder: Path) -> Mapping[str, str]:
+    """Read the checksums of an export's tensors; none if it has no manifest."""
+    path = folder / EXPORT_FILE
+    try:
+        tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
+        return {name: str(facts["sha256"]) for name, facts in tensors.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: cannot read ({error!r}); copy the folder again, or remove this file to take the "
+                          "tensors as they are") from error
+
+
+@contextlib.contextmanager
+def progress(total_bytes: int, out: TextIO | None = None,
+             clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[int], object]]:
+    """Give a function that counts bytes: a bar on a terminal, elsewhere a line at times."""
+    out = out or sys.stderr
+    if out.isatty():
+        with tqdm(total=total_bytes, unit="B", unit_scale=True, file=out) as bar:
+            yield bar.update
+        return
+    begun = said = clock()
+    done_bytes = 0
+
+    def passed(size_bytes: int) -> None:
+        nonlocal said, done_bytes
+        done_bytes += size_bytes
+        if (now := clock()) - said >= LINE_SECONDS:
+            said = now
+            out.write(f"written: {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB, "
+                      f"{done_bytes / 1e6 / (now - begun):.0f} MB/s\n")
+            out.flush()
+    yield passed

@@ -1,0 +1,41 @@
+"""Write a safetensors file tensor by tensor: the library's writer wants all of them in memory at once.
+
+The bytes are those that the library writes. Format: huggingface/safetensors, README.
+"""
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrm_megatron.checkpoint.stream import LazyTensor
+
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+METADATA = {"format": "pt"}  # which transformers asks for
+HEADER_ALIGNMENT = 8
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor as they lie in memory."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write tensors of one dtype into a new file, making each when those before it are written."""
+    order = sorted(tensors)
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].size_bytes
+        header[name] = {"dtype": DTYPE_NAMES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            file.write(tensor_bytes(tensors[name].made()))

@@ -1,0 +1,145 @@
+"""What silently ruins a model though every row can be read: counted with first places, and refused where asked."""
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.example import Example
+
+LINT = ("warn", "error", "off")
+# What is left of LaTeX commands of which JSON read the backslash and the first letter as one control character. A
+# backspace, a form feed or a lone carriage return stands before a letter nowhere else; after a tab or a line end these
+# are no words, or have a brace that no text has there.
+BROKEN_LATEX = tuple(control + rest for control, ends in (
+    ("\x08", ("oxed", "egin", "eta", "ar", "inom", "mod", "ig", "f{", "oldsymbol", "ullet", "ot", "ackslash")),
+    ("\x0c", ("rac", "orall", "box", "lat", "rown", "lushleft", "ootnote")),
+    ("\t", ("imes", "ext{", "extbf{", "extit{", "extrm{", "heta", "riangle", "ilde{", "frac{", "herefore", "binom{",
+            "ag{", "extstyle")),
+    ("\n", ("abla", "eq ", "eq\\", "eq{", "otin", "earrow", "ewline\\", "ewcommand")),
+    ("\r", ("ight)", "ight]", "ight\\", "ight|", "ight.", "angle", "ceil", "floor", "ho ", "ho_", "brace", "vert")),
+) for rest in ends)
+_BYTES = tuple(part.encode() for part in BROKEN_LATEX)
+_BEGINNINGS = np.array(sorted({int.from_bytes(part[:3], "big") for part in _BYTES}))
+LAST_CONTROL = ord("\r")
+REPLACEMENT_BYTES = "\ufffd".encode()
+INVISIBLE = re.compile(r"[\s\x00-\x1f\x7f\u00ad\u200b-\u200f\u2060\ufeff]*")
+CONSTANT_FROM = 8  # so many rows of a source and more with one response between them are suspicious
+LATEX, REPLACEMENT, ECHO, BLANK, TRUNCATED, SPECIAL, DECOMPOSED, COMPOSED = (
+    "latex", "replacement", "echo", "blank", "truncated", "special", "decomposed", "composed")
+MEANINGS = {  # of a count, what it counts and the way out
+    LATEX: "texts with control characters that JSON made of LaTeX (\"\\boxed\" is backspace and oxed); write the "
+           "backslashes of such texts twice in the JSON",
+    REPLACEMENT: "texts with U+FFFD, the mark of a character that decoding lost; read them in their own encoding",
+    ECHO: "responses equal to their instruction; drop the rows unless copying is to be learned",
+    BLANK: "texts without any visible character; drop the rows",
+    TRUNCATED: "responses cut by --context-size, whose end is not learned; raise it or drop the rows",
+    SPECIAL: "texts with the string of a special token, which are spelled as text; --control-tokens-in-text makes "
+             "control tokens of those that shall be some",
+    DECOMPOSED: "texts in another form than NFC beside others in NFC: one word has two spellings for whoever compares "
+                "texts; normalize the sources (the ids are of NFC, if the tokenizer's normalizer is)",
+}
+
+
+@dataclass
+class Lint:
+    """Counts of what was found, and the first place of each kind. Parts that are merged in the order of their files
+    give what one part gives."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    responses: dict[str, tuple[str, int]] = field(default_factory=dict)  # of a source: key of its only one, rows
+
+    def look(self, source: str, placed: Sequence[tuple[str, Example]], special: re.Pattern[str] | None) -> None:
+        """Look at consecutive examples of a source; `special` finds strings of tokens that texts do not become."""
+        texts = [text for _, example in placed for text in (example.instruction, example.response)]
+        joined = "\0".join(texts)
+        data = joined.encode()
+        if parts := broken_latex(data):
+            self._add_texts(LATEX, placed, (any(part in text for part in parts) for text in texts))
+        if REPLACEMENT_BYTES in data:
+            self._add_texts(REPLACEMENT, placed, ("\ufffd" in text for text in texts))
+        if special and special.search(joined):
+            self._add_texts(SPECIAL, placed, (bool(special.search(text)) for text in texts))
+        self._add_texts(BLANK, placed, (INVISIBLE.fullmatch(text) is not None for text in texts))
+        for place, example in placed:
+            if (len(example.instruction) == len(example.response) and example.instruction == example.response) or \
+                    example.instruction.strip() == example.response.strip():
+                self.add(ECHO, place)
+        if not joined.isascii():
+            wide = [not text.isascii() for text in texts]
+            other = [is_wide and not unicodedata.is_normalized("NFC", text)
+                     for text, is_wide in zip(texts, wide, strict=True)]
+            self._add_texts(DECOMPOSED, placed, other)
+            self.counts[COMPOSED] += any(  # whether there are some is all that matters
+                is_wide and not is_other and not unicodedata.is_normalized("NFD", text)
+                for text, is_wide, is_other in zip(texts, wide, other, strict=True))
+        if placed:
+            only = placed[0][1].response
+            same = all(example.response == only for _, example in placed)
+            self._add_responses(source, _key(only) if same else "", len(placed))
+
+    def add(self, kind: str, place: str, count: int = 1) -> None:
+        self.counts[kind] += count
+        self.first.setdefault(kind, place)
+
+    def _add_texts(self, kind: str, placed: Sequence[tuple[str, Example]], found: Iterable[bool]) -> None:
+        for i, is_found in enumerate(found):
+            if is_found:
+                self.add(kind, f"{placed[i // 2][0]} ({('instruction', 'response')[i % 2]})")
+
+    def _add_responses(self, source: str, key: str, rows: int) -> None:
+        before, count = self.responses.get(source, (key, 0))
+        self.responses[source] = (key if key == before else "", count + rows)
+
+    def merge(self, later: Lint) -> None:
+        """Take in what was found behind this."""
+        self.counts += later.counts
+        self.first = {**later.first, **self.first}
+        for source, (key, rows) in later.responses.items():
+            self._add_responses(source, key, rows)
+
+    def lines(self, whole: bool = True) -> list[str]:
+        """Say what was found, a line for each kind; `whole`: there is no more of the sources."""
+        shown = [kind for kind in MEANINGS if self.counts[kind]]
+        if not self.counts[COMPOSED] and DECOMPOSED in shown:
+            shown.remove(DECOMPOSED)
+        constant = [f"lint: all {rows:,} responses of {source} are the same; leave it out unless that is to be learned"
+                    for source, (key, rows) in self.responses.items() if whole and key and rows >= CONSTANT_FROM]
+        return [f"lint: {self.counts[kind]:,} {MEANINGS[kind]}. First {self.first[kind]}" for kind in shown] + constant
+
+    def refuse(self, whole: bool = True) -> None:
+        """Raise ConfigError if anything was found."""
+        if lines := self.lines(whole):
+            raise ConfigError(f"{'; '.join(lines)}. --lint warn writes them all the same")
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {kind: count if kind != COMPOSED else 1 for kind, count in sorted(self.counts.items()) if count}
+        return dict(counts=counts, first=dict(sorted(self.first.items())),
+                    responses={source: list(found) for source, found in self.responses.items()})
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Lint:
+        return cls(Counter(value["counts"]), dict(value["first"]),
+                   {source: (key, rows) for source, (key, rows) in value["responses"].items()})
+
+
+def broken_latex(data: bytes) -> set[str]:
+    """Return those of BROKEN_LATEX that stand in a UTF-8 text."""
+    codes = np.frombuffer(data, np.uint8)
+    at = np.flatnonzero(codes[:-2] <= LAST_CONTROL)
+    triples = (codes[at].astype(np.int64) << 16) | (codes[at + 1].astype(np.int64) << 8) | codes[at + 2]
+    begun = at[np.isin(triples, _BEGINNINGS)].tolist()
+    return {part.decode() for start in begun for part in _BYTES
+            if data.startswith(part, start)} if begun else set()
+
+
+def _key(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,104 @@
+"""Headers of the pages of a Parquet column, which say how much memory they take before any is unpacked.
+
+A page is the least that can be read of a column. pyarrow reads its header, in Thrift's compact protocol, together with
+what it holds, and shows neither.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow.parquet as pq
+
+HEADER_BYTES = 1 << 12  # usual ones have some 30; statistics in them may hold whole texts
+LONGEST_HEADER_BYTES = 1 << 26
+DICTIONARY_PAGE = 2
+UNCOMPRESSED_SIZE, COMPRESSED_SIZE = 2, 3  # fields of PageHeader
+DATA_HEADERS = (5, 8)  # of version 1 and 2; the first field of either is the number of values
+
+
+class Page(NamedTuple):
+    num_bytes: int
+    num_values: int
+    is_dictionary: bool
+
+
+def pages(file: BinaryIO, column: pq.ColumnChunkMetaData) -> Iterator[Page]:
+    """Walk over the pages of a column chunk. Raises ValueError where there are none."""
+    has_dictionary = column.has_dictionary_page and 0 < column.dictionary_page_offset < column.data_page_offset
+    place = column.dictionary_page_offset if has_dictionary else column.data_page_offset
+    left = column.num_values
+    while left > 0:
+        header, header_bytes = _header(file, place)
+        data: dict[int, Any] = next((header[key] for key in DATA_HEADERS if key in header), {})
+        page = Page(header[UNCOMPRESSED_SIZE], data.get(1, 0), header[1] == DICTIONARY_PAGE)
+        if header[COMPRESSED_SIZE] < 0 or page.num_bytes < 0 or (data and page.num_values < 0):
+            raise ValueError(f"a page of negative size at byte {place}")
+        yield page
+        left -= page.num_values
+        place += header_bytes + header[COMPRESSED_SIZE]
+
+
+def _header(file: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
+    """Read a PageHeader; return it and its length."""
+    num_bytes = HEADER_BYTES
+    while True:
+        file.seek(place)
+        data = file.read(num_bytes)
+        try:
+            header, end = _struct(data, 0)
+        except IndexError as error:
+            if len(data) < num_bytes or num_bytes >= LONGEST_HEADER_BYTES:
+                raise ValueError(f"no page header at byte {place}") from error
+            num_bytes *= 8
+            continue
+        if not {1, UNCOMPRESSED_SIZE, COMPRESSED_SIZE} <= header.keys():
+            raise ValueError(f"no page header at byte {place}")
+        return header, end
+
+
+def _struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """Read a struct as its fields by number; texts are passed over. Raises IndexError where the bytes end."""
+    fields: dict[int, Any] = {}
+    number = 0
+    while (head := data[at]) != 0:
+        at += 1
+        if head >> 4:
+            number += head >> 4
+        else:
+            number, at = _integer(data, at)
+        fields[number], at = _value(data, at, head & 15, depth)
+    return fields, at + 1
+
+
+def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
+    if kind in (1, 2):  # true and false, which are the type itself
+        return kind == 1, at
+    if kind == 3:
+        return data[at], at + 1
+    if kind in (4, 5, 6):
+        return _integer(data, at)
+    if kind == 8:
+        length, at = _varint(data, at)
+        return None, at + length
+    if kind == 12 and depth < 4:
+        return _struct(data, at, depth + 1)
+    raise ValueError(f"no page header: type {kind} in it")
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError("no page header: an integer without end")
+
+
+def _integer(data: bytes, at: int) -> tuple[int, int]:
+    """Zigzag: the sign is the last bit."""
+    value, at = _varint(data, at)
+    return (value >> 1) ^ -(value & 1), at

@@ -1,0 +1,82 @@
+"""A file of answers, one JSON line per question in their order, which an interrupted run goes on with."""
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.program import signals_held
+
+
+class AnswerFile:
+    """Lines go to NAME.partial, which takes NAME when `finish` says that it is whole.
+
+    NAME.partial.json keeps what decides the answers: a partial file of other settings is refused, never mixed.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        self.path, self.partial = path, path.with_name(f"{path.name}.partial")
+        self.note = path.with_name(f"{path.name}.partial.json")
+        if path.exists() and (not overwrite or not path.is_file()):
+            raise ConfigError(f"--output {path}: exists; choose another" + ", or pass --overwrite" * path.is_file())
+        self._settings = json.loads(json.dumps(settings))
+        self._file: BinaryIO
+        self.done = 0  # lines that are there
+
+    def __enter__(self) -> AnswerFile:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.partial, "a+b")  # closed in __exit__
+        try:
+            self._begin()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"--output {self.path}: another process is writing it; choose another") from error
+        if not self.note.exists():
+            self._file.truncate(0)  # a stop before the note: there is no answer in it
+            temporary = self.note.with_name(f"{self.note.name}.new")
+            temporary.write_text(json.dumps(self._settings, indent=1) + "\n", encoding="utf-8")
+            temporary.rename(self.note)
+            return
+        try:
+            before = json.loads(self.note.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{self.note}: not JSON ({error}); remove it and {self.partial} to begin again"
+                              ) from error
+        for name, value in self._settings.items():
+            if before.get(name) != value:
+                raise ConfigError(f"{self.partial}: was begun with {name}={before.get(name)!r}, not {value!r}; go on "
+                                  f"with that, choose another --output, or remove it and {self.note.name}")
+        self._file.seek(0)
+        whole = 0
+        for line in self._file:
+            if line.endswith(b"\n"):  # else the stop fell into it
+                whole, self.done = whole + len(line), self.done + 1
+        self._file.truncate(whole)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append the next answer."""
+        self._file.write(json.dumps(record).encode() + b"\n")  # ASCII: no reader splits it at U+2028 and the like
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        os.fsync(self._file.fileno())
+        with signals_held():
+            self.partial.rename(self.path)
+            self.note.unlink()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._file.close()

@@ -1,0 +1,88 @@
+"""Keys and values of unfinished answers: one pool of fixed blocks for all ticks, layers and answers."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from hrm_megatron.config import Architecture, ConfigError
+
+BLOCK_TOKENS = 16
+RESERVE_BYTES = 256 << 20  # of free memory that is left for everything else
+
+
+def blocks_of(tokens: int) -> int:
+    """Blocks that so many positions fill or begin."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Sizes of a cache. `slots` counts ticks times layers: each tick of a stack has its own keys and values, although
+    they share the weights."""
+
+    blocks: int
+    slots: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, architecture: Architecture, ticks: int, blocks: int, dtype: torch.dtype) -> CacheSize:
+        return cls(blocks, ticks * architecture.num_layers, architecture.num_attention_heads, architecture.head_dim,
+                   dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[slot, key or value, block, head, position, head_dim]."""
+        return self.slots, 2, self.blocks, self.heads, BLOCK_TOKENS, self.head_dim
+
+    @property
+    def bytes(self) -> int:
+        return self.slots * 2 * self.blocks * self.heads * BLOCK_TOKENS * self.head_dim * self.dtype.itemsize
+
+    def check(self, device: torch.device) -> str:
+        """Say what the cache takes of the free memory; raise ConfigError if it cannot fit."""
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        said = (f"{self.bytes / 1e9:.2f} GB for {self.blocks * BLOCK_TOKENS} positions in {self.slots} ticks x layers, "
+                f"{free / 1e9:.2f} GB are free")
+        if self.bytes + RESERVE_BYTES > free:
+            raise ConfigError(f"key-value cache: needs {said}; lower --batch-size or --max-new-tokens, or take --dtype "
+                              "bfloat16")
+        return f"key-value cache: {said}"
+
+
+class PagedCache:
+    """The pool, and which of its blocks are free; a block may have several users, who then only read it."""
+
+    def __init__(self, size: CacheSize, device: torch.device | str = "cpu") -> None:
+        self.size = size
+        # Zeros: a position that nobody has written counts nothing, but 0 * NaN would be NaN.
+        self.pool = torch.zeros(size.shape, dtype=size.dtype, device=device)
+        self._free = list(range(size.blocks))[::-1]
+        self._users = [0] * size.blocks
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        block = self._free.pop()
+        self._users[block] = 1
+        return block
+
+    def share(self, block: int) -> int:
+        self._users[block] += 1
+        return block
+
+    def release(self, block: int) -> None:
+        self._users[block] -= 1
+        if not self._users[block]:
+            self._free.append(block)
+
+    def copy(self, block: int) -> int:
+        """Take a block with the contents of another."""
+        own = self.take()
+        self.pool[:, :, own] = self.pool[:, :, block]
+        return own

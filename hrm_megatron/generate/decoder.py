@@ -1,0 +1,99 @@
+"""The forward pass of generation: the same function as HRMModel, with a cache and without what training needs."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hrm_megatron.generate.attention import CpuRotations, Gathered, Paged, Prefill
+from hrm_megatron.generate.cache import CacheSize, PagedCache
+from hrm_megatron.generate.weights import LayerWeights, Weights
+from hrm_megatron.layers.functions import normalize
+from hrm_megatron.model.schedule import unroll
+
+Attention = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+class Decoder:
+    """Compute the logits of next tokens. `h_cycles` and `l_cycles` are the architecture's unless given: more or fewer
+    ticks than in training."""
+
+    def __init__(self, weights: Weights, context_tokens: int, h_cycles: int | None = None,
+                 l_cycles: int | None = None) -> None:
+        a = weights.architecture
+        self.architecture = a = replace(a, h_cycles=h_cycles or a.h_cycles, l_cycles=l_cycles or a.l_cycles)
+        self.weights, self.context_tokens = weights, context_tokens
+        self.ticks = [tick.stack for tick in unroll(a.h_cycles, a.l_cycles)]
+        self.placements = {"H": a.h_norm_placement or a.norm_placement, "L": a.norm_placement}
+        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.on_cpu = CpuRotations(context_tokens, a.head_dim, a.rope_theta) if self.device.type == "cpu" else None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weights.head.shape[1]
+
+    def cache_size(self, blocks: int) -> CacheSize:
+        """Sizes of a cache for this model."""
+        return CacheSize.of(self.architecture, len(self.ticks), blocks, self.dtype)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]], tables: Sequence[np.ndarray],
+                cache: PagedCache) -> torch.Tensor:
+        """Read whole prompts into the cache, and return the logits [n, v] of their first answer token in fp32."""
+        lengths = [len(prompt) for prompt in prompts]
+        attend = Prefill(cache, lengths, tables, self.architecture.rope_theta)
+        tokens = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
+        return self._logits(self._states(tokens, attend)[np.cumsum(lengths) - 1])
+
+    @torch.no_grad()
+    def decode(self, tokens: Sequence[int], lengths: np.ndarray, tables: np.ndarray,
+               cache: PagedCache) -> torch.Tensor:
+        """Add one token to each answer and return the logits [b, v] of the next one in fp32.
+
+        `lengths` [b] are the positions that the cache holds so far, `tables` [b, n] their blocks; the block of the new
+        position is among them.
+        """
+        attend: Attention
+        if self.on_cpu:
+            attend = Paged(cache, lengths, tables, self.on_cpu)
+        else:
+            attend = Gathered(cache, lengths, tables, self.architecture.rope_theta)
+        return self._logits(self._states(np.asarray(tokens, dtype=np.int64), attend))
+
+    def _logits(self, z_h: torch.Tensor) -> torch.Tensor:
+        return (z_h @ self.weights.head).float()
+
+    def _states(self, tokens: np.ndarray, attend: Attention) -> torch.Tensor:
+        """Run all ticks over tokens [n] and return z_H [n, h]."""
+        x = F.embedding(torch.as_tensor(tokens, device=self.device), self.weights.embedding)
+        x = x * self.architecture.embedding_scale
+        states = {"H": x, "L": self.weights.z_l.expand_as(x)}
+        for number, stack in enumerate(self.ticks):
+            states[stack] = self._stack(stack, states["L"] + states["H"], number * self.architecture.num_layers, attend)
+        return states["H"]
+
+    def _stack(self, stack: str, x: torch.Tensor, first_slot: int, attend: Attention) -> torch.Tensor:
+        pre = self.placements[stack] == "pre"
+        for slot, layer in enumerate(self.weights.stacks[stack], start=first_slot):
+            x = self._pre_norm_layer(layer, x, slot, attend) if pre else self._post_norm_layer(layer, x, slot, attend)
+        return self._norm(x) if pre else x
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return normalize(x, self.architecture.norm_epsilon)[0]
+
+    def _pre_norm_layer(self, w: LayerWeights, x: torch.Tensor, slot: int, attend: Attention) -> torch.Tensor:
+        x = torch.addmm(x, attend(slot, self._norm(x) @ w.gqkv), w.attention_out)
+        return torch.addmm(x, _swiglu(self._norm(x) @ w.gate_up), w.mlp_out)
+
+    def _post_norm_layer(self, w: LayerWeights, x: torch.Tensor, slot: int, attend: Attention) -> torch.Tensor:
+        x = self._norm(torch.addmm(x, attend(slot, x @ w.gqkv), w.attention_out))
+        return self._norm(torch.addmm(x, _swiglu(x @ w.gate_up), w.mlp_out))
+
+
+def _swiglu(x: torch.Tensor) -> torch.Tensor:
+    """`layers.functions.swiglu`, written over its input where that is in fp32 already."""
+    a, b = x.float().chunk(2, -1)
+    return F.silu(a, inplace=True).mul_(b).to(x.dtype)

@@ -1,0 +1,255 @@
+"""Continuous batching: answers join and leave between two tokens, and a finished one's place is taken at once.
+
+An answer depends on its prompt, its sampling and the weights, never on what is answered beside it: its random numbers
+are its own, and no operation mixes rows. Only rounding is shared: BLAS sums a product in another order for another
+number of rows, so that logits agree to rounding, not bitwise, between batches of different sizes.
+"""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.generate.cache import BLOCK_TOKENS, PagedCache, blocks_of
+from hrm_megatron.generate.decoder import Decoder
+from hrm_megatron.generate.sampling import Sampling, choose, random_numbers
+from hrm_megatron.generate.transcript import Decode, TokenLogprob, Transcript
+
+PREFILL_TOKENS = 4096  # of prompts that are read at once; a longer one is read alone
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, `samples` answers to which share its prefill.
+
+    `logprobs` None: none; else those of the chosen tokens and of so many of the likeliest. `stream` tells the random
+    numbers of prompts with one seed apart.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_tokens: frozenset[int] = frozenset()
+    samples: int = 1
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    stream: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one more token of an answer brought."""
+
+    request: int  # as `Engine.submit` numbered it
+    sample: int
+    piece: str  # text that became final
+    transcript: Transcript
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A request of which at least one sample has not begun; `blocks` of its prompt are held once it is prefilled."""
+
+    number: int
+    request: Request
+    limit: int  # tokens of an answer that the context leaves room for
+    blocks: list[int] = field(default_factory=list)
+    logits: torch.Tensor | None = None  # [v], of the first token
+    begun: int = 0
+
+    @property
+    def own_blocks(self) -> int:
+        """Blocks of a sample's own: all but the full ones of the prompt. The last token is never written."""
+        return blocks_of(len(self.request.prompt) + self.limit - 1) - len(self.request.prompt) // BLOCK_TOKENS
+
+
+@dataclass(eq=False)
+class _Running:
+    number: int
+    sample: int
+    request: Request
+    transcript: Transcript
+    random: np.random.Generator
+    blocks: list[int]
+    promised: int  # blocks that it may still take
+    length: int  # positions in the cache
+
+
+def blocks_needed(prompt_tokens: int, new_tokens: int) -> int:
+    """Blocks with which one answer surely ends: a copy of the prompt's last, unfilled one is its own."""
+    return blocks_of(prompt_tokens + new_tokens - 1) + bool(prompt_tokens % BLOCK_TOKENS)
+
+
+class Engine:
+    """Answers requests, `max_rows` at once, in the order of `submit`; call `step` until it is `idle`."""
+
+    def __init__(self, decoder: Decoder, cache: PagedCache, max_rows: int, decode_text: Decode | None = None,
+                 prefill_tokens: int = PREFILL_TOKENS) -> None:
+        if max_rows < 1:
+            raise ConfigError(f"batch size {max_rows}: must be at least 1")
+        self.decoder, self.cache, self.max_rows = decoder, cache, max_rows
+        self.decode_text, self.prefill_tokens = decode_text, prefill_tokens
+        self.waiting: deque[_Waiting] = deque()
+        self.running: list[_Running] = []
+        self._promised, self._submitted = 0, 0
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def check(self, request: Request) -> int:
+        """Return how many tokens an answer to `request` may have; raise ConfigError if there can be none."""
+        tokens, context = len(request.prompt), self.decoder.context_tokens
+        if not tokens:
+            raise ConfigError("empty prompt: give at least one token")
+        if request.max_new_tokens < 1 or request.samples < 1:
+            raise ConfigError(f"max_new_tokens={request.max_new_tokens}, samples={request.samples}: must be at least 1")
+        if tokens >= context:
+            raise ConfigError(f"prompt of {tokens} tokens leaves no room for an answer in the model's context of "
+                              f"{context}; shorten it")
+        if request.stop and (self.decode_text is None or not all(request.stop)):
+            raise ConfigError(f"stop={request.stop}: stop strings need a tokenizer and must not be empty")
+        limit = min(request.max_new_tokens, context - tokens)
+        if (needed := blocks_needed(tokens, limit)) > self.cache.size.blocks:
+            raise ConfigError(f"prompt of {tokens} tokens and an answer of {limit} need {needed} blocks of the key-"
+                              f"value cache, which has {self.cache.size.blocks}; lower max_new_tokens")
+        return limit
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its number; raise ConfigError if it can never be answered."""
+        self.waiting.append(_Waiting(self._submitted, request, self.check(request)))
+        self._submitted += 1
+        return self._submitted - 1
+
+    def cancel(self, number: int) -> None:
+        """Forget a request; its places are free for the next step."""
+        for waiting in [waiting for waiting in self.waiting if waiting.number == number]:
+            self.waiting.remove(waiting)
+            self._forget_prompt(waiting)
+        for row in [row for row in self.running if row.number == number]:
+            row.transcript.finish = "cancelled"
+            self._leave(row)
+
+    def step(self) -> list[Progress]:
+        """Begin what there is room for, else add a token to every running answer."""
+        return self._begin() or (self._advance() if self.running else [])
+
+    def _fits(self, blocks: int) -> bool:
+        return blocks <= self.cache.free - self._promised
+
+    def _begin(self) -> list[Progress]:
+        room = self.max_rows - len(self.running)
+        starting: list[tuple[_Waiting, int]] = []
+        read: list[_Waiting] = []
+        for waiting in self.waiting:
+            new = not waiting.blocks
+            prompt_blocks = blocks_of(len(waiting.request.prompt)) if new else 0
+            tokens = sum(len(other.request.prompt) for other in read) + len(waiting.request.prompt)
+            if not room or not self._fits(prompt_blocks + waiting.own_blocks) or (
+                    new and read and tokens > self.prefill_tokens):
+                break
+            waiting.blocks = waiting.blocks or [self.cache.take() for _ in range(prompt_blocks)]
+            read += [waiting] * new
+            count = 0
+            while waiting.begun + count < waiting.request.samples and room and self._fits(waiting.own_blocks):
+                self._promised += waiting.own_blocks
+                count, room = count + 1, room - 1
+            starting.append((waiting, count))
+            if waiting.begun + count < waiting.request.samples:
+                break
+        if read:
+            logits = self.decoder.prefill([waiting.request.prompt for waiting in read],
+                                          [np.asarray(waiting.blocks, np.int32) for waiting in read], self.cache)
+            _likeliest(logits)
+            for waiting, row in zip(read, logits, strict=True):
+                waiting.logits = row
+        return [self._first_token(waiting) for waiting, count in starting for _ in range(count)]
+
+    def _first_token(self, waiting: _Waiting) -> Progress:
+        request, sample = waiting.request, waiting.begun
+        full = len(request.prompt) // BLOCK_TOKENS
+        blocks = [self.cache.share(block) for block in waiting.blocks[:full]]
+        blocks += [self.cache.copy(block) for block in waiting.blocks[full:]]  # answers go on in it
+        promised = waiting.own_blocks - (len(blocks) - full)
+        self._promised -= len(blocks) - full
+        waiting.begun += 1
+        row = _Running(waiting.number, sample, request, Transcript(
+            request.stop_tokens, waiting.limit, request.stop, self.decode_text),
+            random_numbers(request.sampling.seed, request.stream, sample), blocks, promised, len(request.prompt))
+        self.running.append(row)
+        assert waiting.logits is not None
+        if waiting.begun == request.samples:
+            self.waiting.remove(waiting)
+            self._forget_prompt(waiting)
+        return self._accept(row, waiting.logits)
+
+    def _advance(self) -> list[Progress]:
+        rows = list(self.running)
+        for row in rows:
+            if row.length == len(row.blocks) * BLOCK_TOKENS:
+                row.blocks.append(self.cache.take())
+                row.promised -= 1
+                self._promised -= 1
+        tables = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int32)
+        for table, row in zip(tables, rows, strict=True):
+            table[:len(row.blocks)] = row.blocks
+        logits = self.decoder.decode([row.transcript.tokens[-1] for row in rows],
+                                     np.asarray([row.length for row in rows], np.int32), tables, self.cache)
+        for row in rows:
+            row.length += 1
+        return [self._accept(row, *each) for row, *each in zip(rows, logits, _likeliest(logits), strict=True)]
+
+    def _accept(self, row: _Running, logits: torch.Tensor, likeliest: int | None = None) -> Progress:
+        """Choose the next token of a row by logits [v]; `likeliest` saves looking for it again."""
+        sampling, transcript = row.request.sampling, row.transcript
+        if sampling.temperature or likeliest is None:
+            token = choose(logits, sampling, row.random.random())
+        else:
+            token = likeliest
+        if row.request.logprobs is not None:
+            transcript.logprobs.append(_logprob(logits, token, row.request.logprobs))
+        piece = transcript.push(token)
+        if transcript.finish:
+            self._leave(row)
+        return Progress(row.number, row.sample, piece, transcript)
+
+    def _leave(self, row: _Running) -> None:
+        self.running.remove(row)
+        self._promised -= row.promised
+        for block in row.blocks:
+            self.cache.release(block)
+
+    def _forget_prompt(self, waiting: _Waiting) -> None:
+        for block in waiting.blocks:
+            self.cache.release(block)
+
+    def answer(self, requests: Sequence[Request],
+               on_progress: Callable[[Progress], object] = lambda progress: None) -> list[list[Transcript]]:
+        """Answer all requests and return the samples of each."""
+        numbers = [self.submit(request) for request in requests]
+        found: dict[int, dict[int, Transcript]] = {number: {} for number in numbers}
+        while not self.idle:
+            for progress in self.step():
+                found[progress.request][progress.sample] = progress.transcript
+                on_progress(progress)
+        return [[found[number][sample] for sample in range(request.samples)]
+                for number, request in zip(numbers, requests, strict=True)]
+
+
+def _likeliest(logits: torch.Tensor) -> list[int]:
+    """Return the likeliest token by each row of logits [n, v]; raise ConfigError if a row is none of numbers."""
+    largest, tokens = logits.max(-1)  # NaN where there is one
+    if not largest.isfinite().all():
+        raise ConfigError("logits of the model are not finite; its weights are damaged")
+    found: list[int] = tokens.tolist()
+    return found
+
+
+def _logprob(logits: torch.Tensor, token: int, count: int) -> TokenLogprob:
+    logprobs = logits.double().log_softmax(-1)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return TokenLogprob(token, logprobs[token].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -1,0 +1,144 @@
+"""A model and its tokenizer ready to answer, and the records that answers become: what tools/generate.py does."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.spelling import tags_of
+from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.generate.cache import PagedCache
+from hrm_megatron.generate.decoder import Decoder
+from hrm_megatron.generate.engine import Engine, Progress, Request, blocks_needed
+from hrm_megatron.generate.load import check_tokenizer, open_tokenizer, opened, weights_kind
+from hrm_megatron.generate.questions import Question
+from hrm_megatron.generate.sampling import Sampling
+from hrm_megatron.generate.transcript import Transcript
+from hrm_megatron.generate.weights import take_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How to answer: what decides the text of an answer, beside the model and the question."""
+
+    max_new_tokens: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    samples: int = 1
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    h_cycles: int | None = None
+    l_cycles: int | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "samples", "h_cycles", "l_cycles"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ConfigError(f"logprobs={self.logprobs}: must not be negative")
+        if not all(self.stop):
+            raise ConfigError("stop='': a stop string must not be empty")
+
+
+class Session:
+    """Answers questions with one checkpoint. `remark` says what could not be verified of it."""
+
+    def __init__(self, load: Path, answering: Answering, tokenizer: Path | None = None, weights: str | None = None,
+                 step: int | None = None, verify: bool = True) -> None:
+        if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+            raise ConfigError(f"WORLD_SIZE={ranks}: generation runs in one process, also from checkpoints of tensor "
+                              "parallel runs; start it without torchrun")
+        self.answering = answering
+        self.tokenizer: TextTokenizer = open_tokenizer(tokenizer, load)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with opened(load, step, verify) as checkpoint:
+            check_tokenizer(self.tokenizer, checkpoint)
+            kind = weights_kind(checkpoint, weights)
+            found = take_weights(checkpoint.architecture, checkpoint.weights(kind), self.tokenizer.vocab_size,
+                                 DTYPES[answering.dtype], device)
+        self.decoder = Decoder(found, checkpoint.training.seq_length, answering.h_cycles, answering.l_cycles)
+        self.remark = f"{checkpoint.path} {checkpoint.remark}" if checkpoint.remark else ""
+        ends = checkpoint.token_ids.get("eos_token_id", [])
+        self.stop_tokens = frozenset([self.tokenizer.eoa, *(ends if isinstance(ends, list) else [ends])])
+        self.identity = dict(asdict(answering), checkpoint=str(checkpoint.path.resolve()), weights=kind,
+                             iteration=checkpoint.iteration, tokenizer=self.tokenizer.fingerprint)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Decode tokens of an answer; those that end it have no text."""
+        return self.tokenizer.decode(token for token in tokens if token not in self.stop_tokens)
+
+    def requests(self, questions: Sequence[Question]) -> list[Request]:
+        """Spell questions; each has random numbers of its own by its place among them."""
+        a = self.answering
+        for question in questions:
+            try:
+                tags_of(question.condition, self.tokenizer.tag_ids)
+            except ConfigError as error:
+                raise ConfigError(f"{question.place}: {error}") from error
+        prompts = self.tokenizer.encode_prefixes([question.condition for question in questions],
+                                                 [question.instruction for question in questions])
+        requests = []
+        for stream, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
+            if len(prompt) >= self.decoder.context_tokens:
+                raise ConfigError(f"{question.place}: {len(prompt)} tokens, which leave no room for an answer in the "
+                                  f"model's context of {self.decoder.context_tokens}; shorten it")
+            requests.append(Request(prompt, a.max_new_tokens, a.sampling, self.stop_tokens, a.samples, a.stop,
+                                    a.logprobs, stream))
+        return requests
+
+    def engine(self, requests: Sequence[Request], max_rows: int, say: Callable[[str], object]) -> Engine:
+        """Make an engine whose cache is large enough for `max_rows` answers at once, the longest of `requests`.
+
+        `say` is told the size of the cache before it is taken.
+        """
+        if max_rows < 1:
+            raise ConfigError(f"--batch-size {max_rows}: must be at least 1")
+        context = self.decoder.context_tokens
+        needed = sorted((blocks_needed(len(request.prompt), min(request.max_new_tokens, context - len(request.prompt)))
+                         for request in requests for _ in range(min(request.samples, max_rows))), reverse=True)
+        size = self.decoder.cache_size(sum(needed[:max_rows]))
+        say(size.check(self.decoder.device))
+        return Engine(self.decoder, PagedCache(size, self.decoder.device), max_rows, self.text)
+
+    def answer(self, requests: Sequence[Request], max_rows: int, say: Callable[[str], object],
+               on_progress: Callable[[Progress], object] = lambda progress: None) -> Iterator[list[Transcript]]:
+        """Yield the samples of each request, in their order, as soon as they and all before them have ended."""
+        if not requests:
+            return
+        engine = self.engine(requests, max_rows, say)
+        for request in requests:
+            engine.submit(request)
+        found: dict[int, list[Transcript]] = {}
+        for number in range(len(requests)):
+            while sum(sample.finish is not None for sample in found.get(number, [])) < requests[number].samples:
+                for progress in engine.step():
+                    samples = found.setdefault(progress.request, [])
+                    if progress.sample == len(samples):  # they begin in their order
+                        samples.append(progress.transcript)
+                    on_progress(progress)
+            yield found.pop(number)
+
+
+def record(question: Question, samples: Sequence[Transcript], tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Make the JSON object of a question's answers: lists where there are several samples."""
+    def one(values: Sequence[Any]) -> Any:
+        return values[0] if len(samples) == 1 else list(values)
+
+    made = dict(question.others, condition=question.condition, instruction=question.instruction)
+    made["response" if len(samples) == 1 else "responses"] = one([sample.text for sample in samples])
+    made["finish"] = one([sample.finish for sample in samples])
+    if any(sample.logprobs for sample in samples):
+        def spelled(token: int) -> str:
+            return str(tokenizer.tokenizer.id_to_token(token))
+        made["logprobs"] = one([[
+            dict(token=spelled(each.token), id=each.token, logprob=each.logprob,
+                 top=[dict(token=spelled(token), id=token, logprob=logprob) for token, logprob in each.top])
+            for each in sample.logprobs] for sample in samples])
+    return made

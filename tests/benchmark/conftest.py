@@ -1,0 +1,3 @@
+from hrm_megatron.parallel.cpu import activate
+
+activate()

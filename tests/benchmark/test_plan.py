@@ -1,0 +1,17 @@
+"""The benchmark of planning says of made-up examples what planning them by hand says."""
+from hrm_megatron.benchmark.plan import COLUMNS, ROW_TOKENS, SEED, make_dataset, measure, mixture
+from hrm_megatron.data.plan import RowPlan
+
+
+def test_a_row_of_the_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cells = dict(zip(COLUMNS, measure(tmp_path, 5000), strict=True))
+    assert not list(tmp_path.iterdir())
+    make_dataset(tmp_path / "made", 5000)
+    assert len(mixture(str(tmp_path / "made")).stores[0]) == 5000
+    rows = RowPlan(mixture(str(tmp_path / "made")), ROW_TOKENS, SEED).rows_of_epoch(0)
+    assert cells["examples"] == "5,000" and cells["fill"] == f"{rows.tokens / (len(rows) * ROW_TOKENS):.2%}"
+    assert all(float(cells[name]) > 0 for name in ("split M/s", "shuffle M/s", "pack M/s", "plan M/s"))
+    for name in ("first start", "other starts"):
+        seconds, memory = cells[name].removesuffix(" GB").split(" s, ")
+        assert float(seconds) >= 0 and float(memory) > 0

@@ -1,0 +1,143 @@
+"""What is shown of a dataset is what is in it."""
+import importlib.util
+import re
+
+import numpy as np
+import pytest
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data import write_report as written
+from hrm_megatron.data.indexed_examples import IndexedExamples
+from hrm_megatron.data.preprocess import preprocess
+from hrm_megatron.data.report import Lengths, markdown, report_on
+from hrm_megatron.data.sampling_rules import read_rules
+from tests.stores import write_single, write_store
+
+needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory, tokenizer):
+    """Two sources, of which one has bad rows, a long one, and dollars where matplotlib would see a formula."""
+    import json
+    folder = tmp_path_factory.mktemp("report")
+    for name, count in (("$a_$", 40), ("b", 10)):
+        rows = [json.dumps(dict(condition="", instruction=f"$x_{i} and $" + "z" * (i % 7), response="y" * (1 + i)))
+                for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join([*rows, *(["{", "["] if name == "b" else [])]) + "\n")
+    preprocess([folder / "$a_$.jsonl", folder / "b.jsonl"], folder / "x", tokenizer, context_size=40,
+               skip_bad_rows=True)
+    return folder / "x"
+
+
+def test_lengths_are_those_of_the_examples(prefix):
+    store = IndexedExamples(prefix)
+    report = report_on(store)
+    for lengths, shown in zip(store.lengths(), (report.prefixes, report.responses), strict=True):
+        assert shown.longest == lengths.max() and shown.mean == pytest.approx(lengths.mean())
+        assert [shown.counts[n] for n in range(shown.longest + 1)] == [(lengths == n).sum()
+                                                                      for n in range(shown.longest + 1)]
+        for share in (0.01, 0.5, 0.99):
+            assert (lengths <= shown.quantile(share)).mean() >= share > (lengths < shown.quantile(share)).mean()
+
+
+def test_lengths_are_counted_in_blocks(monkeypatch):
+    monkeypatch.setattr("hrm_megatron.data.report.BLOCK_EXAMPLES", 3)
+    assert Lengths.of(np.array([1, 5, 2, 9, 2, 2, 1])).counts.tolist() == [0, 2, 3, 0, 0, 1, 0, 0, 0, 1]
+
+
+def test_the_report_names_sources_and_what_was_left_out(prefix):
+    store = IndexedExamples(prefix)
+    text = markdown(report_on(store, row_tokens=40))
+    tokens = [source.shard.tokens for source in store.manifest.sources]
+    truncated = [source.truncated for source in store.manifest.sources]
+    assert truncated[0] > truncated[1] == 0
+    assert f"50 examples, {sum(tokens):,} tokens, {truncated[0]} responses truncated, 2 rows skipped" in text
+    assert f"| $a_$.jsonl | 40 | {tokens[0] / sum(tokens):.1%} | {truncated[0]} | 0 |" in text
+    assert f"| b.jsonl | 10 | {tokens[1] / sum(tokens):.1%} | 0 | 2 |" in text
+    assert "- skipped 2: broken JSON, first " in text
+    positions = int((np.array(store.lengths()).sum(0) - 1).sum())
+    share, rows = re.search(r"Rows of 40 positions are ([\d.]+)% full: ([\d,]+) rows", text).groups()
+    assert float(share) == pytest.approx(100 * positions / (int(rows) * 40), abs=0.005)  # two decimals
+
+
+def test_coverage_follows_the_rules(prefix, tmp_path):
+    rules = "- {prefix: b, max_per_file: 8, repeat: 2}\n- {prefix: $a, max_per_file: 30}\n"
+    (tmp_path / "rules.yaml").write_text(rules)
+    lines = report_on(IndexedExamples(prefix), 40, rules=read_rules(tmp_path / "rules.yaml"), epochs=1).sources
+    assert [(line.seen, line.repeats) for line in lines] == [(30 / 40, 1.0), (1.0, 1.6)]  # 16 of 10: a walk and a part
+    lines = report_on(IndexedExamples(prefix), 40, epochs=3).sources
+    assert [(line.seen, line.repeats) for line in lines] == [(1.0, 3.0), (1.0, 3.0)]
+    with pytest.raises(ConfigError, match="--epochs: .*give --seq-length"):
+        report_on(IndexedExamples(prefix), epochs=2)
+    with pytest.raises(ConfigError, match="--sampling-rules: .*--epochs"):
+        report_on(IndexedExamples(prefix), 40, rules=read_rules(tmp_path / "rules.yaml"))
+
+
+@needs_matplotlib
+def test_the_tool_writes_text_and_picture(prefix, tool, capsys):
+    assert tool("inspect_data")([str(prefix), "--seq-length", "40", "--epochs", "2", "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert " bytes are what was written\n# x\n" in out and "| seen in 2 epochs | times each |" in out
+    assert out.endswith(f"report: {prefix}.report.md, {prefix}.report.png\n")
+    text = (prefix.parent / "x.report.md").read_text()
+    assert "](x.report.png)" in text and "Rows of 40 positions" in text
+    assert (prefix.parent / "x.report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_the_text_alone(prefix, monkeypatch, tool, capsys):
+    (prefix.parent / "x.report.png").write_bytes(b"of an earlier run")
+    monkeypatch.setattr(written, "can_draw", lambda: False)
+    lines = written.write_report(report_on(IndexedExamples(prefix)))
+    assert lines == [f"report: {prefix}.report.md", "matplotlib is not installed: no picture (pip install matplotlib)"]
+    assert "png" not in (prefix.parent / "x.report.md").read_text() and not (prefix.parent / "x.report.png").exists()
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("row_tokens", [40, 300])  # named positions, and too many for that
+def test_a_row_is_shown_with_its_borders_and_labels(prefix, tokenizer, tool, capsys, tmp_path, row_tokens):
+    arguments = [str(prefix), "--row", "1", "--seq-length", str(row_tokens), "--tokenizer-model", str(tokenizer.path),
+                 "--picture", str(tmp_path / "row.png")]
+    assert tool("inspect_data")(arguments) == 0
+    out = capsys.readouterr().out.splitlines()
+    store, names = IndexedExamples(prefix), [line for line in out if line.startswith("--- ") and "example" in line]
+    positions = [line for line in out if re.match(r" *\d+ (prefix  |response) ", line)]
+    at = 0
+    for name in names:
+        i, p, r, labels = map(int, re.fullmatch(
+            rf"--- {re.escape(str(prefix))}, example (\d+): (\d+) positions of prefix, (\d+) of response, (\d+) labels",
+            name).groups())
+        prefix_ids, target_ids = store[i]
+        assert (p, r, labels) == (len(prefix_ids), len(target_ids) - 1, len(target_ids))
+        own = positions[at:at + p + r]
+        assert [" → " in line for line in own] == [False] * (p - 1) + [True] * (r + 1)
+        assert own[0].endswith(" prefix   <|im_start|>")
+        if target_ids[-1] == tokenizer.eoa:
+            assert own[-1].endswith(" → <|box_end|>")
+        at += p + r
+    assert at == len(positions) and out[-1] == f"picture: {tmp_path / 'row.png'}"
+    assert (tmp_path / "row.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--row", "0"], "--row: give --seq-length and --tokenizer-model too"),
+    (["--seq-length", "0"], "--seq-length 0: must be at least 1"),
+    (["--epochs", "-1"], "--epochs -1: must be at least 0"),
+    (["--picture", "x.png"], "--picture: only --row K reads it"),
+    (["--row", "999", "--seq-length", "40", "--tokenizer-model", "{tokenizer}"], "--row 999: there are "),
+])
+def test_bad_flags_are_one_line(prefix, tokenizer, tool, capsys, flags, message):
+    assert tool("inspect_data")([str(prefix), *(flag.format(tokenizer=tokenizer.path) for flag in flags)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+@needs_matplotlib
+def test_datasets_of_ids_and_of_the_older_form_have_a_report(tmp_path):
+    for write in (write_single, write_store):
+        write(tmp_path / "x", [([6, 7], [11]), ([6, 40, 7], [41, 11])])
+        store = IndexedExamples(tmp_path / "x")
+        assert "2 examples, 8 tokens" in markdown(report_on(store, 4))
+        written.write_report(report_on(store, 4))
+        for path in tmp_path.glob("x.json"):
+            path.unlink()
