@@ -94,14 +94,15 @@ def test_bf16_follows_one_process(from_seed, parity, name):
 @pytest.mark.parametrize("ranks, flags", [(2, [FSDP2]), (4, [FSDP2, TP, 2, "--sequence-parallel"]),
                                           (2, [MEGATRON_FSDP])], ids=["FSDP2", "FSDP2 x TP 2 + SP", "Megatron-FSDP"])
 def test_gradients_are_clipped_by_the_norm_of_all(launch, parity, tmp_path, ranks, flags):
-    """The norm is 1.755, so that the step's gradients are scaled by 0.0057."""
-    moments = []
+    """The norm is above 1, so that the step's gradients are scaled by less than 0.01."""
+    moments, norms = [], []
     for number, more in ((1, []), (ranks, flags)):
         run = launch(*ROWS, "--global-batch-size", 8, "--micro-batch-size", 2, "--bp-min-steps", 5, "--clip-grad", 0.01,
                      "--save", tmp_path / str(number), "--verbose", *more, ranks=number)
         assert run.code == 0, run.output[-5000:]
-        assert "grad norm: 1.755" in run.last_output
+        norms += map(float, re.findall(r"grad norm: (\S+)", run.last_output))
         moments.append(read_megatron(find_iteration(tmp_path / str(number))))
+    assert len(norms) == 2 and min(norms) > 1 and abs(norms[1] - norms[0]) < 2e-3  # printed with three digits
     worst = max((ours - one).abs().max().item() / one.abs().max().item() for ours, one in (
         (end.read("exp_avg", entry) for end in reversed(moments)) for entry in table(moments[0].architecture)
         if entry.trained))
