@@ -290,7 +290,8 @@ def exported(checkpoints, tmp_path_factory):
 def test_an_export_answers_with_the_tokenizer_beside_it(tool, expected, exported):
     assert tool(load=exported, tokenizer=None)[:2] == (0, expected(QUESTIONS[:1]))
     assert tool(load=exported)[:2] == (0, expected(QUESTIONS[:1]))
-    assert tool("--weights", "ema", load=exported)[:2] == (0, expected(QUESTIONS[:1]))  # before a first step they are it
+    # Before a first step the EMA is the weights.
+    assert tool("--weights", "ema", load=exported)[:2] == (0, expected(QUESTIONS[:1]))
     for flags, message in ((["--ckpt-step", "3"], "has no steps"), (["--no-verify-checkpoint"], "has no checksums")):
         status, out, err = tool(*flags, load=exported)
         assert (status, out) == (1, "") and message in err
