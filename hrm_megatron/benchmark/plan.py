@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ ROW_TOKENS = 4096
 SEED = 1
 MEAN_TOKENS, SPREAD = 230, 1.0  # of a lognormal distribution of prefix and response together
 BLOCK_EXAMPLES = 1 << 20
+COPIED_BYTES = 1 << 24
 VOCAB_SIZE = 65_536
 COLUMNS = ("examples", "split M/s", "shuffle M/s", "pack M/s", "plan M/s", "fill", "first start", "other starts",
            "resume")
@@ -56,8 +56,10 @@ def mixture(prefix: str) -> Mixture:
 
 
 def spent(*found: float) -> None:
-    """Print what a process measured, and the most memory that it held."""
-    print(json.dumps([*found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
+    """Print what a process measured, and the most memory that it held, in GB."""
+    # getrusage would count what the process that started this one held.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    print(json.dumps([*found, int(peak.split()[1]) / 1e6]))
 
 
 def make_dataset(prefix: Path, count: int) -> None:
@@ -65,17 +67,25 @@ def make_dataset(prefix: Path, count: int) -> None:
     folder = shard_folder(prefix)
     folder.mkdir(parents=True)
     random, tokens = np.random.default_rng(SEED), 0
-    with open(folder / "made.idx", "wb") as index, open(folder / "made.prompt_keys", "wb") as keys:
+    with (open(folder / "made.idx", "wb") as index, open(folder / "made.prompt_keys", "wb") as keys,
+          open(folder / "starts", "w+b") as starts):
         code = next(code for code, dtype in INDEX_DTYPES.items() if dtype == np.uint16)
         index.write(HEADER.pack(MAGIC, 1, code, 2 * count, count + 1))
         for start in range(0, count, BLOCK_EXAMPLES):
             size = min(BLOCK_EXAMPLES, count - start)
             both = np.clip(random.lognormal(np.log(MEAN_TOKENS) - SPREAD**2 / 2, SPREAD, size), 4, ROW_TOKENS + 1)
             prefixes = np.clip(both * random.uniform(0.1, 0.9, size), 2, None).astype("<i4")
-            np.stack([prefixes, np.maximum(both.astype("<i4") - prefixes, 2)], 1).tofile(index)
+            lengths = np.stack([prefixes, np.maximum(both.astype("<i4") - prefixes, 2)], 1)
+            lengths.tofile(index)
+            begins = tokens + np.cumsum(lengths.reshape(-1), dtype=np.int64) - lengths.reshape(-1)
+            (2 * begins).astype("<i8").tofile(starts)
             random.integers(0, 2**64, size, np.uint64).tofile(keys)
-            tokens += int(both.sum())
-        index.truncate(HEADER.size + 24 * count + 8 * (count + 1))
+            tokens += int(lengths.sum(dtype=np.int64))
+        starts.seek(0)
+        shutil.copyfileobj(starts, index, COPIED_BYTES)
+        for start in range(0, count + 1, BLOCK_EXAMPLES):
+            (2 * np.arange(start, min(start + BLOCK_EXAMPLES, count + 1))).astype("<i8").tofile(index)
+    (folder / "starts").unlink()
     for part, size in (("bin", 2 * tokens), ("example_keys", 16 * count)):
         with open(folder / f"made.{part}", "wb") as file:
             file.truncate(size)
@@ -146,7 +156,7 @@ def main() -> int:
                                      if __doc__ else None)
     parser.add_argument("--millions", type=float, nargs="+", default=[1, 10], help="of examples")
     parser.add_argument("--output", type=Path, default=Path("benchmark-plan"), metavar="DIR",
-                        help="a new folder for made-up datasets of 40 bytes an example, removed at the end")
+                        help="a new folder for made-up datasets of 56 bytes an example, removed at the end")
     args = parser.parse_args()
 
     def run() -> None:
