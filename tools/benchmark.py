@@ -162,7 +162,7 @@ def measure_training(args: argparse.Namespace) -> None:
     print(f"{args.rows} rows of {args.row_tokens} tokens a step, bp {args.bp_steps}, bf16 {' '.join(args.flags)}")
     print(f"tokens/s     {found.tokens_per_second:12,.0f}   median of {args.steps} steps of {found.step_seconds:.3f} s")
     print(f"TFLOP/s      {found.flops_per_second / 1e12:12.2f}   {found.flops_per_second / peak:.1%} of the "
-          f"{peak / 1e12:.2f} that bf16 matrix products of {args.peak_size} reach here")
+          f"{peak / 1e12:.2f} that bf16 matmuls of size {args.peak_size} reach here")
     print(f"peak memory  {found.peak_bytes / 1e9:12.2f}   GB")
     for share in found.shares:
         print(f"  {share.share:6.1%}  {share.group}")

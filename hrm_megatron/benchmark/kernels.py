@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 GROUPS = (  # the first that matches a kernel's name, on a GPU, or an operator's, on a CPU
     ("communication", r"nccl|gloo|c10d::|all_?reduce|all_?gather|reduce_?scatter|broadcast_"),
     ("attention", r"flash|fmha|attention|sdpa|cudnn.*mha"),
-    ("matrix products", r"gemm|gemv|cutlass|nvjet|xmma|cublas|aten::(add)?(b?mm|bmm)|mkldnn|linear_pointwise"),
+    ("matmuls", r"gemm|gemv|cutlass|nvjet|xmma|cublas|aten::(add)?(b?mm|bmm)|mkldnn|linear_pointwise"),
     ("optimizer", r"atan2|multi_tensor|adam|lerp"),
     ("copies and casts", r"memcpy|memset|copy_|cast|transpose|fill_|zero_|cat"),
     ("softmax and loss", r"softmax|nll|logsumexp|argmax|exp\b"),

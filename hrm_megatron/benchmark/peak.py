@@ -1,4 +1,4 @@
-"""What the device at hand can do at best: its measured rate of matrix products."""
+"""What the device at hand can do at best: its measured rate of matmuls."""
 from __future__ import annotations
 
 import statistics
@@ -38,7 +38,7 @@ def in_the_longest_row_that_fits(seconds_of: Callable[[int], float], row_tokens:
 
 
 def matmul_flops_per_second(dtype: torch.dtype = torch.bfloat16, size: int = 8192) -> float:
-    """Median rate of `size` x `size` matrix products on the GPU, or on the CPU where there is none."""
+    """Median rate of `size` x `size` matmuls on the GPU, or on the CPU where there is none."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size ** 3 / median_seconds(lambda: a @ b, ROUNDS, warmup=3)

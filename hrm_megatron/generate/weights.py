@@ -1,4 +1,4 @@
-"""The weights of an HRM as generation reads them: one matrix per product, transposed for it, no padded vocabulary."""
+"""The weights of an HRM as generation reads them: one matrix per matmul, transposed for it, no padded vocabulary."""
 from __future__ import annotations
 
 import re
@@ -47,7 +47,7 @@ def take_weights(architecture: Architecture, tensors: Iterable[tuple[str, torch.
                  device: torch.device | str = "cpu") -> Weights:
     """Take full tensors under Megatron's names, one at a time; `vocab_size` None: the architecture's.
 
-    A matrix is stored as [in, out] because a product of few rows is faster so: on a Xeon with AVX-512, 8 rows by
+    A matrix is stored as [in, out] because a matmul of few rows is faster so: on a Xeon with AVX-512, 8 rows by
     512 x 2048 in fp32 take 0.24 ms instead of 0.51, and a single row takes the same.
     """
     entries = {entry.megatron: entry for entry in table(architecture)}

@@ -1,7 +1,7 @@
 """Layers whose element-wise work torch.compile joins into a few kernels: --compile-layers.
 
 A layer is cut at attention, whose sizes differ from micro-batch to micro-batch. What lies before it and what lies
-behind it is one compiled function each, with the matrix products inside: a call costs the host as much as several
+behind it is one compiled function each, with the matmuls inside: a call costs the host as much as several
 launches, and the stock forward, which attention cuts in the middle of three calls inside each other, would make seven.
 All layers of both stacks, ticks and micro-batches share the compiled code: it is made for a layer's first call with and
 without a graph, and once more where an input lies in memory otherwise.

@@ -1,15 +1,15 @@
-"""Linear layers on a product of our own: Megatron's, without gradients that are not needed, and traceable.
+"""Linear layers on a matmul of our own: Megatron's, without gradients that are not needed, and traceable.
 
 Megatron's layer makes a gradient of its input even where it is not needed (of the first tick with gradient, whose
-states carry none, that is a product of [s, h] by [h, 4 h] for every micro-batch, and its reduction over the ranks).
+states carry none, that is a matmul of [s, h] by [h, 4 h] for every micro-batch, and its reduction over the ranks).
 A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (layers/compiled.py). And
 where gradients are added there, Megatron's answers autograd with a whole tensor at every tick (parallel/main_grad.py).
 
-On a CPU the product is oneDNN's on processors on which that of MKL, torch's own choice, is slower. MKL leaves the
+On a CPU the matmul is oneDNN's on processors on which that of MKL, torch's own choice, is slower. MKL leaves the
 widest instructions of other makers' processors unused. Measured in fp32 on one core of an AMD EPYC with AVX-512:
 2048 x 512 by 512 x 2048 ran at 100 to 106 GFLOP/s instead of 88 to 92, forward and for the gradient of the input; the
-gradient of the weight gained nothing, and small products pay 12 us a call. On an Intel Xeon with AVX-512 both run the
-same product at 158 to 163 GFLOP/s, so MKL's stays.
+gradient of the weight gained nothing, and small matmuls pay 12 us a call. On an Intel Xeon with AVX-512 both run the
+same matmul at 158 to 163 GFLOP/s, so MKL's stays.
 """
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from hrm_megatron.layers.functions import run
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added, answer_once
 
 CPU_FACTS = Path("/proc/cpuinfo")
-MIN_MULTIPLICATIONS = 1 << 24  # of a product, below which MKL is not slower
+MIN_MULTIPLICATIONS = 1 << 24  # of a matmul, below which MKL is not slower
 
 
 def runs_faster_on_onednn() -> bool:
-    """Tell whether oneDNN's product is the faster one on this machine."""
+    """Tell whether oneDNN's matmul is the faster one on this machine."""
     return (torch.backends.mkldnn.is_available() and CPU_FACTS.exists() and "AuthenticAMD" in CPU_FACTS.read_text())
 
 
 ON_ONEDNN = runs_faster_on_onednn()
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return a b^T, [m, k] and [n, k] to [m, n]."""
     if not ON_ONEDNN or a.is_cuda or a.dtype != torch.float32 or a.numel() * len(b) < MIN_MULTIPLICATIONS:
         return a @ b.t()
@@ -65,12 +65,12 @@ class LinearFunction(torch.autograd.Function):
         assert group is None or not ctx.needs_input_grad[0]
         ctx.save_for_backward(x, weight)
         ctx.main_grad, ctx.group = main_grad, group
-        return product(whole(x, group), weight)
+        return matmul(whole(x, group), weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        dx = product(grads[0], weight.t()) if ctx.needs_input_grad[0] else None
+        dx = matmul(grads[0], weight.t()) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None
         x = whole(x, ctx.group)
@@ -90,7 +90,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, fusion: bool = False, group: A
     return out.view(-1, *x.shape[1:-1], len(weight))
 
 
-def on_own_product(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def on_own_matmul(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Make the `_forward_impl` of a linear layer: ours for what has no bias and whose gradient of the input needs no
     other rank, else the stock one."""
     def forward_impl(*, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, allreduce_dgrad: bool,
@@ -110,7 +110,7 @@ def on_own_product(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
 
 class OwnLinear:
-    """What our layers have in common: a layer whose group is one rank, and that has no bias, is a product."""
+    """What our layers have in common: a layer whose group is one rank, and that has no bias, is a matmul."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -119,7 +119,7 @@ class OwnLinear:
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._forward_impl: Callable[..., torch.Tensor] = on_own_product(self._forward_impl)
+        self._forward_impl: Callable[..., torch.Tensor] = on_own_matmul(self._forward_impl)
         self.alone = self.tp_group.size() == 1 and self.bias is None
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -138,7 +138,7 @@ class OwnRowParallelLinear(OwnLinear, RowParallelLinear):  # type: ignore[misc]
     """Megatron's RowParallelLinear."""
 
 
-class OwnProductProvider(LocalSpecProvider):  # type: ignore[misc]
+class OwnLinearProvider(LocalSpecProvider):  # type: ignore[misc]
     """Megatron's local layers, but for the linear ones."""
 
     def column_parallel_linear(self) -> type:

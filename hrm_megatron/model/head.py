@@ -2,7 +2,7 @@
 
 Positions are scored in chunks. The backward recomputes the logits of a chunk, all but the last one's, which the
 forward has kept: the gradient of the weight needs each label's incoming gradient, which the forward does not know, and
-the third matrix product costs HRM-Text XL about one part in a hundred of a step (2 h v operations for each label, of
+the third matmul costs HRM-Text XL about one part in a hundred of a step (2 h v operations for each label, of
 18 billion for each token), where all logits in fp32 would take gigabytes. What fits into one chunk is computed once.
 """
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
-from hrm_megatron.layers.linear import product
+from hrm_megatron.layers.linear import matmul
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added
 
 CHUNK_BYTES = 1 << 29  # of the logits of a chunk in fp32: 2,048 positions of 65,536 tokens
@@ -62,7 +62,7 @@ class LabelScores(torch.autograd.Function):
         ctx.chunks = [slice(start, start + chunk_rows) for start in range(0, len(x), chunk_rows)]
         logits = None
         for rows in ctx.chunks:
-            logits = product(x[rows], weight)
+            logits = matmul(x[rows], weight)
             largest[rows], column, sums[rows] = _summarize(logits)
             targets[rows] = logits.gather(1, columns[rows]).squeeze(1)
             hits[rows] = own[rows] & (column == columns[rows, 0])
@@ -85,7 +85,7 @@ class LabelScores(torch.autograd.Function):
         transfers = []
         for rows in reversed(ctx.chunks):
             if logits is None:
-                logits = product(x[rows], weight)
+                logits = matmul(x[rows], weight)
             # Copies, because a view's offset would be a guard of the compiled function.
             top, total_sum, scale = (t[rows].clone() for t in (largest, sums, of_label))
             # The label's own entry apart: softmax - 1 loses its digits where softmax has been rounded to bf16.
@@ -94,7 +94,7 @@ class LabelScores(torch.autograd.Function):
             grad = _scaled_softmax(logits, top, total_sum, scale)
             grad.scatter_(1, columns[rows], of_target.unsqueeze(1).to(grad.dtype))
             logits = None
-            dx[rows] = product(grad, weight.t())
+            dx[rows] = matmul(grad, weight.t())
             if ctx.group.size() > 1:
                 transfers.append(torch.distributed.all_reduce(dx[rows], group=ctx.group, async_op=True))
             add_weight_gradient(total, grad, x[rows])

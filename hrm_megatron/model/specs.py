@@ -21,7 +21,7 @@ from hrm_megatron.layers.compiled import CompiledLayer
 from hrm_megatron.layers.direct import DirectLayer
 from hrm_megatron.layers.functions import RMSNormFunction, SwiGLUFunction, rms_norm, run, swiglu
 from hrm_megatron.layers.gated_recompute import GatedAttention, RecomputedSwiGLU, RecomputingMLP
-from hrm_megatron.layers.linear import OwnProductProvider
+from hrm_megatron.layers.linear import OwnLinearProvider
 from hrm_megatron.transformer_config import HRMConfig
 
 
@@ -55,7 +55,7 @@ class SwiGLU(torch.nn.Module):
 def linear_layers(config: HRMConfig) -> BackendSpecProvider:
     """Return the layers that `config.transformer_impl` names."""
     if config.transformer_impl == "local":
-        return OwnProductProvider()
+        return OwnLinearProvider()
     from hrm_megatron.layers.te_linear import TickSpecProvider  # needs Transformer Engine
 
     return TickSpecProvider()

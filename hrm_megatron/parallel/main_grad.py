@@ -33,7 +33,7 @@ def find_apex() -> Apex:
 
 
 def _add(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
-    if main_grad.dtype != grad.dtype and main_grad.device.type == "cuda":  # a product into a wider type exists there
+    if main_grad.dtype != grad.dtype and main_grad.device.type == "cuda":  # a matmul into a wider type exists there
         torch.addmm(main_grad, grad.t(), x, out_dtype=main_grad.dtype, out=main_grad)
     else:
         main_grad.addmm_(grad.t().to(main_grad.dtype), x.to(main_grad.dtype))
@@ -57,7 +57,7 @@ def add_weight_gradient(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Te
 
 
 def _apex_kernel(total: torch.dtype, grad: torch.dtype) -> Any:
-    """Return Apex's kernel that adds products of `grad` to `total`, or None."""
+    """Return Apex's kernel that adds matmuls of `grad` to `total`, or None."""
     kernels = find_apex().kernels
     if kernels and total == torch.float32 and grad in (torch.float32, *NARROW):
         return kernels.wgrad_gemm_accum_fp32

@@ -71,14 +71,14 @@ def explain_weight_gradients(args: argparse.Namespace) -> str:
     if not args.gradient_accumulation_fusion:
         return f"summed over the ticks of a micro-batch by autograd, in {str(args.params_dtype).removeprefix('torch.')}"
     kernels, missing = find_apex()
-    product = "Apex's fused kernel" if kernels else "torch's product"
+    matmul = "Apex's fused kernel" if kernels else "torch's matmul"
     if missing and torch.cuda.is_available():
-        product += f" (Apex's fused kernel: {missing})"
+        matmul += f" (Apex's fused kernel: {missing})"
     if args.compile_layers:
-        product = f"torch's product, compiled, in the head by {product}"
+        matmul = f"torch's matmul, compiled, in the head by {matmul}"
     elif args.transformer_impl == TRANSFORMER_ENGINE:
-        product = f"Transformer Engine, in the head by {product}"
-    return f"of every tick added to Megatron's buffer by {product}"
+        matmul = f"Transformer Engine, in the head by {matmul}"
+    return f"of every tick added to Megatron's buffer by {matmul}"
 
 
 def describe_pipeline(args: argparse.Namespace, bp_steps: int) -> str:

@@ -39,7 +39,7 @@ def test_kernels_are_summed_by_what_they_do(tmp_path):
         {"cat": "kernel", "name": "triton_poi_fused_silu_mul", "ts": 99, "dur": 6},
         {"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 1000}]))
     assert [(share.group, round(1e6 * share.seconds)) for share in found] == [
-        ("matrix products", 60), ("attention", 25), ("other element-wise", 6), ("communication", 5),
+        ("matmuls", 60), ("attention", 25), ("other element-wise", 6), ("communication", 5),
         ("copies and casts", 4)]
     assert [share.share for share in found] == pytest.approx([0.6, 0.25, 0.06, 0.05, 0.04])
 
@@ -52,7 +52,7 @@ def test_operators_of_a_cpu_count_without_what_they_call(tmp_path):
         {"cat": "cpu_op", "name": "aten::add", "ts": 100, "dur": 7},
         {"cat": "cpu_op", "name": "aten::mul", "ts": 50, "dur": 3, "tid": 2}]))
     assert {share.group: round(1e6 * share.seconds) for share in found} == {
-        "matrix products": 40, "copies and casts": 20, "other element-wise": 40 + 7 + 3}
+        "matmuls": 40, "copies and casts": 20, "other element-wise": 40 + 7 + 3}
 
 
 @pytest.mark.parametrize("row_tokens", [128, 4096])
@@ -75,7 +75,7 @@ def test_a_run_is_profiled(tmp_path, fullbatch_arguments):  # noqa: F811
                                *map(str, fullbatch_arguments)], cwd=ROOT, capture_output=True, text=True)
     done = run("--first-step", "2", "--steps", "1")
     assert done.returncode == 0, done.stderr
-    assert "matrix products" in done.stdout and done.stdout.rstrip().endswith("rank-0.json.gz")
+    assert "matmuls" in done.stdout and done.stdout.rstrip().endswith("rank-0.json.gz")
     again = run()
     assert again.returncode == 1 and again.stderr.startswith("error: ") and "exists; give another" in again.stderr
 
@@ -171,7 +171,7 @@ def test_the_tool_measures_and_says_what_failed(tmp_path):
     speeds = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("tokens/s", "transformers "))]
     assert [row.split(" | ")[3], row.split(" | ")[8].removesuffix(" |")] == speeds
     assert [line.split()[0] for line in done.stdout.splitlines()[2:5]] == ["tokens/s", "TFLOP/s", "peak"]
-    assert "matrix products" in done.stdout and "\ntransformers " in done.stdout
+    assert "matmuls" in done.stdout and "\ntransformers " in done.stdout
     assert not wrong_modes(tmp_path / "out", 0o027)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers on our own product are the stock ones, less what these do in vain; which machine multiplies how."""
+"""Linear layers on our own matmul are the stock ones, less what these do in vain; which machine multiplies how."""
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +17,7 @@ from hrm_megatron.layers.linear import (  # noqa: E402
     OwnColumnParallelLinear,
     OwnRowParallelLinear,
     linear,
-    on_own_product,
+    on_own_matmul,
     runs_faster_on_onednn,
 )
 from hrm_megatron.model.head import LabelScores  # noqa: E402
@@ -28,7 +28,7 @@ from tests.rounding import of_sums  # noqa: E402
 
 @pytest.mark.parametrize("rows, k, n, on_onednn", [((7, 3), 12, 5, False), ((7, 3), 12, 5, True), ((1,), 4, 4, True),
                                                    ((130,), 33, 70, True)])
-def test_product_and_gradients_are_those_of_a_linear_layer(monkeypatch, rows, k, n, on_onednn):
+def test_matmul_and_gradients_are_those_of_a_linear_layer(monkeypatch, rows, k, n, on_onednn):
     monkeypatch.setattr(linear_module, "ON_ONEDNN", on_onednn)
     monkeypatch.setattr(linear_module, "MIN_MULTIPLICATIONS", 0)
     generator = torch.Generator().manual_seed(3)
@@ -65,7 +65,7 @@ def test_gradients_in_the_buffer_are_not_added_up_by_autograd(single_rank, layer
         arrived.append((weight.grad is not None, weight.grad_added_to_main_grad))
         weight.grad = None
     node.register_hook(hook)
-    stock = on_own_product(linear_with_grad_accumulation_and_async_allreduce)
+    stock = on_own_matmul(linear_with_grad_accumulation_and_async_allreduce)
 
     def use(x):
         if layer == "ours":
@@ -101,9 +101,9 @@ def test_a_sum_of_gradients_would_be_seen():
 OTHER_RANKS = dict(allreduce_dgrad=True), dict(sequence_parallel=True)
 
 
-def test_what_is_no_plain_product_stays_stock():
+def test_what_is_no_plain_matmul_stays_stock():
     calls = []
-    impl = on_own_product(lambda **options: calls.append(options) or torch.zeros(()))
+    impl = on_own_matmul(lambda **options: calls.append(options) or torch.zeros(()))
     x, weight = torch.ones(2, 3, requires_grad=True), torch.ones(4, 3)
     plain = dict(input=x, weight=weight, bias=None, allreduce_dgrad=False, sequence_parallel=False, tp_group=None,
                  gradient_accumulation_fusion=False)
@@ -122,13 +122,13 @@ def test_what_is_no_plain_product_stays_stock():
 def test_no_gradient_is_made_that_is_not_needed(single_rank, monkeypatch, layout, wanted):
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as stock
 
-    monkeypatch.setattr(linear_module, "ON_ONEDNN", False)  # whose products torch does not count
+    monkeypatch.setattr(linear_module, "ON_ONEDNN", False)  # whose matmuls torch does not count
     generator = torch.Generator().manual_seed(5)
     x, weight, g = (torch.randn(*shape, generator=generator) for shape in ((7, 2, 12), (5, 12), (7, 2, 5)))
     options = dict(bias=None, allreduce_dgrad=False, sequence_parallel=False, tp_group=torch.distributed.group.WORLD,
                    gradient_accumulation_fusion=False) | layout
     results = []
-    for impl in (on_own_product(stock), stock):
+    for impl in (on_own_matmul(stock), stock):
         leaf, parameter = x.clone().requires_grad_(wanted), weight.clone().requires_grad_()
         with FlopCounterMode(display=False) as counter:
             out = impl(input=leaf, weight=parameter, **options)

@@ -30,7 +30,7 @@ def test_products_are_those_that_torch_counts(single_rank, monkeypatch, bp_steps
     from hrm_megatron.model.hrm import HRMModel
     from hrm_megatron.transformer_config import hrm_config
 
-    monkeypatch.setattr(linear, "ON_ONEDNN", False)  # whose products torch does not count
+    monkeypatch.setattr(linear, "ON_ONEDNN", False)  # whose matmuls torch does not count
     architecture = Architecture(3, 24, 2, 40, 250)
     rng = np.random.default_rng(5)
     examples = [(rng.integers(1, 250, p), rng.integers(1, 250, r)) for p, r in ((5, 7), (9, 4))]
@@ -39,9 +39,9 @@ def test_products_are_those_that_torch_counts(single_rank, monkeypatch, bp_steps
     with FlopCounterMode(display=False) as counter:
         model(batch=batch, bp_steps=bp_steps)[0].sum().backward()
     counted = counter.get_flop_counts()["Global"]
-    products = sum(counted.get(operator, 0) for operator in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    matmuls = sum(counted.get(operator, 0) for operator in (torch.ops.aten.mm, torch.ops.aten.addmm))
     ours = training_flops(architecture, bp_steps, batch.tokens.numel(), len(batch.label_index))
-    # At bp 2 no gradient is wanted of the first gradient tick's input: its first product has no such backward.
+    # At bp 2 no gradient is wanted of the first gradient tick's input: its first matmul has no such backward.
     unwanted = 2 * 24 * (4 * 24) * 29 if bp_steps == 2 else 0
     in_place = 2 * 24 * 256 * len(batch.label_index)  # gradient of the head's weight: torch does not count addmm_
-    assert products == ours - unwanted - in_place
+    assert matmuls == ours - unwanted - in_place

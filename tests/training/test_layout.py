@@ -68,11 +68,11 @@ KERNELS, BROKEN = object(), "its import fails (ImportError: undefined symbol)"
 
 
 @pytest.mark.parametrize(("cuda", "apex", "options", "line"), [
-    (False, Apex(None, "no CUDA device"), {}, "torch's product"),
+    (False, Apex(None, "no CUDA device"), {}, "torch's matmul"),
     (True, Apex(KERNELS), {}, "Apex's fused kernel"),
-    (True, Apex(None, "not installed"), {}, "torch's product (Apex's fused kernel: not installed)"),
-    (True, Apex(None, BROKEN), {}, f"torch's product (Apex's fused kernel: {BROKEN})"),
-    (True, Apex(KERNELS), dict(compile_layers=True), "torch's product, compiled, in the head by Apex's fused kernel"),
+    (True, Apex(None, "not installed"), {}, "torch's matmul (Apex's fused kernel: not installed)"),
+    (True, Apex(None, BROKEN), {}, f"torch's matmul (Apex's fused kernel: {BROKEN})"),
+    (True, Apex(KERNELS), dict(compile_layers=True), "torch's matmul, compiled, in the head by Apex's fused kernel"),
     (True, Apex(KERNELS), dict(transformer_impl="transformer_engine"),
      "Transformer Engine, in the head by Apex's fused kernel"),
 ])
