@@ -58,7 +58,7 @@ def train(console: Console) -> None:
     args = parse_arguments(vocab_size_of)
     console.settle(args.save or args.tensorboard_dir, args.verbose)
     data = sources["all"]
-    evaluation = settle_evaluation(args, *data.held_out(args.split), data.why_no_validation(args.split))
+    evaluation = settle_evaluation(args, *data.held_out(), data.why_no_validation(args.split))
     start, is_left = check_checkpoint(args)
     fits = functools.partial(check_fit, args)
     if start and not is_left and not verify_end(args, start, fits):

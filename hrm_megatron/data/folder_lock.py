@@ -33,11 +33,25 @@ def lock(path: Path, what: str, shared: bool = False) -> Iterator[bool]:
             os.close(file)  # and with it the lock
 
 
+def locked_in_place(file: int, path: Path, shared: bool = False) -> bool:
+    """Lock an open file without waiting; False where `path` is another file by now, or none: its holder has moved it.
+
+    Raises BlockingIOError if another process holds it, OSError where the file system has no locks.
+    """
+    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _open_and_lock(path: Path, what: str, shared: bool) -> int | None:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if locked_in_place(file, path, shared):
+                break
+            os.close(file)
         except BlockingIOError as error:
             holder = os.pread(file, 1000, 0).decode("utf-8", "replace").strip()
             os.close(file)
@@ -48,13 +62,6 @@ def _open_and_lock(path: Path, what: str, shared: bool) -> int | None:
             log.warning("%s: the file system has no locks (%s); see that no other run writes there", path.parent,
                         error.strerror)
             return None
-        try:
-            same = os.stat(path).st_ino == os.fstat(file).st_ino
-        except FileNotFoundError:
-            same = False
-        if same:
-            break
-        os.close(file)  # who held it has removed it
     if not shared:
         holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         os.ftruncate(file, 0)

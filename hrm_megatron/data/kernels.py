@@ -17,12 +17,12 @@ LEAST_BITS = 8  # halves of one or two bits prefer some orders
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # steps of SplitMix64
 
 
-def compiled[Function: Callable[..., object]](function: Function) -> Function:
-    """Compile `function` at its first call."""
+def compiled[Function: Callable[..., object]](function: Function, fastmath: bool | set[str] = False) -> Function:
+    """Compile `function` at its first call; with `fastmath`, LLVM may change the order of its arithmetic."""
     try:
-        return numba.njit(function, cache=True, nogil=True)
+        return numba.njit(function, cache=True, nogil=True, fastmath=fastmath)
     except RuntimeError:  # numba's word for: no folder to keep it in
-        return numba.njit(function, nogil=True)
+        return numba.njit(function, nogil=True, fastmath=fastmath)
 
 
 @compiled

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.folder_lock import locked_in_place
 from hrm_megatron.program import listening, signals_held
 
 OFFSETS, EXAMPLE_IDS, COUNTS = "offsets.npy", "example_ids.bin", "plan.json"  # files of a planned epoch
@@ -162,17 +162,13 @@ class Lock(Enum):
 def _locked(file: int, path: Path) -> Lock:
     """Lock an open file; it is taken too where it is no longer the file of that path."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Lock.OURS if locked_in_place(file, path) else Lock.TAKEN
     except BlockingIOError:
         return Lock.TAKEN
     except OSError as error:
         if error.errno not in LOCKS_UNSUPPORTED:
             raise
         return Lock.NONE
-    with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(file), path.stat()):
-            return Lock.OURS
-    return Lock.TAKEN
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:

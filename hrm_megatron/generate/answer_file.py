@@ -1,7 +1,6 @@
 """A file of answers, one JSON line per question in their order, which an interrupted run goes on with."""
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.folder_lock import locked_in_place
 from hrm_megatron.program import signals_held
 
 
@@ -39,10 +39,12 @@ class AnswerFile:
         return self
 
     def _begin(self) -> None:
+        in_use = ConfigError(f"--output {self.path}: another process is writing it; choose another")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not locked_in_place(self._file.fileno(), self.partial):
+                raise in_use  # it was, and has given the file its name since
         except BlockingIOError as error:
-            raise ConfigError(f"--output {self.path}: another process is writing it; choose another") from error
+            raise in_use from error
         if not self.note.exists():
             self._file.truncate(0)  # a stop before the note: there is no answer in it
             temporary = self.note.with_name(f"{self.note.name}.new")

@@ -13,6 +13,8 @@ import numba
 import numpy as np
 from numba.extending import overload, register_jitable
 
+from hrm_megatron.data.kernels import compiled
+
 # Sums in any order and fused multiply-adds; NaN and infinity keep their meaning.
 ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
 LOWEST = np.float32(np.finfo(np.float32).min)
@@ -24,10 +26,7 @@ C1, C2, C3, C4, C5, C6, C7 = (np.float32(1 / math.factorial(n)) for n in range(1
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return numba.njit(function, cache=True, nogil=True, fastmath=ANY_ORDER)
-    except RuntimeError:  # numba's word for: no folder to keep it in
-        return numba.njit(function, nogil=True, fastmath=ANY_ORDER)
+    return compiled(function, ANY_ORDER)
 
 
 def widened(x: Any) -> Any:

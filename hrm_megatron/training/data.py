@@ -47,7 +47,7 @@ class Sources:
     def vocab_size(self) -> int:
         return self.train.vocab_size
 
-    def held_out(self, split: str) -> tuple[int, int]:
+    def held_out(self) -> tuple[int, int]:
         """Count the examples of validation and of test."""
         return (self.valid.count_examples() if self.valid else 0, self.test.count_examples() if self.test else 0)
 

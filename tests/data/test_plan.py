@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data import folder_lock, plan_cache
 from hrm_megatron.data import plan as planning
-from hrm_megatron.data import plan_cache
 from hrm_megatron.data.kernels import best_fit, order_between
 from hrm_megatron.data.plan import RowPlan, plan_windows, window_for
 from hrm_megatron.data.plan_cache import Rows
@@ -230,7 +230,7 @@ def test_without_locks_a_lost_race_for_the_cache_changes_nothing(tmp_path, monke
     """On a file system that knows no locks, all processes plan, and the first to end counts."""
     def unsupported(file, operation):
         raise OSError(errno.EOPNOTSUPP, "no locks here")
-    monkeypatch.setattr(plan_cache.fcntl, "flock", unsupported)
+    monkeypatch.setattr(folder_lock.fcntl, "flock", unsupported)
     fresh, races, raced = walk(row_plan(), [0]), iter([True]), []
 
     def slow(*args):

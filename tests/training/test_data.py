@@ -52,9 +52,9 @@ def test_one_prefix_several_and_weighted_ones(stores):
     assert shares(both.train) == pytest.approx([40 / 130, 90 / 130], abs=0.02)  # the validation part is small
     assert shares(weighted.train) == pytest.approx([0.75, 0.25], abs=0.02)  # an example is a tenth of a percent
     held_out = sum(len(split_examples(len(store), "97,3,0", 3, store.prompt_keys()).valid) for store in both.stores)
-    assert both.held_out("") == weighted.held_out("") == (held_out, 0) and held_out
+    assert both.held_out() == weighted.held_out() == (held_out, 0) and held_out
     parts = open_sources(arguments(train_data_path=["0.3", a, "0.7", b], valid_data_path=[b]))
-    assert parts.held_out("") == (90, 0) and shares(parts.train) == pytest.approx([0.3, 0.7], abs=0.02)
+    assert parts.held_out() == (90, 0) and shares(parts.train) == pytest.approx([0.3, 0.7], abs=0.02)
 
 
 @pytest.mark.parametrize("given, said", [

@@ -208,14 +208,14 @@ def open_run(*flags):
     parser = add_hrm_arguments(megatron_arguments.add_megatron_arguments(argparse.ArgumentParser()))
     args = parser.parse_args([str(flag) for flag in flags])
     sources = open_sources(args)
-    return args, settle_evaluation(args, *sources.held_out(args.split), sources.why_no_validation(args.split))
+    return args, settle_evaluation(args, *sources.held_out(), sources.why_no_validation(args.split))
 
 
 def test_three_in_a_hundred_are_held_out_for_validation_and_none_for_a_test(store):
     args, evaluation = open_run("--data-path", store)
     assert (evaluation.validates, evaluation.tests) == (True, False)
     parts = split_examples(COUNT, "97,3,0", args.seed, IndexedExamples(store).prompt_keys())
-    assert args.split == "97,3,0" and open_sources(args).held_out(args.split) == (len(parts.valid), 0)
+    assert args.split == "97,3,0" and open_sources(args).held_out() == (len(parts.valid), 0)
     assert 0 < len(parts.valid) < 6
 
 
