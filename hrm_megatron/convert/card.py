@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from hrm_megatron.config import Architecture
+from hrm_megatron.convert.quantization import Quantized
 from hrm_megatron.data.spelling import Spelling
 
 CARD_FILE = "README.md"
@@ -24,6 +25,11 @@ inputs = dict(input_ids=prompt, token_type_ids=torch.ones_like(prompt), attentio
 output = model.generate(**inputs, max_new_tokens=100, do_sample=False)
 answers = output[:, prompt.shape[1]:].tolist()
 print(answers)"""
+QUANTIZED = """
+
+Weights are stored in few bits: {scheme}, by {method}.
+transformers loads them with `pip install compressed-tensors` and computes in {dtype} with what the codes stand for: this
+saves disk there, not memory."""
 CARD = """\
 ---
 library_name: transformers
@@ -32,7 +38,7 @@ pipeline_tag: text-generation
 # A Hierarchical Reasoning Model for text
 
 HrmText of transformers (from 5.17 on), {dtype}: {parameters:,} parameters, {layers} layers in each of two stacks,
-{ticks} ticks. Trained with prompt and answer of at most {tokens} tokens together.
+{ticks} ticks. Trained with prompt and answer of at most {tokens} tokens together.{quantized}
 
 Run this in the model's folder:
 
@@ -53,7 +59,7 @@ To score an answer, give it as the second text, `tokenizer(prompt, answer)`: its
 
 
 def model_card(architecture: Architecture, max_tokens: int, dtype: str, pad_token: str | None,
-               first_token: object, spelling: Spelling) -> str:
+               first_token: object, spelling: Spelling, quantized: Quantized | None = None) -> str:
     """Write the card; `pad_token` None: there is no tokenizer beside the model, whose prompts begin so."""
     spelled = dict(boq=spelling.boq, eoq=spelling.eoq, eoa=spelling.eoa)
     ask = ASK_WITHOUT.format(prompt=first_token) if pad_token is None else ASK_WITH_TOKENIZER.format(
@@ -61,5 +67,7 @@ def model_card(architecture: Architecture, max_tokens: int, dtype: str, pad_toke
     return CARD.format(
         parameters=architecture.num_parameters, layers=architecture.num_layers, dtype=dtype, tokens=max_tokens, ask=ask,
         ticks=architecture.h_cycles * (architecture.l_cycles + 1), types="" if pad_token is None else TYPES,
+        quantized="" if quantized is None else QUANTIZED.format(
+            scheme=quantized.quantization.spelled, method=quantized.method, dtype=dtype),
         tags=", ".join(f"`{token}` {tag}" for tag, token in spelling.tags.items()), **spelled,
         padding="" if pad_token is None else f" Batches are padded on the left with `{pad_token}`.")

@@ -142,4 +142,5 @@ def _load_as_megatron(model: HRMModel, folder: Path) -> None:
 
 def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for weight in model.parameters():
-        weight.copy_(weight.to(dtype))
+        if weight.is_floating_point():  # codes of few bits are none
+            weight.copy_(weight.to(dtype))

@@ -4,14 +4,12 @@ A weight is its code times the scale of its group, exactly: the product of a cod
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-SHAPE = "_shape"
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # magnitudes of OCP's 4-bit float, doubled, by their 3 bits (MX v1.0, 5.3.3)
 E2M1_LARGEST_EXPONENT = 2  # of 6 = 1.5 * 2^2
 E8M0_BIAS = 127  # of MX's shared scale, a power of two in a byte
@@ -118,7 +116,7 @@ def stored_tensors(scheme: Scheme, shape: tuple[int, ...], parts: int) -> list[S
                 StoredTensor("_scale", torch.uint8, (rows, scheme.groups(columns)), _exponents)]
     # transformers cuts this one by its rows too, so that each module finds its own shape.
     return [StoredTensor("_packed", torch.int32, (rows, columns // 8), _packed_integers), scale,
-            StoredTensor(SHAPE, torch.int64, (2 * parts,), lambda m: torch.tensor([rows // parts, columns] * parts))]
+            StoredTensor("_shape", torch.int64, (2 * parts,), lambda m: torch.tensor([rows // parts, columns] * parts))]
 
 
 def from_stored(scheme: Scheme, shape: tuple[int, ...], tensors: dict[str, torch.Tensor]) -> LowBit:
@@ -153,8 +151,3 @@ def _paired(bits: torch.Tensor) -> torch.Tensor:
 
 def _unpaired(pairs: torch.Tensor) -> torch.Tensor:
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
-
-
-def stored_bytes(scheme: Scheme, shape: tuple[int, ...], parts: int) -> int:
-    """Bytes of a matrix in a file."""
-    return sum(math.prod(t.shape) * t.dtype.itemsize for t in stored_tensors(scheme, shape, parts))

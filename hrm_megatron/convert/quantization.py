@@ -2,20 +2,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from hrm_megatron.checkpoint.stream import LazyTensor
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.hf_files import parts_of
-from hrm_megatron.convert.low_bit import LowBit, Scheme, from_stored, stored_bytes, stored_tensors
+from hrm_megatron.convert.low_bit import LowBit, Scheme, StoredTensor, from_stored, stored_tensors
 from hrm_megatron.convert.table import Rename, is_embedding, table
 
 CONFIG_KEY = "quantization_config"
 METHOD, MIXED = "compressed-tensors", "mixed-precision"
-HEAD = "lm_head.weight"
 # Modules of transformers > by what compressed-tensors finds them.
 LAYERS, HEAD_TARGET, EMBEDDING = "Linear", "re:.*lm_head$", "Embedding"
 
@@ -32,6 +33,12 @@ class Quantization:
         if is_embedding(entry):
             return self.embedding
         return self.linear if len(entry.shape) == 2 else None
+
+    @property
+    def spelled(self) -> str:
+        """Say it in a few words."""
+        groups = f" in groups of {self.linear.group_size}" if self.linear.group_size else " with a scale for each row"
+        return f"{self.linear.name}{groups}" + (f", {self.embedding.name} embedding" if self.embedding else "")
 
     def check(self, entries: Iterable[Rename]) -> None:
         """Refuse matrices whose rows are not whole groups, naming the sizes that would do."""
@@ -82,31 +89,47 @@ class Quantization:
 
     def read(self, entry: Rename, read: Callable[[Rename], torch.Tensor]) -> torch.Tensor:
         """Read one tensor of the table, dequantized."""
-        scheme, tensors = self.of(entry), [(stored, read(stored)) for stored in self.stored(entry)]
+        scheme = self.of(entry)
         if scheme is None:
-            return tensors[0][1]
-        return from_stored(scheme, entry.shape, {stored.hf.removeprefix(entry.hf): tensor
-                                                 for stored, tensor in tensors}).dequantized()
+            return read(entry)
+        found: dict[str, torch.Tensor] = {}
+        for name, stored in zip(self.stored(entry), stored_tensors(scheme, entry.shape, _modules(entry)), strict=True):
+            found[stored.suffix] = tensor = read(name)
+            if tensor.dtype != stored.dtype:
+                raise ConfigError(f"{name.hf}: is {tensor.dtype}, not the {stored.dtype} of {scheme.name}; copy the "
+                                  "folder again")
+        return from_stored(scheme, entry.shape, found).dequantized()
 
     def size_bytes(self, architecture: Architecture, float_bytes: int = 2) -> int:
         """Bytes of all tensors in the files, floats of `float_bytes` each."""
         total = 0
         for entry in table(architecture):
             scheme = self.of(entry)
-            elements = 1
-            for length in entry.shape:
-                elements *= length
-            total += elements * float_bytes if scheme is None else stored_bytes(scheme, entry.shape, _modules(entry))
+            total += math.prod(entry.shape) * float_bytes if scheme is None else sum(
+                math.prod(stored.shape) * stored.dtype.itemsize
+                for stored in stored_tensors(scheme, entry.shape, _modules(entry)))
         return total
 
 
-Matrices = Callable[[Rename, Scheme], LowBit]  # how a writer gets the matrix of an entry
+@dataclass(frozen=True)
+class Quantized:
+    """What a writer needs of a model of few bits: the schemes, and `matrix(entry, scheme)`, which may be called more
+    than once for one entry."""
 
+    quantization: Quantization
+    matrix: Callable[[Rename, Scheme], LowBit]
+    method: str  # as the card says it
 
-def weight_of(name: str) -> str:
-    """Name of the weight that a stored tensor belongs to."""
-    head, dot, last = name.rpartition(".")
-    return f"{head}{dot}weight" if last.startswith("weight_") else name
+    def tensors(self, entry: Rename) -> dict[str, LazyTensor]:
+        """The tensors of a file, by name, that hold one of the table; none if it is stored as a float."""
+        scheme = self.quantization.of(entry)
+        if scheme is None:
+            return {}
+
+        def lazy(stored: StoredTensor, scheme: Scheme) -> LazyTensor:
+            return LazyTensor(stored.shape, stored.dtype, lambda: stored.make(self.matrix(entry, scheme)))
+        return {entry.hf + stored.suffix: lazy(stored, scheme)
+                for stored in stored_tensors(scheme, entry.shape, _modules(entry))}
 
 
 def _modules(entry: Rename) -> int:

@@ -66,8 +66,9 @@ class Quantizer:
 
     def _matrices(self, rounded: Mapping[str, Rounded]) -> dict[str, LowBit]:
         """Matrices of these, and of the embedding, which is looked up and has no inputs to be rounded by."""
-        embedding = {entry.hf: matrix for entry in self.entries if is_embedding(entry) and (matrix := self._plain(entry))}
-        return embedding | {name: each.matrix for name, each in rounded.items()}
+        looked_up = {entry.hf: self._plain(entry) for entry in self.entries if is_embedding(entry)}
+        return {name: matrix for name, matrix in looked_up.items() if matrix} | {
+            name: each.matrix for name, each in rounded.items()}
 
     def _calibrated(self, calibration: Calibration, first_tick_only: bool) -> dict[str, Rounded]:
         """Round layer by layer in the order in which a cycle uses them, the inputs being those of all before."""
