@@ -28,8 +28,8 @@ print(answers)"""
 QUANTIZED = """
 
 Weights are stored in few bits: {scheme}, by {method}.
-transformers loads them with `pip install compressed-tensors` and computes in {dtype} with what the codes stand for: this
-saves disk there, not memory."""
+transformers loads them with `pip install compressed-tensors` and computes in {dtype} with what the codes stand for,
+which saves disk and not memory there."""
 CARD = """\
 ---
 library_name: transformers

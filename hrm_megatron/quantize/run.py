@@ -217,7 +217,9 @@ class Work:
         def read(_: str, entry: Rename) -> torch.Tensor:
             scheme = job.quantization.of(entry)
             if scheme:
-                return entry.to_megatron(self._matrix(entry, scheme).dequantized())
+                weight = self._matrix(entry, scheme).dequantized()
+                # As transformers has them then: see `compare`.
+                return entry.to_megatron(weight.bfloat16().float() if job.quantization.linear.is_float else weight)
             return entry.to_megatron(self.weight(entry).to(DTYPES[job.dtype]))
         expected = replace(self.checkpoint, iteration=0, parts=frozenset({RAW}), read=read)
         return compare(Loaded(job.load, "dequantized", expected), Loaded(folder, "hf"), self.architecture,
