@@ -88,8 +88,9 @@ class Recurrence:
         return states["H"]
 
     def label_logits(self, z_h: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Apply the head at the labelled positions, [n, v]."""
-        return self.matmul(HEAD, z_h.flatten(0, 1)[rows.batch.label_index])[:, :self.architecture.vocab_size]
+        """Apply the head at the labelled positions, [n, v]; rows of it that stand for no token take part, as in the
+        loss of training."""
+        return self.matmul(HEAD, z_h.flatten(0, 1)[rows.batch.label_index])
 
     def _stack(self, stack: str, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         for layer in range(self.architecture.num_layers):

