@@ -115,7 +115,7 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
         raise ConfigError(f"{loaded.folder}: transformers does not load {lost[0]}; please report it")
     if in_bfloat16:
         model(torch.tensor([[0]]))
-        model.float()
+        torch.nn.Module.float(model)  # its own refuses models of codes, which this is no more
     _round(model, loaded.dtype)
     logits = []
     for prefix, target in rows:

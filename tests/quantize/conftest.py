@@ -31,8 +31,8 @@ def tokenizer(tmp_path_factory) -> TextTokenizer:
 
 @pytest.fixture(scope="session")
 def architecture(tokenizer) -> Architecture:
-    """Unequal sizes, all of them multiples of 32, and unequal cycles."""
-    return Architecture(num_layers=2, hidden_size=64, num_attention_heads=2, ffn_hidden_size=96,
+    """Unequal sizes, all of them multiples of 64, and unequal cycles."""
+    return Architecture(num_layers=2, hidden_size=64, num_attention_heads=2, ffn_hidden_size=192,
                         vocab_size=tokenizer.vocab_size, h_cycles=2, l_cycles=3)
 
 
