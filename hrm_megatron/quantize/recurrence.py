@@ -110,6 +110,6 @@ class Recurrence:
         gate, *qkv = gqkv.chunk(4, -1)
         query, key, value = (part.unflatten(-1, (self.architecture.num_attention_heads, -1)) for part in qkv)
         query, key = rows.rotation(query, key)
-        found = F.scaled_dot_product_attention(*(part.permute(1, 2, 0, 3) for part in (query, key, value)),
-                                               attn_mask=rows.mask)  # [b, heads, s, d]
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=rows.mask)  # [b, heads, s, d]
         return gated(found.permute(2, 0, 1, 3).flatten(2), gate)
