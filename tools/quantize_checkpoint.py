@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> Job | None:
     data.add_argument("--calibration-rows", type=int, default=64, help="for the Hessians (default: %(default)s)")
     data.add_argument("--seq-length", type=int, help="positions of a row (default: the model's own)")
     data.add_argument("--micro-batch-size", type=int, default=4, help="rows at once (default: %(default)s)")
-    data.add_argument("--tuning-steps", type=int, default=100,
+    data.add_argument("--tuning-steps", type=int, default=200,
                       help="micro-batches that roundings and scales are tuned with (recurrent; default: %(default)s)")
     data.add_argument("--seed", type=int, default=1234, help="of the choice of rows (default: %(default)s)")
     data.add_argument("--compare", action="store_true",

@@ -49,7 +49,7 @@ class Job:
     calibration_rows: int = 64
     seq_length: int | None = None
     micro_batch_size: int = 4
-    tuning_steps: int = 100
+    tuning_steps: int = 200
     seed: int = 1234
     compare: bool = False
     valid_data_path: str | None = None
