@@ -22,8 +22,8 @@ class Tuning:
     """How long and how fast to tune; the learning rates, of steps and of scales, fall to zero in a straight line."""
 
     steps: int = 200
-    offset_lr: float = 5e-3
-    scale_lr: float = 1e-3
+    offset_lr: float = 1e-3
+    scale_lr: float = 3e-4
 
 
 class TunedMatrix:

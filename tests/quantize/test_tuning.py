@@ -48,7 +48,7 @@ def test_all_ticks_and_tuning_lose_least(architecture, weights, calibration, sto
     quantizer = Quantizer(architecture, weights, schemes, torch.bfloat16)
     ways = dict(plain=quantizer.plainly(), first_tick=quantizer.by_first_tick(calibration),
                 untuned=quantizer.by_all_ticks(calibration, Tuning(steps=0)),
-                tuned=quantizer.by_all_ticks(calibration, Tuning(steps=STEPS)))
+                tuned=quantizer.by_all_ticks(calibration, Tuning(STEPS, offset_lr=5e-3, scale_lr=1e-3)))
     rows = PackedRows(IndexedExamples(store), ROW_TOKENS, 99, 8)  # packed in another way, at least
     found = score(architecture, weights, {name: quantizer.dequantized(way) for name, way in ways.items()},
                   batches((rows[i] for i in range(8)), architecture, 4, torch.device("cpu")))
