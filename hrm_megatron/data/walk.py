@@ -83,5 +83,5 @@ def check_lengths(lengths: Ints, row_tokens: int, name: Callable[[int], str], fi
         raise ConfigError("no examples to pack; check the input and --split")
     longest = int(np.argmax(lengths))
     if lengths[longest] > row_tokens:
-        raise ConfigError(f"{name(first + longest)} takes {lengths[longest]} positions, more than a row of {row_tokens}; "
-                          f"raise --seq-length, or preprocess again with --context-size {row_tokens}")
+        raise ConfigError(f"{name(first + longest)} takes {lengths[longest]} positions, more than a row of "
+                          f"{row_tokens}; raise --seq-length, or preprocess again with --context-size {row_tokens}")
