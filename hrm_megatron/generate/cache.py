@@ -35,8 +35,8 @@ class CacheSize:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[slot, key or value, block, head, position, head_dim]."""
-        return self.slots, 2, self.blocks, self.heads, BLOCK_TOKENS, self.head_dim
+        """[slot, key or value, block, head, elements of its positions]."""
+        return self.slots, 2, self.blocks, self.heads, BLOCK_TOKENS * self.head_dim
 
     @property
     def bytes(self) -> int:
@@ -62,6 +62,14 @@ class PagedCache:
         self.pool = torch.zeros(size.shape, dtype=size.dtype, device=device)
         self._free = list(range(size.blocks))[::-1]
         self._users = [0] * size.blocks
+
+    def keys(self, slot: int) -> torch.Tensor:
+        """View keys, [block, head, head_dim, position]: a query is multiplied with 16 of them at once."""
+        return self.pool[slot, 0].unflatten(-1, (self.size.head_dim, BLOCK_TOKENS))
+
+    def values(self, slot: int) -> torch.Tensor:
+        """View values, [block, head, position, head_dim]."""
+        return self.pool[slot, 1].unflatten(-1, (BLOCK_TOKENS, self.size.head_dim))
 
     @property
     def free(self) -> int:

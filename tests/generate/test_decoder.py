@@ -65,7 +65,7 @@ def test_the_gathering_path_of_gpus_equals_the_cpus(untrained, parity):
 
     model = untrained(*SIZES)
     decoder = decoder_of(model, 128)
-    decoder.on_cpu = None
+    decoder.loops = None
     parity("cached logits, gathered by torch", worst_difference(model, decoder), TOLERANCE)
 
 
@@ -83,18 +83,18 @@ def test_other_cycles_than_in_training_are_those_of_a_model_built_so(untrained, 
 
 
 def test_threads_divide_the_rows(untrained, monkeypatch):
-    from hrm_megatron.generate import attention
+    from hrm_megatron.generate import cpu
     from hrm_megatron.generate.decode import decoder_of
 
     model = untrained(*SIZES)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(attention, "THREAD_BYTES", 1)
+    monkeypatch.setattr(cpu, "THREAD_BYTES", 1)
     calls = []
     decoder = decoder_of(model, 128)
-    stock = decoder.on_cpu.pool.map
-    monkeypatch.setattr(decoder.on_cpu.pool, "map", lambda kernel, *ends: calls.append(ends) or stock(kernel, *ends))
+    stock = decoder.loops.pool.map
+    monkeypatch.setattr(decoder.loops.pool, "map", lambda kernel, *ends: calls.append(ends) or stock(kernel, *ends))
     assert worst_difference(model, decoder, new_tokens=3) < TOLERANCE
-    assert calls[0] == ([0, 1, 3], [1, 3, 5])
+    assert ([0, 1, 3], [1, 3, 5]) in calls
 
 
 def test_bfloat16_rounds_no_more_than_the_training_code_does(untrained):
@@ -123,8 +123,9 @@ def test_bfloat16_rounds_no_more_than_the_training_code_does(untrained):
 
 
 def test_gathered_and_paged_attention_read_the_same_bfloat16_cache():
-    from hrm_megatron.generate.attention import CpuRotations, Gathered, Paged
+    from hrm_megatron.generate.attention import Gathered, Paged
     from hrm_megatron.generate.cache import CacheSize, PagedCache
+    from hrm_megatron.generate.cpu import Loops
 
     lengths, tables = np.asarray([0, 15, 16, 40], np.int32), np.arange(12, dtype=np.int32).reshape(4, 3)
     generator = torch.Generator().manual_seed(2)
@@ -132,7 +133,7 @@ def test_gathered_and_paged_attention_read_the_same_bfloat16_cache():
     for cache in caches:
         cache.pool.copy_(torch.randn(cache.pool.shape, generator=generator.manual_seed(7)))
     gqkv = torch.randn(4, 4 * 24, generator=generator).bfloat16()
-    paged = Paged(caches[0], lengths, tables, CpuRotations(64, 8, 1e4))(1, gqkv)
+    paged = Paged(caches[0], lengths, tables, Loops(64, 8, 1e4))(1, gqkv)
     gathered = Gathered(caches[1], lengths, tables, 1e4)(1, gqkv)
     # Two roundings to bf16, 2^-9 each, of numbers up to 2; weights of the softmax are rounded in one of them.
     assert (paged.float() - gathered.float()).abs().max() < 4 * 2 * 2 ** -9
