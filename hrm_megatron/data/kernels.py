@@ -18,8 +18,8 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # steps of SplitMix64
 
 
 def compiled[Function: Callable[..., object]](function: Function, fastmath: bool | set[str] = False) -> Function:
-    """Compile `function` at its first call; with `fastmath`, LLVM may change the order of its arithmetic, and a division
-    by zero is infinite: an exception in its place would keep a loop from being vectorized."""
+    """Compile `function` at its first call; with `fastmath`, LLVM may change the order of its arithmetic, and divisions
+    by zero raise nothing: a loop that may raise is not vectorized."""
     options = dict(nogil=True, fastmath=fastmath, error_model="numpy" if fastmath else "python")
     try:
         return numba.njit(function, cache=True, **options)
