@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
@@ -16,7 +16,7 @@ INDICES = ir.IntType(32)
 VECTOR, HALVES, WORDS = (ir.VectorType(each, LANES) for each in (ir.FloatType(), ir.IntType(16), INDICES))
 
 
-class _Vector(types.Type):  # type: ignore[misc]  # numba is untyped
+class _Vector(types.Type):
     def __init__(self) -> None:
         super().__init__("16 x float32")
 
@@ -25,7 +25,7 @@ vector = _Vector()
 
 
 @register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, VECTOR)
 
@@ -35,13 +35,13 @@ def _place(context: Any, builder: Any, array: Any, index: Any, kind: Any, target
     return builder.bitcast(builder.gep(data, [index]), target.as_pointer())
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def load(typing: Any, array: Any, index: Any) -> Any:
     """Return array[index : index + 16] of a contiguous [n] array: float32, or the bits of bfloat16 as uint16."""
     wide = array.dtype == types.float32
 
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = _place(context, builder, *arguments, signature.args[0], VECTOR if wide else HALVES)
+        place = _place(context, builder, arguments[0], arguments[1], signature.args[0], VECTOR if wide else HALVES)
         if wide:
             return builder.load(place, align=4)
         words = builder.zext(builder.load(place, align=2), WORDS)
@@ -49,16 +49,17 @@ def load(typing: Any, array: Any, index: Any) -> Any:
     return vector(array, types.intp), make
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def store(typing: Any, array: Any, index: Any, values: Any) -> Any:
     """Write values to array[index : index + 16] of a contiguous float32 array [n]."""
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store(arguments[2], _place(context, builder, *arguments[:2], signature.args[0], VECTOR), align=4)
+        place = _place(context, builder, arguments[0], arguments[1], signature.args[0], VECTOR)
+        builder.store(arguments[2], place, align=4)
         return context.get_dummy_value()
     return types.void(array, types.intp, vector), make
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def multiply_add(typing: Any, number: Any, values: Any, total: Any) -> Any:
     """Return number * values + total, rounded once where the processor can."""
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -70,7 +71,7 @@ def multiply_add(typing: Any, number: Any, values: Any, total: Any) -> Any:
     return vector(types.float32, vector, vector), make
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def zeros(typing: Any) -> Any:
     """Return sixteen zeros."""
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
