@@ -6,6 +6,7 @@ compiled once per process. All of them run without the GIL, so that a thread can
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numba
 import numpy as np
@@ -19,11 +20,13 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # steps of SplitMix64
 
 
 def compiled[Function: Callable[..., object]](function: Function, fastmath: bool | set[str] = False) -> Function:
-    """Compile `function` at its first call; with `fastmath`, LLVM may change the order of its arithmetic."""
+    """Compile `function` at its first call; with `fastmath`, LLVM may change the order of its arithmetic, and divisions
+    by zero raise nothing: a loop that may raise is not vectorized."""
+    divisions: Literal["numpy", "python"] = "numpy" if fastmath else "python"
     try:
-        return numba.njit(function, cache=True, nogil=True, fastmath=fastmath)
+        return numba.njit(function, cache=True, nogil=True, fastmath=fastmath, error_model=divisions)
     except RuntimeError:  # numba's word for: no folder to keep it in
-        return numba.njit(function, nogil=True, fastmath=fastmath)
+        return numba.njit(function, nogil=True, fastmath=fastmath, error_model=divisions)
 
 
 @compiled
