@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
-from tests.random_checkpoint import TOKENIZER  # noqa: E402
+from tests.random_checkpoint import TOKENIZER
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "Name the tens digit of 7543."  # greedy, the random model's answer has over a thousand tokens
