@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -47,6 +48,7 @@ class Service:
         identity = json.dumps(self.session.identity, sort_keys=True, default=str)
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
         self.created = int(time.time())
+        self._tokenizer_lock = threading.Lock()
 
     def check_model(self, model: str | None) -> None:
         if model not in (None, self.model):
@@ -59,9 +61,7 @@ class Service:
         chat = isinstance(body, ChatBody)
         try:
             # Spelling takes time by the length of the text; the event loop serves others meanwhile.
-            requests: list[engine.Request] = await asyncio.to_thread(
-                lambda: [chat_request(body, self.session)] if isinstance(body, ChatBody)
-                else completion_requests(body, self.session))
+            requests = await asyncio.to_thread(self._requests, body)
             ticket = self.live.open(requests, self.limits.timeout_seconds)
         except ConfigError as error:
             raise ApiError(400, str(error)) from error
@@ -74,6 +74,11 @@ class Service:
         finally:
             self.live.release(ticket)
         return JSONResponse(answers.whole())
+
+    def _requests(self, body: CompletionBody | ChatBody) -> list[engine.Request]:
+        with self._tokenizer_lock:
+            return [chat_request(body, self.session)] if isinstance(body, ChatBody) else \
+                completion_requests(body, self.session)
 
     async def _collect(self, ticket: Ticket, answers: Answers) -> None:
         async for event in ticket:

@@ -33,5 +33,7 @@ def of_validation(errors: list[Mapping[str, Any]]) -> ApiError:
     place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{place}: unknown parameter; leave it out", place)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON ({first.get('ctx', {}).get('error')}, at character {place})")
     reason = str(first["msg"]).removeprefix("Value error, ")[:500]
     return ApiError(400, f"{place}: {reason}" if place else reason, place or None)

@@ -85,13 +85,15 @@ def test_logprobs_are_those_of_the_tool(ask, answered, session):
     found = choice["logprobs"]
     assert found["token_logprobs"] == pytest.approx([each.logprob for each in sample.logprobs], abs=CLOSE)
     assert [len(top) for top in found["top_logprobs"]] == [3] * len(sample.tokens)
-    assert "".join(found["tokens"]) == choice["text"]
-    assert [choice["text"][start:].startswith(token) for token, start in
-            zip(found["tokens"], found["text_offset"], strict=True)] == [True] * len(sample.tokens)
+    control = session.tokenizer.special_ids  # a random model writes some, which have no text
+    assert "".join(token for token in found["tokens"] if token not in control) == choice["text"]
+    assert all(choice["text"][start:].startswith(token) for token, start in
+               zip(found["tokens"], found["text_offset"], strict=True) if token not in control)
     [choice] = ask(CHAT, dict(messages=user(QUESTIONS[0]), logprobs=True, top_logprobs=3, **asked)).json()["choices"]
     content = choice["logprobs"]["content"]
     assert [each["logprob"] for each in content] == pytest.approx(found["token_logprobs"], abs=CLOSE)
-    assert b"".join(bytes(each["bytes"]) for each in content).decode() == choice["message"]["content"]
+    assert b"".join(bytes(each["bytes"]) for each in content if each["token"] not in control).decode() \
+        == choice["message"]["content"]
     assert [len(each["top_logprobs"]) for each in content] == [3] * len(content)
 
 

@@ -134,9 +134,9 @@ def test_other_paths_and_methods_have_the_same_shape(served):
     assert error_of(lost, 404) and error_of(method, 405)
 
 
-VALUES = (None, True, False, 0, -1, 1, 3.5, 1e308, -1e-320, 10**30, "", "x", "\x00", "\u202e<script>", "\U0001f600" * 9,
-          [], {}, [[]], [None], [{}], [0], [-1], [[1, 2], ["x"]], {"a": {"b": []}}, ["x"] * 40, "many " * 6000,
-          float("nan"), float("inf"), "\ud800", [10**12], "<|im_start|>", [[1]] * 3)
+VALUES = (None, True, False, 0, -1, 1, 3.5, 1e308, -1e-320, 1e-320, 10**30, "", "x", "\x00", "\u202e<script>",
+          "\U0001f600" * 9, [], {}, [[]], [None], [{}], [0], [-1], [[1, 2], ["x"]], {"a": {"b": []}}, ["x"] * 40,
+          "many " * 6000, float("nan"), float("inf"), "\ud800", [10**12], "<|im_start|>", [[1]] * 3)
 NAMES = ("model", "condition", "n", "stop", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p",
          "seed", "prompt", "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "echo",
          "tools", "response_format", "__proto__", "", "logit_bias", "best_of", "\ud800")
