@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from hrm_megatron.program import listen, one_line
 
@@ -22,26 +21,17 @@ be_quiet()
 activate()
 
 from hrm_megatron.config import ConfigError  # noqa: E402
-from hrm_megatron.convert.checkpoint import EMA, RAW  # noqa: E402
 from hrm_megatron.generate.cache import PagedCache, blocks_of  # noqa: E402
 from hrm_megatron.generate.engine import Engine  # noqa: E402
-from hrm_megatron.generate.session import DTYPES, Answering, Session  # noqa: E402
+from hrm_megatron.generate.flags import add_compute_flags, add_model_flags  # noqa: E402
+from hrm_megatron.generate.session import Answering, Session  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--load", type=Path, required=True,
-                   help="folder that --save named, or one iteration in it; a transformers folder; one of HRM-Text")
-    p.add_argument("--ckpt-step", type=int, help="iteration (Megatron) or epoch (HRM-Text) instead of the latest")
-    p.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
-                   help="answer from what can be read of a damaged checkpoint")
-    p.add_argument("--weights", choices=[EMA, RAW], help="(default: ema, or raw where there is no other)")
-    p.add_argument("--tokenizer-model", type=Path,
-                   help="tokenizer folder of the training data (default: the one beside the model)")
+    add_model_flags(p)
     p.add_argument("--model-name", help="what clients call the model (default: the name of the folder)")
-    p.add_argument("--h-cycles", type=int, help="(default: as in training)")
-    p.add_argument("--l-cycles", type=int, help="(default: as in training)")
-    p.add_argument("--dtype", choices=[*DTYPES], default="float32", help="of weights and cache")
+    add_compute_flags(p)
     at = p.add_argument_group("address")
     at.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     at.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
