@@ -7,7 +7,6 @@ from pathlib import Path
 from hrm_megatron.convert.checkpoint import EMA, RAW
 from hrm_megatron.generate.session import DTYPES
 
-
 Flags = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
