@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,7 @@ class Page:
 
     def until(self, expression: str) -> None:
         while not self.value(f"Boolean({expression})"):
-            self._call("Runtime.evaluate", self._session, awaitPromise=True,
-                       expression="new Promise(done => setTimeout(done, 20))")
+            time.sleep(0.02)  # a promise of the page would be lost with a page that is replaced
 
     def _call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
         self._calls += 1
