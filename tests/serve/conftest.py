@@ -69,7 +69,7 @@ def ask(served):
     """Send one body to a server of its own, and return its reply."""
     def send(path, body, **options):
         async def work(server):
-            kind = dict(content=body) if isinstance(body, bytes) else dict(json=body)
+            kind = dict(json=body) if isinstance(body, dict) else dict(content=body)
             return await server.client.post(path, headers={"content-type": "application/json"}, **kind)
         return served(work, **options)
     return send
