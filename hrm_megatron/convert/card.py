@@ -146,7 +146,7 @@ def gguf_card(checkpoint: Checkpoint, dtype: str, end: int, spelling: Spelling |
     prompt = "prompt = [0]  # put your token ids here" if spelling is None else \
         f'prompt = model.tokenize("{question}".encode(), add_bos=False, special=True)'
     ask = ASK_LLAMA_CPP.format(tokens=max_tokens, prompt=prompt, end=end,
-                               shown="answer" if spelling is None else "model.detokenize(answer).decode()")
+                               shown="answer" if spelling is None else "model.detokenize(answer).decode(errors='replace')")
     return LLAMA_CPP_CARD.format(dtype=dtype, about=_about(checkpoint), ask=ask, tokens=max_tokens,
                                  normalizes="" if spelling is None else NORMALIZES, spelling=_spelled(ours),
                                  sections=_sections(checkpoint, sections))

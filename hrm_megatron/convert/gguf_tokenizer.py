@@ -56,7 +56,7 @@ def _pre_tokenizer(beside: ExportTokenizer, config: dict[str, Any]) -> str:
     """Return llama.cpp's name of the way in which texts are split; refuse what it does not do."""
     model, steps = config["model"], (config["pre_tokenizer"] or {}).get("pretokenizers", [])
     splits = [step for step in steps if step["type"] == "Split"]
-    how = (splits[0]["pattern"].get("Regex") if splits else None, bool(model.get("ignore_merges")))
+    how = (str(splits[0]["pattern"].get("Regex")) if splits else "", bool(model.get("ignore_merges")))
     reason = None
     if model["type"] != "BPE" or any(model.get(name) for name in SETTINGS_OF_BPE):
         reason = "its model is not plain BPE"
