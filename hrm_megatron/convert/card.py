@@ -30,14 +30,17 @@ output = model.generate(**inputs, max_new_tokens=100, do_sample=False)
 answers = output[:, prompt.shape[1]:].tolist()
 print(answers)"""
 ASK_LLAMA_CPP = """\
-from llama_cpp import Llama
+import numpy as np
+from llama_cpp import Llama, LogitsProcessorList
 
 model = Llama("model.gguf", n_ctx={tokens}, n_batch={tokens}, n_ubatch={tokens}, logits_all=False, verbose=False,
               kv_overrides={{"hrm_text.attention.causal": False}})
 {prompt}
 model.reset()  # before every prompt: what is kept of another one has seen the end of that
+# The head has rows that stand for no token.
+tokens = LogitsProcessorList([lambda _, logits: np.where(np.arange(len(logits)) < {words}, logits, -np.inf)])
 answer = []
-for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
+for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0, logits_processor=tokens):
     if token == {end} or len(answer) == 100:
         break
     answer.append(token)
@@ -145,8 +148,9 @@ def gguf_card(checkpoint: Checkpoint, dtype: str, end: int, spelling: Spelling |
     question = f"{ours.boq}{next(iter(ours.tags.values()), '')}What is 2 + 3?{ours.eoq}"
     prompt = "prompt = [0]  # put your token ids here" if spelling is None else \
         f'prompt = model.tokenize("{question}".encode(), add_bos=False, special=True)'
-    ask = ASK_LLAMA_CPP.format(tokens=max_tokens, prompt=prompt, end=end,
-                               shown="answer" if spelling is None else "model.detokenize(answer).decode(errors='replace')")
+    shown = "answer" if spelling is None else "model.detokenize(answer).decode(errors='replace')"
+    ask = ASK_LLAMA_CPP.format(tokens=max_tokens, prompt=prompt, end=end, shown=shown,
+                               words=checkpoint.architecture.vocab_size)
     return LLAMA_CPP_CARD.format(dtype=dtype, about=_about(checkpoint), ask=ask, tokens=max_tokens,
                                  normalizes="" if spelling is None else NORMALIZES, spelling=_spelled(ours),
                                  sections=_sections(checkpoint, sections))

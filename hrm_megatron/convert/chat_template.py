@@ -14,7 +14,7 @@ TEMPLATE = """
 {%- set said = namespace(turns=[], system='', paragraphs=[]) -%}
 {%- for message in messages -%}
   {%- if message['role'] not in speakers -%}
-    {{- raise_exception('unknown role ' ~ message['role'] ~ '; use one of ' ~ speakers | join(', ')) -}}
+    {{- raise_exception('unknown role ' ~ message['role'] ~ '; use one of ' ~ ROLES) -}}
   {%- endif -%}
   {%- if CALLED -%}
     {{- raise_exception('a call of a tool would be lost; write it into the text of its turn') -}}
@@ -54,7 +54,7 @@ TEMPLATE = """
 {{- BOQ -}}
 {%- for tag in (condition or '').split(',') if tag.strip() -%}
   {%- if tag.strip() not in tokens -%}
-    {{- raise_exception('unknown tag ' ~ tag.strip() ~ '; use ' ~ tokens | join(', ')) -}}
+    {{- raise_exception('unknown tag ' ~ tag.strip() ~ '; use ' ~ NAMES) -}}
   {%- endif -%}
   {{- tokens[tag.strip()] -}}
 {%- endfor -%}
@@ -64,7 +64,9 @@ TEMPLATE = """
 
 def chat_template(spelling: Spelling) -> str:
     """Spell all that was said as a prefix; `condition` may be given to apply_chat_template."""
-    values = {"SPEAKERS": json.dumps(SPEAKERS), "TAGS": json.dumps(dict(spelling.tags)),
+    # llama.cpp's Jinja does not join the keys of an object.
+    values = {"ROLES": json.dumps(", ".join(SPEAKERS)), "NAMES": json.dumps(", ".join(spelling.tags)),
+              "SPEAKERS": json.dumps(SPEAKERS), "TAGS": json.dumps(dict(spelling.tags)),
               "CALLED": " or ".join(f"message['{call}']" for call in CALLS),
               "BOQ": json.dumps(spelling.boq), "EOQ": json.dumps(spelling.eoq)}
     spelled = "".join(line.strip() for line in TEMPLATE.splitlines())

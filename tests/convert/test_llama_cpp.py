@@ -16,8 +16,9 @@ import torch
 
 from hrm_megatron.convert.gguf_file import write_gguf
 from hrm_megatron.convert.gguf_names import LLAMA_CPP
-from tests.convert.test_export import CHAT, QUESTIONS, of_ours, our_logits
+from tests.convert.test_export import QUESTIONS, of_ours
 from tests.convert.test_gguf import DTYPES, checkpoint, tokenizer  # noqa: F401  # fixtures
+from tests.convert.test_prompts import CHAT, our_logits
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]  # most of it the compiler's
 ROOT = Path(__file__).parents[2]

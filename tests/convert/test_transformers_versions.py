@@ -12,16 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.convert.test_export import (  # noqa: F401  # fixtures
-    CHAT,
-    QUESTIONS,
-    assert_near,
-    checkpoint,
-    export,
-    of_ours,
-    our_logits,
-    tokenizer,
-)
+from tests.convert.test_export import QUESTIONS, checkpoint, export, of_ours, tokenizer  # noqa: F401  # fixtures
+from tests.convert.test_prompts import CHAT, assert_near, our_logits
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
