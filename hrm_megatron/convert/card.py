@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import Checkpoint
+from hrm_megatron.convert.quantization import Quantized
 from hrm_megatron.data.spelling import Spelling
 
 CARD_FILE = "README.md"
@@ -45,6 +46,11 @@ for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0, logits_process
         break
     answer.append(token)
 print({shown})"""
+QUANTIZED = """
+
+Weights are stored in few bits: {scheme}, by {method}.
+transformers loads them with `pip install compressed-tensors` and computes in {dtype} with what the codes stand for,
+which saves disk and not memory there."""
 CARD = """\
 ---
 library_name: transformers
@@ -52,7 +58,7 @@ pipeline_tag: text-generation
 ---
 # A Hierarchical Reasoning Model for text
 
-HrmText of transformers (from 5.17 on), {dtype}: {about}
+HrmText of transformers (from 5.17 on), {dtype}: {about}{quantized}
 
 Run this in the model's folder:
 
@@ -129,7 +135,7 @@ NO_SECTIONS = Sections()
 
 
 def model_card(checkpoint: Checkpoint, dtype: str, pad_token: str | None, first_token: object, spelling: Spelling,
-               sections: Sections) -> str:
+               sections: Sections, quantized: Quantized | None = None) -> str:
     """Write the card of a transformers folder; `pad_token` None: there is no tokenizer beside the model, whose prompts
     begin with `first_token`."""
     tag, token = next(iter(spelling.tags.items()), ("", ""))
@@ -138,6 +144,8 @@ def model_card(checkpoint: Checkpoint, dtype: str, pad_token: str | None, first_
     return CARD.format(
         dtype=dtype, about=_about(checkpoint), ask=ask, types="" if pad_token is None else TYPES.format(tag=tag),
         spelling=_spelled(spelling), sections=_sections(checkpoint, sections),
+        quantized="" if quantized is None else QUANTIZED.format(
+            scheme=quantized.quantization.spelled, method=quantized.method, dtype=dtype),
         padding="" if pad_token is None else f" Batches are padded on the left with `{pad_token}`.")
 
 

@@ -16,7 +16,10 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
 from hrm_megatron.convert.engine_names import check_names
 from hrm_megatron.convert.gguf_file import rounding
+from hrm_megatron.convert.hf import CONFIG_FILE
+from hrm_megatron.convert.hf_files import read_json
 from hrm_megatron.convert.native import PART_NAMES, model_key, read_native, state_key
+from hrm_megatron.convert.quantization import Quantization
 from hrm_megatron.convert.table import table
 from hrm_megatron.convert.to_megatron import stock_state
 from hrm_megatron.data.batch import PackedBatch, TokenIds, assemble_row
@@ -104,9 +107,16 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, info = HrmTextForCausalLM.from_pretrained(loaded.folder, dtype=torch.float32, output_loading_info=True)
+    quantization = Quantization.of_config(read_json(loaded.folder / CONFIG_FILE))
+    # compressed-tensors makes bfloat16 of 4-bit floats, whatever else the model is in, when it is first called.
+    in_bfloat16 = quantization is not None and quantization.linear.is_float
+    model, info = HrmTextForCausalLM.from_pretrained(
+        loaded.folder, dtype=torch.bfloat16 if in_bfloat16 else torch.float32, output_loading_info=True)
     if lost := [name for names in info.values() for name in names]:
         raise ConfigError(f"{loaded.folder}: transformers does not load {lost[0]}; please report it")
+    if in_bfloat16:
+        model(torch.tensor([[0]]))
+        torch.nn.Module.float(model)  # its own refuses models of codes, which this is no more
     _round(model, loaded.dtype)
     logits = []
     for prefix, target in rows:
@@ -144,5 +154,5 @@ def _load_as_megatron(model: HRMModel, folder: Path) -> None:
 def _round(model: torch.nn.Module, dtype: str) -> None:
     rounded = rounding(dtype)
     for weight in model.parameters():
-        if weight.dim() > 1:  # the start of z_L is of bf16 and stays so
+        if weight.dim() > 1 and weight.is_floating_point():  # not the start of z_L, nor codes
             weight.copy_(rounded(weight))

@@ -52,9 +52,15 @@ def complaints(names: Iterable[str], num_layers: int) -> list[str]:
     return said
 
 
+def weight_of(name: str) -> str:
+    """Name of the weight that a tensor of an export belongs to: of few bits, a weight is several tensors."""
+    place, _, last = name.rpartition(".")
+    return f"{place}.weight" if last.startswith("weight_") else name
+
+
 def check_names(place: object, names: Iterable[str], num_layers: int) -> None:
     """Refuse an export of which one of the programs would lose a tensor."""
-    if said := complaints(names, num_layers):
+    if said := complaints({weight_of(name) for name in names}, num_layers):
         more = f"; and {len(said) - 1} more" if len(said) > 1 else ""
         raise ConfigError(f"{place}: {said[0]}{more}; export it from a checkpoint with --save-format hf")
 

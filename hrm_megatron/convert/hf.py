@@ -17,9 +17,10 @@ from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
 from hrm_megatron.convert import prefix_generate
 from hrm_megatron.convert.card import CARD_FILE, NO_SECTIONS, Sections, model_card
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, TokenIds, Training
-from hrm_megatron.convert.hf_files import INDEX_FILE, HFFiles, read_json
+from hrm_megatron.convert.hf_files import FLOATS, INDEX_FILE, LOW_BIT, HFFiles, read_json
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer
 from hrm_megatron.convert.ledger import Ledger
+from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization, Quantized
 from hrm_megatron.convert.safetensors_file import write_safetensors
 from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.data.spelling import BOQ, EOA, PAD, SPECIAL_TOKENS, Spelling
@@ -66,11 +67,12 @@ def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: Mapping[str, Token
 
 def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str = "float32",
              tokenizer: str | Path | None = None, max_shard_size: int | str = MAX_SHARD_SIZE,
-             ledger: Ledger | None = None, sections: Sections = NO_SECTIONS) -> None:
+             ledger: Ledger | None = None, sections: Sections = NO_SECTIONS,
+             quantized: Quantized | None = None) -> None:
     """Write the weights of this kind so that unmodified transformers computes the same logits.
 
     With a `tokenizer` (folder or tokenizer.json), `generate(**tokenizer(prompt))` sees the prompt both ways, as
-    in training. One tensor is in memory at a time; `ledger` notes them.
+    in training. One tensor is in memory at a time; `ledger` notes them. `quantized` has the matrices of few bits.
     """
     ledger = ledger or Ledger()
     checkpoint.require(kind)
@@ -78,10 +80,15 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     beside = None if tokenizer is None else ExportTokenizer.open(tokenizer)
     token_ids = token_ids_of(checkpoint, beside)
     config = _config_of(checkpoint, dtype, token_ids)
+    if quantized:
+        config[CONFIG_KEY] = quantized.quantization.config()
     folder.mkdir(parents=True, exist_ok=True)
     if beside:
         beside.write(folder, max_tokens)
-    tensors = {entry.hf: _exported(checkpoint, kind, entry, DTYPES[dtype]) for entry in table(architecture)}
+    tensors: dict[str, LazyTensor] = {}
+    for entry in table(architecture):
+        tensors |= (quantized.tensors(entry) if quantized else {}) or {
+            entry.hf: _exported(checkpoint, kind, entry, DTYPES[dtype])}
     try:
         plan = split_torch_state_dict_into_shards(
             {name: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for name, lazy in tensors.items()},
@@ -98,7 +105,7 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     for file, values in files.items():
         (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     card = model_card(checkpoint, dtype, beside.pad_token if beside else None, token_ids.get("bos_token_id", 0),
-                      beside.text.spelling if beside else Spelling(), sections)
+                      beside.text.spelling if beside else Spelling(), sections, quantized)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     (folder / GENERATE_FILE).parent.mkdir(exist_ok=True)
     shutil.copyfile(prefix_generate.__file__, folder / GENERATE_FILE)
@@ -154,12 +161,14 @@ def _architecture(config: dict[str, Any]) -> Architecture:
 def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
     """Open a transformers folder as a model before its first step.
 
-    Tensors are read when they are asked for, and verified if the folder is an export from here.
+    Tensors are read when they are asked for, and verified if the folder is an export from here; of those of few bits
+    what they stand for is read.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
     try:
         architecture, token_ids = _architecture(config), _ids_of(config)
+        quantization = Quantization.of_config(config)
         # transformers: [2] by default, and 1 for every earlier cycle.
         l_bp = [1] * architecture.h_cycles + [int(n) for n in config.get("L_bp_cycles") or [2]]
         training = Training(seq_length=int(config["max_position_embeddings"]),
@@ -170,10 +179,16 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
         raise ConfigError(f"{folder / CONFIG_FILE}: lacks a setting or has an odd one ({error}); copy the folder again"
                           ) from error
     architecture = replace(architecture, vocab_size=_tokens_of(folder, architecture.vocab_size))
-    files = HFFiles(folder, table(architecture), verify)
+    entries = table(architecture)
+    if quantization is None:
+        files = HFFiles(folder, entries, verify)
+    else:
+        quantization.check(entries)
+        files = HFFiles(folder, [stored for entry in entries for stored in quantization.stored(entry)], verify,
+                        (*FLOATS, *LOW_BIT))
 
     def read(part: str, entry: Rename) -> torch.Tensor:
-        tensor = files.tensor(entry)
+        tensor = quantization.read(entry, files.tensor) if quantization else files.tensor(entry)
         # HRM-Text's start of z_L is bf16 in every run.
         return entry.to_megatron(tensor.float() if entry.trained else tensor.to(torch.bfloat16))
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hrm_megatron.convert.table import Rename, check
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = ("F32", "BF16", "F16")  # of safetensors
+LOW_BIT = ("I8", "U8", "I32", "I64")
 # Rows of a tensor of the checkpoint > names of transformers' modules, which save_pretrained writes with
 # save_original_format=False; transformers 5.24, conversion_mapping.py, "hrm_text".
 MODULES = {
@@ -52,7 +53,8 @@ class HFFiles:
     manifest, if it has one (`has_digests`).
     """
 
-    def __init__(self, folder: Path, entries: Iterable[Rename], verify: bool = True) -> None:
+    def __init__(self, folder: Path, entries: Iterable[Rename], verify: bool = True,
+                 types: Sequence[str] = FLOATS) -> None:
         self.folder, entries = folder, list(entries)
         self.digests = digests_of(folder) if verify else {}
         self.file_of: dict[str, Path] = {}
@@ -65,7 +67,7 @@ class HFFiles:
                         raise ConfigError(f"{path}: holds {name}, which {self.file_of[name]} holds too; copy the "
                                           "folder again")
                     self.file_of[name], shapes[name] = path, tuple(opened.get_slice(name).get_shape())
-                    if (dtype := opened.get_slice(name).get_dtype()) not in FLOATS:
+                    if (dtype := opened.get_slice(name).get_dtype()) not in types:
                         raise ConfigError(f"{path}: {name} is of type {dtype}, no weight's; copy the folder again")
         for name, path in (named or {}).items():
             if self.file_of.get(name) != path:

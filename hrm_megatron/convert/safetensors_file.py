@@ -14,7 +14,9 @@ import torch
 
 from hrm_megatron.checkpoint.stream import LazyTensor
 
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+# In the library's order of its dtypes, by which a file is sorted: those of wide alignment first.
+DTYPE_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.int8: "I8",
+               torch.uint8: "U8"}
 METADATA = {"format": "pt"}  # which transformers asks for
 HEADER_ALIGNMENT = 8
 
@@ -25,8 +27,8 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write tensors of one dtype into a new file, making each when those before it are written."""
-    order = sorted(tensors)
+    """Write tensors into a new file, making each when those before it are written."""
+    order = sorted(tensors, key=lambda name: ([*DTYPE_NAMES].index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": METADATA}
     end = 0
     for name in order:

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.convert.hf import read_hf, write_hf
+from hrm_megatron.convert.low_bit import Scheme
+from hrm_megatron.convert.quantization import Quantization
+from hrm_megatron.convert.table import table
+from hrm_megatron.generate.load import opened
+from hrm_megatron.generate.weights import take_weights
+from hrm_megatron.quantize.recurrence import HEAD
+from hrm_megatron.quantize.rounding import round_plainly
+from tests.stores import FakeTokenizer, write_store
+
+needs_the_extra = pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None,
+                                     reason="the extra quantize is not installed")
+CALIBRATED = ("--calibration-rows", "6", "--tuning-steps", "2", "--micro-batch-size", "2")
+LOADED_ELSEWHERE = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+types = torch.tensor([[1] * 6 + [0] * 4])
+with torch.no_grad():
+    logits = model(torch.arange(10)[None], token_type_ids=types).logits[0]
+assert not any("hrm_megatron" in name for name in sys.modules)
+torch.save(logits, sys.argv[2])
+"""
+
+
+@pytest.fixture
+def quantized(tool, exported, tmp_path):
+    """Quantize the export; return the folder."""
+    def run(*arguments, name="small"):
+        flags = ["--load", str(exported), "--save", str(tmp_path / name), *map(str, arguments)]
+        assert tool(flags) == 0
+        return tmp_path / name
+    return run
+
+
+def test_plain_rounding_is_read_back_with_its_sizes_and_its_manifest(quantized, weights, architecture):
+    folder = quantized("--method", "rtn", "--no-verify", "--max-shard-size", "30KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    quantization = Quantization(Scheme("int4", 64), Scheme("int8", 0))
+    for entry in table(architecture):
+        scheme = quantization.of(entry)
+        expected = round_plainly(weights[entry.hf], scheme).dequantized() if scheme else weights[entry.hf]
+        assert torch.equal(entry.from_megatron(read_hf(folder).read("raw", entry)).float(), expected)
+    size = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as opened_file:
+            size += sum(opened_file.get_tensor(name).nbytes for name in opened_file.keys())  # noqa: SIM118
+    assert size == quantization.size_bytes(architecture)
+    manifest = json.loads((folder / "conversion.json").read_text())
+    assert manifest["settings"]["scheme"] == "int4 in groups of 64, int8 embedding"
+    assert manifest["settings"]["method"] == "rtn"
+    assert "int4 in groups of 64, int8 embedding, by rtn" in (folder / "README.md").read_text()
+    assert AutoTokenizer.from_pretrained(folder)("a")["token_type_ids"] == [1]
+
+
+def test_generation_takes_what_the_codes_stand_for(quantized, weights, architecture):
+    folder = quantized("--method", "rtn", "--no-verify", "--scheme", "mxfp4", "--embedding", "keep")
+    with opened(folder) as checkpoint:
+        found = take_weights(checkpoint.architecture, checkpoint.weights("raw"))
+    expected = round_plainly(weights[HEAD], Scheme("mxfp4", 32)).dequantized()
+    assert torch.equal(found.head.t(), expected[:architecture.vocab_size])
+    assert torch.equal(found.embedding, weights["model.embed_tokens.weight"].bfloat16().float())
+
+
+@needs_the_extra
+@pytest.mark.parametrize("flags", [("--scheme", "int8"), ("--scheme", "int4", "--embedding", "keep"),
+                                   ("--scheme", "mxfp4", "--dtype", "float32"),
+                                   ("--scheme", "mxfp4", "--embedding", "keep")], ids=" ".join)
+def test_transformers_computes_the_logits_of_what_the_codes_stand_for(quantized, capsys, flags):
+    quantized("--method", "rtn", *flags)
+    assert "its logits are the source's within" in capsys.readouterr().out
+
+
+@needs_the_extra
+def test_a_calibrated_export_loads_in_unmodified_transformers_in_a_process_of_its_own(quantized, store, tmp_path,
+                                                                                     single_rank, capsys):
+    from hrm_megatron.generate.decode import next_token_logits
+    from hrm_megatron.generate.load import load_model
+
+    folder = quantized("--data-path", store, "--group-size", 32, *CALIBRATED)
+    assert "6 rows of 48 positions, 2 steps of tuning" in capsys.readouterr().out
+    subprocess.run([sys.executable, "-c", LOADED_ELSEWHERE, folder, tmp_path / "logits.pt"], check=True, cwd=tmp_path,
+                   capture_output=True, env={"PATH": "", "OMP_NUM_THREADS": "1"})
+    theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
+    ours = next_token_logits(load_model(read_hf(folder), "raw"), [[*range(6)]] * 5, [[*range(6, 6 + n)] for n in
+                                                                                    range(5)])
+    torch.testing.assert_close(theirs[5:], ours, rtol=0, atol=2e-5)  # of fp32 sums of 64 over 8 ticks
+    again = quantized("--data-path", store, "--group-size", 32, *CALIBRATED, "--no-verify", name="again")
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_table_compares_all_methods(tool, exported, store, capsys, tmp_path):
+    assert tool(["--load", str(exported), "--data-path", store, "--compare", "--valid-data-path", store,
+                 *CALIBRATED]) == 0
+    title, header, *rows = capsys.readouterr().out.splitlines()
+    assert "int4 in groups of 64, int8 embedding; " in title and "increase" in header
+    assert [row.split()[0] for row in rows] == ["before", "plain", "first", "all"]
+    numbers = [[float(cell.rstrip("%")) for cell in row.split()[-4:]] for row in rows]
+    assert numbers[0][1] == 0 and numbers[0][3] == 0
+    for loss, increase, _, divergence in numbers[1:]:
+        assert math.isclose(loss - numbers[0][0], increase, abs_tol=2e-4) and divergence > 0
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ((), "--data-path: --method recurrent calibrates"),
+    (("--method", "tick0", "--data-path", "nowhere"), "nowhere.json missing"),
+    (("--method", "rtn", "--data-path", "STORE"), "--method rtn reads no data"),
+    (("--data-path", "STORE", "--compare"), "--compare and --valid-data-path belong together"),
+    (("--data-path", "OTHER"), "written with a tokenizer of 9000 entries, the model has"),
+    (("--method", "rtn", "--group-size", "128"), "rows of 64 weights are no multiple of the group size 128; choose "
+                                                 "--group-size from [32, 64]"),
+    (("--method", "rtn", "--scheme", "int8", "--group-size", "32"), "int8 has its own"),
+    (("--data-path", "STORE", "--calibration-rows", "0"), "--calibration-rows 0: must be at least 1"),
+    (("--data-path", "STORE", "--tuning-steps", "-1"), "--tuning-steps -1: must not be negative"),
+    (("--method", "rtn", "--ckpt-step", "3"), "--ckpt-step 3: a transformers folder has no steps"),
+])
+def test_bad_settings_are_one_line_and_leave_nothing(tool, exported, store, tmp_path, capsys, flags, message):
+    write_store(tmp_path / "other", [([8999], [1])], FakeTokenizer(9000))
+    before = sorted(tmp_path.iterdir())
+    named = dict(STORE=store, OTHER=str(tmp_path / "other"))
+    assert tool(["--load", str(exported), "--save", str(tmp_path / "out"), "--no-verify",
+                 *(named.get(flag, flag) for flag in flags)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.splitlines()[-1].startswith("error: ")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_missing_package_is_named_with_the_extra(tool, exported, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hrm_megatron.quantize.run.find_spec", lambda name: None)
+    assert tool(["--load", str(exported), "--save", str(tmp_path / "out"), "--method", "rtn"]) == 1
+    error = capsys.readouterr().err
+    assert "pip install 'hrm_megatron[quantize]'" in error and error.count("\n") == 1
+
+
+def test_existing_output_stays_and_quantized_input_is_refused(tool, quantized, exported, tmp_path, capsys):
+    folder = quantized("--method", "rtn", "--no-verify")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert tool(["--load", str(exported), "--save", str(folder), "--method", "rtn", "--no-verify"]) == 1
+    assert "exists; pass --overwrite" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert tool(["--load", str(folder), "--save", str(tmp_path / "twice"), "--method", "rtn", "--no-verify"]) == 1
+    assert "is quantized already; give the checkpoint that it was made from" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize("method", ["rtn", "recurrent"])
+def test_nan_is_refused_by_name(tool, checkpoint_of, weights, store, tmp_path, capsys, method):
+    name = "model.L_module.layers.1.mlp.down_proj.weight"
+    bad = weights[name].clone()
+    bad[3, 5] = float("nan")
+    write_hf(checkpoint_of(weights), tmp_path / "hf", "raw")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    save_file({**tensors, name: bad}, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "conversion.json").unlink(missing_ok=True)
+    data = () if method == "rtn" else ("--data-path", store)
+    assert tool(["--load", str(tmp_path / "hf"), "--save", str(tmp_path / "out"), "--method", method, "--no-verify",
+                 *data]) == 1
+    assert f"1 numbers of {name} are NaN or infinite; choose an earlier checkpoint" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_widths_without_a_group_size_are_sent_to_int8(architecture):
+    odd = replace(architecture, ffn_hidden_size=40)
+    with pytest.raises(ConfigError, match=r"down_proj.*rows of 40 weights .* choose --scheme int8"):
+        Quantization(Scheme("mxfp4", 32)).check(table(odd))
+
+
+def test_folders_of_another_make_and_damaged_ones_are_refused(quantized):
+    folder = quantized("--method", "rtn", "--no-verify")
+    config = json.loads((folder / "config.json").read_text())
+    given = config["quantization_config"]
+    given["config_groups"]["group_0"]["weights"]["num_bits"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="quantization_config: 'compressed-tensors' of a kind that .* does not write"):
+        read_hf(folder)
+    given["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "conversion.json").unlink()
+    name = f"{HEAD}_scale"
+    save_file({**tensors, name: tensors[name].float()}, folder / "model.safetensors")
+    checkpoint = read_hf(folder)
+    with pytest.raises(ConfigError, match="lm_head.weight_scale: is torch.float32, not the torch.bfloat16 of int4"):
+        dict(checkpoint.weights("raw"))
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="tensors missing: lm_head.weight_scale"):
+        read_hf(folder)
