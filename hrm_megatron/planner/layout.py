@@ -2,6 +2,7 @@
 the command line, the dry run and the planner all ask."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,16 @@ def check_rows(rows: int | None, micro_batch_size: int, replicas: int, prefix: s
                           f"{' or '.join(map(str, near))}")
 
 
+def check_fp8(architecture: Architecture, layout: Layout, multiple: int, recipe: str) -> None:
+    """Refuse sizes on a rank that FP8 matmuls of this recipe cannot take."""
+    for what, size in (("positions", layout.row_tokens * layout.micro_batch_size // layout.cuts),
+                       ("hidden channels", architecture.hidden_size // layout.tensor),
+                       ("FFN channels", architecture.ffn_hidden_size // layout.tensor)):
+        if size % multiple:
+            raise ConfigError(f"--fp8-recipe {recipe}: {size} {what} on a rank are no multiple of {multiple}; "
+                              "change --seq-length, the sizes or the layout, or leave --fp8-format out")
+
+
 def check_pipeline(layout: Layout, window: int | None = None) -> None:
     """Refuse steps of fewer micro-batches than stages."""
     if layout.pipeline > 1:
@@ -154,6 +165,7 @@ class PipelinePlan:
     estimate: Estimate
 
 
+@functools.lru_cache(maxsize=4096)
 def plan_pipeline(h_cycles: int, l_cycles: int, bp_steps: int, microbatches: int, stages: int, schedule: str = AUTO,
                   window: int | None = None) -> PipelinePlan:
     """Simulate the schedule that a step with so many gradient ticks runs."""

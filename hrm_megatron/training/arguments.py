@@ -44,6 +44,7 @@ from hrm_megatron.transformer_config import HRM_SETTINGS, HRMConfig, architectur
 log = logging.getLogger(__name__)
 
 OPTIMIZER = "adam_atan2"
+MOST_DRY_RANKS = 1024
 
 # Our defaults for Megatron's own flags; a flag given by hand wins.
 DEFAULTS: dict[str, Any] = dict(
@@ -74,6 +75,14 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group = parser.add_argument_group("hrm")
     group.add_argument("--hrm-preset", choices=[*PRESETS],
                        help="model sizes, learning rate, global and micro-batch size; explicit flags override them")
+    group.add_argument("--print-config", action="store_true",
+                       help="print all that --hrm-preset sets, where it comes from and its layouts, and exit")
+    group.add_argument("--dry-run", action="store_true",
+                       help="build the run without weights, print parameters, data plan, memory and space, and exit")
+    group.add_argument("--dry-run-ranks", type=int, metavar="N",
+                       help="ranks of the dry run, up to 1024 (default: those that were started)")
+    group.add_argument("--dry-run-rank", type=int, metavar="R",
+                       help="also print the shapes of all weights of this rank of the dry run")
     group.add_argument("--h-cycles", type=int, default=2,
                        help="H ticks (applications of the slow stack) per forward pass")
     group.add_argument("--l-cycles", type=int, default=3,
@@ -175,6 +184,16 @@ def set_pipeline(args: argparse.Namespace, architecture: Architecture) -> None:
         args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers = layers[0], layers[-1]
 
 
+def set_dry_run(args: argparse.Namespace) -> None:
+    """Take the ranks of the dry run for those of the run."""
+    if (ranks := args.dry_run_ranks) is not None:
+        args.world_size = ranks
+    if not 1 <= args.world_size <= MOST_DRY_RANKS:
+        raise ConfigError(f"--dry-run-ranks {args.world_size}: choose 1 to {MOST_DRY_RANKS}")
+    if args.dry_run_rank is not None and not 0 <= args.dry_run_rank < args.world_size:
+        raise ConfigError(f"--dry-run-rank {args.dry_run_rank}: choose 0 to {args.world_size - 1}")
+
+
 def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     """Parse, complete and check the command line.
 
@@ -182,6 +201,22 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     everything that can be said before a process group exists.
     """
     args = megatron_arguments.parse_args(checked)
+    for name in ("dry_run_ranks", "dry_run_rank"):
+        if getattr(args, name) is not None and not args.dry_run:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} {getattr(args, name)}: has no effect without --dry-run; give that too, or "
+                              "leave it out")
+    if args.print_config:
+        if not args.hrm_preset:
+            raise ConfigError(f"--print-config: has no effect without --hrm-preset; give one of {', '.join(PRESETS)}")
+        return args
+    return complete(args, vocab_size_of)
+
+
+def complete(args: argparse.Namespace, vocab_size_of: Any) -> argparse.Namespace:
+    """Complete and check what was parsed, see `parse_arguments`."""
+    if args.dry_run:
+        set_dry_run(args)
     if args.use_checkpoint_args:
         take_model(args, given_by_hand(args))
     check_values(args, torch.cuda.is_available())
