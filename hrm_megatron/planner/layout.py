@@ -83,11 +83,11 @@ def check_rows(rows: int | None, micro_batch_size: int, replicas: int, prefix: s
                           f"{' or '.join(map(str, near))}")
 
 
-def check_fp8(architecture: Architecture, layout: Layout, multiple: int, recipe: str) -> None:
+def check_fp8(hidden_size: int, ffn_hidden_size: int, layout: Layout, multiple: int, recipe: str) -> None:
     """Refuse sizes on a rank that FP8 matmuls of this recipe cannot take."""
     for what, size in (("positions", layout.row_tokens * layout.micro_batch_size // layout.cuts),
-                       ("hidden channels", architecture.hidden_size // layout.tensor),
-                       ("FFN channels", architecture.ffn_hidden_size // layout.tensor)):
+                       ("hidden channels", hidden_size // layout.tensor),
+                       ("FFN channels", ffn_hidden_size // layout.tensor)):
         if size % multiple:
             raise ConfigError(f"--fp8-recipe {recipe}: {size} {what} on a rank are no multiple of {multiple}; "
                               "change --seq-length, the sizes or the layout, or leave --fp8-format out")

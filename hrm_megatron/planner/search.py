@@ -141,7 +141,8 @@ def _least_seconds(question: Question, layout: Layout, precision: str) -> float:
     if precision == "fp8":
         if not GPUS[cluster.gpu].fp8:
             raise ConfigError(f"--precision fp8: {cluster.gpu} has no FP8; leave it out")
-        check_fp8(question.architecture, layout, FP8_MULTIPLE, FP8_RECIPE)
+        check_fp8(question.architecture.hidden_size, question.architecture.ffn_hidden_size, layout, FP8_MULTIPLE,
+                  FP8_RECIPE)
         cluster = cluster.with_fp8()
     saving = next(savings(question, precision))
     return predict_step(question.architecture, layout, layers, saving, cluster, None, question.example).seconds
