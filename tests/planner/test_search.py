@@ -70,8 +70,8 @@ def test_plans_are_sorted_and_within_memory_and_all_others_have_a_reason():
 
 def test_little_memory_recomputes_and_too_little_is_refused():
     roomy = search(ask())[0][0].memory.total / 1e9
-    plans, _ = search(ask(cluster=Cluster.of("h100-80gb", 1, memory_gb=4.0), rows=8, row_tokens=12_288))
-    assert plans[0].saving.gated_act and plans[0].memory.total <= 0.95 * 4e9 and roomy < 80
+    plans, _ = search(ask(cluster=Cluster.of("h100-80gb", 1, memory_gb=5.0), rows=8, row_tokens=8192))
+    assert plans[0].saving.gated_act and plans[0].memory.total <= 0.95 * 5e9 and roomy < 80
     plans, rejected = search(ask(cluster=Cluster.of("h100-80gb", 1, memory_gb=0.5)))
     assert not plans and all("GB of 0 that may be filled" in one.reason for one in rejected)
 

@@ -81,8 +81,8 @@ def test_random_layouts_are_refused_here_as_by_the_planner(monkeypatch):
 def test_all_is_told_and_nothing_is_written(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     args = parsed(monkeypatch, *WORDS, "--dry-run-ranks", 1024, "--tensor-model-parallel-size", 2,
-                  "--sequence-parallel", "--pipeline-model-parallel-size", 4, "--global-batch-size", 1024, "--save", tmp_path / "run",
-                  "--save-interval", 3, "--dry-run-rank", 1023)
+                  "--sequence-parallel", "--pipeline-model-parallel-size", 4, "--global-batch-size", 1024,
+                  "--save", tmp_path / "run", "--save-interval", 3, "--dry-run-rank", 1023)
     lines = [*describe_dry_run(args, None)]
     text = "\n".join(lines)
     assert "layout: 1024 ranks = TP 2 x PP 4 x CP 1 x DP 128, sequence parallel" in text
@@ -114,8 +114,8 @@ def test_presets_have_the_weights_that_are_counted(name):
 
 def test_the_largest_preset_on_512_ranks(monkeypatch):
     args = parsed(monkeypatch, "--dry-run", "--dry-run-ranks", 512, "--hrm-preset", "32B", "--seq-length", 4096,
-                  "--bf16", "--tensor-model-parallel-size", 8, "--sequence-parallel", "--pipeline-model-parallel-size", 8,
-                  "--train-iters", 10)
+                  "--bf16", "--tensor-model-parallel-size", 8, "--sequence-parallel",
+                  "--pipeline-model-parallel-size", 8, "--train-iters", 10)
     lines = [line for line in describe_dry_run(args, None) if line.startswith("memory")]
     assert len(lines) == 8 and all("GB predicted on each GPU: weights " in line for line in lines)
 
