@@ -51,8 +51,8 @@ def describe_preset(name: str, preset: Preset, given: Mapping[str, object]) -> s
             ("tokens per step", "tokens_per_step", preset.tokens_per_step, preset.batch_from)]
     lines = [f"preset {name}: {architecture.num_parameters / 1e9:.2f} B parameters with a vocabulary of "
              f"{architecture.vocab_size}"]
-    for what, dest, value, source in rows:
-        value, source = (given[dest], BY_HAND) if dest in given else (value, source)
+    for what, dest, of_preset, its_source in rows:
+        value, source = (given[dest], BY_HAND) if dest in given else (of_preset, its_source)
         shown = f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else value
         lines.append(f"  {what:18} {shown:>10}  {source}")
     for gpus in GPU_COUNTS:

@@ -25,7 +25,7 @@ from hrm_megatron.training.arguments import layout_of, microbatches_of
 from hrm_megatron.training.data import Sources
 from hrm_megatron.training.fsdp import sharded_by_fsdp
 from hrm_megatron.training.layout import describe, layers_of_stages
-from hrm_megatron.training.step import TrainingStep
+from hrm_megatron.training.step import TrainingStep, innermost
 from hrm_megatron.training.summary import describe_model
 from hrm_megatron.transformer_config import architecture_of
 
@@ -90,7 +90,7 @@ def build(args: argparse.Namespace, rank: int) -> Built:
         place = {"TP": groups.tp.rank(), "PP": groups.pp.rank(), "CP": groups.cp.rank(),
                  "DP": parallel_state.get_data_parallel_rank()}
         return Built(rank, place, {name: (tuple(weight.shape), args.params_dtype) for name, weight in
-                                   getattr(model, "module", model).named_parameters()})
+                                   innermost(model).named_parameters()})
 
 
 def first_rank_of(args: argparse.Namespace, stage: int) -> int:

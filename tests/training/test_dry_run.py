@@ -13,6 +13,7 @@ from hrm_megatron.parallel.cpu import activate
 activate()
 
 import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.training import arguments as megatron_arguments  # noqa: E402
 
 from hrm_megatron.config import PRESETS, Architecture, ConfigError  # noqa: E402
@@ -33,10 +34,12 @@ LAYOUTS = 500
 
 
 @pytest.fixture(autouse=True)
-def no_group():
-    """Fake ranks need a process without a group; give back what another test holds."""
+def as_a_run_starts(monkeypatch):
+    """What hrm_megatron.pretrain sets before it imports Megatron, and no group that another test holds."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.distributed.is_initialized():
-        pytest.skip("another test of this process holds a process group")
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
 
 
 def parsed(monkeypatch, *words):
