@@ -33,13 +33,23 @@ ARCHITECTURE = Architecture(**SIZES, vocab_size=512)
 LAYOUTS = 500
 
 
-@pytest.fixture(autouse=True)
-def as_a_run_starts(monkeypatch):
-    """What hrm_megatron.pretrain sets before it imports Megatron, and no group that another test holds."""
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if torch.distributed.is_initialized():
+@pytest.fixture(scope="module", autouse=True)
+def no_other_group():
+    """Put away the group of the fixture `single_rank`, which lasts for all tests of a process, while fake ones come."""
+    held = torch.distributed.is_initialized()
+    if held:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+    yield
+    if held:
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+        parallel_state.initialize_model_parallel()
+
+
+@pytest.fixture(autouse=True)
+def as_a_run_starts(monkeypatch):
+    """What hrm_megatron.pretrain sets before it imports Megatron."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def parsed(monkeypatch, *words):
