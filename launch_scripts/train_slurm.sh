@@ -12,8 +12,8 @@
 # PRESET  size, see hrm_megatron/config.py (default B)
 # TP PP CP  tensor, pipeline and context parallel ranks (default 1 each); what they leave is data parallel
 # GPUS    per node (default: what Slurm gave the job, SLURM_GPUS_ON_NODE)
-# TORCHRUN, MASTER_PORT  the launcher (default: that of .venv, else on PATH) and a free port (default 29500)
-# PYTHON  likewise
+# TORCHRUN, PYTHON  the launcher and Python (default: those of .venv, else on PATH)
+# MASTER_ADDR, MASTER_PORT  where all meet: the first node by another name, two free ports from this (default 29500)
 # LAUNCH  torchrun (default), or srun for a task per GPU without torchrun
 # NUMA    torchrun's --numa-binding (default node where there are GPUs; none turns it off)
 # CPU_BIND  srun's --cpu-bind (default none under torchrun, which binds itself, and cores for a task per GPU)
@@ -22,7 +22,7 @@
 # PREFLIGHT_LIMITS  flags of python -m hrm_megatron.cluster judge, such as --matmul-tflops 500
 # MAX_FAILURES  failed starts after which the job stops (default 5); one that saved nothing new stops it at once
 # With --save RUN the job goes on by itself; --load RUN and --train-iters must be given too. RUN/slurm then holds its
-# starts, the nodes to avoid, and for each start logs by rank, manifest.json and errors.txt. Without --save it runs once.
+# starts, the nodes to avoid, and for each start logs by rank, manifest.json, errors.txt. Without --save it runs once.
 # sbatch --signal B:USR1@SECONDS (default 300) must leave time for one step and one save.
 # Relative paths are relative to the folder that the job was submitted from.
 # Every other argument goes to hrm_megatron.pretrain as it is. --dry-run prints the command and runs nothing; it works
@@ -70,7 +70,7 @@ if [ -n "${SLURM_JOB_NODELIST?Slurm gave no list of nodes}" ]; then
 else
     hosts=FIRST_NODE
 fi
-master=${hosts%%$'\n'*} port=${MASTER_PORT:-29500}
+master=${MASTER_ADDR:-${hosts%%$'\n'*}} port=${MASTER_PORT:-29500}
 in_environment() { # a program of the container, else of .venv, else on PATH
     if [ -z "${CONTAINER:-}" ] && [ -x "$root/.venv/bin/$1" ]; then echo "$root/.venv/bin/$1"; else echo "$1"; fi
 }
@@ -132,7 +132,7 @@ else
     # Equal shares of a node's cores in the order of ranks, with memory beside them. No --gpus-per-task: each rank must
     # see its neighbours' GPUs for NCCL's peer-to-peer copies.
     cpus=$((${SLURM_CPUS_ON_NODE:-$gpus} / gpus))
-    export MASTER_ADDR=$master MASTER_PORT=$port
+    export MASTER_ADDR=$master MASTER_PORT=$port # as torchrun would
     command=(srun --ntasks $((nodes * gpus)) --ntasks-per-node "$gpus" --cpus-per-task="$((cpus > 0 ? cpus : 1))"
         --kill-on-bad-exit=1 --label --cpu-bind="${CPU_BIND:-cores}" --mem-bind=local
         ${container[@]+"${container[@]}"} "${task[@]}" --rank -- "$python" "${training[@]}")
@@ -187,8 +187,9 @@ if [ "${PREFLIGHT:-1}" != 0 ]; then
     reports=$slurm/$SLURM_JOB_ID.$restart/preflight real_gpus=0
     if command -v nvidia-smi >/dev/null; then real_gpus=$gpus; fi
     srun --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=0 --cpu-bind=none ${container[@]+"${container[@]}"} \
-        timeout --signal KILL "$((${PREFLIGHT_SECONDS:-60} + 30))" "$python" -m hrm_megatron.cluster.preflight --output "$reports" --storage "$slurm" \
-        --timeout-seconds "${PREFLIGHT_SECONDS:-60}" --gpus "$real_gpus" --master "$master:$((port + 1))" ||
+        timeout --signal KILL "$((${PREFLIGHT_SECONDS:-60} + 30))" "$python" -m hrm_megatron.cluster.preflight \
+        --output "$reports" --storage "$slurm" --gpus "$real_gpus" \
+        --timeout-seconds "${PREFLIGHT_SECONDS:-60}" --master "$master:$((port + 1))" ||
         echo "slurm: the check of the nodes was not completed on all of them" >&2
     read -ra limits <<<"${PREFLIGHT_LIMITS:-}"
     ask judge --reports "$reports" ${limits[@]+"${limits[@]}"}

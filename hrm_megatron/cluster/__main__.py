@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--code", type=int, required=True)
             command.add_argument("--train-iters", type=int, required=True)
             command.add_argument("--signalled", action="store_true", help="the launch was told of the time limit")
-            command.add_argument("--cancelled", action="store_true", help="somebody has cancelled the job")
+            command.add_argument("--cancelled", action="store_true", help="Slurm does not call the job running any more")
     return parser
 
 

@@ -11,9 +11,10 @@ from hrm_megatron.config import ConfigError
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron's, written when an iteration is complete
 ATTEMPTS_FILE, EXCLUDED_FILE = "attempts.json", "excluded.json"
 
-# How an attempt ended. LOST: nobody wrote down its end, as when the node of the batch script dies.
+# How an attempt ended. LOST: nobody wrote down its end, as when the node of the batch script dies. CANCELLED: also
+# preempted, or another node was lost; if Slurm queues the job once more, that is its own doing.
 RUNNING, FINISHED, LIMIT, ENDED, FAILED, REFUSED, BAD_NODE, LOST, CANCELLED = (
-    "running", "finished", "time limit", "ended early", "failed", "refused", "bad node", "lost", "cancelled")
+    "running", "finished", "time limit", "ended early", "failed", "refused", "bad node", "lost", "stopped by Slurm")
 FAILURES = (FAILED, BAD_NODE, LOST)
 
 

@@ -69,7 +69,7 @@ def history(*ends, job="7"):
     ([(LIMIT, 40), (BAD_NODE, 40), (LIMIT, 60)], REQUEUE, "goes on after step 60"),
     ([(FAILED, 40), (BAD_NODE, 40), (FAILED, 40)], STOP, "no progress"),
     ([(REFUSED, 0)], STOP, "refused: why"),
-    ([(CANCELLED, 40)], STOP, "cancelled"),
+    ([(CANCELLED, 40)], STOP, "stopped by Slurm"),
 ])
 def test_the_table_of_rules(ends, action, why):
     verdict = decide(history(*ends), most_failures=2)

@@ -43,9 +43,8 @@ def test_one_fault_names_one_node(fault, reason):
 
 
 def test_a_slow_link_is_blamed_on_the_node_that_has_two():
-    slow = {"n3": dict(pair_all_reduce_gbs={"n4": 5.0, "n2": 5.0}), "n4": dict(pair_all_reduce_gbs={"n3": 5.0, "n1": 48.0}),
-            "n2": dict(pair_all_reduce_gbs={"n1": 48.0, "n3": 5.0})}
-    bad = judge(slow)
+    rates = {"n2": {"n1": 48.0, "n3": 5.0}, "n3": {"n4": 5.0, "n2": 5.0}, "n4": {"n3": 5.0, "n1": 48.0}}
+    bad = judge({node: dict(pair_all_reduce_gbs=pairs) for node, pairs in rates.items()})
     assert list(bad) == ["n3"] and "all-reduce with n4 5 GB/s and n2 5 GB/s, expected 33.6" in bad["n3"]
 
 
