@@ -158,7 +158,7 @@ ask() { # ask WHAT ARGUMENTS: sets `action` and `excluded` (hrm_megatron/cluster
         asked=(srun --overlap --nodes 1 --ntasks 1 "${container[@]}" "${asked[@]}")
     fi
     answer=$("${asked[@]}" "$what" --folder "$slurm" --checkpoints "$save" --max-failures "${MAX_FAILURES:-5}" "$@")
-    action=${answer%%$'\n'*} excluded=${answer#*$'\n'}
+    read -r action excluded <<<"$answer"
 }
 act() { # do what the last answer said, unless it was to go on
     case $action in

@@ -1,6 +1,6 @@
 """What launch_scripts/train_slurm.sh asks between two launches: `python -m hrm_megatron.cluster begin|judge|end ...`.
 
-Answers on stdout in two lines: what to do (go, requeue, done, stop), and the nodes to avoid, with commas. Why is on
+Answers on stdout in one line: what to do (go, requeue, done, stop), and the nodes to avoid, with commas. Why is on
 stderr.
 """
 from __future__ import annotations
@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--code", type=int, required=True)
             command.add_argument("--train-iters", type=int, required=True)
             command.add_argument("--signalled", action="store_true", help="the launch was told of the time limit")
-            command.add_argument("--cancelled", action="store_true", help="Slurm does not call the job running any more")
+            command.add_argument("--cancelled", action="store_true", help="for Slurm the job is not running any more")
     return parser
 
 
@@ -121,7 +121,7 @@ def main() -> None:
         history = History(arguments.folder)
         verdict = arguments.ask(arguments, history)
         print(f"slurm: {verdict.why}", file=sys.stderr)
-        print(verdict.action, ",".join(history.excluded), sep="\n")
+        print(verdict.action, ",".join(history.excluded))
 
     sys.exit(one_line(answer))
 

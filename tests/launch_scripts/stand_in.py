@@ -31,6 +31,13 @@ def be_rank(node):
     if node:
         return
     save.mkdir(parents=True, exist_ok=True)
+    try:
+        train(save, steps, told)
+    finally:
+        ended.touch()  # as a rank ends that loses another
+
+
+def train(save, steps, told):
     first = int((save / TRACKER).read_text()) if (save / TRACKER).exists() else 0
     for step in range(first + 1, steps + 1):
         time.sleep(STEP_SECONDS)
@@ -42,7 +49,6 @@ def be_rank(node):
             (save / TRACKER).write_text(str(step))
         if told:
             break
-    ended.touch()
 
 
 def be_torchrun():
