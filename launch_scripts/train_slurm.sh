@@ -196,7 +196,7 @@ if [ "${PREFLIGHT:-1}" != 0 ]; then
     act
 fi
 
-code=1 # where the signal came before the launch
+code=0 # if the signal came before the launch, there is none
 if ((${#signalled[@]} == 0)); then
     "${command[@]}" &
     running=$!

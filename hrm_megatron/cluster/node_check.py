@@ -74,6 +74,8 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
         if report.gpus < report.expected_gpus:
             bad[node].append(f"{report.gpus} of {report.expected_gpus} GPUs")
         bad[node] += report.faults
+        if report.matmul_tflops is None and report.error:  # it failed alone, before it could wait for another
+            bad[node].append(report.error)
     present = [by_node[node] for node in nodes if node in by_node]
     for what, unit, share, least, value in _rates(limits):
         found = {report.node: rate for report in present if (rate := value(report)) is not None}

@@ -184,16 +184,16 @@ def measure_node(options: argparse.Namespace) -> Report:
     context = processes.get_context("spawn")
     results, alone_done = context.SimpleQueue(), context.Barrier(options.processes + 1)
     running = processes.start_processes(measure_process, (options, results, alone_done), options.processes, join=False)
-    alone_done.wait(options.timeout_seconds)
-    _take(results, report)
-    report.write(options.output)
+    deadline = begun + options.timeout_seconds
     try:
-        deadline = begun + options.timeout_seconds
+        alone_done.wait(options.timeout_seconds)
+        _take(results, report)
+        report.write(options.output)
         while not running.join(timeout=max(0.0, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"the nodes were not done after {options.timeout_seconds:g} s")
     except Exception as error:  # whatever ended it: the report says so, and who is to blame is found out from all
-        report.error = f"all-reduce: {str(error).strip().splitlines()[-1]}"
+        report.error = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         for process in running.processes:
             process.kill()
     _take(results, report)

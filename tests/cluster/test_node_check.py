@@ -33,6 +33,7 @@ def test_nodes_that_are_alike_are_good():
     (dict(gpus=7), "7 of 8 GPUs"),
     (dict(faults=["GPU 3: uncorrected ECC errors (2)"]), "GPU 3: uncorrected ECC errors (2)"),
     (dict(matmul_tflops=560.0), "matmul 560 TFLOP/s, expected 595 (median 700)"),
+    (dict(matmul_tflops=None, error="CUDA error: uncorrectable ECC error"), "CUDA error: uncorrectable ECC error"),
     (dict(node_all_reduce_gbs=200.0), "all-reduce within the node 200 GB/s, expected 280"),
     (dict(storage_read_gbs=0.3), "storage read 0.3 GB/s, expected 1"),
     (dict(clock_ahead_seconds=-90.0), "clock -90.0 s from the other nodes"),

@@ -23,7 +23,7 @@ VOCAB_SIZE, BP_STEPS = 65_536, 5
 NOTE = """#!{python}
 import json, os, sys
 if "hrm_megatron.cluster" in sys.argv:  # what the batch script of Slurm decides by
-    os.execv(sys.executable, sys.argv)
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 with open(os.environ["NOTES"], "a") as notes:
     print(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]), file=notes)
 """
@@ -104,7 +104,8 @@ def training_arguments(block, gpus, place, folder):
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text], cwd=place, capture_output=True, text=True, timeout=60,
         env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "NOTES": str(notes), "NODE_RANK": "0",
-             "FIRST_NODE": "node1", "TORCHRUN": str(folder / "torchrun"), "PYTHON": str(folder / "python"), "PREFLIGHT": "0"})
+             "FIRST_NODE": "node1", "TORCHRUN": str(folder / "torchrun"), "PYTHON": str(folder / "python"),
+             "PREFLIGHT": "0"})
     assert done.returncode == 0, done.stderr
     commands = [json.loads(line) for line in notes.read_text().splitlines()]
     return [command[command.index("hrm_megatron.pretrain") + 1:] for command in commands
@@ -158,7 +159,8 @@ def test_launch_settings_start_and_take_what_they_say(launch, row):
 
 
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
-SCRIPTS = [*(f"launch_scripts/{name}.sh" for name in ("train_node", "train_slurm", "preprocess_slurm")), "examples/own_data.sh"]
+SCRIPTS = ["launch_scripts/train_node.sh", "launch_scripts/train_slurm.sh", "launch_scripts/preprocess_slurm.sh",
+           "examples/own_data.sh"]
 
 
 @pytest.mark.parametrize("tool", TOOLS)
