@@ -200,6 +200,7 @@ code=0 # if the signal came before the launch, there is none
 if ((${#signalled[@]} == 0)); then
     "${command[@]}" &
     running=$!
+    if ((${#signalled[@]})); then remind; fi # the signal came between both lines
     while :; do # bash leaves `wait` for a trap
         interrupted=false code=0
         wait "$running" || code=$?

@@ -108,7 +108,7 @@ class History:
         return self.attempts[-1]
 
     def exclude(self, nodes: dict[str, str]) -> None:
-        """Remember nodes that the run is to avoid, and why; delete a line of the file to use a mended node again."""
+        """Remember nodes that the run is to avoid, and why; delete a line of the file when a node is mended."""
         self.excluded |= nodes
         self.folder.mkdir(parents=True, exist_ok=True)
         write_aside(self.folder / EXCLUDED_FILE, json.dumps(self.excluded, indent=1) + "\n")
