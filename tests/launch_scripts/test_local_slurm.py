@@ -141,7 +141,7 @@ def test_a_requeued_run_ends_bitwise_as_one_that_was_never_stopped(slurm, tmp_pa
         (tmp_path / name).mkdir()
         jobs.append(Job(slurm, tmp_path / name, *TRAINING, steps=steps, TORCHRUN=torchrun, TP="2", LAUNCH=launch))
         if name == "stopped":
-            slurm.until(lambda: jobs[1].log.exists() and "step 3/" in jobs[1].log.read_text())
+            slurm.until((jobs[1].run / "arguments.txt").exists)  # written ahead of the first step
             slurm("scancel", "--batch", "--signal", "USR1", jobs[1].id)  # as ahead of a limit, but now
         assert slurm.over(jobs[-1].id)["JobState"] == "COMPLETED", jobs[-1].log.read_text()[-5000:]
     whole, stopped = jobs
