@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
@@ -88,8 +89,8 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.attempts = [Attempt(**{**entry, "nodes": tuple(entry["nodes"])})
-                         for entry in _read(folder / ATTEMPTS_FILE, [])]
+        entries: list[dict[str, Any]] = _read(folder / ATTEMPTS_FILE, [])
+        self.attempts = [Attempt(**{**entry, "nodes": tuple(entry["nodes"])}) for entry in entries]
         self.excluded: dict[str, str] = _read(folder / EXCLUDED_FILE, {})  # node > why
 
     def begin(self, attempt: Attempt) -> Attempt | None:

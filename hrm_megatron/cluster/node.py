@@ -51,7 +51,7 @@ def run_torchrun(command: Sequence[str], logs: Path | None) -> int:
     return code if code >= 0 else 128 - code
 
 
-def become_rank(command: Sequence[str], logs: Path | None) -> None:
+def become_rank(command: list[str], logs: Path | None) -> None:
     """Turn this task into the rank that Slurm numbered, with what torchrun would have set, and its logs in `logs`."""
     slurm = os.environ
     rank = slurm["SLURM_PROCID"]
