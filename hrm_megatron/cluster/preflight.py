@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import os
 import subprocess
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
+from torch.multiprocessing.spawn import start_processes
 
 from hrm_megatron.cluster.node import node_name
 from hrm_megatron.cluster.node_check import Report
@@ -135,8 +139,8 @@ def pairs_of(nodes: int) -> list[tuple[int, int]]:
     return list(itertools.chain(*rounds))
 
 
-def measure_process(local_rank: int, options: argparse.Namespace, results: processes.SimpleQueue[tuple[str, object]],
-                    alone_done: processes.Barrier) -> None:
+def measure_process(local_rank: int, options: argparse.Namespace, results: SimpleQueue[tuple[str, Any]],
+                    alone_done: Barrier) -> None:
     """Be the process of one GPU: alone, then with the node's others, then with other nodes."""
     cuda = torch.cuda.is_available()
     if cuda:
@@ -181,9 +185,10 @@ def measure_node(options: argparse.Namespace) -> Report:
         report.storage_write_gbs, report.storage_read_gbs = storage_gbs(options.storage, options.storage_bytes)
     except OSError as error:
         report.faults.append(f"storage {options.storage}: {error.strerror}")
-    context = processes.get_context("spawn")
-    results, alone_done = context.SimpleQueue(), context.Barrier(options.processes + 1)
-    running = processes.start_processes(measure_process, (options, results, alone_done), options.processes, join=False)
+    context = multiprocessing.get_context("spawn")
+    results: SimpleQueue[tuple[str, Any]] = context.SimpleQueue()
+    alone_done = context.Barrier(options.processes + 1)
+    running = start_processes(measure_process, (options, results, alone_done), options.processes, join=False)
     deadline = begun + options.timeout_seconds
     try:
         alone_done.wait(options.timeout_seconds)
@@ -202,7 +207,7 @@ def measure_node(options: argparse.Namespace) -> Report:
     return report
 
 
-def _take(results: processes.SimpleQueue[tuple[str, object]], report: Report) -> None:
+def _take(results: SimpleQueue[tuple[str, Any]], report: Report) -> None:
     while not results.empty():
         what, value = results.get()
         if what == "matmul":
