@@ -29,9 +29,11 @@ STEPS = 40
 def slurm(tmp_path_factory):
     os.environ["PATH"] += ":/usr/sbin"
     cluster = LocalSlurm(tmp_path_factory.mktemp("slurm"))
-    cluster.start()
-    yield cluster
-    cluster.stop()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 class Job:
