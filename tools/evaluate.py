@@ -31,7 +31,7 @@ from hrm_megatron.evaluate.report import percent, write_reports  # noqa: E402
 from hrm_megatron.evaluate.rows import read_items  # noqa: E402
 from hrm_megatron.evaluate.scoring import equal_math  # noqa: E402
 from hrm_megatron.evaluate.summary import Result, summarize  # noqa: E402
-from hrm_megatron.evaluate.tasks import TASKS, Task, chosen  # noqa: E402
+from hrm_megatron.evaluate.tasks import TASKS, Task, chosen, with_shots  # noqa: E402
 from hrm_megatron.generate.engine import Progress  # noqa: E402
 from hrm_megatron.generate.sampling import Sampling  # noqa: E402
 from hrm_megatron.generate.session import DTYPES, Answering, Session  # noqa: E402
@@ -89,14 +89,11 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
     found = chosen(args.tasks, pairs("--condition", args.condition))
     by_name = {task.name: task for task in found}
     for name, number in shots.items():
-        if name not in by_name or not by_name[name].source.shots_split:
-            raise ConfigError(f"--shots {name}={number}: {name} is not among --tasks, or its shots are fixed; leave it "
-                              "out")
+        if name not in by_name:
+            raise ConfigError(f"--shots {name}={number}: that task is not among --tasks; leave one of them out")
         if not number.isdecimal():
             raise ConfigError(f"--shots {name}={number}: not a number of shots")
-    found = [replace(task, shots=int(shots[task.name]), special_shots={}, fewer_shots=min(
-        int(shots[task.name]), task.fewer_shots or int(shots[task.name])))
-        if task.name in shots else task for task in found]
+    found = [with_shots(task, int(shots[task.name])) if task.name in shots else task for task in found]
     if args.max_new_tokens is not None:
         if all(task.new_tokens for task in found):
             raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: no task of {', '.join(args.tasks)} has free "

@@ -101,6 +101,16 @@ def chosen(names: Sequence[str], conditions: Mapping[str, str]) -> list[Task]:
             if name in names]
 
 
+def with_shots(task: Task, number: int) -> Task:
+    """Return the task with another number of shots, for all of its questions."""
+    most = None if task.source.shots_split else len(task.fixed_shots)
+    if most is not None and number > most:
+        raise ConfigError(f"--shots {task.name}={number}: {task.title} has {most}; give at most that")
+    fewer = None if task.fewer_shots is None else min(number, task.fewer_shots)
+    return replace(task, shots=number if most is None else 0, special_shots={}, fewer_shots=fewer,
+                   fixed_shots=task.fixed_shots[:number])
+
+
 def spelled(task: Task, item: Item, shots: Sequence[Item]) -> str:
     """Write an item with its shots as one instruction."""
     if isinstance(item.question, Choice):
