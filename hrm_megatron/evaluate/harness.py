@@ -1,4 +1,4 @@
-"""A model of lm-evaluation-harness, for its command line: `python -m hrm_megatron.evaluate.harness --model hrm_megatron`.
+"""A model of lm-evaluation-harness: `python -m hrm_megatron.evaluate.harness --model hrm_megatron ...`.
 
 The harness has no entry points for models, so this module registers one and then hands the command line on to it. A
 request's context is the prompt, seen both ways; its continuation is the answer, which begins without the space that

@@ -39,7 +39,8 @@ TEN = tuple("ABCDEFGHIJ")
 
 @pytest.mark.parametrize(("text", "vote"), [
     ("The answer is (C).", "C"), ("(A) is wrong, so (B)", "B"), ("(A) or maybe B", "A"), ("J", "J"), ("K", None),
-    ("A cat", "A"), ("so I think B", "B"), (r"(A) hence \boxed{D}", "D"), (r"\boxed{(E)}", "E"), ("c", None), ("", None),
+    ("A cat", "A"), ("so I think B", "B"), (r"(A) hence \boxed{D}", "D"), (r"\boxed{(E)}", "E"), ("c", None),
+    ("", None),
 ])
 def test_letters_of_free_answers(text, vote):
     verdict = letter_answer(text, Item("", "B", TEN))
