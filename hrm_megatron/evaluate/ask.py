@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,10 @@ from hrm_megatron.data.text_files import read_lines
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.evaluate.prompts import Item
 from hrm_megatron.evaluate.rows import PlacedItem
-from hrm_megatron.evaluate.tasks import Task, spelled
+from hrm_megatron.evaluate.tasks import TOO_LONG, Asked, Task, spelled
 from hrm_megatron.generate.answer_file import AnswerFile
 from hrm_megatron.generate.engine import Progress, Request
 from hrm_megatron.generate.session import Session
-
-TOO_LONG = "too long"  # how an answer "finishes" that was never begun
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question as it is asked: with so many `shots`; `prompt` is None where no number of shots fits the context."""
-
-    place: str
-    item: Item
-    shots: int
-    prompt: Sequence[int] | None
 
 
 def prepare(task: Task, questions: Sequence[PlacedItem], shot_rows: Sequence[PlacedItem], tokenizer: TextTokenizer,

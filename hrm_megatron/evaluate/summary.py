@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Any
 
-from hrm_megatron.evaluate.ask import TOO_LONG, Asked
-from hrm_megatron.evaluate.tasks import Task
+from hrm_megatron.evaluate.tasks import TOO_LONG, Asked, Task
 from hrm_megatron.evaluate.verdict import Verdict
 
 

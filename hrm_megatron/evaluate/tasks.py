@@ -17,6 +17,7 @@ from hrm_megatron.evaluate.verdict import Verdict
 Row = Mapping[str, Any]
 REASONING, DIRECT = "synth,cot", "direct"
 ONE_TOKEN = 1
+TOO_LONG = "too long"  # how an answer "finishes" that was never begun
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,16 @@ TASKS: Mapping[str, Task] = {task.name: task for task in (
     Task("boolq", "BoolQ", Source("google/boolq", "validation", shots_split="train"),
          dict(question=str, passage=str, answer=(bool, int)), prompts.boolq, choice_answer, shots=5, published=86.2),
 )}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as it is asked: with so many `shots`; `prompt` is None where no number of shots fits the context."""
+
+    place: str
+    item: Item
+    shots: int
+    prompt: Sequence[int] | None
 
 
 def chosen(names: Sequence[str], conditions: Mapping[str, str]) -> list[Task]:
