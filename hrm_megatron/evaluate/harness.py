@@ -1,8 +1,7 @@
-"""A model of lm-evaluation-harness: `python -m hrm_megatron.evaluate.harness --model hrm_megatron ...`.
+"""A model of lm-evaluation-harness: `python -m hrm_megatron.evaluate --model hrm_megatron ...`.
 
-The harness has no entry points for models, so this module registers one and then hands the command line on to it. A
-request's context is the prompt, seen both ways; its continuation is the answer, which begins without the space that
-separated it from the context.
+The harness has no entry points for models: importing this module registers one. A request's context is the prompt, seen
+both ways; its continuation is the answer, which begins without the space that separated it from the context.
 """
 from __future__ import annotations
 
@@ -93,16 +92,3 @@ class HrmMegatron(LM):  # type: ignore[misc]
     @property
     def tokenizer_name(self) -> str:
         return str(self.session.tokenizer.path)
-
-
-def main() -> None:
-    """Run lm_eval's command line with this model registered."""
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    from hrm_megatron.evaluate import harness  # so that the model is registered once, under its own module
-
-    harness.main()
