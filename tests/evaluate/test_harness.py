@@ -17,7 +17,7 @@ def model(checkpoint):  # noqa: F811
 
     assert get_model("hrm_megatron") is harness.HrmMegatron
     return harness.HrmMegatron.create_from_arg_string(
-        f"load={checkpoint},tokenizer={TOKENIZER},condition=synth+cot", dict(batch_size=2))
+        f"load={checkpoint},tokenizer={TOKENIZER},condition=synth+cot", dict(batch_size=2, device="cuda:0"))
 
 
 def asked(*arguments):
