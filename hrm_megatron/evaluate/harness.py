@@ -37,8 +37,8 @@ class HrmMegatron(LM):  # type: ignore[misc]
         if not str(batch_size).isdecimal():
             raise ConfigError(f"batch_size={batch_size}: give a number of answers at once")
         if device not in (None, "", "cuda", "cuda:0"):  # the last is what the harness gives where none is asked for
-            raise ConfigError(f"device={device}: the first GPU is taken where there is one, else the CPU; leave it out, "
-                              "and choose with CUDA_VISIBLE_DEVICES")
+            raise ConfigError(f"device={device}: the first GPU is taken where there is one, else the CPU; leave it "
+                              "out, and choose with CUDA_VISIBLE_DEVICES")
         self.session = Session(Path(load), Answering(dtype=dtype, h_cycles=h_cycles, l_cycles=l_cycles),
                                Path(tokenizer) if tokenizer else None, weights)
         self.condition, self.strip = str(condition).replace(TAG_SEPARATOR, ","), strip
