@@ -64,6 +64,11 @@ class Decoder:
             attend = Gathered(cache, lengths, tables, self.architecture.rope_theta)
         return self._logits(self._states(np.asarray(tokens, dtype=np.int64), attend))
 
+    @torch.no_grad()
+    def logits_at(self, tokens: np.ndarray, attend: Attention, places: np.ndarray) -> torch.Tensor:
+        """Return the logits [n, v] at `places` among `tokens` in fp32; `attend` says which sees which."""
+        return self._logits(self._states(tokens, attend)[torch.as_tensor(places, device=self.device)])
+
     def _logits(self, z_h: torch.Tensor) -> torch.Tensor:
         return (z_h @ self.weights.head).float()
 
