@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.chat import SPEAKERS, Turn, prefix_of
@@ -22,20 +23,15 @@ from hrm_megatron.serve.fields import ChatBody, Common, CompletionBody, Message
 
 
 def completion_requests(body: CompletionBody, session: Session) -> list[Request]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        texts, ids = [prompt], []
-    elif isinstance(prompt[0], str):
-        texts, ids = [text for text in prompt if isinstance(text, str)], []
-    else:
-        texts, ids = [], [prompt] if isinstance(prompt[0], int) else prompt
-    if texts:
-        parts = [(prefix, []) for prefix in _questions(texts, body.condition, session, "prompt")]
+    prompts: Any = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
+    parts: list[tuple[list[int], list[int]]]
+    if isinstance(prompts[0], str):
+        parts = [(prefix, []) for prefix in _questions(prompts, body.condition, session, "prompt")]
     else:
         if "condition" in body.model_fields_set:
             raise ApiError(400, "condition: is without effect on token ids, which hold their tags; leave it out",
                            "condition")
-        parts = [_split(each, session) for each in ids]  # type: ignore[arg-type]
+        parts = [_split(ids, session) for ids in prompts]
     if body.echo and body.logprobs is not None and not all(given for _, given in parts):
         eoq = session.tokenizer.spelling.eoq
         raise ApiError(400, "echo: with logprobs it scores an answer, and this prompt is a question alone, which is "
