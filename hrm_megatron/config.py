@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 EXPANSION = 4  # HRM-Text, config/arch: ffn = expansion * hidden * 2/3, rounded up to a multiple of 256
 VOCAB_MULTIPLE = 256  # HRM-Text pads the vocabulary to this, whatever the parallel layout
 DEFAULT_FIXED_STD = 0.02  # HRM-Text, init_type fixed_normal without an init_std
+PRESET_VOCAB_SIZE = 65_536  # HRM-Text's tokenizer
 INIT_SCHEMES = ("lecun_normal", "fixed_normal", "megatron")
 NORM_PLACEMENTS = ("pre", "post")
 
@@ -36,33 +37,6 @@ def ffn_hidden_size(hidden_size: int, expansion: float = EXPANSION) -> int:
 def padded_vocab_size(vocab_size: int) -> int:
     """Rows of the embedding and of the head."""
     return round_up(vocab_size, VOCAB_MULTIPLE)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One published size. `num_layers` counts layers per stack; `tokens_per_step` and `lr` where published. `positions`
-    are the most thousands of a micro-batch that leave a twentieth of 80 GB free by planner/memory.py, with nothing
-    recomputed, on one GPU; on eight where one is too small."""
-
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    lr: float | None = None
-    tokens_per_step: int | None = None
-    positions: int = 0
-
-    @property
-    def ffn_hidden_size(self) -> int:
-        return ffn_hidden_size(self.hidden_size)
-
-
-PRESETS = {  # HRM-Text: config/arch/size, README, cfg_pretrain
-    "B": Preset(6, 1024, 8, positions=63_488),
-    "L": Preset(12, 1280, 10, lr=2.5e-4, tokens_per_step=172_032, positions=21_504),
-    "XL": Preset(16, 1536, 12, lr=2.2e-4, tokens_per_step=196_608, positions=11_264),
-    "XXL": Preset(36, 1792, 14, positions=4_096),
-    "XXL_wide": Preset(16, 2560, 20, positions=6_144),
-}
 
 
 @dataclass(frozen=True)
@@ -149,3 +123,82 @@ class Architecture:
     def embedding_scale(self) -> float:
         """Factor on the embedding's output: it restores unit variance."""
         return 1 / self.input_std
+
+
+@dataclass(frozen=True)
+class DefaultLayout:
+    """How a preset is shared among so many GPUs of 80 GB: what tools/plan.py finds with rows of 4,096 tokens."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    micro_batch_size: int
+    recompute_ticks: int = 0
+    gated_act: bool = False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size. `num_layers` counts layers per stack; `sizes`, `lr_from` and `batch_from` say where numbers come from.
+
+    `positions` are the most thousands of a micro-batch that leave a twentieth of 80 GB free by planner/memory.py, with
+    nothing recomputed, on one GPU; on eight where one is too small, 0 where eight are. `layouts` are by number of GPUs.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    lr: float | None = None
+    tokens_per_step: int | None = None
+    positions: int = 0
+    sizes: str = "by hand"
+    lr_from: str = "by hand"
+    batch_from: str = "by hand"
+    layouts: Mapping[int, DefaultLayout] = field(default_factory=dict)
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        return ffn_hidden_size(self.hidden_size)
+
+    def architecture(self, vocab_size: int = PRESET_VOCAB_SIZE) -> Architecture:
+        return Architecture(self.num_layers, self.hidden_size, self.num_attention_heads, self.ffn_hidden_size,
+                            vocab_size)
+
+
+PUBLISHED = "HRM-Text, config/arch/size"
+FORK = "a public fork of HRM-Text (schneiderkamplab), config/arch/size"
+OUR_SIZE = "our rule: heads of 128, as many layers as XXXL at most, a width that TP 8 divides"
+# The update of a hidden matrix shall change its outputs as much at any width (Yang et al., arXiv 2203.03466).
+OUR_LR = "our rule: XL's x 1536 / hidden size, two digits"
+# The best batch grows so with compute (DeepSeek LLM, arXiv 2401.02954: B = 0.292 C^0.3271).
+OUR_BATCH = "our rule: XL's x (FLOPs of a token / XL's)^0.3271, to the nearest 2^n or 3 x 2^n"
+L_README, XL_CONFIG = "HRM-Text, README", "HRM-Text, cfg_pretrain"
+
+PRESETS = {
+    "B": Preset(6, 1024, 8, 3.3e-4, 98_304, 63_488, PUBLISHED, OUR_LR, OUR_BATCH,
+           {8: DefaultLayout(1, 1, 1, 3), 64: DefaultLayout(4, 1, 2, 3),
+            512: DefaultLayout(8, 1, 8, 3)}),
+    "L": Preset(12, 1280, 10, 2.5e-4, 172_032, 21_504, PUBLISHED, L_README, L_README,
+           {8: DefaultLayout(1, 2, 2, 3), 64: DefaultLayout(2, 4, 4, 3),
+            512: DefaultLayout(2, 8, 16, 1)}),
+    "XL": Preset(16, 1536, 12, 2.2e-4, 196_608, 11_264, PUBLISHED, XL_CONFIG, XL_CONFIG,
+           {8: DefaultLayout(1, 1, 1, 2), 64: DefaultLayout(1, 8, 4, 3),
+            512: DefaultLayout(4, 1, 8, 3)}),
+    "XXL": Preset(36, 1792, 14, 1.9e-4, 262_144, 4_096, PUBLISHED, OUR_LR, OUR_BATCH,
+           {8: DefaultLayout(1, 1, 1, 1), 64: DefaultLayout(1, 8, 1, 1),
+            512: DefaultLayout(2, 4, 4, 1)}),
+    "XXL_wide": Preset(16, 2560, 20, 1.3e-4, 262_144, 6_144, PUBLISHED, OUR_LR, OUR_BATCH,
+           {8: DefaultLayout(1, 1, 1, 1), 64: DefaultLayout(1, 8, 2, 1),
+            512: DefaultLayout(4, 8, 2, 1)}),
+    "XXXL": Preset(48, 2048, 16, 1.6e-4, 393_216, 1_024, FORK, OUR_LR, OUR_BATCH,
+           {8: DefaultLayout(1, 2, 1, 1, 2, True), 64: DefaultLayout(1, 8, 1, 1, 2, True),
+            512: DefaultLayout(8, 1, 2, 3)}),
+    "XXXXL": Preset(64, 2560, 20, 1.3e-4, 393_216, 0, FORK, OUR_LR, OUR_BATCH,
+           {8: DefaultLayout(1, 4, 1, 1, 4, True), 64: DefaultLayout(1, 8, 2, 1, 1, True),
+            512: DefaultLayout(2, 32, 4, 1)}),
+    "20B": Preset(44, 4096, 32, 8.2e-5, 524_288, 0, OUR_SIZE, OUR_LR, OUR_BATCH,
+           {8: DefaultLayout(2, 4, 1, 1, 4, True), 64: DefaultLayout(2, 4, 2, 1),
+            512: DefaultLayout(2, 16, 2, 1)}),
+    "32B": Preset(46, 5120, 40, 6.6e-5, 524_288, 0, OUR_SIZE, OUR_LR, OUR_BATCH,
+           {64: DefaultLayout(2, 8, 2, 1, 0, True), 512: DefaultLayout(2, 16, 4, 1)}),
+}

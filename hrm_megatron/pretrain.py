@@ -1,6 +1,7 @@
 """Train an HRM: `torchrun -m hrm_megatron.pretrain --hrm-preset B --data-path PREFIX ...`."""
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import os
@@ -23,15 +24,17 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
-from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.config import PRESETS, ConfigError  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.planner.flops import rows_flops  # noqa: E402
+from hrm_megatron.planner.presets import describe_preset  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
-from hrm_megatron.training.arguments import parse_arguments  # noqa: E402
+from hrm_megatron.training.arguments import given_by_hand, parse_arguments  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
 from hrm_megatron.training.console import Console  # noqa: E402
 from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.data_verification import verify_data  # noqa: E402
+from hrm_megatron.training.dry_run import assumed_vocab_size, describe_dry_run, has_data  # noqa: E402
 from hrm_megatron.training.error_file import OneLineErrors, one_line  # noqa: E402
 from hrm_megatron.training.evaluation import install_evaluation, settle_evaluation  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
@@ -51,11 +54,18 @@ def train(console: Console) -> None:
     """Run Megatron's own training loop over our model, data and optimizer."""
     sources = {}
 
-    def vocab_size_of(args: object) -> int:
-        sources["all"] = open_sources(args)  # type: ignore[arg-type]
+    def vocab_size_of(args: argparse.Namespace) -> int:
+        if args.dry_run and not has_data(args):
+            return assumed_vocab_size(args)
+        sources["all"] = open_sources(args)
         return sources["all"].vocab_size
 
     args = parse_arguments(vocab_size_of)
+    if args.print_config:
+        return console.answer([describe_preset(args.hrm_preset, PRESETS[args.hrm_preset], given_by_hand(args))],
+                              args.verbose)
+    if args.dry_run:
+        return console.answer(describe_dry_run(args, sources.get("all")), args.verbose)
     console.settle(args.save or args.tensorboard_dir, args.verbose)
     data = sources["all"]
     evaluation = settle_evaluation(args, *data.held_out(), data.why_no_validation(args.split))

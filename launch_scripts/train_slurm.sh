@@ -1,75 +1,218 @@
 #!/usr/bin/env bash
-# Train on the GPUs of many nodes under Slurm.
-#   PRESET=XL TP=2 PP=4 sbatch --nodes 8 --gpus-per-node 8 launch_scripts/train_slurm.sh --data-path DIR/train --save DIR ...
+# Train on the GPUs of one or many nodes under Slurm; the job goes on by itself until --train-iters.
+#   PRESET=XL TP=2 PP=4 sbatch --nodes 8 --gpus-per-node 8 launch_scripts/train_slurm.sh \
+#       --data-path DIR/train --train-iters 50000 --load RUN --save RUN ...
 #SBATCH --job-name=hrm
 #SBATCH --ntasks-per-node=1
 #SBATCH --output=hrm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 # One task per node: srun starts a torchrun there, and the first node is where all meet.
 # PRESET  size, see hrm_megatron/config.py (default B)
 # TP PP CP  tensor, pipeline and context parallel ranks (default 1 each); what they leave is data parallel
 # GPUS    per node (default: what Slurm gave the job, SLURM_GPUS_ON_NODE)
-# TORCHRUN, MASTER_PORT  the launcher (default: that of .venv, else on PATH) and a free port (default 29500)
+# TORCHRUN, PYTHON  the launcher and Python (default: those of .venv, else on PATH)
+# MASTER_ADDR, MASTER_PORT  where all meet: the first node by another name, two free ports from this (default 29500)
+# LAUNCH  torchrun (default), or srun for a task per GPU without torchrun
+# NUMA    torchrun's --numa-binding (default node where there are GPUs; none turns it off)
+# CPU_BIND  srun's --cpu-bind (default none under torchrun, which binds itself, and cores for a task per GPU)
+# CONTAINER  image for pyxis and enroot, with this project's requirements; MOUNTS are more bind mounts, SRC:DST,...
+# PREFLIGHT  0 leaves out the check of the nodes, which takes PREFLIGHT_SECONDS at most (default 60)
+# PREFLIGHT_LIMITS  flags of python -m hrm_megatron.cluster judge, such as --matmul-tflops 500
+# MAX_FAILURES  failed starts after which the job stops (default 5); one that saved nothing new stops it at once
+# With --save RUN the job goes on by itself; --load RUN and --train-iters must be given too. RUN/slurm then holds its
+# starts, the nodes to avoid, and for each start logs by rank, manifest.json, errors.txt. Without --save it runs once.
+# sbatch --signal B:USR1@SECONDS (default 300) must leave time for one step and one save.
 # Relative paths are relative to the folder that the job was submitted from.
 # Every other argument goes to hrm_megatron.pretrain as it is. --dry-run prints the command and runs nothing; it works
 # outside a job too, with NODES and GPUS set.
 set -euo pipefail
 
-dry_run=false
+dry_run=false load='' save='' train_iters='' flag=''
 arguments=()
 for argument in "$@"; do
     case $argument in
         --help | -h) awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/^#SBATCH/ { sub(/^# ?/, ""); print }' "$0" && exit ;;
-        --dry-run) dry_run=true ;;
-        *) arguments+=("$argument") ;;
+        --dry-run) dry_run=true && continue ;;
+        --*=*) flag=${argument%%=*} value=${argument#*=} ;;
+        --*) flag=$argument value='' ;;
+        *) value=$argument ;;
     esac
+    case $flag in --load) load=$value ;; --save) save=$value ;; --train-iters) train_iters=$value ;; esac
+    arguments+=("$argument")
 done
+fail() { echo "train_slurm.sh: $*" >&2 && exit 2; }
 if $dry_run && [ -z "${SLURM_JOB_ID:-}" ]; then
     SLURM_NNODES=${NODES:?outside a Slurm job --dry-run needs the number of nodes: set NODES}
     SLURM_JOB_ID=JOB_ID SLURM_JOB_NODELIST=
 elif [ "${NODES:-${SLURM_NNODES:-}}" != "${SLURM_NNODES:-}" ]; then
-    echo "train_slurm.sh: NODES=$NODES, but Slurm gave the job ${SLURM_NNODES:-no} nodes: leave NODES out" >&2
-    exit 2
+    fail "NODES=$NODES, but Slurm gave the job ${SLURM_NNODES:-no} nodes: leave NODES out"
 fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 if ! [ -d "$root/hrm_megatron" ]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi # sbatch runs a copy of this file
-preset=${PRESET:-B} tp=${TP:-1} pp=${PP:-1} cp=${CP:-1}
+preset=${PRESET:-B} tp=${TP:-1} pp=${PP:-1} cp=${CP:-1} launch=${LAUNCH:-torchrun}
 nodes=${SLURM_NNODES:?not inside a Slurm job: use sbatch or salloc, or launch_scripts/train_node.sh for one node}
 gpus=${GPUS:-${SLURM_GPUS_ON_NODE:?Slurm gave no GPUs: add --gpus-per-node, or set GPUS}}
 for size in "$tp" "$pp" "$cp" "$nodes" "$gpus"; do
     if ! [[ $size =~ ^[1-9][0-9]*$ ]]; then
-        echo "train_slurm.sh: TP, PP, CP, GPUS and the number of nodes are whole numbers from 1, not '$size'" >&2
-        exit 2
+        fail "TP, PP, CP, GPUS and the number of nodes are whole numbers from 1, not '$size'"
     fi
 done
 if ((nodes * gpus % (tp * pp * cp) != 0)); then
-    echo "train_slurm.sh: TP*PP*CP=$((tp * pp * cp)) does not divide the $((nodes * gpus)) GPUs of the job" >&2
-    exit 2
+    fail "TP*PP*CP=$((tp * pp * cp)) does not divide the $((nodes * gpus)) GPUs of the job"
 fi
+case $launch in torchrun | srun) ;; *) fail "LAUNCH=$launch: choose torchrun or srun" ;; esac
 
 if [ -n "${SLURM_JOB_NODELIST?Slurm gave no list of nodes}" ]; then
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 else
     hosts=FIRST_NODE
 fi
-master=${hosts%%$'\n'*}
-torchrun=${TORCHRUN:-$root/.venv/bin/torchrun}
+master=${MASTER_ADDR:-${hosts%%$'\n'*}} port=${MASTER_PORT:-29500}
+in_environment() { # a program of the container, else of .venv, else on PATH
+    if [ -z "${CONTAINER:-}" ] && [ -x "$root/.venv/bin/$1" ]; then echo "$root/.venv/bin/$1"; else echo "$1"; fi
+}
+torchrun=${TORCHRUN:-$(in_environment torchrun)} python=${PYTHON:-$(in_environment python)}
 if ! [ -x "$torchrun" ]; then torchrun=torchrun; fi
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-command=(srun --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=1 "$torchrun"
-    --nnodes "$nodes" --nproc-per-node "$gpus"
-    --rdzv-id "${SLURM_JOB_ID:?}" --rdzv-backend c10d --rdzv-endpoint "$master:${MASTER_PORT:-29500}"
-    -m hrm_megatron.pretrain
+container=()
+if [ -n "${CONTAINER:-}" ]; then # pyxis' flags: github.com/NVIDIA/pyxis/wiki/Usage
+    container=(--container-image="$CONTAINER" --container-mounts="$root:$root,$PWD:$PWD${MOUNTS:+,$MOUNTS}"
+        --container-workdir="$PWD" --no-container-mount-home)
+fi
+
+# Settings of NCCL and of torch around it; what the user exported wins. Those of the network (NCCL_SOCKET_IFNAME,
+# NCCL_IB_HCA) belong to the site: set them where NCCL chooses the wrong interface, and /etc/nccl.conf for all users.
+# docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html:
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}           # the reason of an error, not only its kind; says nothing else
+export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}   # 4.096 us x 2^22 = 17 s a try, over a link that flaps (default 20: 4 s)
+export NCCL_IB_RETRY_CNT=${NCCL_IB_RETRY_CNT:-7} # tries before the link counts as dead: 7 is the most, and the default
+# torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp and FlightRecorder.hpp:
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} # a hang writes what each rank was waiting for
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}          # the last so many collectives of a rank
+
+# Where the run writes down its starts: only with that does it go on by itself.
+slurm='' logs=()
+restart=${SLURM_RESTART_COUNT:-0}
+if [ -z "$save" ]; then
+    $dry_run || echo "slurm: no --save, so the job runs once" >&2
+else
+    if [ "$load" != "$save" ]; then
+        fail "--save $save, but --load is '$load': the job goes on by itself from what it saved: give --load $save"
+    fi
+    if ! [[ $train_iters =~ ^[1-9][0-9]*$ ]]; then
+        fail "--train-iters '$train_iters': the job goes on by itself until then: give a whole number from 1"
+    fi
+    slurm=$save/slurm
+    logs=(--logs "$slurm/$SLURM_JOB_ID.$restart")
+    # Megatron's handler saves behind the running step and exits with 0 (training.py, checkpoint_and_decide_exit).
+    arguments=(--exit-signal-handler --exit-signal SIGUSR1 ${arguments[@]+"${arguments[@]}"})
+fi
+
+training=(-m hrm_megatron.pretrain
     --hrm-preset "$preset"
     --tensor-model-parallel-size "$tp"
     --pipeline-model-parallel-size "$pp"
     --context-parallel-size "$cp")
-if ((tp > 1)); then command+=(--sequence-parallel); fi
-command+=(${arguments[@]+"${arguments[@]}"})
+if ((tp > 1)); then training+=(--sequence-parallel); fi
+training+=(${arguments[@]+"${arguments[@]}"})
+task=("$python" -m hrm_megatron.cluster.node ${logs[@]+"${logs[@]}"})
+if [ "$launch" = torchrun ]; then
+    binding=()
+    numa=${NUMA:-$(if command -v nvidia-smi >/dev/null; then echo node; else echo none; fi)}
+    if [ "$numa" != none ]; then binding=(--numa-binding "$numa"); fi # torch.numa: each rank on its GPU's NUMA node
+    command=(srun --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=1 --cpu-bind="${CPU_BIND:-none}"
+        ${container[@]+"${container[@]}"} "${task[@]}" -- "$torchrun"
+        --nnodes "$nodes" --nproc-per-node "$gpus" ${binding[@]+"${binding[@]}"}
+        --rdzv-id "${SLURM_JOB_ID:?}" --rdzv-backend c10d --rdzv-endpoint "$master:$port" "${training[@]}")
+else
+    # Equal shares of a node's cores in the order of ranks, with memory beside them. No --gpus-per-task: each rank must
+    # see its neighbours' GPUs for NCCL's peer-to-peer copies.
+    cpus=$((${SLURM_CPUS_ON_NODE:-$gpus} / gpus))
+    export MASTER_ADDR=$master MASTER_PORT=$port # as torchrun would
+    command=(srun --ntasks $((nodes * gpus)) --ntasks-per-node "$gpus" --cpus-per-task="$((cpus > 0 ? cpus : 1))"
+        --kill-on-bad-exit=1 --label --cpu-bind="${CPU_BIND:-cores}" --mem-bind=local
+        ${container[@]+"${container[@]}"} "${task[@]}" --rank -- "$python" "${training[@]}")
+fi
 
 if $dry_run; then
     printf '%q ' "${command[@]}"
     echo
     exit 0
 fi
-exec "${command[@]}"
+if [ -z "$slurm" ]; then exec "${command[@]}"; fi
+
+signalled=() cancelled=() running='' excluded='' interrupted=false
+remind() { # ranks that do not listen yet miss the signal, so it is repeated until the launch has ended
+    if [ -n "$running" ]; then while kill -USR1 "$running" 2>/dev/null; do sleep 5; done & fi
+}
+trap 'interrupted=true; if ((${#signalled[@]} == 0)); then signalled=(--signalled); remind; fi' USR1
+trap 'interrupted=true' TERM
+ask() { # ask WHAT ARGUMENTS: sets `action` and `excluded` (hrm_megatron/cluster/__main__.py)
+    local what=$1 answer asked=("$python" -m hrm_megatron.cluster)
+    shift
+    if [ -n "${CONTAINER:-}" ]; then # the host needs no Python
+        asked=(srun --overlap --nodes 1 --ntasks 1 "${container[@]}" "${asked[@]}")
+    fi
+    answer=$("${asked[@]}" "$what" --folder "$slurm" --checkpoints "$save" --max-failures "${MAX_FAILURES:-5}" "$@")
+    read -r action excluded <<<"$answer"
+}
+act() { # do what the last answer said, unless it was to go on
+    case $action in
+        go) return ;;
+        done) exit 0 ;;
+        requeue) requeue ;;
+        *) exit 1 ;;
+    esac
+}
+requeue() {
+    local before
+    # Slurm ends this script as it requeues the job, and takes nodes to avoid only for a job that waits: between both
+    # there are KillWait seconds (slurm.conf, 30 by default).
+    trap '' TERM
+    before=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
+    scontrol requeue "$SLURM_JOB_ID"
+    if [ "${before:-(null)}" != "(null)" ]; then excluded=$before${excluded:+,$excluded}; fi
+    if [ -n "$excluded" ]; then scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded"; fi
+    exit 0
+}
+
+mapfile -t names <<<"$hosts"
+ask begin --job "$SLURM_JOB_ID" --restart "$restart" --nodes "${names[@]}" -- "${command[@]}"
+act
+if [ "${PREFLIGHT:-1}" != 0 ]; then
+    reports=$slurm/$SLURM_JOB_ID.$restart/preflight real_gpus=0
+    if command -v nvidia-smi >/dev/null; then real_gpus=$gpus; fi
+    srun --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=0 --cpu-bind=none ${container[@]+"${container[@]}"} \
+        timeout --signal KILL "$((${PREFLIGHT_SECONDS:-60} + 30))" "$python" -m hrm_megatron.cluster.preflight \
+        --output "$reports" --storage "$slurm" --gpus "$real_gpus" \
+        --timeout-seconds "${PREFLIGHT_SECONDS:-60}" --master "$master:$((port + 1))" ||
+        echo "slurm: the check of the nodes was not completed on all of them" >&2
+    read -ra limits <<<"${PREFLIGHT_LIMITS:-}"
+    ask judge --reports "$reports" ${limits[@]+"${limits[@]}"}
+    act
+fi
+
+code=0 # if the signal came before the launch, there is none
+if ((${#signalled[@]} == 0)); then
+    "${command[@]}" &
+    running=$!
+    if ((${#signalled[@]})); then remind; fi # the signal came between both lines
+    while :; do # bash leaves `wait` for a trap
+        interrupted=false code=0
+        wait "$running" || code=$?
+        if ! $interrupted || ((code <= 128)); then break; fi
+    done
+fi
+# A job that is cancelled, preempted or over its limit is not running any more; of these only the limit has a name.
+state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format '%T %r')
+case $state in
+    RUNNING*) ;;
+    *TimeLimit) signalled=(--signalled) ;;
+    *) cancelled=(--cancelled) ;;
+esac
+ask end --code "$code" --train-iters "$train_iters" ${signalled[@]+"${signalled[@]}"} ${cancelled[@]+"${cancelled[@]}"}
+act

@@ -4,10 +4,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
+from hrm_megatron.data.split import PARTS, example_parts
 
 
 class FakeTokenizer:
@@ -58,3 +60,17 @@ def part_of(prefix: Path, part: str) -> Path:
     """A file of the only shard."""
     path, = Path(f"{prefix}.shards").glob(f"*.{part}")
     return path
+
+
+class Split(NamedTuple):
+    """Example ids of each part, ascending."""
+
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+
+
+def split_examples(count: int, split: str, seed: int, prompt_keys: np.ndarray | None = None) -> Split:
+    """Divide examples by `example_parts`."""
+    parts = example_parts(count, split, seed, prompt_keys)
+    return Split(*(np.flatnonzero(parts == part) for part in range(len(PARTS))))

@@ -8,12 +8,14 @@
     python tools/benchmark.py convert   # random weights of XL in every direction: time, memory, bytes
     python tools/benchmark.py host      # what a micro-batch costs the host: launches, calls, time
     python tools/benchmark.py attention # te, varlen and flash-attn side by side
+    python tools/benchmark.py calibrate --output FILE  # this device's speeds, for tools/plan.py --calibrate
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import itertools
+import logging
 import os
 import shutil
 import statistics
@@ -50,6 +52,8 @@ from hrm_megatron.benchmark.peak import (  # noqa: E402
     median_seconds,
 )
 from hrm_megatron.benchmark.record import add_row, check_table, device_name, output_folder, versions  # noqa: E402
+from hrm_megatron.benchmark.steps import calibrate  # noqa: E402
+from hrm_megatron.benchmark.steps import table as calibration_table  # noqa: E402
 from hrm_megatron.benchmark.train import Measured, measure  # noqa: E402
 from hrm_megatron.config import PRESETS, Architecture, ConfigError, Preset, ffn_hidden_size  # noqa: E402
 from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch, assemble_row  # noqa: E402
@@ -236,6 +240,21 @@ def measure_conversions(args: argparse.Namespace) -> None:
             print(line, flush=True)
 
 
+def calibrate_planner(args: argparse.Namespace) -> None:
+    """Measure small steps, write the speeds that explain them, and print how far predictions are off."""
+    torch.set_num_threads(args.threads)
+    if not args.output.parent.is_dir():
+        raise ConfigError(f"--output {args.output}: there is no folder {args.output.parent}; make it, or name another")
+    logging.disable(logging.WARNING)  # Megatron's, which speak of what a run would set up
+    source = f"fitted to steps on {device_name()}, {versions()}"
+    with single_rank():
+        found = calibrate(getattr(torch, args.dtype), args.rounds, source)
+    found.write(args.output)
+    print(source)
+    print(*calibration_table(found), sep="\n")
+    print(args.output)
+
+
 def time_generation(args: argparse.Namespace) -> None:
     """Print how fast answers come."""
     torch.set_num_threads(args.threads)
@@ -296,6 +315,12 @@ def main() -> int:
     attention.add_argument("--heads", type=int, default=12)
     attention.add_argument("--head-dim", type=int, default=128)
     attention.add_argument("--rounds", type=int, default=20)
+    steps = commands.add_parser("calibrate", help="small steps, for the speeds that tools/plan.py --calibrate takes")
+    steps.add_argument("--output", type=Path, metavar="FILE", required=True)
+    steps.add_argument("--dtype", choices=["float32", "bfloat16"],
+                       default="bfloat16" if torch.cuda.is_available() else "float32")
+    steps.add_argument("--rounds", type=int, default=5, help="steps of each model, of which the median counts")
+    steps.add_argument("--threads", type=int, default=1, help="on a CPU")
     commands.add_parser("tokenize", add_help=False, help="rows to ids on one core, against Megatron's own path")
     commands.add_parser("plan", add_help=False, help="what a run does before its first row, by number of examples")
     args, rest = parser.parse_known_args()
@@ -304,7 +329,7 @@ def main() -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     run = dict(gpu=measure_training, host=count_host, attention=time_attention, convert=measure_conversions,
-               generate=time_generation)
+               generate=time_generation, calibrate=calibrate_planner)
     if args.command in run:
         return one_line(lambda: run[args.command](args))
     torch.set_num_threads(args.threads)

@@ -13,32 +13,11 @@ from hrm_megatron.program import listen, one_line
 if __name__ == "__main__":
     listen()
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 from hrm_megatron.model.schedule import unroll
-from hrm_megatron.parallel.simulate import Estimate, stock, two_phase
-
-FORWARD, NO_GRADIENT, BACKWARD = "#4c78a8", "#b6cbe3", "#f58518"
-
-
-def draw_row(axes: Axes, title: str, found: Estimate, with_grad: list[bool]) -> None:
-    """Draw one schedule: a line per stage, a bar per operation, with its tick inside."""
-    for stage, timeline in enumerate(found.timelines):
-        for operation, start, end in timeline:
-            if end == start:
-                continue  # zeros that a tick without gradient answers
-            color = BACKWARD if operation.backward else FORWARD if with_grad[operation.tick] else NO_GRADIENT
-            axes.barh(stage, end - start, left=start, color=color, edgecolor="white", linewidth=0.3)
-            if operation.microbatch == 0:
-                axes.text((start + end) / 2, stage, str(operation.tick), ha="center", va="center", fontsize=5)
-    axes.set_title(f"{title}: bubble {found.bubble:.1%}, {found.live_graphs} ticks alive on a stage", fontsize=9)
-    stages = range(len(found.timelines))
-    axes.set_yticks(stages, [f"stage {stage}" for stage in stages], fontsize=7)
-    axes.invert_yaxis()
+from hrm_megatron.parallel.simulate import stock, two_phase
+from hrm_megatron.planner.picture import LEGEND, draw_schedule
 
 
 def draw(stages: int, microbatches: int, bp_steps: int, output: Path) -> None:
@@ -46,10 +25,9 @@ def draw(stages: int, microbatches: int, bp_steps: int, output: Path) -> None:
     with_grad = [tick.with_grad for tick in unroll(2, 3, bp_steps)]
     figure, rows = plt.subplots(2, 1, figsize=(14, 1.2 + 0.7 * stages), sharex=True, layout="constrained")
     for axes, title, schedule in ((rows[0], "one phase", stock), (rows[1], "two phases", two_phase)):
-        draw_row(axes, title, schedule(microbatches, with_grad, stages), with_grad)
-    rows[1].set_xlabel(f"time, in forwards of a tick on a stage; bp {bp_steps}, {microbatches} micro-batches. Light: a "
-                       "tick without gradient, dark: with, orange: backward. Figures: ticks of micro-batch 0",
-                       fontsize=8)
+        draw_schedule(axes, title, schedule(microbatches, with_grad, stages), with_grad)
+    rows[1].set_xlabel(f"time, in forwards of a tick on a stage; bp {bp_steps}, {microbatches} micro-batches. "
+                       f"{LEGEND}", fontsize=8)
     figure.savefig(output, dpi=120)
 
 

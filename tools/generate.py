@@ -27,24 +27,17 @@ activate()
 from tqdm import tqdm  # noqa: E402
 
 from hrm_megatron.config import ConfigError, refuse_beside  # noqa: E402
-from hrm_megatron.convert.checkpoint import EMA, RAW  # noqa: E402
 from hrm_megatron.generate.answer_file import AnswerFile  # noqa: E402
 from hrm_megatron.generate.engine import Progress, Request  # noqa: E402
+from hrm_megatron.generate.flags import add_compute_flags, add_model_flags  # noqa: E402
 from hrm_megatron.generate.questions import Question, of_jsonl, of_lines  # noqa: E402
 from hrm_megatron.generate.sampling import Sampling  # noqa: E402
-from hrm_megatron.generate.session import DTYPES, Answering, Session, record  # noqa: E402
+from hrm_megatron.generate.session import Answering, Session, record  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--load", type=Path, required=True,
-                   help="folder that --save named, or one iteration in it; a transformers folder; one of HRM-Text")
-    p.add_argument("--ckpt-step", type=int, help="iteration (Megatron) or epoch (HRM-Text) instead of the latest")
-    p.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
-                   help="answer from what can be read of a damaged checkpoint")
-    p.add_argument("--weights", choices=[EMA, RAW], help="(default: ema, or raw where there is no other)")
-    p.add_argument("--tokenizer-model", type=Path,
-                   help="tokenizer folder of the training data (default: the one beside the model)")
+    add_model_flags(p)
     prompts = p.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", help="one instruction")
     prompts.add_argument("--prompt-file", type=Path, help="one instruction per line, which ends at \\n or \\r\\n only")
@@ -70,9 +63,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--top-k", type=int, default=0)
     how.add_argument("--min-p", type=float, default=0.0)
     how.add_argument("--seed", type=int, default=1234)
-    how.add_argument("--h-cycles", type=int, help="(default: as in training)")
-    how.add_argument("--l-cycles", type=int, help="(default: as in training)")
-    how.add_argument("--dtype", choices=[*DTYPES], default="float32", help="of weights and cache")
+    add_compute_flags(how)
     how.add_argument("--batch-size", type=int, default=32, help="answers at once (default: %(default)s)")
     return p
 

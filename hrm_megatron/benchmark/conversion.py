@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -25,8 +26,9 @@ RANDOM = "random weights"
 # What is written, from what was written before; and what is not needed then.
 WHOLE = ((RANDOM, "native", ()), ("native", "hf", ("hf",)), ("native", "megatron", ("native",)),
          ("megatron", "native", ("native",)), ("megatron", "hf", ("megatron",)), ("hf", "native", ("native",)),
-         ("hf", "megatron", ("hf", "megatron")))
-WEIGHTS = ((RANDOM, "hf", ()), ("hf", "megatron", ("hf",)), ("megatron", "hf", ("megatron", "hf")))
+         ("hf", "megatron", ("megatron",)), ("hf", "gguf", ("hf", "gguf")))
+WEIGHTS = ((RANDOM, "hf", ()), ("hf", "megatron", ("hf",)), ("megatron", "hf", ("megatron",)),
+           ("hf", "gguf", ("hf", "gguf")))
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5), clear_refs
 
@@ -45,11 +47,14 @@ class Measured:
 def measure(architecture: Architecture, folder: Path, weights_only: bool = False) -> Iterator[Measured]:
     """Convert a random model of this architecture within `folder`, each time in a process of its own.
 
-    With `weights_only` there is no optimizer state, a fifth of the bytes. Little is left in the folder at the end.
+    With `weights_only` there is no optimizer state, a fifth of the bytes. gguf is left out where it is not installed.
+    Little is left in the folder at the end.
     """
     if not CLEAR.exists():
         raise ConfigError("peak memory is read from /proc of Linux, which is not here; run this there")
     for source, target, done_with in WEIGHTS if weights_only else WHOLE:
+        if target == "gguf" and not find_spec("gguf"):
+            continue
         ours, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
         child = multiprocessing.get_context("fork").Process(target=_measure_one, args=(
             architecture, folder, source, target, theirs))

@@ -33,26 +33,31 @@ COPIED_BYTES = 1 << 24
 VOCAB_SIZE = 65_536
 COLUMNS = ("examples", "split M/s", "shuffle M/s", "pack M/s", "plan M/s", "fill", "first start", "other starts",
            "resume")
-# What a process does until it has its rows, and until it has found the one that the second argument chooses.
+# What a process does until it has its rows, of training and of validation, and until it has found the one that the
+# second argument chooses.
 START = """
 import sys, time
-from hrm_megatron.benchmark.plan import mixture, spent
+from hrm_megatron.benchmark.plan import mixtures, spent
 from hrm_megatron.data.dataset import PackedRows
-start = time.perf_counter()
-rows = PackedRows(mixture(sys.argv[1]), {row_tokens}, {seed}, 1 << 40, cache_folder=sys.argv[1] + ".rows")
-seconds = time.perf_counter() - start
+wall, cpu = time.perf_counter(), time.process_time()
+train, valid = mixtures(sys.argv[1])
+assert valid.count_examples()["valid"]
+rows, _ = (PackedRows(walk, {row_tokens}, {seed}, 1 << 40, fixed=walk is valid, cache_folder=sys.argv[1] + ".rows")
+           for walk in (train, valid))
+started = time.perf_counter() - wall, time.process_time() - cpu
 row = eval(sys.argv[2])(rows)
-start = time.perf_counter()
+wall = time.perf_counter()
 rows.plan.num_rows = 0
 if row is not None:
     rows.plan.locate(row)
-spent(seconds, time.perf_counter() - start, len(rows.plan.rows_of_epoch(0)), rows.plan.rows_of_epoch(0).tokens)
+spent(*started, time.perf_counter() - wall, len(rows.plan.rows_of_epoch(0)), rows.plan.rows_of_epoch(0).tokens)
 """
 
 
-def mixture(prefix: str) -> Mixture:
-    """Open a dataset as a run with the default --split does."""
-    return Mixture([IndexedExamples(prefix)], ROW_TOKENS, Selection("97,3,0", SEED))
+def mixtures(prefix: str) -> tuple[Mixture, Mixture]:
+    """Open a dataset for training and validation, as a run with the default --split does."""
+    stores, selection = [IndexedExamples(prefix)], Selection("97,3,0", SEED)
+    return Mixture(stores, ROW_TOKENS, selection), Mixture(stores, ROW_TOKENS, selection, "valid")
 
 
 def spent(*found: float) -> None:
@@ -123,13 +128,14 @@ def speeds(prefix: Path, count: int) -> Iterator[float]:
             group_by_row(ids[:len(row_of)], row_of, rows, stream_key(SEED, start))
 
     yield count / timed(pack)
-    plan = RowPlan(mixture(str(prefix)), ROW_TOKENS, SEED, f"{prefix}.timed")
+    plan = RowPlan(mixtures(str(prefix))[0], ROW_TOKENS, SEED, f"{prefix}.timed")
     seconds = timed(lambda: plan.rows_of_epoch(0))
     yield len(plan.rows_of_epoch(0).example_ids) / seconds
 
 
 def started(prefix: Path, row: str) -> list[float]:
-    """Start a process that opens its rows and locates one; seconds of both, rows, tokens, and GB of memory."""
+    """Start a process that opens its rows and locates one; seconds by the clock and of a core until it has them,
+    seconds until it has that one, rows and tokens of an epoch, and GB of memory."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", START.format(row_tokens=ROW_TOKENS, seed=SEED),
                            str(prefix), row], capture_output=True, text=True, check=True)
     return list(json.loads(done.stdout.splitlines()[-1]))
@@ -141,12 +147,13 @@ def measure(folder: Path, count: int) -> list[str]:
     try:
         make_dataset(prefix, count)
         per_second = [*speeds(prefix, count)]
-        first, _, rows, tokens, first_memory = started(prefix, "lambda rows: None")
+        *first, _, rows, tokens, first_memory = started(prefix, "lambda rows: None")
         started(prefix, "lambda rows: rows.rows_per_epoch")  # plans epoch 1
-        other, resume, *_, memory = started(prefix, "lambda rows: rows.rows_per_epoch * 3 // 2")
+        *other, resume, _, _, memory = started(prefix, "lambda rows: rows.rows_per_epoch * 3 // 2")
+        starts = ("{:.2f} s ({:.2f} s CPU), {:.2f} GB".format(*found) for found in ([*first, first_memory],
+                                                                                    [*other, memory]))
         return [f"{count:,}", *(f"{speed / 1e6:.1f}" for speed in per_second),
-                f"{tokens / (rows * ROW_TOKENS):.2%}", f"{first:.1f} s, {first_memory:.2f} GB",
-                f"{other:.2f} s, {memory:.2f} GB", f"{resume:.3f} s"]
+                f"{tokens / (rows * ROW_TOKENS):.2%}", *starts, f"{resume:.3f} s"]
     finally:
         shutil.rmtree(folder / f"{count}", ignore_errors=True)
 

@@ -15,6 +15,7 @@ from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
 from hrm_megatron.convert.engine_names import check_names
+from hrm_megatron.convert.gguf_file import rounding
 from hrm_megatron.convert.hf import CONFIG_FILE
 from hrm_megatron.convert.hf_files import read_json
 from hrm_megatron.convert.native import PART_NAMES, model_key, read_native, state_key
@@ -34,13 +35,13 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Loaded:
-    """A folder, its format, and which of its weights to run, rounded to `dtype` and computed in fp32."""
+    """A folder, its format, and which of its weights to run, rounded to `dtype` (of --dtype) and computed in fp32."""
 
     folder: Path
     format: str
     checkpoint: Checkpoint | None = None  # what was read of it already
     kind: str = RAW
-    dtype: torch.dtype = torch.float32
+    dtype: str = "float32"
 
 
 def compare(source: Loaded, target: Loaded, architecture: Architecture, max_tokens: int) -> str:
@@ -150,7 +151,8 @@ def _load_as_megatron(model: HRMModel, folder: Path) -> None:
                           strict=False)  # but for what stock layers keep beside tensors
 
 
-def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def _round(model: torch.nn.Module, dtype: str) -> None:
+    rounded = rounding(dtype)
     for weight in model.parameters():
-        if weight.is_floating_point():  # codes of few bits are none
-            weight.copy_(weight.to(dtype))
+        if weight.dim() > 1 and weight.is_floating_point():  # not the start of z_L, nor codes
+            weight.copy_(rounded(weight))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from hrm_megatron.checkpoint.stream import LazyTensor
 from hrm_megatron.checkpoint.verify import UNVERIFIED
 from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
-from hrm_megatron.convert.card import CARD_FILE, model_card
+from hrm_megatron.convert import prefix_generate
+from hrm_megatron.convert.card import CARD_FILE, NO_SECTIONS, Sections, model_card
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, TokenIds, Training
 from hrm_megatron.convert.hf_files import FLOATS, INDEX_FILE, LOW_BIT, HFFiles, read_json
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer
@@ -25,7 +27,9 @@ from hrm_megatron.data.spelling import BOQ, EOA, PAD, SPECIAL_TOKENS, Spelling
 from hrm_megatron.model.schedule import split_bp_steps
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+GENERATE_FILE = "custom_generate/generate.py"  # of transformers
 WITHOUT_CHECKSUMS = "has no checksums, so that its files were held against their headers only"
+MAX_SHARD_SIZE = "5GB"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What an HRM is in transformers' words.
 FIXED: dict[str, Any] = dict(model_type="hrm_text", tie_word_embeddings=False, prefix_lm=True)
@@ -42,11 +46,16 @@ def bp_list(h_cycles: int, l_cycles: int, bp_steps: int) -> list[int]:
     return [min(l_cycles, max(0, l_bp - l_cycles * (h_cycles - 1 - cycle))) for cycle in range(h_cycles)]
 
 
+def refuse_post_norm(checkpoint: Checkpoint, program: str) -> None:
+    """Refuse a model that this program has no layers for."""
+    if "post" in (checkpoint.architecture.norm_placement, checkpoint.architecture.h_norm_placement):
+        raise ConfigError(f"{checkpoint.path}: post-norm layers, which {program} does not have; save as megatron or "
+                          "native")
+
+
 def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: Mapping[str, TokenIds]) -> dict[str, Any]:
+    refuse_post_norm(checkpoint, "transformers' HrmText")
     a, t = checkpoint.architecture, checkpoint.training
-    if "post" in (a.norm_placement, a.h_norm_placement):
-        raise ConfigError(f"{checkpoint.path}: post-norm layers, which transformers' HrmText does not have; save as "
-                          "megatron or native")
     return dict(
         FIXED, architectures=["HrmTextForCausalLM"], vocab_size=a.padded_vocab_size, hidden_size=a.hidden_size,
         intermediate_size=a.ffn_hidden_size, num_hidden_layers=a.num_layers,  # per stack
@@ -57,8 +66,9 @@ def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: Mapping[str, Token
 
 
 def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str = "float32",
-             tokenizer: str | Path | None = None, max_shard_size: int | str = "5GB",
-             ledger: Ledger | None = None, quantized: Quantized | None = None) -> None:
+             tokenizer: str | Path | None = None, max_shard_size: int | str = MAX_SHARD_SIZE,
+             ledger: Ledger | None = None, sections: Sections = NO_SECTIONS,
+             quantized: Quantized | None = None) -> None:
     """Write the weights of this kind so that unmodified transformers computes the same logits.
 
     With a `tokenizer` (folder or tokenizer.json), `generate(**tokenizer(prompt))` sees the prompt both ways, as
@@ -68,7 +78,7 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     checkpoint.require(kind)
     architecture, max_tokens = checkpoint.architecture, checkpoint.training.seq_length
     beside = None if tokenizer is None else ExportTokenizer.open(tokenizer)
-    token_ids = _token_ids(checkpoint, beside)
+    token_ids = token_ids_of(checkpoint, beside)
     config = _config_of(checkpoint, dtype, token_ids)
     if quantized:
         config[CONFIG_KEY] = quantized.quantization.config()
@@ -94,16 +104,18 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
         files[INDEX_FILE] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     for file, values in files.items():
         (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    card = model_card(architecture, max_tokens, dtype, beside.pad_token if beside else None,
-                      token_ids.get("bos_token_id", 0), beside.text.spelling if beside else Spelling(), quantized)
+    card = model_card(checkpoint, dtype, beside.pad_token if beside else None, token_ids.get("bos_token_id", 0),
+                      beside.text.spelling if beside else Spelling(), sections, quantized)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    (folder / GENERATE_FILE).parent.mkdir(exist_ok=True)
+    shutil.copyfile(prefix_generate.__file__, folder / GENERATE_FILE)
 
 
 def _exported(checkpoint: Checkpoint, kind: str, entry: Rename, dtype: torch.dtype) -> LazyTensor:
     return LazyTensor(entry.shape, dtype, lambda: entry.from_megatron(checkpoint.part_of(kind, entry)).to(dtype))
 
 
-def _token_ids(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict[str, TokenIds]:
+def token_ids_of(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict[str, TokenIds]:
     """Return the ids of the tokens that transformers asks for by role, all of them rows of the model."""
     architecture = checkpoint.architecture
     # A vocabulary of as many tokens as there are rows may be one that was padded.

@@ -9,25 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.spelling import Spelling
+from hrm_megatron.convert.chat_template import chat_template
 from hrm_megatron.data.tokenizer import CONFIG_FILE, PAD_TOKENS, TextTokenizer, tokenizer_files
-
-
-def chat_template(spelling: Spelling) -> str:
-    """Spell one question, since training has no other kind of prompt; `condition` may be given to
-    apply_chat_template."""
-    boq, eoq = (json.dumps(token) for token in (spelling.boq, spelling.eoq))
-    return (
-        "{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}"
-        "{{- raise_exception('this model takes one message, of the role user') -}}{%- endif -%}"
-        f"{{%- set tokens = {json.dumps(dict(spelling.tags))} -%}}"
-        f"{{{{- {boq} -}}}}"
-        "{%- for tag in (condition or '').split(',') if tag.strip() -%}"
-        "{%- if tag.strip() not in tokens -%}"
-        "{{- raise_exception('unknown tag ' ~ tag ~ '; use ' ~ tokens | join(', ')) -}}{%- endif -%}"
-        "{{- tokens[tag.strip()] -}}{%- endfor -%}"
-        f"{{{{- messages[0]['content'] ~ {eoq} -}}}}"
-    )
 
 
 @dataclass(frozen=True)

@@ -39,20 +39,22 @@ class Ledger:
         """Return the same tensor, which is noted when it is made."""
         def make() -> torch.Tensor:
             tensor = lazy.made()
-            self._note(name, tensor)
+            self.note(name, tensor)
             return tensor
         return LazyTensor(lazy.shape, lazy.dtype, make)
 
-    def _note(self, name: str, tensor: torch.Tensor) -> None:
+    def note(self, name: str, tensor: torch.Tensor, stored: torch.Tensor | None = None, kind: str = "") -> None:
+        """Note a tensor, and the bytes of this kind that are stored for it where they are not its own."""
         if tensor.is_floating_point() and not all(end.isfinite() for end in tensor.aminmax()):  # NaN passes through it
             if not self.allow_nonfinite:
                 count = int((~tensor.isfinite()).sum())
                 raise ConfigError(f"{name}: {count} of {tensor.numel()} numbers are NaN or infinite; choose an earlier "
                                   "checkpoint, or pass --allow-nonfinite to write them as they are")
             self.not_finite.append(name)
-        self.tensors[name] = dict(dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
-                                  sha256=tensor_digest(tensor))
-        self.passed(tensor.nbytes)
+        stored = tensor if stored is None else stored
+        self.tensors[name] = dict(dtype=kind or str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape),
+                                  sha256=tensor_digest(stored))
+        self.passed(stored.nbytes)
 
     def write(self, folder: Path, **facts: object) -> None:
         """Write the manifest of the export: `facts` about it, and dtype, shape and checksum of each tensor."""

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from hrm_megatron.checkpoint.folders import TRACKER_FILE, find_iteration
 from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
+from hrm_megatron.convert.card import Sections
 from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint
 from hrm_megatron.convert.comparison import Loaded, compare
-from hrm_megatron.convert.hf import CONFIG_FILE, DTYPES, read_hf, write_hf
+from hrm_megatron.convert.gguf_file import BYTES_OF_WEIGHT, GGUF_FILE, Q8_0, check_gguf, library, read_back, write_gguf
+from hrm_megatron.convert.gguf_names import NESTED
+from hrm_megatron.convert.hf import CONFIG_FILE, MAX_SHARD_SIZE, read_hf, write_hf
 from hrm_megatron.convert.ledger import Ledger, progress
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
@@ -27,7 +28,9 @@ from hrm_megatron.convert.to_megatron import write_megatron
 from hrm_megatron.program import whole_folder
 
 FORMATS = ("megatron", "hf", "native")
-SIGNATURES = (TRACKER_FILE, CONFIG_FILE, NATIVE_CONFIG_FILE)  # one of them is in every folder written here
+SAVE_FORMATS = (*FORMATS, "gguf")
+WEIGHTS_ALONE = ("hf", "gguf")  # formats without optimizer state
+SIGNATURES = (TRACKER_FILE, CONFIG_FILE, NATIVE_CONFIG_FILE, GGUF_FILE)  # one of them is in every folder written here
 RESERVE_BYTES = 1 << 20
 VERIFIED_PARAMETERS = 2e9  # fp32 models of that size and above do not fit the memory of many machines
 
@@ -47,7 +50,10 @@ class Conversion:
     ckpt_step: int | None = None
     tokenizer_model: Path | None = None
     dtype: str = "float32"
-    max_shard_size: str = "5GB"
+    max_shard_size: str = MAX_SHARD_SIZE
+    gguf_keys: str | None = None
+    data_report: Path | None = None
+    evaluation: Path | None = None
     overwrite: bool = False
     verify_checkpoint: bool = True
     verify: bool | None = None
@@ -58,9 +64,19 @@ def convert(job: Conversion) -> str:
     """Do one conversion and return a line about it; raise ConfigError with one line, and then leave no output."""
     if job.ckpt_step is not None and job.load_format == "hf":
         raise ConfigError(f"--ckpt-step {job.ckpt_step}: a transformers folder has no steps; leave the flag out")
-    if job.save_format != "hf" and (job.tokenizer_model or job.dtype != "float32"):
-        raise ConfigError(f"--tokenizer-model and --dtype are for --save-format hf; {job.save_format} keeps fp32 "
-                          "masters")
+    if job.save_format not in WEIGHTS_ALONE and (job.tokenizer_model or job.dtype != "float32"):
+        raise ConfigError(f"--tokenizer-model and --dtype are for --save-format hf and gguf; {job.save_format} keeps "
+                          "fp32 masters")
+    for flag, given, of in ((f"--dtype {Q8_0}", job.dtype == Q8_0, "gguf"),
+                            (f"--gguf-keys {job.gguf_keys}", job.gguf_keys, "gguf"),
+                            (f"--max-shard-size {job.max_shard_size}", job.max_shard_size != MAX_SHARD_SIZE, "hf")):
+        if given and job.save_format != of:
+            raise ConfigError(f"{flag}: is for --save-format {of}; leave it out")
+    for flag, path in (("--data-report", job.data_report), ("--evaluation", job.evaluation)):
+        if path and job.save_format not in WEIGHTS_ALONE:
+            raise ConfigError(f"{flag} {path}: is for the README.md of --save-format hf and gguf; leave it out")
+    if job.save_format == "gguf":
+        library()
     save, load = job.save.resolve(), job.load.resolve()
     if save == load or save in load.parents or load in save.parents:
         raise ConfigError(f"--save {job.save}: overlaps --load {job.load}; choose a folder apart")
@@ -74,33 +90,43 @@ def convert(job: Conversion) -> str:
 
 def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
     step = checkpoint.iteration
-    if job.weights and job.save_format != "hf":
+    if job.weights and job.save_format not in WEIGHTS_ALONE:
         checkpoint = checkpoint.only_weights(job.weights)
     kind = job.weights or (EMA if EMA in checkpoint.parts or checkpoint.iteration else RAW)
-    if job.save_format == "hf":
+    if job.save_format in WEIGHTS_ALONE:
         checkpoint.require(kind)
+    sections = Sections.read(job.data_report, job.evaluation)
     size_bytes = output_bytes(job, checkpoint)
     with new_folder(job.save, job.overwrite, size_bytes) as folder:
         with progress(size_bytes) as passed:
             ledger = Ledger(job.allow_nonfinite, passed)
             if job.save_format == "hf":
-                write_hf(checkpoint, folder, kind, job.dtype, job.tokenizer_model, job.max_shard_size, ledger)
+                write_hf(checkpoint, folder, kind, job.dtype, job.tokenizer_model, job.max_shard_size, ledger,
+                         sections)
+            elif job.save_format == "gguf":
+                write_gguf(checkpoint, folder, kind, job.dtype, job.tokenizer_model, job.gguf_keys or NESTED, ledger,
+                           sections)
             elif job.save_format == "native":
                 write_native(checkpoint, folder, ledger)
             else:
                 write_megatron(checkpoint, folder, ledger)
         settings = dataclasses.asdict(checkpoint.architecture) | (
-            dict(dtype=job.dtype, weights=kind) if job.save_format == "hf" else {})
+            dict(dtype=job.dtype, weights=kind) if job.save_format in WEIGHTS_ALONE else {})
         ledger.write(folder, source=str(job.load), source_format=job.load_format, format=job.save_format,
                      iteration=step, settings=settings)
         compared = _compare(job, checkpoint, kind, ledger, folder)
-    content = "weights and optimizer state" if job.save_format != "hf" and checkpoint.has_state else f"{kind} weights"
+    content = "weights and optimizer state" if job.save_format not in WEIGHTS_ALONE and checkpoint.has_state \
+        else f"{kind} weights"
     said = (f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(table(checkpoint.architecture))} "
             f"tensors, from {checkpoint.path}")
     if checkpoint.remark:
         said += f", which {checkpoint.remark}"
     if job.save_format == "megatron" and not checkpoint.has_state:
         said += "; train from them with --finetune, moments and EMA begin there"
+    if job.save_format == "gguf":
+        said += "; llama.cpp reads prompts causally unless it is told otherwise, which the README.md beside it says"
+        if job.tokenizer_model is None:
+            said += "; no tokenizer in it, so that llama.cpp takes token ids only (--tokenizer-model puts one there)"
     if job.save_format == "hf" and job.tokenizer_model is None:
         said += "; no tokenizer beside them, and token ids of " + (
             str(job.load) if checkpoint.token_ids else "HRM-Text's tokenizers") + " (--tokenizer-model puts one there)"
@@ -111,6 +137,8 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
 
 def _compare(job: Conversion, checkpoint: Checkpoint, kind: str, ledger: Ledger, folder: Path) -> str:
     """Load what was written and compare it with its source, unless that is not wanted; return what to say of it."""
+    if job.save_format == "gguf":
+        check_gguf(folder, checkpoint.architecture, job.gguf_keys or NESTED, job.tokenizer_model is not None)
     skipped = "its logits were not compared with the source's"
     parameters = checkpoint.architecture.num_parameters
     if job.verify is False:
@@ -119,17 +147,18 @@ def _compare(job: Conversion, checkpoint: Checkpoint, kind: str, ledger: Ledger,
         return f"{skipped} ({parameters / 1e9:.1f} billion parameters; --verify compares them)"
     if ledger.not_finite:
         return f"{skipped}, which are NaN"
-    dtype, kind = (DTYPES[job.dtype], kind) if job.save_format == "hf" else (torch.float32, RAW)
-    source = Loaded(job.load, job.load_format, None if job.load_format == "hf" else checkpoint, kind, dtype)
-    return compare(source, Loaded(folder, job.save_format, dtype=dtype), checkpoint.architecture,
-                   checkpoint.training.seq_length)
+    kind = kind if job.save_format in WEIGHTS_ALONE else RAW
+    source = Loaded(job.load, job.load_format, None if job.load_format == "hf" else checkpoint, kind, job.dtype)
+    target = Loaded(folder, "gguf", read_back(folder, checkpoint)) if job.save_format == "gguf" else \
+        Loaded(folder, job.save_format, dtype=job.dtype)
+    return compare(source, target, checkpoint.architecture, checkpoint.training.seq_length)
 
 
 def output_bytes(job: Conversion, checkpoint: Checkpoint) -> int:
     """Size of the tensors that will be written."""
     elements = sum(math.prod(entry.shape) for entry in table(checkpoint.architecture))
-    if job.save_format == "hf":
-        return elements * DTYPES[job.dtype].itemsize
+    if job.save_format in WEIGHTS_ALONE:
+        return round(elements * BYTES_OF_WEIGHT[job.dtype])
     copies = len(PARTS)
     if job.save_format == "megatron":  # which stores weights beside their masters
         copies = len(PARTS) + 1 if checkpoint.has_state else 1

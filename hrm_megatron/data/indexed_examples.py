@@ -105,9 +105,13 @@ class IndexedExamples:
     def example_name(self, i: int) -> str:
         return f"{self.prefix}, example {i}"
 
-    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Prefix and target lengths of all examples, int32 [n] each: the file itself where there is one shard."""
-        both = _joined([OpenShard(shard).lengths for shard in self._shards])
+    def lengths(self, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Prefix and target lengths of examples `start` to `stop` - 1, int32 [n] each: of one shard the file itself."""
+        stop = len(self) if stop is None else stop
+        first = int(np.searchsorted(self._first, start, side="right")) - 1
+        parts = [OpenShard(shard).lengths[max(0, start - begin):stop - begin]
+                 for shard, begin in zip(self._shards[first:], self._first[first:], strict=False) if begin < stop]
+        both = _joined(parts)
         return both[:, 0], both[:, 1]
 
     def prompt_keys(self) -> np.ndarray | None:

@@ -44,6 +44,24 @@ def write_kept(store: IndexedExamples, kept: np.ndarray, facts: dict[str, Any]) 
 
 def kept_mask(store: IndexedExamples) -> np.ndarray | None:
     """Say of each example [n] whether it is kept; None where all are. Refuses the list of another dataset."""
+    bits = _kept_bits(store)
+    return None if bits is None else np.unpackbits(bits, count=len(store)).view(bool)
+
+
+def kept_count(store: IndexedExamples) -> int | None:
+    """Count the examples that are kept; None where all are."""
+    bits = _kept_bits(store)
+    return None if bits is None else int(np.bitwise_count(bits).sum(dtype=np.int64))
+
+
+def kept_digest(store: IndexedExamples) -> str | None:
+    """Hash which examples are kept; None where all are."""
+    bits = _kept_bits(store)
+    return None if bits is None else hashlib.sha256(bits.data).hexdigest()
+
+
+def _kept_bits(store: IndexedExamples) -> np.ndarray | None:
+    """Read a bit of each example, eight to a byte, the last byte filled up with zeros."""
     bits, described = kept_files(store.prefix)
     if not described.exists():
         return None
@@ -51,7 +69,10 @@ def kept_mask(store: IndexedExamples) -> np.ndarray | None:
         facts = json.loads(described.read_text(encoding="utf-8"))
         if facts["dataset"] != dataset_digest(store):
             raise ValueError("made for another dataset")
-        return np.unpackbits(np.load(bits, allow_pickle=False), count=len(store)).view(bool)
+        found = np.load(bits, allow_pickle=False)
+        if found.dtype != np.uint8 or found.shape != (-(-len(store) // 8),):
+            raise ValueError(f"{bits.name} holds {found.dtype} of shape {found.shape}")
+        return np.asarray(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{described}: {error}; deduplicate again, or delete it to train on all examples") from error
 
@@ -81,9 +102,3 @@ def dataset_digest(store: IndexedExamples) -> str:
                 while block := file.read(HASHED_BYTES):
                     hashed.update(block)
     return hashed.hexdigest()
-
-
-def kept_digest(store: IndexedExamples) -> str | None:
-    """Hash which examples are kept; None where all are."""
-    mask = kept_mask(store)
-    return None if mask is None else hashlib.sha256(mask.data).hexdigest()

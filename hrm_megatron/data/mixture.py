@@ -13,9 +13,14 @@ from hrm_megatron.data.indexed_examples import IndexedExamples, SourceRange
 from hrm_megatron.data.kept_examples import dataset_digest, kept_digest, kept_mask
 from hrm_megatron.data.sampling_rules import Rule, Rules
 from hrm_megatron.data.shuffle import Ints, stream_key
-from hrm_megatron.data.split import PARTS, example_parts, ids_where
-from hrm_megatron.data.walk import Pair, Window, check_lengths, row_lengths, smallest_dtype
+from hrm_megatron.data.split import PARTS, example_parts
+from hrm_megatron.data.walk import Pair, Window, blocks, check_lengths, row_lengths, smallest_dtype
 
+# An example is planned as one number, its id and below that the positions that it takes: examples are read in a random
+# order, which costs an access to memory for each array.
+LENGTH_BITS = 24
+LENGTH_MASK = np.uint64((1 << LENGTH_BITS) - 1)
+MAX_ROW_TOKENS = (1 << LENGTH_BITS) - 2  # so that a longer example is told from a full row
 WALK_STREAM = 20_421  # keeps the walks of sources apart from the orders of epochs and from the split
 
 
@@ -60,9 +65,14 @@ class Mixture:
     def size(self) -> int:
         return int(self.first[-1])
 
-    def count_examples(self) -> int:
-        """Count the examples of this part."""
-        return sum(len(self._chosen(k)) for k in range(len(self.stores)))
+    def count_examples(self) -> dict[str, int]:
+        """Count the examples of each part, all from one pass."""
+        counts = dict.fromkeys(PARTS, 0)
+        for k in range(len(self.stores)):
+            found = self.parts_of(k)
+            for number, part in enumerate(PARTS):
+                counts[part] += int(np.count_nonzero(found == number))
+        return counts
 
     def identity(self, epoch: int) -> str:
         if self._identity is None:
@@ -77,10 +87,14 @@ class Mixture:
         return Path(f"{self.stores[0].prefix}.rows")
 
     def check(self, row_tokens: int) -> None:
+        if row_tokens > MAX_ROW_TOKENS:
+            raise ConfigError(f"rows of {row_tokens} positions: there are at most {MAX_ROW_TOKENS}; choose a smaller "
+                              "--seq-length")
         if self.selection.rules:  # they truncate or drop
             return
         for store in self.stores:
-            check_lengths(row_lengths(*store.lengths()), row_tokens, store.example_name)
+            for start, stop in blocks(0, len(store)) if len(store) else [(0, 0)]:
+                check_lengths(row_lengths(*store.lengths(start, stop)), row_tokens, store.example_name, start)
 
     def epoch(self, epoch: int) -> MixedEpoch:
         return MixedEpoch(self, epoch)
@@ -94,38 +108,39 @@ class Mixture:
         store, own = self._placed(i)
         return self.stores[store].example_name(own)
 
-    def parts_of(self, store: int) -> np.ndarray:
-        """Part of each example of a dataset, uint8 [n]; examples that are not kept are in none."""
-        source, split = self.stores[store], self.selection.split
-        parts = (example_parts(len(source), split, self.selection.seed, source.prompt_keys()) if split else
-                 np.full(len(source), PARTS.index(self.part), np.uint8))
-        kept = kept_mask(source)
+    def parts_of(self, k: int) -> np.ndarray:
+        """Part of each example of dataset k, uint8 [n]; examples that are not kept, or not chosen, are in none."""
+        store, split, own = self.stores[k], self.selection.split, PARTS.index(self.part)
+        if self.example_ids is not None:
+            parts = np.full(len(store), len(PARTS), np.uint8)
+            ids = np.asarray(self.example_ids, np.int64) - self.first[k]
+            parts[ids[(ids >= 0) & (ids < len(store))]] = own
+            return parts
+        parts = (example_parts(len(store), split, self.selection.seed, store.prompt_keys()) if split else
+                 np.full(len(store), own, np.uint8))
+        kept = kept_mask(store)
         if kept is not None:
             parts[~kept] = len(PARTS)
         return parts
 
-    def streams(self) -> Iterator[tuple[SourceRange, Rule, Ints, Ints]]:
-        """Yield of each source of examples: what it is, its rule, ids [n] and the positions that each takes [n]."""
+    def streams(self) -> Iterator[tuple[Rule, Iterator[Ints]]]:
+        """Yield of each source of examples its rule, and its examples of this part block by block: `packed`."""
         rules = iter(self._rules)
-        for k, store in enumerate(self.stores):
-            chosen, first = self._chosen(k), self.id_dtype.type(self.first[k])
-            prefixes, targets = store.lengths()
-            lengths = row_lengths(prefixes, targets)
-            borders = np.searchsorted(chosen, [source.first for source in self.sources[k]])
-            for source, rule, own in zip(self.sources[k], rules, np.split(chosen, borders[1:]), strict=False):
-                if self.selection.rules:
-                    own = own[rule.eligible(prefixes[own], targets[own], self.row_tokens + 1)]
-                    found = np.minimum(lengths[own], self.row_tokens)
-                else:
-                    found = lengths if len(own) == len(lengths) else lengths[own]
-                yield source, rule, own + first if first else own, found
+        for k, sources in enumerate(self.sources):
+            chosen = self.parts_of(k)
+            for source, rule in zip(sources, rules, strict=False):
+                yield rule, self._examples(k, source, rule, chosen)
 
-    def _chosen(self, k: int) -> Ints:
-        """Examples of dataset k that are of this part, ascending numbers in it."""
-        if self.example_ids is None:
-            return ids_where(self.parts_of(k), PARTS.index(self.part)).astype(self.id_dtype, copy=False)
-        ids = np.sort(self.example_ids)
-        return (ids[slice(*np.searchsorted(ids, self.first[k:k + 2]))] - self.first[k]).astype(self.id_dtype)
+    def _examples(self, k: int, source: SourceRange, rule: Rule, parts: np.ndarray) -> Iterator[Ints]:
+        longest = self.row_tokens if self.selection.rules else MAX_ROW_TOKENS + 1
+        for start, stop in blocks(source.first, source.first + source.count):
+            prefixes, targets = self.stores[k].lengths(start, stop)
+            of_part = parts[start:stop] == PARTS.index(self.part)
+            if self.selection.rules:
+                of_part &= rule.eligible(prefixes, targets, self.row_tokens + 1)
+            own = np.flatnonzero(of_part)
+            lengths = np.minimum(row_lengths(prefixes, targets), longest)
+            yield packed(own + (start + self.first[k]), lengths[own])
 
     def _placed(self, i: int) -> tuple[int, int]:
         store = int(np.searchsorted(self.first, i, side="right")) - 1
@@ -137,17 +152,28 @@ class MixedEpoch:
 
     def __init__(self, mixture: Mixture, epoch: int) -> None:
         selection = mixture.selection
-        self.number, self.key = epoch, stream_key(selection.seed, epoch)
-        pieces = [(rule, ids, lengths) for _, rule, ids, lengths in mixture.streams()]
-        self.ids, self.lengths = _joined([ids for _, ids, _ in pieces]), _joined([lengths for *_, lengths in pieces])
-        sizes = [len(ids) for _, ids, _ in pieces]
+        self.number, self.key, self.id_dtype = epoch, stream_key(selection.seed, epoch), mixture.id_dtype
+        examples = np.empty(mixture.size, np.uint64)  # more than there are: memory that is not written takes none
+        rules: list[Rule] = []
+        firsts, tokens = [0], []
+        for rule, found in mixture.streams():
+            count, positions = firsts[-1], 0
+            for block in found:
+                examples[count:count + len(block)] = block
+                count += len(block)
+                positions += int((block & LENGTH_MASK).sum(dtype=np.int64))
+            rules.append(rule)
+            firsts.append(count)
+            tokens.append(positions)
+        self.examples = examples[:firsts[-1]]
+        sizes = np.diff(firsts).tolist()
         quotas = sizes
         if mixture.part == "train":
-            quotas = [rule.per_epoch(size) for (rule, *_), size in zip(pieces, sizes, strict=True)]
+            quotas = [rule.per_epoch(size) for rule, size in zip(rules, sizes, strict=True)]
             if selection.weights:
-                quotas = weighted_quotas(selection.weights, sizes, self.lengths)
+                quotas = weighted_quotas(selection.weights, sizes, tokens)
         streams = [(quota, size, first, stream_key(selection.seed, WALK_STREAM, k)) for k, (quota, size, first) in
-                   enumerate(zip(quotas, sizes, np.cumsum([0, *sizes]), strict=False)) if quota]
+                   enumerate(zip(quotas, sizes, firsts, strict=False)) if quota]
         if not streams:
             raise ConfigError("no examples to pack; check the input and --split")
         self.begins = np.cumsum([0, *(quota for quota, *_ in streams)])
@@ -158,24 +184,26 @@ class MixedEpoch:
         return int(self.begins[-1])
 
     def window(self, start: int, stop: int) -> Window:
-        from hrm_megatron.data.kernels import draw
+        from hrm_megatron.data.kernels import draw, gather
 
         places = draw(start, stop, self.number, self.key, self.begins, self.firsts, self.sizes, self.keys)
-        return Window(self.ids[places], self.lengths[places])
+        window = Window(np.empty(len(places), self.id_dtype), np.empty(len(places), np.int32))
+        gather(self.examples, places, LENGTH_BITS, *window)
+        return window
 
 
-def weighted_quotas(weights: Sequence[float], sizes: Sequence[int], lengths: Ints) -> list[int]:
-    """Examples that each dataset gives to an epoch, which has as many tokens as all datasets together.
+def packed(ids: Ints, lengths: Ints) -> Ints:
+    """Join ids [n] and lengths [n] to numbers [n] uint64, in the place of the ids."""
+    ids <<= LENGTH_BITS
+    ids |= lengths
+    return ids.view(np.uint64)
 
-    `lengths` are the positions of all examples, dataset by dataset.
-    """
-    tokens = [int(part.sum(dtype=np.int64)) for part in np.split(lengths, np.cumsum(sizes)[:-1])]
+
+def weighted_quotas(weights: Sequence[float], sizes: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """Examples that each dataset of so many examples and positions gives to an epoch, which has as many positions as
+    all datasets together."""
     if not all(tokens):
         raise ConfigError("a weighted dataset has no examples in its training part; check --split, or leave it out")
     share = sum(tokens) / sum(weights)
     return [max(1, round(weight * share * size / own)) for weight, size, own in zip(weights, sizes, tokens,
                                                                                     strict=True)]
-
-
-def _joined(arrays: list[Ints]) -> Ints:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

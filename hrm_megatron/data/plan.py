@@ -59,11 +59,12 @@ def plan_windows(epoch: Epoch, row_tokens: int, window_examples: int, *seed: int
 
 def warm_up(id_dtype: np.dtype[np.unsignedinteger]) -> None:
     """Compile all that planning calls."""
-    from hrm_megatron.data.kernels import best_fit, draw, group_by_row
+    from hrm_megatron.data.kernels import best_fit, draw, gather, group_by_row
 
     one, key = np.ones(1, np.int64), stream_key(0)
-    draw(0, 1, 0, key, np.arange(2), one, one, np.zeros(1, np.uint64))
-    group_by_row(one.astype(id_dtype), best_fit(one.astype(np.int32), 1)[0], 1, key)
+    ids, lengths = one.astype(id_dtype), one.astype(np.int32)
+    gather(one.view(np.uint64), draw(0, 1, 0, key, np.arange(2), one, one, np.zeros(1, np.uint64)) - 1, 1, ids, lengths)
+    group_by_row(ids, best_fit(one.astype(np.int32), 1)[0], 1, key)
 
 
 class RowPlan:

@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -92,8 +93,18 @@ _worker_tokenizer: TextTokenizer
 
 def _start_worker(tokenizer_path: Path, engine: str) -> None:
     global _worker_tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker_tokenizer = TextTokenizer(tokenizer_path, engine)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that gives it work has: a killed one says nothing, and its workers would wait for
+    pieces forever."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(piece: Piece, rows: RowFormat, context_size: int, lint: bool) -> Encoded:

@@ -13,10 +13,3 @@ Ints = np.ndarray  # [n] integers
 def stream_key(*numbers: int) -> np.uint64:
     """Mix numbers (seed, epoch, ...) into the 64 bits that a permutation is computed from."""
     return np.uint64(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def random_order(count: int, *numbers: int) -> Ints:
-    """Permute range(count) by the numbers."""
-    from hrm_megatron.data.kernels import order_between
-
-    return order_between(0, count, count, stream_key(*numbers))

@@ -1,30 +1,14 @@
 """Which examples train, which validate and which test."""
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import numpy as np
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.shuffle import stream_key
-from hrm_megatron.data.walk import BLOCK_EXAMPLES, smallest_dtype
+from hrm_megatron.data.walk import blocks
 
 SPLIT_STREAM = 969_301  # keeps the split's numbers apart from those of the epochs
 PARTS = ("train", "valid", "test")
-
-Ids = np.ndarray  # [n] example ids, ascending
-
-log = logging.getLogger(__name__)
-
-
-class Split(NamedTuple):
-    """Example ids of each part, ascending; no id is in two parts."""
-
-    train: Ids
-    valid: Ids
-    test: Ids
 
 
 def split_weights(split: str) -> list[float]:
@@ -60,14 +44,15 @@ def example_parts(count: int, split: str, seed: int, prompt_keys: np.ndarray | N
     cut in the proportions of `split`, whatever other examples there are. Without, `split_sizes` examples of each part
     are chosen.
     """
-    from hrm_megatron.data.kernels import parts_by_key, parts_by_place
+    from hrm_megatron.data.kernels import order_between, parts_by_key
 
     key, parts = stream_key(seed, SPLIT_STREAM), np.empty(count, np.uint8)
     sizes = split_sizes(count, split)
     weights = split_weights(split)
-    for start, stop in _blocks(count):
+    for start, stop in blocks(0, count):
         if prompt_keys is None:
-            parts[start:stop] = parts_by_place(start, stop, count, key, sizes[0], sizes[0] + sizes[1])
+            place = order_between(start, stop, count, key)
+            parts[start:stop] = np.add(place >= sizes[0], place >= sizes[0] + sizes[1], dtype=np.uint8)
         else:
             train_end, valid_end = (np.uint64(min(int(share * 2**64), 2**64 - 1)) for share in np.cumsum(weights[:2]))
             last = max(part for part, weight in enumerate(weights) if weight)
@@ -78,20 +63,6 @@ def example_parts(count: int, split: str, seed: int, prompt_keys: np.ndarray | N
     return parts
 
 
-def split_examples(count: int, split: str, seed: int, prompt_keys: np.ndarray | None = None) -> Split:
-    """Divide `count` examples by `example_parts`."""
-    parts = example_parts(count, split, seed, prompt_keys)
-    return Split(*(ids_where(parts, part) for part in range(len(PARTS))))
-
-
-def ids_where(values: np.ndarray, value: int) -> Ids:
-    """Positions [n] of `value`, without temporary arrays of the whole."""
-    dtype = smallest_dtype(len(values))
-    found = [(np.flatnonzero(values[start:stop] == value) + start).astype(dtype) for start, stop in
-             _blocks(len(values))]
-    return np.concatenate([np.empty(0, dtype), *found])
-
-
 def _leave_none_empty(parts: np.ndarray, weights: list[float], prompt_keys: np.ndarray) -> None:
     """Give a part of positive weight that chance has left empty the prompt of the lowest key of the largest part."""
     largest = int(np.argmax(weights))
@@ -100,8 +71,3 @@ def _leave_none_empty(parts: np.ndarray, weights: list[float], prompt_keys: np.n
             candidates = prompt_keys[parts == largest]
             if len(candidates) and candidates.min() != candidates.max():
                 parts[prompt_keys == candidates.min()] = part
-
-
-def _blocks(count: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, count, BLOCK_EXAMPLES):
-        yield start, min(start + BLOCK_EXAMPLES, count)

@@ -1,7 +1,7 @@
 """What the rows of an epoch are made of: its examples in the order in which they are packed, window by window."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from hrm_megatron.config import ConfigError
 
-BLOCK_EXAMPLES = 1 << 22  # at a time, so that temporary arrays stay small
+BLOCK_EXAMPLES = 1 << 20  # at a time, so that temporary arrays stay small
 
 Ints = np.ndarray  # [n] integers
 Pair = tuple[np.ndarray, np.ndarray]  # prefix ids, target ids
@@ -62,20 +62,26 @@ def smallest_dtype(count: int) -> np.dtype[np.unsignedinteger]:
     return np.dtype(np.uint32 if count <= 1 << 32 else np.uint64)
 
 
+def blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of examples into blocks."""
+    for first in range(start, stop, BLOCK_EXAMPLES):
+        yield first, min(first + BLOCK_EXAMPLES, stop)
+
+
 def row_lengths(prefixes: Ints, targets: Ints) -> Ints:
     """Positions that each example takes in a row, int32 [n]: the last target token is only a label."""
     found = np.empty(len(prefixes), np.int32)
-    for start in range(0, len(found), BLOCK_EXAMPLES):
-        block = slice(start, start + BLOCK_EXAMPLES)
+    for start, stop in blocks(0, len(found)):
+        block = slice(start, stop)
         np.subtract(prefixes[block] + targets[block], 1, out=found[block], casting="unsafe")
     return found
 
 
-def check_lengths(lengths: Ints, row_tokens: int, name: Callable[[int], str]) -> None:
-    """Refuse an empty list, and an example that fits no row; `name(i)` says which example the i-th is."""
+def check_lengths(lengths: Ints, row_tokens: int, name: Callable[[int], str], first: int = 0) -> None:
+    """Refuse an empty list, and an example that fits no row; `name(first + i)` says which example the i-th is."""
     if not len(lengths):
         raise ConfigError("no examples to pack; check the input and --split")
     longest = int(np.argmax(lengths))
     if lengths[longest] > row_tokens:
-        raise ConfigError(f"{name(longest)} takes {lengths[longest]} positions, more than a row of {row_tokens}; "
-                          f"raise --seq-length, or preprocess again with --context-size {row_tokens}")
+        raise ConfigError(f"{name(first + longest)} takes {lengths[longest]} positions, more than a row of "
+                          f"{row_tokens}; raise --seq-length, or preprocess again with --context-size {row_tokens}")

@@ -6,7 +6,6 @@ attention [n, h]; it rotates queries and keys, and writes keys and values to the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -14,9 +13,8 @@ import torch.nn.functional as F
 
 from hrm_megatron.attention.rotary import Rotation
 from hrm_megatron.generate.cache import BLOCK_TOKENS, PagedCache
+from hrm_megatron.generate.cpu import Loops, numbers
 from hrm_megatron.layers.functions import gated
-
-THREAD_BYTES = 1 << 20  # of cache that is worth a thread
 
 
 class Prefill:
@@ -37,8 +35,8 @@ class Prefill:
         gate, *qkv = gqkv.chunk(4, -1)
         query, key, value = (part.view(-1, 1, heads, d) for part in qkv)  # [n, 1, heads, d]
         query, key = self.rotation(query, key)
-        keys, values = self.cache.pool[slot]
-        keys[self.blocks, :, self.places] = key.squeeze(1)
+        keys, values = self.cache.keys(slot), self.cache.values(slot)
+        keys[self.blocks, :, :, self.places] = key.squeeze(1)
         values[self.blocks, :, self.places] = value.squeeze(1)
         prompts = zip(*(part.permute(1, 2, 0, 3).split(self.lengths, 2) for part in (query, key, value)), strict=True)
         found = [F.scaled_dot_product_attention(*prompt)[0].transpose(0, 1).flatten(1) for prompt in prompts]
@@ -64,11 +62,11 @@ class Gathered:
         gate, *qkv = gqkv.chunk(4, -1)
         query, key, value = (part.view(-1, 1, heads, d) for part in qkv)
         query, key = self.rotation(query, key)
-        pool = self.cache.pool[slot]
-        pool[0][self.own, :, self.places] = key.squeeze(1)
-        pool[1][self.own, :, self.places] = value.squeeze(1)
+        keys, values = self.cache.keys(slot), self.cache.values(slot)
+        keys[self.own, :, :, self.places] = key.squeeze(1)
+        values[self.own, :, self.places] = value.squeeze(1)
         # [b, blocks, heads, positions, d] > [b, heads, keys, d]
-        keys, values = (part[self.tables].transpose(1, 2).flatten(2, 3) for part in pool)
+        keys, values = (part[self.tables].transpose(1, 2).flatten(2, 3) for part in (keys.mT, values))
         found = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=self.allowed)
         return gated(found.flatten(1), gate)
 
@@ -76,36 +74,16 @@ class Gathered:
 class Paged:
     """One new position of each answer on a CPU, where the blocks lie; the gated attention is rounded once."""
 
-    def __init__(self, cache: PagedCache, lengths: np.ndarray, tables: np.ndarray, rotations: CpuRotations) -> None:
-        from hrm_megatron.generate.kernels import attend_rows  # late: numba takes half a second
-
-        self.kernel, self.cache, self.lengths, self.tables = attend_rows, cache, lengths, tables
-        self.pool = (cache.pool.view(torch.uint16) if cache.size.dtype == torch.bfloat16 else cache.pool).numpy()
-        self.cos, self.sin = rotations.cos, rotations.sin
-        row_bytes = int(lengths.mean() + 1) * cache.size.bytes // (cache.size.slots * cache.size.blocks * BLOCK_TOKENS)
-        self.parts = max(1, min(rotations.threads, len(lengths), len(lengths) * row_bytes // THREAD_BYTES))
-        self.threads = rotations.pool
+    def __init__(self, cache: PagedCache, lengths: np.ndarray, tables: np.ndarray, loops: Loops) -> None:
+        self.loops, self.lengths, self.tables = loops, lengths, tables
+        self.pool = numbers(cache.pool.flatten(2))  # [slot, key or value, all blocks]
+        row_bytes = cache.size.bytes // (cache.size.slots * cache.size.blocks * BLOCK_TOKENS)
+        self.read_bytes = int(lengths.sum() + len(lengths)) * row_bytes
 
     def __call__(self, slot: int, gqkv: torch.Tensor) -> torch.Tensor:
-        rows = len(gqkv)
-        out = torch.empty(rows, gqkv.shape[1] // 4)
-        arguments = (gqkv.float().numpy(), *self.pool[slot], self.tables, self.lengths, self.cos, self.sin)
-        if self.parts == 1:
-            self.kernel(*arguments, 0, rows, out.numpy())
-        else:
-            ends = [rows * part // self.parts for part in range(self.parts + 1)]
-            list(self.threads.map(lambda first, last: self.kernel(*arguments, first, last, out.numpy()),
-                                  ends[:-1], ends[1:]))
-        return out.to(gqkv.dtype)
-
-
-class CpuRotations:
-    """What all steps of a CPU share: cosines and sines [context, d/2] of every position, and as many threads as
-    torch's."""
-
-    def __init__(self, context_tokens: int, head_dim: int, theta: float) -> None:
-        rotation = Rotation.of(torch.arange(context_tokens)[None], head_dim, theta)
-        self.cos = rotation.cos[:, 0, 0, :head_dim // 2].contiguous().numpy()
-        self.sin = rotation.sin[:, 0, 0].contiguous().numpy()
-        self.threads = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(self.threads)
+        out = gqkv.new_empty(len(gqkv), gqkv.shape[1] // 4)
+        arguments = numbers(gqkv), *self.pool[slot], self.tables, self.lengths, self.loops.cos, self.loops.sin
+        target = numbers(out)
+        self.loops.divide(len(gqkv), self.read_bytes, lambda first, last: self.loops.kernels.attend_rows(
+            *arguments, first, last, target))
+        return out

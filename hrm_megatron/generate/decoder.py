@@ -8,10 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hrm_megatron.generate.attention import CpuRotations, Gathered, Paged, Prefill
+from hrm_megatron.generate.attention import Gathered, Paged, Prefill
 from hrm_megatron.generate.cache import CacheSize, PagedCache
+from hrm_megatron.generate.cpu import Loops
 from hrm_megatron.generate.weights import LayerWeights, Weights
-from hrm_megatron.layers.functions import normalize
+from hrm_megatron.layers.functions import normalize, swiglu
 from hrm_megatron.model.schedule import unroll
 
 Attention = Callable[[int, torch.Tensor], torch.Tensor]
@@ -29,7 +30,7 @@ class Decoder:
         self.ticks = [tick.stack for tick in unroll(a.h_cycles, a.l_cycles)]
         self.placements = {"H": a.h_norm_placement or a.norm_placement, "L": a.norm_placement}
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
-        self.on_cpu = CpuRotations(context_tokens, a.head_dim, a.rope_theta) if self.device.type == "cpu" else None
+        self.loops = Loops(context_tokens, a.head_dim, a.rope_theta) if self.device.type == "cpu" else None
 
     @property
     def vocab_size(self) -> int:
@@ -57,11 +58,16 @@ class Decoder:
         position is among them.
         """
         attend: Attention
-        if self.on_cpu:
-            attend = Paged(cache, lengths, tables, self.on_cpu)
+        if self.loops:
+            attend = Paged(cache, lengths, tables, self.loops)
         else:
             attend = Gathered(cache, lengths, tables, self.architecture.rope_theta)
         return self._logits(self._states(np.asarray(tokens, dtype=np.int64), attend))
+
+    @torch.no_grad()
+    def logits_at(self, tokens: np.ndarray, attend: Attention, places: np.ndarray) -> torch.Tensor:
+        """Return the logits [n, v] at `places` among `tokens` in fp32; `attend` says which sees which."""
+        return self._logits(self._states(tokens, attend)[torch.as_tensor(places, device=self.device)])
 
     def _logits(self, z_h: torch.Tensor) -> torch.Tensor:
         return (z_h @ self.weights.head).float()
@@ -82,18 +88,16 @@ class Decoder:
         return self._norm(x) if pre else x
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
-        return normalize(x, self.architecture.norm_epsilon)[0]
+        epsilon = self.architecture.norm_epsilon
+        return self.loops.norm(x, epsilon) if self.loops else normalize(x, epsilon)[0]
+
+    def _swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        return self.loops.swiglu(x) if self.loops else swiglu(x)
 
     def _pre_norm_layer(self, w: LayerWeights, x: torch.Tensor, slot: int, attend: Attention) -> torch.Tensor:
         x = torch.addmm(x, attend(slot, self._norm(x) @ w.gqkv), w.attention_out)
-        return torch.addmm(x, _swiglu(self._norm(x) @ w.gate_up), w.mlp_out)
+        return torch.addmm(x, self._swiglu(self._norm(x) @ w.gate_up), w.mlp_out)
 
     def _post_norm_layer(self, w: LayerWeights, x: torch.Tensor, slot: int, attend: Attention) -> torch.Tensor:
         x = self._norm(torch.addmm(x, attend(slot, x @ w.gqkv), w.attention_out))
-        return self._norm(torch.addmm(x, _swiglu(x @ w.gate_up), w.mlp_out))
-
-
-def _swiglu(x: torch.Tensor) -> torch.Tensor:
-    """`layers.functions.swiglu`, written over its input where that is in fp32 already."""
-    a, b = x.float().chunk(2, -1)
-    return F.silu(a, inplace=True).mul_(b).to(x.dtype)
+        return self._norm(torch.addmm(x, self._swiglu(x @ w.gate_up), w.mlp_out))

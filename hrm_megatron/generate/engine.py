@@ -27,7 +27,8 @@ class Request:
     """A prompt, `samples` answers to which share its prefill.
 
     `logprobs` None: none; else those of the chosen tokens and of so many of the likeliest. `stream` tells the random
-    numbers of prompts with one seed apart.
+    numbers of prompts with one seed apart. Each answer begins with the tokens `given`, which are not chosen and not
+    counted among `max_new_tokens`; their logprobs are those of an answer, so a continuation is scored by giving it.
     """
 
     prompt: Sequence[int]
@@ -38,6 +39,7 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     stream: int = 0
+    given: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,19 @@ class Engine:
     def check(self, request: Request) -> int:
         """Return how many tokens an answer to `request` may have; raise ConfigError if there can be none."""
         tokens, context = len(request.prompt), self.decoder.context_tokens
+        known = tokens + len(request.given)
         if not tokens:
             raise ConfigError("empty prompt: give at least one token")
-        if request.max_new_tokens < 1 or request.samples < 1:
+        # Scoring given tokens alone needs no room: the last is never read.
+        least = 0 if request.given else 1
+        if request.max_new_tokens < least or request.samples < 1:
             raise ConfigError(f"max_new_tokens={request.max_new_tokens}, samples={request.samples}: must be at least 1")
-        if tokens >= context:
-            raise ConfigError(f"prompt of {tokens} tokens leaves no room for an answer in the model's context of "
+        if known + min(request.max_new_tokens, 1) > context:
+            raise ConfigError(f"prompt of {known} tokens leaves no room for an answer in the model's context of "
                               f"{context}; shorten it")
         if request.stop and (self.decode_text is None or not all(request.stop)):
             raise ConfigError(f"stop={request.stop}: stop strings need a tokenizer and must not be empty")
-        limit = min(request.max_new_tokens, context - tokens)
+        limit = min(len(request.given) + request.max_new_tokens, context - tokens)
         if (needed := blocks_needed(tokens, limit)) > self.cache.size.blocks:
             raise ConfigError(f"prompt of {tokens} tokens and an answer of {limit} need {needed} blocks of the key-"
                               f"value cache, which has {self.cache.size.blocks}; lower max_new_tokens")
@@ -205,14 +210,17 @@ class Engine:
 
     def _accept(self, row: _Running, logits: torch.Tensor, likeliest: int | None = None) -> Progress:
         """Choose the next token of a row by logits [v]; `likeliest` saves looking for it again."""
-        sampling, transcript = row.request.sampling, row.transcript
-        if sampling.temperature or likeliest is None:
+        sampling, transcript, given = row.request.sampling, row.transcript, row.request.given
+        is_given = len(transcript.tokens) < len(given)
+        if is_given:
+            token = given[len(transcript.tokens)]
+        elif sampling.temperature or likeliest is None:
             token = choose(logits, sampling, row.random.random())
         else:
             token = likeliest
         if row.request.logprobs is not None:
             transcript.logprobs.append(_logprob(logits, token, row.request.logprobs))
-        piece = transcript.push(token)
+        piece = transcript.give(token) if is_given else transcript.push(token)
         if transcript.finish:
             self._leave(row)
         return Progress(row.number, row.sample, piece, transcript)

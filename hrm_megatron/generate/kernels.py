@@ -14,6 +14,7 @@ import numpy as np
 from numba.extending import overload, register_jitable
 
 from hrm_megatron.data.kernels import compiled
+from hrm_megatron.generate.vectors import LANES, load, multiply_add, store, zeros
 
 # Sums in any order and fused multiply-adds; NaN and infinity keep their meaning.
 ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
@@ -88,49 +89,87 @@ def attend_rows(gqkv: Any, keys: Any, values: Any, tables: Any, lengths: Any, co
                 last: int, out: Any) -> None:
     """Attend from one new position of each row in [first, last), whose key and value are added to the cache.
 
-    gqkv [b, 4 h] in float32 are [gate | query | key | value], not rotated; keys and values [blocks, heads, positions,
-    d]; tables [b, n] the blocks of each row, lengths [b] its positions so far; cos, sin [context, d/2]; out [b, h]
-    gets `sigmoid(gate) * attention` in float32.
+    gqkv [b, 4 h] are [gate | query | key | value], not rotated; keys [blocks, heads, d, 16] and values [blocks, heads,
+    16, d], both flat; tables [b, n] the blocks of each row, lengths [b] its positions so far; cos, sin [context, d/2];
+    out [b, h] gets `sigmoid(gate) * attention`.
+
+    Scores are made for the 16 positions of a block at once, values weighed for 16 elements of a head at once; the
+    heads of a block lie side by side, and are read so.
     """
-    _, heads, block_tokens, d = keys.shape
-    half, width = d // 2, heads * d
+    half, width = cos.shape[1], gqkv.shape[1] // 4
+    d = 2 * half
+    heads, whole = width // d, d - d % LANES
     scale = np.float32(1 / math.sqrt(d))
-    query, total = np.empty(d, np.float32), np.empty(d, np.float32)
-    scores = np.empty(tables.shape[1] * block_tokens, np.float32)
+    query, total, sums = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(heads, np.float32)
+    weights = np.empty((heads, tables.shape[1] * LANES), np.float32)
+    scores, most = weights.reshape(-1), weights.shape[1]
     for row in range(first, last):
         position = lengths[row]
-        own, place = tables[row, position // block_tokens], position % block_tokens
-        blocks = position // block_tokens + 1
+        place, blocks = position % LANES, position // LANES + 1
+        own = tables[row, position // LANES] * width * LANES
         for head in range(heads):
-            start = head * d
             for i in range(half):
-                c, s = cos[position, i], sin[position, i]
-                a, b = gqkv[row, width + start + i], gqkv[row, width + start + half + i]
-                query[i], query[half + i] = (a * c - b * s) * scale, (b * c + a * s) * scale
-                a, b = gqkv[row, 2 * width + start + i], gqkv[row, 2 * width + start + half + i]
-                keys[own, head, place, i] = stored(keys, a * c - b * s)
-                keys[own, head, place, half + i] = stored(keys, b * c + a * s)
+                c, s, at = cos[position, i], sin[position, i], head * d + i
+                a, b = widened(gqkv[row, width + at]), widened(gqkv[row, width + half + at])
+                query[at], query[half + at] = (a * c - b * s) * scale, (b * c + a * s) * scale
+                a, b = widened(gqkv[row, 2 * width + at]), widened(gqkv[row, 2 * width + half + at])
+                keys[own + at * LANES + place] = stored(keys, a * c - b * s)
+                keys[own + (half + at) * LANES + place] = stored(keys, b * c + a * s)
             for i in range(d):
-                values[own, head, place, i] = stored(values, gqkv[row, 3 * width + start + i])
-                total[i] = 0
-            largest = LOWEST
-            for number in range(blocks):
-                block = keys[tables[row, number], head]
-                for p in range(min(block_tokens, position + 1 - number * block_tokens)):
-                    score = np.float32(0)
-                    for i in range(d):
-                        score += query[i] * widened(block[p, i])
-                    scores[number * block_tokens + p] = score
-                    largest = max(largest, score)
-            weights = np.float32(0)
+                values[own + (head * LANES + place) * d + i] = stored(
+                    values, widened(gqkv[row, 3 * width + head * d + i]))
+        for number in range(blocks):
+            block = tables[row, number] * width * LANES
+            for head in range(heads):
+                found = zeros()
+                for i in range(head * d, head * d + d):
+                    found = multiply_add(query[i], load(keys, block + i * LANES), found)
+                store(scores, head * most + number * LANES, found)
+        for head in range(heads):
+            # Sums of weights stay undivided: quotients may be so small that a processor takes long over them.
+            largest, weight = LOWEST, np.float32(0)
             for p in range(position + 1):
-                scores[p] = exp_of_negative(scores[p] - largest)
-                weights += scores[p]
-            for number in range(blocks):
-                block = values[tables[row, number], head]
-                for p in range(min(block_tokens, position + 1 - number * block_tokens)):
-                    weight = scores[number * block_tokens + p]
-                    for i in range(d):
-                        total[i] += weight * widened(block[p, i])
-            for i in range(d):
-                out[row, start + i] = total[i] / weights * sigmoid(gqkv[row, start + i])
+                largest = max(largest, weights[head, p])
+            for p in range(position + 1):
+                weights[head, p] = exp_of_negative(weights[head, p] - largest)
+                weight += weights[head, p]
+            sums[head] = weight
+        total[:] = 0
+        for number in range(blocks):
+            block, count = tables[row, number] * width * LANES, min(LANES, position + 1 - number * LANES)
+            for head in range(heads):
+                start = block + head * LANES * d
+                for i in range(0, whole, LANES):
+                    found = load(total, head * d + i)
+                    for p in range(count):
+                        found = multiply_add(weights[head, number * LANES + p], load(values, start + p * d + i), found)
+                    store(total, head * d + i, found)
+                for p in range(count):
+                    for i in range(whole, d):
+                        total[head * d + i] += weights[head, number * LANES + p] * widened(values[start + p * d + i])
+        for head in range(heads):
+            for i in range(head * d, head * d + d):
+                out[row, i] = stored(out, total[i] / sums[head] * sigmoid(widened(gqkv[row, i])))
+
+
+@_compiled
+def norm_rows(x: Any, epsilon: Any, out: Any) -> None:
+    """Write `x / sqrt(mean(x^2) + epsilon)` over the last axis of x [n, h] to out."""
+    n, h = x.shape
+    for row in range(n):
+        squares = np.float32(0)
+        for i in range(h):
+            squares += widened(x[row, i]) * widened(x[row, i])
+        factor = np.float32(1) / np.sqrt(squares / np.float32(h) + epsilon)
+        for i in range(h):
+            out[row, i] = stored(out, widened(x[row, i]) * factor)
+
+
+@_compiled
+def swiglu_rows(x: Any, out: Any) -> None:
+    """Write `silu(a) * b` of the halves [a | b] of x [n, 2 ffn] to out [n, ffn]."""
+    n, ffn = out.shape
+    for row in range(n):
+        for i in range(ffn):
+            a = widened(x[row, i])
+            out[row, i] = stored(out, a * sigmoid(a) * widened(x[row, ffn + i]))

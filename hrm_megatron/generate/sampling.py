@@ -49,7 +49,9 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
 
     Where there are ids, the likeliest comes first.
     """
-    probabilities = (logits.double() / sampling.temperature).softmax(-1)
+    shifted = logits.double()
+    shifted = shifted - shifted.max()  # so that a temperature near 0 gives no infinity but negative ones
+    probabilities = (shifted / sampling.temperature).softmax(-1)
     if sampling.top_p == 1 and not sampling.top_k and not sampling.min_p:
         return probabilities, None
     if sampling.top_k:

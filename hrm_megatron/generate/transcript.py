@@ -49,6 +49,14 @@ class Transcript:
             self._decoded, self._pending = len(self.tokens), self._pending + text
         return self._release()
 
+    def give(self, token: int) -> str:
+        """Add a token that was not chosen: it ends nothing but the room there is, and its text is not the answer's."""
+        self.tokens.append(token)
+        self._decoded = len(self.tokens)
+        if len(self.tokens) >= self.max_new_tokens:
+            self.finish = "length"
+        return ""
+
     def _release(self) -> str:
         starts = [start for stop in self.stop if (start := self._pending.find(stop)) >= 0]
         if starts:

@@ -1,51 +1,177 @@
-"""Memory of a training step on a GPU by sums over shapes: what is known before a run, without allocator and kernels."""
+"""Memory of a training step by sums over shapes: what is known before a run, without the allocator's own."""
 from __future__ import annotations
 
-from hrm_megatron.config import Architecture
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-WEIGHT_BYTES, GRADIENT_BYTES = 2, 4  # bf16 weights, gradients reduced in fp32
-OPTIMIZER_BYTES = 4 * 4  # fp32 master, both moments and EMA, sharded over the data parallel ranks
-ACTIVATION_BYTES = 2  # bf16
+from hrm_megatron.config import Architecture
+from hrm_megatron.model.schedule import unroll
+from hrm_megatron.planner.layout import Layout, PipelinePlan, stage_parameters, weight_bytes
+
+BF16, FP32 = 2, 4  # bytes of a number
+CHUNK_BYTES = 1 << 29  # model/head.py: of the logits of a chunk in fp32
+CUDA_CONTEXT = 2 << 30  # assumed: context, NCCL's buffers, workspace of cuBLAS
 
 
 def model_bytes(architecture: Architecture, data_parallel: int = 1) -> float:
-    """Bytes of weights, gradients and optimizer state on each GPU of one model replica per GPU."""
-    return architecture.num_parameters * (WEIGHT_BYTES + GRADIENT_BYTES + OPTIMIZER_BYTES / data_parallel)
+    """Bytes of weights, gradients and optimizer state on each GPU of one model replica per GPU, in bf16."""
+    return architecture.num_parameters * weight_bytes(BF16, data_parallel).total
 
 
-def kept_tensors(architecture: Architecture, gated_act: bool = False) -> list[float]:
-    """Sizes of the tensors that one layer keeps for its backward, in states [s, b, h].
+def kept_tensors(architecture: Architecture, gated_act: bool = False, context: int = 1) -> list[float]:
+    """Sizes of the tensors that one layer keeps for its backward on a GPU, in states [s, b, h].
 
     The results of both norms, queries, keys and values, the gate, attention's result before and after the gate, the
     sum behind attention; keys and values of prefixes, a quarter of the positions, once more; of the MLP both halves
-    of its first product and SwiGLU. `gated_act`, if recomputed, leaves out SwiGLU and the gated result. tests/te
-    counts them over stand-ins of the kernels.
+    of its first product and SwiGLU. `gated_act`, if recomputed, leaves out SwiGLU and the gated result. `context`
+    parallel ranks keep the keys and values of whole rows. tests/te counts them over stand-ins of the kernels.
     """
     ffn = architecture.ffn_hidden_size / architecture.hidden_size
-    return [1.0] * 8 + [0.25] * 2 + [2 * ffn] + ([] if gated_act else [1.0, ffn])
+    return ([1.0] * 6 + [1.0 * context] * 2 + [0.25 * context] * 2 + [2 * ffn]
+            + ([] if gated_act else [1.0, ffn]))
 
 
-def layer_states(architecture: Architecture, gated_act: bool = False) -> float:
+def kept_tensors_on_cpu(architecture: Architecture, rows: int, itemsize: int) -> list[float]:
+    """The same on a CPU, whose kernels keep other things: the fused queries, keys, values and gates, for the sake of
+    the values, beside rotated queries and keys; silu of the MLP's first half, in fp32. Several rows are stacked behind
+    attention."""
+    ffn = architecture.ffn_hidden_size / architecture.hidden_size
+    return [1.0] * (7 + (rows > 1)) + [4.0] + [2 * ffn, ffn * FP32 / itemsize, ffn]
+
+
+def layer_states(architecture: Architecture, gated_act: bool = False, context: int = 1) -> float:
     """Size of all that one layer keeps for its backward, in states [s, b, h]."""
-    return sum(kept_tensors(architecture, gated_act))
+    return sum(kept_tensors(architecture, gated_act, context))
 
 
 def offloaded_bytes(architecture: Architecture, positions: int) -> tuple[int, int]:
     """Bytes that one layer and tick with gradient keep in the host's memory where they are offloaded, and bytes of
     pinned memory for them: torch's allocator rounds each tensor up to a power of two (CachingHostAllocator.h)."""
-    state = positions * architecture.hidden_size * ACTIVATION_BYTES
+    state = positions * architecture.hidden_size * BF16
     sizes = [round(states * state) for states in kept_tensors(architecture)]
     return sum(sizes), sum(1 << (size - 1).bit_length() for size in sizes)
 
 
 def activation_bytes(architecture: Architecture, positions: int, bp_steps: int, gated_act: bool = False,
                      recompute_ticks: int = 0) -> float:
-    """Bytes that the ticks with gradient of one micro-batch of `positions` keep at most.
+    """Bytes that the ticks with gradient of one micro-batch of `positions` keep at most, in bf16 on one GPU.
 
     The first `recompute_ticks` of them keep their input and are rebuilt one at a time, when the later ticks' graphs
     are gone.
     """
-    state = positions * architecture.hidden_size * ACTIVATION_BYTES
+    state = positions * architecture.hidden_size * BF16
     tick = layer_states(architecture, gated_act) * architecture.num_layers * state
-    built = max(bp_steps - recompute_ticks, 1)
-    return built * tick + recompute_ticks * state
+    return max(bp_steps - recompute_ticks, 1) * tick + recompute_ticks * state
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a step keeps: gradient ticks, what is recomputed, bytes of a number, labels per position (at most 1), and
+    what FSDP shards beside the optimizer's state."""
+
+    bp_steps: int = 5
+    recompute_ticks: int = 0
+    gated_act: bool = False
+    itemsize: int = BF16
+    labels: float = 1.0
+    on_cpu: bool = False
+    sharded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank of pipeline stage `stage`, by part; `ticks` splits the activations by tick."""
+
+    stage: int
+    parts: dict[str, float]
+    ticks: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def memory_of_stages(architecture: Architecture, layout: Layout, layers: Sequence[int], saving: Saving,
+                     plan: PipelinePlan | None = None) -> list[Memory]:
+    """Predict the memory of a rank of each stage; `plan` is the schedule of a pipeline."""
+    return [_stage(architecture, layout, layers, stage, saving, plan) for stage in range(len(layers))]
+
+
+def fullest(architecture: Architecture, layout: Layout, layers: Sequence[int], saving: Saving,
+            plan: PipelinePlan | None = None) -> Memory:
+    """Predict the memory of the stage that needs most; all stages between the first and the last are alike."""
+    stages = {0, min(1, len(layers) - 1), len(layers) - 1}
+    return max((_stage(architecture, layout, layers, stage, saving, plan) for stage in sorted(stages)),
+               key=lambda memory: memory.total)
+
+
+def _stage(architecture: Architecture, layout: Layout, layers: Sequence[int], stage: int, saving: Saving,
+           plan: PipelinePlan | None) -> Memory:
+    weights = stage_parameters(architecture, layers)[stage] / layout.tensor
+    each = weight_bytes(saving.itemsize, layout.replicas * layout.context, saving.sharded)
+    parts = {"weights": weights * each.weights, "gradients": weights * each.gradients,
+             "masters": weights * each.masters, "moments": weights * each.moments, "EMA": weights * each.ema}
+    # Bytes of a state [s, b, h] on a rank.
+    positions = layout.micro_batch_size * layout.row_tokens
+    state = positions / layout.cuts * architecture.hidden_size * saving.itemsize
+    ticks = activations_by_tick(architecture, layout, layers[stage], saving, plan)
+    # Beside the activations: either the head's, or what one layer's backward needs.
+    ffn = architecture.ffn_hidden_size / architecture.hidden_size
+    working = (3 * ffn + 2) * state
+    head = _head_bytes(architecture, layout, saving) if stage == len(layers) - 1 else 0.0
+    parts |= {"activations": sum(ticks.values()), "head, or work on a layer": max(working, head),
+              "communication": _communication_bytes(architecture, layout, saving),
+              "parked states": plan.parked * state if plan and stage == 0 else 0.0}
+    if saving.on_cpu:  # the update of eager tensors, when all of the above are gone, has two more of the state's size
+        table = architecture.padded_vocab_size * architecture.hidden_size if stage == 0 else 0
+        update = 2 * FP32 * (weights - table / layout.tensor) / (layout.replicas * layout.context)
+        passing = sum(parts[name] for name in ("activations", "head, or work on a layer", "communication"))
+        parts["optimizer's step"] = max(0.0, update - passing)
+    else:
+        parts["CUDA and NCCL (assumed)"] = float(CUDA_CONTEXT)
+    return Memory(stage, parts, ticks)
+
+
+def activations_by_tick(architecture: Architecture, layout: Layout, layers: int, saving: Saving,
+                        plan: PipelinePlan | None = None) -> dict[str, float]:
+    """Bytes that each tick with gradient keeps on a rank with `layers` layers of each stack, at the worst moment.
+
+    In a pipeline several micro-batches are under way: the graphs that the simulation counts, shared out evenly.
+    """
+    state = layout.micro_batch_size * layout.row_tokens / layout.cuts * architecture.hidden_size * saving.itemsize
+    if saving.on_cpu:
+        layer = sum(kept_tensors_on_cpu(architecture, layout.micro_batch_size, saving.itemsize))
+    else:
+        layer = layer_states(architecture, saving.gated_act, layout.context)
+        if not layout.sequence_parallel:  # both norms and the sum behind attention are whole on every rank
+            layer = (layer - 3) / layout.tensor + 3
+    built = (layer * layers + 1) * state  # and the norm behind the stack, or its input
+    ticks = unroll(architecture.h_cycles, architecture.l_cycles, saving.bp_steps, saving.recompute_ticks)
+    copies = plan.estimate.live_graphs / saving.bp_steps if plan else 1.0
+    kept = {f"{tick.stack}{number}": copies * (state if tick.recompute else built)
+            for number, tick in enumerate(ticks) if tick.with_grad}
+    first = next(iter(kept))
+    if saving.recompute_ticks and (plan or saving.recompute_ticks >= saving.bp_steps):
+        kept[first] += built  # one that is being rebuilt
+    return kept
+
+
+def chunk_rows(architecture: Architecture, layout: Layout) -> float:
+    """Labels whose logits a rank holds at a time, if there are so many (model/head.py)."""
+    return CHUNK_BYTES / (FP32 * architecture.padded_vocab_size / layout.tensor)
+
+
+def _head_bytes(architecture: Architecture, layout: Layout, saving: Saving) -> float:
+    """Bytes of the states at labels and of a chunk of logits, with what is computed of it."""
+    width = architecture.padded_vocab_size / layout.tensor
+    labels = saving.labels * layout.micro_batch_size * layout.row_tokens / layout.context
+    rows = min(labels, chunk_rows(architecture, layout))
+    return (labels * architecture.hidden_size * saving.itemsize
+            + rows * width * (saving.itemsize + (FP32 if saving.on_cpu else saving.itemsize)))
+
+
+def _communication_bytes(architecture: Architecture, layout: Layout, saving: Saving) -> float:
+    """Bytes of states gathered over tensor parallel ranks, and of gradients of gathered keys and values."""
+    whole = layout.micro_batch_size * layout.row_tokens * architecture.hidden_size * saving.itemsize
+    gathered = 2 * whole / layout.context if layout.tensor > 1 and layout.sequence_parallel else 0.0
+    return gathered + (2 * whole / layout.tensor if layout.context > 1 else 0.0)

@@ -185,7 +185,7 @@ class Work:
         with progress(size_bytes) as passed:
             ledger = Ledger(passed=passed)
             write_hf(checkpoint, folder, self.kind, job.dtype, beside, job.max_shard_size, ledger,
-                     Quantized(job.quantization, self._matrix, method))
+                     quantized=Quantized(job.quantization, self._matrix, method))
         ledger.write(folder, source=str(job.load), format="hf", iteration=checkpoint.iteration,
                      settings=asdict(self.architecture) | dict(
                          dtype=job.dtype, weights=self.kind, scheme=job.quantization.spelled, method=method))

@@ -28,7 +28,8 @@ from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.parallel.machine import Machine
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
-from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
+from hrm_megatron.parallel.stages import microbatch_group
+from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, cut_layers
 from hrm_megatron.training.checkpoint_args import take_model
 from hrm_megatron.training.flags.check import check_flags, given
 from hrm_megatron.training.flags.help import prepare
@@ -43,6 +44,7 @@ from hrm_megatron.transformer_config import HRM_SETTINGS, HRMConfig, architectur
 log = logging.getLogger(__name__)
 
 OPTIMIZER = "adam_atan2"
+MOST_DRY_RANKS = 1024
 
 # Our defaults for Megatron's own flags; a flag given by hand wins.
 DEFAULTS: dict[str, Any] = dict(
@@ -73,6 +75,14 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group = parser.add_argument_group("hrm")
     group.add_argument("--hrm-preset", choices=[*PRESETS],
                        help="model sizes, learning rate, global and micro-batch size; explicit flags override them")
+    group.add_argument("--print-config", action="store_true",
+                       help="print all that --hrm-preset sets, where it comes from and its layouts, and exit")
+    group.add_argument("--dry-run", action="store_true",
+                       help="build the run without weights, print parameters, data plan, memory and space, and exit")
+    group.add_argument("--dry-run-ranks", type=int, metavar="N",
+                       help="ranks of the dry run, up to 1024 (default: those that were started)")
+    group.add_argument("--dry-run-rank", type=int, metavar="R",
+                       help="also print the shapes of all weights of this rank of the dry run")
     group.add_argument("--h-cycles", type=int, default=2,
                        help="H ticks (applications of the slow stack) per forward pass")
     group.add_argument("--l-cycles", type=int, default=3,
@@ -158,36 +168,30 @@ def fill_from_preset(args: argparse.Namespace) -> None:
         args.max_position_embeddings = args.seq_length
 
 
-def check_layout(args: argparse.Namespace, architecture: Architecture) -> None:
-    """Refuse layouts that the architecture does not allow, naming sizes that would work."""
-    tp = args.tensor_model_parallel_size
-    for name, size in (("attention heads", architecture.num_attention_heads),
-                       ("FFN columns", architecture.ffn_hidden_size),
-                       ("padded vocabulary", architecture.padded_vocab_size)):
-        if size % tp:
-            divisors = [d for d in range(1, min(size, 64) + 1) if size % d == 0]
-            raise ConfigError(f"--tensor-model-parallel-size {tp} does not divide the {size} {name}: "
-                              f"choose one of {', '.join(map(str, divisors))}")
-    slices = 2 * args.context_parallel_size * (tp if args.sequence_parallel else 1)
-    if args.context_parallel_size > 1 and args.seq_length % slices:
-        raise ConfigError(f"--context-parallel-size {args.context_parallel_size} cuts a row into {slices} pieces, but "
-                          f"--seq-length {args.seq_length} is no multiple of that: choose one")
-    whole = tp * args.pipeline_model_parallel_size * args.context_parallel_size
-    if args.world_size % whole:
-        raise ConfigError(f"{args.world_size} processes cannot be divided into model replicas of {whole}: start a "
-                          f"multiple of {whole}")
+def layout_of(args: argparse.Namespace) -> Layout:
+    """Read the layout off the arguments."""
+    return Layout(args.world_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size,
+                  args.context_parallel_size, args.sequence_parallel, args.seq_length, args.micro_batch_size,
+                  args.global_batch_size)
 
 
 def set_pipeline(args: argparse.Namespace, architecture: Architecture) -> None:
     """Make every tick a virtual chunk, and share the layers; Megatron's flags for the first and last stage win."""
-    stages = args.pipeline_model_parallel_size
-    replicas = args.world_size // (args.tensor_model_parallel_size * stages * args.context_parallel_size)
-    microbatches = (args.global_batch_size or args.micro_batch_size * replicas) // (args.micro_batch_size * replicas)
-    microbatch_group(microbatches, stages), microbatch_windows(microbatches, stages, args.pipeline_window)
+    check_pipeline(layout_of(args), args.pipeline_window)
     args.num_virtual_stages_per_pipeline_rank = architecture.h_cycles * (architecture.l_cycles + 1)
     if args.decoder_first_pipeline_num_layers is None and args.decoder_last_pipeline_num_layers is None:
-        layers = stage_layers(args.num_layers, stages, head_in_layers(architecture, args.bp_max_steps))
+        layers = cut_layers(architecture, args.pipeline_model_parallel_size, args.bp_max_steps)
         args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers = layers[0], layers[-1]
+
+
+def set_dry_run(args: argparse.Namespace) -> None:
+    """Take the ranks of the dry run for those of the run."""
+    if (ranks := args.dry_run_ranks) is not None:
+        args.world_size = ranks
+    if not 1 <= args.world_size <= MOST_DRY_RANKS:
+        raise ConfigError(f"--dry-run-ranks {args.world_size}: choose 1 to {MOST_DRY_RANKS}")
+    if args.dry_run_rank is not None and not 0 <= args.dry_run_rank < args.world_size:
+        raise ConfigError(f"--dry-run-rank {args.dry_run_rank}: choose 0 to {args.world_size - 1}")
 
 
 def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
@@ -197,6 +201,22 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     everything that can be said before a process group exists.
     """
     args = megatron_arguments.parse_args(checked)
+    for name in ("dry_run_ranks", "dry_run_rank"):
+        if getattr(args, name) is not None and not args.dry_run:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} {getattr(args, name)}: has no effect without --dry-run; give that too, or "
+                              "leave it out")
+    if args.print_config:
+        if not args.hrm_preset:
+            raise ConfigError(f"--print-config: has no effect without --hrm-preset; give one of {', '.join(PRESETS)}")
+        return args
+    return complete(args, vocab_size_of)
+
+
+def complete(args: argparse.Namespace, vocab_size_of: Any) -> argparse.Namespace:
+    """Complete and check what was parsed, see `parse_arguments`."""
+    if args.dry_run:
+        set_dry_run(args)
     if args.use_checkpoint_args:
         take_model(args, given_by_hand(args))
     check_values(args, torch.cuda.is_available())
@@ -216,7 +236,7 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
     architecture = architecture_of(args, args.vocab_size)
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
     args.padded_vocab_size = architecture.padded_vocab_size
-    check_layout(args, architecture)
+    check_division(architecture, layout_of(args))
     check_batch(args)
     check_memory(args, machine)
     choose_fsdp(args, architecture)

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TextIO
 
@@ -104,6 +104,13 @@ class Console(contextlib.AbstractContextManager["Console"]):
         held, self.held = self.held, []
         for line in held:
             self._megatron_printed(line)
+
+    def answer(self, lines: Iterable[str], verbose: bool) -> None:
+        """Show these lines in place of the facts of a run, because none will begin."""
+        self.settle(None, verbose)
+        self.facts.clear()
+        for line in lines if self.first else ():
+            self.line(line)
 
     def begin(self, arguments: dict[str, object]) -> None:
         """Show the facts as one block: the next line is about step 1."""

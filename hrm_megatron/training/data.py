@@ -14,7 +14,7 @@ from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples
-from hrm_megatron.data.kept_examples import kept_files, kept_mask
+from hrm_megatron.data.kept_examples import kept_count, kept_files
 from hrm_megatron.data.mixture import Mixture, Selection
 from hrm_megatron.data.plan_cache import writable_folder
 from hrm_megatron.data.sampled import SampledFolder
@@ -49,7 +49,11 @@ class Sources:
 
     def held_out(self) -> tuple[int, int]:
         """Count the examples of validation and of test."""
-        return (self.valid.count_examples() if self.valid else 0, self.test.count_examples() if self.test else 0)
+        if self.split and self.valid:
+            counts = self.valid.count_examples()
+            return counts["valid"], counts["test"]
+        return (self.valid.count_examples()["valid"] if self.valid else 0,
+                self.test.count_examples()["test"] if self.test else 0)
 
     def why_no_validation(self, split: str) -> str:
         """Say why there is nothing to validate on, and the way out."""
@@ -101,8 +105,8 @@ def open_sources(args: argparse.Namespace) -> Sources:
         for store in stores.values():
             store.blocks()  # refused where there are none, before anything is built
     for store in stores.values():
-        if (kept := kept_mask(store)) is not None:
-            log.info("data: %s: %d of %d examples are kept, as %s says", store.prefix, kept.sum(), len(kept),
+        if (kept := kept_count(store)) is not None:
+            log.info("data: %s: %d of %d examples are kept, as %s says", store.prefix, kept, len(store),
                      kept_files(store.prefix)[1])
         if args.data_path and store.prompt_keys() is None:
             log.info("data: %s was made without keys of its prompts: --split divides examples, and one question may be "

@@ -5,6 +5,7 @@ import argparse
 
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.machine import Machine
+from hrm_megatron.planner.layout import Layout, check_fp8
 
 LOCAL, TRANSFORMER_ENGINE = TRANSFORMER_IMPLS = "local", "transformer_engine"
 BF16_CAPABILITY = (8, 0)
@@ -86,13 +87,9 @@ def _check_delayed(args: argparse.Namespace) -> None:
 
 
 def _check_fp8_sizes(args: argparse.Namespace, multiple: int) -> None:
-    tp = args.tensor_model_parallel_size
-    cuts = args.context_parallel_size * (tp if args.sequence_parallel else 1)
-    for what, size in (("positions", args.seq_length * args.micro_batch_size // cuts),
-                       ("hidden channels", args.hidden_size // tp), ("FFN channels", args.ffn_hidden_size // tp)):
-        if size % multiple:
-            raise ConfigError(f"--fp8-recipe {args.fp8_recipe}: {size} {what} on a rank are no multiple of {multiple}; "
-                              "change --seq-length, the sizes or the layout, or leave --fp8-format out")
+    layout = Layout(args.tensor_model_parallel_size, args.tensor_model_parallel_size, 1, args.context_parallel_size,
+                    args.sequence_parallel, args.seq_length, args.micro_batch_size)
+    check_fp8(args.hidden_size, args.ffn_hidden_size, layout, multiple, args.fp8_recipe)
     most = args.num_layers // args.pipeline_model_parallel_size
     for end in ("start", "end") if args.first_last_layers_bf16 else ():
         if not 0 <= (layers := getattr(args, f"num_layers_at_{end}_in_bf16")) <= most:

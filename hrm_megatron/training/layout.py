@@ -6,25 +6,12 @@ import argparse
 import torch
 
 from hrm_megatron.attention.core import explain_kernel
-from hrm_megatron.config import Architecture
-from hrm_megatron.model.schedule import states_between, unroll
-from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.parallel.main_grad import find_apex
-from hrm_megatron.parallel.simulate import second_phase, stock, two_phase
-from hrm_megatron.parallel.stages import microbatch_windows
+from hrm_megatron.planner.layout import GRADIENT_BYTES, plan_pipeline, stage_parameters, weight_bytes
 from hrm_megatron.training.arguments import microbatches_of
 from hrm_megatron.training.fsdp import sharded_by_fsdp
 from hrm_megatron.training.hardware import TRANSFORMER_ENGINE
 from hrm_megatron.transformer_config import architecture_of
-
-
-def stage_parameters(architecture: Architecture, layers: list[int]) -> list[int]:
-    """Count the weights of each pipeline stage, over all its tensor parallel ranks."""
-    table = architecture.padded_vocab_size * architecture.hidden_size  # embedding on the first, head on the last
-    counts = [2 * architecture.layer_parameters * n for n in layers]
-    counts[0] += table
-    counts[-1] += table
-    return counts
 
 
 def layers_of_stages(args: argparse.Namespace) -> list[int]:
@@ -49,16 +36,13 @@ def describe(args: argparse.Namespace) -> str:
              f"{args.micro_batch_size} x {args.seq_length} tokens on each replica"]
     architecture = architecture_of(args, args.vocab_size)
     layers = layers_of_stages(args)
-    shards, sharded, itemsize = dp * cp, sharded_by_fsdp(args), args.params_dtype.itemsize
-    weight_bytes = itemsize / (shards if "weights" in sharded else 1)
-    gradient_bytes = (itemsize if args.use_torch_fsdp2 else 4) / (shards if "gradients" in sharded else 1)
-    # fp32 moments and EMA, and fp32 masters where the weights themselves are narrower.
-    state_bytes = 4 * (len(STATE_KEYS) + (args.params_dtype != torch.float32)) / shards
+    itemsize = args.params_dtype.itemsize
+    each = weight_bytes(itemsize, dp * cp, sharded_by_fsdp(args), itemsize if args.use_torch_fsdp2 else GRADIENT_BYTES)
     for stage, (n, count) in enumerate(zip(layers, stage_parameters(architecture, layers), strict=True)):
         rank = count / tp
         lines.append(f"  stage {stage}: {n} layers of each stack, {rank / 1e6:.2f} M parameters a rank; weights "
-                     f"{rank * weight_bytes / 2**30:.3f}, gradients {rank * gradient_bytes / 2**30:.3f}, "
-                     f"optimizer {rank * state_bytes / 2**30:.3f} GiB")
+                     f"{rank * each.weights / 2**30:.3f}, gradients {rank * each.gradients / 2**30:.3f}, "
+                     f"optimizer {rank * each.optimizer / 2**30:.3f} GiB")
     if pp > 1:
         lines += [describe_pipeline(args, bp) for bp in sorted({args.bp_min_steps, args.bp_max_steps})]
     lines.append(f"weight gradients: {explain_weight_gradients(args)}")
@@ -83,18 +67,14 @@ def explain_weight_gradients(args: argparse.Namespace) -> str:
 
 def describe_pipeline(args: argparse.Namespace, bp_steps: int) -> str:
     """Describe the schedule of a step with so many gradient ticks in one line."""
-    stages, window, microbatches = args.pipeline_model_parallel_size, args.pipeline_window, microbatches_of(args)
-    ticks = unroll(args.h_cycles, args.l_cycles, bp_steps)
-    with_grad = [tick.with_grad for tick in ticks]
-    if first := second_phase(args.pipeline_schedule, with_grad, microbatches, stages, window):
-        windows = microbatch_windows(microbatches, stages, window)
-        found, rows = two_phase(microbatches, with_grad, stages, window), max(map(len, windows)) * args.micro_batch_size
+    plan = plan_pipeline(args.h_cycles, args.l_cycles, bp_steps, microbatches_of(args),
+                         args.pipeline_model_parallel_size, args.pipeline_schedule, args.pipeline_window)
+    how = "one phase"
+    if plan.first:
         ranks = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
-        kept = (states_between(ticks, first) * rows * args.seq_length * args.hidden_size * args.params_dtype.itemsize
+        kept = (plan.parked * args.micro_batch_size * args.seq_length * args.hidden_size * args.params_dtype.itemsize
                 / ranks)
-        how = (f"two phases{f' for each of {len(windows)} windows' if len(windows) > 1 else ''}; the first stage keeps "
+        how = (f"two phases{f' for each of {plan.windows} windows' if plan.windows > 1 else ''}; the first stage keeps "
                f"{kept / 2**30:.3f} GiB of states")
-    else:
-        found, how = stock(microbatches, with_grad, stages), "one phase"
-    return (f"  pipeline at bp {bp_steps}: {how}; simulated bubble {found.bubble:.1%}, {found.live_graphs} ticks alive "
-            "on a stage")
+    return (f"  pipeline at bp {bp_steps}: {how}; simulated bubble {plan.estimate.bubble:.1%}, "
+            f"{plan.estimate.live_graphs} ticks alive on a stage")

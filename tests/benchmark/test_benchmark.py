@@ -185,12 +185,13 @@ def test_conversions_are_measured_in_every_direction(tmp_path, capsys, monkeypat
     assert f"{weights:.2f} GB of weights in fp32" in head
     measured = {tuple(line.rsplit(maxsplit=3)[0].split(" > ")): [float(value) for value in line.rsplit(maxsplit=3)[1:]]
                 for line in lines}
-    assert measured.keys() == {("random weights", "native"), *itertools.permutations(("native", "megatron", "hf"), 2)}
+    assert measured.keys() == {("random weights", "native"), ("hf", "gguf"),
+                               *itertools.permutations(("native", "megatron", "hf"), 2)}
     for (source, target), (seconds, peak_gb, written_gb) in measured.items():
-        copies = {"hf": 1, "native": 4, "megatron": 1 if source == "hf" else 5}[target]
+        copies = {"hf": 1, "gguf": 1, "native": 4, "megatron": 1 if source == "hf" else 5}[target]
         assert seconds > 0 and peak_gb < 5 * weights and written_gb == pytest.approx(copies * weights, abs=0.01)
     assert not [*tmp_path.iterdir()]
     found = [*measure_conversion(Architecture(1, 64, 4, 256, 256), tmp_path, weights_only=True)]
     assert [(one.source, one.target) for one in found] == [("random weights", "hf"), ("hf", "megatron"),
-                                                           ("megatron", "hf")]
+                                                           ("megatron", "hf"), ("hf", "gguf")]
     assert not [*tmp_path.iterdir()]

@@ -39,7 +39,7 @@ def test_every_format_is_loaded_and_compared(job, tmp_path, save_format):
         assert "within" in back and "train from them with --finetune" in back
 
 
-@pytest.mark.parametrize("save_format", ["hf", "megatron", "native"])
+@pytest.mark.parametrize("save_format", ["hf", "megatron", "native", "gguf"])
 def test_wrong_weights_are_found_by_their_logits(job, tmp_path, monkeypatch, save_format):
     """Gate and keys swapped where tensors are written: shapes, names and checksums are all in order."""
     stock, writer = GatedQKV.from_megatron, f"write_{save_format}"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
+from hrm_megatron.convert.card import Sections
 from hrm_megatron.convert.checkpoint import EMA
 from hrm_megatron.convert.hf import read_hf, write_hf
 from hrm_megatron.data.spelling import EOA, EOQ
@@ -178,22 +179,6 @@ def test_padding_and_cuts_of_a_tokenizer_json_are_left_out(tmp_path, checkpoint,
     assert theirs.model_max_length == checkpoint.training.seq_length
 
 
-def test_the_chat_template_spells_prompts_as_training_does(loaded, tokenizer):
-    theirs, _ = loaded
-    chats = [[dict(role="user", content=question)] for question in QUESTIONS]
-    batch = theirs.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_dict=True,
-                                       condition="cot, direct")
-    for i, question in enumerate(QUESTIONS):
-        prompt = tokenizer.encode_prefix("cot,direct", question)
-        assert [token for token, type_id in zip(batch["input_ids"][i], batch["token_type_ids"][i], strict=True)
-                if type_id] == prompt
-    assert theirs.apply_chat_template(chats[0], return_dict=True)["input_ids"] == tokenizer.encode_prefix("", "three")
-    answered = [*chats[0], dict(role="assistant", content="four")]
-    for chat, condition, message in ((answered, "", "one message, of the role user"), (chats[0], "x", "unknown tag x")):
-        with pytest.raises(Exception, match=message):
-            theirs.apply_chat_template(chat, condition=condition)
-
-
 def run_card(folder, monkeypatch):
     """Run the card's lines in its folder, for fewer tokens, and return what they leave."""
     monkeypatch.chdir(folder)
@@ -212,6 +197,19 @@ def test_the_card_says_how_to_ask(export, checkpoint, tokenizer, monkeypatch, ca
     card = (export / "README.md").read_text()
     assert "Pass `token_type_ids`" in card and f"{checkpoint.architecture.num_parameters:,} parameters" in card
     assert card.startswith("---\nlibrary_name: transformers\n") and "{" not in card.replace("{question}", "")
+    assert "Without `token_type_ids` a prompt is causal" in card and "trust_remote_code=True" in card
+    for name, value in (("hidden_size", 24), ("l_cycles", 3), ("steps", 7), ("tokens_per_step", 96)):
+        assert f"| `{name}` | {value} |" in card
+    assert "## Data" not in card and "## Evaluation" not in card
+
+
+def test_the_card_has_what_is_known_of_the_data_and_of_the_model(checkpoint, tmp_path):
+    (tmp_path / "report.md").write_text("# numbers\n\n![a picture](numbers.png)\n\n7 examples\n")
+    (tmp_path / "eval.md").write_text("| task | exact |\n|---|---|\n| sums | 0.5 |\n")
+    sections = Sections.read(tmp_path / "report.md", tmp_path / "eval.md")
+    write_hf(checkpoint, tmp_path / "hf", sections=sections)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "## Data\n\n### numbers\n\n7 examples\n\n## Evaluation\n\n| task | exact |" in card and "png" not in card
 
 
 def test_the_card_of_a_model_alone_says_how_to_ask_with_ids(golden, tmp_path, monkeypatch):

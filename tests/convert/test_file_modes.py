@@ -22,7 +22,7 @@ def umask(request):
 
 
 def test_every_format_that_the_converter_writes(umask, golden, tmp_path):
-    for save_format in ("hf", "native", "megatron"):
+    for save_format in ("hf", "native", "megatron", "gguf"):
         convert(Conversion(golden / "native_ckpt", "native", tmp_path / "new" / save_format, save_format))
     assert (tmp_path / "new" / "megatron" / "iter_0000010" / "metadata.json").exists()
     assert not wrong_modes(tmp_path, umask)

@@ -30,8 +30,8 @@ class ListedStore:
     def example_name(self, i):
         return f"{self.prefix}, example {i}"
 
-    def lengths(self):
-        return self.prefixes, self.targets
+    def lengths(self, start=0, stop=None):
+        return self.prefixes[start:stop], self.targets[start:stop]
 
     def prompt_keys(self):
         return None if self.prompts[0] is None else np.array(

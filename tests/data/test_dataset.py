@@ -10,7 +10,7 @@ from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
 from hrm_megatron.data.sampled import SampledFolder
-from hrm_megatron.data.split import split_examples
+from tests.stores import split_examples
 
 
 class FakeTokenizer:

@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data import walk
 from hrm_megatron.data.kept_examples import kept_files, write_kept
-from hrm_megatron.data.mixture import Mixture, Selection
+from hrm_megatron.data.mixture import MAX_ROW_TOKENS, WALK_STREAM, Mixture, Selection
 from hrm_megatron.data.plan import RowPlan
 from hrm_megatron.data.sampling_rules import Rule, Rules, read_rules
-from hrm_megatron.data.split import example_parts, split_examples
+from hrm_megatron.data.shuffle import stream_key
+from hrm_megatron.data.split import PARTS, example_parts
 from tests.data.listed_store import ListedStore
+from tests.data.walks import feistel, scattered
+from tests.stores import split_examples
 
 ROW_TOKENS = 20
 
@@ -57,6 +61,51 @@ def test_weights_are_shares_of_tokens_and_walk_through_all_examples(tmp_path):
         seen[1].update(ids[ids >= 400].tolist())
     for counts, size in zip(seen, (400, 300), strict=True):  # a walk: no example is two ahead of another
         assert len(counts) == size and max(counts.values()) - min(counts.values()) <= 1
+
+
+def by_definition(sizes, quotas, seed, epoch):
+    """The examples of an epoch in their order: each stream walks on through permutations of its own."""
+    key, order = int(stream_key(seed, epoch)), []
+    begins, firsts = np.cumsum([0, *quotas]), np.cumsum([0, *sizes])
+    for i in range(begins[-1]):
+        place = feistel(i, int(begins[-1]), key)
+        k = int(np.searchsorted(begins, place, side="right")) - 1
+        place, size = place - int(begins[k]), sizes[k]
+        walked = epoch * quotas[k] + place
+        own_key = scattered(int(stream_key(seed, WALK_STREAM, k)) + walked // size * 0x9E3779B97F4A7C15)
+        at = place % size if quotas[k] % size == 0 else feistel(walked % size, size, own_key)
+        order.append(int(firsts[k]) + at)
+    return order
+
+
+@pytest.mark.parametrize("rules, quotas", [(((None, 1), (None, 1)), (310, 45)), (((100, 2), (None, 3)), (200, 135))])
+def test_an_epoch_is_its_definition(tmp_path, rules, quotas):
+    data = store(tmp_path, 355, [("a", 310), ("b", 45)])
+    rules = Rules(tmp_path / "r", tuple(Rule(name, *rule) for name, rule in zip("ab", rules, strict=True)))
+    mixture = Mixture([data], ROW_TOKENS, Selection(seed=8, rules=rules))
+    for epoch in (0, 1, 5):
+        assert drawn(mixture, epoch, window=100)[0].tolist() == by_definition((310, 45), quotas, 8, epoch)
+
+
+def test_blocks_of_any_size_give_one_epoch(tmp_path, monkeypatch):
+    """With several datasets, weights and parts; an example has its length whichever block it is read in."""
+    stores = [store(tmp_path / "a", 90), store(tmp_path / "b", 41, [("x", 29), ("y", 12)])]
+    loaded = []
+    for block_examples in (1 << 20, 7):
+        monkeypatch.setattr(walk, "BLOCK_EXAMPLES", block_examples)
+        mixture = Mixture(stores, ROW_TOKENS, Selection("80,20,0", 8, weights=(1.0, 2.0)))
+        mixture.check(ROW_TOKENS)
+        loaded.append([array.tolist() for array in drawn(mixture, 1)])
+    assert loaded[0] == loaded[1]
+
+
+def test_rows_longer_than_a_planned_number_holds_are_refused(tmp_path):
+    data = ListedStore(tmp_path, ["p", "q"], [MAX_ROW_TOKENS, 1 << 30], [1, 1 << 30])
+    assert drawn(Mixture([data], MAX_ROW_TOKENS), 0)[0].tolist() in ([0, 1], [1, 0])
+    with pytest.raises(ConfigError, match="example 1 takes 2147483647 positions"):
+        Mixture([data], MAX_ROW_TOKENS).check(MAX_ROW_TOKENS)
+    with pytest.raises(ConfigError, match="rows of 16777215 positions.*smaller --seq-length"):
+        Mixture([data], MAX_ROW_TOKENS + 1).check(MAX_ROW_TOKENS + 1)
 
 
 def rules_file(folder, text):
@@ -138,9 +187,10 @@ def test_one_question_is_on_one_side(tmp_path):
     assert sorted(i for ids in found for i in ids) == list(range(3000))
     questions = [{prompts[i] for i in ids} for ids in found]
     assert not questions[0] & questions[1] and not questions[0] & questions[2] and not questions[1] & questions[2]
+    counted = dict(zip(PARTS, map(len, found), strict=True))
     for asked, share, part in zip(questions, (0.8, 0.15, 0.05), parts, strict=True):
         assert abs(len(asked) - 700 * share) < 5 * np.sqrt(700 * share * (1 - share))  # binomial, 5 deviations
-        assert part.count_examples() == len(drawn(part, 0)[0])
+        assert part.count_examples() == counted
 
 
 def test_a_question_keeps_its_side_when_the_data_grows():
@@ -161,9 +211,7 @@ def test_no_part_with_a_weight_is_empty_while_there_are_two_questions():
 
 def test_without_keys_examples_are_split_one_by_one(tmp_path):
     data = ListedStore(tmp_path, [None] * 200, [3] * 200, [3] * 200)
-    sizes = [Mixture([data], ROW_TOKENS, Selection("97,3,0", seed=1), part).count_examples()
-             for part in ("train", "valid", "test")]
-    assert sizes == [194, 6, 0]
+    assert Mixture([data], ROW_TOKENS, Selection("97,3,0", seed=1)).count_examples() == dict(train=194, valid=6, test=0)
 
 
 def test_examples_that_are_not_kept_are_in_no_part(tmp_path):

@@ -7,7 +7,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer
 
 from hrm_megatron.config import Architecture, ConfigError
-from hrm_megatron.convert.card import model_card
+from hrm_megatron.convert.card import NO_SECTIONS, model_card
+from hrm_megatron.convert.checkpoint import Checkpoint, Training
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.spelling import INFO_FILE, Spelling
@@ -105,7 +106,8 @@ def test_exports_spell_as_the_data_was_spelled(foreign, write_jsonl, tmp_path, t
     assert "<think>" in theirs.decode(thought, skip_special_tokens=True) and "<think>" in tokenizer.decode(thought)
     assert TextTokenizer(out).spelling == tokenizer.spelling == Spelling(
         "<ask>", "<asked>", "<end>", {"kurz": "<short>", "direct": "<plain>"}, ("<think>", "</think>"))
-    card = model_card(Architecture(2, 24, 3, 40, 500), 512, "float32", export.pad_token, 0, tokenizer.spelling)
+    unread = Checkpoint(tmp_path, Architecture(2, 24, 3, 40, 500), Training(), 0, 0, frozenset(), lambda *_: None)
+    card = model_card(unread, "float32", export.pad_token, 0, tokenizer.spelling, NO_SECTIONS)
     assert "`<ask>`" in card and "`<short>` kurz" in card and "im_start" not in card
 
 

@@ -4,8 +4,35 @@ from pathlib import Path
 
 import numpy as np
 
-from hrm_megatron.data.shuffle import random_order
+from hrm_megatron.data.kernels import order_between
+from hrm_megatron.data.shuffle import stream_key
 from hrm_megatron.data.walk import Window, check_lengths
+
+
+def random_order(count, *numbers):
+    """Permute range(count) by the numbers."""
+    return order_between(0, count, count, stream_key(*numbers))
+
+
+def scattered(value):
+    """The finalizer of SplitMix64, in Python's integers."""
+    mask = 2**64 - 1
+    value = ((value & mask) ^ (value & mask) >> 30) * 0xBF58476D1CE4E5B9 & mask
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & mask
+    return value ^ value >> 31
+
+
+def feistel(index, count, key):
+    """Element `index` of a permutation by its definition."""
+    bits = max(8, (count - 1).bit_length())
+    while True:
+        low = bits // 2
+        for number in range(8):
+            x = scattered((index & (1 << low) - 1) + key + number * 0x9E3779B97F4A7C15)
+            index = (index & (1 << low) - 1) << bits - low | (index >> low) ^ x >> 64 - (bits - low)
+            low = bits - low
+        if index < count:
+            return index
 
 
 class ListWalk:

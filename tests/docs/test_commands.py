@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hrm_megatron.config import PRESETS, Architecture
+from hrm_megatron.config import PRESETS, PUBLISHED, Architecture
 from hrm_megatron.planner.memory import activation_bytes, model_bytes
 from hrm_megatron.training.micro_batch import POSITIONS
 from tests.docs.commands import ROOT, blocks, table
@@ -22,6 +22,8 @@ VOCAB_SIZE, BP_STEPS = 65_536, 5
 # Programs of the machines that the texts are about: each notes its arguments, one JSON list a line, and does nothing.
 NOTE = """#!{python}
 import json, os, sys
+if "hrm_megatron.cluster" in sys.argv:  # what the batch script of Slurm decides by
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 with open(os.environ["NOTES"], "a") as notes:
     print(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]), file=notes)
 """
@@ -32,6 +34,7 @@ esac; shift 2; done
 SLURM_JOB_ID=1 SLURM_JOB_NODELIST=nodes SLURM_SUBMIT_DIR=$PWD exec "$@"
 """
 SCONTROL = "#!/usr/bin/env bash\necho node1\n"
+SQUEUE = "#!/usr/bin/env bash\necho RUNNING None\n"
 GPUS = "#!/usr/bin/env bash\nfor ((i = 0; i < {gpus}; i++)); do echo GPU $i; done\n"
 # A rank that says how its arguments were understood, and trains nothing.
 PARSE_ONLY = """
@@ -91,7 +94,7 @@ def training_arguments(block, gpus, place, folder):
     """The arguments of hrm_megatron.pretrain that the commands of a block lead to on so many GPUs."""
     folder.mkdir()
     programs = dict.fromkeys(("torchrun", "srun", "python"), NOTE.format(python=sys.executable))
-    programs |= {"sbatch": SBATCH, "scontrol": SCONTROL, "nvidia-smi": GPUS.format(gpus=gpus)}
+    programs |= {"sbatch": SBATCH, "scontrol": SCONTROL, "squeue": SQUEUE, "nvidia-smi": GPUS.format(gpus=gpus)}
     for name, text in programs.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -101,7 +104,8 @@ def training_arguments(block, gpus, place, folder):
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text], cwd=place, capture_output=True, text=True, timeout=60,
         env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "NOTES": str(notes), "NODE_RANK": "0",
-             "FIRST_NODE": "node1", "TORCHRUN": str(folder / "torchrun"), "PYTHON": str(folder / "python")})
+             "FIRST_NODE": "node1", "TORCHRUN": str(folder / "torchrun"), "PYTHON": str(folder / "python"),
+             "PREFLIGHT": "0"})
     assert done.returncode == 0, done.stderr
     commands = [json.loads(line) for line in notes.read_text().splitlines()]
     return [command[command.index("hrm_megatron.pretrain") + 1:] for command in commands
@@ -119,8 +123,8 @@ def test_what_needs_gpus_is_understood_there(launch, place, tmp_path, block):
 ROWS = table(ROOT / "README.md", "preset")
 
 
-def test_every_preset_has_a_row():
-    assert [row["preset"] for row in ROWS] == [*PRESETS]
+def test_every_preset_of_the_reference_has_a_row():
+    assert [row["preset"] for row in ROWS] == [name for name, preset in PRESETS.items() if preset.sizes == PUBLISHED]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["preset"])
@@ -135,8 +139,6 @@ def test_launch_settings_start_and_take_what_they_say(launch, row):
              "--recompute-modules", "gated_act"]
     if row["--global-batch-size"] != "preset":
         flags += ["--global-batch-size", row["--global-batch-size"]]
-    if preset.lr is None:
-        flags += ["--lr", 1e-4]
     gpu_counts = [int(count) for count in row["GPUs"].split(",")]
     gigabytes = [float(amount) for amount in row["GB on a GPU"].split(",")]
     for gpus, amount in zip(gpu_counts, gigabytes, strict=True):
@@ -155,7 +157,8 @@ def test_launch_settings_start_and_take_what_they_say(launch, row):
 
 
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
-SCRIPTS = ["launch_scripts/train_node.sh", "launch_scripts/train_slurm.sh", "examples/own_data.sh"]
+SCRIPTS = ["launch_scripts/train_node.sh", "launch_scripts/train_slurm.sh", "launch_scripts/preprocess_slurm.sh",
+           "examples/own_data.sh"]
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -82,6 +82,23 @@ def test_logits_agree_to_rounding_among_any_neighbours(engine):
             assert [token for token, _ in have.top] == [token for token, _ in want.top]
 
 
+def test_given_tokens_are_scored_as_an_answer_and_gone_on_from(engine):
+    """Given an answer's beginning, the rest is the answer's and the logprobs are those that it had; none is chosen."""
+    [prompt] = prompts(18)
+    [[whole]] = engine(1).answer([request(prompt, 20, logprobs=2)])
+    for given, more in ((7, 13), (20, 0)):
+        one = engine(1)
+        [[again]] = one.answer([request(prompt, more, logprobs=2, given=whole.tokens[:given])])
+        assert again.tokens == whole.tokens and again.finish == "length" and all_free(one)
+        for have, want in zip(again.logprobs, whole.logprobs, strict=True):
+            assert have.token == want.token and abs(have.logprob - want.logprob) < CLOSE
+    stop = whole.tokens[3]
+    [[past]] = engine(1).answer([request(prompt, 2, given=whole.tokens[:6], stop_tokens=frozenset({stop}))])
+    assert past.tokens[:6] == whole.tokens[:6] and len(past.tokens) > 6  # what is given ends nothing
+    [[sampled]] = engine(1).answer([request(prompt, 5, sampling=Sampling(2.0, seed=4), given=[3, 5])])
+    assert sampled.tokens[:2] == [3, 5] and len(sampled.tokens) == 7
+
+
 def test_logprobs_are_the_models_own(engine, untrained):
     from hrm_megatron.generate.decode import next_token_logits
 
@@ -168,6 +185,8 @@ def test_a_cancelled_request_frees_its_place(engine):
     (dict(prompt=[3] * 64), "prompt of 64 tokens leaves no room for an answer in the model's context of 64"),
     (dict(prompt=[3] * 40, max_new_tokens=20), "need 5 blocks of the key-value cache, which has 3"),
     (dict(prompt=[3], max_new_tokens=0), "max_new_tokens=0, samples=1: must be at least 1"),
+    (dict(prompt=[3] * 30, given=[3] * 34), "prompt of 64 tokens leaves no room"),
+    (dict(prompt=[3] * 30, given=[3] * 35, max_new_tokens=0), "prompt of 65 tokens leaves no room"),
     (dict(prompt=[3], samples=0), "samples=0: must be at least 1"),
     (dict(prompt=[3], stop=("x",)), "stop strings need a tokenizer"),
 ])

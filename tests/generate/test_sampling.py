@@ -31,6 +31,11 @@ def test_filters_keep_what_transformers_keeps(temperature, filters):
     assert temperature > 1 or not filters or filters.get("top_k") == 100 or (have == 0).any()
 
 
+@pytest.mark.parametrize("filters", [{}, dict(top_k=3), dict(top_p=0.5), dict(min_p=0.5)], ids=str)
+def test_the_lowest_temperature_is_greedy(filters):
+    assert choose(LOGITS, Sampling(5e-324, **filters), 0.999) == LOGITS.argmax()
+
+
 def test_a_large_vocabulary_has_the_nucleus_of_a_full_sort():
     logits = torch.randn(5000, generator=torch.Generator().manual_seed(1)) * 3
     ordered, order = logits.double().softmax(-1).sort(descending=True)

@@ -8,33 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from hrm_megatron.config import Architecture
+from tests.random_checkpoint import TOKENIZER, write_random_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "generate.py"
-TOKENIZER = ROOT / "tests" / "golden" / "tokenizer"
 QUESTIONS = ["What is 7 plus 5?", "Name the tens digit of 7543."]
 
 
 @pytest.fixture(scope="module")
 def checkpoints(single_rank, tmp_path_factory):
-    """A Megatron checkpoint of a random model over the golden tokenizer's vocabulary, raw and EMA weights unlike."""
-    from hrm_megatron.convert.checkpoint import PARTS, Checkpoint, Training
-    from hrm_megatron.convert.to_megatron import write_megatron
-    from hrm_megatron.data.tokenizer import TextTokenizer
-
-    vocab_size = TextTokenizer(TOKENIZER).vocab_size
-    assert vocab_size != 256
-    generator = torch.Generator().manual_seed(3)
-
-    def read(part, entry):
-        tensor = torch.randn(entry.shape, generator=generator) * 0.7  # attention must matter
-        return tensor if entry.trained else tensor.bfloat16()
-
-    folder = tmp_path_factory.mktemp("tool") / "checkpoints"
-    write_megatron(Checkpoint(Path("random"), Architecture(1, 24, 3, 40, vocab_size), Training(seq_length=48,
-                              tokens_per_step=96, total_steps=9), 7, 5, frozenset(PARTS), read), folder)
-    return folder
+    return write_random_checkpoint(tmp_path_factory.mktemp("tool") / "checkpoints", seq_length=48)
 
 
 @pytest.fixture

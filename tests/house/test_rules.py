@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LINE_LIMIT = 400
 ORDER = ("config", "program", "transformer_config", "data", "parallel", "layers", "attention", "model", "optim",
-         "checkpoint", "training", "convert", "generate", "quantize", "evaluate", "planner", "benchmark")
+         "planner", "checkpoint", "training", "convert", "generate", "serve", "quantize", "evaluate", "cluster",
+         "benchmark")
 RANKS = {name: rank for rank, name in enumerate(ORDER)} | {"pretrain": len(ORDER)}
 FREE_FOR_ALL = "hrm_megatron.parallel.cpu"  # must come before the first import of Megatron, wherever that is
 NO_TORCH = ("hrm_megatron/config.py", "hrm_megatron/model/schedule.py", "hrm_megatron/optim/schedule.py",

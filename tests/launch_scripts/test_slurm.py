@@ -1,8 +1,11 @@
 """The Slurm script with made-up SLURM_* variables, and a srun and a scontrol that play two nodes on this machine."""
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,31 +15,51 @@ SCRIPT = "launch_scripts/train_slurm.sh"
 # Each "node" is a torchrun of its own on this machine.
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do case $1 in --ntasks) n=$2; shift 2 ;; --ntasks-per-node) shift 2 ;; *) shift ;; esac; done
-for ((i = 0; i < n; i++)); do "$@" & pids+=($!); done
-for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+trap 'kill -USR1 "${pids[@]}"' USR1
+for ((i = 0; i < n; i++)); do SLURM_NODEID=$i SLURMD_NODENAME=node$((i + 1)) "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do
+    while wait "$pid"; code=$?; ((code > 128)) && kill -0 "$pid" 2>/dev/null; do :; done
+    ((code == 0)) || status=$code
+done
 exit "${status:-0}"
 """
 SCONTROL = """#!/usr/bin/env bash
-[ "$1 $2 $3" = "show hostnames node[1-2]" ] && printf 'localhost\\nnode2\\n'
+echo "$*" >>"$(dirname "$0")/asked"
+case "$*" in
+    "show hostnames node[1-2]") printf 'node1\\nnode2\\n' ;;
+    "show job 77") echo "JobId=77 ExcNodeList=(null) Requeue=1" ;;
+esac
 """
+SQUEUE = """#!/usr/bin/env bash
+echo "$STATE"
+"""
+STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
 @pytest.fixture
 def script(tmp_path):
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE),
+                       ("python", STAND_IN.read_text().replace("#!/usr/bin/env python3", f"#!{sys.executable}"))):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     job = dict(SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1", SLURM_JOB_ID="77", SLURM_JOB_NODELIST="node[1-2]",
-               SLURM_SUBMIT_DIR=str(ROOT), MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-               TORCHRUN=str(Path(sys.executable).with_name("torchrun")))
+               SLURM_SUBMIT_DIR=str(ROOT), MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+               TORCHRUN=str(Path(sys.executable).with_name("torchrun")), PYTHON=sys.executable, STATE="RUNNING None")
 
-    def run(*arguments, **variables):
+    def run(*arguments, until=None, **variables):
+        """Run the script; SIGUSR1 goes to it as soon as `until` exists."""
         environment = {**os.environ, **job, **variables, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        return subprocess.run([SCRIPT, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=240,
-                              env={name: value for name, value in environment.items() if value})
+        with subprocess.Popen([SCRIPT, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, env={name: value for name, value in environment.items() if value}) as process:
+            while until is not None and not until.exists() and process.poll() is None:
+                time.sleep(0.01)
+            if until is not None:
+                process.send_signal(signal.SIGUSR1)
+            out, err = process.communicate(timeout=240)
+            return subprocess.CompletedProcess(process.args, process.returncode, out, err)
     return run
 
 
@@ -50,13 +73,15 @@ def test_two_nodes_train_one_model(script, tmp_path):
 
 
 def test_the_command_is_shown(script):
-    shown = script("--dry-run", "--save", "runs/a b", PRESET="XL", TP="2", PP="4", SLURM_GPUS_ON_NODE="8",
-                   MASTER_PORT="1")
+    shown = script("--dry-run", "--train-iters", "9", "--load=runs/a b", "--save", "runs/a b", PRESET="XL", TP="2",
+                   PP="4", SLURM_GPUS_ON_NODE="8", MASTER_PORT="1")
     assert shown.returncode == 0, shown.stderr
-    for part in ("srun --ntasks 2 --ntasks-per-node 1 --kill-on-bad-exit=1 ", "--nnodes 2 --nproc-per-node 8 ",
+    for part in ("--logs runs/a\\ b/slurm/77.0 -- ", "srun --ntasks 2 --ntasks-per-node 1 --kill-on-bad-exit=1 ",
+                 "--nnodes 2 --nproc-per-node 8 ",
                  "--rdzv-id 77 --rdzv-backend c10d --rdzv-endpoint localhost:1 ", "--hrm-preset XL ",
                  "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --context-parallel-size 1 ",
-                 r"--sequence-parallel --save runs/a\ b"):
+                 "--sequence-parallel --exit-signal-handler --exit-signal SIGUSR1 --train-iters 9 ",
+                 r"--load=runs/a\ b --save runs/a\ b"):
         assert part in shown.stdout
 
 
@@ -79,10 +104,101 @@ def test_what_the_user_exported_reaches_the_ranks(script):
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in (ROOT / SCRIPT).read_text()
 
 
+def test_a_task_for_each_gpu_and_a_container(script):
+    shown = script("--dry-run", LAUNCH="srun", SLURM_GPUS_ON_NODE="8", SLURM_CPUS_ON_NODE="104", CONTAINER="hrm.sqsh",
+                   MOUNTS="/data:/data", PYTHON="").stdout
+    for part in ("srun --ntasks 16 --ntasks-per-node 8 --cpus-per-task=13 ", "--cpu-bind=cores --mem-bind=local ",
+                 f"--container-image=hrm.sqsh --container-mounts={ROOT}:{ROOT}", ",/data:/data ",
+                 "python -m hrm_megatron.cluster.node --rank -- python -m hrm_megatron.pretrain "):
+        assert part in shown.replace("\\,", ","), part
+    assert "torchrun" not in shown and f"{sys.prefix}/bin" not in shown
+
+
+class Run:
+    """Starts of one job, in a folder of its own, by the stand-in for torchrun."""
+
+    def __init__(self, script, folder):
+        self.script, self.folder, self.run = script, folder, folder / "run"
+
+    def __call__(self, restart=0, steps=12, **variables):
+        (self.folder / "asked").unlink(missing_ok=True)
+        variables = dict(TORCHRUN=str(STAND_IN), PREFLIGHT="0", SLURM_RESTART_COUNT=str(restart)) | variables
+        return self.script("--train-iters", steps, "--load", self.run, "--save", self.run, **variables)
+
+    @property
+    def asked(self):
+        """What Slurm was asked to do."""
+        asked = (self.folder / "asked").read_text().splitlines()
+        return [line for line in asked if not line.startswith("show ")]
+
+    @property
+    def ends(self):
+        return [one["end"] for one in json.loads((self.run / "slurm" / "attempts.json").read_text())]
+
+
+@pytest.fixture
+def run(script, tmp_path):
+    return Run(script, tmp_path)
+
+
+def test_a_finished_run_is_not_queued_again(run):
+    done = run()
+    assert done.returncode == 0 and not run.asked and run.ends == ["finished"], done.stderr
+    record = json.loads((run.run / "slurm" / "77.0" / "manifest.json").read_text())
+    assert record["nodes"] == ["node1", "node2"] and "--train-iters" in record["arguments"]
+    assert {"torch", "megatron-core"} <= set(record["versions"]) and record["git_commit"]
+
+
+def test_a_time_limit_queues_the_run_again_and_it_goes_on(run):
+    told = run(steps=200, until=run.run / "steps")
+    assert told.returncode == 0 and run.asked == ["requeue 77"], told.stderr
+    saved = int((run.run / "latest_checkpointed_iteration.txt").read_text())
+    assert 0 < saved < 200 and f"time limit, goes on after step {saved}" in told.stderr
+    assert run(restart=1, steps=saved + 3).returncode == 0 and run.ends == ["time limit", "finished"]
+    assert [int(line) for line in (run.run / "steps").read_text().split()] == [*range(1, saved + 4)]
+
+
+def test_a_limit_that_comes_before_the_save_is_done_is_still_a_limit(run):
+    assert run(FAIL_AT="2", STATE="COMPLETING TimeLimit").returncode == 0
+    assert run.asked == ["requeue 77"] and run.ends == ["time limit"]
+
+
+def test_a_failure_without_progress_stops_with_one_line(run):
+    first = run(FAIL_AT="11")
+    assert first.returncode == 0 and run.asked == ["requeue 77"]
+    assert "first failure: node node1, local rank 0" in first.stderr and "ZeroDivisionError: at step 11" in first.stderr
+    second = run(restart=1, FAIL_AT="11")
+    assert second.returncode == 1 and not run.asked and run.ends == ["failed", "failed"]
+    assert [line for line in second.stderr.splitlines() if line.startswith("slurm: no progress: step 10 was")]
+
+
+def test_a_cancelled_job_is_not_queued_again(run):
+    assert run(STATE="COMPLETING None").returncode == 1
+    assert not run.asked and run.ends == ["stopped by Slurm"]
+
+
+def test_a_bad_node_is_left_out_and_remembered(run):
+    python = str(run.folder / "python")
+    found = run(PREFLIGHT="1", PYTHON=python, SICK_NODE="node2")
+    assert found.returncode == 0 and "node2: 7 of 8 GPUs" in found.stderr, found.stderr
+    assert run.asked == ["requeue 77", "update JobId=77 ExcNodeList=node2"]
+    assert not (run.run / "steps").exists()
+    again = run(restart=1)  # Slurm gave it to the job once more
+    assert run.asked[0] == "requeue 77" and run.ends == ["bad node", "bad node"] and "7 of 8 GPUs" in again.stderr
+
+
+def test_a_start_whose_end_nobody_saw_counts_as_a_failure(run):
+    assert run().returncode == 0
+    attempts = run.run / "slurm" / "attempts.json"
+    attempts.write_text(attempts.read_text().replace("finished", "running").replace('"restart": 0', '"restart": 1'))
+    assert run(restart=2, steps=15).returncode == 0 and run.ends == ["lost", "finished"]
+
+
 @pytest.mark.parametrize("variables, message", [
     (dict(OUTSIDE, GPUS="8"), "outside a Slurm job --dry-run needs the number of nodes: set NODES"),
     (dict(NODES="3"), "NODES=3, but Slurm gave the job 2 nodes"),
     (dict(TP="3"), "TP*PP*CP=3 does not divide the 2 GPUs of the job"),
+    (dict(LAUNCH="mpirun"), "LAUNCH=mpirun: choose torchrun or srun"),
     (dict(PP="x"), "are whole numbers from 1, not 'x'"),
     (dict(SLURM_NNODES=""), "not inside a Slurm job"),
     (dict(SLURM_GPUS_ON_NODE=""), "Slurm gave no GPUs: add --gpus-per-node"),
@@ -90,3 +206,13 @@ def test_what_the_user_exported_reaches_the_ranks(script):
 def test_what_cannot_be_is_refused(script, variables, message):
     refused = script("--dry-run", **variables)
     assert refused.returncode != 0 and message in refused.stderr and not refused.stdout
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--save", "runs/a", "--train-iters", "9"], "--load is '': the job goes on by itself from what it saved"),
+    (["--save", "runs/a", "--load", "runs/a"], "--train-iters '': the job goes on by itself until then"),
+    (["--save", "runs/a", "--load", "runs/a", "--train-iters=many"], "--train-iters 'many'"),
+])
+def test_what_could_not_go_on_by_itself_is_refused(script, arguments, message):
+    refused = script(*arguments)
+    assert refused.returncode == 2 and message in refused.stderr and not refused.stdout

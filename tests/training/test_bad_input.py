@@ -118,7 +118,8 @@ def test_samples_that_are_less_than_a_step(refused):
 
 
 def test_a_size_that_nobody_gave_is_named(refused):
-    refused("--hrm-preset", "B", *SAMPLED, "--seq-length", 96, "--train-iters", 3, parts=["--lr is not set"])
+    refused("--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, *SAMPLED, "--seq-length", 96,
+            "--train-iters", 3, parts=["--lr is not set"])
 
 
 def test_a_sampled_folder_with_an_index_out_of_range(refused, tmp_path):

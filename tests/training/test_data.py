@@ -8,9 +8,9 @@ import pytest
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data import plan_cache
 from hrm_megatron.data.indexed_examples import IndexedExamplesWriter
-from hrm_megatron.data.split import split_examples
 from hrm_megatron.training import data
 from hrm_megatron.training.data import open_sources, plan_folder
+from tests.stores import split_examples
 from tests.training.conftest import GOLDEN
 
 

@@ -7,8 +7,9 @@ import torch
 
 from hrm_megatron.config import Architecture
 from hrm_megatron.parallel.main_grad import Apex
+from hrm_megatron.planner.layout import stage_parameters
 from hrm_megatron.training import layout
-from hrm_megatron.training.layout import describe, describe_pipeline, explain_weight_gradients, stage_parameters
+from hrm_megatron.training.layout import describe, describe_pipeline, explain_weight_gradients
 
 ARGUMENTS = dict(
     world_size=16, tensor_model_parallel_size=2, pipeline_model_parallel_size=4, context_parallel_size=1,

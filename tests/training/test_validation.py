@@ -10,11 +10,11 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
-from hrm_megatron.data.split import split_examples
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.training.arguments import add_hrm_arguments
 from hrm_megatron.training.data import open_sources
 from hrm_megatron.training.evaluation import settle_evaluation
+from tests.stores import split_examples
 from tests.training.conftest import GOLDEN, scalars
 
 COUNT, SEED, SPLIT = 60, 7, "85,15,0"

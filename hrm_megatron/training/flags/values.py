@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from hrm_megatron.config import ConfigError, refuse_beside
+from hrm_megatron.planner.layout import check_rows
 
 FOLDERS = ("save", "load", "pretrained_checkpoint", "tensorboard_dir", "wandb_save_dir", "data_cache_path",
            "sampled_data_path")
@@ -64,12 +65,7 @@ def check_batch(args: argparse.Namespace) -> None:
     for prefix in ("", "eval_"):
         rows = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size
         micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
-        unit = micro * replicas
-        if rows and rows % unit:
-            near = [multiple for multiple in (rows // unit * unit, (rows // unit + 1) * unit) if multiple]
-            flag = _flag(f"{prefix}global_batch_size")
-            raise ConfigError(f"{flag} {rows}: is no multiple of {unit}, which is --{prefix.replace('_', '-')}"
-                              f"micro-batch-size {micro} x {replicas} replicas; choose {' or '.join(map(str, near))}")
+        check_rows(rows, micro, replicas, prefix.replace("_", "-"))
     step = args.global_batch_size or args.micro_batch_size * replicas
     if args.train_samples and args.train_samples < step:
         raise ConfigError(f"--train-samples {args.train_samples}: is less than one step of {step} rows "

@@ -1,0 +1,130 @@
+"""What launch_scripts/train_slurm.sh asks between two launches: `python -m hrm_megatron.cluster begin|judge|end ...`.
+
+Answers on stdout in one line: what to do (go, requeue, done, stop), and the nodes to avoid, with commas. Why is on
+stderr.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from hrm_megatron.checkpoint.manifest import write_aside
+from hrm_megatron.cluster.attempts import (
+    BAD_NODE,
+    CANCELLED,
+    FAILED,
+    GO,
+    STOP,
+    Attempt,
+    History,
+    Verdict,
+    decide,
+    how_it_ended,
+    saved_step,
+)
+from hrm_megatron.cluster.failures import SUMMARY_FILE, read_failures, refusal, summarize
+from hrm_megatron.cluster.node_check import Limits, find_bad_nodes, read_reports
+from hrm_megatron.cluster.record import describe_start
+from hrm_megatron.program import one_line
+
+SUMMARY_LINES = 40  # of an error summary in the job's log; the file has all
+
+
+def begin(arguments: argparse.Namespace, history: History) -> Verdict:
+    """Write down a start, unless the run is over or has been given a node that it avoids."""
+    step = saved_step(arguments.checkpoints)
+    lost = history.begin(Attempt(arguments.job, arguments.restart, tuple(arguments.nodes), step, step))
+    logs = history.folder / f"{arguments.job}.{arguments.restart}"
+    logs.mkdir(exist_ok=True)
+    write_aside(logs / "manifest.json", json.dumps(describe_start(arguments.command, arguments.nodes), indent=1) + "\n")
+    if lost is not None and lost.job == arguments.job:
+        verdict = decide(history.attempts[:-1], arguments.max_failures)
+        if verdict.action == STOP:
+            history.end(FAILED, step, verdict.why)
+            return verdict
+    return _avoid(history, {node: why for node, why in history.excluded.items() if node in arguments.nodes},
+                  step, arguments.max_failures)
+
+
+def judge(arguments: argparse.Namespace, history: History) -> Verdict:
+    """Name the bad nodes of this start by their reports, and remember them."""
+    reports = read_reports(arguments.reports)
+    if not reports:  # not all nodes at once: to avoid them would only empty the cluster
+        return Verdict(GO, f"the check has not ended on any node ({arguments.reports}), so it blames none")
+    bad = find_bad_nodes(reports, history.attempts[-1].nodes, Limits(**{
+        name: value for name, value in vars(arguments).items() if name in Limits.__dataclass_fields__}))
+    if bad:
+        history.exclude(bad)
+    return _avoid(history, bad, saved_step(arguments.checkpoints), arguments.max_failures)
+
+
+def end(arguments: argparse.Namespace, history: History) -> Verdict:
+    """Write down how a launch ended, with one summary of its errors."""
+    attempt, step = history.attempts[-1], saved_step(arguments.checkpoints)
+    logs = history.folder / f"{attempt.job}.{attempt.restart}"
+    failures = read_failures(logs)
+    how = how_it_ended(arguments.code, step, arguments.train_iters, arguments.signalled, refusal(failures))
+    why = ""
+    if arguments.cancelled:
+        how = CANCELLED
+    elif arguments.code:
+        summary = summarize(failures, arguments.code)
+        write_aside(logs / SUMMARY_FILE, summary)
+        shown = summary.splitlines()
+        print(*shown[:SUMMARY_LINES], f"all of it, and the log of each rank: {logs}", sep="\n", file=sys.stderr)
+        why = refusal(failures) or (failures[0].last_line if failures else f"exit code {arguments.code}, no trace")
+    history.end(how, step, why)
+    return decide(history.attempts, arguments.max_failures)
+
+
+def _avoid(history: History, bad: dict[str, str], step: int, most_failures: int) -> Verdict:
+    if not bad:
+        return Verdict(GO, f"attempt {history.attempts[-1].restart} of job {history.attempts[-1].job} goes on after "
+                           f"step {step}")
+    history.end(BAD_NODE, step, "; ".join(f"{node}: {why}" for node, why in bad.items()))
+    verdict = decide(history.attempts, most_failures)
+    return Verdict(verdict.action, f"{history.attempts[-1].why} (avoided from now on: "
+                                   f"{history.folder / 'excluded.json'}); {verdict.why}")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hrm_megatron.cluster", description=__doc__)
+    commands = parser.add_subparsers(dest="what", required=True)
+    for ask in (begin, judge, end):
+        command = commands.add_parser(ask.__name__, description=ask.__doc__)
+        command.set_defaults(ask=ask)
+        command.add_argument("--folder", type=Path, required=True, help="where the run's starts are written down")
+        command.add_argument("--checkpoints", type=Path, required=True, help="the run's --save")
+        command.add_argument("--max-failures", type=int, default=5, help="failed starts after which a job stops")
+        if ask is begin:
+            command.add_argument("--job", required=True)
+            command.add_argument("--restart", type=int, default=0)
+            command.add_argument("--nodes", nargs="+", required=True)
+            command.add_argument("command", nargs="*", help="the run's command, after --")
+        elif ask is judge:
+            command.add_argument("--reports", type=Path, required=True, help="folder of the nodes' reports")
+            Limits.add_arguments(command)
+        else:
+            command.add_argument("--code", type=int, required=True)
+            command.add_argument("--train-iters", type=int, required=True)
+            command.add_argument("--signalled", action="store_true", help="the launch was told of the time limit")
+            command.add_argument("--cancelled", action="store_true", help="for Slurm the job is not running any more")
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+
+    def answer() -> None:
+        history = History(arguments.folder)
+        verdict = arguments.ask(arguments, history)
+        print(f"slurm: {verdict.why}", file=sys.stderr)
+        print(verdict.action, ",".join(history.excluded))
+
+    sys.exit(one_line(answer))
+
+
+if __name__ == "__main__":
+    main()

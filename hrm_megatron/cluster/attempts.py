@@ -1,0 +1,129 @@
+"""The starts of a run under Slurm, and whether it starts once more: a file in its folder and one table of rules."""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hrm_megatron.checkpoint.manifest import write_aside
+from hrm_megatron.config import ConfigError
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron's, written when an iteration is complete
+ATTEMPTS_FILE, EXCLUDED_FILE = "attempts.json", "excluded.json"
+
+# How an attempt ended. LOST: nobody wrote down its end, as when the node of the batch script dies. CANCELLED: also
+# preempted, or another node was lost; if Slurm queues the job once more, that is its own doing.
+RUNNING, FINISHED, LIMIT, ENDED, FAILED, REFUSED, BAD_NODE, LOST, CANCELLED = (
+    "running", "finished", "time limit", "ended early", "failed", "refused", "bad node", "lost", "stopped by Slurm")
+FAILURES = (FAILED, BAD_NODE, LOST)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job: `first_step` and `last_step` are the last saved steps when it began and when it ended."""
+
+    job: str
+    restart: int
+    nodes: tuple[str, ...]
+    first_step: int
+    last_step: int
+    end: str = RUNNING
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the batch script does next, and the line that says why."""
+
+    action: str
+    why: str
+
+
+GO, REQUEUE, DONE, STOP = "go", "requeue", "done", "stop"
+
+
+def decide(attempts: list[Attempt], most_failures: int) -> Verdict:
+    """Say whether the job of the last attempt, which has ended, is queued once more."""
+    last = attempts[-1]
+    mine = [attempt for attempt in attempts if attempt.job == last.job]
+    if last.end == FINISHED:
+        return Verdict(DONE, f"done at step {last.last_step}")
+    if last.end in (REFUSED, CANCELLED):
+        return Verdict(STOP, f"{last.end}{f': {last.why}' if last.why else ''}")
+    # An attempt that a bad node kept from training says nothing about the run.
+    trained = [attempt for attempt in mine if attempt.end != BAD_NODE]
+    if last.end != BAD_NODE and len(trained) > 1 and last.last_step <= trained[-2].last_step:
+        return Verdict(STOP, f"no progress: step {last.last_step} was the last one saved when attempt "
+                             f"{trained[-2].restart} ended ({trained[-2].end}), and still is after attempt "
+                             f"{last.restart} ({last.end})")
+    failures = sum(attempt.end in FAILURES for attempt in mine)
+    if last.end in FAILURES and failures > most_failures:
+        return Verdict(STOP, f"{failures} failures, {most_failures} are allowed (MAX_FAILURES), the last one: "
+                             f"{last.end}{f': {last.why}' if last.why else ''}")
+    return Verdict(REQUEUE, f"{last.end}, goes on after step {last.last_step}")
+
+
+def how_it_ended(code: int, last_step: int, train_iters: int, signalled: bool, refusal: str | None) -> str:
+    """Name the end of a launch that returned `code`; `signalled`: it was told of the limit before."""
+    if code == 0:
+        return FINISHED if last_step >= train_iters else LIMIT if signalled else ENDED
+    if refusal is not None:
+        return REFUSED
+    return LIMIT if signalled else FAILED
+
+
+def saved_step(checkpoints: Path) -> int:
+    """Return the last step that is completely saved, 0 before the first."""
+    place = checkpoints / TRACKER_FILE
+    try:
+        return int(place.read_text())
+    except FileNotFoundError:
+        return 0
+    except ValueError as error:
+        raise ConfigError(f"{place}: holds no step; put the number of the latest complete iteration there") from error
+
+
+class History:
+    """The attempts of a run and the nodes that it avoids, in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        entries: list[dict[str, Any]] = _read(folder / ATTEMPTS_FILE, [])
+        self.attempts = [Attempt(**{**entry, "nodes": tuple(entry["nodes"])}) for entry in entries]
+        self.excluded: dict[str, str] = _read(folder / EXCLUDED_FILE, {})  # node > why
+
+    def begin(self, attempt: Attempt) -> Attempt | None:
+        """Write down a start; return the attempt before it if nobody wrote down how that one ended."""
+        lost = None
+        if self.attempts and self.attempts[-1].end == RUNNING:
+            lost = self.end(LOST, attempt.first_step, "node failure, or killed")
+        self.attempts.append(attempt)
+        self._write()
+        return lost
+
+    def end(self, end: str, last_step: int, why: str = "") -> Attempt:
+        """Write down how the last start ended."""
+        self.attempts[-1] = replace(self.attempts[-1], end=end, last_step=last_step, why=why)
+        self._write()
+        return self.attempts[-1]
+
+    def exclude(self, nodes: dict[str, str]) -> None:
+        """Remember nodes that the run is to avoid, and why; delete a line of the file when a node is mended."""
+        self.excluded |= nodes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_aside(self.folder / EXCLUDED_FILE, json.dumps(self.excluded, indent=1) + "\n")
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_aside(self.folder / ATTEMPTS_FILE, json.dumps([asdict(one) for one in self.attempts], indent=1) + "\n")
+
+
+def _read[T](place: Path, nothing: T) -> T:
+    try:
+        found: T = json.loads(place.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return nothing
+    except ValueError as error:
+        raise ConfigError(f"{place}: damaged ({error}); mend or delete it") from error
+    return found

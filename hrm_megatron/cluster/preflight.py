@@ -1,0 +1,237 @@
+"""Measure a node before a run is trusted to it: `python -m hrm_megatron.cluster.preflight`, a task for each node.
+
+A report is written before nodes talk to each other, and again after, so that a node which cannot be reached is known
+by what it lacks. On a machine without GPUs the same is measured of the CPU, over gloo.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
+
+from hrm_megatron.cluster.node import node_name
+from hrm_megatron.cluster.node_check import Report
+
+MATMUL_SIZE, ALL_REDUCE_BYTES, STORAGE_BYTES = 8192, 256 << 20, 256 << 20
+CPU_MATMUL_SIZE, CPU_ALL_REDUCE_BYTES = 512, 4 << 20
+ROUNDS = 5
+WARMUP_SECONDS = 0.5  # clocks of an idle GPU rise within that
+# Of nvidia-smi (`--help-query-gpu`); what an older driver or a GPU does not know it calls N/A or not supported.
+FAULTS = {
+    "ecc.errors.uncorrected.volatile.total": "uncorrected ECC errors",
+    "remapped_rows.failure": "failed row remappings",
+    "remapped_rows.pending": "pending row remappings",
+    "clocks_throttle_reasons.hw_thermal_slowdown": "thermal slowdown",
+    "clocks_throttle_reasons.hw_power_brake_slowdown": "power brake slowdown",
+}
+FINE = ("0", "No", "Not Active", "N/A", "[N/A]", "[Not Supported]", "Not Supported")
+
+
+def look_at_gpus() -> tuple[int, list[str]]:
+    """Return the number of GPUs that answer, and the faults that nvidia-smi knows of them."""
+    try:
+        done = subprocess.run(["nvidia-smi", f"--query-gpu=index,{','.join(FAULTS)}", "--format=csv,noheader,nounits"],
+                              capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:
+        return 0, []
+    except subprocess.TimeoutExpired:
+        return 0, ["nvidia-smi does not answer"]
+    if done.returncode:
+        return 0, [f"nvidia-smi: {(done.stderr or done.stdout).strip()}"]
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    return len(rows), [f"GPU {index}: {name} ({value})" for index, *values in rows
+                       for name, value in zip(FAULTS.values(), values, strict=True) if value not in FINE]
+
+
+def storage_gbs(folder: Path, size_bytes: int = STORAGE_BYTES) -> tuple[float, float]:
+    """Write and read a file in the run's folder, past the page cache as far as the system allows; GB/s of both."""
+    place, block = folder / f".preflight.{node_name()}", os.urandom(min(size_bytes, 16 << 20))
+    blocks = size_bytes // len(block)
+    try:
+        begun = time.perf_counter()
+        with open(place, "wb") as file:
+            for _ in range(blocks):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            written = time.perf_counter()
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        reading = time.perf_counter()
+        with open(place, "rb", buffering=0) as file:
+            while file.read(len(block)):
+                continue
+        read = time.perf_counter()
+    finally:
+        place.unlink(missing_ok=True)
+    return blocks * len(block) / (written - begun) / 1e9, blocks * len(block) / (read - reading) / 1e9
+
+
+def _best_seconds(run: Callable[[], object]) -> float:
+    def timed() -> float:
+        begun = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    warm = time.perf_counter() + WARMUP_SECONDS
+    timed()
+    while torch.cuda.is_available() and time.perf_counter() < warm:
+        timed()
+    return min(timed() for _ in range(ROUNDS))
+
+
+def matmul_tflops() -> float:
+    """Best rate of matmuls: bf16 on a GPU, fp32 on a CPU."""
+    cuda = torch.cuda.is_available()
+    size = MATMUL_SIZE if cuda else CPU_MATMUL_SIZE
+    a, b = (torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+            for _ in range(2))
+    return 2 * size ** 3 / _best_seconds(lambda: a @ b) / 1e12
+
+
+def all_reduce_gbs(group: dist.ProcessGroup) -> float:
+    """Bus bandwidth of an all-reduce: 2 (n - 1) / n of its bytes cross each link."""
+    cuda, n = torch.cuda.is_available(), group.size()
+    size = ALL_REDUCE_BYTES if cuda else CPU_ALL_REDUCE_BYTES
+    buffer = torch.ones(size // 4, device="cuda" if cuda else "cpu")
+
+    def reduce() -> None:
+        dist.all_reduce(buffer, group=group)
+
+    reduce()  # connects
+    return 2 * (n - 1) / n * size / _best_seconds(reduce) / 1e9
+
+
+def clock_ahead_seconds(rank: int, first_ranks: list[int]) -> float:
+    """How far this node's clock is ahead of the first's, to half a round trip: each node in turn asks the first."""
+    ahead, theirs = 0.0, torch.zeros(1, dtype=torch.float64)
+    for other, _ in itertools.product(first_ranks[1:], range(2)):  # twice: the first time connects
+        if rank == 0:
+            dist.recv(theirs, src=other)
+            dist.send(torch.tensor([time.time()], dtype=torch.float64), dst=other)
+        elif rank == other:
+            begun = time.time()
+            dist.send(theirs, dst=0)
+            dist.recv(theirs, src=0)
+            ahead = (begun + time.time()) / 2 - float(theirs)
+    return ahead
+
+
+def pairs_of(nodes: int) -> list[tuple[int, int]]:
+    """Two rounds of pairs in which every node has two partners, as far as there are so many nodes."""
+    rounds = [[(first, first + 1) for first in range(start, nodes - 1, 2)] for start in (0, 1)]
+    if nodes > 2:
+        rounds[1].append((0, nodes - 1))
+    return list(itertools.chain(*rounds))
+
+
+def measure_process(local_rank: int, options: argparse.Namespace, results: SimpleQueue[tuple[str, Any]],
+                    alone_done: Barrier) -> None:
+    """Be the process of one GPU: alone, then with the node's others, then with other nodes."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        torch.set_num_threads(1)
+    results.put(("matmul", matmul_tflops()))
+    alone_done.wait()
+    per_node, nodes = options.processes, options.nodes
+    rank = options.node * per_node + local_rank
+    # nodes wait as long as the slowest needs for what it measures alone
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"tcp://{options.master}", rank=rank,
+                            world_size=nodes * per_node, timeout=timedelta(seconds=options.timeout_seconds))
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, node_name())
+    ahead = clock_ahead_seconds(rank, list(range(0, nodes * per_node, per_node)))
+    if local_rank == 0:
+        results.put(("clock", ahead))
+    for node in range(nodes):
+        group = dist.new_group(list(range(node * per_node, (node + 1) * per_node)))
+        if per_node > 1 and node == options.node:
+            rate = all_reduce_gbs(group)
+            results.put(("node", rate))
+    for pair in pairs_of(nodes):
+        group = dist.new_group([node * per_node + local for node in pair for local in range(per_node)])
+        if options.node in pair:
+            rate = all_reduce_gbs(group)
+            if local_rank == 0:
+                other = pair[1 - pair.index(options.node)]
+                results.put(("pair", (names[other * per_node], rate)))
+        dist.barrier()  # a pair is measured while the others are silent
+    dist.destroy_process_group()
+
+
+def measure_node(options: argparse.Namespace) -> Report:
+    """Measure this node, and write its report twice."""
+    begun = time.monotonic()
+    gpus, faults = look_at_gpus()
+    report = Report(node_name(), gpus, options.gpus, faults)
+    options.processes = torch.cuda.device_count() or 1
+    try:
+        report.storage_write_gbs, report.storage_read_gbs = storage_gbs(options.storage, options.storage_bytes)
+    except OSError as error:
+        report.faults.append(f"storage {options.storage}: {error.strerror}")
+    context = multiprocessing.get_context("spawn")
+    results: SimpleQueue[tuple[str, Any]] = context.SimpleQueue()
+    alone_done = context.Barrier(options.processes + 1)
+    running = start_processes(measure_process, (options, results, alone_done), options.processes, join=False)
+    deadline = begun + options.timeout_seconds
+    try:
+        alone_done.wait(options.timeout_seconds)
+        _take(results, report)
+        report.write(options.output)
+        while not running.join(timeout=max(0.0, deadline - time.monotonic())):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"the nodes were not done after {options.timeout_seconds:g} s")
+    except Exception as error:  # whatever ended it: the report says so, and who is to blame is found out from all
+        report.error = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        for process in running.processes:
+            process.kill()
+    _take(results, report)
+    report.seconds = time.monotonic() - begun
+    report.write(options.output)
+    return report
+
+
+def _take(results: SimpleQueue[tuple[str, Any]], report: Report) -> None:
+    while not results.empty():
+        what, value = results.get()
+        if what == "matmul":
+            report.matmul_tflops = min(value, report.matmul_tflops or value)
+        elif what == "node":
+            report.node_all_reduce_gbs = min(value, report.node_all_reduce_gbs or value)
+        elif what == "clock":
+            report.clock_ahead_seconds = value
+        else:
+            report.pair_all_reduce_gbs[value[0]] = value[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m hrm_megatron.cluster.preflight", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the nodes' reports")
+    parser.add_argument("--storage", type=Path, required=True, help="folder whose speed counts: the run's")
+    parser.add_argument("--storage-bytes", type=int, default=STORAGE_BYTES, help="size of the file there")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs that the node should have")
+    parser.add_argument("--nodes", type=int, default=int(os.environ.get("SLURM_NNODES", "1")))
+    parser.add_argument("--node", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
+    parser.add_argument("--master", required=True, help="host:port at which the nodes meet")
+    parser.add_argument("--timeout-seconds", type=float, default=60.0)
+    measure_node(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""A task's questions as prompts of a model, and its answers in a file that an interrupted run goes on with."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.spelling import tags_of
+from hrm_megatron.data.text_files import read_lines
+from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.evaluate.prompts import Item
+from hrm_megatron.evaluate.rows import PlacedItem
+from hrm_megatron.evaluate.tasks import TOO_LONG, Asked, Task, spelled
+from hrm_megatron.generate.answer_file import AnswerFile
+from hrm_megatron.generate.engine import Progress, Request
+from hrm_megatron.generate.session import Session
+
+
+def prepare(task: Task, questions: Sequence[PlacedItem], shot_rows: Sequence[PlacedItem], tokenizer: TextTokenizer,
+            context_tokens: int) -> list[Asked]:
+    """Spell questions with their shots, with fewer where the task says so of prompts that do not fit."""
+    try:
+        tags_of(task.condition, tokenizer.tag_ids)
+    except ConfigError as error:
+        raise ConfigError(f"task {task.name}: {error}") from error
+    asked = _spell(task, questions, [_count(task, placed.item) for placed in questions], shot_rows, tokenizer)
+    long = [i for i, one in enumerate(asked) if len(one.prompt or ()) >= context_tokens]
+    if task.fewer_shots is not None:
+        fewer = [min(task.fewer_shots, asked[i].shots) for i in long]
+        for i, one in zip(long, _spell(task, [questions[i] for i in long], fewer, shot_rows, tokenizer), strict=True):
+            asked[i] = one
+    return [one if len(one.prompt or ()) < context_tokens else Asked(one.place, one.item, one.shots, None)
+            for one in asked]
+
+
+def _count(task: Task, item: Item) -> int:
+    return task.special_shots.get(item.group, task.shots)
+
+
+def _spell(task: Task, questions: Sequence[PlacedItem], counts: Sequence[int], shot_rows: Sequence[PlacedItem],
+           tokenizer: TextTokenizer) -> list[Asked]:
+    by_group: dict[str, list[Item]] = {}
+    for row in shot_rows:
+        by_group.setdefault(row.item.group if task.grouped_shots else "", []).append(row.item)
+    texts = []
+    for placed, count in zip(questions, counts, strict=True):
+        shots = by_group.get(placed.item.group if task.grouped_shots else "", [])
+        if len(shots) < count:
+            of = f" of {placed.item.group!r}" if task.grouped_shots else ""
+            raise ConfigError(f"task {task.name}: {count} shots are wanted, split '{task.source.shots_split}' has "
+                              f"{len(shots)} rows{of}; give it more, or pass fewer as --shots {task.name}=N")
+        texts.append(spelled(task, placed.item, shots[:count]).strip())
+    prompts = tokenizer.encode_prefixes([task.condition] * len(texts), texts) if texts else []
+    return [Asked(placed.place, placed.item, count, prompt)
+            for placed, count, prompt in zip(questions, counts, prompts, strict=True)]
+
+
+def requests_of(task: Task, asked: Sequence[Asked], session: Session, context_tokens: int) -> Iterator[Request | None]:
+    """Make a request for each question that fits; its random numbers belong to its place among all."""
+    how = session.answering
+    for stream, one in enumerate(asked):
+        if one.prompt is None:
+            yield None
+        else:
+            room = context_tokens - len(one.prompt)
+            yield Request(one.prompt, min(task.new_tokens or room, room), how.sampling, session.stop_tokens,
+                          how.samples, stream=stream)
+
+
+def fingerprint(asked: Sequence[Asked]) -> str:
+    """Hash prompts and what is right."""
+    made = [[None if one.prompt is None else list(map(int, one.prompt)), repr(one.item)] for one in asked]
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+
+class TaskAnswers:
+    """FOLDER/TASK.jsonl, begun with the settings in FOLDER/TASK.settings.json; answers of others are never mixed in."""
+
+    def __init__(self, folder: Path, task: Task, session: Session, asked: Sequence[Asked], context_tokens: int) -> None:
+        self.path, self.note = folder / f"{task.name}.jsonl", folder / f"{task.name}.settings.json"
+        self.task, self.session, self.asked, self.context_tokens = task, session, asked, context_tokens
+        self.settings: dict[str, Any] = json.loads(json.dumps(dict(
+            session.identity, max_new_tokens=task.new_tokens, condition=task.condition, context_tokens=context_tokens,
+            shots=task.shots, questions=fingerprint(asked))))
+        self.check()
+
+    def check(self) -> None:
+        """Refuse a file that was begun with other settings."""
+        if not self.note.exists():
+            return
+        try:
+            before: Mapping[str, Any] = json.loads(self.note.read_text("utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{self.note}: not JSON ({error}); remove it and {self.path.name}* to begin again"
+                              ) from error
+        for name, value in self.settings.items():
+            if before.get(name) != value:
+                raise ConfigError(f"{self.note}: was begun with {name}={before.get(name)!r}, not {value!r}; go on with "
+                                  "that, or choose another --output")
+
+    def records(self, max_rows: int, say: Callable[[str], object],
+                on_progress: Callable[[Progress], object] = lambda progress: None) -> list[dict[str, Any]]:
+        """Return a record for each question, answering those that the file does not have yet."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            if not self.note.exists():
+                temporary = self.note.with_suffix(".new")
+                temporary.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+                os.replace(temporary, self.note)
+            self._answer(max_rows, say, on_progress)
+        elif not self.note.exists():
+            raise ConfigError(f"{self.path}: has no {self.note.name} beside it that says what it was made with; choose "
+                              "another --output")
+        records = [json.loads(line) for line in read_lines(self.path)]
+        if len(records) != len(self.asked):
+            raise ConfigError(f"{self.path}: {len(records)} answers to {len(self.asked)} questions; it was changed, "
+                              "remove it to answer them again")
+        return records
+
+    def _answer(self, max_rows: int, say: Callable[[str], object], on_progress: Callable[[Progress], object]) -> None:
+        with AnswerFile(self.path, self.settings) as file:
+            if file.done:
+                say(f"{file.partial}: goes on after {file.done} of {len(self.asked)} answers")
+            wanted = list(requests_of(self.task, self.asked, self.session, self.context_tokens))[file.done:]
+            found = self.session.answer([each for each in wanted if each], max_rows, say, on_progress)
+            samples = self.session.answering.samples
+            for one, request in zip(self.asked[file.done:], wanted, strict=True):
+                answers = [] if request is None else next(found)
+                file.write(dict(
+                    place=one.place, group=one.item.group, shots=one.shots, prompt_tokens=len(one.prompt or ()),
+                    responses=[answer.text for answer in answers] or [""] * samples,
+                    finish=[answer.finish for answer in answers] or [TOO_LONG] * samples))
+            file.finish()

@@ -1,0 +1,118 @@
+"""Log-likelihoods of given answers: the prompt seen both ways, the answer causal, as in training."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hrm_megatron.attention.rotary import Rotation
+from hrm_megatron.config import ConfigError
+from hrm_megatron.generate.decoder import Decoder
+from hrm_megatron.layers.functions import gated
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and an answer to it; tokens of the answer before `first` are seen and not counted."""
+
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    first: int = 0
+
+    @property
+    def positions(self) -> int:
+        """Positions that the model reads: the last token of the answer is only predicted."""
+        return len(self.prompt) + len(self.answer) - 1
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The natural logarithm of an answer's probability, and whether each of its tokens was the likeliest."""
+
+    logprob: float
+    greedy: bool
+
+
+class PairAttention:
+    """Attention of packed pairs without a cache: prompts see all of themselves, answers all that came before."""
+
+    def __init__(self, decoder: Decoder, pairs: Sequence[Pair]) -> None:
+        a, device = decoder.architecture, decoder.device
+        self.heads, self.head_dim = a.num_attention_heads, a.head_dim
+        self.pairs = [(len(pair.prompt), pair.positions - len(pair.prompt)) for pair in pairs]
+        positions = np.concatenate([np.arange(pair.positions) for pair in pairs])
+        self.rotation = Rotation.of(torch.as_tensor(positions, device=device)[None], a.head_dim, a.rope_theta)
+        self.masks = [torch.ones(answer, prompt + answer, dtype=torch.bool, device=device).tril(prompt)
+                      for prompt, answer in self.pairs]
+
+    def __call__(self, slot: int, gqkv: torch.Tensor) -> torch.Tensor:
+        """Return the gated attention [n, h] of gqkv [n, 4 h]."""
+        gate, *qkv = gqkv.chunk(4, -1)
+        query, key, value = (part.view(-1, 1, self.heads, self.head_dim) for part in qkv)
+        query, key = self.rotation(query, key)
+        lengths = [prompt + answer for prompt, answer in self.pairs]
+        rows = zip(*(part.permute(1, 2, 0, 3).split(lengths, 2) for part in (query, key, value)), strict=True)
+        found = []
+        for (prompt, answer), mask, (q, k, v) in zip(self.pairs, self.masks, rows, strict=True):
+            parts = [F.scaled_dot_product_attention(q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt])]
+            if answer:
+                parts.append(F.scaled_dot_product_attention(q[:, :, prompt:], k, v, attn_mask=mask))
+            found.append(torch.cat(parts, 2)[0].transpose(0, 1).flatten(1))
+        return gated(torch.cat(found), gate)
+
+
+def likelihoods(decoder: Decoder, pairs: Sequence[Pair], batch_tokens: int = BATCH_TOKENS) -> list[Likelihood]:
+    """Score all pairs, in their order."""
+    for pair in pairs:
+        if not pair.prompt or not 0 <= pair.first < len(pair.answer):
+            raise ConfigError("empty prompt or answer: give each at least one token")
+        if pair.positions > decoder.context_tokens:
+            raise ConfigError(f"prompt of {len(pair.prompt)} and answer of {len(pair.answer)} tokens are longer than "
+                              f"the model's context of {decoder.context_tokens}; shorten them")
+    return [found for batch in _batches(pairs, batch_tokens) for found in _score(decoder, batch)]
+
+
+def _batches(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[list[Pair]]:
+    batch: list[Pair] = []
+    for pair in pairs:
+        if batch and sum(each.positions for each in batch) + pair.positions > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(pair)
+    if batch:
+        yield batch
+
+
+def _score(decoder: Decoder, pairs: Sequence[Pair]) -> list[Likelihood]:
+    tokens = np.concatenate([np.asarray([*pair.prompt, *pair.answer][:-1], dtype=np.int64) for pair in pairs])
+    ends = np.cumsum([pair.positions for pair in pairs])
+    counts = [len(pair.answer) - pair.first for pair in pairs]
+    places = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+    logits = decoder.logits_at(tokens, PairAttention(decoder, pairs), places)
+    labels = torch.tensor([token for pair in pairs for token in pair.answer[pair.first:]], device=logits.device)
+    logprobs = -F.cross_entropy(logits, labels, reduction="none").double()
+    likeliest = logits.argmax(-1) == labels
+    return [Likelihood(part.sum().item(), bool(greedy.all())) for part, greedy
+            in zip(logprobs.split(counts), likeliest.split(counts), strict=True)]
+
+
+def rolling(prompt: Sequence[int], text: Sequence[int], context_tokens: int) -> list[Pair]:
+    """Cut a text that is longer than the context into pairs that count each of its tokens once.
+
+    The prompt stands before each window; the last window is as long as the others, and what it shares with the one
+    before is not counted again.
+    """
+    window = context_tokens - len(prompt) + 1
+    if window < 1:
+        raise ConfigError(f"prompt of {len(prompt)} tokens leaves no room in the model's context of {context_tokens}")
+    found = []
+    for start in range(0, len(text), window):
+        end = min(start + window, len(text))
+        first = max(0, end - window)
+        found.append(Pair(prompt, text[first:end], start - first))
+    return found

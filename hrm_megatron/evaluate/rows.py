@@ -1,0 +1,91 @@
+"""Rows of a task's split: from files of the user's, or from the hub by `datasets`."""
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.example import BadRow
+from hrm_megatron.data.inputs import ROWS_SUFFIXES
+from hrm_megatron.data.readers import ROWS, pieces
+from hrm_megatron.data.text_files import shown
+from hrm_megatron.evaluate.prompts import BadItem, Item
+from hrm_megatron.evaluate.tasks import Source, Task
+
+
+class PlacedItem(NamedTuple):
+    """An item and where its row stands."""
+
+    place: str
+    item: Item
+
+
+def read_items(task: Task, data: Path | None, limit: int | None = None) -> tuple[list[PlacedItem], list[PlacedItem]]:
+    """Return a task's questions (the first `limit`) and the rows that shots are taken from."""
+    source = task.source
+    questions = list(_items(task, source.split, data, limit))
+    if not questions:
+        raise ConfigError(f"task {task.name}: split '{source.split}' has no row")
+    shots = list(_items(task, source.shots_split, data, None)) if source.shots_split else []
+    return questions, shots
+
+
+def _items(task: Task, split: str, data: Path | None, limit: int | None) -> Iterator[PlacedItem]:
+    rows = _hub_rows(task.source, split) if data is None else _local_rows(task, split, data)
+    for number, (place, row) in enumerate(rows):
+        if number == limit:
+            return
+        yield PlacedItem(place, _item(task, place, row))
+
+
+def _item(task: Task, place: str, row: Mapping[str, Any]) -> Item:
+    for name, kind in task.fields.items():
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(each.__name__ for each in kinds)
+        if name not in row:
+            raise ConfigError(f"{place}: no field '{name}' ({wanted}), which {task.title} has; the row has "
+                              f"{', '.join(row)}")
+        if not isinstance(row[name], kinds):
+            raise ConfigError(f"{place}: {name}={shown(row[name])} is not of type {wanted}, as in {task.title}")
+    try:
+        return task.item(row)
+    except BadItem as error:
+        raise ConfigError(f"{place}: {error}") from error
+
+
+def _local_rows(task: Task, split: str, data: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for path in split_files(data / task.name, split):
+        for piece in pieces(path):
+            for place, row in piece.read(ROWS):
+                if isinstance(row, BadRow):
+                    raise row
+                yield place, row
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """Find SPLIT.jsonl and the like, SPLIT-00000-of-00002.parquet as the hub names them, or all files of SPLIT/."""
+    places = [*folder.glob(f"{split}.*"), *folder.glob(f"{split}-*"), *(folder / split).rglob("*")]
+    files = sorted(path for path in places if path.is_file() and path.name.endswith(ROWS_SUFFIXES))
+    if not files:
+        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        raise ConfigError(f"{folder}: no split '{split}' ({'there is ' + ', '.join(there) if there else 'no such '
+                          'folder, or it is empty'}); put its rows there as {split}.jsonl or {split}.parquet")
+    return files
+
+
+def _hub_rows(source: Source, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if importlib.util.find_spec("datasets") is None:
+        raise ConfigError("without --data, rows come from the hub by datasets, which is not installed: pip install "
+                          "datasets, or give --data DIR")
+    import datasets
+
+    for name in source.names or (source.name,):
+        place = f"{source.path}{f'/{name}' if name else ''} {split}"
+        try:
+            rows = datasets.load_dataset(source.path, name, split=split)
+        except (OSError, ValueError) as error:  # no network, no such configuration or split
+            raise ConfigError(f"{place}: cannot be loaded from the hub ({' '.join(str(error).split())}); give --data "
+                              "DIR") from error
+        yield from ((f"{place}:{number}", row) for number, row in enumerate(rows))

@@ -1,0 +1,89 @@
+"""Texts as answers: what they answer, and whether that is right."""
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.evaluate.drop import best_scores, normalized
+from hrm_megatron.evaluate.verdict import Verdict
+
+if TYPE_CHECKING:
+    from hrm_megatron.evaluate.prompts import Item
+
+# Seconds; the library's own 5 are too few where a machine is busy, and a score must not depend on that.
+MATH_TIMEOUT_SECONDS = 60
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return what is in the last \boxed{...} (else \fbox), braces balanced; None where there is none that closes."""
+    start = text.rfind("\\boxed")
+    start = text.rfind("\\fbox") if start < 0 else start
+    depth, opened = 0, None
+    for place in range(start, len(text)) if start >= 0 else ():
+        if text[place] == "{":
+            depth, opened = depth + 1, place if opened is None else opened
+        elif text[place] == "}":
+            depth -= 1
+            if depth == 0 and opened is not None:
+                return text[opened + 1:place].strip()
+    return None
+
+
+def number_answer(text: str, item: Item) -> Verdict:
+    """GSM8K: the boxed number, else the whole text, which then must be a number; decimals are cut off."""
+    stated = (last_boxed(text) or text).replace(",", "").replace("$", "").strip()
+    try:
+        number = int(float(stated))
+    except (ValueError, OverflowError):
+        return Verdict(None, (0.0,), invalid=True)
+    return Verdict(number, (float(number == item.gold),))
+
+
+def math_answer(text: str, item: Item) -> Verdict:
+    r"""MATH: `acc` compares the contents of \boxed as the reference does, bare; `acc_latex` the same as LaTeX.
+
+    Bare, math-verify reads plain numbers and what begins with a LaTeX fraction; of `3\sqrt{2}` it reads 3, and of
+    `x^2+1` or `(1, 2)` nothing, which is then wrong even against itself.
+    """
+    boxed = last_boxed(text)
+    answer = text if boxed is None else boxed
+    bare = equal_math(item.gold, answer)
+    latex = equal_math(f"\\boxed{{{item.gold}}}", answer if boxed is None else f"\\boxed{{{answer}}}")
+    return Verdict(boxed, (float(bare), float(latex)), invalid=boxed is None)
+
+
+def equal_math(gold: str, answer: str) -> bool:
+    """Compare by math-verify: what it finds in `answer` with what it finds in `gold`."""
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ConfigError("MATH is scored by math-verify, which is not installed: pip install 'hrm_megatron[evaluate]'"
+                          ) from error
+    found = [parse(text, parsing_timeout=MATH_TIMEOUT_SECONDS) for text in (gold, answer)]
+    return bool(verify(*found, timeout_seconds=MATH_TIMEOUT_SECONDS))
+
+
+def letter_answer(text: str, item: Item) -> Verdict:
+    r"""MMLU-Pro: in \boxed{...} if there is one, the last letter in brackets, else the last that stands alone."""
+    stated, letters = last_boxed(text) or text, "|".join(item.letters)
+    found = re.findall(rf"\(({letters})\)", stated) or re.findall(rf"\b({letters})\b", stated)
+    return _lettered(found[-1] if found else None, item)
+
+
+def choice_answer(text: str, item: Item) -> Verdict:
+    """Other multiple choice: the text is the letter, in either case."""
+    stated = text.strip().upper()
+    return _lettered(stated if stated in item.letters else None, item)
+
+
+def _lettered(stated: str | None, item: Item) -> Verdict:
+    if stated is None:
+        return Verdict(None, (1 / len(item.letters),), invalid=True)  # what a guess is worth
+    return Verdict(stated, (float(stated == item.gold),))
+
+
+def drop_answer(text: str, item: Item) -> Verdict:
+    """DROP: F1 and exact match of the whole text with the best of the gold answers."""
+    em, f1 = best_scores(text.strip(), item.gold)
+    return Verdict(normalized(text) or None, (f1, em), invalid=not text.strip())

@@ -1,0 +1,79 @@
+"""Answers as figures: each with its standard error, and with what was not answered as the task wants it."""
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+from typing import Any
+
+from hrm_megatron.evaluate.tasks import TOO_LONG, Asked, Task
+from hrm_megatron.evaluate.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error (None: too few answers to tell), both between 0 and 1."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task came to. `metrics` begin with the one that was published; with several samples they are those of the
+    majority, and NAME_mean those of a single answer on average."""
+
+    task: Task
+    metrics: Mapping[str, Estimate]
+    groups: Mapping[str, Estimate]
+    questions: int
+    samples: int
+    invalid: int
+    too_long: int
+    fewer_shots: int
+    unended: int  # answers that the context, or --max-new-tokens, cut off
+    context_tokens: int
+
+
+def estimate(scores: Sequence[float], groups: Sequence[str]) -> Estimate:
+    """Average the means of all groups, as the reference does, and propagate their standard errors."""
+    parts: dict[str, list[float]] = {}
+    for score, group in zip(scores, groups, strict=True):
+        parts.setdefault(group, []).append(score)
+    value = fmean(map(fmean, parts.values()))
+    if any(len(part) < 2 for part in parts.values()):
+        return Estimate(value, None)
+    return Estimate(value, math.sqrt(sum(variance(part) / len(part) for part in parts.values())) / len(parts))
+
+
+def majority(verdicts: Sequence[Verdict]) -> Verdict:
+    """Choose the verdict of the most frequent vote, of equally many the one that came first."""
+    votes = Counter(verdict.vote for verdict in verdicts if verdict.vote is not None)
+    if not votes:
+        return verdicts[0]
+    vote = votes.most_common(1)[0][0]
+    return next(verdict for verdict in verdicts if verdict.vote == vote)
+
+
+def summarize(task: Task, asked: Sequence[Asked], records: Sequence[Mapping[str, Any]], samples: int,
+              context_tokens: int) -> Result:
+    """Score the records of all questions."""
+    verdicts = [[task.answer(text, one.item) for text in record["responses"]]
+                for one, record in zip(asked, records, strict=True)]
+    groups = [one.item.group for one in asked]
+    decided = [majority(each) for each in verdicts]
+    metrics = {name: estimate([verdict.scores[i] for verdict in decided], groups)
+               for i, name in enumerate(task.metrics)}
+    if samples > 1:
+        for i, name in enumerate(task.metrics):
+            means = [fmean(verdict.scores[i] for verdict in each) for each in verdicts]
+            metrics[f"{name}_mean"] = estimate(means, groups)
+    by_group = {group: estimate([verdict.scores[0] for verdict, own in zip(decided, groups, strict=True)
+                                 if own == group], [group] * groups.count(group)) for group in dict.fromkeys(groups)}
+    finishes = Counter(finish for record in records for finish in record["finish"])
+    return Result(task, metrics, by_group if list(by_group) != [""] else {}, len(asked), samples,
+                  sum(verdict.invalid for verdict in decided), finishes[TOO_LONG] // samples,
+                  sum(one.shots < task.special_shots.get(one.item.group, task.shots) for one in asked),
+                  finishes["length"] if task.new_tokens is None else 0, context_tokens)

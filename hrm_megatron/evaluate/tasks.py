@@ -1,0 +1,129 @@
+"""The reference's tasks as a table: where their rows come from, how they are asked, and what was published.
+
+Prompts, shots, conditions and scoring are those of HRM-Text's `evaluation/` (benchmarks.py, hrm_benchmarking.yaml).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.evaluate import prompts
+from hrm_megatron.evaluate.prompts import Choice, Item
+from hrm_megatron.evaluate.scoring import choice_answer, drop_answer, letter_answer, math_answer, number_answer
+from hrm_megatron.evaluate.verdict import Verdict
+
+Row = Mapping[str, Any]
+REASONING, DIRECT = "synth,cot", "direct"
+ONE_TOKEN = 1
+TOO_LONG = "too long"  # how an answer "finishes" that was never begun
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows on the hub: `name` of the configuration, or several that are read one after the other."""
+
+    path: str
+    split: str
+    name: str | None = None
+    names: tuple[str, ...] = ()
+    shots_split: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """`item` makes a question of a row; `answer` says what a text answers and whether that is right.
+
+    `shots` examples stand before a question, `special_shots` where its group is named there, and `fewer_shots` where
+    the prompt is longer than the context otherwise. `new_tokens` None: as many as the context leaves room for.
+    `metrics` are the names of what a verdict measures, the first is the one that was `published` (percent).
+    """
+
+    name: str
+    title: str
+    source: Source
+    fields: Mapping[str, type | tuple[type, ...]]
+    item: Callable[[Row], Item]
+    answer: Callable[[str, Item], Verdict]
+    condition: str = DIRECT
+    context_tokens: int = 4096
+    new_tokens: int | None = ONE_TOKEN
+    shots: int = 0
+    special_shots: Mapping[str, int] = field(default_factory=dict)
+    fewer_shots: int | None = None
+    grouped_shots: bool = False  # from rows of the question's own group
+    fixed_shots: Sequence[str] = ()
+    metrics: tuple[str, ...] = ("acc",)
+    published: float | None = None
+
+
+MATH_SUBSETS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                "prealgebra", "precalculus")
+TEXTS = (list, tuple)
+
+TASKS: Mapping[str, Task] = {task.name: task for task in (
+    Task("gsm8k", "GSM8K", Source("openai/gsm8k", "test", "main"), dict(question=str, answer=str), prompts.gsm8k,
+         number_answer, REASONING, 3072, None, published=84.5),
+    Task("math", "MATH", Source("EleutherAI/hendrycks_math", "test", names=MATH_SUBSETS),
+         dict(problem=str, solution=str), prompts.math, math_answer, REASONING, 3072, None,
+         metrics=("acc", "acc_latex"), published=56.2),
+    Task("drop", "DROP", Source("EleutherAI/drop", "validation"),
+         dict(passage=str, question=str, answer=dict, validated_answers=dict), prompts.drop, drop_answer,
+         context_tokens=3072, new_tokens=None, fixed_shots=prompts.DROP_SHOTS, metrics=("f1", "em"), published=82.2),
+    Task("mmlu", "MMLU", Source("cais/mmlu", "test", "all", shots_split="dev"),
+         dict(question=str, choices=TEXTS, answer=int, subject=str), prompts.mmlu, choice_answer, shots=5,
+         special_shots={"high_school_european_history": 3}, fewer_shots=3, grouped_shots=True, published=60.7),
+    Task("mmlu_pro", "MMLU-Pro", Source("TIGER-Lab/MMLU-Pro", "test", "default"),
+         dict(question=str, options=TEXTS, answer=str, category=str), prompts.mmlu_pro, letter_answer,
+         context_tokens=3072, new_tokens=None),
+    Task("arc_challenge", "ARC-C", Source("allenai/ai2_arc", "test", "ARC-Challenge", shots_split="validation"),
+         dict(question=str, choices=dict, answerKey=str), prompts.arc, choice_answer, shots=25, published=81.9),
+    Task("hellaswag", "HellaSwag", Source("Rowan/hellaswag", "validation", shots_split="train"),
+         dict(ctx_a=str, ctx_b=str, endings=TEXTS, label=(str, int)), prompts.hellaswag, choice_answer, shots=10,
+         published=63.4),
+    Task("winogrande", "Winogrande", Source("allenai/winogrande", "validation", "winogrande_debiased",
+                                            shots_split="train"),
+         dict(sentence=str, option1=str, option2=str, answer=(str, int)), prompts.winogrande, choice_answer, shots=5,
+         published=72.4),
+    Task("boolq", "BoolQ", Source("google/boolq", "validation", shots_split="train"),
+         dict(question=str, passage=str, answer=(bool, int)), prompts.boolq, choice_answer, shots=5, published=86.2),
+)}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as it is asked: with so many `shots`; `prompt` is None where no number of shots fits the context."""
+
+    place: str
+    item: Item
+    shots: int
+    prompt: Sequence[int] | None
+
+
+def chosen(names: Sequence[str], conditions: Mapping[str, str]) -> list[Task]:
+    """Return the tasks of these names in the table's order, with other conditions where some are given."""
+    for name in (*names, *conditions):
+        if name not in TASKS:
+            raise ConfigError(f"task {name!r}: unknown; choose from {', '.join(TASKS)}")
+    if idle := [name for name in conditions if name not in names]:
+        raise ConfigError(f"--condition {idle[0]}=...: that task is not among --tasks; leave one of them out")
+    return [replace(task, condition=conditions.get(name, task.condition)) for name, task in TASKS.items()
+            if name in names]
+
+
+def with_shots(task: Task, number: int) -> Task:
+    """Return the task with another number of shots, for all of its questions."""
+    most = None if task.source.shots_split else len(task.fixed_shots)
+    if most is not None and number > most:
+        raise ConfigError(f"--shots {task.name}={number}: {task.title} has {most}; give at most that")
+    fewer = None if task.fewer_shots is None else min(number, task.fewer_shots)
+    return replace(task, shots=number if most is None else 0, special_shots={}, fewer_shots=fewer,
+                   fixed_shots=task.fixed_shots[:number])
+
+
+def spelled(task: Task, item: Item, shots: Sequence[Item]) -> str:
+    """Write an item with its shots as one instruction."""
+    if isinstance(item.question, Choice):
+        return prompts.with_shots(item, shots)
+    return "".join(f"{shot}\n\n" for shot in task.fixed_shots) + item.question

@@ -1,0 +1,82 @@
+"""Sixteen float32 numbers at once, for loops that numba leaves to single numbers.
+
+LLVM divides an operation on them among registers of whatever width the processor has, and an order of sums that a loop
+states with them is the order in which they are made.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import extending, types
+from numba.extending import models, register_model
+
+# Its own type would ask callers for the first argument, which numba adds.
+intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = extending.intrinsic
+LANES = 16
+INDICES = ir.IntType(32)
+VECTOR, HALVES, WORDS = (ir.VectorType(each, LANES) for each in (ir.FloatType(), ir.IntType(16), INDICES))
+
+
+class _Vector(types.Type):
+    def __init__(self) -> None:
+        super().__init__("16 x float32")
+
+
+vector = _Vector()
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, VECTOR)
+
+
+def _place(context: Any, builder: Any, array: Any, index: Any, kind: Any, target: Any) -> Any:
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), target.as_pointer())
+
+
+@intrinsic
+def load(typing: Any, array: Any, index: Any) -> Any:
+    """Return array[index : index + 16] of a contiguous [n] array: float32, or the bits of bfloat16 as uint16."""
+    wide = array.dtype == types.float32
+
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = _place(context, builder, arguments[0], arguments[1], signature.args[0], VECTOR if wide else HALVES)
+        if wide:
+            return builder.load(place, align=4)
+        words = builder.zext(builder.load(place, align=2), WORDS)
+        return builder.bitcast(builder.shl(words, ir.Constant(WORDS, [16] * LANES)), VECTOR)
+    return vector(array, types.intp), make
+
+
+@intrinsic
+def store(typing: Any, array: Any, index: Any, values: Any) -> Any:
+    """Write values to array[index : index + 16] of a contiguous float32 array [n]."""
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = _place(context, builder, arguments[0], arguments[1], signature.args[0], VECTOR)
+        builder.store(arguments[2], place, align=4)
+        return context.get_dummy_value()
+    return types.void(array, types.intp, vector), make
+
+
+@intrinsic
+def multiply_add(typing: Any, number: Any, values: Any, total: Any) -> Any:
+    """Return number * values + total, rounded once where the processor can."""
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        nothing = ir.Constant(VECTOR, ir.Undefined)
+        first = builder.insert_element(nothing, arguments[0], ir.Constant(INDICES, 0))
+        everywhere = builder.shuffle_vector(first, nothing, ir.Constant(WORDS, [0] * LANES))
+        product = builder.fmul(everywhere, arguments[1], flags=["contract"])
+        return builder.fadd(product, arguments[2], flags=["contract"])
+    return vector(types.float32, vector, vector), make
+
+
+@intrinsic
+def zeros(typing: Any) -> Any:
+    """Return sixteen zeros."""
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(VECTOR, [0.0] * LANES)
+    return vector(), make

@@ -1,0 +1,178 @@
+"""How a model is shared among ranks: what divides, who owns which layers, and bytes per weight; plain arithmetic that
+the command line, the dry run and the planner all ask."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.model.schedule import states_between, unroll
+from hrm_megatron.parallel.simulate import AUTO, Estimate, second_phase, stock, two_phase
+from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
+
+GRADIENT_BYTES, STATE_BYTES = 4, 4  # gradients are reduced, and the optimizer's state is kept, in fp32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks of a run, and the rows of its step; sizes of parallelism are Megatron's."""
+
+    ranks: int
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+    row_tokens: int = 4096
+    micro_batch_size: int = 1
+    global_batch_size: int | None = None
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica together."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def replicas(self) -> int:
+        return self.ranks // self.model_ranks
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step: one micro-batch on each replica where nobody says."""
+        return self.global_batch_size or self.micro_batch_size * self.replicas
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches of a step on each replica."""
+        return self.rows // (self.micro_batch_size * self.replicas)
+
+    @property
+    def cuts(self) -> int:
+        """Ranks among which the positions of a micro-batch are shared between layers."""
+        return self.context * (self.tensor if self.sequence_parallel else 1)
+
+
+def check_division(architecture: Architecture, layout: Layout) -> None:
+    """Refuse ranks that the architecture or the rows do not allow, naming sizes that would work."""
+    tp, row_tokens = layout.tensor, layout.row_tokens
+    for name, size in (("attention heads", architecture.num_attention_heads),
+                       ("FFN columns", architecture.ffn_hidden_size),
+                       ("padded vocabulary", architecture.padded_vocab_size)):
+        if size % tp:
+            divisors = [d for d in range(1, min(size, 64) + 1) if size % d == 0]
+            raise ConfigError(f"--tensor-model-parallel-size {tp} does not divide the {size} {name}: "
+                              f"choose one of {', '.join(map(str, divisors))}")
+    slices = (2 if layout.context > 1 else 1) * layout.cuts
+    if row_tokens % slices:
+        flag = (f"--context-parallel-size {layout.context}" if layout.context > 1 else
+                f"--sequence-parallel with --tensor-model-parallel-size {tp}")
+        raise ConfigError(f"{flag} cuts a row into {slices} pieces, but --seq-length {row_tokens} is no multiple of "
+                          "that: choose one")
+    if layout.ranks % layout.model_ranks:
+        raise ConfigError(f"{layout.ranks} processes cannot be divided into model replicas of {layout.model_ranks}: "
+                          f"start a multiple of {layout.model_ranks}")
+
+
+def check_rows(rows: int | None, micro_batch_size: int, replicas: int, prefix: str = "") -> None:
+    """Refuse a step of `rows` rows that micro-batches on all replicas do not divide; flags begin with `prefix`."""
+    unit = micro_batch_size * replicas
+    if rows and rows % unit:
+        near = [multiple for multiple in (rows // unit * unit, (rows // unit + 1) * unit) if multiple]
+        raise ConfigError(f"--{prefix}global-batch-size {rows}: is no multiple of {unit}, which is --{prefix}"
+                          f"micro-batch-size {micro_batch_size} x {replicas} replicas; choose "
+                          f"{' or '.join(map(str, near))}")
+
+
+def check_fp8(hidden_size: int, ffn_hidden_size: int, layout: Layout, multiple: int, recipe: str) -> None:
+    """Refuse sizes on a rank that FP8 matmuls of this recipe cannot take."""
+    for what, size in (("positions", layout.row_tokens * layout.micro_batch_size // layout.cuts),
+                       ("hidden channels", hidden_size // layout.tensor),
+                       ("FFN channels", ffn_hidden_size // layout.tensor)):
+        if size % multiple:
+            raise ConfigError(f"--fp8-recipe {recipe}: {size} {what} on a rank are no multiple of {multiple}; "
+                              "change --seq-length, the sizes or the layout, or leave --fp8-format out")
+
+
+def check_pipeline(layout: Layout, window: int | None = None) -> None:
+    """Refuse steps of fewer micro-batches than stages."""
+    if layout.pipeline > 1:
+        microbatch_group(layout.microbatches, layout.pipeline)
+        microbatch_windows(layout.microbatches, layout.pipeline, window)
+
+
+def check(architecture: Architecture, layout: Layout, most_bp_steps: int) -> list[int]:
+    """Refuse a layout for any of the reasons above; return the layers per stack of each stage."""
+    check_division(architecture, layout)
+    check_rows(layout.global_batch_size, layout.micro_batch_size, layout.replicas)
+    check_pipeline(layout)
+    return cut_layers(architecture, layout.pipeline, most_bp_steps)
+
+
+def cut_layers(architecture: Architecture, stages: int, most_bp_steps: int) -> list[int]:
+    """Layers per stack on each stage where nobody says otherwise."""
+    if stages == 1:
+        return [architecture.num_layers]
+    return stage_layers(architecture.num_layers, stages, head_in_layers(architecture, most_bp_steps))
+
+
+def stage_parameters(architecture: Architecture, layers: Sequence[int]) -> list[int]:
+    """Count the weights of each pipeline stage, over all its tensor parallel ranks."""
+    table = architecture.padded_vocab_size * architecture.hidden_size  # embedding on the first, head on the last
+    counts = [2 * architecture.layer_parameters * n for n in layers]
+    counts[0] += table
+    counts[-1] += table
+    return counts
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes that a rank holds for each weight of its stage and tensor parallel part."""
+
+    weights: float
+    gradients: float
+    masters: float
+    moments: float
+    ema: float
+
+    @property
+    def optimizer(self) -> float:
+        return self.masters + self.moments + self.ema
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+
+def weight_bytes(itemsize: int, shards: int, sharded: Sequence[str] = (),
+                 gradient_itemsize: int = GRADIENT_BYTES) -> WeightBytes:
+    """Share the optimizer's state among `shards` ranks, and what else `sharded` names; `itemsize` is the weights'.
+
+    fp32 weights are their own masters.
+    """
+    return WeightBytes(itemsize / (shards if "weights" in sharded else 1),
+                       gradient_itemsize / (shards if "gradients" in sharded else 1),
+                       STATE_BYTES * (itemsize < STATE_BYTES) / shards, 2 * STATE_BYTES / shards, STATE_BYTES / shards)
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """The schedule of a step: `first` is the first tick of its second phase (0: one phase), `parked` the states
+    [rows of a micro-batch, s, h] that the first stage keeps between the phases."""
+
+    first: int
+    windows: int
+    parked: int
+    estimate: Estimate
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_pipeline(h_cycles: int, l_cycles: int, bp_steps: int, microbatches: int, stages: int, schedule: str = AUTO,
+                  window: int | None = None) -> PipelinePlan:
+    """Simulate the schedule that a step with so many gradient ticks runs."""
+    ticks = unroll(h_cycles, l_cycles, bp_steps)
+    with_grad = [tick.with_grad for tick in ticks]
+    if first := second_phase(schedule, with_grad, microbatches, stages, window):
+        windows = microbatch_windows(microbatches, stages, window)
+        return PipelinePlan(first, len(windows), states_between(ticks, first) * max(map(len, windows)),
+                            two_phase(microbatches, with_grad, stages, window))
+    return PipelinePlan(0, 0, 0, stock(microbatches, with_grad, stages))

@@ -1,0 +1,93 @@
+"""What machines can do: GPUs by their makers' data sheets, and the shares of that which steps of an HRM reach."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from hrm_megatron.config import ConfigError
+
+# Of the makers' figures. Matmuls: what makes XL 22.6 thousand tokens/s on an H100, as HRM-Text publishes; L, at 39
+# thousand, tests it. The others are usual for kernels of their kind.
+MATMUL_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE = 0.57, 0.35, 0.75, 0.8
+FP8_GAIN = 1.4  # of matmuls over bf16: makes a step 1.26 times as fast, as torchtitan reports of plain models (1.28)
+# Host's time to launch one layer, forward or backward: python tools/benchmark.py host counts its launches.
+HOST_SECONDS = 0.7e-3
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Dense bf16 FLOP/s, bytes and bytes/s of memory, bytes/s of NVLink and of the network, one way and per GPU."""
+
+    flops_per_second: float
+    memory_bytes: float
+    memory_bandwidth: float
+    nvlink: float
+    network: float
+    fp8: bool
+
+
+GPUS = {  # data sheets of NVIDIA; the network as in DGX systems of that kind
+    "a100-40gb": Gpu(312e12, 40e9, 1.555e12, 300e9, 25e9, fp8=False),
+    "a100-80gb": Gpu(312e12, 80e9, 2.039e12, 300e9, 25e9, fp8=False),
+    "h100-80gb": Gpu(989e12, 80e9, 3.35e12, 450e9, 50e9, fp8=True),
+    "h200-141gb": Gpu(989e12, 141e9, 4.8e12, 450e9, 50e9, fp8=True),
+    "b200-180gb": Gpu(2250e12, 180e9, 8e12, 900e9, 50e9, fp8=True),
+}
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a step reaches: FLOP/s of matmuls and attention, bytes/s of element-wise work and of the optimizer, and the
+    host's seconds for one pass through a layer, which on a GPU (`hidden`) take no time unless the GPU is faster."""
+
+    matmul: float
+    attention: float
+    elementwise: float
+    optimizer: float
+    host_seconds: float
+    hidden: bool = True
+    source: str = "shares of the makers' figures, fitted to what HRM-Text publishes of XL"
+
+    @classmethod
+    def of(cls, gpu: Gpu) -> Speeds:
+        return cls(MATMUL_SHARE * gpu.flops_per_second, ATTENTION_SHARE * gpu.flops_per_second,
+                   MEMORY_SHARE * gpu.memory_bandwidth, MEMORY_SHARE * gpu.memory_bandwidth, HOST_SECONDS)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind, in nodes; `speeds` are measured ones where a calibration was given."""
+
+    gpu: str
+    gpus: int
+    gpus_per_node: int = 8
+    memory_bytes: float = 0.0
+    nvlink: float = 0.0
+    network: float = 0.0
+    speeds: Speeds = field(default=Speeds(1, 1, 1, 1, 0))
+
+    @classmethod
+    def of(cls, name: str, gpus: int, gpus_per_node: int = 8, memory_gb: float | None = None,
+           nvlink_gb: float | None = None, network_gb: float | None = None, speeds: Speeds | None = None) -> Cluster:
+        """Describe `gpus` GPUs called `name`; figures that are given replace the maker's."""
+        if name not in GPUS:
+            raise ConfigError(f"--gpu {name}: choose one of {', '.join(GPUS)}")
+        if gpus > gpus_per_node and gpus % gpus_per_node:
+            raise ConfigError(f"--gpus {gpus}: no multiple of {gpus_per_node} GPUs per node; choose "
+                              f"{gpus // gpus_per_node * gpus_per_node} or {-(-gpus // gpus_per_node) * gpus_per_node}")
+        gpu = GPUS[name]
+        return cls(name, gpus, min(gpus, gpus_per_node), memory_gb * 1e9 if memory_gb else gpu.memory_bytes,
+                   (nvlink_gb * 1e9 if nvlink_gb else gpu.nvlink) * LINK_SHARE,
+                   (network_gb * 1e9 if network_gb else gpu.network) * LINK_SHARE, speeds or Speeds.of(gpu))
+
+    @property
+    def peak(self) -> float:
+        """Dense bf16 FLOP/s of a GPU by its maker."""
+        return GPUS[self.gpu].flops_per_second
+
+    def link(self, ranks: int, stride: int = 1) -> float:
+        """Bytes/s of a rank within a group of `ranks` that are `stride` apart."""
+        return self.nvlink if ranks * stride <= self.gpus_per_node else self.network
+
+    def with_fp8(self) -> Cluster:
+        """The same with matmuls in FP8."""
+        return replace(self, speeds=replace(self.speeds, matmul=FP8_GAIN * self.speeds.matmul))

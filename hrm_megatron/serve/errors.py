@@ -1,0 +1,39 @@
+"""Errors in the shape that OpenAI's clients read."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error",
+         504: "timeout_error"}
+
+
+class ApiError(Exception):
+    """An answer other than 200: status, one line for a person, and the parameter at fault where there is one."""
+
+    def __init__(self, status: int, message: str, parameter: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.parameter, self.code = status, message, parameter, code
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}.get(
+            self.status, {})
+
+    def body(self) -> dict[str, Any]:
+        kind = KINDS.get(self.status, "invalid_request_error")
+        # A client may have sent half a surrogate pair, which no UTF-8 has.
+        message = self.message.encode("utf-8", "replace").decode("utf-8")
+        return {"error": {"message": message, "type": kind, "param": self.parameter, "code": self.code}}
+
+
+def of_validation(errors: list[Mapping[str, Any]]) -> ApiError:
+    """Tell of the first thing that is wrong with a body, by name."""
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{place}: unknown parameter; leave it out", place)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON ({first.get('ctx', {}).get('error')}, at character {place})")
+    reason = str(first["msg"]).removeprefix("Value error, ")[:500]
+    return ApiError(400, f"{place}: {reason}" if place else reason, place or None)

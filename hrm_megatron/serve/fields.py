@@ -1,0 +1,118 @@
+"""Bodies of requests: which parameters there are, their types and bounds; others are refused by name."""
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DEFAULT_COMPLETION_TOKENS = 16  # of OpenAI's API
+MAX_CHOICES, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20
+SEEDS = 1 << 63
+# Parameters of OpenAI's API that nothing here reads, and the values with which they ask for nothing. null always does.
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,), "suffix": ("",), "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
+    "repetition_penalty": (1,), "user": ("",), "tools": ([],), "tool_choice": ("none",), "functions": ([],),
+    "function_call": ("none",), "parallel_tool_calls": (False,), "response_format": ({"type": "text"},),
+    "modalities": (["text"],), "store": (False,), "metadata": ({},), "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none",), "audio": (), "prediction": (), "web_search_options": (),
+}
+
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class Common(Strict):
+    """What both kinds of request have. `condition` is an addition to OpenAI's: tags, comma-separated."""
+
+    model: str | None = None
+    condition: str = "direct"
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float = 1.0  # OpenAI's default
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] | None = None  # None: a new one for each request
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_what_asks_for_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            raise ValueError("the body must be a JSON object, sent as application/json")
+        kept = {}
+        for name, value in body.items():
+            if name in WITHOUT_EFFECT and value is not None:
+                # type: True is 1 and "" is no list in JSON
+                if not any(value == nothing and isinstance(value, bool) == isinstance(nothing, bool)
+                           for nothing in WITHOUT_EFFECT[name]):
+                    raise ValueError(f"{name}: is without effect here; leave it out")
+            elif value is not None:
+                kept[name] = value
+        return kept
+
+    @model_validator(mode="after")
+    def has_a_use(self) -> Common:
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options: is without effect unless stream is true; leave it out")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def with_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionBody(Common):
+    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=0)] = DEFAULT_COMPLETION_TOKENS
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def writes_something(self) -> CompletionBody:
+        if not self.max_tokens and not self.echo:
+            raise ValueError("max_tokens: 0 answers nothing; give at least 1, or echo too")
+        return self
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatBody(Common):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def says_it_once(self) -> ChatBody:
+        if self.max_tokens and self.max_completion_tokens:
+            raise ValueError("max_tokens: is the old name of max_completion_tokens; give one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: is without effect unless logprobs is true; leave it out")
+        return self

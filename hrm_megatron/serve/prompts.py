@@ -1,0 +1,102 @@
+"""What a body asks, as requests of the engine: which tokens are the prefix, and which an answer's beginning.
+
+A string is a question: its text between the control tokens of questions, with the tags of `condition`, as training and
+tools/generate.py spell it. Token ids are taken as they are: the prefix ends with the first end-of-question token, and
+what stands after it is the beginning of the answer, which sees only what is before it. Ids without that token are all
+prefix.
+"""
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.chat import SPEAKERS, Turn, prefix_of
+from hrm_megatron.data.spelling import tags_of
+from hrm_megatron.generate.engine import Request
+from hrm_megatron.generate.questions import Question
+from hrm_megatron.generate.sampling import Sampling
+from hrm_megatron.generate.session import Session
+from hrm_megatron.serve.errors import ApiError
+from hrm_megatron.serve.fields import ChatBody, Common, CompletionBody, Message
+
+
+def completion_requests(body: CompletionBody, session: Session) -> list[Request]:
+    prompts: Any = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
+    parts: list[tuple[list[int], list[int]]]
+    if isinstance(prompts[0], str):
+        parts = [(prefix, []) for prefix in _questions(prompts, body.condition, session, "prompt")]
+    else:
+        if "condition" in body.model_fields_set:
+            raise ApiError(400, "condition: is without effect on token ids, which hold their tags; leave it out",
+                           "condition")
+        parts = [_split(ids, session) for ids in prompts]
+    if body.echo and body.logprobs is not None and not all(given for _, given in parts):
+        eoq = session.tokenizer.spelling.eoq
+        raise ApiError(400, "echo: with logprobs it scores an answer, and this prompt is a question alone, which is "
+                            f"read both ways and has no logprobs; send token ids with {eoq} between question and "
+                            "answer", "echo")
+    return [_request(body, session, prefix, body.max_tokens, body.logprobs, stream, given)
+            for stream, (prefix, given) in enumerate(parts)]
+
+
+def chat_request(body: ChatBody, session: Session) -> Request:
+    [prefix] = _questions([_conversation(body.messages)], body.condition, session, "messages")
+    room = session.decoder.context_tokens - len(prefix)
+    asked = body.max_completion_tokens or body.max_tokens
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    return _request(body, session, prefix, asked or max(room, 1), top, 0, [])
+
+
+def _conversation(messages: Sequence[Message]) -> str:
+    """Spell a chat as training does (data/chat.py); one question alone is its own text."""
+    for number, message in enumerate(messages):
+        if not message.text.strip() and message.role in ("user", "assistant"):
+            raise ApiError(400, f"messages.{number}.content: empty; write something", "messages")
+    if messages[-1].role != "user":
+        raise ApiError(400, f"messages: the last is of the role {messages[-1].role}; end with a question of the user",
+                       "messages")
+    return prefix_of([Turn(SPEAKERS[message.role], message.text) for message in messages if message.text.strip()])
+
+
+def _questions(texts: Sequence[str], condition: str, session: Session, parameter: str) -> list[list[int]]:
+    boq = session.tokenizer.spelling.boq
+    for number, text in enumerate(texts):
+        if text.startswith(boq):
+            raise ApiError(400, f"{parameter}: begins with {boq}, but control tokens in a text are text; send the "
+                                "question alone, or token ids", parameter)
+        try:
+            Question(f"{parameter} {number}" if len(texts) > 1 else parameter, condition, text)
+        except ConfigError as error:
+            raise ApiError(400, str(error), parameter) from error
+    try:
+        tags_of(condition, session.tokenizer.tag_ids)
+    except ConfigError as error:
+        raise ApiError(400, str(error), "condition") from error
+    return session.tokenizer.encode_prefixes([condition] * len(texts), texts)
+
+
+def _split(ids: Sequence[int], session: Session) -> tuple[list[int], list[int]]:
+    """Split token ids into the prefix and the answer's beginning."""
+    if (largest := max(ids)) >= session.decoder.vocab_size:
+        raise ApiError(400, f"prompt: token {largest} is not below the vocabulary's size of "
+                            f"{session.decoder.vocab_size}", "prompt")
+    eoq = session.tokenizer.eoq
+    end = ids.index(eoq) + 1 if eoq in ids else len(ids)
+    return list(ids[:end]), list(ids[end:])
+
+
+def _request(body: Common, session: Session, prefix: list[int], max_tokens: int, logprobs: int | None, stream: int,
+             given: list[int]) -> Request:
+    known, context = len(prefix) + len(given), session.decoder.context_tokens
+    if known + max_tokens > context:
+        raise ApiError(400, f"max_tokens: the prompt's {known} tokens and {max_tokens} more exceed the model's context "
+                            f"of {context}; shorten the prompt or ask for fewer", "max_tokens",
+                       "context_length_exceeded")
+    seed = secrets.randbits(62) if body.seed is None else body.seed
+    try:
+        sampling = Sampling(body.temperature, body.top_p, seed, body.top_k, body.min_p)
+    except ConfigError as error:
+        raise ApiError(400, str(error), str(error).split("=")[0].split(",")[0]) from error
+    return Request(prefix, max_tokens, sampling, session.stop_tokens, body.n, body.stops, logprobs, stream, given)

@@ -1,0 +1,79 @@
+"""Tokens as text and bytes, one at a time: what logprobs name them by."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import decoders, pre_tokenizers
+
+from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.generate.transcript import TokenLogprob
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters by which a byte-level BPE writes bytes (GPT-2's): printable Latin-1 is itself, the others follow
+    from U+0100 on, in order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    found = {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    assert found.keys() == set(pre_tokenizers.ByteLevel.alphabet())
+    return found
+
+
+class TokenSpelling:
+    """Names tokens of one tokenizer."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+        byte_level = isinstance(tokenizer.tokenizer.decoder, decoders.ByteLevel)
+        self.alphabet = byte_alphabet() if byte_level else {}
+        self.added = {token.content for token in tokenizer.tokenizer.get_added_tokens_decoder().values()}
+
+    def bytes_of(self, token: int) -> bytes:
+        name = self.tokenizer.tokenizer.id_to_token(token)
+        if name is None:
+            return b""  # a row of the embedding that no token has
+        if name in self.added or not self.alphabet or any(character not in self.alphabet for character in name):
+            return str(name).encode()
+        return bytes(self.alphabet[character] for character in name)
+
+    def text_of(self, token: int) -> str:
+        """The token's text; bytes that are none are written as OpenAI's API does."""
+        data = self.bytes_of(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def chat_logprobs(self, found: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Spell the logprobs of a piece of a chat's answer."""
+        def one(token: int, logprob: float) -> dict[str, Any]:
+            return dict(token=self.text_of(token), logprob=logprob, bytes=list(self.bytes_of(token)))
+        return dict(content=[dict(one(each.token, each.logprob), top_logprobs=[one(*top) for top in each.top])
+                             for each in found], refusal=None)
+
+    def completion_logprobs(self, prefix: Iterable[int], found: Sequence[TokenLogprob],
+                            offset: int = 0) -> dict[str, Any]:
+        """Spell the logprobs of a piece of a completion. Tokens of an echoed `prefix` have none.
+
+        `offset` is the number of characters before the piece.
+        """
+        tokens = [*prefix]
+        before = len(tokens)
+        tokens += [each.token for each in found]
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += self.characters(token)
+        return dict(
+            tokens=[self.text_of(token) for token in tokens],
+            token_logprobs=[None] * before + [each.logprob for each in found],
+            top_logprobs=[None] * before + [{self.text_of(token): logprob for token, logprob in each.top}
+                                            for each in found],
+            text_offset=offsets)
+
+    def characters(self, token: int) -> int:
+        """Characters that begin in a token's bytes; control tokens have no text."""
+        if self.tokenizer.tokenizer.id_to_token(token) in self.added:
+            return len(self.tokenizer.decode([token]))
+        return sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(token))

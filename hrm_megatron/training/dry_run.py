@@ -1,0 +1,167 @@
+"""Build a run without weights and without its ranks: what it would be laid out as, before any GPU is asked for."""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from hrm_megatron.config import PRESET_VOCAB_SIZE
+from hrm_megatron.data.dataset import PackedRows
+from hrm_megatron.model import hrm
+from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.planner.layout import plan_pipeline, stage_parameters
+from hrm_megatron.planner.memory import Memory, Saving, memory_of_stages
+from hrm_megatron.training.arguments import layout_of, microbatches_of
+from hrm_megatron.training.data import Sources
+from hrm_megatron.training.fsdp import sharded_by_fsdp
+from hrm_megatron.training.layout import describe, layers_of_stages
+from hrm_megatron.training.step import TrainingStep, innermost
+from hrm_megatron.training.summary import describe_model
+from hrm_megatron.transformer_config import architecture_of
+
+OPTIMIZER_BYTES = 4 * 4  # of a weight in a checkpoint: master, both moments and EMA in fp32
+DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "sampled_data_path")
+
+
+def has_data(args: argparse.Namespace) -> bool:
+    """Tell whether the command line names data, which a dry run may leave out."""
+    return any(getattr(args, name) for name in DATA_FLAGS)
+
+
+def assumed_vocab_size(args: argparse.Namespace) -> int:
+    """Vocabulary of a dry run without data."""
+    return int(args.vocab_size or PRESET_VOCAB_SIZE)
+
+
+@dataclass(frozen=True)
+class Built:
+    """The weights of one rank, name > (shape, dtype), and where it stands."""
+
+    rank: int
+    place: dict[str, int]
+    weights: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+    @property
+    def parameters(self) -> int:
+        return sum(torch.Size(shape).numel() for shape, _ in self.weights.values())
+
+
+@contextlib.contextmanager
+def fake_rank(args: argparse.Namespace, rank: int) -> Iterator[None]:
+    """Be one of the ranks of a run whose other ranks are not there: groups answer sizes and ranks, nothing is sent."""
+    stock = torch.distributed.new_group
+
+    def new_group(*arguments: Any, **options: Any) -> Any:
+        return stock(*arguments, **{**options, "backend": "fake", "pg_options": None})
+    torch.distributed.init_process_group("fake", rank=rank, world_size=args.world_size, store=FakeStore())
+    try:
+        with temporarily(torch.distributed, new_group=new_group):
+            parallel_state.initialize_model_parallel(
+                args.tensor_model_parallel_size, args.pipeline_model_parallel_size,
+                args.virtual_pipeline_model_parallel_size, context_parallel_size=args.context_parallel_size,
+                order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp")
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def build(args: argparse.Namespace, rank: int) -> Built:
+    """Build the model of one rank, as a run does, of tensors without values."""
+    # On any machine as on a CPU, where Megatron leaves the device to torch; names and shapes are those of any layers.
+    here = argparse.Namespace(**{**vars(args), "use_cpu_initialization": True, "transformer_impl": "local", "fp8": None,
+                                 "rank": rank, "cpu_offloading_num_layers": 0})
+    without_values = dict(initialize=lambda *_: None, draw=lambda *_: torch.zeros((), device="cpu"))
+    with fake_rank(args, rank), temporarily(hrm, **without_values), torch.device("meta"):
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        chunk = partial(TrainingStep(here).build_model, pg_collection=groups)
+        model = chunk(vp_stage=0) if args.pipeline_model_parallel_size > 1 else chunk()
+        assert all(weight.is_meta for weight in model.parameters()), "a weight has values, and would take memory"
+        place = {"TP": groups.tp.rank(), "PP": groups.pp.rank(), "CP": groups.cp.rank(),
+                 "DP": parallel_state.get_data_parallel_rank()}
+        return Built(rank, place, {name: (tuple(weight.shape), args.params_dtype) for name, weight in
+                                   innermost(model).named_parameters()})
+
+
+def first_rank_of(args: argparse.Namespace, stage: int) -> int:
+    """The lowest rank of a pipeline stage."""
+    ranks = args.tensor_model_parallel_size * args.context_parallel_size
+    return stage * ranks * (1 if args.use_tp_pp_dp_mapping else int(args.data_parallel_size))
+
+
+def saving_of(args: argparse.Namespace) -> Saving:
+    """Read off the arguments what a step keeps, with a label at every position."""
+    return Saving(args.bp_max_steps, args.recompute_ticks, args.recompute_gated_act, args.params_dtype.itemsize,
+                  sharded=sharded_by_fsdp(args))
+
+
+def predicted_memory(args: argparse.Namespace) -> list[Memory]:
+    """Predict the memory of each stage on GPUs, at the most gradient ticks."""
+    plan = None
+    if args.pipeline_model_parallel_size > 1:
+        plan = plan_pipeline(args.h_cycles, args.l_cycles, args.bp_max_steps, microbatches_of(args),
+                             args.pipeline_model_parallel_size, args.pipeline_schedule, args.pipeline_window)
+    return memory_of_stages(architecture_of(args, args.vocab_size), layout_of(args), layers_of_stages(args),
+                            saving_of(args), plan)
+
+
+def describe_dry_run(args: argparse.Namespace, data: Sources | None) -> Iterator[str]:
+    """Yield all that a dry run has to say; nothing is written."""
+    yield describe_model(args)
+    yield describe(args)
+    layers, tp = layers_of_stages(args), args.tensor_model_parallel_size
+    counts = stage_parameters(architecture_of(args, args.vocab_size), layers)
+    last = len(layers) - 1
+    for stage in sorted({0, min(1, last), last}):
+        built = build(args, first_rank_of(args, stage))
+        assert built.place["PP"] == stage and built.parameters * tp == counts[stage], "built otherwise than counted"
+        alike = f" to {last - 1} (all alike)" if stage == 1 < last - 1 else ""
+        yield f"built: stage {stage}{alike}: {built.parameters:,} weights on each rank in {len(built.weights)} tensors"
+    yield from _describe_data(args, data)
+    for memory in predicted_memory(args):
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.parts.items() if size)
+        yield f"memory: stage {memory.stage}: {memory.total / 1e9:.2f} GB predicted on each GPU: {parts}"
+    yield _describe_space(args, sum(counts))
+    if args.dry_run_rank is not None:
+        yield from _describe_rank(build(args, args.dry_run_rank))
+
+
+def _describe_data(args: argparse.Namespace, data: Sources | None) -> Iterator[str]:
+    rows = args.train_iters * args.global_batch_size
+    wanted = f"{args.train_iters} steps of {args.global_batch_size} rows read {rows:,} rows"
+    if data is None:
+        yield f"data: none given, {args.vocab_size} tokens in the vocabulary assumed; {wanted}"
+        return
+    planned = PackedRows(data.train, args.seq_length, args.seed, rows)
+    yield f"data: training: {planned.describe()}"
+    yield f"data: {wanted}, {rows / planned.rows_per_epoch:.2f} epochs"
+
+
+def _describe_space(args: argparse.Namespace, parameters: int) -> str:
+    size = parameters * (args.params_dtype.itemsize + OPTIMIZER_BYTES)
+    line = f"checkpoint: {size / 1e9:.2f} GB each"
+    if not args.save:
+        return f"{line}; nothing is saved (--save DIR)"
+    saves = -(-args.train_iters // args.save_interval) if args.save_interval else 1
+    path = Path(args.save).absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    return (f"{line}, {saves} saves take {saves * size / 1e9:,.2f} GB; {there} has {free / 1e9:,.2f} GB free"
+            f"{'' if free >= saves * size else ': NOT ENOUGH for all of them'}")
+
+
+def _describe_rank(built: Built) -> Iterator[str]:
+    place = ", ".join(f"{name} {number}" for name, number in built.place.items())
+    yield f"rank {built.rank}: {place}; {built.parameters:,} weights"
+    for name, (shape, dtype) in built.weights.items():
+        yield f"  {name:56} {list(shape)!s:>16} {str(dtype).removeprefix('torch.')}"

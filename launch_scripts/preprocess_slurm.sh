@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Make a dataset as a job array under Slurm, a share of the sources in each task.
+#   sbatch --array 0-15 launch_scripts/preprocess_slurm.sh --input DIR --output-prefix DIR/data --tokenizer-model DIR
+#SBATCH --job-name=hrm-data
+#SBATCH --output=hrm-data-%A_%a.log
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+# The array begins at 0 and leaves nothing out: task I of N makes --shard I/N. The last task to end completes the
+# dataset; one that has died is submitted again with the same N: TASKS=16 sbatch --array 3 ...
+# TASKS   number of shares (default: tasks of the array)
+# PYTHON  default that of .venv, else the one on PATH
+# Every argument goes to tools/preprocess_data.py as it is, after --workers, as many as Slurm gave CPUs.
+set -euo pipefail
+
+case ${1:-} in
+    --help | -h) awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/^#SBATCH/ { sub(/^# ?/, ""); print }' "$0" && exit ;;
+esac
+fail() { echo "preprocess_slurm.sh: $*" >&2 && exit 2; }
+task=${SLURM_ARRAY_TASK_ID:?not inside a job array: use sbatch --array 0-N}
+tasks=${TASKS:-${SLURM_ARRAY_TASK_COUNT:?Slurm gave no number of tasks: set TASKS}}
+if ! [[ $tasks =~ ^[1-9][0-9]*$ ]]; then fail "TASKS=$tasks: give a whole number from 1"; fi
+if ((task >= tasks)); then fail "task $task, but $tasks shares: --array 0-$((tasks - 1)) makes all of them"; fi
+if [ -z "${TASKS:-}" ] && ((SLURM_ARRAY_TASK_MIN != 0 || SLURM_ARRAY_TASK_MAX != tasks - 1)); then
+    fail "tasks $SLURM_ARRAY_TASK_MIN to $SLURM_ARRAY_TASK_MAX, $tasks in number, leave shares out: set TASKS to all"
+fi
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+if ! [ -d "$root/hrm_megatron" ]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi # sbatch runs a copy of this file
+python=${PYTHON:-$root/.venv/bin/python}
+if ! [ -x "$python" ]; then python=python; fi
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+exec "$python" "$root/tools/preprocess_data.py" --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" --shard "$task/$tasks"

@@ -1,0 +1,77 @@
+"""Which nodes are blamed for what, by reports that are made up: four nodes that are alike, and one fault."""
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from hrm_megatron.cluster.node_check import Limits, Report, find_bad_nodes, read_reports
+from hrm_megatron.cluster.preflight import pairs_of
+
+NODES = ("n1", "n2", "n3", "n4")
+PARTNERS = {"n1": ("n2", "n4"), "n2": ("n1", "n3"), "n3": ("n4", "n2"), "n4": ("n3", "n1")}
+
+
+def report(node, **changes):
+    good = Report(node, 8, 8, [], matmul_tflops=700.0, storage_write_gbs=2.0, storage_read_gbs=5.0,
+                  clock_ahead_seconds=0.001, node_all_reduce_gbs=400.0,
+                  pair_all_reduce_gbs=dict.fromkeys(PARTNERS[node], 48.0))
+    return dataclasses.replace(good, **changes)
+
+
+def judge(changes, limits=Limits(), nodes=NODES):  # noqa: B008  # frozen
+    return find_bad_nodes([report(node, **changes.get(node, {})) for node in nodes if changes.get(node) != "silent"],
+                          nodes, limits)
+
+
+def test_nodes_that_are_alike_are_good():
+    assert not judge({})
+
+
+@pytest.mark.parametrize("fault, reason", [
+    ("silent", "no report of the check"),
+    (dict(gpus=7), "7 of 8 GPUs"),
+    (dict(faults=["GPU 3: uncorrected ECC errors (2)"]), "GPU 3: uncorrected ECC errors (2)"),
+    (dict(matmul_tflops=560.0), "matmul 560 TFLOP/s, expected 595 (median 700)"),
+    (dict(matmul_tflops=None, error="CUDA error: uncorrectable ECC error"), "CUDA error: uncorrectable ECC error"),
+    (dict(node_all_reduce_gbs=200.0), "all-reduce within the node 200 GB/s, expected 280"),
+    (dict(storage_read_gbs=0.3), "storage read 0.3 GB/s, expected 1"),
+    (dict(clock_ahead_seconds=-90.0), "clock -90.0 s from the other nodes"),
+])
+def test_one_fault_names_one_node(fault, reason):
+    bad = judge({"n3": fault})
+    assert list(bad) == ["n3"] and reason in bad["n3"]
+
+
+def test_a_slow_link_is_blamed_on_the_node_that_has_two():
+    rates = {"n2": {"n1": 48.0, "n3": 5.0}, "n3": {"n4": 5.0, "n2": 5.0}, "n4": {"n3": 5.0, "n1": 48.0}}
+    bad = judge({node: dict(pair_all_reduce_gbs=pairs) for node, pairs in rates.items()})
+    assert list(bad) == ["n3"] and "all-reduce with n4 5 GB/s and n2 5 GB/s, expected 33.6" in bad["n3"]
+
+
+def test_the_first_node_is_blamed_for_a_clock_from_which_all_others_differ():
+    others = dict(clock_ahead_seconds=30.0)
+    assert list(judge({node: others for node in NODES[1:]} | {"n1": dict(clock_ahead_seconds=0.0)})) == ["n1"]
+
+
+def test_who_waited_for_a_dead_node_is_not_blamed():
+    waited = dict(error="all-reduce: timed out", clock_ahead_seconds=None, pair_all_reduce_gbs={})
+    assert list(judge({"n1": waited, "n2": waited, "n4": waited, "n3": "silent"})) == ["n3"]
+
+
+def test_a_limit_holds_where_all_nodes_are_equally_slow():
+    assert not judge({})
+    assert set(judge({}, Limits(matmul_tflops=800.0))) == set(NODES)
+
+
+def test_every_node_has_two_partners():
+    for nodes in range(3, 9):
+        pairs = pairs_of(nodes)
+        assert all(len({frozenset(pair) for pair in pairs if node in pair}) >= 2 for node in range(nodes))
+    assert pairs_of(1) == [] and pairs_of(2) == [(0, 1)]
+
+
+def test_reports_come_back_as_they_were_written(tmp_path):
+    for node in NODES:
+        report(node).write(tmp_path)
+    assert read_reports(tmp_path) == [report(node) for node in NODES]

@@ -1,0 +1,62 @@
+"""What a node measures of itself: two nodes of one process each on this CPU, and what nvidia-smi may say."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hrm_megatron.cluster import preflight
+from hrm_megatron.cluster.node_check import Limits, find_bad_nodes, read_reports
+from tests.launch_scripts.local_slurm import free_ports
+
+NODES = ("n1", "n2")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Reports of two nodes that check themselves at the same time."""
+    folder, [port] = tmp_path_factory.mktemp("preflight"), free_ports(1)
+    running = [subprocess.Popen(
+        [sys.executable, "-m", "hrm_megatron.cluster.preflight", "--output", folder / "reports", "--storage", folder,
+         "--storage-bytes", str(1 << 20), "--gpus", "0", "--nodes", "2", "--node", str(node), "--master",
+         f"127.0.0.1:{port}", "--timeout-seconds", "200"], env={**os.environ, "SLURMD_NODENAME": name})
+        for node, name in enumerate(NODES)]
+    assert [process.wait() for process in running] == [0, 0]
+    assert sorted(path.name for path in folder.iterdir()) == ["reports"]  # nothing of the storage's check is left
+    return read_reports(folder / "reports")
+
+
+def test_nodes_measure_all_that_a_cpu_has(reports):
+    assert [report.node for report in reports] == [*NODES]
+    for report, other in zip(reports, reversed(reports), strict=True):
+        assert report.error is None and not report.faults
+        assert report.matmul_tflops > 0 and report.storage_write_gbs > 0 and report.storage_read_gbs > 0
+        assert list(report.pair_all_reduce_gbs) == [other.node] and report.pair_all_reduce_gbs[other.node] > 0
+        assert abs(report.clock_ahead_seconds) < report.seconds  # one clock; a round trip is part of the check
+        assert report.node_all_reduce_gbs is None  # one process
+    good = Limits(matmul_share=0, all_reduce_share=0, storage_share=0, clock_seconds=reports[0].seconds)
+    assert not find_bad_nodes(reports, NODES, good)
+
+
+def test_what_nvidia_smi_knows_is_a_fault(tmp_path, monkeypatch):
+    def says(text, code=0):
+        place = tmp_path / "nvidia-smi"
+        place.write_text(f"#!/bin/sh\nprintf '{text}'\nexit {code}\n")
+        place.chmod(0o755)
+        return preflight.look_at_gpus()
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    fine = ", 0, No, No, Not Active, Not Active\\n"
+    assert says(f"0{fine}1{fine}") == (2, [])
+    assert says(f"0{fine}1, [N/A], [N/A], [N/A], Not Active, Not Active\\n") == (2, [])
+    assert says(f"0{fine}1, 3, No, Yes, Active, Not Active\\n") == (2, [
+        "GPU 1: uncorrected ECC errors (3)", "GPU 1: pending row remappings (Yes)", "GPU 1: thermal slowdown (Active)"])
+    assert says("Unable to determine the device handle\\n", code=9) == (
+        0, ["nvidia-smi: Unable to determine the device handle"])
+
+
+def test_without_nvidia_smi_there_are_no_gpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert preflight.look_at_gpus() == (0, [])

@@ -1,0 +1,215 @@
+"""tools/evaluate.py from made-up rows of the tasks' schemas to its reports, in one process."""
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hrm_megatron.config import Architecture
+from hrm_megatron.evaluate.tasks import TASKS
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ROOT / "tests" / "golden" / "tokenizer"
+CONTEXT = 320
+HERE = [name for name in TASKS if name != "math" or importlib.util.find_spec("math_verify")]
+FEW_SHOTS = [f"--shots={name}={number}" for name, number in dict(
+    drop=0, mmlu=2, arc_challenge=2, hellaswag=1, winogrande=2, boolq=1).items()]
+DATE = dict(day="", month="", year="")
+
+
+def made_rows(n):
+    """Row number `n` of each task."""
+    choices = ["one", "two", "three", "four"]
+    return dict(
+        gsm8k=dict(question=f"What is {n} plus 1?", answer=f"So.\n#### {n + 1}"),
+        math=dict(problem=f"Halve {n}.", solution=rf"It is $\boxed{{\frac{{{n}}}{{2}}}}$."),
+        drop=dict(passage=f"They scored {n} goals.", question="How many goals?",
+                  answer=dict(number=str(n), spans=[], date=DATE),
+                  validated_answers=dict(number=["", str(n)], spans=[["goals"], []], date=[DATE, DATE])),
+        mmlu=dict(question=f"Which is {n}?", choices=choices, answer=n % 4, subject=f"sums{n % 2}"),
+        mmlu_pro=dict(question=f"Which is {n}?", options=choices, answer="ABCD"[n % 4], category=f"field{n % 2}"),
+        arc_challenge=dict(question=f"Which is {n}?", choices=dict(text=choices, label=list("ABCD")),
+                           answerKey="ABCD"[n % 4]),
+        hellaswag=dict(ctx_a=f"He has {n}.", ctx_b="then he", endings=choices, label=str(n % 4)),
+        winogrande=dict(sentence=f"{n} is more than _.", option1="one", option2="two", answer=str(1 + n % 2)),
+        boolq=dict(question=f"is {n} even", passage="Numbers.", answer=n % 2 == 0))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Rows as jsonl, those of boolq as Parquet in two parts as the hub names them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("data")
+    for name, task in TASKS.items():
+        (folder / name).mkdir()
+        for split in (task.source.split, task.source.shots_split):
+            rows = [made_rows(n)[name] for n in range(5)]
+            if split and name == "boolq":
+                for part in range(2):
+                    pq.write_table(pa.Table.from_pylist(rows[3 * part:3 * part + 3]),
+                                   folder / name / f"{split}-{part:05}-of-00002.parquet")
+            elif split:
+                (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(single_rank, tmp_path_factory):
+    from hrm_megatron.convert.checkpoint import PARTS, Checkpoint, Training
+    from hrm_megatron.convert.to_megatron import write_megatron
+    from hrm_megatron.data.tokenizer import TextTokenizer
+
+    generator = torch.Generator().manual_seed(11)
+    architecture = Architecture(1, 24, 3, 40, TextTokenizer(TOKENIZER).vocab_size)
+    made = Checkpoint(Path("random"), architecture, Training(CONTEXT, 2 * CONTEXT, 9), 7, 5, frozenset(PARTS),
+                      lambda part, entry: torch.randn(entry.shape, generator=generator).to(
+                          torch.float32 if entry.trained else torch.bfloat16) * 0.7)
+    folder = tmp_path_factory.mktemp("evaluated") / "checkpoints"
+    write_megatron(made, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def module():
+    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tool(single_rank, module, checkpoint, data, monkeypatch, capsys):
+    """Call the tool's main with these flags and return (status, stdout, the line of an error)."""
+    def call(*flags, tasks=HERE, rows=data):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--load", str(checkpoint), "--tokenizer-model",
+                                          str(TOKENIZER), "--data", str(rows), "--tasks", *tasks, *map(str, flags)])
+        status = module.main()
+        captured = capsys.readouterr()
+        return status, captured.out, [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    return call
+
+
+def records(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_all_tasks_end_to_end(tool, checkpoint, tmp_path):
+    from hrm_megatron.data.tokenizer import TextTokenizer
+    from hrm_megatron.generate.decode import generate
+    from hrm_megatron.generate.load import load_model, open_checkpoint
+
+    status, out, errors = tool("--output", tmp_path, "--max-new-tokens", "6", "--limit", "4", *FEW_SHOTS)
+    assert (status, errors) == (0, [])
+    assert [line.split(":")[0] for line in out.splitlines()] == [TASKS[name].title for name in HERE]
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found["tasks"]) == HERE and "not measured here" in found["published"]
+    table = (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results.png").stat().st_size > 1000
+    for name in HERE:
+        result = found["tasks"][name]
+        assert result["questions"] == 4 and result["too_long"] == 0, name
+        row = next(line for line in table.splitlines() if line.startswith(f"| {TASKS[name].title} |"))
+        assert row.endswith("|  |" if TASKS[name].published is None else f"| {TASKS[name].published} |")
+
+    # What was asked and answered, by the other way to the same answers.
+    tokenizer, model = TextTokenizer(TOKENIZER), load_model(open_checkpoint(checkpoint))
+
+    def answer(condition, prompt, new_tokens):
+        [ids] = generate(model, [tokenizer.encode_prefix(condition, prompt)], tokenizer.eoa, tokenizer.vocab_size,
+                         new_tokens)
+        return tokenizer.decode([i for i in ids if i != tokenizer.eoa])
+    assert records(tmp_path, "gsm8k")[2]["responses"] == [answer("synth,cot", "What is 2 plus 1?", 6)]
+    choices = "A. one\nB. two\nC. three\nD. four\nAnswer:"
+    shots = "".join(f"Which is {n}?\n{choices} {'ABCD'[n % 4]}\n\n" for n in (1, 3))
+    assert records(tmp_path, "mmlu")[3]["responses"] == [answer("direct", f"{shots}Which is 3?\n{choices}", 1)]
+    right = [1.0 if text.strip().upper() == "ABCD"[n] else 0.25 * (text.strip().upper() not in tuple("ABCD"))
+             for n, text in enumerate(record["responses"][0] for record in records(tmp_path, "arc_challenge"))]
+    assert found["tasks"]["arc_challenge"]["metrics"]["acc"]["value"] == sum(right) / 4
+
+
+def test_an_interrupted_run_goes_on_and_other_settings_are_refused(tool, tmp_path, monkeypatch):
+    from hrm_megatron.generate.answer_file import AnswerFile
+    from hrm_megatron.program import Stopped
+
+    flags = ("--max-new-tokens", "4", "--batch-size", "2", "--samples", "3", "--temperature", "2")
+    tasks = ["gsm8k", "mmlu_pro"]
+    assert tool("--output", tmp_path / "whole", *flags, tasks=tasks)[0] == 0
+    written, stock = [], AnswerFile.write
+
+    def write(self, record):
+        if len(written) == 7:  # within the second task
+            raise Stopped(130)
+        written.append(record)
+        stock(self, record)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(AnswerFile, "write", write)
+        tool("--output", tmp_path / "run", *flags, tasks=tasks)
+    status, _, [error] = tool("--output", tmp_path / "run", *flags, "--condition", "gsm8k=direct", tasks=tasks)
+    assert status == 1 and "gsm8k.settings.json: was begun with condition='synth,cot', not 'direct'" in error
+    assert tool("--output", tmp_path / "run", *flags, "--seed", "5", tasks=tasks)[0] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerFile, "write", lambda self, record: written.append(record) or stock(self, record))
+        assert tool("--output", tmp_path / "run", *flags, tasks=tasks)[0] == 0
+    assert len(written) == 10  # nothing was answered twice
+    for name in ("gsm8k.jsonl", "mmlu_pro.jsonl", "results.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["tasks"]["gsm8k"]
+    assert list(found["metrics"]) == ["acc", "acc_mean"] and found["samples"] == 3
+
+
+def test_prompts_that_do_not_fit_lose_shots_then_count_as_invalid(tool, data, tmp_path):
+    rows = tmp_path / "data"
+    (rows / "mmlu").mkdir(parents=True)
+    made = [made_rows(0)["mmlu"] for _ in range(5)]
+    (rows / "mmlu" / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    made = [dict(made[0], question="x" * length) for length in (1, 60, 400)]
+    (rows / "mmlu" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    status, out, _ = tool("--output", tmp_path / "out", tasks=["mmlu"], rows=rows)
+    asked = records(tmp_path / "out", "mmlu")
+    assert status == 0 and "1 too long" in out
+    assert [record["shots"] for record in asked] == [5, 3, 3]
+    assert [record["finish"] == ["too long"] for record in asked] == [False, False, True]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["mmlu"]
+    assert (found["too_long"], found["fewer_shots"]) == (1, 2)
+    assert "1 prompts do not fit the context" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("tasks", "flags", "message"), [
+    (["gsm9k"], [], "task 'gsm9k': unknown; choose from gsm8k, math, drop"),
+    (["gsm8k"], ["--condition", "gsm8k=loud"], "task gsm8k: unknown tag 'loud'"),
+    (["gsm8k"], ["--condition", "drop=direct"], "--condition drop=...: that task is not among --tasks"),
+    (["gsm8k"], ["--condition", "direct"], "--condition direct: write TASK=VALUE"),
+    (["gsm8k"], ["--samples", "2"], "--samples 2: greedy answers are all the same; give a --temperature"),
+    (["gsm8k"], ["--limit", "0"], "--limit 0: must be at least 1"),
+    (["mmlu"], ["--shots", "mmlu=many"], "--shots mmlu=many: not a number of shots"),
+    (["mmlu"], ["--shots", "mmlu=9"], "task mmlu: 9 shots are wanted, split 'dev' has 3 rows of 'sums0'"),
+    (["drop"], ["--shots", "drop=4"], "--shots drop=4: DROP has 3; give at most that"),
+    (["boolq"], ["--max-new-tokens", "3"], "--max-new-tokens 3: no task of boolq has free answers"),
+])
+def test_bad_input_is_one_line(tool, tmp_path, tasks, flags, message):
+    status, out, [error] = tool("--output", tmp_path / "out", *flags, tasks=tasks)
+    assert (status, out) == (1, "") and message in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "row", "message"), [
+    ("dev", {}, "gsm8k: no split 'test' (there is dev.jsonl); put its rows there as test.jsonl"),
+    ("test", dict(question="x"), "test.jsonl:1: no field 'answer' (str), which GSM8K has; the row has question"),
+    ("test", dict(question=3, answer=""), "test.jsonl:1: question=3 is not of type str, as in GSM8K"),
+    ("test", dict(question="x", answer="3"), ""),
+    ("test", dict(question="x", answer="#### x"), "test.jsonl:1: answer ends with 'x', no whole number"),
+])
+def test_a_bad_row_is_named(tool, tmp_path, name, row, message):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    status, _, errors = tool("--output", tmp_path / "out", "--max-new-tokens", "1", tasks=["gsm8k"], rows=tmp_path)
+    assert status == bool(message) and (message in errors[0] if message else not errors)
+
+
+def test_math_without_math_verify_is_refused_before_anything_is_answered(tool, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    status, _, [error] = tool("--output", tmp_path / "out", tasks=["math"])
+    assert status == 1 and "pip install 'hrm_megatron[evaluate]'" in error

@@ -1,0 +1,179 @@
+"""What the server refuses, by name and in OpenAI's shape, and that nothing it is sent takes it down."""
+import asyncio
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi")
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+GOOD = dict(prompt="What is 7 plus 5?", max_tokens=4, temperature=0)
+GOOD_CHAT = dict(messages=[dict(role="user", content="Hello")], max_tokens=4, temperature=0)
+
+
+def error_of(reply, status=400):
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+    return error
+
+
+@pytest.mark.parametrize(("path", "change", "message"), [
+    (COMPLETIONS, dict(frequency_penalty=0.5), "frequency_penalty: is without effect here; leave it out"),
+    (COMPLETIONS, dict(best_of=3), "best_of: is without effect here"),
+    (COMPLETIONS, dict(user="me"), "user: is without effect here"),
+    (CHAT, dict(tools=[dict(type="function")]), "tools: is without effect here"),
+    (CHAT, dict(parallel_tool_calls=0), "parallel_tool_calls: is without effect here"),
+    (CHAT, dict(top_logprobs=2), "top_logprobs: is without effect unless logprobs is true"),
+    (CHAT, dict(stream_options=dict(include_usage=True)), "stream_options: is without effect unless stream"),
+    (CHAT, dict(max_completion_tokens=3), "max_tokens: is the old name of max_completion_tokens"),
+    (COMPLETIONS, dict(top_p=0.5), "top_p, top_k and min_p are without effect at temperature=0"),
+    (COMPLETIONS, dict(prompt=[1, 2, 3], condition="cot"), "condition: is without effect on token ids"),
+    (COMPLETIONS, dict(max_new_tokens=3), "max_new_tokens: unknown parameter; leave it out"),
+    (COMPLETIONS, dict(temperature=-1.0), "temperature=-1.0: must be 0 (greedy) or positive"),
+    (COMPLETIONS, dict(temperature="0"), "temperature: Input should be a valid number"),
+    (COMPLETIONS, dict(max_tokens=0), "max_tokens: 0 answers nothing"),
+    (COMPLETIONS, dict(max_tokens=4090), "more exceed the model's context of 4096"),
+    (COMPLETIONS, dict(prompt="many " * 5000), "more exceed the model's context of 4096"),
+    (COMPLETIONS, dict(prompt="  "), "prompt: empty instruction"),
+    (COMPLETIONS, dict(prompt=["x", ""]), "prompt 1: empty instruction"),
+    (COMPLETIONS, dict(prompt="<|im_start|>x<|im_end|>"), "control tokens in a text are text"),
+    (COMPLETIONS, dict(prompt=[5, 1 << 40]), f"token {1 << 40} is not below the vocabulary's size of"),
+    (COMPLETIONS, dict(echo=True, logprobs=1), "this prompt is a question alone, which is read both ways"),
+    (COMPLETIONS, dict(prompt=["x"] * 99), "99 prompts at once; send at most 16"),
+    (COMPLETIONS, dict(condition="loud"), "unknown tag 'loud'"),
+    (COMPLETIONS, dict(n=0), "n: Input should be greater than or equal to 1"),
+    (COMPLETIONS, dict(stop=""), "stop."),
+    (CHAT, dict(messages=[]), "messages: List should have at least 1 item"),
+    (CHAT, dict(messages=[dict(role="tool", content="x")]), "messages.0.role: Input should be 'system'"),
+    (CHAT, dict(messages=[dict(role="user", content=" ")]), "messages.0.content: empty"),
+    (CHAT, dict(messages=[dict(role="assistant", content="x")]), "end with a question of the user"),
+])
+def test_a_body_is_refused_by_name(ask, path, change, message):
+    error = error_of(ask(path, (GOOD if path == COMPLETIONS else GOOD_CHAT) | change))
+    assert message in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_values_that_ask_for_nothing_are_taken(ask):
+    nothing = dict(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, user=None, best_of=1, suffix=None)
+    assert ask(COMPLETIONS, GOOD | nothing).status_code == 200
+    assert ask(CHAT, GOOD_CHAT | dict(tools=[], response_format=dict(type="text"))).status_code == 200
+
+
+def test_another_model_is_not_found(ask):
+    error = error_of(ask(COMPLETIONS, GOOD | dict(model="gpt-5")), 404)
+    assert error["code"] == "model_not_found" and "this is 'random'" in error["message"]
+
+
+def test_a_large_body_is_refused_before_it_is_read(ask):
+    assert "more than 2000 bytes" in error_of(
+        ask(COMPLETIONS, GOOD | dict(prompt="x" * 3000), body_bytes=2000), 413)["message"]
+
+    async def endless():
+        while True:
+            yield b" " * 500
+    body = endless()
+    assert error_of(ask(COMPLETIONS, body, body_bytes=2000), 413)
+
+
+def test_a_full_queue_is_told_to_wait(served):
+    async def work(server):
+        replies = await asyncio.gather(*(server.client.post(COMPLETIONS, json=GOOD | dict(prompt=["x", "y"]))
+                                         for _ in range(5)))
+        after = await server.client.post(COMPLETIONS, json=GOOD)
+        return replies, after, server.live.prompts
+    replies, after, left = served(work, rows=1, max_prompts=4)
+    refused = [reply for reply in replies if reply.status_code != 200]
+    assert len(refused) == 3 and after.status_code == 200 and left == 0
+    for reply in refused:
+        assert error_of(reply, 429)["type"] == "rate_limit_error" and reply.headers["retry-after"]
+
+
+def test_an_answer_in_no_time_is_ended(served):
+    async def work(server):
+        late = await server.client.post(COMPLETIONS, json=GOOD | dict(max_tokens=4000))
+        stream = await server.client.post(COMPLETIONS, json=GOOD | dict(max_tokens=4000, stream=True))
+        return late, stream, server.live.prompts
+    late, stream, left = served(work, timeout_seconds=1e-6)
+    assert error_of(late, 504)["type"] == "timeout_error" and left == 0
+    error, done = [event for event in stream.text.split("\n\n") if event]
+    assert "took more than 1e-06 seconds" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert done == "data: [DONE]"
+
+
+def test_a_key_opens_everything_but_page_and_health(served):
+    async def work(server):
+        get = server.client.get
+        closed = [await get(path) for path in ("/v1/models", "/metrics", "/openapi.json")]
+        wrong = await get("/v1/models", headers={"Authorization": "Bearer sesam"})
+        right = await get("/v1/models", headers={"Authorization": "Bearer sesame"})
+        return [*closed, wrong], right, [await get("/"), await get("/health")]
+    closed, right, opened = served(work, api_key="sesame")
+    for reply in closed:
+        assert error_of(reply, 401)["code"] == "invalid_api_key"
+    assert right.json()["data"][0]["id"] == "random"
+    assert [reply.status_code for reply in opened] == [200, 200]
+
+
+def test_an_engine_that_fails_is_told_of(served, monkeypatch):
+    async def work(server):
+        def fails():
+            raise ZeroDivisionError("of a test")
+        monkeypatch.setattr(server.engine, "step", fails)
+        replies = [await server.client.post(COMPLETIONS, json=GOOD), await server.client.post(COMPLETIONS, json=GOOD)]
+        return [*replies, await server.client.get("/health")]
+    for reply in served(work):
+        assert error_of(reply, 500)["message"] == "the engine stopped: of a test"
+
+
+def test_other_paths_and_methods_have_the_same_shape(served):
+    async def work(server):
+        return await server.client.get("/v2/nothing"), await server.client.get(COMPLETIONS)
+    lost, method = served(work)
+    assert error_of(lost, 404) and error_of(method, 405)
+
+
+VALUES = (None, True, False, 0, -1, 1, 3.5, 1e308, -1e-320, 1e-320, 10**30, "", "x", "\x00", "\u202e<script>",
+          "\U0001f600" * 9, [], {}, [[]], [None], [{}], [0], [-1], [[1, 2], ["x"]], {"a": {"b": []}}, ["x"] * 40,
+          "many " * 6000, float("nan"), float("inf"), "\ud800", [10**12], "<|im_start|>", [[1]] * 3)
+NAMES = ("model", "condition", "n", "stop", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p",
+         "seed", "prompt", "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "echo",
+         "tools", "response_format", "__proto__", "", "logit_bias", "best_of", "\ud800")
+RAW = (b"", b"{", b"null", b"[1]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"prompt":' * 2000,
+       b"{" + b'"a":1,' * 999 + b"}", b'{"n": ' + b"9" * 5000 + b"}",
+       b'{"prompt": "\\ud800"}', b"\x1f\x8b\x08\x00", b'{"temperature": 1e999}')
+
+
+def hostile(seed):
+    """Make a body that hardly anyone would send, as bytes."""
+    rng = np.random.default_rng(seed)
+    path = (COMPLETIONS, CHAT)[rng.integers(2)]
+    if rng.random() < 0.2:
+        return path, RAW[rng.integers(len(RAW))]
+    body = dict((GOOD, GOOD_CHAT)[path == CHAT if rng.random() < 0.9 else rng.integers(2)])
+    for _ in range(rng.integers(1, 4)):
+        body[NAMES[rng.integers(len(NAMES))]] = VALUES[rng.integers(len(VALUES))]
+    if rng.random() < 0.2 and path == CHAT:
+        body["messages"] = [dict(role=VALUES[rng.integers(len(VALUES))], content=VALUES[rng.integers(len(VALUES))])]
+    text = json.dumps(body).encode()
+    return path, text[:rng.integers(1, len(text))] if rng.random() < 0.1 else text
+
+
+def test_two_hundred_hostile_requests_change_nothing(served):
+    async def work(server):
+        before = await server.client.post(COMPLETIONS, json=GOOD)
+        statuses = []
+        for seed in range(200):
+            path, body = hostile(seed)
+            reply = await server.client.post(path, content=body, headers={"content-type": "application/json"})
+            statuses.append(reply.status_code)
+            if reply.status_code != 200:
+                assert reply.status_code in (400, 404, 413), (seed, reply.text)
+                error_of(reply, reply.status_code)
+        after = await server.client.post(COMPLETIONS, json=GOOD)
+        assert server.engine.idle and server.engine.cache.free == server.engine.cache.size.blocks
+        return before.json()["choices"], after.json()["choices"], statuses
+    before, after, statuses = served(work, rows=8)
+    assert before == after and {200, 400, 404} <= set(statuses)
+    assert statuses.count(400) > 100

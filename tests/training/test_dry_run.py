@@ -1,0 +1,153 @@
+"""A dry run builds what a run would, refuses what it would, and writes nothing."""
+import argparse
+import contextlib
+import copy
+import io
+import random
+import sys
+
+import pytest
+
+from hrm_megatron.parallel.cpu import activate
+
+activate()
+
+import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.training import arguments as megatron_arguments  # noqa: E402
+
+from hrm_megatron.config import PRESETS, Architecture, ConfigError  # noqa: E402
+from hrm_megatron.model import hrm  # noqa: E402
+from hrm_megatron.parallel.patching import temporarily  # noqa: E402
+from hrm_megatron.planner.layout import Layout, check, stage_parameters  # noqa: E402
+from hrm_megatron.training.arguments import checked, complete, parse_arguments  # noqa: E402
+from hrm_megatron.training.dry_run import build, describe_dry_run, first_rank_of  # noqa: E402
+from hrm_megatron.training.layout import layers_of_stages  # noqa: E402
+from hrm_megatron.transformer_config import hrm_config  # noqa: E402
+from tests.conftest import GOLDEN  # noqa: E402
+
+SIZES = dict(num_layers=6, hidden_size=48, num_attention_heads=6, ffn_hidden_size=72)
+WORDS = ["--dry-run", "--lr", "1e-3", "--train-iters", "4", "--seq-length", "96", "--bf16",
+         *(str(word) for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", value))]
+ARCHITECTURE = Architecture(**SIZES, vocab_size=512)
+LAYOUTS = 500
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_other_group():
+    """Put away the group of the fixture `single_rank`, which lasts for all tests of a process, while fake ones come."""
+    held = torch.distributed.is_initialized()
+    if held:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+    yield
+    if held:
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+        parallel_state.initialize_model_parallel()
+
+
+@pytest.fixture(autouse=True)
+def as_a_run_starts(monkeypatch):
+    """What hrm_megatron.pretrain sets before it imports Megatron."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def parsed(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, words)])
+    with contextlib.redirect_stdout(io.StringIO()):
+        return parse_arguments(lambda args: 512)
+
+
+def test_random_layouts_are_refused_here_as_by_the_planner(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *WORDS])
+    stock, rng, taken = megatron_arguments.parse_args(checked), random.Random(16), []
+    for number in range(LAYOUTS):
+        tp, pp, cp = rng.choice((1, 2, 3, 4, 6, 8)), rng.choice((1, 1, 2, 3, 5, 8)), rng.choice((1, 1, 2, 3, 4))
+        layout = Layout(rng.choice((1, 1, 1, 2, 3)) * tp * pp * cp + (rng.random() < 0.1), tp, pp, cp, tp > 1,
+                        rng.choice((96, 100, 144)), rng.choice((1, 2, 3)), rng.choice((6, 12, 13, 24)))
+        args = copy.deepcopy(stock)
+        vars(args).update(dry_run_ranks=layout.ranks, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+                          context_parallel_size=cp, sequence_parallel=tp > 1, seq_length=layout.row_tokens,
+                          micro_batch_size=layout.micro_batch_size, global_batch_size=layout.global_batch_size)
+        planned = told = None
+        try:
+            layers = check(ARCHITECTURE, layout, args.bp_max_steps)
+        except ConfigError as error:
+            planned = str(error)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                args = complete(args, lambda _: 512)
+        except ConfigError as error:
+            told = str(error)
+        assert (planned is None) == (told is None), (number, layout, planned, told)
+        if planned is None:
+            assert layers_of_stages(args) == layers
+            taken.append(args)
+    assert LAYOUTS / 10 < len(taken) < LAYOUTS * 9 / 10
+    for args in taken[::10]:  # what both take can be built
+        stage = rng.randrange(args.pipeline_model_parallel_size)
+        built = build(args, first_rank_of(args, stage))
+        counted = stage_parameters(ARCHITECTURE, layers_of_stages(args))[stage]
+        assert built.place["PP"] == stage and built.parameters * args.tensor_model_parallel_size == counted
+
+
+def test_all_is_told_and_nothing_is_written(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    args = parsed(monkeypatch, *WORDS, "--dry-run-ranks", 1024, "--tensor-model-parallel-size", 2,
+                  "--sequence-parallel", "--pipeline-model-parallel-size", 4, "--global-batch-size", 1024,
+                  "--save", tmp_path / "run", "--save-interval", 3, "--dry-run-rank", 1023)
+    lines = [*describe_dry_run(args, None)]
+    text = "\n".join(lines)
+    assert "layout: 1024 ranks = TP 2 x PP 4 x CP 1 x DP 128, sequence parallel" in text
+    assert [line.split(":")[1].strip() for line in lines if line.startswith("built")] == [
+        "stage 0", "stage 1 to 2 (all alike)", "stage 3"]
+    assert "data: none given, 512 tokens in the vocabulary assumed; 4 steps of 1024 rows read 4,096 rows" in lines
+    space = ARCHITECTURE.num_parameters * (2 + 16) / 1e9
+    assert f"checkpoint: {space:.2f} GB each, 2 saves take {2 * space:,.2f} GB; {tmp_path} has " in text
+    where = next(i for i, line in enumerate(lines) if line.startswith("rank 1023: TP 1, PP 3, CP 0, DP 127; "))
+    table = {line.split()[0]: line.split("[")[1].split("]")[0] for line in lines[where + 1:]}
+    assert table["output_layer.weight"] == "256, 48" and "embedding.word_embeddings.weight" not in table
+    assert not [*tmp_path.iterdir()] and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_weights_that_are_counted(name):
+    """Of the whole model, by building it without values on one fake rank."""
+    from hrm_megatron.training.dry_run import fake_rank
+
+    architecture = PRESETS[name].architecture()
+    alone = argparse.Namespace(world_size=1, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
+                               virtual_pipeline_model_parallel_size=None, context_parallel_size=1,
+                               use_tp_pp_dp_mapping=False)
+    nothing = dict(initialize=lambda *_: None, draw=lambda *_: torch.zeros((), device="cpu"))
+    with fake_rank(alone, 0), temporarily(hrm, **nothing), torch.device("meta"):
+        model = hrm.HRMModel(hrm_config(architecture, use_cpu_initialization=True), seed=1)
+    assert sum(weight.numel() for weight in model.parameters()) == architecture.num_parameters
+
+
+def test_the_largest_preset_on_512_ranks(monkeypatch):
+    args = parsed(monkeypatch, "--dry-run", "--dry-run-ranks", 512, "--hrm-preset", "32B", "--seq-length", 4096,
+                  "--bf16", "--tensor-model-parallel-size", 8, "--sequence-parallel",
+                  "--pipeline-model-parallel-size", 8, "--train-iters", 10)
+    lines = [line for line in describe_dry_run(args, None) if line.startswith("memory")]
+    assert len(lines) == 8 and all("GB predicted on each GPU: weights " in line for line in lines)
+
+
+@pytest.mark.parametrize("words, says", [
+    (("--dry-run-rank", 3), "--dry-run-rank 3: has no effect without --dry-run"),
+    (("--dry-run", "--dry-run-ranks", 1025), "--dry-run-ranks 1025: choose 1 to 1024"),
+    (("--dry-run", "--dry-run-ranks", 4, "--dry-run-rank", 4), "--dry-run-rank 4: choose 0 to 3"),
+    (("--print-config",), "--print-config: has no effect without --hrm-preset; give one of B, L, XL"),
+])
+def test_flags_without_effect_are_refused(monkeypatch, words, says):
+    with pytest.raises(ConfigError, match=says):
+        parsed(monkeypatch, *words)
+
+
+def test_the_program_answers_and_ends(launch, tmp_path):
+    shown = launch("--hrm-preset", "XXXL", "--print-config", "--save", tmp_path / "a")
+    assert shown.code == 0 and shown.output.startswith("preset XXXL: 5.60 B parameters")
+    run = launch(*WORDS, "--seq-length", 96, "--global-batch-size", 2, "--sampled-data-path",
+                 GOLDEN / "fullbatch" / "sampled", "--save", tmp_path / "b", "--tensorboard-dir", tmp_path / "c")
+    assert run.code == 0 and "data: training: " in run.output, run.output[-2000:]
+    assert "data: 4 steps of 2 rows read 8 rows, " in run.output and not [*tmp_path.iterdir()]

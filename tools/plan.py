@@ -1,0 +1,125 @@
+"""Find how to train a model on a cluster: layout, micro-batches, recomputation; memory, time, and the command.
+
+    python tools/plan.py --hrm-preset XXXL --gpus 64 --gpu h100-80gb
+    python tools/plan.py --sizes 48 4096 32 --gpus 512 --explain --json plan.json --png plan.png
+
+Memory is a sum over shapes, time a prediction; --calibrate takes what `python tools/benchmark.py calibrate` measured.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from hrm_megatron.program import listen, one_line
+
+if __name__ == "__main__":
+    listen()
+
+from hrm_megatron.config import PRESET_VOCAB_SIZE, PRESETS, Architecture, ConfigError, ffn_hidden_size
+from hrm_megatron.planner import calibration, report
+from hrm_megatron.planner.machines import GPUS, Cluster
+from hrm_megatron.planner.search import Question, search
+from hrm_megatron.planner.speed import EXAMPLE
+
+TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv 2203.15556
+PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "auto": ("bf16", "fp8")}
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--hrm-preset", choices=[*PRESETS])
+    model.add_argument("--sizes", type=int, nargs=3, metavar=("LAYERS", "HIDDEN", "HEADS"), help="LAYERS of each stack")
+    parser.add_argument("--vocab-size", type=int, default=PRESET_VOCAB_SIZE)
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--gpu", choices=[*GPUS], default="h100-80gb")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--memory-gb", type=float, help="of a GPU, where it is not the maker's")
+    parser.add_argument("--nvlink-gb", type=float, help="GB/s of NVLink, one way, per GPU")
+    parser.add_argument("--network-gb", type=float, help="GB/s between nodes, one way, per GPU")
+    parser.add_argument("--tokens", type=float, help=f"of the run (default: {TOKENS_PER_PARAMETER} a parameter)")
+    parser.add_argument("--tokens-per-step", type=int, help="default: the preset's")
+    parser.add_argument("--seq-length", type=int, default=4096, help="positions of a row")
+    parser.add_argument("--example", type=int, nargs=2, metavar=("PREFIX", "RESPONSE"), default=EXAMPLE,
+                        help="tokens of a usual example")
+    parser.add_argument("--bp-min-steps", type=int, default=2)
+    parser.add_argument("--bp-max-steps", type=int, default=5)
+    parser.add_argument("--bp-warmup-fraction", type=float, default=0.2)
+    parser.add_argument("--precision", choices=[*PRECISIONS], default="bf16")
+    parser.add_argument("--price", type=float, help="of a GPU for an hour: adds the cost of the run")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="take the speeds measured on such a GPU")
+    parser.add_argument("--explain", action="store_true", help="take the best plan apart")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="memory, and the schedule (needs matplotlib)")
+    return parser
+
+
+def question(args: argparse.Namespace) -> Question:
+    """Read what is asked off the arguments."""
+    for name in ("gpus", "gpus_per_node", "seq_length", "tokens", "tokens_per_step", "vocab_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if args.hrm_preset:
+        preset = PRESETS[args.hrm_preset]
+        architecture, step = preset.architecture(args.vocab_size), args.tokens_per_step or preset.tokens_per_step
+    else:
+        layers, hidden, heads = args.sizes
+        architecture = Architecture(layers, hidden, heads, ffn_hidden_size(hidden), args.vocab_size)
+        step = args.tokens_per_step
+    if not step:
+        raise ConfigError("--tokens-per-step is not set: give it, or a --hrm-preset, which has one")
+    if step % args.seq_length:
+        raise ConfigError(f"--seq-length {args.seq_length}: does not divide the {step} tokens of a step; change it or "
+                          "--tokens-per-step")
+    speeds = None
+    if args.calibrate:
+        measured = calibration.read(args.calibrate)
+        if measured.on_cpu:
+            raise ConfigError(f"--calibrate {args.calibrate}: was measured on a CPU ({measured.device}); measure on a "
+                              f"{args.gpu}")
+        speeds = measured.speeds
+    cluster = Cluster.of(args.gpu, args.gpus, args.gpus_per_node, args.memory_gb, args.nvlink_gb, args.network_gb,
+                         speeds)
+    return Question(architecture, cluster, args.tokens or TOKENS_PER_PARAMETER * architecture.num_parameters,
+                    step // args.seq_length, args.seq_length,
+                    (args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction), PRECISIONS[args.precision],
+                    tuple(args.example))
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Search, and print what was found."""
+    asked = question(args)
+    name = args.hrm_preset or f"{asked.architecture.num_layers} layers of {asked.architecture.hidden_size}"
+    plans, rejected = search(asked)
+    print(*report.head(name, asked), "", sep="\n")
+    if not plans:
+        print(*report.reasons(rejected), sep="\n")
+        raise ConfigError(f"--gpus {args.gpus}: {name} fits no layout; give more GPUs or ones with more memory, or "
+                          "change --tokens-per-step")
+    print(*report.table(asked, plans, args.price), "", report.command(plans[0], asked, args.hrm_preset), "", sep="\n")
+    if args.explain:
+        print(*report.explain(asked, plans[0]), "", sep="\n")
+    print(*report.reasons(rejected, None if args.explain else report.KINDS), sep="\n")
+    if args.json:
+        data = report.as_data(name, asked, plans, rejected, args.hrm_preset)
+        aside = args.json.with_name(f"{args.json.name}.partial")
+        aside.write_text(json.dumps(data, indent=1) + "\n")
+        aside.replace(args.json)
+    if args.png:
+        try:
+            from hrm_megatron.planner.picture import draw
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"--png {args.png}: needs {error.name}, which is not installed; pip install -e "
+                              '".[plan]"') from error
+        draw(asked, plans[:report.SHOWN], f"{name} on {args.gpus} x {args.gpu}: predictions", args.png)
+
+
+def main() -> int:
+    args = parser().parse_args()
+    return one_line(lambda: plan(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
