@@ -10,8 +10,11 @@ from hrm_megatron.config import Architecture
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
 
 
-def write_random_checkpoint(folder: Path, seq_length: int) -> Path:
-    """Write one whose raw and EMA weights are unlike; needs Megatron's single rank."""
+def write_random_checkpoint(folder: Path, seq_length: int, std: float = 0.7) -> Path:
+    """Write one whose raw and EMA weights are unlike; needs Megatron's single rank.
+
+    At a std of 0.7 attention matters much, and so does rounding; 1 / sqrt(24) is that of initial weights.
+    """
     from hrm_megatron.convert.checkpoint import PARTS, Checkpoint, Training
     from hrm_megatron.convert.to_megatron import write_megatron
     from hrm_megatron.data.tokenizer import TextTokenizer
@@ -21,7 +24,7 @@ def write_random_checkpoint(folder: Path, seq_length: int) -> Path:
     generator = torch.Generator().manual_seed(3)
 
     def read(part, entry):
-        tensor = torch.randn(entry.shape, generator=generator) * 0.7  # attention must matter
+        tensor = torch.randn(entry.shape, generator=generator) * std
         return tensor if entry.trained else tensor.bfloat16()
 
     write_megatron(Checkpoint(Path("random"), Architecture(1, 24, 3, 40, vocab_size), Training(
