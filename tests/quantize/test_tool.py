@@ -152,10 +152,10 @@ def test_a_missing_package_is_named_with_the_extra(tool, exported, tmp_path, cap
 
 def test_existing_output_stays_and_quantized_input_is_refused(tool, quantized, exported, tmp_path, capsys):
     folder = quantized("--method", "rtn", "--no-verify")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert tool(["--load", str(exported), "--save", str(folder), "--method", "rtn", "--no-verify"]) == 1
     assert "exists; pass --overwrite" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert tool(["--load", str(folder), "--save", str(tmp_path / "twice"), "--method", "rtn", "--no-verify"]) == 1
     assert "is quantized already; give the checkpoint that it was made from" in capsys.readouterr().err
     assert not (tmp_path / "twice").exists()
