@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import pytest
 
-from hrm_megatron.checkpoint.folders import TRACKER_FILE
 from hrm_megatron.cluster import attempts
 from hrm_megatron.cluster.attempts import (
     BAD_NODE,
@@ -24,6 +23,7 @@ from hrm_megatron.cluster.attempts import (
     saved_step,
 )
 from hrm_megatron.config import ConfigError
+from hrm_megatron.parallel.cpu import activate
 
 STEPS = 100
 
@@ -100,6 +100,9 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 def test_progress_is_what_megatron_says_is_saved(tmp_path):
+    activate()  # folders imports Megatron
+    from hrm_megatron.checkpoint.folders import TRACKER_FILE
+
     assert attempts.TRACKER_FILE == TRACKER_FILE
     assert saved_step(tmp_path) == 0
     (tmp_path / TRACKER_FILE).write_text("120")
