@@ -25,7 +25,6 @@ activate()
 from tqdm import tqdm  # noqa: E402
 
 from hrm_megatron.config import ConfigError  # noqa: E402
-from hrm_megatron.convert.checkpoint import EMA, RAW  # noqa: E402
 from hrm_megatron.evaluate.ask import TaskAnswers, prepare  # noqa: E402
 from hrm_megatron.evaluate.report import percent, write_reports  # noqa: E402
 from hrm_megatron.evaluate.rows import read_items  # noqa: E402
@@ -33,14 +32,14 @@ from hrm_megatron.evaluate.scoring import equal_math  # noqa: E402
 from hrm_megatron.evaluate.summary import Result, summarize  # noqa: E402
 from hrm_megatron.evaluate.tasks import TASKS, Task, chosen, with_shots  # noqa: E402
 from hrm_megatron.generate.engine import Progress  # noqa: E402
+from hrm_megatron.generate.flags import add_compute_flags, add_model_flags  # noqa: E402
 from hrm_megatron.generate.sampling import Sampling  # noqa: E402
-from hrm_megatron.generate.session import DTYPES, Answering, Session  # noqa: E402
+from hrm_megatron.generate.session import Answering, Session  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--load", type=Path, required=True,
-                   help="folder that --save named, or one iteration in it; a transformers folder; one of HRM-Text")
+    add_model_flags(p, "evaluate")
     p.add_argument("--output", type=Path, required=True, metavar="DIR",
                    help="answers and results; the same command goes on where it was interrupted")
     p.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
@@ -50,12 +49,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--condition", action="append", default=[], metavar="TASK=TAGS",
                    help="other tags than the reference's, such as mmlu_pro=synth,cot")
     p.add_argument("--shots", action="append", default=[], metavar="TASK=N", help="another number of shots")
-    p.add_argument("--ckpt-step", type=int, help="iteration (Megatron) or epoch (HRM-Text) instead of the latest")
-    p.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
-                   help="evaluate what can be read of a damaged checkpoint")
-    p.add_argument("--weights", choices=[EMA, RAW], help="(default: ema, or raw where there is no other)")
-    p.add_argument("--tokenizer-model", type=Path,
-                   help="tokenizer folder of the training data (default: the one beside the model)")
     how = p.add_argument_group("how to answer")
     how.add_argument("--max-new-tokens", type=int, metavar="N",
                      help="at most so many per free answer (default: what the context leaves room for)")
@@ -63,9 +56,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     how.add_argument("--top-p", type=float, default=1.0)
     how.add_argument("--seed", type=int, default=1234)
-    how.add_argument("--h-cycles", type=int, help="(default: as in training)")
-    how.add_argument("--l-cycles", type=int, help="(default: as in training)")
-    how.add_argument("--dtype", choices=[*DTYPES], default="float32", help="of weights and cache")
+    add_compute_flags(how)
     how.add_argument("--batch-size", type=int, default=32, help="answers at once (default: %(default)s)")
     return p
 

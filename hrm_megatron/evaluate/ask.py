@@ -3,8 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.evaluate.prompts import Item
 from hrm_megatron.evaluate.rows import PlacedItem
 from hrm_megatron.evaluate.tasks import TOO_LONG, Asked, Task, spelled
-from hrm_megatron.generate.answer_file import AnswerFile
+from hrm_megatron.generate.answer_file import AnswerFile, check_settings, write_settings
 from hrm_megatron.generate.engine import Progress, Request
 from hrm_megatron.generate.session import Session
 
@@ -90,17 +89,8 @@ class TaskAnswers:
 
     def check(self) -> None:
         """Refuse a file that was begun with other settings."""
-        if not self.note.exists():
-            return
-        try:
-            before: Mapping[str, Any] = json.loads(self.note.read_text("utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{self.note}: not JSON ({error}); remove it and {self.path.name}* to begin again"
-                              ) from error
-        for name, value in self.settings.items():
-            if before.get(name) != value:
-                raise ConfigError(f"{self.note}: was begun with {name}={before.get(name)!r}, not {value!r}; go on with "
-                                  "that, or choose another --output")
+        if self.note.exists():
+            check_settings(self.note, self.settings, f"{self.path.name}*", self.note, ", or choose another --output")
 
     def records(self, max_rows: int, say: Callable[[str], object],
                 on_progress: Callable[[Progress], object] = lambda progress: None) -> list[dict[str, Any]]:
@@ -108,9 +98,7 @@ class TaskAnswers:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             if not self.note.exists():
-                temporary = self.note.with_suffix(".new")
-                temporary.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
-                os.replace(temporary, self.note)
+                write_settings(self.note, self.settings)
             self._answer(max_rows, say, on_progress)
         elif not self.note.exists():
             raise ConfigError(f"{self.path}: has no {self.note.name} beside it that says what it was made with; choose "

@@ -64,8 +64,8 @@ class HrmMegatron(LM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         found = []
+        [prompt] = self._prompts([""])
         for request in tqdm(requests, desc="rolling log-likelihood"):
-            [prompt] = self._prompts([""])
             parts = rolling(prompt, self._answer_tokens(request.args[0]), self.session.decoder.context_tokens)
             found.append(sum(each.logprob for each in likelihoods(self.session.decoder, parts)))
         return found

@@ -8,9 +8,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.folder_lock import locked_in_place
 from hrm_megatron.program import signals_held
+
+
+def write_settings(note: Path, settings: Mapping[str, Any]) -> None:
+    """Write down what decides the answers beside it."""
+    write_aside(note, json.dumps(settings, indent=1) + "\n")
+
+
+def check_settings(note: Path, settings: Mapping[str, Any], files: str, begun: Path, way_out: str) -> None:
+    """Refuse `begun`, whose answers were made with other settings than these; `files` go with a damaged note."""
+    try:
+        before = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{note}: not JSON ({error}); remove it and {files} to begin again") from error
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ConfigError(f"{begun}: was begun with {name}={before.get(name)!r}, not {value!r}; go on with that"
+                              f"{way_out}")
 
 
 class AnswerFile:
@@ -47,19 +65,10 @@ class AnswerFile:
             raise in_use from error
         if not self.note.exists():
             self._file.truncate(0)  # a stop before the note: there is no answer in it
-            temporary = self.note.with_name(f"{self.note.name}.new")
-            temporary.write_text(json.dumps(self._settings, indent=1) + "\n", encoding="utf-8")
-            temporary.rename(self.note)
+            write_settings(self.note, self._settings)
             return
-        try:
-            before = json.loads(self.note.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{self.note}: not JSON ({error}); remove it and {self.partial} to begin again"
-                              ) from error
-        for name, value in self._settings.items():
-            if before.get(name) != value:
-                raise ConfigError(f"{self.partial}: was begun with {name}={before.get(name)!r}, not {value!r}; go on "
-                                  f"with that, choose another --output, or remove it and {self.note.name}")
+        check_settings(self.note, self._settings, f"{self.partial}", self.partial,
+                       f", choose another --output, or remove it and {self.note.name}")
         self._file.seek(0)
         whole = 0
         for line in self._file:

@@ -10,12 +10,12 @@ from hrm_megatron.generate.session import DTYPES
 Flags = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
-def add_model_flags(p: Flags) -> None:
+def add_model_flags(p: Flags, verb: str = "answer from") -> None:
     p.add_argument("--load", type=Path, required=True,
                    help="folder that --save named, or one iteration in it; a transformers folder; one of HRM-Text")
     p.add_argument("--ckpt-step", type=int, help="iteration (Megatron) or epoch (HRM-Text) instead of the latest")
     p.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
-                   help="answer from what can be read of a damaged checkpoint")
+                   help=f"{verb} what can be read of a damaged checkpoint")
     p.add_argument("--weights", choices=[EMA, RAW], help="(default: ema, or raw where there is no other)")
     p.add_argument("--tokenizer-model", type=Path,
                    help="tokenizer folder of the training data (default: the one beside the model)")
