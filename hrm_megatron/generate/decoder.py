@@ -34,7 +34,12 @@ class Decoder:
 
     @property
     def vocab_size(self) -> int:
-        return self.weights.head.shape[1]
+        return self.weights.head.columns
+
+    def prepare(self, rows: int) -> None:
+        """Lay the weights out for `rows` answers at once."""
+        for matrix in self.weights.matrices:
+            matrix.prepare(rows)
 
     def cache_size(self, blocks: int) -> CacheSize:
         """Sizes of a cache for this model."""
@@ -70,7 +75,7 @@ class Decoder:
         return self._logits(self._states(tokens, attend)[torch.as_tensor(places, device=self.device)])
 
     def _logits(self, z_h: torch.Tensor) -> torch.Tensor:
-        return (z_h @ self.weights.head).float()
+        return self.weights.head(z_h).float()
 
     def _states(self, tokens: np.ndarray, attend: Attention) -> torch.Tensor:
         """Run all ticks over tokens [n] and return z_H [n, h]."""
@@ -95,9 +100,9 @@ class Decoder:
         return self.loops.swiglu(x) if self.loops else swiglu(x)
 
     def _pre_norm_layer(self, w: LayerWeights, x: torch.Tensor, slot: int, attend: Attention) -> torch.Tensor:
-        x = torch.addmm(x, attend(slot, self._norm(x) @ w.gqkv), w.attention_out)
-        return torch.addmm(x, self._swiglu(self._norm(x) @ w.gate_up), w.mlp_out)
+        x = w.attention_out(attend(slot, w.gqkv(self._norm(x))), x)
+        return w.mlp_out(self._swiglu(w.gate_up(self._norm(x))), x)
 
     def _post_norm_layer(self, w: LayerWeights, x: torch.Tensor, slot: int, attend: Attention) -> torch.Tensor:
-        x = self._norm(torch.addmm(x, attend(slot, x @ w.gqkv), w.attention_out))
-        return self._norm(torch.addmm(x, self._swiglu(x @ w.gate_up), w.mlp_out))
+        x = self._norm(w.attention_out(attend(slot, w.gqkv(x)), x))
+        return self._norm(w.mlp_out(self._swiglu(w.gate_up(x)), x))
