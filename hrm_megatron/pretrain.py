@@ -43,6 +43,7 @@ from hrm_megatron.training.layout import describe  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
+from hrm_megatron.training.restarts import check_restarts  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 from hrm_megatron.training.summary import describe_model  # noqa: E402
@@ -61,6 +62,7 @@ def train(console: Console) -> None:
         sources["all"] = open_sources(args)
         return sources["all"].vocab_size
 
+    check_restarts()
     args = parse_arguments(vocab_size_of)
     if args.print_config:
         return console.answer([describe_preset(args.hrm_preset, PRESETS[args.hrm_preset], given_by_hand(args))],

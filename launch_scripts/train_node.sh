@@ -5,6 +5,7 @@
 # TP PP CP  tensor, pipeline and context parallel ranks (default 1 each)
 # DP      data parallel ranks (default: what the GPUs of this node leave)
 # LAYOUT  preset: instead of TP, PP, CP and DP the preset's own for 8 GPUs, with rows and recomputation (docs/scaling.md)
+# MAX_RESTARTS  starts after the first if a rank dies (default 0)
 # TORCHRUN, PYTHON  the launcher and Python (default: those of .venv, else on PATH)
 # Every other argument goes to hrm_megatron.pretrain as it is. --dry-run prints the command and runs nothing.
 set -euo pipefail
@@ -53,10 +54,12 @@ elif [ -z "${DP:-}" ]; then
     DP=$((gpus / model_ranks))
 fi
 
+# A rank that torchrun starts again must not find the addresses of the last one (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 torchrun=${TORCHRUN:-$(dirname "$0")/../.venv/bin/torchrun}
 if ! [ -x "$torchrun" ]; then torchrun=torchrun; fi
 
-command=("$torchrun" --standalone --nproc-per-node $((model_ranks * DP)) -m hrm_megatron.pretrain
+command=("$torchrun" --standalone --max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node $((model_ranks * DP)) -m hrm_megatron.pretrain
     --hrm-preset "$preset" "${layout[@]}")
 command+=(${arguments[@]+"${arguments[@]}"})
 

@@ -95,6 +95,7 @@ export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}   # 4.096 us x 2^22 = 17 s a try, 
 export NCCL_IB_RETRY_CNT=${NCCL_IB_RETRY_CNT:-7} # tries before the link counts as dead: 7 is the most, and the default
 # torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp and FlightRecorder.hpp:
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} # a hang writes what each rank was waiting for
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1} # pytorch issue 135712: restarts hang
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}          # the last so many collectives of a rank
 
 # Where the run writes down its starts: only with that does it go on by itself.

@@ -31,6 +31,7 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.training.restarts import end_helpers_with_their_rank
 from hrm_megatron.training.resume import changes, check_model, check_plan, nothing_left, settle_schedule
 from hrm_megatron.training.verification import check_verification_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
@@ -148,6 +149,7 @@ def guard_saves(args: argparse.Namespace) -> None:
 
     A save in the background fails when its end is waited for.
     """
+    end_helpers_with_their_rank()
     stock: Callable[..., None] = megatron_training.save_checkpoint
     stock_schedule: Callable[[Any], None] = checkpointing.schedule_async_save
     stock_end: Callable[..., None] = megatron_training.maybe_finalize_async_save
