@@ -326,7 +326,8 @@ def main() -> int:
     commands.add_parser("plan", add_help=False, help="what a run does before its first row, by number of examples")
     commands.add_parser("deduplicate", add_help=False, help="the search for duplicates, by number of examples")
     args, rest = parser.parse_known_args()
-    if args.command in ("tokenize", "plan", "deduplicate"):  # in a program without torch, which their processes would import with it
+    # In a program without torch, which their processes would import with it.
+    if args.command in ("tokenize", "plan", "deduplicate"):
         return subprocess.run([sys.executable, "-m", f"hrm_megatron.benchmark.{args.command}", *rest]).returncode
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

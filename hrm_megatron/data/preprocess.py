@@ -33,6 +33,8 @@ from hrm_megatron.data.text_keys import TextKeys
 from hrm_megatron.data.tokenizer import TextTokenizer
 
 BATCH_CHARACTERS = 1 << 21  # of text that are spelled at once, more only where one example has more
+WORKERS_PER_READER = 4  # one reader unpacks 150 MB of Parquet a second and more, a worker spells 25
+MAX_READERS = 3  # a row group that is packed tightly takes 256 MB while it is read
 TASKS_PER_WORKER = 4  # queued ahead, so that memory does not grow with the input
 ROWS = RowFormat()
 
@@ -176,7 +178,8 @@ def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: Text
     folder = DatasetFolder(output_prefix, task)
 
     def encode(paths: Sequence[Path]) -> Generator[tuple[Piece, Encoded]]:
-        chunks = chain.from_iterable(pieces(path, chunk_bytes, rows) for path in paths)
+        readers = min(MAX_READERS, -(-workers // WORKERS_PER_READER))
+        chunks = chain.from_iterable(pieces(path, chunk_bytes, rows, readers) for path in paths)
         return encode_all(chunks, tokenizer, workers, rows, context_size, lint != "off")
 
     def look() -> Update:
