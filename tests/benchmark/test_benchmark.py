@@ -192,7 +192,8 @@ def test_the_tool_measures_and_says_what_failed(tmp_path):
     assert not wrong_modes(tmp_path / "out", 0o027)
 
 
-def test_conversions_are_measured_in_every_direction(tmp_path, capsys, monkeypatch):
+def test_conversions_are_measured_in_every_direction(single_rank, tmp_path, capsys, monkeypatch):
+    """Beside a process group that is alive, as in a program that trains."""
     tool = runpy.run_path(str(ROOT / "tools" / "benchmark.py"))
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "convert", "--sizes", "1", "64", "4", "--vocab-size", "40000",
                                       "--output", str(tmp_path)])

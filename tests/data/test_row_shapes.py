@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hrm_megatron.data.example import BadRow, Example, RowFormat
+from hrm_megatron.data.example import BadRow, Example, RowFormat, parse_object
 from hrm_megatron.data.row_shapes import SHAPES, examples_of, shape_of
 
 ROOT = Path(__file__).parents[2]
@@ -90,8 +90,9 @@ BAD_CHATS = [
 @pytest.mark.parametrize("turns, kind, message", BAD_CHATS)
 def test_bad_chats_name_place_value_and_way_out(turns, kind, message):
     noted = Counter()
+    row = parse_object(json.dumps({"messages": turns}).encode(), "x:1")
     with pytest.raises(BadRow) as refusal:
-        examples_of({"messages": turns}, "x:1", RowFormat(default_condition="", shape="messages", max_characters=100),
+        examples_of(row, "x:1", RowFormat(default_condition="", shape="messages", max_characters=100),
                     noted)
     assert refusal.value.kind == kind and message in str(refusal.value), str(refusal.value)
     assert str(refusal.value).startswith("x:1") and "\n" not in str(refusal.value)
