@@ -39,6 +39,7 @@ from hrm_megatron.training.error_file import OneLineErrors, one_line  # noqa: E4
 from hrm_megatron.training.evaluation import install_evaluation, settle_evaluation  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
+from hrm_megatron.training.match_flops import match_flops  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
@@ -64,6 +65,7 @@ def train(console: Console) -> None:
     if args.print_config:
         return console.answer([describe_preset(args.hrm_preset, PRESETS[args.hrm_preset], given_by_hand(args))],
                               args.verbose)
+    match_flops(args, sources.get("all"))
     if args.dry_run:
         return console.answer(describe_dry_run(args, sources.get("all")), args.verbose)
     console.settle(args.save or args.tensorboard_dir, args.verbose)
