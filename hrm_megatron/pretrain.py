@@ -66,9 +66,9 @@ def train(console: Console) -> None:
     if args.print_config:
         return console.answer([describe_preset(args.hrm_preset, PRESETS[args.hrm_preset], given_by_hand(args))],
                               args.verbose)
-    match_flops(args, sources.get("all"))
+    matched = match_flops(args, sources.get("all"))
     if args.dry_run:
-        return console.answer(describe_dry_run(args, sources.get("all")), args.verbose)
+        return console.answer([*matched, *describe_dry_run(args, sources.get("all"))], args.verbose)
     console.settle(args.save or args.tensorboard_dir, args.verbose)
     data = sources["all"]
     evaluation = settle_evaluation(args, *data.held_out(), data.why_no_validation(args.split))
@@ -77,7 +77,8 @@ def train(console: Console) -> None:
     if start and not is_left and not verify_end(args, start, fits):
         return
     set_global_variables(args)
-    log.info(describe_model(args))
+    for line in (*matched, describe_model(args)):
+        log.info(line)
     log.info(describe(args))
     step = TrainingStep(args)
     install(args, step)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 
 from hrm_megatron.config import PRESETS, ConfigError
 from hrm_megatron.data.dataset import PackedRows
@@ -12,13 +11,11 @@ from hrm_megatron.training.data import Sources, first_lengths
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 from hrm_megatron.transformer_config import architecture_of
 
-log = logging.getLogger(__name__)
 
-
-def match_flops(args: argparse.Namespace, data: Sources | None) -> None:
-    """Set the number of steps if the flag was given; raise ConfigError where it has no meaning."""
+def match_flops(args: argparse.Namespace, data: Sources | None) -> list[str]:
+    """Set the number of steps if the flag was given, and return lines about it."""
     if (preset := args.match_flops_of) is None:
-        return
+        return []
     flag = f"--match-flops-of {preset}"
     if args.skip_train:
         raise ConfigError(f"{flag}: is incompatible with --skip-train, which trains no steps: leave one of them out")
@@ -33,5 +30,5 @@ def match_flops(args: argparse.Namespace, data: Sources | None) -> None:
     args.train_iters = matched_steps(ours, budget, *size)
     bp_schedule(args), lr_schedule(args)  # refuse what the new length makes impossible
     cost = run_flops(ours, args.train_iters, *size)
-    log.info(f"flops: an HRM of {preset} takes {budget:.4g} for {asked} steps; this {ours.architecture.kind.title} "
-             f"{cost:.4g} ({cost / budget - 1:+.2%}) for {args.train_iters}")
+    return [f"flops: an HRM of {preset} takes {budget:.4g} for {asked} steps; this {ours.architecture.kind.title} "
+            f"{cost:.4g} ({cost / budget - 1:+.2%}) for {args.train_iters}"]
