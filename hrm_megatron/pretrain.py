@@ -40,6 +40,7 @@ from hrm_megatron.training.error_file import OneLineErrors, one_line  # noqa: E4
 from hrm_megatron.training.evaluation import install_evaluation, settle_evaluation  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
+from hrm_megatron.training.match_flops import match_flops  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
@@ -67,8 +68,9 @@ def train(console: Console) -> None:
     if args.print_config:
         return console.answer([describe_preset(args.hrm_preset, PRESETS[args.hrm_preset], given_by_hand(args))],
                               args.verbose)
+    matched = match_flops(args, sources.get("all"))
     if args.dry_run:
-        return console.answer(describe_dry_run(args, sources.get("all")), args.verbose)
+        return console.answer([*matched, *describe_dry_run(args, sources.get("all"))], args.verbose)
     console.settle(args.save or args.tensorboard_dir, args.verbose)
     data = sources["all"]
     evaluation = settle_evaluation(args, *data.held_out(), data.why_no_validation(args.split))
@@ -77,7 +79,8 @@ def train(console: Console) -> None:
     if start and not is_left and not verify_end(args, start, fits):
         return
     set_global_variables(args)
-    log.info(describe_model(args))
+    for line in (*matched, describe_model(args)):
+        log.info(line)
     log.info(describe(args))
     step = TrainingStep(args)
     install(args, step)

@@ -15,7 +15,8 @@ from hrm_megatron.generate.cache import RESERVE_BYTES, CacheSize, PagedCache
 from hrm_megatron.generate.cpu import Loops
 from hrm_megatron.generate.weights import LayerWeights, Weights
 from hrm_megatron.layers.functions import normalize, swiglu
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.recurrence import summed
+from hrm_megatron.model.schedule import ticks_of
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Decoder:
         a = weights.architecture
         self.architecture = a = replace(a, h_cycles=h_cycles or a.h_cycles, l_cycles=l_cycles or a.l_cycles)
         self.weights, self.context_tokens = weights, context_tokens
-        self.ticks = [tick.stack for tick in unroll(a.h_cycles, a.l_cycles)]
+        self.ticks = ticks_of(a)
         self.placements = {"H": a.h_norm_placement or a.norm_placement, "L": a.norm_placement}
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.loops = Loops(context_tokens, a.head_dim, a.rope_theta) if self.device.type == "cpu" else None
@@ -87,13 +88,16 @@ class Decoder:
         return self.weights.head(z_h).float()
 
     def _states(self, tokens: np.ndarray, attend: Attention) -> torch.Tensor:
-        """Run all ticks over tokens [n] and return z_H [n, h]."""
+        """Run all ticks over tokens [n] and return the last state [n, h]."""
         x = F.embedding(torch.as_tensor(tokens, device=self.device), self.weights.embedding)
         x = x * self.architecture.embedding_scale
-        states = {"H": x, "L": self.weights.z_l.expand_as(x)}
-        for number, stack in enumerate(self.ticks):
-            states[stack] = self._stack(stack, states["L"] + states["H"], number * self.architecture.num_layers, attend)
-        return states["H"]
+        states = {"H": x}
+        if self.weights.z_l is not None:
+            states["L"] = self.weights.z_l.expand_as(x)
+        for number, tick in enumerate(self.ticks):
+            inputs = summed(states, tick.reads)
+            x = states[tick.writes] = self._stack(tick.stack, inputs, number * self.architecture.num_layers, attend)
+        return x
 
     def _stack(self, stack: str, x: torch.Tensor, first_slot: int, attend: Attention) -> torch.Tensor:
         pre = self.placements[stack] == "pre"

@@ -31,8 +31,8 @@ class Weights:
     architecture: Architecture
     embedding: torch.Tensor  # [v, h]
     head: Matrix  # [h, v], of real tokens alone: no other can be chosen
-    z_l: torch.Tensor  # [h]
-    stacks: dict[str, list[LayerWeights]]  # "H" and "L"
+    z_l: torch.Tensor | None  # [h]; None where no tick reads it
+    stacks: dict[str, list[LayerWeights]]  # by the name of the stack, "H" or "L"
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -43,9 +43,8 @@ class Weights:
     @property
     def tick_bytes(self) -> int:
         """Bytes of weights that one decoded token reads, every tick counted: what bounds the speed of one answer."""
-        a = self.architecture
-        per_stack = sum(matrix.nbytes for layer in self.stacks["H"] for matrix in vars(layer).values())
-        return per_stack * a.h_cycles * (a.l_cycles + 1) + self.head.nbytes
+        per_stack = sum(matrix.nbytes for layer in self.stacks["L"] for matrix in vars(layer).values())
+        return per_stack * self.architecture.num_ticks + self.head.nbytes
 
 
 @torch.no_grad()
@@ -59,12 +58,14 @@ def take_weights(architecture: Architecture, tensors: Iterable[tuple[str, torch.
     for name, tensor in tensors:
         entry = entries.pop(name)
         whole = entry.from_megatron(tensor.detach()).to(device, dtype)
-        if found := re.fullmatch(r"model\.([HL])_level\.core\.layers\.(\d+)\.\w+\.(\w+)\.weight", entry.native):
-            layers.setdefault((found[1], int(found[2])), {})[MATRICES[found[3]]] = matrix_of(whole)
+        if found := re.fullmatch(r"([hl])_stack\.layers\.(\d+)\..*", entry.megatron):
+            part = entry.native.removesuffix(".weight").rpartition(".")[2]
+            layers.setdefault((found[1].upper(), int(found[2])), {})[MATRICES[part]] = matrix_of(whole)
         else:
             others[entry.native] = whole
     assert not entries, f"weights that are not there: {sorted(entries)}"
     return Weights(
         architecture, others["embed_tokens.embedding_weight"],
-        matrix_of(others["lm_head.weight"][:vocab_size or architecture.vocab_size]), others["model.zL_init"],
-        {stack: [LayerWeights(**layers[stack, layer]) for layer in range(architecture.num_layers)] for stack in "HL"})
+        matrix_of(others["lm_head.weight"][:vocab_size or architecture.vocab_size]), others.get("model.zL_init"),
+        {stack: [LayerWeights(**layers[stack, layer]) for layer in range(architecture.num_layers)]
+         for stack in architecture.kind.stacks})

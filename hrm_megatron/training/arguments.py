@@ -24,7 +24,8 @@ from hrm_megatron.config import (
     refuse_beside,
 )
 from hrm_megatron.data.plan import PLAN_VERSION
-from hrm_megatron.model.schedule import split_bp_steps
+from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.model_types import HRM, MODEL_TYPES, ModelType
 from hrm_megatron.parallel.machine import Machine
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
@@ -71,6 +72,25 @@ WITHOUT_CUDA: dict[str, Any] = dict(
 )
 
 
+def default_of(kind: ModelType, name: str) -> int:
+    """Return a model type's default of cycles or gradient ticks."""
+    values = dict(h_cycles=kind.h_cycles, l_cycles=kind.l_cycles, bp_min_steps=kind.bp_steps[0],
+                  bp_max_steps=kind.bp_steps[1])
+    return values[name]
+
+
+def by_type(name: str) -> str:
+    """Say what the default of a setting is for each model type."""
+    return "default: " + ", ".join(f"{default_of(kind, name)} {model_type}" for model_type, kind in MODEL_TYPES.items())
+
+
+def fill_cycles(args: argparse.Namespace) -> None:
+    """Give cycles and gradient ticks that were not named the values of the model type."""
+    for name in ("h_cycles", "l_cycles", "bp_min_steps", "bp_max_steps"):
+        if getattr(args, name) is None:
+            setattr(args, name, default_of(MODEL_TYPES[args.model_kind], name))
+
+
 def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our group to Megatron's parser and set our defaults for its flags."""
     group = parser.add_argument_group("hrm")
@@ -84,13 +104,19 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="ranks of the dry run, up to 1024 (default: those that were started)")
     group.add_argument("--dry-run-rank", type=int, metavar="R",
                        help="also print the shapes of all weights of this rank of the dry run")
-    group.add_argument("--h-cycles", type=int, default=2,
-                       help="H ticks (applications of the slow stack) per forward pass")
-    group.add_argument("--l-cycles", type=int, default=3,
-                       help="L ticks (applications of the fast stack) before each H tick")
-    group.add_argument("--bp-min-steps", type=int, default=2,
-                       help="bp_steps, the ticks that carry gradients, at the first step")
-    group.add_argument("--bp-max-steps", type=int, default=5, help="bp_steps after its warm-up")
+    # The name model_type is taken by Megatron.
+    group.add_argument("--model-type", dest="model_kind", choices=[*MODEL_TYPES], default=HRM,
+                       help="architecture: HRM, or one of HRM-Text's baselines")
+    group.add_argument("--h-cycles", type=int,
+                       help=f"H ticks (applications of the slow stack) per forward pass ({by_type('h_cycles')})")
+    group.add_argument("--l-cycles", type=int,
+                       help=f"L ticks (applications of the fast stack) before each H tick ({by_type('l_cycles')})")
+    group.add_argument("--bp-min-steps", type=int, help="bp_steps, the ticks that carry gradients, at the first step "
+                       f"({by_type('bp_min_steps')})")
+    group.add_argument("--bp-max-steps", type=int, help=f"bp_steps after its warm-up ({by_type('bp_max_steps')})")
+    group.add_argument("--match-flops-of", choices=[*PRESETS], metavar="PRESET",
+                       help="train --model-type in the preset's sizes for as many FLOPs as its HRM needs for "
+                            "--train-iters steps")
     group.add_argument("--bp-warmup-fraction", type=float, default=0.2,
                        help="fraction of the run over which bp_steps rises")
     group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the EMA of the weights")
@@ -144,11 +170,18 @@ def checked(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def fill_from_preset(args: argparse.Namespace) -> None:
     """Give every size that was not named on the command line the preset's value, or its usual one."""
+    fill_cycles(args)
+    if args.match_flops_of:
+        if args.hrm_preset not in (None, args.match_flops_of):
+            raise ConfigError(f"--match-flops-of {args.match_flops_of}: takes the sizes of that preset, and "
+                              f"--hrm-preset {args.hrm_preset} asks for others; leave one of them out")
+        args.hrm_preset = args.match_flops_of
     preset = PRESETS[args.hrm_preset] if args.hrm_preset else None
     if preset:
+        sizes = dict(vars(preset), num_layers=preset.architecture(model_type=args.model_kind).num_layers)
         for name in ("num_layers", "hidden_size", "num_attention_heads", "lr"):
             if getattr(args, name) is None:
-                setattr(args, name, getattr(preset, name))
+                setattr(args, name, sizes[name])
     if args.skip_train and args.lr is None:
         args.lr = 0.0
     for name in ("num_layers", "hidden_size", "num_attention_heads", "lr", "seq_length"):
@@ -184,7 +217,11 @@ def layout_of(args: argparse.Namespace) -> Layout:
 def set_pipeline(args: argparse.Namespace, architecture: Architecture) -> None:
     """Make every tick a virtual chunk, and share the layers; Megatron's flags for the first and last stage win."""
     check_pipeline(layout_of(args), args.pipeline_window)
-    args.num_virtual_stages_per_pipeline_rank = architecture.h_cycles * (architecture.l_cycles + 1)
+    if architecture.num_ticks == 1 and args.pipeline_window:
+        raise ConfigError(f"--pipeline-window {args.pipeline_window}: has no effect on a {architecture.kind.title}, "
+                          "whose single tick has no second phase; leave it out")
+    if architecture.num_ticks > 1:
+        args.num_virtual_stages_per_pipeline_rank = architecture.num_ticks
     if args.decoder_first_pipeline_num_layers is None and args.decoder_last_pipeline_num_layers is None:
         layers = cut_layers(architecture, args.pipeline_model_parallel_size, args.bp_max_steps)
         args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers = layers[0], layers[-1]
@@ -247,7 +284,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any) -> argparse.Namespace
     check_memory(args, machine)
     choose_fsdp(args, architecture)
     for bp_steps in (args.bp_min_steps, args.bp_max_steps):
-        split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)
+        ticks_of(architecture, bp_steps)  # refuses impossible ones
     if args.pipeline_model_parallel_size > 1:
         set_pipeline(args, architecture)
     args.plan_version = PLAN_VERSION  # a checkpoint says which order its rows have
@@ -293,7 +330,7 @@ def model_config(args: argparse.Namespace) -> HRMConfig:
     own: dict[str, Any] = dict(architecture=architecture_of(args, args.vocab_size),
                                **swiglu_settings(args.compile_layers or args.recompute_gated_act))
     config = dataclasses.replace(config, **own)
-    if args.pipeline_model_parallel_size > 1:
+    if args.virtual_pipeline_model_parallel_size:
         config.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size
         config.microbatch_group_size_per_vp_stage = microbatch_group(microbatches_of(args),
                                                                      args.pipeline_model_parallel_size)

@@ -109,7 +109,7 @@ def predicted_memory(args: argparse.Namespace) -> list[Memory]:
     """Predict the memory of each stage on GPUs, at the most gradient ticks."""
     plan = None
     if args.pipeline_model_parallel_size > 1:
-        plan = plan_pipeline(args.h_cycles, args.l_cycles, args.bp_max_steps, microbatches_of(args),
+        plan = plan_pipeline(architecture_of(args, args.vocab_size), args.bp_max_steps, microbatches_of(args),
                              args.pipeline_model_parallel_size, args.pipeline_schedule, args.pipeline_window)
     return memory_of_stages(architecture_of(args, args.vocab_size), layout_of(args), layers_of_stages(args),
                             saving_of(args), plan)

@@ -48,7 +48,7 @@ def test_memory_is_the_sum_of_its_parts():
 
 def test_pipelines_keep_the_graphs_that_the_simulation_counts():
     layout = Layout(8, 1, 2, 1, False, 1024, 1, 32)
-    plan = plan_pipeline(2, 3, 5, layout.microbatches, 2)
+    plan = plan_pipeline(SMALL, 5, layout.microbatches, 2)
     first, last = memory_of_stages(SMALL, layout, [3, 3], Saving(), plan)
     whole = memory_of_stages(SMALL, Layout(4, row_tokens=1024, global_batch_size=32), [3], Saving())[0]
     assert first.parts["activations"] == pytest.approx(plan.estimate.live_graphs / 5 * whole.parts["activations"])
