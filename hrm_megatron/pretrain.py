@@ -35,6 +35,7 @@ from hrm_megatron.training.console import Console  # noqa: E402
 from hrm_megatron.training.data import count_rows, datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.data_verification import verify_data  # noqa: E402
 from hrm_megatron.training.dry_run import assumed_vocab_size, describe_dry_run, has_data  # noqa: E402
+from hrm_megatron.training.early_stopping import install_early_stopping  # noqa: E402
 from hrm_megatron.training.error_file import OneLineErrors, one_line  # noqa: E402
 from hrm_megatron.training.evaluation import install_evaluation, settle_evaluation  # noqa: E402
 from hrm_megatron.training.finetune import install_finetune  # noqa: E402
@@ -88,6 +89,7 @@ def train(console: Console) -> None:
     install_finetune(args)
     install_evaluation(args, evaluation)
     guard_saves(args)
+    install_early_stopping(args, evaluation.validates)
     reporter = install_console(args, console, step, rows_flops)
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:

@@ -85,6 +85,9 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--finetune-from", choices=SOURCES,
                        help="what --finetune takes of a checkpoint: the EMA or the raw weights, with a new optimizer, "
                             "or all of its state (default: the EMA if it has one)")
+    group.add_argument("--early-stopping", type=int, metavar="N",
+                       help="stop after N evaluations without a better exact accuracy of the validation set; the best "
+                            "iteration is saved and kept")
     group.add_argument("--dry-run", action="store_true",
                        help="build the run without weights, print parameters, data plan, memory and space, and exit")
     group.add_argument("--dry-run-ranks", type=int, metavar="N",

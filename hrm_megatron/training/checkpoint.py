@@ -31,6 +31,7 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.training.early_stopping import stopped_early
 from hrm_megatron.training.finetune import choose_source, go_on
 from hrm_megatron.training.resume import changes, check_model, check_plan, nothing_left, settle_schedule
 from hrm_megatron.training.verification import check_verification_flags, record_save
@@ -128,7 +129,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
     if args.finetune:
         go_on(args, folder, common["args"])
     iteration = int(common["iteration"])
-    if done := nothing_left(iteration, args.train_iters):
+    if done := nothing_left(iteration, args.train_iters) or stopped_early(args, iteration):
         log.info(f"checkpoint: {folder}: {done}")
         return False
     converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
