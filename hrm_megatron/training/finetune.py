@@ -86,6 +86,10 @@ def go_on(args: argparse.Namespace, folder: Path, stored: argparse.Namespace) ->
     began, asked = (Path(one.pretrained_checkpoint).resolve() for one in (stored, args))
     if began != asked:
         log.info(f"checkpoint: {folder} began from {began}; --pretrained-checkpoint {asked} is not read any more")
+    if args.finetune_from not in (None, stored.finetune_from):
+        log.info(f"checkpoint: {folder} began from {stored.finetune_from}; --finetune-from {args.finetune_from} has no "
+                 "effect any more")
+    args.finetune_from = stored.finetune_from
     args.finetune, args.ckpt_step = False, None  # an iteration of what it began from
 
 

@@ -95,14 +95,16 @@ def test_it_begins_from_what_it_was_told(launch, trained, tmp_path, kind):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", [["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2], []])
+@pytest.mark.parametrize("layout", [["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2], [],
+                                    ["--bf16"]], ids=lambda layout: layout[0] if layout else "data parallel")
 def test_every_layout_begins_from_the_ema(launch, trained, tmp_path, layout):
     run = launch("--finetune", "--pretrained-checkpoint", trained, *DATA, *STILL, "--save", tmp_path,
                  "--exit-interval", 1, *layout, ranks=2)
     assert run.code == 0, run.output[-3000:]
     before, begun = read_megatron(find_iteration(trained)), read_megatron(find_iteration(tmp_path))
-    assert all(torch.equal(begun.read("raw", entry), before.read("ema", entry)) for entry in table(before.architecture)
-               if entry.trained)
+    stored = torch.bfloat16 if "--bf16" in layout else torch.float32
+    assert all(torch.equal(begun.read("raw", entry), before.read("ema", entry).to(stored).float())
+               for entry in table(before.architecture) if entry.trained)
 
 
 def test_the_same_command_again_goes_on_bitwise(launch, trained, tmp_path):
@@ -119,7 +121,9 @@ def test_the_same_command_again_goes_on_bitwise(launch, trained, tmp_path):
     whole, rest = scalars(tmp_path / "whole" / "log"), scalars(tmp_path / "stopped" / "log")
     assert rest == {step: whole[step] for step in (3, 4)} and set(whole) == {1, 2, 3, 4}
     assert not tensors_that_differ(*(find_iteration(tmp_path / name) for name in ("whole", "stopped")))
-    assert "iteration 4 of 4 is done, nothing to train" in run("stopped")
+    again = run("stopped", "--finetune-from", "raw")
+    assert "iteration 4 of 4 is done, nothing to train" in again
+    assert "began from ema; --finetune-from raw has no effect any more" in again
 
 
 def arguments(**changes):
