@@ -134,12 +134,13 @@ class EarlyStopping:
     def evaluate_and_print_results(self, stock: Callable[..., None], prefix: str, forward_step_func: Any,
                                    data_iterator: Any, model: Any, iteration: int, *rest: Any, **options: Any) -> None:
         stock(prefix, forward_step_func, data_iterator, model, iteration, *rest, **options)
-        if prefix.endswith(ON_TEST_SET) or iteration in self.record.evaluations:
+        if prefix.endswith(ON_TEST_SET):
             return
-        # Of a pipeline only the last stage knows, to which the last rank belongs in every layout.
-        value = torch.tensor([self.measured], dtype=torch.float64, device=f"cuda:{torch.cuda.current_device()}")
-        torch.distributed.broadcast(value, torch.distributed.get_world_size() - 1)
-        self.record.evaluations[iteration] = value.item()
+        if iteration not in self.record.evaluations:  # the last one of a run may be measured twice
+            # Of a pipeline only the last stage knows, to which the last rank belongs in every layout.
+            value = torch.tensor([self.measured], dtype=torch.float64, device=f"cuda:{torch.cuda.current_device()}")
+            torch.distributed.broadcast(value, torch.distributed.get_world_size() - 1)
+            self.record.evaluations[iteration] = value.item()
         if prefix.endswith(ON_VALIDATION_SET):  # the run has been saved, and ends
             self.keep(iteration)
             log.info(f"early stopping: {self.record.describe_best(self.args.save)}")

@@ -73,7 +73,7 @@ def test_the_fine_tuning_example_goes_on_from_a_demo(demo, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"fine-tuning: begins from {demo[0]}/checkpoints/iter_0000005: the EMA of its weights" in done.stdout
     best = json.loads((tmp_path / "tuned" / "checkpoints" / "early_stopping.json").read_text())["best_iteration"]
-    assert f"early stopping: the best is iteration {best} with " in done.stdout
+    assert f"early stopping: the best is iteration {best} with " in done.stdout, done.stdout
     assert re.search(r"new kind \( +\d+\) +0\.0% +\d+\.\d%\n  old kinds \(  40\) ", done.stdout)
 
 
