@@ -30,6 +30,7 @@ from hrm_megatron.planner.flops import rows_flops  # noqa: E402
 from hrm_megatron.planner.presets import describe_preset  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import given_by_hand, no_rows, parse_arguments  # noqa: E402
+from hrm_megatron.training.bad_steps import install_bad_steps  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
 from hrm_megatron.training.console import Console  # noqa: E402
 from hrm_megatron.training.data import count_rows, datasets_provider, open_sources  # noqa: E402
@@ -84,7 +85,8 @@ def train(console: Console) -> None:
     step = TrainingStep(args)
     install(args, step)
     install_schedule(args, step)
-    install_overlap(args)
+    bad_steps = install_bad_steps(args, step.running_step)
+    install_overlap(args, bad_steps.judge if bad_steps else None)
     install_fsdp(args)
     install_finetune(args)
     install_evaluation(args, evaluation)

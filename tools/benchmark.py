@@ -32,9 +32,9 @@ if __name__ == "__main__":
     listen()
 
 from hrm_megatron.parallel.cpu import activate
-from hrm_megatron.parallel.log_levels import silence_unactionable
+from hrm_megatron.parallel.log_levels import be_quiet
 
-silence_unactionable()
+be_quiet()
 activate()
 
 import numpy as np  # noqa: E402

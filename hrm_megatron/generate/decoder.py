@@ -1,19 +1,23 @@
 """The forward pass of generation: the same function as HRMModel, with a cache and without what training needs."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 
 from hrm_megatron.generate.attention import Gathered, Paged, Prefill
-from hrm_megatron.generate.cache import CacheSize, PagedCache
+from hrm_megatron.generate.cache import RESERVE_BYTES, CacheSize, PagedCache
 from hrm_megatron.generate.cpu import Loops
 from hrm_megatron.generate.weights import LayerWeights, Weights
 from hrm_megatron.layers.functions import normalize, swiglu
 from hrm_megatron.model.schedule import unroll
+
+log = logging.getLogger(__name__)
 
 Attention = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -36,8 +40,13 @@ class Decoder:
     def vocab_size(self) -> int:
         return self.weights.head.columns
 
-    def prepare(self, rows: int) -> None:
-        """Lay the weights out for `rows` answers at once."""
+    def prepare(self, rows: int, cache_bytes: int) -> None:
+        """Lay the weights out for `rows` answers at once if that and a cache of `cache_bytes` fit into free memory."""
+        more, free = sum(matrix.more_bytes(rows) for matrix in self.weights.matrices), psutil.virtual_memory().available
+        if more and more + cache_bytes + RESERVE_BYTES > free:
+            log.warning("weights stay in one layout, which is slower: a second one for %d answers at once takes %.2f "
+                        "GB, and beside the cache %.2f GB are free", rows, more / 1e9, (free - cache_bytes) / 1e9)
+            return
         for matrix in self.weights.matrices:
             matrix.prepare(rows)
 

@@ -30,6 +30,10 @@ class Matrix:
         """Store `weight` for `__call__`."""
         self.dense = weight.t().contiguous()
 
+    def more_bytes(self, rows: int) -> int:
+        """Bytes that `prepare` for so many rows would take."""
+        return 0
+
     def prepare(self, rows: int) -> None:
         """Be told with how many rows most matmuls will come."""
 
@@ -60,6 +64,9 @@ class MKLMatrix(Matrix):
     def keep(self, weight: torch.Tensor) -> None:
         super().keep(weight)
         self.rows = 0
+
+    def more_bytes(self, rows: int) -> int:
+        return self.nbytes if rows >= PACKED_ROWS and not self.rows else 0
 
     def prepare(self, rows: int) -> None:
         if rows >= PACKED_ROWS and rows != self.rows:

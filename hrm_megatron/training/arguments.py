@@ -32,6 +32,7 @@ from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import microbatch_group
 from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, cut_layers
+from hrm_megatron.training.bad_steps import ABORT, POLICIES, ROLLBACK_AFTER, check_policy
 from hrm_megatron.training.checkpoint_args import take_model
 from hrm_megatron.training.finetune import SOURCES, fill_settings, settle_folders
 from hrm_megatron.training.flags.check import check_flags, given
@@ -129,6 +130,11 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="load a checkpoint without verifying its checksums")
     group.add_argument("--load-newest-valid", action="store_true",
                        help="resume from the newest iteration that verifies if the latest one is damaged")
+    group.add_argument("--on-nonfinite", choices=POLICIES, default=ABORT,
+                       help="a step whose gradients are not finite: end, do not take it, or also go back after several")
+    group.add_argument("--rollback-after", type=int, metavar="K",
+                       help=f"such steps in a row after which --on-nonfinite rollback goes back (default: "
+                            f"{ROLLBACK_AFTER})")
     group.add_argument("--verbose", action="store_true",
                        help="print Megatron's own output too (default: to a file in --save or --tensorboard-dir)")
     for action in parser._actions:
@@ -284,6 +290,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
     refuse_beside("--override-opt-param-scheduler", {
         "--use-checkpoint-opt-param-scheduler": args.override_opt_param_scheduler
         and args.use_checkpoint_opt_param_scheduler})
+    check_policy(args)
     if args.skip_train:
         args.train_iters = args.train_iters or 0
         args.gradient_accumulation_fusion = False  # there is no DDP, which would make the gradients' buffers

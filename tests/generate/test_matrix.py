@@ -61,3 +61,24 @@ def test_rows_are_laid_out_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in (1, 3, 8, 8, 16):
         matrix.prepare(rows)
     assert packed == [8, 16]
+
+
+@pytest.mark.skipif(not HAS_MKL, reason="torch without MKL")
+def test_a_second_layout_that_does_not_fit_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch,
+                                                                 caplog: pytest.LogCaptureFixture) -> None:
+    from hrm_megatron.benchmark.generation import random_tensors
+    from hrm_megatron.config import Architecture
+    from hrm_megatron.generate import decoder
+    from hrm_megatron.generate.weights import take_weights
+
+    architecture = Architecture(1, 256, 2, 512, 64)
+    made = decoder.Decoder(take_weights(architecture, random_tensors(architecture).items()), 32)
+    layouts = [matrix for matrix in made.weights.matrices if isinstance(matrix, MKLMatrix)]
+    more, cache_bytes = sum(matrix.nbytes for matrix in layouts), 1000
+    free = type("Memory", (), {"available": decoder.RESERVE_BYTES + cache_bytes + more - 1})
+    monkeypatch.setattr(decoder.psutil, "virtual_memory", lambda: free)
+    made.prepare(8, cache_bytes)
+    assert layouts and not any(matrix.rows for matrix in layouts) and "weights stay in one layout" in caplog.text
+    free.available += 1
+    made.prepare(8, cache_bytes)
+    assert all(matrix.rows == 8 for matrix in layouts)
