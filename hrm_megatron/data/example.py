@@ -5,12 +5,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.characters import Texts
+from hrm_megatron.data.condition_rules import ConditionRule, condition_by_rule
 from hrm_megatron.data.spelling import TAG_TOKENS, tags_of
 from hrm_megatron.data.text_files import convert_from, shown
 
@@ -71,9 +72,9 @@ class RawText:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows spell an example: the names of condition, instruction and response, and the tags of a row without a
-    condition (None: such a row is bad), and how the rows are shaped (row_shapes.SHAPES), or how documents are cut. No
-    text has more than `max_characters`."""
+    """How rows spell an example: the names of condition, instruction and response, the tags of a row without a
+    condition, by rule or else by default (None: such a row is bad), and how the rows are shaped (row_shapes.SHAPES), or
+    how documents are cut. No text has more than `max_characters`."""
 
     keys: tuple[str, ...] = FIELDS
     default_condition: str | None = None
@@ -81,6 +82,7 @@ class RowFormat:
     tags: tuple[str, ...] = tuple(TAG_TOKENS)  # that the tokenizer has
     shape: str = "fields"
     raw: RawText | None = None
+    condition_rules: tuple[ConditionRule, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -104,6 +106,8 @@ class RowFormat:
         if self.raw:
             settings |= {"prefix_fraction": list(self.raw.prefix_fraction), "cut_seed": self.raw.seed,
                          "sentence_model": self.raw.fingerprint, "text_key": self.raw.key}
+        if self.condition_rules:
+            settings["condition_rules"] = [astuple(rule) for rule in self.condition_rules]
         return settings
 
 
@@ -123,10 +127,14 @@ def texts_of(examples: Iterable[Example]) -> Texts:
 
 
 def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: str, response: str) -> Example:
-    """Put the condition of a row, or the default, to texts that were taken from it. Raises BadRow."""
+    """Put the condition of a row, or that of a rule or the default, to texts that were taken from it. Raises BadRow."""
     key = rows.keys[0]
-    defaulted = row.get(key) is None and rows.default_condition is not None
-    condition = rows.default_condition if defaulted else text_of(row, key, place, ", or give --default-condition")
+    other = rows.default_condition
+    if rows.condition_rules and row.get(key) is None:
+        by_rule = condition_by_rule(rows.condition_rules, instruction, response)
+        other = rows.default_condition if by_rule is None else by_rule
+    defaulted = row.get(key) is None and other is not None
+    condition = other if defaulted else text_of(row, key, place, ", or give --default-condition")
     example = Example(condition or "", instruction, response, defaulted)
     try:
         if example.condition not in rows.tags:  # most have one

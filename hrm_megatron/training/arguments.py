@@ -4,8 +4,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from hrm_megatron.parallel.stages import microbatch_group
 from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, cut_layers
 from hrm_megatron.training.bad_steps import ABORT, POLICIES, ROLLBACK_AFTER, check_policy
 from hrm_megatron.training.checkpoint_args import take_model
+from hrm_megatron.training.finetune import SOURCES, fill_settings, settle_folders
 from hrm_megatron.training.flags.check import check_flags, given
 from hrm_megatron.training.flags.help import prepare
 from hrm_megatron.training.flags.values import check_batch, check_values
@@ -98,6 +101,14 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="model sizes, learning rate, global and micro-batch size; explicit flags override them")
     group.add_argument("--print-config", action="store_true",
                        help="print all that --hrm-preset sets, where it comes from and its layouts, and exit")
+    group.add_argument("--epochs", type=int, metavar="N",
+                       help="train for so many passes over the data, in place of --train-iters")
+    group.add_argument("--finetune-from", choices=SOURCES,
+                       help="what --finetune takes of a checkpoint: the EMA or the raw weights, with a new optimizer, "
+                            "or all of its state (default: the EMA if it has one)")
+    group.add_argument("--early-stopping", type=int, metavar="N",
+                       help="stop after N evaluations without a better exact accuracy of the validation set; the best "
+                            "iteration is saved and kept")
     group.add_argument("--dry-run", action="store_true",
                        help="build the run without weights, print parameters, data plan, memory and space, and exit")
     group.add_argument("--dry-run-ranks", type=int, metavar="N",
@@ -153,6 +164,9 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--verbose", action="store_true",
                        help="print Megatron's own output too (default: to a file in --save or --tensorboard-dir)")
     for action in parser._actions:
+        if action.dest == "finetune":
+            action.help = ("begin a new run from the weights of --pretrained-checkpoint, with HRM-Text's settings for "
+                           "fine-tuning where no flag gives others; given again, go on with it from --save")
         if action.dest == "optimizer":
             action.choices = [OPTIMIZER, *(action.choices or ())]
         if action.dest == "transformer_impl":
@@ -237,11 +251,17 @@ def set_dry_run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--dry-run-rank {args.dry_run_rank}: choose 0 to {args.world_size - 1}")
 
 
-def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
+def no_rows(args: argparse.Namespace) -> int:
+    """Stand in for the count of rows where no data is open."""
+    raise ConfigError(f"--epochs {args.epochs}: there is no data to count; give some, or --train-iters")
+
+
+def parse_arguments(vocab_size_of: Any,
+                    rows_of_epoch: Callable[[argparse.Namespace], int] = no_rows) -> argparse.Namespace:
     """Parse, complete and check the command line.
 
-    `vocab_size_of(args)` reads the vocabulary's size from the data. Raises ConfigError with one line for
-    everything that can be said before a process group exists.
+    `vocab_size_of(args)` reads the vocabulary's size from the data, `rows_of_epoch(args)` counts its rows.
+    Raises ConfigError with one line for everything that can be said before a process group exists.
     """
     args = megatron_arguments.parse_args(checked)
     for name in ("dry_run_ranks", "dry_run_rank"):
@@ -253,15 +273,21 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
         if not args.hrm_preset:
             raise ConfigError(f"--print-config: has no effect without --hrm-preset; give one of {', '.join(PRESETS)}")
         return args
-    return complete(args, vocab_size_of)
+    return complete(args, vocab_size_of, rows_of_epoch)
 
 
-def complete(args: argparse.Namespace, vocab_size_of: Any) -> argparse.Namespace:
+def complete(args: argparse.Namespace, vocab_size_of: Any,
+             rows_of_epoch: Callable[[argparse.Namespace], int] = no_rows) -> argparse.Namespace:
     """Complete and check what was parsed, see `parse_arguments`."""
     if args.dry_run:
         set_dry_run(args)
+    settle_folders(args)
+    if args.finetune and args.num_layers is None and not args.hrm_preset:
+        args.use_checkpoint_args = True
     if args.use_checkpoint_args:
         take_model(args, given_by_hand(args))
+    if args.finetune:
+        fill_settings(args, given_by_hand(args))
     check_values(args, torch.cuda.is_available())
     fill_from_preset(args)
     for name, value in FORCED.items():
@@ -279,6 +305,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any) -> argparse.Namespace
     architecture = architecture_of(args, args.vocab_size)
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
     args.padded_vocab_size = architecture.padded_vocab_size
+    settle_epochs(args, rows_of_epoch)
     check_division(architecture, layout_of(args))
     check_batch(args)
     check_memory(args, machine)
@@ -306,9 +333,20 @@ def complete(args: argparse.Namespace, vocab_size_of: Any) -> argparse.Namespace
         args.gradient_accumulation_fusion = False  # there is no DDP, which would make the gradients' buffers
         return args
     if not args.train_iters:
-        raise ConfigError("--train-iters (or --train-samples) is not set: say how long to train")
+        raise ConfigError("--train-iters (or --epochs, --train-samples) is not set: say how long to train")
     bp_schedule(args), lr_schedule(args)  # refuse impossible schedules now
     return args
+
+
+def settle_epochs(args: argparse.Namespace, rows_of_epoch: Callable[[argparse.Namespace], int]) -> None:
+    """Turn --epochs into steps of whole batches, by the rows of the first epoch."""
+    if args.epochs is None:
+        return
+    refuse_beside(f"--epochs {args.epochs}", {"--train-iters": args.train_iters, "--train-samples": args.train_samples,
+                                              "--skip-train": args.skip_train})
+    if not args.global_batch_size:
+        raise ConfigError(f"--epochs {args.epochs}: --global-batch-size is not set: say how many rows a step has")
+    args.train_iters = math.ceil(args.epochs * rows_of_epoch(args) / args.global_batch_size)
 
 
 def given_by_hand(args: argparse.Namespace) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def describe_checkpoint(args: argparse.Namespace) -> str:
     elif args.iteration:
         start = f"goes on after step {args.iteration}, loaded from {args.load}"
     else:
-        start = f"weights of {args.load or args.pretrained_checkpoint}, a new run"
+        start = f"weights of {args.pretrained_checkpoint or args.load}, a new run"
     if not args.save:
         return f"checkpoint: {start}; nothing is saved (--save DIR)"
     every = f"every {args.save_interval} steps and " if args.save_interval else ""

@@ -43,8 +43,8 @@ os.environ["WORLD_SIZE"] = "{gpus}"
 from hrm_megatron import pretrain
 from hrm_megatron.training.arguments import microbatches_of
 stock = pretrain.parse_arguments
-def parse_arguments(_):
-    args = stock(lambda args: {vocab_size})
+def parse_arguments(*_):
+    args = stock(lambda args: {vocab_size}, lambda args: 1000)  # rows of an epoch
     print("understood", json.dumps([args.global_batch_size, args.seq_length, microbatches_of(args)]), flush=True)
     sys.exit(0)
 pretrain.parse_arguments = parse_arguments
