@@ -92,16 +92,30 @@ class PackedBatch:
         """Labels at `label_index`, [n]."""
         return self.labels.t().reshape(-1)[self.label_index]
 
+    def in_order(self, orders: Sequence[Sequence[int]]) -> PackedBatch:
+        """Lay out the examples of each row in the order `orders[row]`; padding stays last, examples keep their number."""
+        rows = []
+        for pairs, order in zip(self.lengths, orders, strict=True):
+            sizes = [p + r for p, r in pairs]
+            *examples, padding = torch.arange(self.row_tokens).split([*sizes, self.row_tokens - sum(sizes)])
+            rows.append(torch.cat([*(examples[i] for i in order), padding]))
+        lengths = tuple(tuple(pairs[i] for i in order) for pairs, order in zip(self.lengths, orders, strict=True))
+        return replace(self._taken(torch.stack(rows)), lengths=lengths)
+
     def on_context_rank(self, positions: torch.Tensor) -> PackedBatch:
         """Keep these positions [s/cp] of every row."""
+        return self._taken(positions.expand(len(self.labels), -1))
+
+    def _taken(self, places: torch.Tensor) -> PackedBatch:
+        """Take the positions `places[row]` of each row, [b, n]."""
         b, s = self.labels.shape
         example = torch.zeros(s * b, dtype=torch.int64)
         example[self.label_index] = self.label_example
-        labels = self.labels[:, positions]
+        labels = self.labels.gather(1, places)
         index = _labelled(labels)
-        return replace(self, tokens=self.tokens[:, positions], labels=labels,
-                       position_ids=self.position_ids[:, positions], label_index=index,
-                       label_example=example.view(s, b)[positions].reshape(-1)[index])
+        return replace(self, tokens=self.tokens.gather(1, places), labels=labels,
+                       position_ids=self.position_ids.gather(1, places), label_index=index,
+                       label_example=example.view(s, b).gather(0, places.t()).reshape(-1)[index])
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Move the tensors; the lengths stay plain numbers."""

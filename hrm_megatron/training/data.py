@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron.core.datasets.utils import Split
 
+from hrm_megatron.attention.balance import balanced_order
 from hrm_megatron.attention.prefix_lm import context_loads
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.data.batch import PackedBatch
@@ -133,7 +134,7 @@ def first_lengths(rows: PackedRows) -> list[Sequence[tuple[int, int]]]:
 
 def describe_loads(rows: PackedRows, row_tokens: int, ranks: int) -> str:
     """Say how evenly the attention of the first rows is shared among context parallel ranks."""
-    lengths = first_lengths(rows)
+    lengths = [[pairs[i] for i in balanced_order(pairs, row_tokens, ranks)] for pairs in first_lengths(rows)]
     loads = context_loads(lengths, row_tokens, ranks)
     return (f"context parallel: the busiest of {ranks} ranks has {max(loads) * ranks / sum(loads):.2f} times the mean "
             f"of the attention's (query, key) pairs, over {len(lengths)} rows")

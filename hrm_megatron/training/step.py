@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from hrm_megatron.attention.balance import balanced_order
 from hrm_megatron.attention.prefix_lm import PrefixSequences
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
@@ -113,6 +114,7 @@ class TrainingStep:
         batch = PackedBatch.from_rows(next(data_iterator))
         context = part.pg_collection.cp
         if context.size() > 1:
+            batch = batch.in_order([balanced_order(pairs, batch.row_tokens, context.size()) for pairs in batch.lengths])
             batch = batch.on_context_rank(context_positions(batch.row_tokens, context.rank(), context.size()))
         batch = batch.to(f"cuda:{torch.cuda.current_device()}")
         read = batch, part.sequences(batch)

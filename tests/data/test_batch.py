@@ -23,3 +23,19 @@ def test_the_ranks_of_a_row_share_its_labels():
         found += zip(places.tolist(), part.flat_labels.tolist(), part.label_example.tolist(), strict=True)
     assert sorted(found) == list(zip(whole.label_index.tolist(), whole.flat_labels.tolist(),
                                      whole.label_example.tolist(), strict=True))
+
+
+def test_examples_in_another_order_are_what_a_row_of_that_order_is():
+    rng = np.random.default_rng(5)
+    orders = [[2, 0, 1], [0], []]
+    examples = [[(rng.integers(1, 99, p), rng.integers(1, 99, r + 1)) for p, r in pairs]
+                for pairs in ([(3, 4), (5, 0), (2, 6)], [(7, 9)], [])]
+    laid = [examples, [[row[i] for i in order] for row, order in zip(examples, orders, strict=True)]]
+    given, wanted = (PackedBatch.from_rows({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+                     for rows in ([assemble_row(row, 24) for row in all_rows] for all_rows in laid))
+    found = given.in_order(orders)
+    assert found.lengths == wanted.lengths and found.num_examples == wanted.num_examples
+    for name in ("tokens", "labels", "position_ids", "label_index"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    numbers = torch.tensor([2, 0, 1, 3])  # an example keeps its own
+    assert torch.equal(found.label_example, numbers[wanted.label_example])
