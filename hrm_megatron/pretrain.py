@@ -97,7 +97,7 @@ def train(console: Console) -> None:
     install_evaluation(args, evaluation)
     guard_saves(args)
     install_early_stopping(args, evaluation.validates)
-    reporter = install_console(args, console, step, rows_flops)
+    reporter = install_console(args, console, step, rows_flops, evaluation)
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
         if not vp_stage:  # the first call, and the first moment at which there is a process group

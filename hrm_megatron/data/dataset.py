@@ -37,14 +37,25 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.fixed = fixed
         self.plan = RowPlan(source, row_tokens, seed, cache_folder, num_rows=0 if fixed else num_rows)
         self.rows_per_epoch = self.period = len(self.plan.rows_of_epoch(0))
+        self.passes, self.window, self.offset = 1, 1, 0
 
     def __len__(self) -> int:
         return self.num_rows
+
+    def read_again(self, passes: int, window: int, first: int) -> None:
+        """Let windows of so many rows be read `passes` times in a row, from the one that begins at row `first` on.
+
+        After reads in whole windows, which is all that a run with these numbers makes, it reads what it would have.
+        """
+        self.passes, self.window, self.offset = passes, window, first % (passes * window)
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         """Return `assemble_row` of the examples in row `row`."""
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows}")
+        if self.passes > 1:
+            turn, place = divmod(int(row) - self.offset, self.passes * self.window)
+            row = turn * self.window + place % self.window
         row = int(row) % self.period if self.fixed else int(row)
         if self.fixed and row >= self.rows_per_epoch:
             return assemble_row([], self.row_tokens)

@@ -35,6 +35,7 @@ from hrm_megatron.parallel.stages import microbatch_group
 from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, cut_layers
 from hrm_megatron.training.bad_steps import ABORT, POLICIES, ROLLBACK_AFTER, check_policy
 from hrm_megatron.training.checkpoint_args import take_model
+from hrm_megatron.training.evaluation import EVAL_WEIGHTS, RAW
 from hrm_megatron.training.finetune import SOURCES, fill_settings, settle_folders
 from hrm_megatron.training.flags.check import check_flags, given
 from hrm_megatron.training.flags.help import prepare
@@ -106,9 +107,11 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--finetune-from", choices=SOURCES,
                        help="what --finetune takes of a checkpoint: the EMA or the raw weights, with a new optimizer, "
                             "or all of its state (default: the EMA if it has one)")
+    group.add_argument("--eval-weights", choices=EVAL_WEIGHTS, default=RAW,
+                       help="weights of validation and test during training; both: the same rows by each")
     group.add_argument("--early-stopping", type=int, metavar="N",
-                       help="stop after N evaluations without a better exact accuracy of the validation set; the best "
-                            "iteration is saved and kept")
+                       help="stop after N evaluations without a better exact accuracy of the validation set, by the "
+                            "EMA if that is evaluated; the best iteration is saved and kept")
     group.add_argument("--dry-run", action="store_true",
                        help="build the run without weights, print parameters, data plan, memory and space, and exit")
     group.add_argument("--dry-run-ranks", type=int, metavar="N",

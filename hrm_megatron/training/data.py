@@ -149,12 +149,14 @@ def plan_evaluations(args: argparse.Namespace, evaluation: Evaluation, valid: Pa
         if evaluation.whole:
             args.eval_iters = evaluation.cover(valid, rows)
         # A checkpoint of a run with other intervals may have read more of them than this run ever will.
-        valid.num_rows = args.consumed_valid_samples + evaluations * args.eval_iters * rows
+        valid.num_rows = args.consumed_valid_samples + evaluations * args.eval_iters * rows * evaluation.passes
+        valid.read_again(evaluation.passes, args.eval_iters * rows, args.consumed_valid_samples)
         valid.split = Split.valid
     if test:
         if evaluation.whole:
             evaluation.test_iters = evaluation.cover(test, rows)
-        test.num_rows, test.split = evaluation.test_iters * rows, Split.test
+        test.num_rows, test.split = evaluation.test_iters * rows * evaluation.passes, Split.test
+        test.read_again(evaluation.passes, evaluation.test_iters * rows, 0)
     if evaluation.whole:
         for name, part, iters in (("validation", valid, args.eval_iters), ("test", test, evaluation.test_iters)):
             if part:

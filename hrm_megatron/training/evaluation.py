@@ -5,7 +5,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.training import training as megatron_training
@@ -14,21 +14,35 @@ from megatron.training.utils import is_last_rank
 
 from hrm_megatron.config import ConfigError, round_up
 from hrm_megatron.data.dataset import PackedRows
+from hrm_megatron.optim.averaged_weights import averaged_weights
 
 log = logging.getLogger(__name__)
 
 # How Megatron's loop calls its last evaluation (training.py, pretrain).
 ON_TEST_SET = "on test set"
+RAW, EMA, BOTH = EVAL_WEIGHTS = ("raw", "ema", "both")
+OF_EMA = " EMA"  # behind the name of a part whose results are those of the EMA
 
 
 @dataclass
 class Evaluation:
-    """Which of the held-out parts have examples; `whole`: an evaluation reads all rows of its part, each once."""
+    """Which of the held-out parts have examples; `whole`: an evaluation reads all rows of its part, each once.
+
+    `suffix` names the weights that are being evaluated: nothing, or OF_EMA.
+    """
 
     validates: bool
     tests: bool
     whole: bool
     test_iters: int
+    weights: str = RAW
+    suffix: str = field(default="", init=False)
+    optimizer: Any = field(default=None, init=False)  # known once the loop has built it
+
+    @property
+    def passes(self) -> int:
+        """How often an evaluation reads its rows."""
+        return 2 if self.weights == BOTH else 1
 
     def cover(self, dataset: PackedRows, rows_per_iteration: int) -> int:
         """Return the iterations that read all rows of a part once; empty rows fill up the last one."""
@@ -54,41 +68,78 @@ def settle_evaluation(args: argparse.Namespace, valid_examples: int, test_exampl
     args.eval_iters = 1 if whole else args.eval_iters
     if not (validates or tests):
         args.eval_iters = 0
-    return Evaluation(validates, tests, whole, args.eval_iters)
+    check_weights(args, validates or tests)
+    return Evaluation(validates, tests, whole, args.eval_iters, args.eval_weights)
+
+
+def check_weights(args: argparse.Namespace, evaluates: bool) -> None:
+    """Refuse to evaluate an EMA that is not there, or that cannot change places with the weights."""
+    if args.eval_weights == RAW:
+        return
+    flag = f"--eval-weights {args.eval_weights}"
+    if args.skip_train:
+        raise ConfigError(f"{flag}: --skip-train loads no EMA; convert the checkpoint with `--weights ema` and "
+                          "evaluate that")
+    if not evaluates:
+        raise ConfigError(f"{flag}: has no effect, nothing is evaluated; leave it out, or give examples to validate "
+                          "on and --eval-iters")
+    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
+        raise ConfigError(f"{flag}: not built under FSDP; leave it or the FSDP flag out")
+    if args.fp8_param_gather or args.fp4_param_gather:
+        raise ConfigError(f"{flag}: quantized weights do not come back bitwise; leave it or --fp8-param-gather out")
 
 
 def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None:
     """Let the loop evaluate the parts that are there, and log a test as a test."""
     validate: Callable[..., None] = megatron_training.evaluate_and_print_results
+    build: Callable[..., Any] = megatron_training.get_megatron_optimizer
+
+    def get_megatron_optimizer(*arguments: Any, **options: Any) -> Any:
+        evaluation.optimizer = build(*arguments, **options)
+        return evaluation.optimizer
 
     def evaluate_and_print_results(prefix: str, forward_step_func: Any, data_iterator: Any, model: Any, iteration: int,
                                    process_non_loss_data_func: Any, config: Any, verbose: bool = False,
                                    write_to_tensorboard: bool = True, non_loss_data_func: Any = None,
                                    **groups: Any) -> None:
-        if not prefix.endswith(ON_TEST_SET):
-            if evaluation.validates:
+        def evaluate(part: str, iters: int) -> bool:
+            means, _, out_of_time = megatron_training.evaluate(
+                forward_step_func, data_iterator, model, process_non_loss_data_func, config, verbose,
+                non_loss_data_func, eval_iters=iters, **groups)
+            if not out_of_time:
+                log_part(part, {name: mean.item() for name, mean in means.items()}, iteration,
+                         args.consumed_train_samples, write_to_tensorboard)
+            return not out_of_time
+
+        tests = prefix.endswith(ON_TEST_SET)
+        if not (tests or evaluation.validates):
+            return
+        part, iters = ("test", evaluation.test_iters) if tests else ("validation", args.eval_iters)
+        if evaluation.weights != EMA:
+            if not tests:
                 validate(prefix, forward_step_func, data_iterator, model, iteration, process_non_loss_data_func, config,
                          verbose, write_to_tensorboard, non_loss_data_func, **groups)
-            return
-        means, _, out_of_time = megatron_training.evaluate(
-            forward_step_func, data_iterator, model, process_non_loss_data_func, config, verbose, non_loss_data_func,
-            eval_iters=evaluation.test_iters, **groups)
-        if not out_of_time:
-            log_test({name: mean.item() for name, mean in means.items()}, iteration, args.consumed_train_samples,
-                     write_to_tensorboard)
+            elif not evaluate(part, iters):
+                return
+        if evaluation.weights != RAW:
+            evaluation.suffix = OF_EMA
+            with averaged_weights(evaluation.optimizer, model):
+                evaluate(part + OF_EMA, iters)
+            evaluation.suffix = ""
 
+    megatron_training.get_megatron_optimizer = get_megatron_optimizer
     megatron_training.evaluate_and_print_results = evaluate_and_print_results
 
 
-def log_test(means: dict[str, float], iteration: int, rows: int, write_to_tensorboard: bool) -> None:
-    """Print the result of the test part, and write it beside those of validation."""
+def log_part(part: str, means: dict[str, float], iteration: int, rows: int, write_to_tensorboard: bool) -> None:
+    """Print the result of a part, and write it beside those that Megatron writes."""
     writer, wandb = get_tensorboard_writer() if write_to_tensorboard else None, get_wandb_writer()
     for name, mean in means.items():
         if writer:
-            writer.add_scalar(f"{name} test", mean, iteration)
-            writer.add_scalar(f"{name} test vs samples", mean, rows)
+            writer.add_scalar(f"{name} {part}", mean, iteration)
+            writer.add_scalar(f"{name} {part} vs samples", mean, rows)
         if writer and wandb and is_last_rank():
-            wandb.log({f"{name} test": mean}, iteration)
+            wandb.log({f"{name} {part}": mean}, iteration)
     if is_last_rank():  # in Megatron's form, for its log
-        print(f" test loss at iteration {iteration} | "
+        print(f" {part} loss at iteration {iteration} | "
               + " | ".join(f"{name} value: {mean:.6E}" for name, mean in means.items()), file=sys.stdout, flush=True)

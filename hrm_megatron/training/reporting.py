@@ -17,6 +17,7 @@ from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.training.console import Console
 from hrm_megatron.training.console_lines import StepReport, TimeLeft, evaluation_line, saved_line, step_line
 from hrm_megatron.training.data import first_lengths
+from hrm_megatron.training.evaluation import Evaluation
 from hrm_megatron.training.step import TrainingStep
 from hrm_megatron.training.summary import describe_checkpoint, describe_schedule
 from hrm_megatron.transformer_config import architecture_of
@@ -27,12 +28,13 @@ TERA = 1e12
 log = logging.getLogger(__name__)
 
 
-def install_console(args: argparse.Namespace, console: Console, step: TrainingStep, rows_flops: RowsFlops) -> Reporter:
+def install_console(args: argparse.Namespace, console: Console, step: TrainingStep, rows_flops: RowsFlops,
+                    evaluation: Evaluation) -> Reporter:
     """Wrap what Megatron reports by; what it prints, and writes to TensorBoard and W&B, stays as it is.
 
     Call it after all else that replaces the same functions.
     """
-    reporter = Reporter(args, console, step, rows_flops)
+    reporter = Reporter(args, console, step, rows_flops, evaluation)
     megatron_training.training_log = _around(megatron_training.training_log, reporter.training_log)
     megatron_training.evaluate = _around(megatron_training.evaluate, reporter.evaluate)
     megatron_training.evaluate_and_print_results = _around(megatron_training.evaluate_and_print_results,
@@ -51,8 +53,10 @@ def _around(stock: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[
 class Reporter:
     """The wrappers of `install_console`; each takes the function that it wraps first."""
 
-    def __init__(self, args: argparse.Namespace, console: Console, step: TrainingStep, rows_flops: RowsFlops) -> None:
+    def __init__(self, args: argparse.Namespace, console: Console, step: TrainingStep, rows_flops: RowsFlops,
+                 evaluation: Evaluation) -> None:
         self.args, self.console, self.running, self.rows_flops = args, console, step, rows_flops
+        self.evaluation = evaluation
         self.architecture = architecture_of(args, args.vocab_size)
         passes = functools.cache(functools.partial(tick_passes, args))
         self.time_left = TimeLeft([passes(step.bp_schedule.at(i + 1)) for i in range(args.train_iters)], time.monotonic)
@@ -117,7 +121,7 @@ class Reporter:
         if means and self.console.last:
             values = {name: float(value) for name, value in means.items()}
             steps = max(self.done, self.args.train_iters)  # of which an evaluation alone may know none
-            self.console.line(evaluation_line(self.done, steps, self.part, values,
+            self.console.line(evaluation_line(self.done, steps, self.part + self.evaluation.suffix, values,
                                               time.monotonic() - begun, self.console.width))
         return found
 
