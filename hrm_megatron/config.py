@@ -1,9 +1,11 @@
-"""Sizes and settings of an HRM as plain values: no torch, no Megatron, nothing that runs."""
+"""Sizes and settings of a model as plain values: no torch, no Megatron, nothing that runs."""
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from hrm_megatron.model_types import HRM, MODEL_TYPES, ModelType
 
 EXPANSION = 4  # HRM-Text, config/arch: ffn = expansion * hidden * 2/3, rounded up to a multiple of 256
 VOCAB_MULTIPLE = 256  # HRM-Text pads the vocabulary to this, whatever the parallel layout
@@ -41,7 +43,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that decides which function an HRM computes; what a checkpoint must agree on.
+    """Everything that decides which function a model computes; what a checkpoint must agree on.
 
     `num_layers` counts layers per stack. `vocab_size` is the tokenizer's; `padded_vocab_size` has the rows
     of the embedding and of the head. `h_norm_placement` is the norm placement of the H stack where it differs.
@@ -60,12 +62,19 @@ class Architecture:
     init_std: float | None = None
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
+    model_type: str = HRM
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size",
                      "h_cycles", "l_cycles"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.model_type not in MODEL_TYPES:
+            raise ConfigError(f"model_type={self.model_type!r}: choose one of {', '.join(MODEL_TYPES)}")
+        for name in self.kind.fixed:
+            if (have := getattr(self, name)) != (fixed := getattr(self.kind, name)):
+                raise ConfigError(f"{name}={have}: has no effect on, or no meaning in, a {self.kind.title} "
+                                  f"(model_type={self.model_type}); leave it out, or give {fixed}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
                               f"{self.num_attention_heads}; change one of them")
@@ -77,6 +86,15 @@ class Architecture:
         for placement in (self.norm_placement, self.h_norm_placement or self.norm_placement):
             if placement not in NORM_PLACEMENTS:
                 raise ConfigError(f"norm_placement={placement!r}: choose one of {', '.join(NORM_PLACEMENTS)}")
+
+    @property
+    def kind(self) -> ModelType:
+        return MODEL_TYPES[self.model_type]
+
+    @property
+    def num_ticks(self) -> int:
+        """Applications of stacks in a forward pass."""
+        return self.h_cycles * ((self.l_cycles if self.kind.inner else 0) + bool(self.kind.outer))
 
     @property
     def head_dim(self) -> int:
@@ -93,8 +111,9 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """Trained weights: both stacks, embedding and head."""
-        return 2 * (self.num_layers * self.layer_parameters + self.padded_vocab_size * self.hidden_size)
+        """Trained weights: all stacks, embedding and head."""
+        return (len(self.kind.stacks) * self.num_layers * self.layer_parameters
+                + 2 * self.padded_vocab_size * self.hidden_size)
 
     @property
     def input_std(self) -> float:
@@ -160,9 +179,10 @@ class Preset:
     def ffn_hidden_size(self) -> int:
         return ffn_hidden_size(self.hidden_size)
 
-    def architecture(self, vocab_size: int = PRESET_VOCAB_SIZE) -> Architecture:
-        return Architecture(self.num_layers, self.hidden_size, self.num_attention_heads, self.ffn_hidden_size,
-                            vocab_size)
+    def architecture(self, vocab_size: int = PRESET_VOCAB_SIZE, model_type: str = HRM) -> Architecture:
+        kind = MODEL_TYPES[model_type]
+        return Architecture(self.num_layers * kind.preset_stacks, self.hidden_size, self.num_attention_heads,
+                            self.ffn_hidden_size, vocab_size, kind.h_cycles, kind.l_cycles, model_type=model_type)
 
 
 PUBLISHED = "HRM-Text, config/arch/size"

@@ -29,19 +29,24 @@ from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.planner.flops import rows_flops  # noqa: E402
 from hrm_megatron.planner.presets import describe_preset  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
-from hrm_megatron.training.arguments import given_by_hand, parse_arguments  # noqa: E402
+from hrm_megatron.training.arguments import given_by_hand, no_rows, parse_arguments  # noqa: E402
+from hrm_megatron.training.bad_steps import install_bad_steps  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
 from hrm_megatron.training.console import Console  # noqa: E402
-from hrm_megatron.training.data import datasets_provider, open_sources  # noqa: E402
+from hrm_megatron.training.data import count_rows, datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.data_verification import verify_data  # noqa: E402
 from hrm_megatron.training.dry_run import assumed_vocab_size, describe_dry_run, has_data  # noqa: E402
+from hrm_megatron.training.early_stopping import install_early_stopping  # noqa: E402
 from hrm_megatron.training.error_file import OneLineErrors, one_line  # noqa: E402
 from hrm_megatron.training.evaluation import install_evaluation, settle_evaluation  # noqa: E402
+from hrm_megatron.training.finetune import install_finetune  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
+from hrm_megatron.training.match_flops import match_flops  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
+from hrm_megatron.training.restarts import check_restarts  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 from hrm_megatron.training.summary import describe_model  # noqa: E402
@@ -60,12 +65,17 @@ def train(console: Console) -> None:
         sources["all"] = open_sources(args)
         return sources["all"].vocab_size
 
-    args = parse_arguments(vocab_size_of)
+    def rows_of_epoch(args: argparse.Namespace) -> int:
+        return count_rows(args, sources["all"]) if sources else no_rows(args)
+
+    check_restarts()
+    args = parse_arguments(vocab_size_of, rows_of_epoch)
     if args.print_config:
         return console.answer([describe_preset(args.hrm_preset, PRESETS[args.hrm_preset], given_by_hand(args))],
                               args.verbose)
+    matched = match_flops(args, sources.get("all"))
     if args.dry_run:
-        return console.answer(describe_dry_run(args, sources.get("all")), args.verbose)
+        return console.answer([*matched, *describe_dry_run(args, sources.get("all"))], args.verbose)
     console.settle(args.save or args.tensorboard_dir, args.verbose)
     data = sources["all"]
     evaluation = settle_evaluation(args, *data.held_out(), data.why_no_validation(args.split))
@@ -74,15 +84,19 @@ def train(console: Console) -> None:
     if start and not is_left and not verify_end(args, start, fits):
         return
     set_global_variables(args)
-    log.info(describe_model(args))
+    for line in (*matched, describe_model(args)):
+        log.info(line)
     log.info(describe(args))
     step = TrainingStep(args)
     install(args, step)
     install_schedule(args, step)
-    install_overlap(args)
+    bad_steps = install_bad_steps(args, step.running_step)
+    install_overlap(args, bad_steps.judge if bad_steps else None)
     install_fsdp(args)
+    install_finetune(args)
     install_evaluation(args, evaluation)
     guard_saves(args)
+    install_early_stopping(args, evaluation.validates)
     reporter = install_console(args, console, step, rows_flops)
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hrm_megatron.config import Architecture
+from hrm_megatron.model_types import HRM
 
 
 @dataclass
@@ -64,6 +65,7 @@ def architecture_of(args: argparse.Namespace, vocab_size: int) -> Architecture:
     """Read the model's architecture off the arguments of a run (or of a checkpoint)."""
     return Architecture(vocab_size=vocab_size, norm_epsilon=args.layernorm_epsilon,
                         rope_theta=float(args.rotary_base), **{
-        name: getattr(args, name) for name in (
+        "model_type": getattr(args, "model_kind", HRM),  # checkpoints of older versions are HRMs
+        **{name: getattr(args, name) for name in (
             "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
-            "norm_placement", "init_scheme", "init_std")})
+            "norm_placement", "init_scheme", "init_std")}})

@@ -4,7 +4,9 @@
 # PRESET  size, see hrm_megatron/config.py (default B)
 # TP PP CP  tensor, pipeline and context parallel ranks (default 1 each)
 # DP      data parallel ranks (default: what the GPUs of this node leave)
-# TORCHRUN  the launcher (default: that of .venv, else the one on PATH)
+# LAYOUT  preset: instead of TP, PP, CP and DP the preset's own for 8 GPUs, with rows and recomputation (docs/scaling.md)
+# MAX_RESTARTS  starts after the first if a rank dies (default 0)
+# TORCHRUN, PYTHON  the launcher and Python (default: those of .venv, else on PATH)
 # Every other argument goes to hrm_megatron.pretrain as it is. --dry-run prints the command and runs nothing.
 set -euo pipefail
 
@@ -26,9 +28,24 @@ for size in "$tp" "$pp" "$cp" "${DP:-1}"; do
     fi
 done
 
+layout=(--tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp" --context-parallel-size "$cp")
+if ((tp > 1)); then layout+=(--sequence-parallel); fi
 model_ranks=$((tp * pp * cp))
-if [ -z "${DP:-}" ]; then
-    gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+if [ "${LAYOUT:-}" = preset ]; then
+    if [ -n "${TP:-}${PP:-}${CP:-}${DP:-}" ]; then
+        echo "train_node.sh: LAYOUT=preset chooses TP, PP, CP and DP: leave them out" >&2
+        exit 2
+    fi
+    python=${PYTHON:-$(dirname "$0")/../.venv/bin/python}
+    if ! [ -x "$python" ]; then python=python; fi
+    flags=$("$python" -m hrm_megatron.planner.presets "$preset" "$gpus")
+    read -ra layout <<<"$flags"
+    model_ranks=1 DP=$gpus
+elif [ -n "${LAYOUT:-}" ]; then
+    echo "train_node.sh: LAYOUT=$LAYOUT: the only one that is known is preset" >&2
+    exit 2
+elif [ -z "${DP:-}" ]; then
     if ((gpus == 0)); then gpus=$model_ranks; fi # no GPU: one replica, on the CPU
     if ((gpus % model_ranks != 0)); then
         echo "train_node.sh: TP*PP*CP=$model_ranks does not divide the $gpus GPUs of this node; set DP" >&2
@@ -37,15 +54,13 @@ if [ -z "${DP:-}" ]; then
     DP=$((gpus / model_ranks))
 fi
 
+# A rank that torchrun starts again must not find the addresses of the last one (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 torchrun=${TORCHRUN:-$(dirname "$0")/../.venv/bin/torchrun}
 if ! [ -x "$torchrun" ]; then torchrun=torchrun; fi
 
-command=("$torchrun" --standalone --nproc-per-node $((model_ranks * DP)) -m hrm_megatron.pretrain
-    --hrm-preset "$preset"
-    --tensor-model-parallel-size "$tp"
-    --pipeline-model-parallel-size "$pp"
-    --context-parallel-size "$cp")
-if ((tp > 1)); then command+=(--sequence-parallel); fi
+command=("$torchrun" --standalone --max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node $((model_ranks * DP)) -m hrm_megatron.pretrain
+    --hrm-preset "$preset" "${layout[@]}")
 command+=(${arguments[@]+"${arguments[@]}"})
 
 if $dry_run; then

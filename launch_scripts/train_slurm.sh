@@ -11,6 +11,8 @@
 # One task per node: srun starts a torchrun there, and the first node is where all meet.
 # PRESET  size, see hrm_megatron/config.py (default B)
 # TP PP CP  tensor, pipeline and context parallel ranks (default 1 each); what they leave is data parallel
+# LAYOUT  preset: instead of TP, PP and CP the preset's own for 8, 64 or 512 GPUs, with rows of a micro-batch and
+#         recomputation (docs/scaling.md)
 # GPUS    per node (default: what Slurm gave the job, SLURM_GPUS_ON_NODE)
 # TORCHRUN, PYTHON  the launcher and Python (default: those of .venv, else on PATH)
 # MASTER_ADDR, MASTER_PORT  where all meet: the first node by another name, two free ports from this (default 29500)
@@ -83,6 +85,7 @@ if [ -n "${CONTAINER:-}" ]; then # pyxis' flags: github.com/NVIDIA/pyxis/wiki/Us
     container=(--container-image="$CONTAINER" --container-mounts="$root:$root,$PWD:$PWD${MOUNTS:+,$MOUNTS}"
         --container-workdir="$PWD" --no-container-mount-home)
 fi
+in_container=(srun --overlap --nodes 1 --ntasks 1 ${container[@]+"${container[@]}"}) # the host needs no Python
 
 # Settings of NCCL and of torch around it; what the user exported wins. Those of the network (NCCL_SOCKET_IFNAME,
 # NCCL_IB_HCA) belong to the site: set them where NCCL chooses the wrong interface, and /etc/nccl.conf for all users.
@@ -92,6 +95,7 @@ export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}   # 4.096 us x 2^22 = 17 s a try, 
 export NCCL_IB_RETRY_CNT=${NCCL_IB_RETRY_CNT:-7} # tries before the link counts as dead: 7 is the most, and the default
 # torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp and FlightRecorder.hpp:
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} # a hang writes what each rank was waiting for
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1} # pytorch issue 135712: restarts hang
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}          # the last so many collectives of a rank
 
 # Where the run writes down its starts: only with that does it go on by itself.
@@ -112,12 +116,18 @@ else
     arguments=(--exit-signal-handler --exit-signal SIGUSR1 ${arguments[@]+"${arguments[@]}"})
 fi
 
-training=(-m hrm_megatron.pretrain
-    --hrm-preset "$preset"
-    --tensor-model-parallel-size "$tp"
-    --pipeline-model-parallel-size "$pp"
-    --context-parallel-size "$cp")
-if ((tp > 1)); then training+=(--sequence-parallel); fi
+layout=(--tensor-model-parallel-size "$tp" --pipeline-model-parallel-size "$pp" --context-parallel-size "$cp")
+if ((tp > 1)); then layout+=(--sequence-parallel); fi
+if [ "${LAYOUT:-}" = preset ]; then
+    if [ -n "${TP:-}${PP:-}${CP:-}" ]; then fail "LAYOUT=preset chooses TP, PP and CP: leave them out"; fi
+    asked=("$python")
+    if ((${#container[@]})) && ! $dry_run; then asked=("${in_container[@]}" "$python"); fi
+    flags=$("${asked[@]}" -m hrm_megatron.planner.presets "$preset" "$((nodes * gpus))")
+    read -ra layout <<<"$flags"
+elif [ -n "${LAYOUT:-}" ]; then
+    fail "LAYOUT=$LAYOUT: the only one that is known is preset"
+fi
+training=(-m hrm_megatron.pretrain --hrm-preset "$preset" "${layout[@]}")
 training+=(${arguments[@]+"${arguments[@]}"})
 task=("$python" -m hrm_megatron.cluster.node ${logs[@]+"${logs[@]}"})
 if [ "$launch" = torchrun ]; then
@@ -154,9 +164,7 @@ trap 'interrupted=true' TERM
 ask() { # ask WHAT ARGUMENTS: sets `action` and `excluded` (hrm_megatron/cluster/__main__.py)
     local what=$1 answer asked=("$python" -m hrm_megatron.cluster)
     shift
-    if [ -n "${CONTAINER:-}" ]; then # the host needs no Python
-        asked=(srun --overlap --nodes 1 --ntasks 1 "${container[@]}" "${asked[@]}")
-    fi
+    if [ -n "${CONTAINER:-}" ]; then asked=("${in_container[@]}" "${asked[@]}"); fi
     answer=$("${asked[@]}" "$what" --folder "$slurm" --checkpoints "$save" --max-failures "${MAX_FAILURES:-5}" "$@")
     read -r action excluded <<<"$answer"
 }

@@ -4,6 +4,7 @@
     python tools/benchmark.py generate  # answers on the CPU, against transformers' HrmText.generate, likewise
     python tools/benchmark.py tokenize  # rows to ids, against Megatron's path with the HuggingFace tokenizer
     python tools/benchmark.py plan      # split, shuffle, pack, and the start of a process, by number of examples
+    python tools/benchmark.py deduplicate  # the search for duplicates, by number of examples
     python tools/benchmark.py gpu --hrm-preset XL --row-tokens 24576 [-- --fp8-format hybrid ...]
     python tools/benchmark.py convert   # random weights of XL in every direction: time, memory, bytes
     python tools/benchmark.py host      # what a micro-batch costs the host: launches, calls, time
@@ -32,7 +33,9 @@ if __name__ == "__main__":
     listen()
 
 from hrm_megatron.parallel.cpu import activate
+from hrm_megatron.parallel.log_levels import be_quiet
 
+be_quiet()
 activate()
 
 import numpy as np  # noqa: E402
@@ -323,8 +326,10 @@ def main() -> int:
     steps.add_argument("--threads", type=int, default=1, help="on a CPU")
     commands.add_parser("tokenize", add_help=False, help="rows to ids on one core, against Megatron's own path")
     commands.add_parser("plan", add_help=False, help="what a run does before its first row, by number of examples")
+    commands.add_parser("deduplicate", add_help=False, help="the search for duplicates, by number of examples")
     args, rest = parser.parse_known_args()
-    if args.command in ("tokenize", "plan"):  # in a program without torch, which their processes would import with it
+    # In a program without torch, which their processes would import with it.
+    if args.command in ("tokenize", "plan", "deduplicate"):
         return subprocess.run([sys.executable, "-m", f"hrm_megatron.benchmark.{args.command}", *rest]).returncode
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

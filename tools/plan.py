@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ if __name__ == "__main__":
     listen()
 
 from hrm_megatron.config import PRESET_VOCAB_SIZE, PRESETS, Architecture, ConfigError, ffn_hidden_size
-from hrm_megatron.planner import calibration, report
+from hrm_megatron.planner import calibration, goodput, report
+from hrm_megatron.planner.goodput import GPU_MTTF_HOURS
 from hrm_megatron.planner.machines import GPUS, Cluster
 from hrm_megatron.planner.search import Question, search
 from hrm_megatron.planner.speed import EXAMPLE
@@ -50,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=[*PRECISIONS], default="bf16")
     parser.add_argument("--price", type=float, help="of a GPU for an hour: adds the cost of the run")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="take the speeds measured on such a GPU")
+    parser.add_argument("--gpu-mttf-hours", type=float, default=GPU_MTTF_HOURS,
+                        help="hours of a GPU between failures (default: a failure every 8 hours on 1,024 GPUs)")
+    for name, of in (("save", "a save takes"), ("stall", "training waits for a save that is written behind it"),
+                     ("load", "a load takes"), ("start", "a start takes, without the load"),
+                     ("detect", "pass until a failure is noticed")):
+        parser.add_argument(f"--{name}-seconds", type=float, metavar="S", help=f"measured: how long {of}")
     parser.add_argument("--explain", action="store_true", help="take the best plan apart")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE", help="memory, and the schedule (needs matplotlib)")
@@ -61,6 +69,9 @@ def question(args: argparse.Namespace) -> Question:
     for name in ("gpus", "gpus_per_node", "seq_length", "tokens", "tokens_per_step", "vocab_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    for name in ("gpu_mttf_hours", *(f"{part}_seconds" for part in goodput.Measured.__annotations__)):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0")
     if args.hrm_preset:
         preset = PRESETS[args.hrm_preset]
         architecture, step = preset.architecture(args.vocab_size), args.tokens_per_step or preset.tokens_per_step
@@ -99,11 +110,15 @@ def plan(args: argparse.Namespace) -> None:
         raise ConfigError(f"--gpus {args.gpus}: {name} fits no layout; give more GPUs or ones with more memory, or "
                           "change --tokens-per-step")
     print(*report.table(asked, plans, args.price), "", report.command(plans[0], asked, args.hrm_preset), "", sep="\n")
+    measured = goodput.Measured(**{name: getattr(args, f"{name}_seconds") for name in goodput.Measured.__annotations__})
+    hazards = goodput.hazards_of(plans[0], asked, args.gpu_mttf_hours, measured)
+    print(*goodput.describe(plans[0], asked, hazards, measured), "", sep="\n")
     if args.explain:
         print(*report.explain(asked, plans[0]), "", sep="\n")
     print(*report.reasons(rejected, None if args.explain else report.KINDS), sep="\n")
     if args.json:
         data = report.as_data(name, asked, plans, rejected, args.hrm_preset)
+        data["goodput"] = dict(vars(hazards), saves=goodput.compare_saves(plans[0], asked, hazards))
         aside = args.json.with_name(f"{args.json.name}.partial")
         aside.write_text(json.dumps(data, indent=1) + "\n")
         aside.replace(args.json)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from hrm_megatron.program import listen, one_line
@@ -26,6 +27,8 @@ from hrm_megatron.generate.engine import Engine  # noqa: E402
 from hrm_megatron.generate.flags import add_compute_flags, add_model_flags  # noqa: E402
 from hrm_megatron.generate.session import Answering, Session  # noqa: E402
 
+API_KEY = "HRM_MEGATRON_API_KEY"
+
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     at = p.add_argument_group("address")
     at.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     at.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
-    at.add_argument("--api-key", help="what clients must send as 'Authorization: Bearer KEY'")
+    at.add_argument("--api-key", help="what clients must send as 'Authorization: Bearer KEY'; in the environment, as "
+                                      f"{API_KEY}, it is not seen by all who list processes")
     limits = p.add_argument_group("limits")
     limits.add_argument("--batch-size", type=int, default=8, help="answers at once (default: %(default)s)")
     limits.add_argument("--cache-tokens", type=int, metavar="N",
@@ -59,12 +63,23 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if not 0 < args.timeout_seconds < float("inf"):  # NaN too
         raise ConfigError(f"--timeout-seconds {args.timeout_seconds}: must be a positive number")
-    if args.api_key is not None and not (args.api_key.isascii() and args.api_key.strip() == args.api_key != ""):
-        raise ConfigError("--api-key: must be ASCII, not empty and without spaces around it")
+
+
+def chosen_api_key(args: argparse.Namespace) -> str | None:
+    """Return the key that clients must send, None where they need none."""
+    given = {"--api-key": args.api_key, API_KEY: os.environ.get(API_KEY)}
+    keys = {name: key for name, key in given.items() if key is not None}
+    if len(keys) > 1:
+        raise ConfigError(f"there are an --api-key and {API_KEY}; leave one out")
+    for name, key in keys.items():
+        if not (key.isascii() and key.strip() == key != ""):
+            raise ConfigError(f"{name}: must be ASCII, not empty and without spaces around it")
+    return next(iter(keys.values()), None)
 
 
 def serve(args: argparse.Namespace) -> None:
     check_flags(args)
+    api_key = chosen_api_key(args)
     try:
         import fastapi
         import uvicorn
@@ -91,9 +106,9 @@ def serve(args: argparse.Namespace) -> None:
     engine = Engine(decoder, PagedCache(size, decoder.device), args.batch_size, session.text)
     service = Service(session, LiveEngine(engine, args.max_prompts), args.model_name or args.load.resolve().name,
                       Limits(args.max_body_bytes, args.timeout_seconds))
-    guard = build_app(service, args.api_key)
-    if not is_loopback(args.host) and args.api_key is None:
-        say(f"warning: --host {args.host} lets other machines in, and there is no --api-key")
+    guard = build_app(service, api_key)
+    if not is_loopback(args.host) and api_key is None:
+        say(f"warning: --host {args.host} lets other machines in, and there is no --api-key, nor {API_KEY}")
     place.listen()
     say(f"serving {service.model} at {url_of(place)}")
     serve_at(guard, place)

@@ -61,7 +61,7 @@ def _pairs(prefix: int, response: int, queries: int) -> int:
 
 
 def _orders(examples: Sequence[tuple[int, int]], ranks: int) -> Iterator[list[int]]:
-    """Yield the given order; then all others of few examples, or the lengths dealt out to chunks and random orders."""
+    """Yield the given order; then all others of few examples, else lengths dealt out to chunks, then random ones."""
     count = len(examples)
     if count <= ALL_ORDERS_OF:
         yield from map(list, itertools.permutations(range(count)))

@@ -1,10 +1,16 @@
 """Measure conversions of random weights in every direction: seconds, peak memory beside the imports, bytes written."""
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import multiprocessing
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -31,6 +37,18 @@ WEIGHTS = ((RANDOM, "hf", ()), ("hf", "megatron", ("hf",)), ("megatron", "hf", (
            ("hf", "gguf", ("hf", "gguf")))
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5), clear_refs
+START = """
+import dataclasses, json, sys
+from pathlib import Path
+from hrm_megatron.parallel.cpu import activate
+activate()
+from hrm_megatron.benchmark.conversion import measure_here
+from hrm_megatron.config import Architecture
+architecture, folder, weights_only, writing = json.loads(sys.argv[1])
+with open(writing, "w", buffering=1, encoding="utf-8") as answers:
+    for found in measure_here(Architecture(**architecture), Path(folder), weights_only):
+        print(json.dumps(dataclasses.asdict(found)), file=answers)
+"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,25 @@ def measure(architecture: Architecture, folder: Path, weights_only: bool = False
     """
     if not CLEAR.exists():
         raise ConfigError("peak memory is read from /proc of Linux, which is not here; run this there")
+    reading, writing = os.pipe()
+    given = json.dumps([dataclasses.asdict(architecture), str(folder), weights_only, writing])
+    # Forked from here they would hang where a process group is alive, whose threads do not survive a fork.
+    child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", START, given], pass_fds=[writing], process_group=0)
+    os.close(writing)
+    try:
+        with open(reading, encoding="utf-8") as answers:
+            for line in answers:
+                yield Measured(**json.loads(line))
+        if child.wait():
+            raise ConfigError(f"a conversion in {folder} failed, see above")
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def measure_here(architecture: Architecture, folder: Path, weights_only: bool) -> Iterator[Measured]:
+    """Do the work of `measure` in forks of this process, which has imported what they need."""
     for source, target, done_with in WEIGHTS if weights_only else WHOLE:
         if target == "gguf" and not find_spec("gguf"):
             continue
@@ -63,10 +100,7 @@ def measure(architecture: Architecture, folder: Path, weights_only: bool = False
         try:
             found: Measured = ours.recv()
         except EOFError:
-            raise ConfigError(f"{source} > {target} in {folder} failed, see above") from None
-        except BaseException:
-            child.terminate()
-            raise
+            sys.exit(f"{source} > {target} in {folder} failed")
         finally:
             child.join()
         yield found

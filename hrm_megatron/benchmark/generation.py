@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import HrmTextConfig, HrmTextForCausalLM
 
+from hrm_megatron.benchmark.peak import matmul_flops_per_second
 from hrm_megatron.config import Architecture, ffn_hidden_size
 from hrm_megatron.convert.table import table
 from hrm_megatron.generate.cache import PagedCache
@@ -23,6 +24,7 @@ ARCHITECTURES = {
     "100M": Architecture(6, 768, 12, ffn_hidden_size(768), 8192),
 }
 COPY_BYTES = 1 << 28  # far beyond every cache
+MATMUL_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -131,17 +133,36 @@ def copied_bytes_per_second() -> float:
     return 2 * COPY_BYTES / best
 
 
+def fastest_seconds(weights: Weights, prompts: Sequence[Sequence[int]], new_tokens: int, flops_per_second: float,
+                    bytes_per_second: float) -> float:
+    """Seconds that matmuls and memory need for such answers if nothing else took time.
+
+    A token costs two operations per weight of each tick that reads it. Each token after the first reads the weights or
+    multiplies with them, whichever takes longer, and its cache: keys and values of its positions so far.
+    """
+    a, element = weights.architecture, weights.embedding.element_size()
+    head, read, steps = weights.head.nbytes / element, sum(map(len, prompts)), new_tokens - 1
+    token = weights.tick_bytes / element  # weights that a token of an answer is multiplied with
+    position_bytes = a.h_cycles * (a.l_cycles + 1) * a.num_layers * 2 * a.num_attention_heads * a.head_dim * element
+    positions = steps * read + len(prompts) * steps * (steps + 1) // 2
+    prefill = 2 * (read * (token - head) + len(prompts) * head) / flops_per_second
+    step = max(2 * len(prompts) * token / flops_per_second, weights.tick_bytes / bytes_per_second)
+    return prefill + steps * step + positions * position_bytes / bytes_per_second
+
+
 def compare_generation(names: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], prompt_tokens: int,
                        new_tokens: int, pairs: int, cpu_time: bool) -> None:
     """Print tokens/s and time to first token of both, medians and the median over the pairs of theirs over ours."""
     clock = time.process_time if cpu_time else time.perf_counter
+    bandwidth = copied_bytes_per_second()
     print(f"greedy, prompts of {prompt_tokens // 2} to {prompt_tokens} tokens, {new_tokens} new ones each, {pairs} "
           f"pair(s), {torch.get_num_threads()} thread(s), {'CPU time of the process' if cpu_time else 'wall time'}; "
-          f"memory copies {copied_bytes_per_second() / 1e9:.1f} GB/s")
+          f"memory copies {bandwidth / 1e9:.1f} GB/s")
     for name in names:
         architecture = ARCHITECTURES[name]
         tensors = random_tensors(architecture)
         for dtype in dtypes:
+            rate = matmul_flops_per_second(getattr(torch, dtype), MATMUL_SIZE)
             weights = take_weights(architecture, tensors.items(), dtype=getattr(torch, dtype))
             model = transformers_model(architecture, tensors, getattr(torch, dtype))
             for rows in batches:
@@ -151,14 +172,16 @@ def compare_generation(names: Sequence[str], batches: Sequence[int], dtypes: Seq
                 for run in runs:
                     run()  # warms up
                 timed = [tuple(run() for run in runs) for _ in range(pairs)]
-                _print_row(f"{name} {dtype} batch {rows}", timed, rows * new_tokens, new_tokens * weights.tick_bytes)
+                _print_row(f"{name} {dtype} batch {rows}", timed, rows * new_tokens, new_tokens * weights.tick_bytes,
+                           fastest_seconds(weights, prompts, new_tokens, rate, bandwidth))
 
 
-def _print_row(what: str, timed: Sequence[tuple[Timed, ...]], tokens: int, weight_bytes: int) -> None:
+def _print_row(what: str, timed: Sequence[tuple[Timed, ...]], tokens: int, weight_bytes: int, fastest: float) -> None:
     ours, theirs = (statistics.median(pair[side].seconds for pair in timed) for side in (0, 1))
     first, their_first = (statistics.median(pair[side].first_seconds for pair in timed) for side in (0, 1))
     ratio = statistics.median(pair[1].seconds / pair[0].seconds for pair in timed)
     same = sum(a == b for a, b in zip(timed[0][0].tokens, timed[0][1].tokens, strict=True))
     print(f"{what:24} {tokens / ours:8.1f} tokens/s against {tokens / theirs:8.1f}: {ratio:5.2f} times; first token "
-          f"{first:.3f} s against {their_first:.3f}; {weight_bytes / ours / 1e9:.1f} GB/s of weights read; same "
-          f"answers {same} of {len(timed[0][0].tokens)}", flush=True)
+          f"{first:.3f} s against {their_first:.3f}; {weight_bytes / ours / 1e9:.1f} GB/s of weights read; "
+          f"matmuls and memory alone {tokens / fastest:.1f} tokens/s; same answers {same} of "
+          f"{len(timed[0][0].tokens)}", flush=True)

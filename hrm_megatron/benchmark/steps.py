@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from hrm_megatron.benchmark.record import device_name
 from hrm_megatron.data.batch import PackedBatch, assemble_row
 from hrm_megatron.model.hrm import HRMModel
-from hrm_megatron.model.schedule import trains_embedding
+from hrm_megatron.model.schedule import trains_embedding, unroll
 from hrm_megatron.optim.builder import build_optimizer
 from hrm_megatron.planner.calibration import Calibration, Case, Measured, fit
 from hrm_megatron.training.metrics import loss_sums
@@ -49,7 +49,7 @@ def training_step(case: Case, dtype: torch.dtype) -> Callable[[], None]:
     optimizer = build_optimizer(
         OptimizerConfig(optimizer="adam", lr=1e-4, min_lr=1e-4, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,
                         clip_grad=0.0, bf16=narrow, params_dtype=dtype, use_distributed_optimizer=True),
-        [ddp], 0.9999, lambda: trains_embedding(2, case.bp_steps))
+        [ddp], 0.9999, lambda: trains_embedding(unroll(2, 3, case.bp_steps)))
 
     def step() -> None:
         ddp.zero_grad_buffer()

@@ -23,9 +23,9 @@ from hrm_megatron.benchmark.texts import DECOMPOSED, LATER, SHARES, write_exampl
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.engine import ENGINES
 from hrm_megatron.data.example import Example, RowFormat
-from hrm_megatron.data.preprocess import encode_chunk
+from hrm_megatron.data.preprocess import encode_chunk, open_in_worker
 from hrm_megatron.data.readers import Piece, pieces, read_examples, read_piece
-from hrm_megatron.data.tokenizer import TextTokenizer, save_tokenizer, train_tokenizer
+from hrm_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from hrm_megatron.program import one_line
 
 TRAINED_MEGABYTES = 8  # of other text of the same kind, for the tokenizer
@@ -61,7 +61,7 @@ _tokenizer: Any  # of a worker
 def _start_ours(folder: Path, engine: str) -> None:
     global _tokenizer
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _tokenizer = TextTokenizer(folder, engine)
+    _tokenizer = open_in_worker(folder, engine)
 
 
 def _start_megatron(folder: Path) -> None:

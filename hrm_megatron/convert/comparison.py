@@ -139,7 +139,7 @@ def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenI
         _round(model, loaded.dtype)
         positions = sum(len(prefix) + len(target) - 1 for prefix, target in rows)
         row = {name: tensor[None] for name, tensor in assemble_row(rows, positions).items()}
-        device = model.zL_init.device
+        device = model.output_layer.weight.device
         batch = PackedBatch.from_rows(row).to(device)
         logits: torch.Tensor = model.logits_at(model.states(batch), torch.arange(positions, device=device))
         return logits

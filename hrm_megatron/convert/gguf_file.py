@@ -26,7 +26,7 @@ from hrm_megatron.convert.gguf_names import (
     refuse,
 )
 from hrm_megatron.convert.gguf_tokenizer import write_tokenizer
-from hrm_megatron.convert.hf import refuse_post_norm, token_ids_of
+from hrm_megatron.convert.hf import refuse_others, token_ids_of
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer
 from hrm_megatron.convert.ledger import Ledger
 from hrm_megatron.convert.table import Rename, table
@@ -67,7 +67,7 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str
 
     ledger = ledger or Ledger()
     checkpoint.require(kind)
-    refuse_post_norm(checkpoint, "llama.cpp")
+    refuse_others(checkpoint, "llama.cpp")
     architecture, max_tokens = checkpoint.architecture, checkpoint.training.seq_length
     if dtype == Q8_0 and (architecture.hidden_size % BLOCK or architecture.ffn_hidden_size % BLOCK):
         raise ConfigError(f"--dtype {Q8_0}: takes rows of multiples of {BLOCK} weights, and {checkpoint.path} has "

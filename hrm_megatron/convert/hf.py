@@ -25,6 +25,7 @@ from hrm_megatron.convert.safetensors_file import write_safetensors
 from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.data.spelling import BOQ, EOA, PAD, SPECIAL_TOKENS, Spelling
 from hrm_megatron.model.schedule import split_bp_steps
+from hrm_megatron.model_types import HRM
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 GENERATE_FILE = "custom_generate/generate.py"  # of transformers
@@ -46,15 +47,19 @@ def bp_list(h_cycles: int, l_cycles: int, bp_steps: int) -> list[int]:
     return [min(l_cycles, max(0, l_bp - l_cycles * (h_cycles - 1 - cycle))) for cycle in range(h_cycles)]
 
 
-def refuse_post_norm(checkpoint: Checkpoint, program: str) -> None:
-    """Refuse a model that this program has no layers for."""
+def refuse_others(checkpoint: Checkpoint, program: str) -> None:
+    """Refuse a model that this program does not have."""
+    if checkpoint.architecture.model_type != HRM:
+        raise ConfigError(f"{checkpoint.path}: a {checkpoint.architecture.kind.title}, which {program} does not have "
+                          "(gated PrefixLM layers with norms without weights, in its recurrence); save as megatron or "
+                          "native")
     if "post" in (checkpoint.architecture.norm_placement, checkpoint.architecture.h_norm_placement):
         raise ConfigError(f"{checkpoint.path}: post-norm layers, which {program} does not have; save as megatron or "
                           "native")
 
 
 def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: Mapping[str, TokenIds]) -> dict[str, Any]:
-    refuse_post_norm(checkpoint, "transformers' HrmText")
+    refuse_others(checkpoint, "transformers' HrmText")
     a, t = checkpoint.architecture, checkpoint.training
     return dict(
         FIXED, architectures=["HrmTextForCausalLM"], vocab_size=a.padded_vocab_size, hidden_size=a.hidden_size,

@@ -16,15 +16,15 @@ from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.config import Architecture, ConfigError, ffn_hidden_size
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
 from hrm_megatron.convert.ledger import Ledger
+from hrm_megatron.convert.native_recurrence import read_recurrence, write_recurrence
 from hrm_megatron.convert.table import Rename, check, is_embedding, table
 from hrm_megatron.data.spelling import BOQ, EOA, EOQ, TAG_TOKENS
 from hrm_megatron.optim.schedule import as_fp32
 
 CONFIG_FILE, METADATA_FILE = "all_config.yaml", "train_metadata.yaml"
 PART_NAMES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", EMA: "param_ema"}
-# What an HRM is in HRM-Text's words; its other networks compute something else.
-FIXED = {"name": "baselines.hrm_nocarry_bp_warmup@HierarchicalReasoningModel", "head": "lm_head@LMHead",
-         "pos_emb_type": "rope"}
+# What all networks are that are built here.
+FIXED = {"head": "lm_head@LMHead", "pos_emb_type": "rope"}
 
 
 def model_key(entry: Rename) -> str:
@@ -68,28 +68,25 @@ def _architecture(arch: dict[str, Any], vocab_size: int) -> Architecture:
     h_norm_placement = override.pop("norm_type", None)
     if override:
         raise ConfigError(f"arch.H_override: {override}: only norm_type may differ in the H stack")
-    layers, half = int(arch["n_layers"]), bool(arch["half_layers"])
-    if half and layers % 2:
-        raise ConfigError(f"arch.n_layers: {layers} layers cannot be shared evenly by two stacks")
+    recurrence = read_recurrence(arch)
     return Architecture(
-        num_layers=layers // 2 if half else layers, hidden_size=int(arch["hidden_size"]),
+        model_type=recurrence.model_type, num_layers=recurrence.num_layers, hidden_size=int(arch["hidden_size"]),
         num_attention_heads=int(arch["num_heads"]), vocab_size=vocab_size,
         ffn_hidden_size=ffn_hidden_size(int(arch["hidden_size"]), float(arch["expansion"])),
-        h_cycles=int(arch["H_cycles"]), l_cycles=int(arch["L_cycles"]), norm_placement=arch["norm_type"],
+        h_cycles=recurrence.h_cycles, l_cycles=recurrence.l_cycles, norm_placement=arch["norm_type"],
         h_norm_placement=h_norm_placement, init_scheme=arch["init_type"], init_std=arch.get("init_std"),
         rope_theta=float(arch["rope_theta"]), norm_epsilon=float(arch["norm_eps"]))
 
 
 def _training(config: dict[str, Any], metadata: dict[str, Any], last_lr: float) -> Training:
-    arch, tokens = config["arch"], int(config["global_batch_size"])
+    tokens, (bp_min, bp_max, rise) = int(config["global_batch_size"]), read_recurrence(config["arch"]).bp
     return Training(
         seq_length=int(metadata["max_seq_len"]), tokens_per_step=tokens,
         total_steps=max(1, int(config["epochs"]) * int(metadata["total_length"]) // tokens),
         lr=float(config["lr"]), min_lr=float(config["lr"]) * float(config["lr_min_ratio"]), last_lr=last_lr,
         warmup_steps=int(config["lr_warmup_steps"]), weight_decay=float(config["weight_decay"]),
         beta1=float(config["beta1"]), beta2=float(config["beta2"]), ema_decay=float(config["ema"]),
-        bp_min_steps=int(arch["bp_min_steps"]), bp_max_steps=int(arch["bp_max_steps"]),
-        bp_warmup_fraction=float(arch["bp_warmup_ratio"]), seed=int(config["seed"]))
+        bp_min_steps=bp_min, bp_max_steps=bp_max, bp_warmup_fraction=rise, seed=int(config["seed"]))
 
 
 def read_native(folder: str | Path, epoch: int | None = None, verify: bool = True) -> Checkpoint:
@@ -150,18 +147,21 @@ def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if not expansion:
         raise ConfigError(f"{checkpoint.path}: ffn_hidden_size={a.ffn_hidden_size} is no multiple of 256; HRM-Text "
                           "cannot build it: save as hf or megatron")
+    try:
+        recurrence = write_recurrence(a, t)
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint.path}: {error}") from error
     arch = dict(
-        FIXED, H_cycles=a.h_cycles, L_cycles=a.l_cycles, bp_min_steps=t.bp_min_steps, bp_max_steps=t.bp_max_steps,
-        bp_warmup_ratio=t.bp_warmup_fraction, expansion=expansion, half_layers=True, hidden_size=a.hidden_size,
-        n_layers=2 * a.num_layers, num_heads=a.num_attention_heads, norm_type=a.norm_placement,
-        norm_eps=a.norm_epsilon, init_type=a.init_scheme, rope_theta=a.rope_theta,
-        H_override={"norm_type": a.h_norm_placement} if a.h_norm_placement else {})
+        FIXED, **recurrence, expansion=expansion, hidden_size=a.hidden_size, num_heads=a.num_attention_heads,
+        norm_type=a.norm_placement, norm_eps=a.norm_epsilon, init_type=a.init_scheme, rope_theta=a.rope_theta)
+    if "H" in a.kind.stacks:
+        arch["H_override"] = {"norm_type": a.h_norm_placement} if a.h_norm_placement else {}
     if a.init_std is not None:
         arch["init_std"] = a.init_std
     return dict(
         arch=arch, beta1=t.beta1, beta2=t.beta2, checkpoint_interval=1, checkpoint_path="checkpoints",
         data=dict(path="sampled", target_only=True), ema=t.ema_decay, epochs=1, fwd_bwd_dtype="bfloat16",
-        global_batch_size=t.tokens_per_step, log_interval=1, lr=t.lr, lr_min_ratio=t.min_lr / t.lr,
+        global_batch_size=t.tokens_per_step, log_interval=1, lr=t.lr, lr_min_ratio=t.min_lr / t.lr if t.lr else 1.0,
         lr_warmup_steps=t.warmup_steps, project_name="hrm_megatron", run_name="converted", resume_epoch=None,
         resume_from=None, seed=t.seed, weight_decay=t.weight_decay, weights_only_resume_from_ema=False)
 

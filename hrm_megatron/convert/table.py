@@ -59,11 +59,12 @@ def table(architecture: Architecture) -> list[Rename]:
     """List every tensor of this architecture, in the order in which HRM-Text registers them."""
     h, ffn, vocab = architecture.hidden_size, architecture.ffn_hidden_size, architecture.padded_vocab_size
     heads = architecture.num_attention_heads
-    entries = [Rename("zL_init", "model.zL_init", "model.z_L_init", (h,), trained=False)]
-    for stack in "HL":
+    kind = architecture.kind
+    entries = [Rename("zL_init", "model.zL_init", "model.z_L_init", (h,), trained=False)] * kind.starts_from_z_l
+    for stack in kind.stacks:
         for i in range(architecture.num_layers):
-            megatron, native, hf = (f"{stack.lower()}_stack.layers.{i}.", f"model.{stack}_level.core.layers.{i}.",
-                                    f"model.{stack}_module.layers.{i}.")
+            megatron, native, hf = (f"{stack.lower()}_stack.layers.{i}.",
+                                    f"{kind.native_layers.format(stack)}{i}.", f"model.{stack}_module.layers.{i}.")
             entries += [
                 GatedQKV(f"{megatron}self_attention.linear_qkv.weight", f"{native}attn.gqkv_proj.weight",
                          f"{hf}attn.gqkv_proj.weight", (4 * h, h), heads=heads),

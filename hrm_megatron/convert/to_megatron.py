@@ -43,7 +43,8 @@ def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
                           "hrm_megatron.pretrain has no flag; save as native")
     flags = {
         "num-layers": a.num_layers, "hidden-size": a.hidden_size, "num-attention-heads": a.num_attention_heads,
-        "ffn-hidden-size": a.ffn_hidden_size, "h-cycles": a.h_cycles, "l-cycles": a.l_cycles,
+        "ffn-hidden-size": a.ffn_hidden_size, "model-type": a.model_type, "h-cycles": a.h_cycles,
+        "l-cycles": a.l_cycles,
         "norm-placement": a.norm_placement, "init-scheme": a.init_scheme, "init-std": a.init_std,
         "norm-epsilon": a.norm_epsilon, "seq-length": t.seq_length,
         "global-batch-size": max(1, t.tokens_per_step // t.seq_length), "lr": t.lr, "min-lr": t.min_lr,

@@ -93,7 +93,7 @@ class PackedBatch:
         return self.labels.t().reshape(-1)[self.label_index]
 
     def in_order(self, orders: Sequence[Sequence[int]]) -> PackedBatch:
-        """Lay the examples of each row in the order `orders[row]`; padding stays last, examples keep their number."""
+        """Lay out the examples of each row in the order `orders[row]`; padding stays last, numbers stay theirs."""
         rows = []
         for pairs, order in zip(self.lengths, orders, strict=True):
             sizes = [p + r for p, r in pairs]

@@ -40,12 +40,11 @@ def deduplicate(store: IndexedExamples, threads: int = 1) -> Deduplicated:
 
     Replaces an earlier list. Nothing is copied.
     """
-    keys = store.example_keys()
-    if keys is None:
+    if store.manifest is None:
         raise ConfigError(f"{store.prefix}: written by an older version, without the keys of its examples; preprocess "
                           "it again to deduplicate")
     kept = np.ones(len(store), bool)
-    for ids in _later_ones(Path(store.prefix), keys, threads):
+    for ids in _later_ones(store, threads):
         kept[ids] = False
     found = Deduplicated(len(store), int(len(store) - kept.sum()))
     write_kept(store, kept, {"examples": found.examples, "duplicates": found.duplicates})
@@ -58,21 +57,23 @@ def check_duckdb() -> None:
         raise ConfigError("--deduplicate needs duckdb, which is not installed; pip install 'hrm-megatron[deduplicate]'")
 
 
-def _later_ones(prefix: Path, keys: np.ndarray, threads: int) -> Iterator[np.ndarray]:
+def _later_ones(store: IndexedExamples, threads: int) -> Iterator[np.ndarray]:
     """Yield ids of examples whose two keys an earlier one has."""
     check_duckdb()
     import duckdb
     import pyarrow
 
-    folder = prefix.with_name(f"{prefix.name}.deduplicate-{uuid.uuid4().hex}")
+    folder = Path(f"{store.prefix}.deduplicate-{uuid.uuid4().hex}")
     try:
         folder.mkdir()
         with duckdb.connect(folder / "keys", config={"memory_limit": MEMORY, "threads": threads,
                                                      "preserve_insertion_order": False,
                                                      "temp_directory": str(folder / "spilled")}) as database:
+            database.execute("SET enable_progress_bar = false")  # it would stand among the lines of the report
             database.execute("CREATE TABLE keys (id UBIGINT, a UBIGINT, b UBIGINT)")
-            for start in range(0, len(keys), BLOCK_EXAMPLES):
-                block = np.asarray(keys[start:start + BLOCK_EXAMPLES])
+            for start in range(0, len(store), BLOCK_EXAMPLES):
+                block = store.example_keys(start, min(start + BLOCK_EXAMPLES, len(store)))
+                assert block is not None
                 ids = np.arange(start, start + len(block), dtype=np.uint64)
                 database.register("block", pyarrow.table({"id": ids, "a": np.ascontiguousarray(block[:, 0]),
                                                           "b": np.ascontiguousarray(block[:, 1])}))

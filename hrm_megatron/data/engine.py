@@ -20,7 +20,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +27,7 @@ import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.characters import UNASSIGNED, Texts
 
 ENGINES = ("auto", "tokenizers", "gigatoken")
 GIGATOKEN = "0.10.0"  # the version whose classes were compared
@@ -35,9 +35,7 @@ _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 SPLIT_PATTERN = _SPLIT % ""  # Qwen's, with single digits
 PATTERNS = (SPLIT_PATTERN, _SPLIT % "{1,3}")  # whose classes were compared
-CODE_POINTS = 0x110000
 CHECKED_UNICODE = 16  # the major version of Unicode up to which the classes agree
-PRIVATE_PLANES = 0xF0000
 BATCH_CHARACTERS = 1 << 18  # spelled by tokenizers at once: it takes some hundred bytes for a token
 CHECKED_TEXTS = 4096  # one in so many of gigatoken's texts is spelled by tokenizers, too
 CHECKED_CHARACTERS = 1 << 14  # of the longest text that is
@@ -187,15 +185,17 @@ class GigatokenEngine:
         """Spell texts in which no token stands."""
         before = self.texts
         self.texts += len(texts)
-        spelled = list(texts)
-        wide = [i for i, text in enumerate(texts) if not text.isascii()]
-        for i in wide:
-            if self._normalizer and not unicodedata.is_normalized("NFC", texts[i]):
-                spelled[i] = self._normalizer.normalize_str(texts[i])
-        refused = [wide[i] for i in unassigned([spelled[i] for i in wide])]
+        texts = Texts.of(texts)
+        spelled = list(texts.utf8)
+        refused = unassigned(texts)
+        if self._normalizer and (others := np.flatnonzero(texts.not_nfc).tolist()):
+            normal = Texts(self._normalizer.normalize_str(texts[i]) for i in others)
+            for i, text in zip(others, normal.utf8, strict=True):
+                spelled[i] = text
+            refused = sorted({*refused}.difference(others).union(others[i] for i in unassigned(normal)))
         self.guarded += len(refused)
         for i in refused:
-            spelled[i] = ""
+            spelled[i] = b""
         encoded = self._trusted(spelled)
         for i in range(-before % CHECKED_TEXTS, len(texts), CHECKED_TEXTS):
             if len(texts[i]) <= CHECKED_CHARACTERS and i not in refused:
@@ -209,8 +209,8 @@ class GigatokenEngine:
             self._memory = resident_bytes()
         return encoded
 
-    def _trusted(self, texts: Sequence[str]) -> Ragged:
-        layout = self._gigatoken.encode_batch(list(texts), parallel=False).layout
+    def _trusted(self, texts: list[bytes]) -> Ragged:
+        layout = self._gigatoken.encode_batch(texts, parallel=False).layout
         ids, ends = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
         return Ragged(ids[ends[0]:ends[-1]].view(np.int32), np.diff(ends))
 
@@ -225,31 +225,16 @@ def _put(encoded: Ragged, places: Sequence[int], rows: Ragged) -> Ragged:
     """Fill in the texts at ascending `places`, which have no ids yet."""
     lengths = encoded.lengths.copy()
     lengths[places] = rows.lengths
-    missing = np.zeros(len(lengths), bool)
-    missing[places] = True
-    ids = np.empty(int(lengths.sum()), np.int32)
-    theirs = np.repeat(missing, lengths)
-    ids[theirs], ids[~theirs] = rows.ids, encoded.ids
-    return Ragged(ids, lengths)
-
-
-@cache
-def _assigned() -> np.ndarray:
-    """Say of every code point whether both libraries are known to take it for the same, [0x110000] bool."""
-    table = np.fromiter((unicodedata.category(chr(code)) not in ("Cn", "Cs") for code in range(CODE_POINTS)), bool,
-                        CODE_POINTS)
-    table[PRIVATE_PLANES:] = False
-    return table
+    between = np.split(encoded.ids, encoded.lengths.cumsum()[places])
+    theirs = np.split(rows.ids, rows.lengths.cumsum()[:-1])
+    return Ragged(np.concatenate([part for pair in zip(between, theirs, strict=False) for part in pair]
+                                 + between[-1:]), lengths)
 
 
 def unassigned(texts: Sequence[str]) -> list[int]:
     """Return which of the texts hold a code point that the guard does not let pass."""
-    codes = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
-    found = np.flatnonzero(~_assigned()[codes])
-    if not len(found):
-        return []
-    ends = np.cumsum([len(text) for text in texts])
-    return [int(i) for i in np.unique(np.searchsorted(ends, found, side="right"))]
+    found: list[int] = np.flatnonzero(Texts.of(texts).kinds & UNASSIGNED).tolist()
+    return found
 
 
 def unsupported(config: dict[str, Any]) -> str | None:

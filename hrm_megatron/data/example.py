@@ -2,17 +2,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.characters import Texts
+from hrm_megatron.data.condition_rules import ConditionRule, condition_by_rule
 from hrm_megatron.data.spelling import TAG_TOKENS, tags_of
 from hrm_megatron.data.text_files import convert_from, shown
 
 FIELDS = ("condition", "instruction", "response")
 MAX_CHARACTERS = 2_000_000  # of one text: a long book has more, no context has
+SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_DECODER = json.JSONDecoder()
 BYTES_PER_CHARACTER = 12  # of JSON at most: \uXXXX twice, for what lies outside the basic plane
 
 
@@ -66,9 +72,9 @@ class RawText:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows spell an example: the names of condition, instruction and response, and the tags of a row without a
-    condition (None: such a row is bad), and how the rows are shaped (row_shapes.SHAPES), or how documents are cut. No
-    text has more than `max_characters`."""
+    """How rows spell an example: the names of condition, instruction and response, the tags of a row without a
+    condition, by rule or else by default (None: such a row is bad), and how the rows are shaped (row_shapes.SHAPES), or
+    how documents are cut. No text has more than `max_characters`."""
 
     keys: tuple[str, ...] = FIELDS
     default_condition: str | None = None
@@ -76,6 +82,7 @@ class RowFormat:
     tags: tuple[str, ...] = tuple(TAG_TOKENS)  # that the tokenizer has
     shape: str = "fields"
     raw: RawText | None = None
+    condition_rules: tuple[ConditionRule, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -99,6 +106,8 @@ class RowFormat:
         if self.raw:
             settings |= {"prefix_fraction": list(self.raw.prefix_fraction), "cut_seed": self.raw.seed,
                          "sentence_model": self.raw.fingerprint, "text_key": self.raw.key}
+        if self.condition_rules:
+            settings["condition_rules"] = [astuple(rule) for rule in self.condition_rules]
         return settings
 
 
@@ -112,14 +121,24 @@ class Example:
     defaulted: bool = field(default=False, compare=False)
 
 
+def texts_of(examples: Iterable[Example]) -> Texts:
+    """Instruction, response, instruction, response, ..."""
+    return Texts(text for example in examples for text in (example.instruction, example.response))
+
+
 def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: str, response: str) -> Example:
-    """Put the condition of a row, or the default, to texts that were taken from it. Raises BadRow."""
+    """Put the condition of a row, or that of a rule or the default, to texts that were taken from it. Raises BadRow."""
     key = rows.keys[0]
-    defaulted = row.get(key) is None and rows.default_condition is not None
-    condition = rows.default_condition if defaulted else text_of(row, key, place, ", or give --default-condition")
+    other = rows.default_condition
+    if rows.condition_rules and row.get(key) is None:
+        by_rule = condition_by_rule(rows.condition_rules, instruction, response)
+        other = rows.default_condition if by_rule is None else by_rule
+    defaulted = row.get(key) is None and other is not None
+    condition = other if defaulted else text_of(row, key, place, ", or give --default-condition")
     example = Example(condition or "", instruction, response, defaulted)
     try:
-        tags_of(example.condition, rows.tags)
+        if example.condition not in rows.tags:  # most have one
+            tags_of(example.condition, rows.tags)
     except ConfigError as error:
         raise BadRow("unknown tag", f"{place}: {error}") from error
     for text in (instruction, response):
@@ -129,10 +148,44 @@ def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: 
     return example
 
 
+class HalfPair(str):
+    """A text of JSON with half a surrogate pair `at` a character. Only an escape makes one: UTF-8 has none, and so none
+    have the other kinds of files."""
+
+    at: int
+
+
+def _with_half_pairs_told(value: Any) -> Any:
+    """Return what was read of JSON with texts that cannot be written as UTF-8 made `HalfPair`."""
+    if isinstance(value, dict):
+        return {key: _with_half_pairs_told(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_half_pairs_told(item) for item in value]
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            told = HalfPair(value)
+            told.at = error.start
+            return told
+    return value
+
+
+def _loads(text: str) -> Any:
+    """json.loads of a text without white space around it, which looks for none."""
+    try:
+        value, end = _DECODER.raw_decode(text)
+    except json.JSONDecodeError:
+        end = -1
+    return value if end == len(text) else json.loads(text)
+
+
 def parse_object(line: bytes, place: str) -> dict[str, Any]:
     """Read one jsonl line, without white space or a byte order mark around it. Raises BadRow."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = _loads(line.decode("utf-8"))
+        if b"\\u" in line and SURROGATE_ESCAPE.search(line):
+            row = _with_half_pairs_told(row)
     except UnicodeDecodeError as error:
         raise BadRow("not UTF-8", f"{place}: not UTF-8 ({error.reason} at byte {error.start} of {shown(line)}); "
                                   f"correct the line, or if the file is of another encoding, {convert_from('LATIN1')}"
@@ -157,11 +210,9 @@ def text_of(row: dict[str, Any], key: str, place: str, or_else: str = "") -> str
         way_out = ("make one text of it" if isinstance(value, list | dict) else "decode it" if isinstance(value, bytes)
                    else "put it in quotes")
         raise BadRow("field is no string", f"{place}: {key}={shown(value)} is not a string; {way_out}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
+    if isinstance(value, HalfPair):
         raise BadRow("invalid Unicode", f"{place}: {key}={shown(value)} has half a surrogate pair at character "
-                                        f"{error.start + 1}; correct the text") from error
+                                        f"{value.at + 1}; correct the text")
     return value
 
 

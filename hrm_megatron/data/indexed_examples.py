@@ -107,20 +107,23 @@ class IndexedExamples:
 
     def lengths(self, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Prefix and target lengths of examples `start` to `stop` - 1, int32 [n] each: of one shard the file itself."""
+        both = _joined([OpenShard(shard).lengths[rows] for shard, rows in self._between(start, stop)])
+        return both[:, 0], both[:, 1]
+
+    def _between(self, start: int, stop: int | None) -> list[tuple[ShardFiles, slice]]:
+        """Say which examples of which shards are the examples `start` to `stop` - 1."""
         stop = len(self) if stop is None else stop
         first = int(np.searchsorted(self._first, start, side="right")) - 1
-        parts = [OpenShard(shard).lengths[max(0, start - begin):stop - begin]
-                 for shard, begin in zip(self._shards[first:], self._first[first:], strict=False) if begin < stop]
-        both = _joined(parts)
-        return both[:, 0], both[:, 1]
+        return [(shard, slice(max(0, start - begin), stop - begin))
+                for shard, begin in zip(self._shards[first:], self._first[first:], strict=False) if begin < stop]
 
     def prompt_keys(self) -> np.ndarray | None:
         """A key [n] of each instruction; None for a dataset of the older form. One shard: the file itself."""
         return self._keys(PROMPT_KEYS)
 
-    def example_keys(self) -> np.ndarray | None:
-        """Two keys [n, 2] of all texts of each example; None for a dataset of the older form."""
-        return self._keys(EXAMPLE_KEYS)
+    def example_keys(self, start: int = 0, stop: int | None = None) -> np.ndarray | None:
+        """Two keys [n, 2] of all texts of examples `start` to `stop` - 1; None for a dataset of the older form."""
+        return self._keys(EXAMPLE_KEYS, start, stop)
 
     def check_tokenizer(self, fingerprint: str) -> None:
         """Refuse a tokenizer other than the one that wrote the ids."""
@@ -138,8 +141,10 @@ class IndexedExamples:
         shards = {shard.name: shard for shard in self.manifest.shards}
         return [*chain.from_iterable(shard.blocks(folder) for shard in shards.values())]
 
-    def _keys(self, part: str) -> np.ndarray | None:
-        return _joined([shard.keys(part) for shard in self._shards]) if self.manifest else None
+    def _keys(self, part: str, start: int = 0, stop: int | None = None) -> np.ndarray | None:
+        if not self.manifest:
+            return None
+        return _joined([shard.keys(part)[rows] for shard, rows in self._between(start, stop)])
 
     def _opened(self, shard: ShardFiles) -> OpenShard:
         if shard not in self._open:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import ConfigError, refuse_beside
+from hrm_megatron.data.condition_rules import read_condition_rules
 from hrm_megatron.data.example import FIELDS, MAX_CHARACTERS, RawText, RowFormat
 from hrm_megatron.data.readers import is_blank, sample_documents, with_shape
 from hrm_megatron.data.readers.documents import SUFFIXES as DOCUMENT_SUFFIXES
@@ -50,6 +51,9 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--default-condition", metavar="TAGS",
                         help="comma-separated tags of rows that have no condition, or '' for none; the reference's "
                              "own is direct (default: such a row is bad)")
+    parser.add_argument("--condition-rules", type=Path, metavar="FILE",
+                        help="YAML list of rules that give rows without a condition their tags, by patterns in their "
+                             "texts; where none fits, --default-condition holds")
     parser.add_argument("--max-characters", type=int, default=MAX_CHARACTERS,
                         help="a row with a longer text is bad (default: %(default)s)")
     parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error",
@@ -63,6 +67,9 @@ def inputs_of(args: argparse.Namespace, tags: Iterable[str] = TAG_TOKENS) -> tup
         raise ConfigError(f"{given[0]} has no effect without --split-sentences")
     paths = find_inputs(args.input, args.split_sentences)
     rows = RowFormat(tuple(args.json_keys), args.default_condition, args.max_characters, tuple(tags))
+    if args.condition_rules:
+        refuse_beside("--condition-rules", {"--split-sentences": args.split_sentences})
+        rows = replace(rows, condition_rules=read_condition_rules(args.condition_rules, tags))
     named_keys = rows.keys[1:] != FIELDS[1:]
     if args.split_sentences:
         if named_keys or args.row_shape != "auto":

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.characters import CONTROL, LOST, PRECOMPOSED, VISIBLE, Texts
 from hrm_megatron.data.example import Example
 
 LINT = ("warn", "error", "off")
@@ -26,11 +26,8 @@ BROKEN_LATEX = tuple(control + rest for control, ends in (
     ("\n", ("abla", "eq ", "eq\\", "eq{", "otin", "earrow", "ewline\\", "ewcommand")),
     ("\r", ("ight)", "ight]", "ight\\", "ight|", "ight.", "angle", "ceil", "floor", "ho ", "ho_", "brace", "vert")),
 ) for rest in ends)
-_BYTES = tuple(part.encode() for part in BROKEN_LATEX)
-_BEGINNINGS = np.array(sorted({int.from_bytes(part[:3], "big") for part in _BYTES}))
-LAST_CONTROL = ord("\r")
-REPLACEMENT_BYTES = "\ufffd".encode()
-INVISIBLE = re.compile(r"[\s\x00-\x1f\x7f\u00ad\u200b-\u200f\u2060\ufeff]*")
+_SECOND = np.array([chr(code) in {part[1] for part in BROKEN_LATEX} for code in range(256)])
+_BEGINNINGS = np.array(sorted({int.from_bytes(part[:3].encode("ascii"), "big") for part in BROKEN_LATEX}))
 CONSTANT_FROM = 8  # so many rows of a source and more with one response between them are suspicious
 LATEX, REPLACEMENT, ECHO, BLANK, TRUNCATED, SPECIAL, DECOMPOSED, COMPOSED = (
     "latex", "replacement", "echo", "blank", "truncated", "special", "decomposed", "composed")
@@ -57,30 +54,23 @@ class Lint:
     first: dict[str, str] = field(default_factory=dict)
     responses: dict[str, tuple[str, int]] = field(default_factory=dict)  # of a source: key of its only one, rows
 
-    def look(self, source: str, placed: Sequence[tuple[str, Example]], special: re.Pattern[str] | None) -> None:
-        """Look at consecutive examples of a source; `special` finds strings of tokens that texts do not become."""
-        texts = [text for _, example in placed for text in (example.instruction, example.response)]
-        joined = "\0".join(texts)
-        data = joined.encode()
-        if parts := broken_latex(data):
+    def look(self, source: str, placed: Sequence[tuple[str, Example]], texts: Texts,
+             special: re.Pattern[str] | None) -> None:
+        """Look at consecutive examples of a source and their `texts_of`; `special` finds strings of tokens that texts
+        do not become."""
+        if parts := broken_latex(texts):
             self._add_texts(LATEX, placed, (any(part in text for part in parts) for text in texts))
-        if REPLACEMENT_BYTES in data:
-            self._add_texts(REPLACEMENT, placed, ("\ufffd" in text for text in texts))
-        if special and special.search(joined):
+        self._add_texts(REPLACEMENT, placed, (texts.kinds & LOST) != 0)
+        if special and special.search(texts.joined):
             self._add_texts(SPECIAL, placed, (bool(special.search(text)) for text in texts))
-        self._add_texts(BLANK, placed, (INVISIBLE.fullmatch(text) is not None for text in texts))
+        self._add_texts(BLANK, placed, (texts.kinds & VISIBLE) == 0)
         for place, example in placed:
             if (len(example.instruction) == len(example.response) and example.instruction == example.response) or \
                     example.instruction.strip() == example.response.strip():
                 self.add(ECHO, place)
-        if not joined.isascii():
-            wide = [not text.isascii() for text in texts]
-            other = [is_wide and not unicodedata.is_normalized("NFC", text)
-                     for text, is_wide in zip(texts, wide, strict=True)]
-            self._add_texts(DECOMPOSED, placed, other)
-            self.counts[COMPOSED] += any(  # whether there are some is all that matters
-                is_wide and not is_other and not unicodedata.is_normalized("NFD", text)
-                for text, is_wide, is_other in zip(texts, wide, other, strict=True))
+        self._add_texts(DECOMPOSED, placed, texts.not_nfc)
+        if (texts.kinds[~texts.not_nfc] & PRECOMPOSED).any():
+            self.counts[COMPOSED] += 1  # whether there are some is all that matters
         if placed:
             only = placed[0][1].response
             same = all(example.response == only for _, example in placed)
@@ -90,10 +80,10 @@ class Lint:
         self.counts[kind] += count
         self.first.setdefault(kind, place)
 
-    def _add_texts(self, kind: str, placed: Sequence[tuple[str, Example]], found: Iterable[bool]) -> None:
-        for i, is_found in enumerate(found):
-            if is_found:
-                self.add(kind, f"{placed[i // 2][0]} ({('instruction', 'response')[i % 2]})")
+    def _add_texts(self, kind: str, placed: Sequence[tuple[str, Example]],
+                   found: np.ndarray | Iterable[bool]) -> None:
+        for i in np.flatnonzero(found if isinstance(found, np.ndarray) else list(found)).tolist():
+            self.add(kind, f"{placed[i // 2][0]} ({('instruction', 'response')[i % 2]})")
 
     def _add_responses(self, source: str, key: str, rows: int) -> None:
         before, count = self.responses.get(source, (key, 0))
@@ -131,14 +121,14 @@ class Lint:
                    {source: (key, rows) for source, (key, rows) in value["responses"].items()})
 
 
-def broken_latex(data: bytes) -> set[str]:
-    """Return those of BROKEN_LATEX that stand in a UTF-8 text."""
-    codes = np.frombuffer(data, np.uint8)
-    at = np.flatnonzero(codes[:-2] <= LAST_CONTROL)
+def broken_latex(texts: Texts) -> set[str]:
+    """Return those of BROKEN_LATEX that stand in the texts."""
+    codes = texts.codes
+    at = np.flatnonzero((texts.kinds_at[:-2] & CONTROL) != 0)
+    at = at[_SECOND[np.minimum(codes[at + 1], 255)]]
     triples = (codes[at].astype(np.int64) << 16) | (codes[at + 1].astype(np.int64) << 8) | codes[at + 2]
     begun = at[np.isin(triples, _BEGINNINGS)].tolist()
-    return {part.decode() for start in begun for part in _BYTES
-            if data.startswith(part, start)} if begun else set()
+    return {part for start in begun for part in BROKEN_LATEX if texts.joined.startswith(part, start)}
 
 
 def _key(text: str) -> str:

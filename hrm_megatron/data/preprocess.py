@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.dataset_folder import DatasetFolder, Task
 from hrm_megatron.data.encoded import Encoded
-from hrm_megatron.data.example import BadRow, Example, RowFormat
+from hrm_megatron.data.example import BadRow, Example, RowFormat, texts_of
 from hrm_megatron.data.incremental import Update, list_inputs, share_of
 from hrm_megatron.data.lint import TRUNCATED
 from hrm_megatron.data.manifest import facts_of
@@ -32,6 +33,8 @@ from hrm_megatron.data.text_keys import TextKeys
 from hrm_megatron.data.tokenizer import TextTokenizer
 
 BATCH_CHARACTERS = 1 << 21  # of text that are spelled at once, more only where one example has more
+WORKERS_PER_READER = 4  # one reader unpacks 150 MB of Parquet a second and more, a worker spells 25
+MAX_READERS = 3  # a row group that is packed tightly takes 256 MB while it is read
 TASKS_PER_WORKER = 4  # queued ahead, so that memory does not grow with the input
 ROWS = RowFormat()
 
@@ -48,26 +51,27 @@ def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, contex
     keys = TextKeys()
     for batch in _batches(read_piece(piece, rows, encoded.noted, sizes)):
         placed = [(place, example) for place, example in batch if isinstance(example, Example)]
-        batch_spelled = spell(tokenizer, [example for _, example in placed], context_size)
+        texts = texts_of(example for _, example in placed)
+        batch_spelled = spell(tokenizer, [example.condition for _, example in placed], texts, context_size)
         spelled.append(batch_spelled)
         encoded.truncated += len(batch_spelled.truncated)
         if lint:
-            encoded.lint.look(str(piece.path), placed, tokenizer.hidden_strings)
+            encoded.lint.look(str(piece.path), placed, texts, tokenizer.hidden_strings)
             for i in batch_spelled.truncated:
                 encoded.lint.add(TRUNCATED, placed[i][0])
-        lengths = zip(batch_spelled.prefix_lengths, batch_spelled.fits, strict=True)
+        lengths = enumerate(zip(batch_spelled.prefix_lengths, batch_spelled.fits, strict=True))
         for place, example in batch:
             if isinstance(example, BadRow):
                 encoded.bad_rows.append(example)
                 continue
-            prefix_length, fits = next(lengths)
+            number, (prefix_length, fits) = next(lengths)
             if not fits:
                 encoded.bad_rows.append(BadRow(
                     "prefix too long", f"{place}: the prefix alone takes {prefix_length} of {context_size} positions; "
                     "shorten it or raise --context-size"))
                 continue
             encoded.defaulted += example.defaulted
-            keys.add(example)
+            keys.add(example.condition, texts, number)
     encoded.ids = np.concatenate([part.ids for part in spelled])
     encoded.lengths = np.concatenate([part.lengths for part in spelled])
     encoded.prompt_keys, encoded.example_keys = keys.arrays()
@@ -94,8 +98,15 @@ _worker_tokenizer: TextTokenizer
 def _start_worker(tokenizer_path: Path, engine: str) -> None:
     global _worker_tokenizer
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker_tokenizer = open_in_worker(tokenizer_path, engine)
+
+
+def open_in_worker(tokenizer_path: Path, engine: str) -> TextTokenizer:
+    """Load the tokenizer of a process that does nothing else."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_tokenizer = TextTokenizer(tokenizer_path, engine)
+    tokenizer = TextTokenizer(tokenizer_path, engine)
+    gc.freeze()  # what is imported stays: to look for garbage in it took a sixth of the time
+    return tokenizer
 
 
 def _end_with_parent() -> None:
@@ -167,7 +178,8 @@ def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: Text
     folder = DatasetFolder(output_prefix, task)
 
     def encode(paths: Sequence[Path]) -> Generator[tuple[Piece, Encoded]]:
-        chunks = chain.from_iterable(pieces(path, chunk_bytes, rows) for path in paths)
+        readers = min(MAX_READERS, -(-workers // WORKERS_PER_READER))
+        chunks = chain.from_iterable(pieces(path, chunk_bytes, rows, readers) for path in paths)
         return encode_all(chunks, tokenizer, workers, rows, context_size, lint != "off")
 
     def look() -> Update:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,8 @@ class Shape:
     examples: Callable[[Row, str, RowFormat, Counter[str]], list[Example]]
     optional: tuple[str, ...] = ()
 
-    def fits(self, names: Iterable[str], rows: RowFormat) -> bool:
-        names = set(names)
-        return all(names.intersection(alternatives) for alternatives in self.fields(rows))
+    def fits(self, names: Container[str], rows: RowFormat) -> bool:
+        return all([any([name in names for name in alternatives]) for alternatives in self.fields(rows)])
 
 
 def _from_fields(row: Row, place: str, rows: RowFormat, noted: Counter[str]) -> list[Example]:
@@ -43,7 +42,7 @@ def _from_alpaca(row: Row, place: str, rows: RowFormat, noted: Counter[str]) -> 
 
 
 SHAPES: Mapping[str, Shape] = {  # in the order in which a row is held against them
-    "fields": Shape(lambda rows: tuple((key,) for key in rows.keys[1:]), _from_fields),
+    "fields": Shape(lambda rows: ((rows.keys[1],), (rows.keys[2],)), _from_fields),
     "messages": Shape(lambda rows: (TURN_LISTS,), chat_examples),
     "alpaca": Shape(lambda rows: (("instruction",), ("output",)), _from_alpaca, ("input",)),
 }

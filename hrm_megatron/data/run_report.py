@@ -57,7 +57,8 @@ class Report:
         for source in self.manifest.sources:
             for kind, left in source.bad_rows.items():
                 first.setdefault(kind, left.first)
-        return [*([f"{self.defaulted} rows have no condition and took the default"] if self.defaulted else []),
+        defaulted = f"{self.defaulted} rows have no condition and took the default, or that of a rule"
+        return [*([defaulted] if self.defaulted else []),
                 *(f"{count} {what}" for what, count in sorted(self.noted.items())),
                 *(f"skipped {self.skipped[kind]}: {kind}, first {first[kind]}" for kind in sorted(first)),
                 *self.lint.lines()]

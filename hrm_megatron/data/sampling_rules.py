@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.rule_file import read_rule_list
 
 LONG_CONTEXT = ("truncate", "drop")
 MIN_RESPONSE_TOKENS = 2  # one of content, and the end token
@@ -73,14 +73,7 @@ def _listed(names: Sequence[str], shown: int = 8) -> str:
 def read_rules(path: str | Path) -> Rules:
     """Read and check a file of rules; ConfigError names the rule, the key and its value."""
     path = Path(path)
-    try:
-        items = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give a file of sampling rules") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}); correct it") from error
-    if not isinstance(items, list) or not items:
-        raise ConfigError(f"{path}: holds {type(items).__name__}, not a list of rules; write one '- prefix: NAME' each")
+    items = read_rule_list(path, "sampling rules", "prefix: NAME")
     rules = tuple(_rule(f"{path}: rule {number}", item) for number, item in enumerate(items, start=1))
     for number, rule in enumerate(rules, start=1):
         if rule.prefix in [earlier.prefix for earlier in rules[:number - 1]]:

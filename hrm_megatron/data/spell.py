@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hrm_megatron.data.example import Example
+from hrm_megatron.data.characters import Texts
 from hrm_megatron.data.tokenizer import TextTokenizer
 
 
@@ -20,10 +20,9 @@ class Spelled(NamedTuple):
     truncated: list[int]  # which examples have a target that was cut, and so no end token
 
 
-def spell(tokenizer: TextTokenizer, examples: Sequence[Example], context_size: int) -> Spelled:
-    """Spell examples, each in at most `context_size` positions."""
-    ids, flat = tokenizer.encode_examples([e.condition for e in examples], [e.instruction for e in examples],
-                                          [e.response for e in examples])
+def spell(tokenizer: TextTokenizer, conditions: Sequence[str], texts: Texts, context_size: int) -> Spelled:
+    """Spell examples of these conditions and `texts_of`, each in at most `context_size` positions."""
+    ids, flat = tokenizer.encode_examples(conditions, texts)
     lengths = flat.reshape(-1, 2)
     room = context_size + 1 - lengths[:, 0]  # the last target token takes no position
     fits = room >= 1

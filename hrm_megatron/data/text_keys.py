@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from unicodedata import normalize
 
 import numpy as np
 
-from hrm_megatron.data.example import Example
+from hrm_megatron.data.characters import Texts
 from hrm_megatron.data.shards import KEY
+
+_LENGTHS = struct.Struct("<3Q")
 
 
 class TextKeys:
@@ -17,10 +20,15 @@ class TextKeys:
         self._prompts: list[bytes] = []
         self._examples: list[bytes] = []
 
-    def add(self, example: Example) -> None:
+    def add(self, condition: str, texts: Texts, number: int) -> None:
+        """Take an example by its number among those of `texts_of`."""
+        at = 2 * number
         # Without a prompt, as at the beginning of a plain document, nothing else tells examples apart.
-        self._prompts.append(prompt_key(example.instruction.strip() or example.response))
-        self._examples.append(example_key(example))
+        prompt = at if texts[at].strip() else at + 1
+        text = texts[prompt]
+        plain = len(text.strip()) == len(text) and not texts.not_nfc[prompt]
+        self._prompts.append(_prompt_key(texts.utf8[prompt]) if plain else prompt_key(text))
+        self._examples.append(example_key(condition.encode(), *texts.utf8[at:at + 2]))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Return a key [n] of each instruction and two [n, 2] of each example."""
@@ -31,14 +39,16 @@ class TextKeys:
 def prompt_key(instruction: str) -> bytes:
     """Return 8 bytes that are the same for texts which differ in white space around them or in normalization: the
     first of BLAKE2b of the NFC text."""
-    return hashlib.blake2b(normalize("NFC", instruction.strip()).encode()).digest()[:KEY.itemsize]
+    return _prompt_key(normalize("NFC", instruction.strip()).encode())
 
 
-def example_key(example: Example) -> bytes:
-    """Return 16 bytes that are the same only where all texts of the example are."""
-    hashed = hashlib.blake2b(digest_size=2 * KEY.itemsize)
-    for text in (example.condition, example.instruction, example.response):
-        data = text.encode()
-        hashed.update(len(data).to_bytes(8, "little"))  # ("ab", "c") is not ("a", "bc")
-        hashed.update(data)
-    return hashed.digest()
+def _prompt_key(utf8: bytes) -> bytes:
+    return hashlib.blake2b(utf8).digest()[:KEY.itemsize]
+
+
+def example_key(condition: bytes, instruction: bytes, response: bytes) -> bytes:
+    """Return 16 bytes that are the same only where all texts of the example are, given in UTF-8."""
+    # ("ab", "c") is not ("a", "bc")
+    lengths = _LENGTHS.pack(len(condition), len(instruction), len(response))
+    return hashlib.blake2b(b"".join((lengths[:8], condition, lengths[8:16], instruction, lengths[16:], response)),
+                           digest_size=2 * KEY.itemsize).digest()

@@ -169,12 +169,11 @@ class TextTokenizer:
             token["special"] = special[token["id"]]
         return Tokenizer.from_str(json.dumps(config))
 
-    def encode_examples(self, conditions: Sequence[str], instructions: Sequence[str],
-                        responses: Sequence[str]) -> Ragged:
-        """Spell examples as prefix, target, prefix, target, ...: boq, one token per tag in order, instruction, eoq;
-        response, eoa."""
-        heads = [self._head(condition) for condition in conditions]
-        texts = [text for pair in zip(instructions, responses, strict=True) for text in pair]
+    def encode_examples(self, conditions: Sequence[str], texts: Sequence[str]) -> Ragged:
+        """Spell examples, whose texts are instruction, response, instruction, ..., as prefix, target, prefix, ...: boq,
+        one token per tag in order, instruction, eoq; response, eoa."""
+        head_of = {condition: self._head(condition) for condition in set(conditions)}
+        heads = [head_of[condition] for condition in conditions]
         spelled = self.engine.encode(texts)
         before = np.zeros(len(texts), np.int64)
         before[::2] = [len(head) for head in heads]
@@ -196,7 +195,8 @@ class TextTokenizer:
 
     def encode_prefixes(self, conditions: Sequence[str], instructions: Sequence[str]) -> list[list[int]]:
         """Spell prefixes: boq, one token per tag in order, the instruction, eoq."""
-        return self.encode_examples(conditions, instructions, [""] * len(instructions)).rows()[::2]
+        texts = [text for instruction in instructions for text in (instruction, "")]
+        return self.encode_examples(conditions, texts).rows()[::2]
 
     def encode_responses(self, responses: Sequence[str]) -> list[list[int]]:
         """Spell targets: the response, eoa."""

@@ -28,7 +28,7 @@ def next_token_logits(model: HRMModel, prompts: Sequence[Sequence[int]],
     examples = [(np.asarray(p), np.asarray([*a, *pad])) for p, a in zip(prompts, answers, strict=True)]
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
     row = assemble_row(examples, sum(lengths))
-    device = model.zL_init.device
+    device = model.output_layer.weight.device
     batch = PackedBatch.from_rows({name: tensor[None] for name, tensor in row.items()}).to(device)
     last = torch.tensor(np.cumsum(lengths) - 1, device=device)
     return model.logits_at(model.states(batch), last)

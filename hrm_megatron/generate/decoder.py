@@ -1,19 +1,24 @@
 """The forward pass of generation: the same function as HRMModel, with a cache and without what training needs."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 
 from hrm_megatron.generate.attention import Gathered, Paged, Prefill
-from hrm_megatron.generate.cache import CacheSize, PagedCache
+from hrm_megatron.generate.cache import RESERVE_BYTES, CacheSize, PagedCache
 from hrm_megatron.generate.cpu import Loops
 from hrm_megatron.generate.weights import LayerWeights, Weights
 from hrm_megatron.layers.functions import normalize, swiglu
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.recurrence import summed
+from hrm_megatron.model.schedule import ticks_of
+
+log = logging.getLogger(__name__)
 
 Attention = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -27,14 +32,24 @@ class Decoder:
         a = weights.architecture
         self.architecture = a = replace(a, h_cycles=h_cycles or a.h_cycles, l_cycles=l_cycles or a.l_cycles)
         self.weights, self.context_tokens = weights, context_tokens
-        self.ticks = [tick.stack for tick in unroll(a.h_cycles, a.l_cycles)]
+        self.ticks = ticks_of(a)
         self.placements = {"H": a.h_norm_placement or a.norm_placement, "L": a.norm_placement}
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.loops = Loops(context_tokens, a.head_dim, a.rope_theta) if self.device.type == "cpu" else None
 
     @property
     def vocab_size(self) -> int:
-        return self.weights.head.shape[1]
+        return self.weights.head.columns
+
+    def prepare(self, rows: int, cache_bytes: int) -> None:
+        """Lay the weights out for `rows` answers at once if that and a cache of `cache_bytes` fit into free memory."""
+        more, free = sum(matrix.more_bytes(rows) for matrix in self.weights.matrices), psutil.virtual_memory().available
+        if more and more + cache_bytes + RESERVE_BYTES > free:
+            log.warning("weights stay in one layout, which is slower: a second one for %d answers at once takes %.2f "
+                        "GB, and beside the cache %.2f GB are free", rows, more / 1e9, (free - cache_bytes) / 1e9)
+            return
+        for matrix in self.weights.matrices:
+            matrix.prepare(rows)
 
     def cache_size(self, blocks: int) -> CacheSize:
         """Sizes of a cache for this model."""
@@ -70,16 +85,19 @@ class Decoder:
         return self._logits(self._states(tokens, attend)[torch.as_tensor(places, device=self.device)])
 
     def _logits(self, z_h: torch.Tensor) -> torch.Tensor:
-        return (z_h @ self.weights.head).float()
+        return self.weights.head(z_h).float()
 
     def _states(self, tokens: np.ndarray, attend: Attention) -> torch.Tensor:
-        """Run all ticks over tokens [n] and return z_H [n, h]."""
+        """Run all ticks over tokens [n] and return the last state [n, h]."""
         x = F.embedding(torch.as_tensor(tokens, device=self.device), self.weights.embedding)
         x = x * self.architecture.embedding_scale
-        states = {"H": x, "L": self.weights.z_l.expand_as(x)}
-        for number, stack in enumerate(self.ticks):
-            states[stack] = self._stack(stack, states["L"] + states["H"], number * self.architecture.num_layers, attend)
-        return states["H"]
+        states = {"H": x}
+        if self.weights.z_l is not None:
+            states["L"] = self.weights.z_l.expand_as(x)
+        for number, tick in enumerate(self.ticks):
+            inputs = summed(states, tick.reads)
+            x = states[tick.writes] = self._stack(tick.stack, inputs, number * self.architecture.num_layers, attend)
+        return x
 
     def _stack(self, stack: str, x: torch.Tensor, first_slot: int, attend: Attention) -> torch.Tensor:
         pre = self.placements[stack] == "pre"
@@ -95,9 +113,9 @@ class Decoder:
         return self.loops.swiglu(x) if self.loops else swiglu(x)
 
     def _pre_norm_layer(self, w: LayerWeights, x: torch.Tensor, slot: int, attend: Attention) -> torch.Tensor:
-        x = torch.addmm(x, attend(slot, self._norm(x) @ w.gqkv), w.attention_out)
-        return torch.addmm(x, self._swiglu(self._norm(x) @ w.gate_up), w.mlp_out)
+        x = w.attention_out(attend(slot, w.gqkv(self._norm(x))), x)
+        return w.mlp_out(self._swiglu(w.gate_up(self._norm(x))), x)
 
     def _post_norm_layer(self, w: LayerWeights, x: torch.Tensor, slot: int, attend: Attention) -> torch.Tensor:
-        x = self._norm(torch.addmm(x, attend(slot, x @ w.gqkv), w.attention_out))
-        return self._norm(torch.addmm(x, self._swiglu(x @ w.gate_up), w.mlp_out))
+        x = self._norm(w.attention_out(attend(slot, w.gqkv(x)), x))
+        return self._norm(w.mlp_out(self._swiglu(w.gate_up(x)), x))

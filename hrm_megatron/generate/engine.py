@@ -98,6 +98,7 @@ class Engine:
         self.waiting: deque[_Waiting] = deque()
         self.running: list[_Running] = []
         self._promised, self._submitted = 0, 0
+        decoder.prepare(max_rows, cache.size.bytes)
 
     @property
     def idle(self) -> bool:

@@ -1,4 +1,4 @@
-"""The Hierarchical Reasoning Model for text: two transformer stacks applied in turn, then one head."""
+"""The Hierarchical Reasoning Model for text, and its baselines: transformer stacks applied in turn, then one head."""
 from __future__ import annotations
 
 import copy
@@ -19,7 +19,7 @@ from hrm_megatron.layers.offload import keep_on_device, offloaded
 from hrm_megatron.model.head import LabelHead
 from hrm_megatron.model.initialize import draw, initialize
 from hrm_megatron.model.recurrence import Recorder, Stack, recomputed, run_ticks
-from hrm_megatron.model.schedule import Tick, unroll
+from hrm_megatron.model.schedule import Tick, ticks_of
 from hrm_megatron.model.specs import linear_layers, stack_spec
 from hrm_megatron.parallel.context import context_spans
 from hrm_megatron.transformer_config import HRMConfig
@@ -29,7 +29,8 @@ EMBEDDING_WEIGHT = "embedding.word_embeddings.weight"
 
 
 class HRMModel(LanguageModule):  # type: ignore[misc]
-    """HRM-Text on Megatron-Core (arXiv 2605.20613); `config.num_layers` counts layers per stack.
+    """HRM-Text on Megatron-Core (arXiv 2605.20613), or another entry of MODEL_TYPES by `config.arch.model_type`;
+    `config.num_layers` counts layers per stack.
 
     `pre_process` builds the embedding and z_L's start, `post_process` the exit norms and the head. Weights
     are drawn from `seed` and their names, so that every parallel layout begins with the same model.
@@ -48,13 +49,15 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
                 tp_group=self.tp_group)
             weight = self.embedding.word_embeddings.weight
             # bf16 in every run, never trained, the same on all ranks (HRM-Text, zL_init).
-            self.register_buffer("zL_init", torch.empty(arch.hidden_size, dtype=torch.bfloat16, device=weight.device))
+            if arch.kind.starts_from_z_l:
+                self.register_buffer("zL_init", torch.empty(arch.hidden_size, dtype=torch.bfloat16,
+                                                            device=weight.device))
         # Virtual chunks are ticks here: each runs all of the stage's layers of its stack.
         block_config = copy.copy(config)
         block_config.virtual_pipeline_model_parallel_size = None
         block_config.cpu_offloading = False  # else each would make the one context that does not do, see offload.py
         placements = {"H": arch.h_norm_placement or arch.norm_placement, "L": arch.norm_placement}
-        for stack, name in STACKS.items():
+        for stack, name in ((stack, STACKS[stack]) for stack in arch.kind.stacks):
             # pre_process=True on every stage: the input of a tick is an argument, never `input_tensor`.
             self.add_module(name, TransformerBlock(
                 block_config, stack_spec(block_config, placements[stack], backend), pre_process=True,
@@ -68,7 +71,7 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
                                           init_method=config.init_method, tp_group=self.tp_group)
         self.setup_embeddings_and_output_layer()
         initialize(self.named_global_parameters(), arch, seed, self.tp_group.rank(), self.tp_group.size())
-        if pre_process:
+        if pre_process and arch.kind.starts_from_z_l:
             self.zL_init.copy_(draw(seed, "zL_init", self.zL_init.shape))
 
     def named_global_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -85,7 +88,7 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
 
     def states(self, batch: PackedBatch, bp_steps: int | None = None, record: Recorder | None = None,
                sequences: PrefixSequences | None = None) -> torch.Tensor:
-        """Run all ticks and return z_H, [s/tp under SP, b, h]; the last `bp_steps` ticks build a graph (None: all)."""
+        """Run all ticks and return the last state, [s/tp under SP, b, h]; `bp_steps` ticks build a graph."""
         x = self.embed(batch)
         if record:
             record("embedding_out", x)
@@ -95,8 +98,7 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
 
     def ticks(self, bp_steps: int | None) -> list[Tick]:
         """List the ticks of one forward pass."""
-        arch = self.config.arch
-        return unroll(arch.h_cycles, arch.l_cycles, bp_steps, self.config.recompute_ticks)
+        return ticks_of(self.config.arch, bp_steps, self.config.recompute_ticks)
 
     def stack_of(self, sequences: PrefixSequences | None, tick: Tick) -> Stack:
         """Return the stack that runs at `tick`, as a function of its input."""
@@ -111,8 +113,10 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
         x: torch.Tensor = self.embedding(batch.tokens, batch.position_ids)
         return x * self.config.arch.embedding_scale
 
-    def first_z_l(self, like: torch.Tensor) -> torch.Tensor:
-        """Return the first z_L, the same at every position."""
+    def first_z_l(self, like: torch.Tensor) -> torch.Tensor | None:
+        """Return the first z_L, the same at every position; None where no tick reads it."""
+        if not self.config.arch.kind.starts_from_z_l:
+            return None
         return self.zL_init.to(like.dtype).expand_as(like)
 
     def sequences(self, batch: PackedBatch) -> PrefixSequences:

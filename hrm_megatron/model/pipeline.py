@@ -18,8 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from hrm_megatron.attention.prefix_lm import PrefixSequences
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
-from hrm_megatron.model.recurrence import Stack
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.recurrence import Stack, summed
+from hrm_megatron.model.schedule import Tick, ticks_of
 from hrm_megatron.transformer_config import HRMConfig
 
 
@@ -54,19 +54,19 @@ class Enter(torch.autograd.Function):
 
 
 class PipelinedHRM(HRMModel):
-    """One stage of an HRM, which is also the chunk of tick 0."""
+    """One stage of a recurrence, which is also the chunk of tick 0."""
 
     def __init__(self, config: HRMConfig, seed: int, first_stage: bool, last_stage: bool,
                  pg_collection: Any = None) -> None:
         super().__init__(config, seed, pre_process=first_stage, post_process=last_stage, pg_collection=pg_collection)
         self.first_stage, self.last_stage = first_stage, last_stage
-        self.num_ticks = len(unroll(config.arch.h_cycles, config.arch.l_cycles))
+        self.num_ticks = len(ticks_of(config.arch))
         self.parked: list[deque[torch.Tensor | None]] = [deque() for _ in range(self.num_ticks)]
         # Where the step has two phases: the first tick of the second, and what waits for the states that the first
         # phase ends with.
         self.second_phase, self.handed = 0, deque[Callable[[], torch.Tensor]]()
         # Megatron asks the chunk, not the stage, for its part in the whole.
-        self.post_process = False
+        self.post_process = last_stage and self.num_ticks == 1
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take what arrived from the stage before (or from the last one)."""
@@ -74,7 +74,7 @@ class PipelinedHRM(HRMModel):
 
     def forward(self, batch: PackedBatch, bp_steps: int | None = None,
                 sequences: PrefixSequences | None = None) -> torch.Tensor:
-        """Run this stage's part of tick 0: [s/tp under SP, b, h]."""
+        """Run this stage's part of tick 0: [s/tp under SP, b, h], or scores [2, n] where that is all."""
         received, self.received = self.received, None  # not kept until the next visit
         return self.run_tick(0, received, batch, bp_steps, sequences)
 
@@ -83,7 +83,7 @@ class PipelinedHRM(HRMModel):
         """Run this stage's layers of one tick; the last stage turns the last tick into scores [2, n]."""
         ticks = self.ticks(bp_steps)
         tick = ticks[index]
-        x = self._enter([each.stack for each in ticks], index, received, batch) if self.first_stage else received
+        x = self._enter(ticks, index, received, batch) if self.first_stage else received
         assert x is not None
         if tick.with_grad and (self.config.recompute_granularity or tick.recompute) and not x.requires_grad:
             x.requires_grad_(torch.is_grad_enabled())  # else reentrant recomputation gives the weights no gradient
@@ -91,8 +91,9 @@ class PipelinedHRM(HRMModel):
         out: torch.Tensor = stack(x) if tick.with_grad else NoGradTick.apply(x, stack)
         return self.scores(out, batch) if self.last_stage and index == self.num_ticks - 1 else out
 
-    def _enter(self, stacks: list[str], index: int, received: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:
+    def _enter(self, ticks: list[Tick], index: int, received: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:
         """Return the input of a tick, and park the state that it does not replace for the next."""
+        replaced = "".join(tick.writes for tick in ticks)
         begins = index in (0, self.second_phase)  # nothing before it is in this graph
         z_h = z_l = None
         if index:
@@ -101,18 +102,18 @@ class PipelinedHRM(HRMModel):
                 received, kept = self.handed.popleft()(), None if kept is None else kept.detach()
             # `received` is a leaf: later ticks add to the .grad of it that the schedule sends back after this chunk's
             # own backward.
-            z_h, z_l = (received, kept) if stacks[index - 1] == "H" else (kept, received)
+            z_h, z_l = (received, kept) if replaced[index - 1] == "H" else (kept, received)
         entering = z_h
-        if begins and "H" not in stacks[:index]:  # z_H is the embedding still
+        if begins and "H" not in replaced[:index]:  # z_H is the embedding still
             embedded = self.embed(batch)
             z_h = embedded.detach().requires_grad_(torch.is_grad_enabled())
             z_l = self.first_z_l(embedded) if z_l is None else z_l
             entering = Enter.apply(embedded, z_h)
-        assert entering is not None and z_h is not None and z_l is not None
         if index < self.num_ticks - 1:
-            embedded_again = index + 1 == self.second_phase and "H" not in stacks[:index + 1]
-            self.parked[index].append(None if embedded_again else z_l if stacks[index] == "H" else z_h)
-        return entering + z_l
+            embedded_again = index + 1 == self.second_phase and "H" not in replaced[:index + 1]
+            self.parked[index].append(None if embedded_again else z_l if replaced[index] == "H" else z_h)
+        states = {name: state for name, state in (("H", entering), ("L", z_l)) if state is not None}
+        return summed(states, ticks[index].reads)
 
 
 class TickChunk(MegatronModule):  # type: ignore[misc]

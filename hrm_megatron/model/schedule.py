@@ -4,15 +4,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.model_types import HRM, MODEL_TYPES, ModelType
 
 
 class Tick(NamedTuple):
-    """One application of a stack."""
+    """One application of a stack: state `writes` becomes stack(sum of the states that it `reads`)."""
 
     stack: str  # "H" (slow) or "L" (fast)
     with_grad: bool
     recompute: bool = False  # keeps only its input and is recomputed in backward
+    reads: str = "LH"
+    writes: str = "H"
 
 
 def split_bp_steps(h_cycles: int, l_cycles: int, bp_steps: int) -> tuple[int, int]:
@@ -29,28 +32,54 @@ def split_bp_steps(h_cycles: int, l_cycles: int, bp_steps: int) -> tuple[int, in
     return h_bp, l_bp
 
 
-def trains_embedding(h_cycles: int, bp_steps: int) -> bool:
-    """Tell whether a gradient reaches the embedding: only through a graph over all H ticks."""
-    return bp_steps > h_cycles
+def gradient_ticks(kind: ModelType, h_cycles: int, l_cycles: int, bp_steps: int | None) -> tuple[int, int]:
+    """Count the gradient ticks among the outer and among the inner ones, the last of each; `bp_steps` None: all."""
+    if kind.inner and kind.outer:
+        return split_bp_steps(h_cycles, l_cycles, h_cycles * (l_cycles + 1) if bp_steps is None else bp_steps)
+    total = h_cycles * l_cycles if kind.inner else h_cycles
+    count = total if bp_steps is None else bp_steps
+    if not 1 <= count <= total:
+        raise ConfigError(f"{bp_steps=} does not fit {h_cycles=}, {l_cycles=} of a {kind.title}: choose "
+                          f"{f'1 to {total}' if total > 1 else 1}")
+    return (0, count) if kind.inner else (count, 0)
+
+
+def trains_embedding(ticks: Sequence[Tick]) -> bool:
+    """Tell whether a gradient reaches the embedding, with which z_H begins: in an HRM only through a graph over all H
+    ticks."""
+    reached = {"H": True, "L": False}
+    for tick in ticks:
+        reached[tick.writes] = tick.with_grad and any(reached[state] for state in tick.reads)
+    return reached[ticks[-1].writes]
 
 
 def states_between(ticks: Sequence[Tick], first: int) -> int:
-    """Count the states from which a pass goes on at tick `first`: z_L and, once an H tick has run, z_H, which before
+    """Count the states from which a pass goes on at tick `first`: z_L and, once it has been replaced, z_H, which before
     is the embedding of the tokens."""
-    return 1 + any(tick.stack == "H" for tick in ticks[:first])
+    return 1 + any(tick.writes == "H" for tick in ticks[:first])
 
 
-def unroll(h_cycles: int, l_cycles: int, bp_steps: int | None = None, recompute_ticks: int = 0) -> list[Tick]:
-    """List the ticks of one forward pass, L before H in each cycle; `bp_steps` None: all build a graph.
+def unroll(h_cycles: int, l_cycles: int, bp_steps: int | None = None, recompute_ticks: int = 0,
+           model_type: str = HRM) -> list[Tick]:
+    """List the ticks of one forward pass, L before H in each cycle of an HRM; `bp_steps` None: all build a graph.
 
     The first `recompute_ticks` of those with a graph keep only their input: it is their graphs that live longest.
     """
-    total_l = h_cycles * l_cycles
-    h_bp, l_bp = split_bp_steps(h_cycles, l_cycles, h_cycles + total_l if bp_steps is None else bp_steps)
+    kind = MODEL_TYPES[model_type]
+    inner, outer = [kind.inner] * l_cycles if kind.inner else [], [kind.outer] if kind.outer else []
+    applications = [*inner, *outer] * h_cycles
+    outer_bp, inner_bp = gradient_ticks(kind, h_cycles, l_cycles, bp_steps)
+    left = {"outer": len(outer) * h_cycles, "inner": len(inner) * h_cycles}
     ticks = []
-    for cycle in range(h_cycles):
-        first_l = cycle * l_cycles
-        ticks += [Tick("L", i >= total_l - l_bp) for i in range(first_l, first_l + l_cycles)]
-        ticks.append(Tick("H", cycle >= h_cycles - h_bp))
+    for place, application in enumerate(applications):
+        part, graphs = ("outer", outer_bp) if place % (len(inner) + len(outer)) >= len(inner) else ("inner", inner_bp)
+        assert application
+        ticks.append(Tick(application.stack, left[part] <= graphs, False, application.reads, application.writes))
+        left[part] -= 1
     recomputed = [number for number, tick in enumerate(ticks) if tick.with_grad][:recompute_ticks]
     return [tick._replace(recompute=number in recomputed) for number, tick in enumerate(ticks)]
+
+
+def ticks_of(architecture: Architecture, bp_steps: int | None = None, recompute_ticks: int = 0) -> list[Tick]:
+    """List the ticks of one forward pass of this architecture, see `unroll`."""
+    return unroll(architecture.h_cycles, architecture.l_cycles, bp_steps, recompute_ticks, architecture.model_type)

@@ -53,8 +53,8 @@ class BPSchedule:
     total_steps: int
 
     def __post_init__(self) -> None:
-        if not 2 <= self.min_steps <= self.max_steps:
-            raise ConfigError(f"bp_min_steps={self.min_steps}, bp_max_steps={self.max_steps}: need 2 <= min <= max")
+        if not 1 <= self.min_steps <= self.max_steps:
+            raise ConfigError(f"bp_min_steps={self.min_steps}, bp_max_steps={self.max_steps}: need 1 <= min <= max")
         if not 0 <= self.warmup_fraction <= 1:
             raise ConfigError(f"bp_warmup_fraction={self.warmup_fraction} must lie between 0 and 1")
 

@@ -9,7 +9,7 @@ def head_in_layers(architecture: Architecture, ticks_with_gradient: int) -> floa
 
     A stage's n layers run at every tick of their stack, and twice more in the backward of those with gradient.
     """
-    ticks = architecture.h_cycles * (architecture.l_cycles + 1)
+    ticks = architecture.num_ticks
     head = architecture.padded_vocab_size * architecture.hidden_size
     return 3 * head / ((ticks + 2 * ticks_with_gradient) * architecture.layer_parameters)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hrm_megatron.config import Architecture, ConfigError, ffn_hidden_size
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.planner.layout import Layout
 from hrm_megatron.planner.machines import Cluster, Speeds
 from hrm_megatron.planner.memory import Memory, Saving, memory_of_stages
@@ -108,7 +108,7 @@ def work_of(case: Case, itemsize: int) -> list[float]:
     """Work of a step: FLOPs of matmuls and attention, bytes of element-wise work and of the update, calls of layers."""
     architecture, layout = case.architecture, case.layout
     tick = tick_work(architecture, layout, case.num_layers, itemsize, case.example)
-    ticks = unroll(architecture.h_cycles, architecture.l_cycles, case.bp_steps)
+    ticks = ticks_of(architecture, case.bp_steps)
     passes = len(ticks) + 2 * case.bp_steps
     head = head_flops(architecture, layout, case.saving(itemsize, True).labels)
     return [passes * tick.matmul + head, passes * tick.attention, passes * tick.traffic,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from hrm_megatron.config import Architecture
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.schedule import ticks_of
 
 
 def score_elements(lengths: Iterable[tuple[int, int]]) -> int:
@@ -22,7 +22,7 @@ def training_flops(architecture: Architecture, bp_steps: int, tokens: int, label
     arXiv 2204.02311, appendix B).
     """
     h = architecture.hidden_size
-    ticks = unroll(architecture.h_cycles, architecture.l_cycles, bp_steps)
+    ticks = ticks_of(architecture, bp_steps)
     passes = sum(3 if tick.with_grad else 1 for tick in ticks) * architecture.num_layers
     stacks = passes * (2 * architecture.layer_parameters * tokens + 4 * h * scores)
     return stacks + 3 * 2 * h * architecture.padded_vocab_size * labels

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hrm_megatron.config import Architecture, ConfigError
-from hrm_megatron.model.schedule import states_between, unroll
+from hrm_megatron.model.schedule import states_between, ticks_of
 from hrm_megatron.parallel.simulate import AUTO, Estimate, second_phase, stock, two_phase
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
 
@@ -118,7 +118,7 @@ def cut_layers(architecture: Architecture, stages: int, most_bp_steps: int) -> l
 def stage_parameters(architecture: Architecture, layers: Sequence[int]) -> list[int]:
     """Count the weights of each pipeline stage, over all its tensor parallel ranks."""
     table = architecture.padded_vocab_size * architecture.hidden_size  # embedding on the first, head on the last
-    counts = [2 * architecture.layer_parameters * n for n in layers]
+    counts = [len(architecture.kind.stacks) * architecture.layer_parameters * n for n in layers]
     counts[0] += table
     counts[-1] += table
     return counts
@@ -166,10 +166,10 @@ class PipelinePlan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_pipeline(h_cycles: int, l_cycles: int, bp_steps: int, microbatches: int, stages: int, schedule: str = AUTO,
+def plan_pipeline(architecture: Architecture, bp_steps: int, microbatches: int, stages: int, schedule: str = AUTO,
                   window: int | None = None) -> PipelinePlan:
     """Simulate the schedule that a step with so many gradient ticks runs."""
-    ticks = unroll(h_cycles, l_cycles, bp_steps)
+    ticks = ticks_of(architecture, bp_steps)
     with_grad = [tick.with_grad for tick in ticks]
     if first := second_phase(schedule, with_grad, microbatches, stages, window):
         windows = microbatch_windows(microbatches, stages, window)

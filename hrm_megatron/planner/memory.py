@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hrm_megatron.config import Architecture
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.planner.layout import Layout, PipelinePlan, stage_parameters, weight_bytes
 
 BF16, FP32 = 2, 4  # bytes of a number
@@ -146,7 +146,7 @@ def activations_by_tick(architecture: Architecture, layout: Layout, layers: int,
         if not layout.sequence_parallel:  # both norms and the sum behind attention are whole on every rank
             layer = (layer - 3) / layout.tensor + 3
     built = (layer * layers + 1) * state  # and the norm behind the stack, or its input
-    ticks = unroll(architecture.h_cycles, architecture.l_cycles, saving.bp_steps, saving.recompute_ticks)
+    ticks = ticks_of(architecture, saving.bp_steps, saving.recompute_ticks)
     copies = plan.estimate.live_graphs / saving.bp_steps if plan else 1.0
     kept = {f"{tick.stack}{number}": copies * (state if tick.recompute else built)
             for number, tick in enumerate(ticks) if tick.with_grad}

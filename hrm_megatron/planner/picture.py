@@ -10,7 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.config import Architecture
+from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.parallel.simulate import Estimate
 from hrm_megatron.planner.search import FILLED, Plan, Question
 
@@ -52,7 +53,7 @@ def draw_memory(axes: Axes, question: Question, plans: Sequence[Plan]) -> None:
     axes.legend(fontsize=6, ncols=5, loc="upper center", bbox_to_anchor=(0.4, -0.22))
 
 
-def draw_step(axes: Axes, plan: Plan, h_cycles: int, l_cycles: int) -> None:
+def draw_step(axes: Axes, plan: Plan, architecture: Architecture) -> None:
     """Draw the schedule of the longest step, or where there is no pipeline the parts of its time."""
     if plan.pipeline is None:
         left = 0.0
@@ -64,7 +65,7 @@ def draw_step(axes: Axes, plan: Plan, h_cycles: int, l_cycles: int) -> None:
         axes.set_xlabel("seconds, predicted", fontsize=8)
         axes.legend(fontsize=6, ncols=5, loc="upper right")
         return
-    with_grad = [tick.with_grad for tick in unroll(h_cycles, l_cycles, plan.saving.bp_steps)]
+    with_grad = [tick.with_grad for tick in ticks_of(architecture, plan.saving.bp_steps)]
     phases = "two phases" if plan.pipeline.first else "one phase"
     draw_schedule(axes, f"{plan.name}: {phases}", plan.pipeline.estimate, with_grad)
     axes.set_xlabel(f"time, in forwards of a tick on a stage; bp {plan.saving.bp_steps}, {plan.layout.microbatches} "
@@ -76,6 +77,6 @@ def draw(question: Question, plans: Sequence[Plan], title: str, output: Path) ->
     figure, (above, below) = plt.subplots(2, 1, figsize=(14, 7), layout="constrained")
     figure.suptitle(title, fontsize=10)
     draw_memory(above, question, plans)
-    draw_step(below, plans[0], question.architecture.h_cycles, question.architecture.l_cycles)
+    draw_step(below, plans[0], question.architecture)
     figure.savefig(output, dpi=110)
     plt.close(figure)

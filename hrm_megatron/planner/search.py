@@ -199,7 +199,7 @@ def _pipeline(question: Question, layout: Layout, bp_steps: int) -> PipelinePlan
     if layout.pipeline == 1:
         return None
     a = question.architecture
-    return plan_pipeline(a.h_cycles, a.l_cycles, bp_steps, layout.microbatches, layout.pipeline)
+    return plan_pipeline(a, bp_steps, layout.microbatches, layout.pipeline)
 
 
 def _whole_run(question: Question, plan: Plan, counts: dict[int, int]) -> Plan:

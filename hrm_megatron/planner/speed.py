@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hrm_megatron.config import Architecture
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.planner.flops import score_elements, training_flops
 from hrm_megatron.planner.layout import Layout, PipelinePlan, stage_parameters
 from hrm_megatron.planner.machines import Cluster, Speeds
@@ -87,7 +87,7 @@ def predict_step(architecture: Architecture, layout: Layout, layers: Sequence[in
     """Predict one step. Nothing is assumed to overlap but the messages of a pipeline, whose latency the simulation has;
     a pipeline is as fast as its slowest stage, which waits for the share of time that the simulation says."""
     speeds = cluster.speeds
-    ticks = unroll(architecture.h_cycles, architecture.l_cycles, saving.bp_steps, saving.recompute_ticks)
+    ticks = ticks_of(architecture, saving.bp_steps, saving.recompute_ticks)
     gradients = sum(tick.with_grad for tick in ticks)
     again = sum(tick.recompute for tick in ticks)
     labels = (example[1] + 1) / sum(example)

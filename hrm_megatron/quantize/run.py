@@ -12,7 +12,7 @@ import torch
 from hrm_megatron.config import PRESETS, Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
 from hrm_megatron.convert.comparison import Loaded, compare
-from hrm_megatron.convert.hf import CONFIG_FILE, DTYPES, write_hf
+from hrm_megatron.convert.hf import CONFIG_FILE, DTYPES, refuse_others, write_hf
 from hrm_megatron.convert.hf_files import read_json
 from hrm_megatron.convert.ledger import Ledger, progress
 from hrm_megatron.convert.low_bit import LowBit, Scheme
@@ -78,8 +78,7 @@ def quantize(job: Job, say: Say = lambda line: None) -> list[str]:
     with opened(job.load, job.ckpt_step, job.verify_checkpoint) as checkpoint:
         kind = weights_kind(checkpoint, job.weights)
         job.quantization.check(table(checkpoint.architecture))
-        if "post" in (checkpoint.architecture.norm_placement, checkpoint.architecture.h_norm_placement):
-            raise ConfigError(f"{checkpoint.path}: post-norm layers, which transformers' HrmText does not have")
+        refuse_others(checkpoint, "transformers' HrmText")
         work = Work(job, checkpoint, kind, say)
         if job.save is None:
             return work.compared()

@@ -4,8 +4,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,13 +26,16 @@ from hrm_megatron.config import (
     refuse_beside,
 )
 from hrm_megatron.data.plan import PLAN_VERSION
-from hrm_megatron.model.schedule import split_bp_steps
+from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.model_types import HRM, MODEL_TYPES, ModelType
 from hrm_megatron.parallel.machine import Machine
 from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import microbatch_group
 from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, cut_layers
+from hrm_megatron.training.bad_steps import ABORT, POLICIES, ROLLBACK_AFTER, check_policy
 from hrm_megatron.training.checkpoint_args import take_model
+from hrm_megatron.training.finetune import SOURCES, fill_settings, settle_folders
 from hrm_megatron.training.flags.check import check_flags, given
 from hrm_megatron.training.flags.help import prepare
 from hrm_megatron.training.flags.values import check_batch, check_values
@@ -70,6 +75,25 @@ WITHOUT_CUDA: dict[str, Any] = dict(
 )
 
 
+def default_of(kind: ModelType, name: str) -> int:
+    """Return a model type's default of cycles or gradient ticks."""
+    values = dict(h_cycles=kind.h_cycles, l_cycles=kind.l_cycles, bp_min_steps=kind.bp_steps[0],
+                  bp_max_steps=kind.bp_steps[1])
+    return values[name]
+
+
+def by_type(name: str) -> str:
+    """Say what the default of a setting is for each model type."""
+    return "default: " + ", ".join(f"{default_of(kind, name)} {model_type}" for model_type, kind in MODEL_TYPES.items())
+
+
+def fill_cycles(args: argparse.Namespace) -> None:
+    """Give cycles and gradient ticks that were not named the values of the model type."""
+    for name in ("h_cycles", "l_cycles", "bp_min_steps", "bp_max_steps"):
+        if getattr(args, name) is None:
+            setattr(args, name, default_of(MODEL_TYPES[args.model_kind], name))
+
+
 def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our group to Megatron's parser and set our defaults for its flags."""
     group = parser.add_argument_group("hrm")
@@ -77,19 +101,33 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="model sizes, learning rate, global and micro-batch size; explicit flags override them")
     group.add_argument("--print-config", action="store_true",
                        help="print all that --hrm-preset sets, where it comes from and its layouts, and exit")
+    group.add_argument("--epochs", type=int, metavar="N",
+                       help="train for so many passes over the data, in place of --train-iters")
+    group.add_argument("--finetune-from", choices=SOURCES,
+                       help="what --finetune takes of a checkpoint: the EMA or the raw weights, with a new optimizer, "
+                            "or all of its state (default: the EMA if it has one)")
+    group.add_argument("--early-stopping", type=int, metavar="N",
+                       help="stop after N evaluations without a better exact accuracy of the validation set; the best "
+                            "iteration is saved and kept")
     group.add_argument("--dry-run", action="store_true",
                        help="build the run without weights, print parameters, data plan, memory and space, and exit")
     group.add_argument("--dry-run-ranks", type=int, metavar="N",
                        help="ranks of the dry run, up to 1024 (default: those that were started)")
     group.add_argument("--dry-run-rank", type=int, metavar="R",
                        help="also print the shapes of all weights of this rank of the dry run")
-    group.add_argument("--h-cycles", type=int, default=2,
-                       help="H ticks (applications of the slow stack) per forward pass")
-    group.add_argument("--l-cycles", type=int, default=3,
-                       help="L ticks (applications of the fast stack) before each H tick")
-    group.add_argument("--bp-min-steps", type=int, default=2,
-                       help="bp_steps, the ticks that carry gradients, at the first step")
-    group.add_argument("--bp-max-steps", type=int, default=5, help="bp_steps after its warm-up")
+    # The name model_type is taken by Megatron.
+    group.add_argument("--model-type", dest="model_kind", choices=[*MODEL_TYPES], default=HRM,
+                       help="architecture: HRM, or one of HRM-Text's baselines")
+    group.add_argument("--h-cycles", type=int,
+                       help=f"H ticks (applications of the slow stack) per forward pass ({by_type('h_cycles')})")
+    group.add_argument("--l-cycles", type=int,
+                       help=f"L ticks (applications of the fast stack) before each H tick ({by_type('l_cycles')})")
+    group.add_argument("--bp-min-steps", type=int, help="bp_steps, the ticks that carry gradients, at the first step "
+                       f"({by_type('bp_min_steps')})")
+    group.add_argument("--bp-max-steps", type=int, help=f"bp_steps after its warm-up ({by_type('bp_max_steps')})")
+    group.add_argument("--match-flops-of", choices=[*PRESETS], metavar="PRESET",
+                       help="train --model-type in the preset's sizes for as many FLOPs as its HRM needs for "
+                            "--train-iters steps")
     group.add_argument("--bp-warmup-fraction", type=float, default=0.2,
                        help="fraction of the run over which bp_steps rises")
     group.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the EMA of the weights")
@@ -118,9 +156,17 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="load a checkpoint without verifying its checksums")
     group.add_argument("--load-newest-valid", action="store_true",
                        help="resume from the newest iteration that verifies if the latest one is damaged")
+    group.add_argument("--on-nonfinite", choices=POLICIES, default=ABORT,
+                       help="a step whose gradients are not finite: end, do not take it, or also go back after several")
+    group.add_argument("--rollback-after", type=int, metavar="K",
+                       help=f"such steps in a row after which --on-nonfinite rollback goes back (default: "
+                            f"{ROLLBACK_AFTER})")
     group.add_argument("--verbose", action="store_true",
                        help="print Megatron's own output too (default: to a file in --save or --tensorboard-dir)")
     for action in parser._actions:
+        if action.dest == "finetune":
+            action.help = ("begin a new run from the weights of --pretrained-checkpoint, with HRM-Text's settings for "
+                           "fine-tuning where no flag gives others; given again, go on with it from --save")
         if action.dest == "optimizer":
             action.choices = [OPTIMIZER, *(action.choices or ())]
         if action.dest == "transformer_impl":
@@ -138,11 +184,18 @@ def checked(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def fill_from_preset(args: argparse.Namespace) -> None:
     """Give every size that was not named on the command line the preset's value, or its usual one."""
+    fill_cycles(args)
+    if args.match_flops_of:
+        if args.hrm_preset not in (None, args.match_flops_of):
+            raise ConfigError(f"--match-flops-of {args.match_flops_of}: takes the sizes of that preset, and "
+                              f"--hrm-preset {args.hrm_preset} asks for others; leave one of them out")
+        args.hrm_preset = args.match_flops_of
     preset = PRESETS[args.hrm_preset] if args.hrm_preset else None
     if preset:
+        sizes = dict(vars(preset), num_layers=preset.architecture(model_type=args.model_kind).num_layers)
         for name in ("num_layers", "hidden_size", "num_attention_heads", "lr"):
             if getattr(args, name) is None:
-                setattr(args, name, getattr(preset, name))
+                setattr(args, name, sizes[name])
     if args.skip_train and args.lr is None:
         args.lr = 0.0
     for name in ("num_layers", "hidden_size", "num_attention_heads", "lr", "seq_length"):
@@ -178,7 +231,11 @@ def layout_of(args: argparse.Namespace) -> Layout:
 def set_pipeline(args: argparse.Namespace, architecture: Architecture) -> None:
     """Make every tick a virtual chunk, and share the layers; Megatron's flags for the first and last stage win."""
     check_pipeline(layout_of(args), args.pipeline_window)
-    args.num_virtual_stages_per_pipeline_rank = architecture.h_cycles * (architecture.l_cycles + 1)
+    if architecture.num_ticks == 1 and args.pipeline_window:
+        raise ConfigError(f"--pipeline-window {args.pipeline_window}: has no effect on a {architecture.kind.title}, "
+                          "whose single tick has no second phase; leave it out")
+    if architecture.num_ticks > 1:
+        args.num_virtual_stages_per_pipeline_rank = architecture.num_ticks
     if args.decoder_first_pipeline_num_layers is None and args.decoder_last_pipeline_num_layers is None:
         layers = cut_layers(architecture, args.pipeline_model_parallel_size, args.bp_max_steps)
         args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers = layers[0], layers[-1]
@@ -194,11 +251,17 @@ def set_dry_run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--dry-run-rank {args.dry_run_rank}: choose 0 to {args.world_size - 1}")
 
 
-def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
+def no_rows(args: argparse.Namespace) -> int:
+    """Stand in for the count of rows where no data is open."""
+    raise ConfigError(f"--epochs {args.epochs}: there is no data to count; give some, or --train-iters")
+
+
+def parse_arguments(vocab_size_of: Any,
+                    rows_of_epoch: Callable[[argparse.Namespace], int] = no_rows) -> argparse.Namespace:
     """Parse, complete and check the command line.
 
-    `vocab_size_of(args)` reads the vocabulary's size from the data. Raises ConfigError with one line for
-    everything that can be said before a process group exists.
+    `vocab_size_of(args)` reads the vocabulary's size from the data, `rows_of_epoch(args)` counts its rows.
+    Raises ConfigError with one line for everything that can be said before a process group exists.
     """
     args = megatron_arguments.parse_args(checked)
     for name in ("dry_run_ranks", "dry_run_rank"):
@@ -210,15 +273,21 @@ def parse_arguments(vocab_size_of: Any) -> argparse.Namespace:
         if not args.hrm_preset:
             raise ConfigError(f"--print-config: has no effect without --hrm-preset; give one of {', '.join(PRESETS)}")
         return args
-    return complete(args, vocab_size_of)
+    return complete(args, vocab_size_of, rows_of_epoch)
 
 
-def complete(args: argparse.Namespace, vocab_size_of: Any) -> argparse.Namespace:
+def complete(args: argparse.Namespace, vocab_size_of: Any,
+             rows_of_epoch: Callable[[argparse.Namespace], int] = no_rows) -> argparse.Namespace:
     """Complete and check what was parsed, see `parse_arguments`."""
     if args.dry_run:
         set_dry_run(args)
+    settle_folders(args)
+    if args.finetune and args.num_layers is None and not args.hrm_preset:
+        args.use_checkpoint_args = True
     if args.use_checkpoint_args:
         take_model(args, given_by_hand(args))
+    if args.finetune:
+        fill_settings(args, given_by_hand(args))
     check_values(args, torch.cuda.is_available())
     fill_from_preset(args)
     for name, value in FORCED.items():
@@ -236,12 +305,13 @@ def complete(args: argparse.Namespace, vocab_size_of: Any) -> argparse.Namespace
     architecture = architecture_of(args, args.vocab_size)
     # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
     args.padded_vocab_size = architecture.padded_vocab_size
+    settle_epochs(args, rows_of_epoch)
     check_division(architecture, layout_of(args))
     check_batch(args)
     check_memory(args, machine)
     choose_fsdp(args, architecture)
     for bp_steps in (args.bp_min_steps, args.bp_max_steps):
-        split_bp_steps(args.h_cycles, args.l_cycles, bp_steps)
+        ticks_of(architecture, bp_steps)  # refuses impossible ones
     if args.pipeline_model_parallel_size > 1:
         set_pipeline(args, architecture)
     args.plan_version = PLAN_VERSION  # a checkpoint says which order its rows have
@@ -257,14 +327,26 @@ def complete(args: argparse.Namespace, vocab_size_of: Any) -> argparse.Namespace
     refuse_beside("--override-opt-param-scheduler", {
         "--use-checkpoint-opt-param-scheduler": args.override_opt_param_scheduler
         and args.use_checkpoint_opt_param_scheduler})
+    check_policy(args)
     if args.skip_train:
         args.train_iters = args.train_iters or 0
         args.gradient_accumulation_fusion = False  # there is no DDP, which would make the gradients' buffers
         return args
     if not args.train_iters:
-        raise ConfigError("--train-iters (or --train-samples) is not set: say how long to train")
+        raise ConfigError("--train-iters (or --epochs, --train-samples) is not set: say how long to train")
     bp_schedule(args), lr_schedule(args)  # refuse impossible schedules now
     return args
+
+
+def settle_epochs(args: argparse.Namespace, rows_of_epoch: Callable[[argparse.Namespace], int]) -> None:
+    """Turn --epochs into steps of whole batches, by the rows of the first epoch."""
+    if args.epochs is None:
+        return
+    refuse_beside(f"--epochs {args.epochs}", {"--train-iters": args.train_iters, "--train-samples": args.train_samples,
+                                              "--skip-train": args.skip_train})
+    if not args.global_batch_size:
+        raise ConfigError(f"--epochs {args.epochs}: --global-batch-size is not set: say how many rows a step has")
+    args.train_iters = math.ceil(args.epochs * rows_of_epoch(args) / args.global_batch_size)
 
 
 def given_by_hand(args: argparse.Namespace) -> dict[str, Any]:
@@ -286,7 +368,7 @@ def model_config(args: argparse.Namespace) -> HRMConfig:
     own: dict[str, Any] = dict(architecture=architecture_of(args, args.vocab_size),
                                **swiglu_settings(args.compile_layers or args.recompute_gated_act))
     config = dataclasses.replace(config, **own)
-    if args.pipeline_model_parallel_size > 1:
+    if args.virtual_pipeline_model_parallel_size:
         config.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size
         config.microbatch_group_size_per_vp_stage = microbatch_group(microbatches_of(args),
                                                                      args.pipeline_model_parallel_size)

@@ -31,6 +31,9 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.training.early_stopping import stopped_early
+from hrm_megatron.training.finetune import choose_source, go_on
+from hrm_megatron.training.restarts import end_helpers_with_their_rank
 from hrm_megatron.training.resume import changes, check_model, check_plan, nothing_left, settle_schedule
 from hrm_megatron.training.verification import check_verification_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
@@ -38,6 +41,7 @@ from hrm_megatron.transformer_config import architecture_of
 log = logging.getLogger(__name__)
 
 RESERVE_BYTES = 1 << 20
+FOREIGN_FORMATS = {"config.json": "hf", "all_config.yaml": "native"}  # by a file of theirs
 
 
 def starting_point(args: argparse.Namespace) -> Path | None:
@@ -49,7 +53,7 @@ def starting_point(args: argparse.Namespace) -> Path | None:
     for flag, load in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         if load is None:
             continue
-        if args.ckpt_step:
+        if args.ckpt_step and not (args.finetune and flag == "--load"):
             return find_iteration(load, args.ckpt_step)
         tracker, complete = Path(load) / TRACKER_FILE, last_saved_first(Path(load))
         if tracker.exists() or complete:
@@ -63,6 +67,12 @@ def starting_point(args: argparse.Namespace) -> Path | None:
                 return find_iteration(load)
         begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
         if not begins_here or args.exit_on_missing_checkpoint:
+            for file, form in FOREIGN_FORMATS.items():
+                if (Path(load) / file).is_file():
+                    converted = f"{Path(load)}_megatron"
+                    raise ConfigError(f"{flag} {load}: a folder of the format {form}; convert it once, by `python "
+                                      f"tools/convert_checkpoint.py --load {load} --load-format {form} --save "
+                                      f"{converted} --save-format megatron`, and give {converted}")
             raise ConfigError(f"{flag} {load}: no checkpoint there; correct the path, or leave the flag out to begin "
                               "with new weights")
     return None
@@ -110,10 +120,17 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
                              "convert_checkpoint.py --load-format megatron --save-format megatron"))
     common, theirs = read_run(stored)
     check_model(folder, theirs, ours)
-    if args.skip_train or starts_new(args, folder):
+    if args.skip_train:
         return True
+    keys = set(stored.keys())
+    if starts_new(args, folder):
+        if args.finetune:
+            choose_source(args, folder, keys)
+        return True
+    if args.finetune:
+        go_on(args, folder, common["args"])
     iteration = int(common["iteration"])
-    if done := nothing_left(iteration, args.train_iters):
+    if done := nothing_left(iteration, args.train_iters) or stopped_early(args, iteration):
         log.info(f"checkpoint: {folder}: {done}")
         return False
     converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
@@ -121,7 +138,6 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
         check_plan(folder, common["args"], args)
     if args.no_load_optim:
         return True
-    keys = set(stored.keys())
     for name in STATE_KEYS:
         missing = [key for key in stored.shapes() if key.endswith(".weight") and not key.startswith("optimizer.")
                    and f"optimizer.state.{name}.{key}" not in keys]
@@ -140,7 +156,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
 def starts_new(args: argparse.Namespace, folder: Path) -> bool:
     """Tell whether Megatron will take nothing but weights from `folder`: for fine-tuning, and from a release."""
     of_pretrained = args.load is None or not folder.resolve().is_relative_to(Path(args.load).resolve())
-    return bool(args.finetune) or of_pretrained or folder.name == "release"
+    return of_pretrained or folder.name == "release"
 
 
 def guard_saves(args: argparse.Namespace) -> None:
@@ -148,6 +164,7 @@ def guard_saves(args: argparse.Namespace) -> None:
 
     A save in the background fails when its end is waited for.
     """
+    end_helpers_with_their_rank()
     stock: Callable[..., None] = megatron_training.save_checkpoint
     stock_schedule: Callable[[Any], None] = checkpointing.schedule_async_save
     stock_end: Callable[..., None] = megatron_training.maybe_finalize_async_save

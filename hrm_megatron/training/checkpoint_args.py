@@ -21,7 +21,7 @@ MODEL_ARGUMENTS = {
     **{name: f"--{name.replace('_', '-')}" for name in (
         "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
         "norm_placement", "init_scheme", "init_std", "rotary_base")},
-    "layernorm_epsilon": "--norm-epsilon",
+    "layernorm_epsilon": "--norm-epsilon", "model_kind": "--model-type",
 }
 OF_A_PRESET = ("num_layers", "hidden_size", "num_attention_heads")
 
@@ -58,8 +58,15 @@ def _arguments_of(folder: Path, or_of_another: bool) -> argparse.Namespace:
 
 
 def _stored_arguments(folder: Path) -> argparse.Namespace:
-    stored: argparse.Namespace = read_run(open_run(folder))[0]["args"]
+    common, architecture = read_run(open_run(folder))
+    stored: argparse.Namespace = common["args"]
+    stored.model_kind = architecture.model_type  # older versions did not store it
     return stored
+
+
+def of_preset(preset: str, model_type: str, name: str) -> Any:
+    """Return a size of a preset's model of this type."""
+    return getattr(PRESETS[preset].architecture(model_type=model_type), name)
 
 
 def check_given(given: Mapping[str, Any], stored: argparse.Namespace, folder: Path) -> None:
@@ -68,7 +75,8 @@ def check_given(given: Mapping[str, Any], stored: argparse.Namespace, folder: Pa
     if preset := given.get("hrm_preset"):
         for name in OF_A_PRESET:
             if MODEL_ARGUMENTS[name] not in asked:
-                asked[f"--hrm-preset {preset} with {MODEL_ARGUMENTS[name]}"] = getattr(PRESETS[preset], name), name
+                size = of_preset(preset, stored.model_kind, name)
+                asked[f"--hrm-preset {preset} with {MODEL_ARGUMENTS[name]}"] = size, name
     for flag, (value, name) in asked.items():
         if value != getattr(stored, name):
             raise ConfigError(f"{flag} {value}: is incompatible with --use-checkpoint-args: {folder} has "

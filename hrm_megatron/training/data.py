@@ -17,6 +17,7 @@ from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.kept_examples import kept_count, kept_files
 from hrm_megatron.data.mixture import Mixture, Selection
+from hrm_megatron.data.plan import RowPlan
 from hrm_megatron.data.plan_cache import writable_folder
 from hrm_megatron.data.sampled import SampledFolder
 from hrm_megatron.data.sampling_rules import read_rules
@@ -167,6 +168,12 @@ def plan_folder(args: argparse.Namespace, walk: Walk) -> Path | None:
     if walk.size < CACHED_EXAMPLES:
         return None
     return writable_folder(walk.folder, *([Path(args.save) / "rows"] if args.save else []))
+
+
+def count_rows(args: argparse.Namespace, sources: Sources) -> int:
+    """Count the rows of the first epoch."""
+    plan = RowPlan(sources.train, args.seq_length, args.seed, plan_folder(args, sources.train))
+    return len(plan.rows_of_epoch(0))
 
 
 def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Evaluation,

@@ -19,6 +19,7 @@ from hrm_megatron.config import PRESET_VOCAB_SIZE
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model import hrm
 from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.planner.goodput import SAVED_BYTES
 from hrm_megatron.planner.layout import plan_pipeline, stage_parameters
 from hrm_megatron.planner.memory import Memory, Saving, memory_of_stages
 from hrm_megatron.training.arguments import layout_of, microbatches_of
@@ -29,7 +30,6 @@ from hrm_megatron.training.step import TrainingStep, innermost
 from hrm_megatron.training.summary import describe_model
 from hrm_megatron.transformer_config import architecture_of
 
-OPTIMIZER_BYTES = 4 * 4  # of a weight in a checkpoint: master, both moments and EMA in fp32
 DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "sampled_data_path")
 
 
@@ -109,7 +109,7 @@ def predicted_memory(args: argparse.Namespace) -> list[Memory]:
     """Predict the memory of each stage on GPUs, at the most gradient ticks."""
     plan = None
     if args.pipeline_model_parallel_size > 1:
-        plan = plan_pipeline(args.h_cycles, args.l_cycles, args.bp_max_steps, microbatches_of(args),
+        plan = plan_pipeline(architecture_of(args, args.vocab_size), args.bp_max_steps, microbatches_of(args),
                              args.pipeline_model_parallel_size, args.pipeline_schedule, args.pipeline_window)
     return memory_of_stages(architecture_of(args, args.vocab_size), layout_of(args), layers_of_stages(args),
                             saving_of(args), plan)
@@ -148,7 +148,7 @@ def _describe_data(args: argparse.Namespace, data: Sources | None) -> Iterator[s
 
 
 def _describe_space(args: argparse.Namespace, parameters: int) -> str:
-    size = parameters * (args.params_dtype.itemsize + OPTIMIZER_BYTES)
+    size = parameters * (args.params_dtype.itemsize + SAVED_BYTES)
     line = f"checkpoint: {size / 1e9:.2f} GB each"
     if not args.save:
         return f"{line}; nothing is saved (--save DIR)"

@@ -67,7 +67,7 @@ def explain_weight_gradients(args: argparse.Namespace) -> str:
 
 def describe_pipeline(args: argparse.Namespace, bp_steps: int) -> str:
     """Describe the schedule of a step with so many gradient ticks in one line."""
-    plan = plan_pipeline(args.h_cycles, args.l_cycles, bp_steps, microbatches_of(args),
+    plan = plan_pipeline(architecture_of(args, args.vocab_size), bp_steps, microbatches_of(args),
                          args.pipeline_model_parallel_size, args.pipeline_schedule, args.pipeline_window)
     how = "one phase"
     if plan.first:

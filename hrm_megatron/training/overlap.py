@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,24 +43,31 @@ class GradientCheck:
     """Megatron's check for NaN and Inf in the gradients of this rank, for which the host waits once a step.
 
     Stock code reads the norm of a bucket twice before it reduces it, in the middle of an overlapped backward: the
-    device runs dry each time. Here the norms stay on the device until the gradients are finalized.
+    device runs dry each time. Here the norms stay on the device until the gradients are finalized. `judge` is told
+    their sum; without one such a step ends the run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, judge: Callable[[torch.Tensor], None] | None = None) -> None:
         self.norms: list[torch.Tensor] = []
+        self.judge = judge or end_the_run
 
     def note(self, buckets: list[Any]) -> None:
         """Take the norms of the gradients in `buckets`, which are about to be reduced."""
         self.norms += [bucket.grad_data.norm(p=2) for bucket in buckets]
 
     def read(self) -> None:
-        """Hand them to what decides about a rejected step: Megatron runs it again, and ends the run."""
+        """Hand them to what decides about the step."""
         if self.norms:
             total, self.norms = torch.stack(self.norms).sum(), []  # NaN and Inf stay what they are in a sum
-            get_rerun_state_machine().validate_result(
-                result=total, rejection_func=lambda norm: not torch.isfinite(norm),
-                message="found NaN or Inf in local gradients before data-parallel communication collective",
-                tolerance=0.001, fatal=True)  # as stock code has it: attention may sum in another order
+            self.judge(total)
+
+
+def end_the_run(norm: torch.Tensor) -> None:
+    """Let Megatron run a step again whose gradients have no finite norm, and end the run."""
+    get_rerun_state_machine().validate_result(
+        result=norm, rejection_func=lambda norm: not torch.isfinite(norm),
+        message="found NaN or Inf in local gradients before data-parallel communication collective",
+        tolerance=0.001, fatal=True)  # as stock code has it: attention may sum in another order
 
 
 def check_gradients_once(check: GradientCheck) -> None:
@@ -102,9 +110,9 @@ def gather_before_compiled_layers() -> None:
     DistributedDataParallel.enable_forward_pre_hook = enable_forward_pre_hook
 
 
-def install_overlap(args: argparse.Namespace) -> None:
-    """Let Megatron's loop build its DDP as above."""
+def install_overlap(args: argparse.Namespace, judge: Callable[[torch.Tensor], None] | None) -> None:
+    """Let Megatron's loop build its DDP as above; `judge` is told of a step's gradients."""
     if args.check_for_nan_in_loss_and_grad:
-        check_gradients_once(GradientCheck())
+        check_gradients_once(GradientCheck(judge))
     if args.compile_layers:
         gather_before_compiled_layers()

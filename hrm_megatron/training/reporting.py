@@ -13,7 +13,7 @@ from megatron.training import training as megatron_training
 
 from hrm_megatron.config import Architecture
 from hrm_megatron.data.dataset import PackedRows
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.training.console import Console
 from hrm_megatron.training.console_lines import StepReport, TimeLeft, evaluation_line, saved_line, step_line
 from hrm_megatron.training.data import first_lengths
@@ -156,4 +156,4 @@ class IntervalMeans:
 
 def tick_passes(args: argparse.Namespace, bp_steps: int) -> int:
     """Passes through a stack in a step: one forward for each tick, and as much as two more for its backward."""
-    return sum(3 if tick.with_grad else 1 for tick in unroll(args.h_cycles, args.l_cycles, bp_steps))
+    return sum(3 if tick.with_grad else 1 for tick in ticks_of(architecture_of(args, args.vocab_size), bp_steps))

@@ -14,8 +14,9 @@ from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 
 # Field of Architecture > the property through which it enters the function that the weights stand for.
 ENTERS_FORWARD = {
-    **{name: name for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles",
-                               "l_cycles", "norm_placement", "h_norm_placement", "rope_theta", "norm_epsilon")},
+    **{name: name for name in ("model_type", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size",
+                               "h_cycles", "l_cycles", "norm_placement", "h_norm_placement", "rope_theta",
+                               "norm_epsilon")},
     "vocab_size": "padded_vocab_size",
     # Beside how the first weights are drawn, which does not matter any more.
     "init_scheme": "embedding_scale", "init_std": "embedding_scale",

@@ -26,8 +26,9 @@ from hrm_megatron.training.step import TrainingStep
 
 
 def install_schedule(args: argparse.Namespace, step: TrainingStep) -> None:
-    """Let Megatron's loop run its steps by `two_phase_schedule` if there is a pipeline."""
-    if args.pipeline_model_parallel_size > 1:
+    """Let Megatron's loop run its steps by `two_phase_schedule` if there is a pipeline of several
+    ticks; one tick is what the stock 1F1B schedule runs."""
+    if args.pipeline_model_parallel_size > 1 and args.virtual_pipeline_model_parallel_size:
         megatron_training.get_forward_backward_func = lambda **_: two_phase_schedule(
             args.pipeline_schedule, args.pipeline_window, step)
 

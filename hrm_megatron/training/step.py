@@ -15,7 +15,7 @@ from hrm_megatron.attention.prefix_lm import PrefixSequences
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.pipeline import PipelinedHRM, TickChunk
-from hrm_megatron.model.schedule import trains_embedding, unroll
+from hrm_megatron.model.schedule import Tick, ticks_of, trains_embedding
 from hrm_megatron.optim.schedule import BPSchedule
 from hrm_megatron.parallel.context import context_positions
 from hrm_megatron.training.arguments import model_config
@@ -23,6 +23,7 @@ from hrm_megatron.training.fsdp import FP32Module
 from hrm_megatron.training.metrics import Report, ThroughputMeter, filled, loss_sums
 from hrm_megatron.training.overlap import OverlappedReduction
 from hrm_megatron.training.step_schedules import bp_schedule
+from hrm_megatron.transformer_config import architecture_of
 
 
 def innermost(model: torch.nn.Module) -> Any:
@@ -46,12 +47,13 @@ class TrainingStep:
                     config: Any = None, pg_collection: Any = None) -> HRMModel | FP32Module | TickChunk:
         """Build this rank's model, or in a pipeline one of its chunks (Megatron's `model_provider`)."""
         config = config or model_config(self.args)
-        if vp_stage is None:
+        stages = pg_collection.pp if pg_collection else None
+        if vp_stage is None and self.args.pipeline_model_parallel_size == 1:
             model = HRMModel(config, self.args.seed, pre_process, post_process, pg_collection=pg_collection)
             return FP32Module(model) if self.args.use_megatron_fsdp and not self.args.bf16 else model
         if vp_stage:
             return TickChunk(self.stage, vp_stage)
-        stages = pg_collection.pp
+        assert stages is not None
         self.stage = PipelinedHRM(config, self.args.seed, stages.rank() == 0, stages.rank() == stages.size() - 1,
                                   pg_collection=pg_collection)
         self.waiting = [deque() for _ in range(self.stage.num_ticks)]
@@ -72,13 +74,18 @@ class TrainingStep:
         return self.bp_schedule.at(self.running_step())
 
     @property
+    def ticks(self) -> list[Tick]:
+        """The ticks of the step that is running."""
+        return ticks_of(architecture_of(self.args, self.args.vocab_size), self.bp_steps)
+
+    @property
     def with_grad(self) -> list[bool]:
         """Which ticks of the step that is running build a graph."""
-        return [tick.with_grad for tick in unroll(self.args.h_cycles, self.args.l_cycles, self.bp_steps)]
+        return [tick.with_grad for tick in self.ticks]
 
     def embedding_has_gradient(self) -> bool:
         """Tell the optimizer whether the step that is running has a graph down to the embedding."""
-        return trains_embedding(self.args.h_cycles, self.bp_steps)
+        return trains_embedding(self.ticks)
 
     def forward(self, data_iterator: Iterator[dict[str, torch.Tensor]],
                 model: torch.nn.Module) -> tuple[torch.Tensor, Any]:

@@ -5,6 +5,7 @@ import argparse
 
 from megatron.training.checkpointing import get_loaded_iteration
 
+from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.optim.schedule import BPSchedule
 from hrm_megatron.training.step_schedules import lr_schedule
 from hrm_megatron.transformer_config import architecture_of
@@ -12,9 +13,10 @@ from hrm_megatron.transformer_config import architecture_of
 
 def describe_model(args: argparse.Namespace) -> str:
     a = architecture_of(args, args.vocab_size)
-    return (f"model: HRM of {a.num_parameters / 1e6:,.2f} M parameters: 2 stacks of {a.num_layers} layers, hidden "
+    return (f"model: {a.kind.title} of {a.num_parameters / 1e6:,.2f} M parameters: {len(a.kind.stacks)} "
+            f"stack{'s' * (len(a.kind.stacks) > 1)} of {a.num_layers} layers, hidden "
             f"{a.hidden_size}, {a.num_attention_heads} heads, FFN {a.ffn_hidden_size}, vocabulary {a.vocab_size} "
-            f"(padded to {a.padded_vocab_size}); ticks {' '.join((['L'] * a.l_cycles + ['H']) * a.h_cycles)}; "
+            f"(padded to {a.padded_vocab_size}); ticks {' '.join(tick.stack for tick in ticks_of(a))}; "
             f"{str(args.params_dtype).removeprefix('torch.')}{f', FP8 {args.fp8_recipe}' if args.fp8 else ''}")
 
 
@@ -25,7 +27,7 @@ def describe_checkpoint(args: argparse.Namespace) -> str:
     elif args.iteration:
         start = f"goes on after step {args.iteration}, loaded from {args.load}"
     else:
-        start = f"weights of {args.load or args.pretrained_checkpoint}, a new run"
+        start = f"weights of {args.pretrained_checkpoint or args.load}, a new run"
     if not args.save:
         return f"checkpoint: {start}; nothing is saved (--save DIR)"
     every = f"every {args.save_interval} steps and " if args.save_interval else ""

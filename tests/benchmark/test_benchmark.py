@@ -149,6 +149,23 @@ def test_generation_is_compared_on_the_same_weights_and_prompts(capsys):
     assert rows[0].endswith("same answers 1 of 1") and rows[1].endswith("same answers 3 of 3")
 
 
+def test_the_bound_of_generation_counts_what_a_cached_decoder_must_do():
+    """By hand, one layer a stack: a rate of one operation and one byte per second."""
+    from hrm_megatron.benchmark.generation import fastest_seconds, random_tensors
+    from hrm_megatron.config import Architecture
+    from hrm_megatron.generate.weights import take_weights
+
+    h, ffn, vocab, ticks = 64, 128, 256, 8
+    architecture = Architecture(1, h, 1, ffn, vocab)
+    weights = take_weights(architecture, random_tensors(architecture).items())
+    body, head = ticks * (5 * h * h + 3 * h * ffn), h * vocab
+    cached = ticks * 2 * h * 4  # bytes of a position
+    prompts, later = 3 + 5, 2  # three tokens each: the first comes with the prompts
+    positions = (3 + 1 + 5 + 1) + (3 + 2 + 5 + 2)
+    assert fastest_seconds(weights, [[1] * 3, [1] * 5], 3, 1.0, 1.0) == (
+        2 * (prompts * body + 2 * head) + later * max(2 * 2 * (body + head), 4 * (body + head)) + positions * cached)
+
+
 @pytest.mark.slow
 def test_the_tool_measures_and_says_what_failed(tmp_path):
     def run(*flags):
@@ -175,7 +192,8 @@ def test_the_tool_measures_and_says_what_failed(tmp_path):
     assert not wrong_modes(tmp_path / "out", 0o027)
 
 
-def test_conversions_are_measured_in_every_direction(tmp_path, capsys, monkeypatch):
+def test_conversions_are_measured_in_every_direction(single_rank, tmp_path, capsys, monkeypatch):
+    """Beside a process group that is alive, as in a program that trains."""
     tool = runpy.run_path(str(ROOT / "tools" / "benchmark.py"))
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "convert", "--sizes", "1", "64", "4", "--vocab-size", "40000",
                                       "--output", str(tmp_path)])

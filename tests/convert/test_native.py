@@ -95,8 +95,8 @@ def _edit(name, *path, value):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (_edit("all_config.yaml", "arch", "name", value="baselines.ut_nocarry@UniversalTransformer"),
-     r"all_config\.yaml: arch\.name: .*UniversalTransformer' is not the HRM"),
+    (_edit("all_config.yaml", "arch", "name", value="baselines.moe_nocarry@Mixture"),
+     r"all_config\.yaml: arch\.name: .*Mixture' is no network that is built here"),
     (_edit("all_config.yaml", "arch", "attn_type", value="causal"), r"arch\.attn_type: 'causal': only the PrefixLM"),
     (_edit("all_config.yaml", "arch", "n_layers", value=3), r"arch\.n_layers: 3 layers cannot be shared evenly"),
     (_edit("all_config.yaml", "arch", "n_layers", value=4), r"tensors missing: .*layers\.1\..* and 5 more"),

@@ -52,6 +52,9 @@ def test_the_first_of_equal_rows_is_kept_and_nothing_else_changes(made, tmp_path
         seen.add(texts)
     assert 100 < len(first) < 290
     store = IndexedExamples(tmp_path / "x")
+    keys = store.example_keys()  # of two shards
+    assert all(np.array_equal(store.example_keys(start, stop), keys[start:stop])
+               for start, stop in ((0, 1), (149, 151), (150, 300), (0, 300), (151, 299)))
     assert np.flatnonzero(kept_mask(store)).tolist() == first
     assert f"{300 - len(first)} of 300 examples are duplicates" in said.out
     facts = json.loads((tmp_path / "x.kept.json").read_text())

@@ -3,6 +3,7 @@ import gzip
 import json
 import pickle
 import random
+import threading
 from collections import Counter
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 import zstandard
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data import preprocess as preprocess_module
 from hrm_megatron.data.example import BadRow, Example, RowFormat
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.inputs import find_inputs
@@ -288,3 +290,58 @@ def test_a_row_that_is_too_long_is_left_out_of_columns_too(tmp_path, name):
     kinds = [example.kind if isinstance(example, BadRow) else "" for _, example in
              read(path, 500, RowFormat(max_characters=500))]
     assert kinds == ["", "", "row too long", "", "row too long"]
+
+
+@pytest.mark.parametrize("readers", [2, 3, 50])
+def test_row_groups_that_are_read_at_a_time_come_out_in_order(tmp_path, readers):
+    rows = rows_of(200)
+    pq.write_table(table(rows), tmp_path / "a.parquet", row_group_size=9)
+    want = list(pieces(tmp_path / "a.parquet", 300))
+    assert len(want) > 60
+    before = set(threading.enumerate())
+    assert list(pieces(tmp_path / "a.parquet", 300, readers=readers)) == want
+    begun = pieces(tmp_path / "a.parquet", 300, readers=readers)
+    assert [next(begun) for _ in range(5)] == want[:5] and set(threading.enumerate()) > before
+    begun.close()
+    assert set(threading.enumerate()) == before, "threads are left behind a reader that was given up"
+
+
+def test_a_damaged_row_group_is_named_behind_all_rows_before_it(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(table(rows_of(200)), path, row_group_size=20, compression="zstd", write_page_checksum=True)
+    column = pq.ParquetFile(path).metadata.row_group(6).column(1)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + 3 * column.total_compressed_size // 4] ^= 0xFF
+    path.write_bytes(data)
+    found = {}
+    for readers in (1, 4):
+        found[readers] = []
+        with pytest.raises(ConfigError, match="a.parquet: row group 6 cannot be read"):
+            found[readers].extend(iter(pieces(path, 500, readers=readers)))
+    assert found[1] == found[4] and found[1][-1].group == "row group 5"
+
+
+def test_the_store_does_not_depend_on_how_many_read(tmp_path, tokenizer, monkeypatch):
+    pq.write_table(table(rows_of(150)), tmp_path / "a.parquet", row_group_size=7)
+    monkeypatch.setattr(preprocess_module, "WORKERS_PER_READER", 1)
+    stores = []
+    for workers in (1, 2):
+        assert preprocess([tmp_path / "a.parquet"], tmp_path / str(workers), tokenizer, workers, chunk_bytes=400)
+        stores.append({path.name: path.read_bytes() for path in (tmp_path / f"{workers}.shards").iterdir()})
+    assert stores[0] == stores[1] and len(stores[0]) >= 4
+
+
+def test_a_damaged_page_header_is_named_whatever_it_says(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(table(rows_of(20)), path)
+    column = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    whole, refused = path.read_bytes(), 0
+    for at in range(column.dictionary_page_offset, column.dictionary_page_offset + 24):
+        for value in (0x00, 0x11, 0x15, 0x1C, 0xFF):
+            path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1:])
+            try:
+                list(pieces(path))
+            except ConfigError as error:
+                refused += 1
+                assert "a.parquet: row group 0 cannot be read" in str(error)
+    assert refused > 30

@@ -4,7 +4,7 @@ import unicodedata
 
 import numpy as np
 
-from hrm_megatron.data.example import Example
+from hrm_megatron.data.example import Example, texts_of
 from hrm_megatron.data.text_keys import TextKeys, example_key, prompt_key
 
 
@@ -16,18 +16,29 @@ def test_a_prompt_is_known_by_its_normalized_text():
 
 def test_an_example_is_known_by_all_its_texts_and_their_borders():
     given = [("", "ab", "c"), ("", "a", "bc"), ("cot", "ab", "c"), ("", "ab", "c "), ("c", "ot", "abc")]
-    keys = [example_key(Example(*texts)) for texts in given]
+    keys = [example_key(*(text.encode() for text in texts)) for texts in given]
     assert len(set(keys)) == 5 and all(len(key) == 16 for key in keys)
-    assert example_key(Example("", "ab", "c", defaulted=True)) == keys[0]
 
 
 def test_keys_stand_in_the_order_of_their_examples():
     keys = TextKeys()
     assert [array.shape for array in keys.arrays()] == [(0,), (0, 2)]
     examples = [Example("", "q", "1"), Example("", " q ", "2"), Example("", "", "one text"), Example("", "", "another")]
-    for example in examples:
-        keys.add(example)
+    texts = texts_of(examples)
+    for number, example in enumerate(examples):
+        keys.add(example.condition, texts, number)
     prompts, whole = keys.arrays()
     assert prompts[0] == prompts[1] and len(set(prompts.tolist())) == 3  # without a prompt, the response tells
     assert len({*map(tuple, whole.tolist())}) == 4 and np.array_equal(
-        whole[2], np.frombuffer(example_key(examples[2]), "<u8"))
+        whole[2], np.frombuffer(example_key(b"", b"", b"one text"), "<u8"))
+
+
+def test_a_prompt_that_needs_no_change_has_the_key_of_any_other_spelling():
+    spellings = ["caf\u00e9", " caf\u00e9", "cafe\u0301", "cafe\u0301\n"]
+    texts = texts_of(Example("", text, "a") for text in spellings)
+    keys = TextKeys()
+    for number in range(len(spellings)):
+        keys.add("", texts, number)
+    prompts, whole = keys.arrays()
+    assert set(prompts.tolist()) == {int.from_bytes(prompt_key("caf\u00e9"), "little")}
+    assert len({*map(tuple, whole.tolist())}) == len(spellings)

@@ -65,6 +65,18 @@ def test_the_log_has_losses_on_both_sides_of_the_resume(demo):
     assert len(list((demo[0] / "tensorboard").glob("events*"))) == 2  # one per command
 
 
+@pytest.mark.timeout(600)
+def test_the_fine_tuning_example_goes_on_from_a_demo(demo, tmp_path):
+    command = [sys.executable, "examples/finetuning/run.py", "--quick", "--demo", str(demo[0]), "--output",
+               str(tmp_path / "tuned")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"fine-tuning: begins from {demo[0]}/checkpoints/iter_0000005: the EMA of its weights" in done.stdout
+    best = json.loads((tmp_path / "tuned" / "checkpoints" / "early_stopping.json").read_text())["best_iteration"]
+    assert f"early stopping: the best is iteration {best} with " in done.stdout, done.stdout
+    assert re.search(r"new kind \( +\d+\) +0\.0% +\d+\.\d%\n  old kinds \(  40\) ", done.stdout)
+
+
 def test_the_picture_is_one(demo):
     from matplotlib.image import imread
 

@@ -22,7 +22,7 @@ VOCAB_SIZE, BP_STEPS = 65_536, 5
 # Programs of the machines that the texts are about: each notes its arguments, one JSON list a line, and does nothing.
 NOTE = """#!{python}
 import json, os, sys
-if "hrm_megatron.cluster" in sys.argv:  # what the batch script of Slurm decides by
+if {{"hrm_megatron.cluster", "hrm_megatron.planner.presets"}} & {{*sys.argv}}:  # what launch scripts ask
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 with open(os.environ["NOTES"], "a") as notes:
     print(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]), file=notes)
@@ -43,8 +43,8 @@ os.environ["WORLD_SIZE"] = "{gpus}"
 from hrm_megatron import pretrain
 from hrm_megatron.training.arguments import microbatches_of
 stock = pretrain.parse_arguments
-def parse_arguments(_):
-    args = stock(lambda args: {vocab_size})
+def parse_arguments(*_):
+    args = stock(lambda args: {vocab_size}, lambda args: 1000)  # rows of an epoch
     print("understood", json.dumps([args.global_batch_size, args.seq_length, microbatches_of(args)]), flush=True)
     sys.exit(0)
 pretrain.parse_arguments = parse_arguments

@@ -142,5 +142,19 @@ def test_the_launch_script_shows_its_command_and_refuses_what_does_not_fit():
     assert r"--sequence-parallel --save runs/a\ b" in shown.stdout
     helped = run(["launch_scripts/train_node.sh", "--help"])
     assert helped.returncode == 0 and "DP      data parallel ranks" in helped.stdout and "#" not in helped.stdout
-    refused = run(["launch_scripts/train_node.sh", "--dry-run"], TP="two")
-    assert refused.returncode == 2 and "whole numbers from 1, not 'two'" in refused.stderr
+    for variables, message in ((dict(TP="two"), "whole numbers from 1, not 'two'"),
+                               (dict(LAYOUT="preset", DP="2"), "LAYOUT=preset chooses TP, PP, CP and DP: leave them"),
+                               (dict(LAYOUT="best"), "LAYOUT=best: the only one that is known is preset")):
+        refused = run(["launch_scripts/train_node.sh", "--dry-run"], **variables)
+        assert refused.returncode == 2 and message in refused.stderr
+
+
+def test_the_launch_script_takes_the_layout_of_a_preset_for_the_gpus_that_there_are(tmp_path):
+    from hrm_megatron.planner.presets import default_layout, layout_flags
+
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nseq 8\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    shown = run(["launch_scripts/train_node.sh", "--dry-run", "--bf16"], PRESET="20B", LAYOUT="preset",
+                TORCHRUN="torchrun", PYTHON=sys.executable, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    flags = " ".join(layout_flags(default_layout("20B", 8)))
+    assert f"--nproc-per-node 8 -m hrm_megatron.pretrain --hrm-preset 20B {flags} --bf16" in shown.stdout, shown

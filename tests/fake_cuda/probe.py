@@ -23,7 +23,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig  # noqa: E4
 from hrm_megatron.config import Architecture  # noqa: E402
 from hrm_megatron.data.batch import PackedBatch, assemble_row  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402
-from hrm_megatron.model.schedule import trains_embedding  # noqa: E402
+from hrm_megatron.model.schedule import trains_embedding, unroll  # noqa: E402
 from hrm_megatron.optim.builder import build_optimizer  # noqa: E402
 from hrm_megatron.parallel.context import context_positions  # noqa: E402
 from hrm_megatron.training.metrics import loss_sums  # noqa: E402
@@ -73,14 +73,14 @@ def train(overlap: bool = False, context_parallel: int = 1, tensor_parallel: int
             OptimizerConfig(optimizer="adam", lr=0.1, min_lr=0.1, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,
                             clip_grad=0.0, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True,
                             overlap_param_gather=overlap),
-            [ddp], 0.9, lambda: trains_embedding(2, now["bp_steps"]))
+            [ddp], 0.9, lambda: trains_embedding(unroll(2, 3, now["bp_steps"])))
         device.strict = True
         device.results.clear()
         for step, bp_steps in enumerate(BP_STEPS):
             now["bp_steps"] = bp_steps
             ddp.zero_grad_buffer()
             optimizer.zero_grad()
-            untrained = None if trains_embedding(2, bp_steps) else model.embedding.word_embeddings.weight
+            untrained = None if trains_embedding(unroll(2, 3, bp_steps)) else model.embedding.word_embeddings.weight
             device.collectives.clear()
             for last in (False, True):
                 with contextlib.nullcontext() if last else ddp.no_sync():

@@ -14,13 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE_LIMIT = 400
-ORDER = ("config", "program", "transformer_config", "data", "parallel", "layers", "attention", "model", "optim",
-         "planner", "checkpoint", "training", "convert", "generate", "serve", "quantize", "evaluate", "cluster",
-         "benchmark")
+ORDER = ("model_types", "config", "program", "transformer_config", "data", "parallel", "layers", "attention", "model",
+         "optim", "planner", "checkpoint", "training", "convert", "generate", "serve", "quantize", "evaluate",
+         "cluster", "benchmark")
 RANKS = {name: rank for rank, name in enumerate(ORDER)} | {"pretrain": len(ORDER)}
 FREE_FOR_ALL = "hrm_megatron.parallel.cpu"  # must come before the first import of Megatron, wherever that is
-NO_TORCH = ("hrm_megatron/config.py", "hrm_megatron/model/schedule.py", "hrm_megatron/optim/schedule.py",
-            "hrm_megatron/data/plan.py")
+NO_TORCH = ("hrm_megatron/config.py", "hrm_megatron/model_types.py", "hrm_megatron/model/schedule.py",
+            "hrm_megatron/optim/schedule.py", "hrm_megatron/data/plan.py")
 NO_MEGATRON = (*NO_TORCH, "hrm_megatron/convert/table.py", "hrm_megatron/data/mixture.py", "hrm_megatron/planner/")
 TOP_LEVEL = {"hrm_megatron", "tools", "examples", "tests", "launch_scripts", "docs", "setup.py", "README.md",
              "pyproject.toml", "Makefile", "LICENSE"}  # and what starts with a dot

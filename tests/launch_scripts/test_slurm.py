@@ -94,6 +94,14 @@ def test_the_command_is_shown_outside_a_job_too(script):
     assert "srun --ntasks 4 " in shown.stdout and "--nproc-per-node 8 --rdzv-id JOB_ID " in shown.stdout
 
 
+def test_a_preset_brings_its_layout(script):
+    from hrm_megatron.planner.presets import default_layout, layout_flags
+
+    shown = script("--dry-run", "--seq-length", "4096", **OUTSIDE, NODES="64", GPUS="8", PRESET="32B", LAYOUT="preset")
+    flags = " ".join(layout_flags(default_layout("32B", 512)))
+    assert f"--hrm-preset 32B {flags} --seq-length 4096" in shown.stdout
+
+
 def test_help_needs_no_job(script):
     shown = script("--help", **OUTSIDE)
     assert shown.returncode == 0 and "GPUS    per node" in shown.stdout and "#" not in shown.stdout
@@ -195,6 +203,9 @@ def test_a_start_whose_end_nobody_saw_counts_as_a_failure(run):
 
 
 @pytest.mark.parametrize("variables, message", [
+    (dict(TP="1", LAYOUT="preset"), "LAYOUT=preset chooses TP, PP and CP: leave them out"),
+    (dict(LAYOUT="best"), "LAYOUT=best: the only one that is known is preset"),
+    (dict(LAYOUT="preset", PRESET="XL"), "has no default layout for 2 GPUs, but for 8, 64, 512"),
     (dict(OUTSIDE, GPUS="8"), "outside a Slurm job --dry-run needs the number of nodes: set NODES"),
     (dict(NODES="3"), "NODES=3, but Slurm gave the job 2 nodes"),
     (dict(TP="3"), "TP*PP*CP=3 does not divide the 2 GPUs of the job"),

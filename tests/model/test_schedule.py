@@ -45,5 +45,5 @@ def test_a_pass_goes_on_from_z_l_and_from_z_h_once_that_is_not_the_embedding():
 
 
 def test_the_embedding_is_trained_only_through_all_slow_ticks():
-    assert [trains_embedding(2, bp) for bp in (2, 3, 4)] == [False, True, True]
-    assert [trains_embedding(1, bp) for bp in (2, 3)] == [True, True]
+    assert [trains_embedding(unroll(2, 3, bp)) for bp in (2, 3, 4)] == [False, True, True]
+    assert [trains_embedding(unroll(1, 3, bp)) for bp in (2, 3)] == [True, True]

@@ -33,7 +33,7 @@ def trainer(single_rank):
     from megatron.core.optimizer.optimizer_config import OptimizerConfig
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from hrm_megatron.model.schedule import trains_embedding
+    from hrm_megatron.model.schedule import ticks_of, trains_embedding
     from hrm_megatron.optim.builder import StepScheduler, build_optimizer
     from hrm_megatron.training.metrics import loss_sums
 
@@ -46,7 +46,7 @@ def trainer(single_rank):
         optimizer = build_optimizer(
             OptimizerConfig(optimizer="adam", lr=schedule.lr, min_lr=schedule.min_lr, weight_decay=weight_decay,
                             adam_beta1=betas[0], adam_beta2=betas[1], clip_grad=0.0, use_distributed_optimizer=True),
-            [ddp], ema_decay, lambda: trains_embedding(model.config.arch.h_cycles, now.bp_steps))
+            [ddp], ema_decay, lambda: trains_embedding(ticks_of(model.config.arch, now.bp_steps)))
         scheduler = StepScheduler(optimizer, schedule, rows_per_step, weight_decay, lambda: now.step)
 
         def forward_step(batches, ddp):

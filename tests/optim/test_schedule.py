@@ -84,7 +84,7 @@ def test_an_impossible_learning_rate_is_refused(settings, message):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ((1, 5, 0.2, 9), "bp_min_steps=1, bp_max_steps=5: need 2 <= min <= max"),
+    ((0, 5, 0.2, 9), "bp_min_steps=0, bp_max_steps=5: need 1 <= min <= max"),
     ((4, 3, 0.2, 9), "bp_min_steps=4, bp_max_steps=3: need"),
     ((2, 5, 1.1, 9), r"bp_warmup_fraction=1\.1 must lie between 0 and 1"),
     ((2, 5, -0.1, 9), r"bp_warmup_fraction=-0\.1 must lie"),

@@ -48,7 +48,7 @@ def test_memory_is_the_sum_of_its_parts():
 
 def test_pipelines_keep_the_graphs_that_the_simulation_counts():
     layout = Layout(8, 1, 2, 1, False, 1024, 1, 32)
-    plan = plan_pipeline(2, 3, 5, layout.microbatches, 2)
+    plan = plan_pipeline(SMALL, 5, layout.microbatches, 2)
     first, last = memory_of_stages(SMALL, layout, [3, 3], Saving(), plan)
     whole = memory_of_stages(SMALL, Layout(4, row_tokens=1024, global_batch_size=32), [3], Saving())[0]
     assert first.parts["activations"] == pytest.approx(plan.estimate.live_graphs / 5 * whole.parts["activations"])
@@ -125,6 +125,8 @@ def test_the_tool_answers_in_text_data_and_a_picture(monkeypatch, capsys, tmp_pa
     best = found["plans"][0]
     assert best["command"] in out and "Times are predictions" in out and "activations by tick: H3 " in out
     assert best["tensor"] * best["pipeline"] * best["context"] * best["data"] == 16
+    waiting, behind = found["goodput"]["saves"]
+    assert f"  {waiting['effective']:.1%} (90% of 200" in out and f" with {behind['flags']}, " in out
     assert f"{len(found['rejected'])} other layouts:" in out and found["times_are"] == "predictions"
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -132,6 +134,7 @@ def test_the_tool_answers_in_text_data_and_a_picture(monkeypatch, capsys, tmp_pa
 @pytest.mark.parametrize("words, says", [
     (("--hrm-preset", "XL", "--gpus", 0), "--gpus 0: must be at least 1"),
     (("--hrm-preset", "XL", "--gpus", 12), "--gpus 12: no multiple of 8 GPUs per node; choose 8 or 16"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--save-seconds", -1), "--save-seconds -1.0: must be above 0"),
     (("--sizes", 4, 512, 4, "--gpus", 8), "--tokens-per-step is not set"),
     (("--hrm-preset", "XL", "--gpus", 8, "--seq-length", 4000), "--seq-length 4000: does not divide the 196608"),
     (("--hrm-preset", "32B", "--gpus", 1), "32B fits no layout; give more GPUs"),

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
+from hrm_megatron.config import ConfigError
 from tests.random_checkpoint import TOKENIZER
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +156,33 @@ def test_a_signal_lets_answers_end_and_refuses_new_ones(process):
     assert process.log.read_text().endswith("all requests answered; ended\n")
 
 
+@pytest.fixture
+def tool(single_rank):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("serve_tool", ROOT / "tools" / "serve.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("environment, flags, key", [
+    (None, [], None), (None, ["--api-key", "sesame"], "sesame"), ("open sesame", [], "open sesame"),
+    ("", [], "HRM_MEGATRON_API_KEY: must be ASCII, not empty"), (" s", [], "HRM_MEGATRON_API_KEY: must be ASCII"),
+    ("a", ["--api-key", "a"], "there are an --api-key and HRM_MEGATRON_API_KEY; leave one out"),
+])
+def test_a_key_is_taken_from_the_environment_too(tool, monkeypatch, tmp_path, environment, flags, key):
+    monkeypatch.delenv("HRM_MEGATRON_API_KEY", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("HRM_MEGATRON_API_KEY", environment)
+    args = tool.parser().parse_args(["--load", str(tmp_path), *flags])
+    if key and key.startswith(("HRM_", "there")):
+        with pytest.raises(ConfigError, match=key):
+            tool.chosen_api_key(args)
+    else:
+        assert tool.chosen_api_key(args) == key
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--port", "99999"], "--port 99999: must be from 0"),
     (["--host", "no.such.host.invalid"], "cannot listen there"),
@@ -162,13 +190,8 @@ def test_a_signal_lets_answers_end_and_refuses_new_ones(process):
     (["--timeout-seconds", "nan"], "--timeout-seconds nan: must be a positive number"),
     (["--api-key", ""], "--api-key: must be ASCII"),
 ])
-def test_bad_flags_are_one_line(single_rank, monkeypatch, capsys, tmp_path, flags, message):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("serve_tool", ROOT / "tools" / "serve.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_bad_flags_are_one_line(tool, monkeypatch, capsys, tmp_path, flags, message):
     monkeypatch.setattr(sys, "argv", ["serve.py", "--load", str(tmp_path), *flags])
-    assert module.main() == 1
+    assert tool.main() == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err

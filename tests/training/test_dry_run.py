@@ -18,6 +18,7 @@ from megatron.training import arguments as megatron_arguments  # noqa: E402
 
 from hrm_megatron.config import PRESETS, Architecture, ConfigError  # noqa: E402
 from hrm_megatron.model import hrm  # noqa: E402
+from hrm_megatron.model_types import HRM, MODEL_TYPES  # noqa: E402
 from hrm_megatron.parallel.patching import temporarily  # noqa: E402
 from hrm_megatron.planner.layout import Layout, check, stage_parameters  # noqa: E402
 from hrm_megatron.training.arguments import checked, complete, parse_arguments  # noqa: E402
@@ -71,7 +72,7 @@ def test_random_layouts_are_refused_here_as_by_the_planner(monkeypatch):
                           micro_batch_size=layout.micro_batch_size, global_batch_size=layout.global_batch_size)
         planned = told = None
         try:
-            layers = check(ARCHITECTURE, layout, args.bp_max_steps)
+            layers = check(ARCHITECTURE, layout, MODEL_TYPES[HRM].bp_steps[1])
         except ConfigError as error:
             planned = str(error)
         try:

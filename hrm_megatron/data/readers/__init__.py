@@ -57,9 +57,13 @@ def is_blank(path: Path, documents: bool = False) -> bool:
     return _kind(path, documents).is_blank(path)
 
 
-def pieces(path: Path, chunk_bytes: int = PIECE_BYTES, rows: RowFormat = ROWS) -> Iterator[Piece]:
-    """Cut a file into pieces of about `chunk_bytes` of text, in its order."""
-    return _kind(path, rows.raw is not None).pieces(path, chunk_bytes, rows)
+def pieces(path: Path, chunk_bytes: int = PIECE_BYTES, rows: RowFormat = ROWS, readers: int = 1) -> Iterator[Piece]:
+    """Cut a file into pieces of about `chunk_bytes` of text, in its order. Of Parquet, `readers` row groups are read at
+    a time, each in the memory that one takes."""
+    kind = _kind(path, rows.raw is not None)
+    if kind.mark == MARK:
+        return parquet_pieces(path, chunk_bytes, rows, readers)
+    return kind.pieces(path, chunk_bytes, rows)
 
 
 def read_piece(piece: Piece, rows: RowFormat = ROWS,

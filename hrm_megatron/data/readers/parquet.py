@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hrm_megatron.data.example import RowFormat
+from hrm_megatron.data.readers.ahead import read_ahead
 from hrm_megatron.data.readers.columns import ColumnsPiece, Group, column_pieces, columns_of, damage_named
 from hrm_megatron.data.readers.parquet_pages import pages
 
@@ -20,10 +21,16 @@ PAGE_VALUES = 1 << 24
 BUFFER_BYTES = 1 << 20  # of a column chunk; without it, each is read as a whole
 
 
-def parquet_pieces(path: Path, chunk_bytes: int, rows: RowFormat) -> Iterator[ColumnsPiece]:
+def parquet_pieces(path: Path, chunk_bytes: int, rows: RowFormat, readers: int = 1) -> Iterator[ColumnsPiece]:
+    """Cut a file into pieces; `readers` row groups are read at a time. The pieces are the same."""
     with _opened(path) as file:
-        columns = columns_of(path, file.schema_arrow, rows)
-        yield from column_pieces(path, chunk_bytes, rows, _groups(path, file, columns))
+        metadata, columns = file.metadata, columns_of(path, file.schema_arrow, rows)
+
+    def group_pieces(number: int) -> Iterator[ColumnsPiece]:
+        with _opened(path, metadata) as file:
+            yield from column_pieces(path, chunk_bytes, rows, [_group(path, file, number, columns)])
+
+    yield from read_ahead(map(group_pieces, range(metadata.num_row_groups)), readers)
 
 
 def parquet_is_blank(path: Path) -> bool:
@@ -31,16 +38,16 @@ def parquet_is_blank(path: Path) -> bool:
         return bool(file.metadata.num_rows == 0)
 
 
-def _opened(path: Path) -> pq.ParquetFile:
+def _opened(path: Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     with damage_named(path, "its footer"):
-        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+        return pq.ParquetFile(path, metadata=metadata, buffer_size=BUFFER_BYTES, pre_buffer=False,
+                              page_checksum_verification=True)
 
 
-def _groups(path: Path, file: pq.ParquetFile, columns: list[str]) -> Iterator[Group]:
-    for number in range(file.num_row_groups):
-        group = file.metadata.row_group(number)
-        num_bytes = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
-        yield Group(f"row group {number}", num_bytes, _batches(path, file, number, columns))
+def _group(path: Path, file: pq.ParquetFile, number: int, columns: list[str]) -> Group:
+    group = file.metadata.row_group(number)
+    num_bytes = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+    return Group(f"row group {number}", num_bytes, _batches(path, file, number, columns))
 
 
 def _batches(path: Path, file: pq.ParquetFile, number: int, columns: list[str]) -> Iterator[pa.RecordBatch]:

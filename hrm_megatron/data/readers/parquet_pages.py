@@ -31,6 +31,8 @@ def pages(file: BinaryIO, column: pq.ColumnChunkMetaData) -> Iterator[Page]:
     while left > 0:
         header, header_bytes = _header(file, place)
         data: dict[int, Any] = next((header[key] for key in DATA_HEADERS if key in header), {})
+        if not isinstance(data, dict) or type(data.get(1, 0)) is not int:
+            raise ValueError(f"no page header at byte {place}")
         page = Page(header[UNCOMPRESSED_SIZE], data.get(1, 0), header[1] == DICTIONARY_PAGE)
         if header[COMPRESSED_SIZE] < 0 or page.num_bytes < 0 or (data and page.num_values < 0):
             raise ValueError(f"a page of negative size at byte {place}")
@@ -52,7 +54,7 @@ def _header(file: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
                 raise ValueError(f"no page header at byte {place}") from error
             num_bytes *= 8
             continue
-        if not {1, UNCOMPRESSED_SIZE, COMPRESSED_SIZE} <= header.keys():
+        if any(type(header.get(key)) is not int for key in (1, UNCOMPRESSED_SIZE, COMPRESSED_SIZE)):
             raise ValueError(f"no page header at byte {place}")
         return header, end
 

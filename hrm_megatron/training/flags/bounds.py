@@ -32,9 +32,10 @@ BOUNDS: dict[str, Bounds | None] = {
         "--timing-log-level --loss-scale --initial-loss-scale --min-loss-scale --error-injection-rate "
         "--ft-num-warmup-iters --fault-injector-fault-delay --fault-injector-delay-start-iteration "
         "--fault-injector-mtti-seconds --fault-injector-offset-seconds --fp8-margin --logging-level"))),
-    **dict(_at_least(1, "--iterations-to-skip")),
+    **dict(_at_least(1, "--iterations-to-skip --rollback-after")),
     "--adam-beta1": (0, 1), "--adam-beta2": (0, 1), "--lr-warmup-fraction": (0, 1),
     "--async-ckpt-cpu-priority": (0, 19), "--async-ckpt-io-priority": (0, 3), "--straggler-ctrlr-port": (1, 65535),
     "--fault-injector-seed": None,
     "--ema-decay": (0, 1), "--init-std": (0, ANY_LARGER), "--pipeline-window": (1, ANY_LARGER),  # ours
+    **dict(_at_least(1, "--epochs --early-stopping")),
 }

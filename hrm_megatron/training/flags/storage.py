@@ -13,8 +13,9 @@ OWN_STORES = "indexed datasets are read by readers of our own"
 FSDP = "--use-megatron-fsdp"
 
 CHECKPOINTING: Group = (
-    Used("hrm_megatron.training.checkpoint", "--save --load --finetune --pretrained-checkpoint --ckpt-step "
+    Used("hrm_megatron.training.checkpoint", "--save --load --pretrained-checkpoint --ckpt-step "
          "--exit-on-missing-checkpoint"),
+    Used("hrm_megatron.training.finetune", "--finetune", needs="--pretrained-checkpoint --load"),
     Used("hrm_megatron.training.arguments", "--use-checkpoint-args", needs="--load --pretrained-checkpoint"),
     Used("megatron.training.training", "--save-interval --save-params-interval --save-wgrads-interval",
          needs="--save"),

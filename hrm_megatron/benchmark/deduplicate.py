@@ -1,0 +1,90 @@
+"""Time the search for duplicates, and its memory, by number of examples, in a process of its own.
+
+    python tools/benchmark.py deduplicate --millions 1 10
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from hrm_megatron.benchmark.plan import BLOCK_EXAMPLES, SEED, make_dataset
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.deduplicate import check_duckdb
+from hrm_megatron.data.manifest import shard_folder
+from hrm_megatron.data.shards import KEY
+from hrm_megatron.program import listen, one_line
+
+COLUMNS = ("examples", "duplicates", "by the clock", "CPU", "peak memory")
+DRAWN_FROM = 3  # times as many texts as examples: 15 of 100 examples have been drawn before
+MIXING = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)  # odd, so that no two texts have one key
+START = """
+import sys, time
+from hrm_megatron.benchmark.plan import spent
+from hrm_megatron.data.deduplicate import deduplicate
+from hrm_megatron.data.indexed_examples import IndexedExamples
+store = IndexedExamples(sys.argv[1])
+wall, cpu = time.perf_counter(), time.process_time()
+found = deduplicate(store)
+spent(found.duplicates, time.perf_counter() - wall, time.process_time() - cpu)
+"""
+
+
+def draw_keys(prefix: Path, count: int) -> int:
+    """Give the examples of a made-up dataset keys of texts that were drawn at random; return how many of them were
+    drawn before."""
+    random = np.random.default_rng(SEED)
+    drawn = np.zeros(DRAWN_FROM * count, bool)
+    with open(shard_folder(prefix) / "made.example_keys", "wb") as file:
+        for start in range(0, count, BLOCK_EXAMPLES):
+            texts = random.integers(0, len(drawn), min(BLOCK_EXAMPLES, count - start), np.uint64)
+            drawn[texts] = True
+            np.stack([texts * np.uint64(factor) for factor in MIXING], 1).astype(KEY).tofile(file)
+    return count - int(drawn.sum())
+
+
+def measure(folder: Path, count: int) -> list[str]:
+    """Return the cells of a row of the table. A wrong number of duplicates is a ConfigError."""
+    prefix = folder / f"{count}" / "made"
+    try:
+        make_dataset(prefix, count)
+        duplicates = draw_keys(prefix, count)
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", START, str(prefix)], capture_output=True,
+                              text=True, check=True)
+        found, seconds, of_core, memory = json.loads(done.stdout.splitlines()[-1])
+        if found != duplicates:
+            raise ConfigError(f"{found} duplicates were found of {duplicates}; please report this")
+        return [f"{count:,}", f"{found:,}", f"{seconds:.1f} s", f"{of_core:.1f} s", f"{memory:.2f} GB"]
+    finally:
+        shutil.rmtree(folder / f"{count}", ignore_errors=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tools/benchmark.py deduplicate", description=__doc__.splitlines()[0]
+                                     if __doc__ else None)
+    parser.add_argument("--millions", type=float, nargs="+", default=[1, 10], help="of examples")
+    parser.add_argument("--output", type=Path, default=Path("benchmark-deduplicate"), metavar="DIR",
+                        help="a new folder for made-up datasets of 56 bytes an example, removed at the end")
+    args = parser.parse_args()
+
+    def run() -> None:
+        check_duckdb()
+        args.output.mkdir(parents=True)
+        try:
+            print(" | ".join(COLUMNS))
+            for millions in args.millions:
+                print(" | ".join(measure(args.output, int(millions * 1e6))), flush=True)
+        finally:
+            shutil.rmtree(args.output)
+
+    return one_line(run)
+
+
+if __name__ == "__main__":
+    listen()
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What the characters of texts are, looked up for all texts of a batch together: they are encoded once for all who ask.
+
+A look into a table per character replaces the search for normal forms, for unassigned code points, for texts that show
+nothing and for marks of lost characters.
+"""
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from functools import cache, cached_property
+
+import numpy as np
+
+CODE_POINTS = 0x110000
+PRIVATE_PLANES = 0xF0000
+INVISIBLE = re.compile(r"[\s\x00-\x1f\x7f\u00ad\u200b-\u200f\u2060\ufeff]")
+LOST_MARK = "\ufffd"
+HANGUL_SECOND = (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))  # vowels and finals, composed by arithmetic
+# What a character may be.
+UNASSIGNED = 1  # not in this Python's Unicode, or of a private plane
+UNSURE = 2  # a text without such a one is in NFC: it changes, moves or joins the one before (UAX 15, quick check)
+PRECOMPOSED = 4  # NFD makes others of it
+VISIBLE = 8
+LOST = 16
+CONTROL = 32  # that JSON can make of a backslash and a letter
+CONTROLS = "\b\t\n\f\r"
+
+
+class Texts(tuple[str, ...]):
+    """Texts of a batch."""
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> Texts:
+        """Return them as they are where they were looked at already."""
+        return texts if isinstance(texts, Texts) else cls(texts)
+
+    @cached_property
+    def utf8(self) -> list[bytes]:
+        return [text.encode() for text in self]
+
+    @cached_property
+    def joined(self) -> str:
+        """All texts, a NUL behind each."""
+        return "\0".join((*self, ""))
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """Code points of `joined`. Raises UnicodeEncodeError at half a surrogate pair."""
+        if self.joined.isascii():
+            return np.frombuffer(self.joined.encode("ascii"), np.uint8)
+        return np.frombuffer(self.joined.encode("utf-32-le"), np.uint32)
+
+    @cached_property
+    def kinds_at(self) -> np.ndarray:
+        """The kind of each character of `joined`."""
+        table = kinds_of_characters()
+        if self.codes.dtype == np.uint8:
+            return np.frombuffer(self.codes.tobytes().translate(table[:256].tobytes()), np.uint8)
+        return table[self.codes]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """Where in `joined` the next text begins, [texts]."""
+        return np.cumsum(np.fromiter(map(len, self), np.int64, len(self)) + 1)
+
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        """What is among the characters of each text, [texts] uint8."""
+        if not self:
+            return np.empty(0, np.uint8)
+        kinds: np.ndarray = np.bitwise_or.reduceat(self.kinds_at, np.append(0, self._ends[:-1]))
+        return kinds
+
+    @cached_property
+    def not_nfc(self) -> np.ndarray:
+        """Say of each text whether it is in another form than NFC, [texts] bool."""
+        found = np.zeros(len(self), bool)
+        if not (self.kinds & UNSURE).any():
+            return found
+        # A text is in NFC if every stretch of such characters is, with the one that they follow: none reaches further.
+        unsure = np.flatnonzero((self.kinds_at & UNSURE) != 0)
+        breaks = np.flatnonzero(np.diff(unsure) > 1)
+        first, last = unsure[np.append(0, breaks + 1)], unsure[np.append(breaks, len(unsure) - 1)]
+        stretches = [self.joined[max(start - 1, 0):end + 1]
+                     for start, end in zip(first.tolist(), last.tolist(), strict=True)]
+        in_nfc = {stretch: unicodedata.is_normalized("NFC", stretch) for stretch in set(stretches)}
+        others = first[[not in_nfc[stretch] for stretch in stretches]]
+        found[np.searchsorted(self._ends, others, side="right")] = True
+        return found
+
+
+@cache
+def kinds_of_characters() -> np.ndarray:
+    """Say of every code point what it is, [0x110000] uint8."""
+    table = np.full(CODE_POINTS, UNASSIGNED | VISIBLE, np.uint8)
+    seconds = set(HANGUL_SECOND)
+    for code in range(PRIVATE_PLANES):
+        character = chr(code)
+        if unicodedata.category(character) in ("Cn", "Cs"):
+            continue
+        table[code] = VISIBLE
+        if unicodedata.combining(character) or not unicodedata.is_normalized("NFC", character):
+            table[code] |= UNSURE
+        if not unicodedata.is_normalized("NFD", character):
+            table[code] |= PRECOMPOSED
+            parts = unicodedata.decomposition(character).split()
+            seconds.update(int(part, 16) for part in parts[1:])
+    table[list(seconds)] |= UNSURE
+    for match in INVISIBLE.finditer("".join(map(chr, range(1 << 16)))):
+        table[match.start()] &= ~np.uint8(VISIBLE)
+    table[ord(LOST_MARK)] |= LOST
+    table[list(map(ord, CONTROLS))] |= CONTROL
+    return table

@@ -1,0 +1,90 @@
+"""A weight matrix as the matmuls of generation read it: few rows at a time, hundreds of times over.
+
+On a CPU such a matmul is bound by how the weight lies in memory, and both of torch's libraries take one that was laid
+out for them beforehand. Measured on one core of a Xeon with AMX, 768 x 3072, milliseconds:
+
+| rows | fp32 [out, in] | fp32 [in, out] | fp32 MKL, packed | bf16 [out, in] | bf16 [in, out] | bf16 oneDNN, packed |
+|---|---|---|---|---|---|---|
+| 1 | 0.69 | 0.60 | 0.63 | 0.57 | 0.66 | 0.39 |
+| 8 | 1.71 | 1.60 | 0.96 | 0.53 | 0.65 | 0.38 |
+| 32 | 2.09 | 2.40 | 1.47 | 0.64 | 0.77 | 0.51 |
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+PACKED_ROWS = 4  # from here on MKL's layout is faster
+PACKED_ELEMENTS = 1 << 18  # a smaller fp32 matrix stays in a core's own cache, and is read as fast without
+
+
+class Matrix:
+    """A matrix stored as [in, out], for any device."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """`weight` is [out, in]."""
+        self.columns, self.nbytes = len(weight), weight.nbytes
+        self.keep(weight)
+
+    def keep(self, weight: torch.Tensor) -> None:
+        """Store `weight` for `__call__`."""
+        self.dense = weight.t().contiguous()
+
+    def more_bytes(self, rows: int) -> int:
+        """Bytes that `prepare` for so many rows would take."""
+        return 0
+
+    def prepare(self, rows: int) -> None:
+        """Be told with how many rows most matmuls will come."""
+
+    def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x [n, in] times the matrix, plus `added` [n, out]."""
+        return x @ self.dense if added is None else torch.addmm(added, x, self.dense)
+
+
+class OneDNNMatrix(Matrix):
+    """bf16 on a CPU: in oneDNN's own layout alone, which serves any number of rows."""
+
+    def keep(self, weight: torch.Tensor) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        matmul = torch.ops.mkldnn._linear_pointwise
+        found: torch.Tensor = (matmul(x, self.packed, None, "none", [], "") if added is None else
+                               matmul.binary(x, added, self.packed, None, "add"))
+        return found
+
+
+class MKLMatrix(Matrix):
+    """fp32 on a CPU: beside the matrix a copy in MKL's layout, which serves one number of rows.
+
+    Fewer rows are filled up with zeros as long as that costs less than it gains.
+    """
+
+    def keep(self, weight: torch.Tensor) -> None:
+        super().keep(weight)
+        self.rows = 0
+
+    def more_bytes(self, rows: int) -> int:
+        return self.nbytes if rows >= PACKED_ROWS and not self.rows else 0
+
+    def prepare(self, rows: int) -> None:
+        if rows >= PACKED_ROWS and rows != self.rows:
+            self.packed, self.rows = torch.ops.mkl._mkl_reorder_linear_weight(self.dense.t().contiguous(), rows), rows
+
+    def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        if not self.rows / 2 < len(x) <= self.rows:
+            return super().__call__(x, added)
+        full = F.pad(x, (0, 0, 0, self.rows - len(x))) if len(x) < self.rows else x
+        found = torch.ops.mkl._mkl_linear(full, self.packed, self.dense.t(), None, self.rows)[:len(x)]
+        return found if added is None else found.add_(added)
+
+
+def matrix_of(weight: torch.Tensor) -> Matrix:
+    """Take `weight` [out, in] in the layout that is fastest on its device."""
+    if weight.device.type == "cpu":
+        if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return OneDNNMatrix(weight)
+        if weight.dtype == torch.float32 and weight.numel() >= PACKED_ELEMENTS and torch.backends.mkl.is_available():
+            return MKLMatrix(weight)
+    return Matrix(weight)

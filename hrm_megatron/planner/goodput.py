@@ -1,0 +1,134 @@
+"""Effective training time: the share of a run's time in which steps are made that a later failure does not take back.
+
+Failures come at a constant rate for each GPU. After one the run is found dead, starts again, loads the newest complete
+checkpoint, and makes again what was made since.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hrm_megatron.planner.search import Plan, Question
+
+SAVED_BYTES = 4 * 4  # of a weight beside itself in a checkpoint: master, both moments and EMA in fp32
+GPU_MTTF_HOURS = 8 * 1024.0  # a failure every 8 hours on 1,024 GPUs
+# Assumed until measured.
+STORAGE_PER_NODE = 1e9  # bytes/s of a shared file system
+COPY_PER_GPU = 1e10  # bytes/s from a GPU to its host, for a save that is written behind the training
+START_SECONDS, DETECT_SECONDS = 90.0, 120.0
+
+RUNS, MIDDLE = 200, (5, 95)  # simulated, and the percentiles of them that are told
+ASYNC = "--async-save --use-persistent-ckpt-worker"
+
+
+@dataclass(frozen=True)
+class Hazards:
+    """Seconds. `mttf` of the whole job; a save stops training for `stall` and is complete `write` after it began;
+    a failure is noticed after `detect`, and training goes on `restart` later, start and load together."""
+
+    mttf: float
+    stall: float
+    write: float
+    detect: float
+    restart: float
+
+    @property
+    def lost(self) -> float:
+        """Until training goes on, in which a further failure begins it again."""
+        return self.detect + self.restart
+
+    def expected_share(self, interval: float) -> float:
+        """Share of the time that is kept when a save comes after each `interval` seconds of steps.
+
+        `interval / (M e^(R/M) (e^((interval + stall)/M) - 1))` of J. Daly, A higher order estimate of the optimum
+        checkpoint interval for restart dumps, Future Generation Computer Systems 22 (2006), equation 20: exact where
+        training waits for a save. What is written behind it is lost for so much longer, here part of R.
+        """
+        behind = max(0.0, self.write - self.stall)
+        cycles = math.expm1((interval + self.stall) / self.mttf)
+        return interval / (self.mttf * math.exp((self.lost + behind) / self.mttf) * cycles)
+
+    def best_interval(self, step_seconds: float) -> int:
+        """Return the steps between saves with the highest expected share; the next save waits for the last."""
+        least = max(1, math.ceil(self.write / step_seconds))
+        young = math.sqrt(2 * max(self.stall, step_seconds / 100) * self.mttf)
+        candidates = {max(least, round(young * factor / step_seconds)) for factor in np.geomspace(0.05, 5, 400)}
+        return max(sorted(candidates), key=lambda steps: self.expected_share(steps * step_seconds))
+
+
+def simulate(hazards: Hazards, step_seconds: float, interval: int, steps: int, runs: int, seed: int) -> np.ndarray:
+    """Return the effective training time of so many runs of `steps`, with a save after each `interval` steps."""
+    rng = np.random.default_rng(seed)
+    return np.array([steps * step_seconds / _one_run(hazards, step_seconds, interval, steps, rng)
+                     for _ in range(runs)])
+
+
+def _one_run(hazards: Hazards, step_seconds: float, interval: int, steps: int, rng: np.random.Generator) -> float:
+    """Seconds of one run."""
+    kept, seconds, cycle = 0, 0.0, interval * step_seconds + hazards.stall
+    while True:
+        rest = steps - kept
+        whole = rest * step_seconds + -(-rest // interval) * hazards.stall
+        failure = rng.exponential(hazards.mttf)
+        if failure >= whole:
+            return seconds + whole
+        # The n-th save begins n intervals and n - 1 stalls after the start.
+        complete = int((failure - max(hazards.write, hazards.stall) + hazards.stall) // cycle)
+        kept += max(0, complete) * interval
+        seconds += failure + hazards.lost
+        while (failure := rng.exponential(hazards.mttf)) < hazards.lost:
+            seconds += failure
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds that a run has measured, None where it has not."""
+
+    save: float | None = None
+    stall: float | None = None  # of a save behind the training
+    load: float | None = None
+    start: float | None = None
+    detect: float | None = None
+
+
+def hazards_of(plan: Plan, question: Question, gpu_mttf_hours: float, measured: Measured) -> Hazards:
+    """What a run by `plan` is up against, with a save behind the training; what was not measured is assumed."""
+    weight = 2  # bytes, bf16
+    parameters, ranks = question.architecture.num_parameters, plan.layout.ranks
+    written = parameters * (weight + SAVED_BYTES)
+    through_storage = written / (STORAGE_PER_NODE * -(-ranks // question.cluster.gpus_per_node))
+
+    def known(value: float | None, assumed: float) -> float:
+        return assumed if value is None else value
+    return Hazards(
+        gpu_mttf_hours * 3600 / ranks, known(measured.stall, written / ranks / COPY_PER_GPU),
+        known(measured.save, through_storage), known(measured.detect, DETECT_SECONDS),
+        known(measured.start, START_SECONDS) + known(measured.load, through_storage))
+
+
+def compare_saves(plan: Plan, question: Question, hazards: Hazards, seed: int = 0) -> list[dict[str, Any]]:
+    """Simulate a run whose training waits for its saves, and one that saves behind it, each at its best interval."""
+    found = []
+    for flags, one in (("", replace(hazards, stall=hazards.write)), (ASYNC, hazards)):
+        interval = min(question.steps, one.best_interval(plan.step.seconds))
+        shares = simulate(one, plan.step.seconds, interval, question.steps, RUNS, seed)
+        low, high = (float(x) for x in np.percentile(shares, MIDDLE))
+        found.append(dict(flags=f"--save-interval {interval} {flags}".strip(), save_interval=interval,
+                          stall_seconds=one.stall, effective=float(shares.mean()), low=low, high=high))
+    return found
+
+
+def describe(plan: Plan, question: Question, hazards: Hazards, measured: Measured) -> Iterator[str]:
+    """Say what failures cost, and which saves cost least."""
+    assumed = [name for name, value in vars(measured).items() if value is None]
+    yield (f"effective training time with a failure every {hazards.mttf / 3600:.1f} h, noticed after "
+           f"{hazards.detect:.0f} s; a save takes {hazards.write:.1f} s, start and load {hazards.restart:.1f} s"
+           f"{f' ({', '.join(assumed)}: assumed, not measured)' if assumed else ''}:")
+    for one in compare_saves(plan, question, hazards):
+        yield (f"  {one['effective']:.1%} ({MIDDLE[1] - MIDDLE[0]}% of {RUNS} simulated runs: {one['low']:.1%} to "
+               f"{one['high']:.1%}) with {one['flags']}, every {one['save_interval'] * plan.step.seconds / 60:.1f} min "
+               f"a stall of {one['stall_seconds']:.1f} s")

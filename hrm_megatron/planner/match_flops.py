@@ -1,0 +1,51 @@
+"""How many steps of one model cost as many FLOPs as a run of another: the rule of comparisons at equal FLOPs.
+
+Sizes stay those of the preset, in which HRM-Text's baselines have as many weights as the HRM (TRM with its recurrence
+half as many); what a cheaper step saves goes into more steps over the same data. Both runs are counted step by step,
+each with its own gradient ticks, over the same rows.
+"""
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.optim.schedule import BPSchedule
+from hrm_megatron.planner.flops import rows_flops
+
+TOLERANCE = 0.01  # of the FLOPs to match
+Rows = Sequence[Sequence[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model and how its gradient ticks rise: (first, last, share of the run)."""
+
+    architecture: Architecture
+    bp: tuple[int, int, float]
+
+
+def run_flops(recipe: Recipe, steps: int, row_tokens: int, rows_per_step: int, rows: Rows) -> float:
+    """FLOPs of a run of so many steps, whose rows are like `rows` (of each example prefix and response)."""
+    schedule = BPSchedule(*recipe.bp, steps)
+    counts = Counter(schedule.at(step) for step in range(1, steps + 1))
+    return sum(count * rows_flops(recipe.architecture, bp_steps, row_tokens, rows) * rows_per_step / len(rows)
+               for bp_steps, count in counts.items())
+
+
+def matched_steps(recipe: Recipe, budget: float, row_tokens: int, rows_per_step: int, rows: Rows) -> int:
+    """Return the number of steps whose FLOPs are next to `budget`; raise ConfigError where they are not within
+    TOLERANCE of it."""
+    def cost(steps: int) -> float:
+        return run_flops(recipe, steps, row_tokens, rows_per_step, rows)
+    most = 1
+    while cost(most) < budget:
+        most *= 2
+    above = 1 + bisect_left(range(1, most + 1), budget, key=cost)
+    steps = min((n for n in (above - 1, above) if n), key=lambda n: abs(cost(n) - budget))
+    if abs(off := cost(steps) / budget - 1) > TOLERANCE:
+        raise ConfigError(f"{steps} steps of a {recipe.architecture.kind.title} are {off:+.1%} of the FLOPs to match: "
+                          "give more --train-iters, or smaller steps")
+    return steps

@@ -1,0 +1,157 @@
+"""Fit how loss falls with parameters and tokens: `L(N, D) = E + A / N^alpha + B / D^beta`.
+
+The form is equation 2 of Hoffmann et al., arXiv 2203.15556. For given exponents it is linear in E, A and B, which are
+solved for exactly, none of them negative; only the two exponents are searched, over a whole grid and then finer around
+its best point (variable projection, arXiv 2603.22339). Nothing depends on where a search begins, and none stops early,
+which had misled the fit of the first paper (arXiv 2404.10102). Errors are relative to the measured loss, squared.
+"""
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hrm_megatron.config import ConfigError
+
+EXPONENTS = (0.02, 2.0)  # smallest and largest that are tried
+POINTS, REFINEMENTS = 25, 5  # of an axis of a grid; each finer grid spans two steps of the last
+LEAST_RUNS, LEAST_SIZES = 6, 3  # five numbers are fitted
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model; `flops` of its whole training, if known. A run that is held out is predicted, not fitted."""
+
+    parameters: float
+    tokens: float
+    loss: float
+    model: str = ""
+    flops: float | None = None
+    held_out: bool = False
+
+
+@dataclass(frozen=True)
+class Law:
+    """The five numbers of a fit."""
+
+    e: float
+    a: float
+    b: float
+    alpha: float
+    beta: float
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        """Predict the loss of a model of so many parameters after so many tokens."""
+        return float(self.e + self.a * parameters ** -self.alpha + self.b * tokens ** -self.beta)
+
+    @property
+    def at_the_edge(self) -> list[str]:
+        """Exponents that stand at the end of what was tried: the runs do not determine them."""
+        low, high = EXPONENTS
+        return [name for name, value in (("alpha", self.alpha), ("beta", self.beta))
+                if value < low * 1.01 or value > high / 1.01]
+
+    def best_size(self, flops: float, flops_per_parameter_token: float) -> tuple[float, float]:
+        """Return the parameters and tokens of lowest loss for `flops` = k N D (arXiv 2203.15556, equation 4); infinite
+        or zero where one of the two terms was fitted as zero."""
+        product, both = flops / flops_per_parameter_token, self.alpha + self.beta
+        if not self.a or not self.b:
+            return (math.inf, 0.0) if self.a else (0.0, math.inf)
+        g = (self.alpha * self.a / (self.beta * self.b)) ** (1 / both)
+        return g * product ** (self.beta / both), product ** (self.alpha / both) / g
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Read runs from jsonl; raises ConfigError with the place of a row that is none."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give a jsonl file of runs") from error
+    runs = [_run(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not runs:
+        raise ConfigError(f"{path}: holds no runs; a row is " + json.dumps(vars(Run(1e6, 1e8, 2.5, "hrm"))))
+    return runs
+
+
+def _run(line: str, place: str) -> Run:
+    try:
+        row: Any = json.loads(line)
+        run = Run(**{name: row[name] for name in Run.__dataclass_fields__ if name in row})
+        if not isinstance(row, Mapping) or not all(_is_size(value) for value in (
+                run.parameters, run.tokens, run.loss, 1 if run.flops is None else run.flops)):
+            raise ValueError("parameters, tokens, loss and flops are numbers above 0")
+        if not isinstance(run.held_out, bool) or not isinstance(run.model, str):
+            raise ValueError("held_out is true or false, model a text")
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{place}: is no run ({error})") from error
+    return run
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def fit(runs: Sequence[Run]) -> Law:
+    """Fit the law to runs of one model, those that are held out left aside; raises ConfigError for too few."""
+    fitted = [run for run in runs if not run.held_out]
+    sizes = [len({getattr(run, name) for run in fitted}) for name in ("parameters", "tokens")]
+    if len(fitted) < LEAST_RUNS or min(sizes) < LEAST_SIZES:
+        raise ConfigError(f"{len(fitted)} runs of {sizes[0]} sizes and {sizes[1]} numbers of tokens: five numbers are "
+                          f"fitted; train at least {LEAST_RUNS}, of {LEAST_SIZES} sizes and numbers of tokens")
+    return _fit(*(np.array([getattr(run, name) for run in fitted], float) for name in ("parameters", "tokens", "loss")))
+
+
+def _fit(parameters: np.ndarray, tokens: np.ndarray, losses: np.ndarray) -> Law:
+    # Around their means, so that the columns of the linear problem are of one size whatever the exponents.
+    middle_n, middle_d = (math.exp(np.log(x).mean()) for x in (parameters, tokens))
+    n, d = np.log(parameters / middle_n), np.log(tokens / middle_d)
+    low, high = (math.log(exponent) for exponent in EXPONENTS)
+    spans = [(low, high), (low, high)]
+    for _ in range(1 + REFINEMENTS):
+        alphas, betas = (np.exp(np.linspace(*span, POINTS)) for span in spans)
+        errors, coefficients = _solve(np.exp(-alphas[:, None] * n), np.exp(-betas[:, None] * d), losses)
+        i, j = np.unravel_index(errors.argmin(), errors.shape)
+        e, a, b = coefficients[i, j]
+        alpha, beta = float(alphas[i]), float(betas[j])
+        steps = [(end - start) / (POINTS - 1) for start, end in spans]
+        spans = [(max(low, math.log(exponent) - step), min(high, math.log(exponent) + step))
+                 for exponent, step in zip((alpha, beta), steps, strict=True)]
+    return Law(float(e), float(a * middle_n ** alpha), float(b * middle_d ** beta), alpha, beta)
+
+
+def _solve(of_n: np.ndarray, of_d: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Solve for E, A and B at every pair of exponents: of_n [p, r] and of_d [q, r] of r runs to errors [p, q] and
+    coefficients [p, q, 3]. The best without negative ones is the best of those solutions, over every choice of terms
+    that are there, which has none."""
+    p, q = len(of_n), len(of_d)
+    columns = np.empty((p, q, 3, len(losses)))
+    columns[:, :, 0], columns[:, :, 1], columns[:, :, 2] = 1, of_n[:, None], of_d[None]
+    columns /= losses
+    best, found = np.full((p, q), np.inf), np.zeros((p, q, 3))
+    for terms in itertools.chain.from_iterable(itertools.combinations(range(3), count) for count in (1, 2, 3)):
+        x = columns[:, :, list(terms)]
+        solved = np.linalg.pinv(x.swapaxes(-1, -2)).sum(-1)  # each loss over itself is 1
+        errors = np.square(np.einsum("pqt,pqtr->pqr", solved, x) - 1).mean(-1)
+        better = (solved >= 0).all(-1) & (errors < best)
+        best[better] = errors[better]
+        found[better] = 0
+        rows, cols = np.nonzero(better)
+        found[rows[:, None], cols[:, None], list(terms)] = solved[better]
+    return best, found
+
+
+def resampled(runs: Sequence[Run], count: int, seed: int) -> Iterator[Law]:
+    """Fit runs drawn with replacement, `count` times (Efron's bootstrap); draws of too few sizes are drawn again."""
+    fitted = [run for run in runs if not run.held_out]
+    rng = np.random.default_rng(seed)
+    while count:
+        drawn = [fitted[index] for index in rng.integers(0, len(fitted), len(fitted))]
+        if min(len({run.parameters for run in drawn}), len({run.tokens for run in drawn})) >= LEAST_SIZES:
+            count -= 1
+            yield fit(drawn)

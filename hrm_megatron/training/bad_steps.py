@@ -1,0 +1,164 @@
+"""Steps whose gradients are no finite numbers: not taken, and after several in a row gone back from.
+
+A step that is not taken changes nothing: no weight, master, moment, EMA or count of the optimizer on any rank. Its rows
+count as read, and rates and gradient ticks follow the number of the step, so that the run is bitwise the one that was
+told to leave that step out (Megatron's --iterations-to-skip).
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import training as megatron_training
+
+from hrm_megatron.config import ConfigError
+
+ABORT, SKIP, ROLLBACK = POLICIES = ("abort", "skip", "rollback")
+RECORD = "bad_steps.json"  # beside the checkpoints
+ROLLBACK_AFTER = 3  # steps in a row
+MOST_RETURNS = 3  # to one checkpoint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Record:
+    """What a run has gone back from: steps whose rows are left out, and how often it went back to which step."""
+
+    steps: list[int] = field(default_factory=list)
+    returns: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: Path) -> Record:
+        """Return the record of a run, an empty one if there is none."""
+        if not file.exists():
+            return cls()
+        try:
+            found = json.loads(file.read_text())
+            steps = [int(step) for step in found["steps"]]
+            returns = {str(step): int(count) for step, count in found["returns"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{file}: is no record of bad steps ({error}); remove it to train on all rows") from error
+        return cls(steps, returns)
+
+    def write(self, file: Path) -> None:
+        aside = file.with_name(f"{file.name}.partial")
+        aside.write_text(json.dumps(asdict(self)) + "\n")
+        aside.replace(file)
+
+
+def check_policy(args: argparse.Namespace) -> None:
+    """Refuse what could not be done; take the steps that an earlier start has gone back from."""
+    if args.on_nonfinite != ROLLBACK and args.rollback_after is not None:
+        raise ConfigError(f"--rollback-after {args.rollback_after}: has no effect without --on-nonfinite rollback; "
+                          "give that, or leave it out")
+    if args.on_nonfinite == ABORT:
+        return
+    policy = f"--on-nonfinite {args.on_nonfinite}"
+    if args.skip_train:
+        raise ConfigError(f"{policy}: has no effect with --skip-train; leave one of them out")
+    if not args.check_for_nan_in_loss_and_grad:
+        raise ConfigError(f"{policy}: looks at nothing with --no-check-for-nan-in-loss-and-grad; leave one of them out")
+    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
+        raise ConfigError(f"{policy}: gradients are checked where Megatron's DDP reduces them, and not under FSDP; "
+                          "leave it or the FSDP flag out")
+    if args.on_nonfinite == SKIP:
+        return
+    if not args.save or args.save != args.load:
+        raise ConfigError(f"{policy}: goes back to the last checkpoint of --save {args.save}, but --load is "
+                          f"{args.load}; give both the same folder")
+    args.rollback_after = ROLLBACK_AFTER if args.rollback_after is None else args.rollback_after
+    file = Path(args.save) / RECORD
+    if steps := Record.read(file).steps:
+        log.info(f"bad steps: rows of {named(steps)} are left out, which this run has gone back from ({file})")
+        args.iterations_to_skip = sorted({*args.iterations_to_skip, *steps})
+
+
+def named(steps: list[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"
+
+
+class BadSteps:
+    """What --on-nonfinite skip and rollback do; all ranks decide alike."""
+
+    def __init__(self, args: argparse.Namespace, running_step: Callable[[], int]) -> None:
+        self.args, self.running_step = args, running_step
+        self.bad = False
+        self.in_a_row: list[int] = []
+        self.count = 0
+
+    def judge(self, norm: torch.Tensor) -> None:
+        """Learn of a step's gradients: `norm` [] of those of this rank, NaN or Inf where one of them is."""
+        # One number for all ranks: which of them, counted from 1, had such a gradient; the last, if several.
+        rank = torch.distributed.get_rank()
+        worst = torch.where(torch.isfinite(norm), 0, rank + 1).to(torch.int64)
+        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+        found = int(worst)
+        self.bad = found > 0
+        if not self.bad:
+            self.in_a_row = []
+            return
+        self.count += 1
+        self.in_a_row.append(self.running_step())
+        log.warning(f"step {self.running_step()}: not taken: gradients on rank {found - 1} are not finite "
+                    f"({len(self.in_a_row)} in a row, {self.count} since the start)")
+
+    def step(self, stock: Callable[[], tuple[bool, Any, Any]]) -> tuple[bool, Any, Any]:
+        """Let the optimizer update, or not: Megatron then counts a skipped iteration."""
+        if not self.bad:
+            return stock()
+        if self.args.on_nonfinite == ROLLBACK and len(self.in_a_row) >= self.args.rollback_after:
+            self.go_back()
+        return False, None, None
+
+    def go_back(self) -> None:
+        """Write down the steps in a row and end: a start of the same command goes on from the last checkpoint."""
+        file = Path(self.args.save) / RECORD
+        record, start = Record.read(file), str(self.args.iteration)
+        returns = record.returns.get(start, 0) + 1
+        again = returns > MOST_RETURNS
+        if not again and torch.distributed.get_rank() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Record(sorted({*record.steps, *self.in_a_row}), {**record.returns, start: returns}).write(file)
+        torch.distributed.barrier()  # a launcher ends all ranks when the first has ended
+        what = f"{named(self.in_a_row)}: gradients are not finite, {len(self.in_a_row)} in a row"
+        if again:
+            raise ConfigError(f"{what}, and this run has gone back to step {start} {MOST_RETURNS} times: its rows are "
+                              "not the reason; look at the data, the rate and the device, or load an older step")
+        raise ConfigError(f"{what}; the same command goes on from the last checkpoint and leaves their rows out "
+                          f"({file})")
+
+
+def pass_over(data_iterator: Iterator[Any] | list[Iterator[Any]]) -> None:
+    """Read the rows of a step and nothing else (in place of Megatron's `dummy_train_step`, which knows only its own
+    batches and reads on the first tensor parallel rank; here each rank reads for itself, in a pipeline its first
+    chunk)."""
+    iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+    machine = get_rerun_state_machine()
+    while machine.should_run_forward_backward(data_iterator):
+        for _ in range(get_num_microbatches()):
+            next(iterator)
+
+
+def install_bad_steps(args: argparse.Namespace, running_step: Callable[[], int]) -> BadSteps | None:
+    """Let the loop pass over steps; return what judges gradients and guards the optimizer, unless the run aborts."""
+    megatron_training.dummy_train_step = pass_over
+    if args.on_nonfinite == ABORT:
+        return None
+    bad, build = BadSteps(args, running_step), megatron_training.get_megatron_optimizer
+
+    def build_guarded(*arguments: Any, **options: Any) -> Any:
+        optimizer = build(*arguments, **options)
+        optimizer.step = functools.partial(bad.step, optimizer.step)
+        return optimizer
+    megatron_training.get_megatron_optimizer = build_guarded
+    return bad

@@ -1,0 +1,183 @@
+"""`--early-stopping N`: end a run whose held-out exact accuracy does not rise any more, and keep its best iteration.
+
+What was measured is in --save's early_stopping.json, so that a resumed run decides as one that never stopped.
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training import checkpointing
+from megatron.training import training as megatron_training
+
+from hrm_megatron.checkpoint.archive import DamagedError
+from hrm_megatron.checkpoint.manifest import write_aside
+from hrm_megatron.config import ConfigError, refuse_beside
+from hrm_megatron.training.evaluation import ON_TEST_SET
+
+log = logging.getLogger(__name__)
+
+RECORD_FILE = "early_stopping.json"
+MEASURE = "exact accuracy"
+ON_VALIDATION_SET = "on validation set"  # how Megatron's loop calls its last validation
+
+
+@dataclass
+class Record:
+    """Exact accuracy by iteration, and the iteration behind which the run was ended, if it was."""
+
+    evaluations: dict[int, float] = field(default_factory=dict)
+    stopped: int | None = None
+
+    @classmethod
+    def read(cls, save: Path, until: int) -> Record:
+        """Read what was measured in `save` up to an iteration, from which the run goes on."""
+        path = save / RECORD_FILE
+        if not path.exists():
+            return cls()
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            evaluations = {int(iteration): float(value) for iteration, value in found["evaluations"].items()}
+            stopped = found["stopped"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{path}: cannot read what was measured ({error}); remove it to begin to count "
+                               "anew") from error
+        return cls({i: value for i, value in evaluations.items() if i <= until}, stopped if stopped == until else None)
+
+    def write(self, save: Path) -> None:
+        best = self.best
+        found = {"measure": f"{MEASURE} of the validation set", "best_iteration": best, "evaluations": self.evaluations,
+                 "stopped": self.stopped}
+        write_aside(save / RECORD_FILE, json.dumps(found, indent=2) + "\n")
+
+    @property
+    def best(self) -> int | None:
+        """The iteration with the highest accuracy, the first of them."""
+        measured = [i for i, value in self.evaluations.items() if not math.isnan(value)]
+        return max(measured, key=lambda i: self.evaluations[i], default=None)
+
+    @property
+    def evaluations_since_best(self) -> int:
+        return sum(i > (self.best or 0) for i in self.evaluations)
+
+    def describe_best(self, save: str) -> str:
+        return (f"no {MEASURE} was measured" if self.best is None else
+                f"the best is iteration {self.best} with {self.evaluations[self.best]:.1%} exact: "
+                f"{save}/iter_{self.best:07d}")
+
+
+def stopped_early(args: argparse.Namespace, iteration: int) -> str | None:
+    """Say in one line that the run of this iteration was ended there; None where it was not."""
+    if not args.early_stopping or not args.save:
+        return None
+    record = Record.read(Path(args.save), iteration)
+    if record.stopped is None or record.evaluations_since_best < args.early_stopping:
+        return None
+    return f"stopped early at iteration {iteration}, nothing to train; {record.describe_best(args.save)}"
+
+
+def install_early_stopping(args: argparse.Namespace, validates: bool) -> None:
+    """Let Megatron's loop end a run as --early-stopping asks. Call it behind `guard_saves`."""
+    if not args.early_stopping:
+        return
+    flag = f"--early-stopping {args.early_stopping}"
+    if not args.save:
+        raise ConfigError(f"{flag}: has no effect without --save, where the best iteration is kept; give that too")
+    if not validates:
+        raise ConfigError(f"{flag}: there is nothing to validate on; give --valid-data-path PREFIX, or a --split")
+    refuse_beside(flag, {"--async-save": args.async_save, "--skip-train": args.skip_train})
+    stopping = EarlyStopping(args)
+    megatron_training.evaluate = _around(megatron_training.evaluate, stopping.evaluate)
+    megatron_training.evaluate_and_print_results = _around(megatron_training.evaluate_and_print_results,
+                                                           stopping.evaluate_and_print_results)
+    megatron_training.save_checkpoint = _around(megatron_training.save_checkpoint, stopping.save_checkpoint)
+    megatron_training.checkpoint_and_decide_exit = _around(megatron_training.checkpoint_and_decide_exit,
+                                                           stopping.checkpoint_and_decide_exit)
+    checkpointing._async_delete_checkpoint_impl = _around(checkpointing._async_delete_checkpoint_impl,
+                                                          stopping.delete_checkpoint)
+
+
+def _around(stock: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.wraps(stock)(functools.partial(wrapper, stock))
+
+
+class EarlyStopping:
+    """Wrappers of Megatron's functions; each takes the function that it wraps first."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.save = args, Path(args.save)
+        self.measured = math.nan
+        self.saved = 0
+        self.kept: int | None = None
+
+    @functools.cached_property
+    def record(self) -> Record:
+        """Read when the loop runs, which knows where it goes on."""
+        record = Record.read(self.save, self.args.iteration)
+        self.kept = record.best
+        return record
+
+    def evaluate(self, stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
+        found = means, _, _ = stock(*rest, **options)
+        self.measured = float(means[MEASURE]) if means and MEASURE in means else math.nan
+        return found
+
+    def evaluate_and_print_results(self, stock: Callable[..., None], prefix: str, forward_step_func: Any,
+                                   data_iterator: Any, model: Any, iteration: int, *rest: Any, **options: Any) -> None:
+        stock(prefix, forward_step_func, data_iterator, model, iteration, *rest, **options)
+        if prefix.endswith(ON_TEST_SET):
+            return
+        if iteration not in self.record.evaluations:  # the last one of a run may be measured twice
+            # Of a pipeline only the last stage knows, to which the last rank belongs in every layout.
+            value = torch.tensor([self.measured], dtype=torch.float64, device=f"cuda:{torch.cuda.current_device()}")
+            torch.distributed.broadcast(value, torch.distributed.get_world_size() - 1)
+            self.record.evaluations[iteration] = value.item()
+        if prefix.endswith(ON_VALIDATION_SET):  # the run has been saved, and ends
+            self.keep(iteration)
+            log.info(f"early stopping: {self.record.describe_best(self.args.save)}")
+
+    def save_checkpoint(self, stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
+        stock(iteration, *rest, **options)
+        self.saved = iteration
+
+    def checkpoint_and_decide_exit(self, stock: Callable[..., bool], model: Any, optimizer: Any, scheduler: Any,
+                                   iteration: int, *rest: Any) -> bool:
+        ends = stock(model, optimizer, scheduler, iteration, *rest)
+        if iteration not in self.record.evaluations:
+            return ends
+        tired = self.record.evaluations_since_best >= self.args.early_stopping
+        if (tired or self.record.best == iteration) and self.saved != iteration:
+            flops, context, rows = rest
+            megatron_training.save_checkpoint_and_time(iteration, model, optimizer, scheduler, flops, context,
+                                                       train_data_iterator=rows)
+        self.record.stopped = iteration if tired else None
+        self.keep(iteration)
+        if tired:
+            log.info(f"early stopping: {self.args.early_stopping} evaluations without a better one, stopped at step "
+                     f"{iteration}; {self.record.describe_best(self.args.save)}")
+        return ends or tired
+
+    def keep(self, iteration: int) -> None:
+        """Write down what was measured; with --save-retain-interval the best iteration of before may go."""
+        former, self.kept = self.kept, self.record.best
+        if torch.distributed.get_rank():
+            return
+        self.record.write(self.save)
+        interval = self.args.save_retain_interval
+        if interval and former not in (None, self.kept, self.saved) and former % interval:
+            shutil.rmtree(self.save / f"iter_{former:07d}", ignore_errors=True)
+
+    def delete_checkpoint(self, stock: Callable[..., None], save: str, iteration: int, *rest: Any,
+                          **options: Any) -> None:
+        """Keep the best iteration where --save-retain-interval would delete it."""
+        if iteration != self.kept:
+            stock(save, iteration, *rest, **options)

@@ -1,0 +1,62 @@
+"""Starts again inside a job: what torchrun --max-restarts needs, and no process that outlives its rank."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from multiprocessing.managers import SyncManager
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+
+from hrm_megatron.config import ConfigError
+
+NOT_SHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def check_restarts(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse restarts that would hang: ranks that start again find the addresses of the dead ones in a store that
+    torchrun's agent shares with them and does not renew (pytorch issue 135712)."""
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(f"torchrun --max-restarts {restarts}: would hang at the first restart, in which ranks find "
+                          f"the addresses of dead ones; export {NOT_SHARED}=1, and with several nodes give "
+                          "--rdzv-backend c10d")
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the one that made it ends, however it does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def results_queue(mp_mode: str) -> Any:
+    """Megatron's `get_write_results_queue`, whose process would outlive a rank that is killed, with its sockets and on
+    a GPU with its memory."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+        manager.start(end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+    return filesystem_async._results_queue
+
+
+def save_in_background(*arguments: Any) -> None:
+    """Megatron's process that writes checkpoints, ended with its rank."""
+    end_with_parent()
+    _stock_loop(*arguments)
+
+
+_stock_loop = async_utils.PersistentAsyncCaller.async_loop
+
+
+def end_helpers_with_their_rank() -> None:
+    """Let Megatron's checkpointing make its processes so that they end with the rank."""
+    stock = filesystem_async.get_write_results_queue
+    mode = stock.keywords["mp_mode"] if isinstance(stock, functools.partial) else "spawn"  # parallel/cpu.py forks it
+    filesystem_async.get_write_results_queue = functools.partial(results_queue, mp_mode=mode)
+    async_utils.PersistentAsyncCaller.async_loop = staticmethod(save_in_background)

@@ -1,0 +1,84 @@
+"""A matrix of generation in each of its layouts against the product in fp64."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hrm_megatron.generate.matrix import Matrix, MKLMatrix, OneDNNMatrix, matrix_of
+
+UNIT = {torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -8}
+HAS_MKL = torch.backends.mkl.is_available()
+HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+KINDS = [(Matrix, torch.float32), (Matrix, torch.bfloat16),
+         *[(MKLMatrix, torch.float32)] * HAS_MKL, *[(OneDNNMatrix, torch.bfloat16)] * HAS_BF16]
+
+
+def drawn(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in ((96, 40), (rows, 40), (rows, 96)))
+
+
+@pytest.mark.parametrize("kind, dtype", KINDS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize("rows", [1, 5, 8, 9])  # of a matrix prepared for 8: too few, filled up, all, too many
+def test_a_product_is_that_of_fp64(kind: type[Matrix], dtype: torch.dtype, rows: int) -> None:
+    weight, x, added = drawn(rows, dtype)
+    matrix = kind(weight)
+    matrix.prepare(8)
+    exact, sizes = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    # 40 products summed in fp32 in any order, and one rounding to the dtype of each result.
+    summed = 41 * 2.0 ** -24 * sizes
+    for found, expected in ((matrix(x), exact), (matrix(x, added), exact + added.double())):
+        assert found.dtype == dtype and found.shape == (rows, 96)
+        bound = summed + 2 * UNIT[dtype] * (expected.abs() + summed) + 2.0 ** -24 * (added.double().abs() + sizes)
+        assert ((found.double() - expected).abs() <= bound).all()
+
+
+def test_what_is_added_stays_as_it_was() -> None:
+    """A layer's input is added to what comes out of it, and other layers may still read it."""
+    for kind, dtype in KINDS:
+        weight, x, added = drawn(8, dtype)
+        before = added.clone()
+        matrix = kind(weight)
+        matrix.prepare(8)
+        matrix(x, added)
+        assert torch.equal(added, before)
+
+
+def test_the_layout_is_that_of_device_dtype_and_size() -> None:
+    small, large = torch.ones(8, 8), torch.ones(512, 512)
+    assert type(matrix_of(small)) is Matrix
+    assert type(matrix_of(large)) is (MKLMatrix if HAS_MKL else Matrix)
+    assert type(matrix_of(small.bfloat16())) is (OneDNNMatrix if HAS_BF16 else Matrix)
+    assert type(matrix_of(large.half())) is Matrix
+
+
+@pytest.mark.skipif(not HAS_MKL, reason="torch without MKL")
+def test_rows_are_laid_out_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, packed = MKLMatrix(torch.ones(8, 8)), []
+    pack = torch.ops.mkl._mkl_reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkl, "_mkl_reorder_linear_weight",
+                        lambda weight, rows: packed.append(rows) or pack(weight, rows))
+    for rows in (1, 3, 8, 8, 16):
+        matrix.prepare(rows)
+    assert packed == [8, 16]
+
+
+@pytest.mark.skipif(not HAS_MKL, reason="torch without MKL")
+def test_a_second_layout_that_does_not_fit_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch,
+                                                                 caplog: pytest.LogCaptureFixture) -> None:
+    from hrm_megatron.benchmark.generation import random_tensors
+    from hrm_megatron.config import Architecture
+    from hrm_megatron.generate import decoder
+    from hrm_megatron.generate.weights import take_weights
+
+    architecture = Architecture(1, 256, 2, 512, 64)
+    made = decoder.Decoder(take_weights(architecture, random_tensors(architecture).items()), 32)
+    layouts = [matrix for matrix in made.weights.matrices if isinstance(matrix, MKLMatrix)]
+    more, cache_bytes = sum(matrix.nbytes for matrix in layouts), 1000
+    free = type("Memory", (), {"available": decoder.RESERVE_BYTES + cache_bytes + more - 1})
+    monkeypatch.setattr(decoder.psutil, "virtual_memory", lambda: free)
+    made.prepare(8, cache_bytes)
+    assert layouts and not any(matrix.rows for matrix in layouts) and "weights stay in one layout" in caplog.text
+    free.available += 1
+    made.prepare(8, cache_bytes)
+    assert all(matrix.rows == 8 for matrix in layouts)

@@ -1,0 +1,108 @@
+"""Fits of scaling laws: laws that made the runs come back, and what the runs do not tell is said."""
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.planner.scaling_law import Law, Run, fit, read_runs, resampled
+
+ROOT = Path(__file__).parents[2]
+# Hoffmann et al., arXiv 2203.15556, equation 10, and the same with a steep and a flat exponent and without a floor.
+LAWS = [Law(1.69, 406.4, 410.7, 0.34, 0.28), Law(0.5, 3e4, 20, 0.8, 0.15), Law(0, 406.4, 410.7, 0.34, 0.28)]
+SIZES, TOKENS = (2e5, 5e5, 1e6, 2e6, 5e6), (2e6, 8e6, 3e7, 1e8)
+
+
+def made_by(law: Law, noise: float = 0.0, model: str = "") -> list[Run]:
+    rng = random.Random(0)
+    return [Run(n, d, law.loss(n, d) * math.exp(rng.gauss(0, noise)), model, 30 * n * d) for n in SIZES for d in TOKENS]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_the_law_that_made_the_runs_comes_back(law):
+    """The last grid has steps of 1e-5 of an exponent and less, to which every other number is known."""
+    found = fit(made_by(law))
+    for name in ("alpha", "beta", "a", "b"):
+        assert getattr(found, name) == pytest.approx(getattr(law, name), rel=1e-3)
+    assert found.e == pytest.approx(law.e, abs=1e-4) and not found.at_the_edge
+    assert found.loss(1e8, 1e10) == pytest.approx(law.loss(1e8, 1e10), rel=1e-3)
+
+
+def test_terms_are_never_negative():
+    """Loss that rises with the size: there is no such term, and no model is large enough."""
+    runs = [Run(n, d, 2 + 1e-7 * n + 30 * d ** -0.3) for n in SIZES for d in TOKENS]
+    found = fit(runs)
+    assert found.a == 0 and found.b > 0 and found.best_size(1e20, 6) == (0.0, math.inf)
+
+
+def test_a_run_that_is_held_out_changes_nothing():
+    runs = made_by(LAWS[0])
+    assert fit([*runs, Run(1e9, 1e10, 99.0, held_out=True)]) == fit(runs)
+
+
+def test_the_best_size_is_the_lowest_on_the_line_of_equal_cost():
+    law, cost = LAWS[0], 30
+    n, d = law.best_size(1e20, cost)
+    assert cost * n * d == pytest.approx(1e20)
+    assert all(law.loss(n * scale, d / scale) > law.loss(n, d) for scale in (0.9, 0.99, 1.01, 1.1))
+
+
+def test_the_spread_of_resampled_fits_holds_the_law():
+    laws = list(resampled(made_by(LAWS[0], noise=0.002), 20, seed=1))
+    assert len(laws) == 20 and laws == list(resampled(made_by(LAWS[0], noise=0.002), 20, seed=1))
+    predicted = sorted(law.loss(1e7, 3e8) for law in laws)
+    assert predicted[0] < LAWS[0].loss(1e7, 3e8) < predicted[-1]
+
+
+def test_exponents_that_the_runs_do_not_determine_are_named():
+    steep = fit([Run(n, d, 1 + 1e13 / n ** 2.5 + 30 * d ** -0.3) for n in SIZES for d in TOKENS])
+    assert steep.at_the_edge == ["alpha"]
+
+
+@pytest.mark.parametrize("row, message", [
+    ('{"parameters": 1, "tokens": 2}', ":1: is no run"), ("[1]", ":1: is no run"), ("{", ":1: is no run"),
+    ('{"parameters": 1, "tokens": 2, "loss": NaN}', "are numbers above 0"),
+    ('{"parameters": true, "tokens": 2, "loss": 1}', "are numbers above 0"),
+    ('{"parameters": 1, "tokens": 2, "loss": "3"}', "are numbers above 0"),
+    ('{"parameters": 1, "tokens": 2, "loss": 3, "held_out": 1}', "held_out is true or false"),
+    ("", "holds no runs"), (None, "cannot be read"),
+])
+def test_rows_that_are_no_runs_are_refused(tmp_path, row, message):
+    if row is not None:
+        (tmp_path / "runs.jsonl").write_text(row)
+    with pytest.raises(ConfigError, match=message):
+        read_runs(tmp_path / "runs.jsonl")
+
+
+def test_too_few_runs_are_refused():
+    with pytest.raises(ConfigError, match="4 runs of 1 sizes and 4 numbers of tokens"):
+        fit(made_by(LAWS[0])[:4])
+
+
+def test_the_tool_prints_prediction_and_measurement_side_by_side(tmp_path):
+    runs = [*made_by(LAWS[0], model="hrm"), *made_by(LAWS[1], model="transformer"),
+            Run(2e7, 4e8, LAWS[0].loss(2e7, 4e8), "hrm", held_out=True)]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(vars(run)) + "\n" for run in runs))
+
+    def tool(*flags: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "tools/fit_scaling.py", "--input", tmp_path / "runs.jsonl", *flags],
+                              cwd=ROOT, capture_output=True, text=True)
+    done = tool("--resamples", "3", "--json", tmp_path / "law.json", "--png", tmp_path / "law.png",
+                "--predict", "1e9", "1e11")
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert first.startswith("hrm: L(N, D) = 1.69 + ") and first.endswith("20 runs, at most 0.00% away")
+    assert any(line.startswith("  2e+07 parameters, 4e+08 tokens: predicted ") and line.endswith("0.00%")
+               for line in rest) and any(line.startswith("transformer: ") for line in rest)
+    found = json.loads((tmp_path / "law.json").read_text())["hrm"]
+    assert [one["measured"] is None for one in found["predictions"]] == [False, True]
+    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "runs.jsonl").write_text("{}")
+    refused = tool()
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and ":1: is no run" in refused.stderr

@@ -1,0 +1,121 @@
+"""Steps whose gradients are not finite: what --on-nonfinite makes of them is what a run without these steps does."""
+import json
+
+import pytest
+
+from hrm_megatron.checkpoint.dcp import DCPFolder
+from hrm_megatron.checkpoint.folders import find_iteration
+from hrm_megatron.config import ConfigError
+from hrm_megatron.training.bad_steps import MOST_RETURNS, RECORD, Record
+from tests.training.conftest import scalars
+from tests.training.test_resume import tensors_that_differ
+
+# On one rank alone, in these steps: the others must leave them out too.
+POISON = """
+import os
+from hrm_megatron.training.step import TrainingStep
+stock = TrainingStep.loss
+def loss(self, batch, training, scores):
+    total, *rest = stock(self, batch, training, scores)
+    bad = training and self.running_step() in {steps} and os.environ["RANK"] == "{rank}"
+    return (total * float("nan") if bad else total, *rest)
+TrainingStep.loss = loss
+"""
+
+
+def poison(*steps, rank=0):
+    return POISON.format(steps=set(steps), rank=rank)
+
+
+def end_of(folder):
+    return find_iteration(folder)
+
+
+@pytest.fixture(scope="module")
+def arguments(fullbatch_arguments, native_start):
+    return [*fullbatch_arguments, "--exit-interval", 8]
+
+
+@pytest.fixture
+def train(launch, arguments, native_start):
+    def run(folder, *flags, load=None, **options):
+        return launch(*arguments, "--load", load or native_start, "--save", folder / "checkpoints", "--tensorboard-dir",
+                      folder / "log", *flags, **options)
+    return run
+
+
+LAYOUTS = [pytest.param(2, (), id="DP2"),
+           *(pytest.param(4, flags, id=name, marks=[pytest.mark.slow, pytest.mark.ranks]) for name, flags in {
+               "TP2-PP2": ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2),
+               "DP2-CP2": ("--context-parallel-size", 2),
+               "DP4-overlap": ("--overlap-grad-reduce", "--overlap-param-gather", "--micro-batch-size", 1)}.items())]
+
+
+@pytest.mark.parametrize("ranks, layout", LAYOUTS)
+def test_a_step_that_is_not_taken_is_one_that_never_was(train, tmp_path, ranks, layout):
+    """Bitwise, at the first step, within, and before a save: against Megatron's own way to leave steps out."""
+    bad = (1, 4, 7)
+    injected = poison(*bad, rank=ranks - 1)  # in a pipeline the last rank is the one that has a loss
+    skipped = train(tmp_path / "a", "--on-nonfinite", "skip", *layout, ranks=ranks, prelude=injected)
+    assert skipped.code == 0, skipped.output[-3000:]
+    left_out = train(tmp_path / "b", "--iterations-to-skip", *bad, *layout, ranks=ranks)
+    assert left_out.code == 0, left_out.output[-3000:]
+    ends = [end_of(tmp_path / name / "checkpoints") for name in "ab"]
+    assert ends[0].name == ends[1].name == "iter_0000008" and not tensors_that_differ(*ends)
+    losses = [scalars(tmp_path / name / "log") for name in "ab"]
+    assert set(losses[0]) == set(range(1, 9)) and losses[1] == {step: losses[0][step] for step in (2, 3, 5, 6, 8)}
+    said = [line for line in skipped.output.splitlines() if "not taken" in line]
+    assert len(said) == len(bad) and all("are not finite (1 in a row, " in line for line in said)
+
+
+def test_a_run_without_bad_steps_is_the_same_under_every_policy(train, tmp_path, uninterrupted):
+    run = train(tmp_path, "--on-nonfinite", "skip", "--exit-interval", 12)
+    assert run.code == 0, run.output
+    assert not tensors_that_differ(end_of(tmp_path / "checkpoints"), uninterrupted / "checkpoints" / "iter_0000012")
+
+
+def test_a_run_goes_back_and_leaves_the_rows_out(train, tmp_path, native_start):
+    """Two bad steps in a row behind the checkpoint of step 4; one by itself before it is only not taken."""
+    folder = tmp_path / "checkpoints"
+    flags = ["--save-interval", 2, "--on-nonfinite", "rollback", "--rollback-after", 2]
+    assert train(tmp_path, "--save-interval", 2, "--exit-interval", 2).code == 0
+    first = train(tmp_path, *flags, load=folder, prelude=poison(3, 5, 6))
+    assert first.code == 2 and first.errors == [
+        f"error: steps 5, 6: gradients are not finite, 2 in a row; the same command goes on from the last checkpoint "
+        f"and leaves their rows out ({folder / RECORD})"]
+    assert json.loads((folder / RECORD).read_text()) == dict(steps=[5, 6], returns={"2": 1})
+    assert end_of(folder).name == "iter_0000004"
+    second = train(tmp_path, *flags, load=folder, prelude=poison(3, 5, 6))
+    assert second.code == 0, second.output
+    assert "bad steps: rows of steps 5, 6 are left out, which this run has gone back from" in second.output
+    undisturbed = train(tmp_path / "b", "--iterations-to-skip", 3, 5, 6)
+    assert undisturbed.code == 0 and not tensors_that_differ(end_of(folder), end_of(tmp_path / "b" / "checkpoints"))
+    assert len(DCPFolder(end_of(folder)).shapes()) > 18
+
+
+def test_a_run_does_not_go_back_for_ever(train, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    Record([90], {"0": MOST_RETURNS}).write(folder / RECORD)
+    run = train(tmp_path, "--on-nonfinite", "rollback", "--rollback-after", 1, load=folder, prelude=poison(3))
+    assert run.code == 2 and "this run has gone back to step 0 3 times: its rows are not the reason" in run.errors[0]
+    assert Record.read(folder / RECORD) == Record([90], {"0": MOST_RETURNS})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"steps": ["a"], "returns": {}}', '{"steps": [], "returns": []}'])
+def test_a_damaged_record_is_named(tmp_path, text):
+    (tmp_path / RECORD).write_text(text)
+    with pytest.raises(ConfigError, match=f"{RECORD}: is no record of bad steps .*; remove it to train on all rows"):
+        Record.read(tmp_path / RECORD)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--rollback-after", 2], "--rollback-after 2: has no effect without --on-nonfinite rollback"),
+    (["--on-nonfinite", "skip", "--no-check-for-nan-in-loss-and-grad"], "skip: looks at nothing with --no-check-for"),
+    (["--on-nonfinite", "skip", "--use-torch-fsdp2"], "and not under FSDP; leave it or the FSDP flag out"),
+    (["--on-nonfinite", "skip", "--skip-train"], "skip: has no effect with --skip-train"),
+    (["--on-nonfinite", "rollback", "--save", "a", "--load", "b"], "goes back to the last checkpoint of --save a, but"),
+])
+def test_what_could_not_be_done_is_refused(launch, fullbatch_arguments, flags, says):
+    run = launch(*fullbatch_arguments, *flags)
+    assert run.code == 2 and len(run.errors) == 1 and says in run.errors[0], run.output

@@ -1,0 +1,107 @@
+"""A run whose held-out exact accuracy does not rise any more ends, and its best iteration is kept and named."""
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+from hrm_megatron.checkpoint.archive import DamagedError
+from hrm_megatron.checkpoint.folders import complete_iterations, find_iteration
+from hrm_megatron.config import ConfigError
+from hrm_megatron.training.early_stopping import RECORD_FILE, Record, install_early_stopping, stopped_early
+from tests.training.conftest import GOLDEN, scalars
+from tests.training.test_resume import tensors_that_differ
+from tests.training.test_validation import SEED, SPLIT, store  # noqa: F401  # a fixture
+
+# What evaluations shall have measured, by iteration. The second best of 4 is no better than the first.
+VALUES = {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.3, 10: 0.25, 12: 0.9}
+MEASURED = f"""
+import torch
+from megatron.training import training
+from megatron.training.global_vars import get_args
+stock = training.evaluate
+def evaluate(*rest, **options):
+    means, *others = stock(*rest, **options)
+    if means:
+        means["exact accuracy"] = torch.tensor({VALUES}[get_args().curr_iteration + 1], dtype=torch.float64)
+    return means, *others
+training.evaluate = evaluate
+"""
+STOPPED = "the best is iteration 4 with 30.0% exact: "
+
+
+@pytest.fixture
+def train(launch, store):  # noqa: F811
+    def train(folder, *flags, ranks=1):
+        run = launch("--data-path", store, "--split", SPLIT, "--tokenizer-model", GOLDEN / "tokenizer", "--seed", SEED,
+                     "--num-layers", 2, "--hidden-size", 16, "--num-attention-heads", 2, "--seq-length", 64,
+                     "--global-batch-size", 4, "--micro-batch-size", 2, "--train-iters", 12, "--lr", 2e-2,
+                     "--eval-interval", 2, "--eval-iters", 1, "--log-interval", 1, "--early-stopping", 3,
+                     "--save", folder, "--load", folder, *flags, prelude=MEASURED, ranks=ranks)
+        assert run.code == 0, run.output[-3000:]
+        return run.output
+    return train
+
+
+def record(folder):
+    found = json.loads((folder / RECORD_FILE).read_text())
+    return found["best_iteration"], found["stopped"], {int(i): value for i, value in found["evaluations"].items()}
+
+
+UNTIL_STOPPED = {i: value for i, value in VALUES.items() if i <= 10}
+
+
+def test_it_stops_and_a_resumed_run_stops_where_the_other_did(train, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    said = train(whole, "--tensorboard-dir", whole / "log")
+    assert f"early stopping: 3 evaluations without a better one, stopped at step 10; {STOPPED}{whole}" in said
+    assert record(whole) == (4, 10, UNTIL_STOPPED)
+    assert complete_iterations(whole) == [f"iter_{i:07d}" for i in (2, 4, 10)]  # each best, and the last
+    assert max(scalars(whole / "log")) == 10
+
+    train(halves, "--exit-interval", 6)
+    assert record(halves) == (4, None, {i: VALUES[i] for i in (2, 4, 6)})
+    train(halves)
+    assert record(halves) == record(whole)
+    assert not tensors_that_differ(find_iteration(halves), find_iteration(whole))
+    assert f"stopped early at iteration 10, nothing to train; {STOPPED}{halves}" in train(halves)
+    more = train(halves, "--early-stopping", 9)  # who asks for more gets it
+    assert f"early stopping: the best is iteration 12 with 90.0% exact: {halves}" in more
+    assert record(halves)[:2] == (12, None)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", [["--pipeline-model-parallel-size", 2], []])
+def test_all_ranks_stop_together(train, tmp_path, layout):
+    train(tmp_path, *layout, ranks=2)
+    assert record(tmp_path) == (4, 10, UNTIL_STOPPED)
+
+
+def test_retention_keeps_the_best_and_no_former_best(train, tmp_path):
+    train(tmp_path, "--save-interval", 2, "--save-retain-interval", 100)
+    assert record(tmp_path)[:2] == (4, 10)
+    assert complete_iterations(tmp_path) == ["iter_0000004", "iter_0000010"]
+
+
+def test_what_was_measured_behind_the_iteration_that_is_resumed_does_not_count(tmp_path):
+    Record({1: 0.5, 2: float("nan"), 3: 0.7}, stopped=3).write(tmp_path)
+    assert Record.read(tmp_path, 3).best == 3 and Record.read(tmp_path, 3).stopped == 3
+    earlier = Record.read(tmp_path, 2)
+    assert (earlier.best, earlier.evaluations_since_best, earlier.stopped) == (1, 1, None)
+    assert Record.read(tmp_path / "none", 3).best is None
+    (tmp_path / RECORD_FILE).write_text("{")
+    with pytest.raises(DamagedError, match=f"{RECORD_FILE}: cannot read what was measured .* remove it"):
+        Record.read(tmp_path, 3)
+
+
+@pytest.mark.parametrize("changes, validates, said", [
+    (dict(save=None), True, "--early-stopping 2: has no effect without --save"),
+    (dict(async_save=True), True, "--early-stopping 2 is incompatible with --async-save"),
+    ({}, False, "--early-stopping 2: there is nothing to validate on"),
+])
+def test_what_makes_no_sense_is_one_line(changes, validates, said):
+    args = argparse.Namespace(**dict(early_stopping=2, save="runs/a", async_save=False, skip_train=False) | changes)
+    with pytest.raises(ConfigError, match=said):
+        install_early_stopping(args, validates)
+    assert stopped_early(args, 10) is None

@@ -1,0 +1,187 @@
+"""A fine-tuning begins from the weights that it was told, by HRM-Text's settings, and goes on when typed again."""
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import shutil
+
+import pytest
+import torch
+
+from hrm_megatron.checkpoint.folders import find_iteration, read_run
+from hrm_megatron.checkpoint.fsdp_folder import open_run
+from hrm_megatron.config import ConfigError
+from hrm_megatron.convert.megatron import read_megatron
+from hrm_megatron.convert.run import Conversion, convert
+from hrm_megatron.convert.table import table
+from hrm_megatron.training.finetune import fill_settings, settle_folders
+from tests.training.conftest import FULLBATCH, scalars
+from tests.training.test_resume import tensors_that_differ
+
+# No sizes: they come from the checkpoint. Its rows are of 96 tokens, which do not divide a step of 32,768.
+DATA = ["--sampled-data-path", FULLBATCH / "sampled", "--global-batch-size", 8, "--micro-batch-size", 2, "--eval-iters",
+        0, "--log-interval", 1]
+STILL = ["--lr", 0, "--weight-decay", 0]  # a step that leaves the weights as they are
+
+
+@pytest.fixture(scope="module")
+def trained(uninterrupted):
+    """The folder of a run of 24 steps, whose EMA lags behind its weights."""
+    return uninterrupted / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def sources(trained, tmp_path_factory):
+    """The same EMA weights by every way into a Megatron folder."""
+    place = tmp_path_factory.mktemp("sources")
+    found = {"megatron": trained}
+    for form in ("native", "hf"):
+        convert(Conversion(trained, "megatron", place / form, form))
+        found[form] = place / f"{form}_megatron"
+        convert(Conversion(place / form, form, found[form], "megatron"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def first_steps(launch, sources, tmp_path_factory):
+    """The folder of a first step from every source."""
+    place = tmp_path_factory.mktemp("first_steps")
+    for name, source in sources.items():
+        run = launch("--finetune", "--pretrained-checkpoint", source, *DATA, "--save", place / name,
+                     "--tensorboard-dir", place / name / "log", "--exit-interval", 1)
+        assert run.code == 0, run.output[-3000:]
+    return place
+
+
+def test_a_first_step_is_the_same_from_every_source(first_steps, trained):
+    losses = [scalars(first_steps / name / "log") for name in ("megatron", "native", "hf")]
+    # fp32 weights pass through every format bitwise, and the step is the same code: there is no rounding to allow for.
+    assert losses[0] == losses[1] == losses[2] and list(losses[0]) == [1]
+    ends = [find_iteration(first_steps / name) for name in ("megatron", "native", "hf")]
+    assert not tensors_that_differ(*ends[:2]) and not tensors_that_differ(ends[0], ends[2])
+    assert tensors_that_differ(ends[0], find_iteration(trained))
+
+
+def test_settings_are_those_of_the_reference(first_steps, launch, trained):
+    common = read_run(open_run(find_iteration(first_steps / "megatron")))[0]
+    args = common["args"]
+    assert (args.lr, args.min_lr, args.lr_warmup_iters, args.ema_decay) == (3e-5, pytest.approx(3e-6), 0, 0.999)
+    assert (common["iteration"], args.consumed_train_samples) == (1, 8)
+    assert scalars(first_steps / "megatron" / "log", "bp steps") == {1: 5.0}
+    told = launch("--finetune", "--pretrained-checkpoint", trained, *DATA, "--dry-run")
+    rows = int(re.search(r"training: \d+ examples, (\d+) rows", told.output)[1])
+    assert args.train_iters == math.ceil(5 * rows / 8)
+    cosine = 0.5 * (1 + math.cos(math.pi / args.train_iters))
+    rate = scalars(first_steps / "megatron" / "log", "learning-rate")[1]
+    assert rate == pytest.approx(3e-6 + 2.7e-5 * cosine, rel=1e-6)  # an fp32 number, off by 2^-24 at most
+
+
+@pytest.mark.parametrize("kind", ["ema", "raw", "state"])
+def test_it_begins_from_what_it_was_told(launch, trained, tmp_path, kind):
+    run = launch("--finetune", "--finetune-from", kind, "--pretrained-checkpoint", trained, *DATA, *STILL, "--save",
+                 tmp_path, "--exit-interval", 1)
+    assert run.code == 0, run.output[-3000:]
+    assert f"fine-tuning: begins from {find_iteration(trained)}: " in run.output
+    before, begun = read_megatron(find_iteration(trained)), read_megatron(find_iteration(tmp_path))
+    assert begun.iteration == 1
+    assert begun.embedding_updates == (before.embedding_updates + 1 if kind == "state" else 1)
+    for entry in (entry for entry in table(before.architecture) if entry.trained):
+        weight = before.read("raw" if kind == "state" else kind, entry)
+        assert torch.equal(begun.read("raw", entry), weight), entry.megatron
+        ema = before.read("ema", entry).lerp(weight, 1 - 0.999) if kind == "state" else weight
+        assert torch.equal(begun.read("ema", entry), ema), entry.megatron
+        assert not torch.equal(before.read("ema", entry), before.read("raw", entry))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", [["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2], [],
+                                    ["--bf16"]], ids=lambda layout: layout[0] if layout else "data parallel")
+def test_every_layout_begins_from_the_ema(launch, trained, tmp_path, layout):
+    run = launch("--finetune", "--pretrained-checkpoint", trained, *DATA, *STILL, "--save", tmp_path,
+                 "--exit-interval", 1, *layout, ranks=2)
+    assert run.code == 0, run.output[-3000:]
+    before, begun = read_megatron(find_iteration(trained)), read_megatron(find_iteration(tmp_path))
+    stored = torch.bfloat16 if "--bf16" in layout else torch.float32
+    assert all(torch.equal(begun.read("raw", entry), before.read("ema", entry).to(stored).float())
+               for entry in table(before.architecture) if entry.trained)
+
+
+def test_the_same_command_again_goes_on_bitwise(launch, trained, tmp_path):
+    def run(folder, *more):
+        done = launch("--finetune", "--pretrained-checkpoint", trained, *DATA, "--train-iters", 4, "--lr", 1e-3,
+                      "--save", tmp_path / folder, "--tensorboard-dir", tmp_path / folder / "log", *more)
+        assert done.code == 0, done.output[-3000:]
+        return done.output
+
+    run("whole")
+    run("stopped", "--exit-interval", 2)
+    shutil.rmtree(tmp_path / "stopped" / "log")
+    assert f"goes on after step 2, loaded from {tmp_path / 'stopped'}" in run("stopped")
+    whole, rest = scalars(tmp_path / "whole" / "log"), scalars(tmp_path / "stopped" / "log")
+    assert rest == {step: whole[step] for step in (3, 4)} and set(whole) == {1, 2, 3, 4}
+    assert not tensors_that_differ(*(find_iteration(tmp_path / name) for name in ("whole", "stopped")))
+    again = run("stopped", "--finetune-from", "raw")
+    assert "iteration 4 of 4 is done, nothing to train" in again
+    assert "began from ema; --finetune-from raw has no effect any more" in again
+
+
+def arguments(**changes):
+    """What settles where a run begins and goes on, of a fine-tuning that is given as it should be."""
+    values = dict(finetune=True, finetune_from=None, pretrained_checkpoint="runs/XL", load=None, save="runs/sft",
+                  skip_train=False, print_config=False, no_load_optim=False)
+    return argparse.Namespace(**values | changes)
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(save="runs/XL"), "--save runs/XL is the folder that it begins from"),
+    (dict(load="runs/other"), "leave --load runs/other out"),
+    (dict(pretrained_checkpoint=None, load="runs/sft"), "is the folder that it begins from"),
+    (dict(finetune=False, finetune_from="ema"), "--finetune-from ema: has no effect without --finetune"),
+    (dict(skip_train=True), "--finetune is incompatible with --skip-train"),
+    (dict(no_load_optim=True), "--finetune is incompatible with --no-load-optim"),
+], ids=str)
+def test_what_makes_no_sense_is_one_line(changes, said):
+    with pytest.raises(ConfigError) as refused:
+        settle_folders(arguments(**changes))
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_load_is_as_good_as_pretrained_checkpoint():
+    args = arguments(pretrained_checkpoint=None, load="runs/XL")
+    settle_folders(args)
+    assert (args.pretrained_checkpoint, args.load) == ("runs/XL", "runs/sft")
+
+
+def test_what_is_given_wins():
+    given = dict(lr=1e-4, ema_decay=0.99, bp_warmup_fraction=0.1, min_lr=2e-5, train_iters=7, global_batch_size=3)
+    args = argparse.Namespace(**given, epochs=None, train_samples=None, seq_length=100)
+    fill_settings(args, given)
+    assert vars(args) == {**given, "epochs": None, "train_samples": None, "seq_length": 100}
+    args = argparse.Namespace(**dict.fromkeys([*given, "epochs", "train_samples"]) | dict(lr=1e-4, seq_length=4096))
+    fill_settings(args, {"lr"})
+    assert (args.lr, args.min_lr, args.epochs, args.global_batch_size) == (1e-4, pytest.approx(1e-5), 5, 8)
+    args.global_batch_size, args.seq_length = None, 96
+    with pytest.raises(ConfigError, match="--seq-length 96 does not divide the 32768 tokens per step"):
+        fill_settings(args, {"lr"})
+
+
+@pytest.mark.parametrize("form", ["native", "hf"])
+def test_a_folder_of_another_format_is_refused_with_the_command_that_converts_it(launch, sources, tmp_path, form):
+    source = sources[form].parent / form
+    run = launch("--finetune", "--pretrained-checkpoint", source, *DATA, "--save", tmp_path / "sft")
+    assert run.code == 2
+    [error] = run.errors
+    # As the fixture converts it.
+    assert (f"`python tools/convert_checkpoint.py --load {source} --load-format {form} --save {sources[form]} "
+            f"--save-format megatron`, and give {sources[form]}") in error
+
+
+def test_a_folder_of_another_kind_of_run_is_refused(launch, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "own")
+    refused = launch("--finetune", "--pretrained-checkpoint", trained, *DATA, "--save", tmp_path / "own")
+    assert refused.code == 2 and "of a run that was no fine-tuning; choose another --save" in refused.errors[0]
+    convert(Conversion(trained, "megatron", tmp_path / "weights", "megatron", weights="raw"))
+    for kind, missing in (("ema", "ema"), ("state", "exp_avg")):
+        refused = launch("--finetune", "--finetune-from", kind, "--pretrained-checkpoint", tmp_path / "weights", *DATA)
+        assert refused.code == 2 and f"holds weights alone, no {missing}; leave it out" in refused.errors[0]

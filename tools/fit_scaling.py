@@ -1,0 +1,115 @@
+"""Fit a scaling law to runs, predict those that are held out, and draw both.
+
+    python tools/fit_scaling.py --input runs.jsonl --png law.png --predict 1e9 40e9
+
+A row of the input is {"parameters": 1.2e6, "tokens": 3e7, "loss": 2.31} and may have "model" (each has a law of its
+own), "flops" of the whole training, and "held_out": true, for a run that is predicted and not fitted.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hrm_megatron.program import listen, one_line
+
+if __name__ == "__main__":
+    listen()
+
+import numpy as np
+
+from hrm_megatron.planner.scaling_law import Law, Run, fit, read_runs, resampled
+
+MIDDLE = (5, 95)  # percentiles of the resampled fits that are printed
+
+
+def describe(runs: list[Run], samples: int, seed: int, predict: list[tuple[float, float]]) -> dict[str, Any]:
+    """Fit one model's runs; print its law, what it predicts and how far that is from what was measured."""
+    law, laws = fit(runs), list(resampled(runs, samples, seed))
+    spread = {name: [float(x) for x in np.percentile([getattr(one, name) for one in laws], MIDDLE)]
+              for name in Law.__dataclass_fields__} if laws else {}
+    fitted = [run for run in runs if not run.held_out]
+    away = [law.loss(run.parameters, run.tokens) / run.loss - 1 for run in fitted]
+    print(f"{runs[0].model or 'model'}: L(N, D) = {law.e:.4g} + {law.a:.4g} / N^{law.alpha:.4g} + {law.b:.4g} / "
+          f"D^{law.beta:.4g}; {len(fitted)} runs, at most {max(map(abs, away)):.2%} away")
+    if spread:
+        print(f"  {MIDDLE[1] - MIDDLE[0]}% of {samples} resampled fits: " + "; ".join(
+            f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in spread.items()))
+    for name in law.at_the_edge:
+        print(f"  {name} stands at the edge of what was tried: these runs do not determine it")
+    found: dict[str, Any] = dict(law=vars(law), resampled=spread, predictions=[])
+
+    def say(parameters: float, tokens: float, loss: float | None) -> None:
+        predicted = law.loss(parameters, tokens)
+        low, high = (float(x) for x in np.percentile([one.loss(parameters, tokens) for one in laws], MIDDLE)) if laws \
+            else (predicted, predicted)
+        measured = "" if loss is None else f", measured {loss:.4f}: {predicted / loss - 1:+.2%}"
+        print(f"  {parameters:.3g} parameters, {tokens:.3g} tokens: predicted {predicted:.4f} ({low:.4f} to {high:.4f})"
+              f"{measured}")
+        found["predictions"].append(dict(parameters=parameters, tokens=tokens, predicted=predicted, low=low, high=high,
+                                         measured=loss))
+    for run in runs:
+        if run.held_out:
+            say(run.parameters, run.tokens, run.loss)
+    for parameters, tokens in predict:
+        say(parameters, tokens, None)
+    costs = [run.flops / run.parameters / run.tokens for run in runs if run.flops is not None]
+    if costs:
+        for flops in (max(run.flops for run in runs if run.flops is not None) * scale for scale in (1, 10)):
+            n, d = law.best_size(flops, float(np.median(costs)))
+            print(f"  lowest loss for {flops:.3g} FLOPs: {n:.3g} parameters, {d:.3g} tokens")
+    return found
+
+
+def draw(runs: list[Run], laws: dict[str, Law], path: Path) -> None:
+    """Draw loss against tokens, a line for each size of each model; runs that are held out are hollow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, rows = plt.subplots(1, len(laws), figsize=(6 * len(laws), 4.5), sharey=True, layout="constrained",
+                                squeeze=False)
+    for axes, (model, law) in zip(rows[0], laws.items(), strict=True):
+        own = [run for run in runs if run.model == model]
+        tokens = np.geomspace(min(run.tokens for run in own), max(run.tokens for run in own), 100)
+        for place, size in enumerate(sorted({run.parameters for run in own})):
+            colour = plt.get_cmap("viridis")(place / max(1, len({run.parameters for run in own}) - 1))
+            axes.plot(tokens, [law.loss(size, t) for t in tokens], color=colour, label=f"{size:.3g} parameters")
+            for run in (run for run in own if run.parameters == size):
+                axes.plot(run.tokens, run.loss, "o", color=colour, fillstyle="none" if run.held_out else "full")
+        axes.set(xscale="log", yscale="log", xlabel="tokens", title=model or "model")
+        axes.legend(fontsize=8)
+    rows[0][0].set_ylabel("loss; lines are the fit, hollow points were not fitted")
+    aside = path.with_name(f".{path.name}.partial")
+    figure.savefig(aside, dpi=120, format=path.suffix.lstrip(".") or "png")
+    aside.replace(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="jsonl of runs")
+    parser.add_argument("--predict", type=float, nargs=2, action="append", default=[], metavar=("PARAMETERS", "TOKENS"))
+    parser.add_argument("--resamples", type=int, default=100, help="of the bootstrap; 0 leaves it out (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--png", type=Path, help="where the picture goes; needs matplotlib (extra plan)")
+    parser.add_argument("--json", type=Path, help="where all numbers go")
+    args = parser.parse_args()
+
+    def run() -> None:
+        runs = read_runs(args.input)
+        found = {model: describe([run for run in runs if run.model == model], args.resamples, args.seed, args.predict)
+                 for model in dict.fromkeys(run.model for run in runs)}
+        if args.json:
+            aside = args.json.with_name(f".{args.json.name}.partial")
+            aside.write_text(json.dumps(found, indent=1) + "\n")
+            aside.replace(args.json)
+        if args.png:
+            draw(runs, {model: Law(**one["law"]) for model, one in found.items()}, args.png)
+    return one_line(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
