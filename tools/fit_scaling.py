@@ -1,6 +1,6 @@
 """Fit a scaling law to runs, predict those that are held out, and draw both.
 
-    python tools/fit_scaling.py --input runs.jsonl --png law.png --predict 1e9 40e9
+    python tools/fit_scaling.py --input runs.jsonl --png law.png --predict 1e9 4e10
 
 A row of the input is {"parameters": 1.2e6, "tokens": 3e7, "loss": 2.31} and may have "model" (each has a law of its
 own), "flops" of the whole training, and "held_out": true, for a run that is predicted and not fitted.

@@ -3,10 +3,14 @@ import random
 
 import pytest
 
-from hrm_megatron.attention.balance import balanced_order, rank_cuts, rank_loads
-from hrm_megatron.attention.prefix_lm import context_loads
-from hrm_megatron.benchmark.balance import drawn_rows, shares
-from hrm_megatron.data.sampled import SampledFolder
+from hrm_megatron.parallel.cpu import activate
+
+activate()
+
+from hrm_megatron.attention.balance import balanced_order, rank_cuts, rank_loads  # noqa: E402
+from hrm_megatron.attention.prefix_lm import context_loads  # noqa: E402
+from hrm_megatron.benchmark.balance import drawn_rows, shares  # noqa: E402
+from hrm_megatron.data.sampled import SampledFolder  # noqa: E402
 
 BOUNDS = {2: 1.10, 4: 1.15}  # of the busiest rank over the mean
 
