@@ -42,6 +42,7 @@ from hrm_megatron.training.evaluation import install_evaluation, settle_evaluati
 from hrm_megatron.training.finetune import install_finetune  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
+from hrm_megatron.training.loss_spikes import install_loss_spikes  # noqa: E402
 from hrm_megatron.training.match_flops import match_flops  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
@@ -96,6 +97,7 @@ def train(console: Console) -> None:
     install_finetune(args)
     install_evaluation(args, evaluation)
     guard_saves(args)
+    install_loss_spikes(args)
     install_early_stopping(args, evaluation.validates)
     reporter = install_console(args, console, step, rows_flops, evaluation)
 

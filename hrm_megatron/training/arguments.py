@@ -33,7 +33,7 @@ from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import microbatch_group
 from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, cut_layers
-from hrm_megatron.training.bad_steps import ABORT, POLICIES, ROLLBACK_AFTER, check_policy
+from hrm_megatron.training.bad_steps import ABORT, IGNORE, POLICIES, ROLLBACK_AFTER, SPIKE_POLICIES, check_policy
 from hrm_megatron.training.checkpoint_args import take_model
 from hrm_megatron.training.evaluation import EVAL_WEIGHTS, RAW
 from hrm_megatron.training.finetune import SOURCES, fill_settings, settle_folders
@@ -162,8 +162,10 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--on-nonfinite", choices=POLICIES, default=ABORT,
                        help="a step whose gradients are not finite: end, do not take it, or also go back after several")
     group.add_argument("--rollback-after", type=int, metavar="K",
-                       help=f"such steps in a row after which --on-nonfinite rollback goes back (default: "
-                            f"{ROLLBACK_AFTER})")
+                       help=f"such steps in a row after which rollback goes back (default: {ROLLBACK_AFTER})")
+    group.add_argument("--on-loss-spike", choices=SPIKE_POLICIES, default=IGNORE,
+                       help="a loss seven robust deviations over the median of the steps before: say so, or also go "
+                            "back after several")
     group.add_argument("--verbose", action="store_true",
                        help="print Megatron's own output too (default: to a file in --save or --tensorboard-dir)")
     for action in parser._actions:

@@ -1,5 +1,7 @@
 """Steps whose gradients are no finite numbers: not taken, and after several in a row gone back from.
 
+A run goes back from losses that jump in the same way (training/loss_spikes.py).
+
 A step that is not taken changes nothing: no weight, master, moment, EMA or count of the optimizer on any rank. Its rows
 count as read, and rates and gradient ticks follow the number of the step, so that the run is bitwise the one that was
 told to leave that step out (Megatron's --iterations-to-skip).
@@ -13,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -23,6 +25,7 @@ from megatron.training import training as megatron_training
 from hrm_megatron.config import ConfigError
 
 ABORT, SKIP, ROLLBACK = POLICIES = ("abort", "skip", "rollback")
+IGNORE, WARN, _ = SPIKE_POLICIES = ("ignore", "warn", ROLLBACK)
 RECORD = "bad_steps.json"  # beside the checkpoints
 ROLLBACK_AFTER = 3  # steps in a row
 MOST_RETURNS = 3  # to one checkpoint
@@ -58,29 +61,37 @@ class Record:
 
 def check_policy(args: argparse.Namespace) -> None:
     """Refuse what could not be done; take the steps that an earlier start has gone back from."""
-    if args.on_nonfinite != ROLLBACK and args.rollback_after is not None:
-        raise ConfigError(f"--rollback-after {args.rollback_after}: has no effect without --on-nonfinite rollback; "
-                          "give that, or leave it out")
-    if args.on_nonfinite == ABORT:
-        return
-    policy = f"--on-nonfinite {args.on_nonfinite}"
-    if args.skip_train:
-        raise ConfigError(f"{policy}: has no effect with --skip-train; leave one of them out")
-    if not args.check_for_nan_in_loss_and_grad:
-        raise ConfigError(f"{policy}: looks at nothing with --no-check-for-nan-in-loss-and-grad; leave one of them out")
-    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
-        raise ConfigError(f"{policy}: gradients are checked where Megatron's DDP reduces them, and not under FSDP; "
-                          "leave it or the FSDP flag out")
-    if args.on_nonfinite == SKIP:
+    policies = {"--on-nonfinite": (args.on_nonfinite, ABORT), "--on-loss-spike": (args.on_loss_spike, IGNORE)}
+    asked = {f"{flag} {policy}": policy for flag, (policy, default) in policies.items() if policy != default}
+    for policy in asked:
+        if args.skip_train:
+            raise ConfigError(f"{policy}: has no effect with --skip-train; leave one of them out")
+    if args.on_nonfinite != ABORT:
+        check_gradients_are_read(args)
+    going_back = next((policy for policy, what in asked.items() if what == ROLLBACK), None)
+    if going_back is None:
+        if args.rollback_after is not None:
+            raise ConfigError(f"--rollback-after {args.rollback_after}: has no effect without --on-nonfinite rollback "
+                              "or --on-loss-spike rollback; give one of them, or leave it out")
         return
     if not args.save or args.save != args.load:
-        raise ConfigError(f"{policy}: goes back to the last checkpoint of --save {args.save}, but --load is "
+        raise ConfigError(f"{going_back}: goes back to the last checkpoint of --save {args.save}, but --load is "
                           f"{args.load}; give both the same folder")
     args.rollback_after = ROLLBACK_AFTER if args.rollback_after is None else args.rollback_after
     file = Path(args.save) / RECORD
     if steps := Record.read(file).steps:
         log.info(f"bad steps: rows of {named(steps)} are left out, which this run has gone back from ({file})")
         args.iterations_to_skip = sorted({*args.iterations_to_skip, *steps})
+
+
+def check_gradients_are_read(args: argparse.Namespace) -> None:
+    """Refuse a policy about gradients that nobody looks at."""
+    policy = f"--on-nonfinite {args.on_nonfinite}"
+    if not args.check_for_nan_in_loss_and_grad:
+        raise ConfigError(f"{policy}: looks at nothing with --no-check-for-nan-in-loss-and-grad; leave one of them out")
+    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
+        raise ConfigError(f"{policy}: gradients are checked where Megatron's DDP reduces them, and not under FSDP; "
+                          "leave it or the FSDP flag out")
 
 
 def named(steps: list[int]) -> str:
@@ -117,25 +128,25 @@ class BadSteps:
         if not self.bad:
             return stock()
         if self.args.on_nonfinite == ROLLBACK and len(self.in_a_row) >= self.args.rollback_after:
-            self.go_back()
+            go_back(self.args, self.in_a_row, "gradients are not finite")
         return False, None, None
 
-    def go_back(self) -> None:
-        """Write down the steps in a row and end: a start of the same command goes on from the last checkpoint."""
-        file = Path(self.args.save) / RECORD
-        record, start = Record.read(file), str(self.args.iteration)
-        returns = record.returns.get(start, 0) + 1
-        again = returns > MOST_RETURNS
-        if not again and torch.distributed.get_rank() == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Record(sorted({*record.steps, *self.in_a_row}), {**record.returns, start: returns}).write(file)
-        torch.distributed.barrier()  # a launcher ends all ranks when the first has ended
-        what = f"{named(self.in_a_row)}: gradients are not finite, {len(self.in_a_row)} in a row"
-        if again:
-            raise ConfigError(f"{what}, and this run has gone back to step {start} {MOST_RETURNS} times: its rows are "
-                              "not the reason; look at the data, the rate and the device, or load an older step")
-        raise ConfigError(f"{what}; the same command goes on from the last checkpoint and leaves their rows out "
-                          f"({file})")
+
+def go_back(args: argparse.Namespace, steps: list[int], why: str) -> NoReturn:
+    """Write down these steps in a row and end: a start of the same command goes on from the last checkpoint."""
+    file = Path(args.save) / RECORD
+    record, start = Record.read(file), str(args.iteration)
+    returns = record.returns.get(start, 0) + 1
+    again = returns > MOST_RETURNS
+    if not again and torch.distributed.get_rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Record(sorted({*record.steps, *steps}), {**record.returns, start: returns}).write(file)
+    torch.distributed.barrier()  # a launcher ends all ranks when the first has ended
+    what = f"{named(steps)}: {why}, {len(steps)} in a row"
+    if again:
+        raise ConfigError(f"{what}, and this run has gone back to step {start} {MOST_RETURNS} times: its rows are "
+                          "not the reason; look at the data, the rate and the device, or load an older step")
+    raise ConfigError(f"{what}; the same command goes on from the last checkpoint and leaves their rows out ({file})")
 
 
 def pass_over(data_iterator: Iterator[Any] | list[Iterator[Any]]) -> None:
