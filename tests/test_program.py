@@ -93,7 +93,7 @@ STOP_AT_AN_IMPORT = """import runpy, sys
 class Stop:
     def find_spec(self, name, *rest):
         root, _, module = name.partition(".")
-        if root not in sys.stdlib_module_names and module not in ("", "config", "program"):
+        if root not in sys.stdlib_module_names and module not in ("", "config", "model_types", "program"):
             sys.meta_path.remove(self)
             os.kill(os.getpid(), 15)
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
