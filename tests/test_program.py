@@ -140,7 +140,7 @@ def test_a_stopped_training_of_a_tokenizer_leaves_nothing(rows, tmp_path):
 def test_a_stopped_preprocessing_leaves_nothing(rows, tmp_path, workers, number):
     """The signal goes to the whole group, as a terminal sends it, while workers are busy."""
     stop = ("from hrm_megatron.data import preprocess\ncut = preprocess.pieces\n"
-            "preprocess.pieces = lambda path, size, rows: cut(path, 2000, rows)\n"
+            "preprocess.pieces = lambda path, size, rows, readers: cut(path, 2000, rows, readers)\n"
             "from hrm_megatron.data.shards import ShardWriter as writer\nadd = writer.add\n"
             "def stop(self, *more):\n  add(self, *more)\n"
             f"  if self.examples > 20: os.killpg(0, {int(number)})\nwriter.add = stop")

@@ -69,6 +69,8 @@ STOCK = [
     ("megatron.core.optimizer_param_scheduler", "OptimizerParamScheduler.load_state_dict", "(self, state_dict)"),
     ("megatron.core.optimizer.clip_grads", "l2_norm_impl", "(chunk_size, noop_flag, tensor_lists, per_tensor, *args)"),
     # hrm_megatron/training
+    ("megatron.training.training", "dummy_train_step", "(data_iterator)"),
+    ("megatron.core.dist_checkpointing.strategies.async_utils", "PersistentAsyncCaller.async_loop", ...),
     ("megatron.training.training", "finalize_model_grads", ...),
     ("megatron.core.distributed.param_and_grad_buffer", "_ParamAndGradBucketGroup.check_grads",
      "(self, check_for_nan_or_inf, check_for_large)"),
