@@ -47,7 +47,7 @@ from hrm_megatron.training.match_flops import match_flops  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
-from hrm_megatron.training.restarts import check_restarts  # noqa: E402
+from hrm_megatron.training.restarts import check_launch, check_restarts  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 from hrm_megatron.training.summary import describe_model  # noqa: E402
@@ -77,6 +77,7 @@ def train(console: Console) -> None:
     matched = match_flops(args, sources.get("all"))
     if args.dry_run:
         return console.answer([*matched, *describe_dry_run(args, sources.get("all"))], args.verbose)
+    check_launch()
     console.settle(args.save or args.tensorboard_dir, args.verbose)
     data = sources["all"]
     evaluation = settle_evaluation(args, *data.held_out(), data.why_no_validation(args.split))

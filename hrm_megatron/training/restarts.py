@@ -1,4 +1,4 @@
-"""Starts again inside a job: what torchrun --max-restarts needs, and no process that outlives its rank."""
+"""Starts by a launcher, again too: what they need, and no process that outlives its rank."""
 from __future__ import annotations
 
 import ctypes
@@ -27,6 +27,13 @@ def check_restarts(environment: Mapping[str, str] = os.environ) -> None:
         raise ConfigError(f"torchrun --max-restarts {restarts}: would hang at the first restart, in which ranks find "
                           f"the addresses of dead ones; export {NOT_SHARED}=1, and with several nodes give "
                           "--rdzv-backend c10d")
+
+
+def check_launch(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to train without a launcher, which says where ranks meet."""
+    if "MASTER_ADDR" not in environment:
+        raise ConfigError("MASTER_ADDR is not set: no launcher has said where ranks meet; start by torchrun "
+                          "--nproc-per-node 1 -m hrm_megatron.pretrain ..., or by launch_scripts/train_node.sh")
 
 
 def end_with_parent() -> None:

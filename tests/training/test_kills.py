@@ -83,6 +83,11 @@ def test_restarts_that_would_hang_are_refused():
         check_restarts(fine)
 
 
+def test_a_start_without_a_launcher_is_refused(launch, fullbatch_arguments):
+    run = launch(*fullbatch_arguments, prelude="import os; del os.environ['MASTER_ADDR']")
+    assert run.code == 2 and len(run.errors) == 1 and "MASTER_ADDR is not set: " in run.errors[0], run.output
+
+
 SAVES_AND_DIES = """
 from hrm_megatron.parallel.cpu import activate
 activate()
