@@ -25,8 +25,10 @@ BASELINES = [name for name in MODEL_TYPES if name != HRM]
 LAYOUTS = {"TP 2 + SP": (2, [TP, 2, "--sequence-parallel"]), "PP 2": (2, [PP, 2]),
            "PP 2, two phases": (2, [PP, 2, *TWO_PHASES])}
 # Each baseline under TP 2 and PP 2, and in two phases what parks other states than an HRM does.
-CASES = [(name, layout) for layout in ("TP 2 + SP", "PP 2") for name in BASELINES] + [
-    (name, "PP 2, two phases") for name in ("ut", "rins", "trm")]
+ALWAYS = [("trm", "TP 2 + SP"), ("transformer", "PP 2"), ("rins", "PP 2, two phases")]
+CASES = [*ALWAYS, *(pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.ranks]) for case in (
+    *((name, layout) for layout in ("TP 2 + SP", "PP 2") for name in BASELINES),
+    *((name, "PP 2, two phases") for name in ("ut", "trm"))) if case not in ALWAYS)]
 
 
 @pytest.fixture(scope="session")

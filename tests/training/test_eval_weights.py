@@ -49,7 +49,8 @@ def assert_same_checkpoint(one, other):
     assert not [key for key in a.shapes() if not torch.equal(a.tensor(key), b.tensor(key))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [
+    "DP 2, overlap, bf16", pytest.param("TP 2 x PP 2", marks=[pytest.mark.slow, pytest.mark.ranks])])
 def test_the_ema_is_evaluated_and_training_is_bitwise_the_same(train, launch, store, tmp_path, layout):
     ranks, flags, precision = LAYOUTS[layout]
     raw, both = tmp_path / "raw", tmp_path / "both"
