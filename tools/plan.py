@@ -112,13 +112,14 @@ def plan(args: argparse.Namespace) -> None:
     print(*report.table(asked, plans, args.price), "", report.command(plans[0], asked, args.hrm_preset), "", sep="\n")
     measured = goodput.Measured(**{name: getattr(args, f"{name}_seconds") for name in goodput.Measured.__annotations__})
     hazards = goodput.hazards_of(plans[0], asked, args.gpu_mttf_hours, measured)
-    print(*goodput.describe(plans[0], asked, hazards, measured), "", sep="\n")
+    saves = goodput.compare_saves(plans[0], asked, hazards)
+    print(*goodput.describe(plans[0], hazards, measured, saves), "", sep="\n")
     if args.explain:
         print(*report.explain(asked, plans[0]), "", sep="\n")
     print(*report.reasons(rejected, None if args.explain else report.KINDS), sep="\n")
     if args.json:
         data = report.as_data(name, asked, plans, rejected, args.hrm_preset)
-        data["goodput"] = dict(vars(hazards), saves=goodput.compare_saves(plans[0], asked, hazards))
+        data["goodput"] = dict(vars(hazards), saves=saves)
         aside = args.json.with_name(f"{args.json.name}.partial")
         aside.write_text(json.dumps(data, indent=1) + "\n")
         aside.replace(args.json)

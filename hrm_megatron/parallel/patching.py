@@ -1,8 +1,9 @@
-"""Give attributes other values for a while: for functions of Megatron that have no parameter for what they read."""
+"""Put functions around those of Megatron, and give attributes other values for a while where there is no parameter."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -17,3 +18,8 @@ def temporarily(owner: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(owner, name, value)
+
+
+def around(stock: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `stock` as `wrapper` calls it, which takes it first."""
+    return functools.wraps(stock)(functools.partial(wrapper, stock))

@@ -6,7 +6,7 @@ checkpoint, and makes again what was made since.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,13 +122,13 @@ def compare_saves(plan: Plan, question: Question, hazards: Hazards, seed: int = 
     return found
 
 
-def describe(plan: Plan, question: Question, hazards: Hazards, measured: Measured) -> Iterator[str]:
-    """Say what failures cost, and which saves cost least."""
+def describe(plan: Plan, hazards: Hazards, measured: Measured, saves: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Say what failures cost, and which of the `saves` that were compared cost least."""
     assumed = [name for name, value in vars(measured).items() if value is None]
     yield (f"effective training time with a failure every {hazards.mttf / 3600:.1f} h, noticed after "
            f"{hazards.detect:.0f} s; a save takes {hazards.write:.1f} s, start and load {hazards.restart:.1f} s"
            f"{f' ({', '.join(assumed)}: assumed, not measured)' if assumed else ''}:")
-    for one in compare_saves(plan, question, hazards):
+    for one in saves:
         yield (f"  {one['effective']:.1%} ({MIDDLE[1] - MIDDLE[0]}% of {RUNS} simulated runs: {one['low']:.1%} to "
                f"{one['high']:.1%}) with {one['flags']}, every {one['save_interval'] * plan.step.seconds / 60:.1f} min "
                f"a stall of {one['stall_seconds']:.1f} s")

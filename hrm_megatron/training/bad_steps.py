@@ -22,6 +22,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import training as megatron_training
 
+from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
 
 ABORT, SKIP, ROLLBACK = POLICIES = ("abort", "skip", "rollback")
@@ -54,9 +55,7 @@ class Record:
         return cls(steps, returns)
 
     def write(self, file: Path) -> None:
-        aside = file.with_name(f"{file.name}.partial")
-        aside.write_text(json.dumps(asdict(self)) + "\n")
-        aside.replace(file)
+        write_aside(file, json.dumps(asdict(self)) + "\n")
 
 
 def check_policy(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from megatron.training import training as megatron_training
 from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError, refuse_beside
+from hrm_megatron.parallel.patching import around
 from hrm_megatron.training.evaluation import ON_TEST_SET
 
 log = logging.getLogger(__name__)
@@ -96,18 +97,14 @@ def install_early_stopping(args: argparse.Namespace, validates: bool) -> None:
         raise ConfigError(f"{flag}: there is nothing to validate on; give --valid-data-path PREFIX, or a --split")
     refuse_beside(flag, {"--async-save": args.async_save, "--skip-train": args.skip_train})
     stopping = EarlyStopping(args)
-    megatron_training.evaluate = _around(megatron_training.evaluate, stopping.evaluate)
-    megatron_training.evaluate_and_print_results = _around(megatron_training.evaluate_and_print_results,
+    megatron_training.evaluate = around(megatron_training.evaluate, stopping.evaluate)
+    megatron_training.evaluate_and_print_results = around(megatron_training.evaluate_and_print_results,
                                                            stopping.evaluate_and_print_results)
-    megatron_training.save_checkpoint = _around(megatron_training.save_checkpoint, stopping.save_checkpoint)
-    megatron_training.checkpoint_and_decide_exit = _around(megatron_training.checkpoint_and_decide_exit,
+    megatron_training.save_checkpoint = around(megatron_training.save_checkpoint, stopping.save_checkpoint)
+    megatron_training.checkpoint_and_decide_exit = around(megatron_training.checkpoint_and_decide_exit,
                                                            stopping.checkpoint_and_decide_exit)
-    checkpointing._async_delete_checkpoint_impl = _around(checkpointing._async_delete_checkpoint_impl,
+    checkpointing._async_delete_checkpoint_impl = around(checkpointing._async_delete_checkpoint_impl,
                                                           stopping.delete_checkpoint)
-
-
-def _around(stock: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    return functools.wraps(stock)(functools.partial(wrapper, stock))
 
 
 class EarlyStopping:

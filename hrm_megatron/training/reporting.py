@@ -14,6 +14,7 @@ from megatron.training import training as megatron_training
 from hrm_megatron.config import Architecture
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.parallel.patching import around
 from hrm_megatron.training.console import Console
 from hrm_megatron.training.console_lines import StepReport, TimeLeft, evaluation_line, saved_line, step_line
 from hrm_megatron.training.data import first_lengths
@@ -35,19 +36,15 @@ def install_console(args: argparse.Namespace, console: Console, step: TrainingSt
     Call it after all else that replaces the same functions.
     """
     reporter = Reporter(args, console, step, rows_flops, evaluation)
-    megatron_training.training_log = _around(megatron_training.training_log, reporter.training_log)
-    megatron_training.evaluate = _around(megatron_training.evaluate, reporter.evaluate)
-    megatron_training.evaluate_and_print_results = _around(megatron_training.evaluate_and_print_results,
+    megatron_training.training_log = around(megatron_training.training_log, reporter.training_log)
+    megatron_training.evaluate = around(megatron_training.evaluate, reporter.evaluate)
+    megatron_training.evaluate_and_print_results = around(megatron_training.evaluate_and_print_results,
                                                            reporter.evaluate_and_print_results)
-    megatron_training.save_checkpoint = _around(megatron_training.save_checkpoint, reporter.save_checkpoint)
+    megatron_training.save_checkpoint = around(megatron_training.save_checkpoint, reporter.save_checkpoint)
     megatron_training.num_floating_point_operations = lambda *_, **__: reporter.flops()
     # By the formula of a GPT; ours is in the facts before step 1.
     megatron_training.report_theoretical_memory = lambda *_, **__: None
     return reporter
-
-
-def _around(stock: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    return functools.wraps(stock)(functools.partial(wrapper, stock))
 
 
 class Reporter:

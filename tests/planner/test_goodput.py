@@ -65,6 +65,6 @@ def test_64_nodes_reach_97_percent_by_two_settings():
     assert hazards.stall == pytest.approx(18 * question.architecture.num_parameters / 512 / 1e10)
     waiting, behind = compare_saves(plan, question, hazards)
     assert waiting["effective"] < behind["effective"] and behind["effective"] >= 0.97
-    first, *lines = describe(plan, question, hazards, Measured(save=60, load=60, start=120, detect=300))
+    first, *lines = describe(plan, hazards, Measured(save=60, load=60, start=120, detect=300), [waiting, behind])
     assert "a failure every 16.0 h" in first and "(stall: assumed, not measured)" in first
     assert len(lines) == 2 and "--async-save" in lines[1] and f"{behind['effective']:.1%}" in lines[1]
