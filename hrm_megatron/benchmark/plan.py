@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hrm_megatron.benchmark.millions import measure_millions
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.manifest import Manifest, Source, shard_folder, write_manifest
 from hrm_megatron.data.mixture import Mixture, Selection
@@ -159,23 +159,7 @@ def measure(folder: Path, count: int) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="tools/benchmark.py plan", description=__doc__.splitlines()[0]
-                                     if __doc__ else None)
-    parser.add_argument("--millions", type=float, nargs="+", default=[1, 10], help="of examples")
-    parser.add_argument("--output", type=Path, default=Path("benchmark-plan"), metavar="DIR",
-                        help="a new folder for made-up datasets of 56 bytes an example, removed at the end")
-    args = parser.parse_args()
-
-    def run() -> None:
-        args.output.mkdir(parents=True)
-        try:
-            print(" | ".join(COLUMNS))
-            for millions in args.millions:
-                print(" | ".join(measure(args.output, int(millions * 1e6))), flush=True)
-        finally:
-            shutil.rmtree(args.output)
-
-    return one_line(run)
+    return one_line(lambda: measure_millions("plan", __doc__, COLUMNS, measure))
 
 
 if __name__ == "__main__":
