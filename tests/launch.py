@@ -9,12 +9,13 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.ports import free_port
 
 GRACE_SECONDS = 5  # for the other ranks, once one has failed
 
@@ -38,7 +39,7 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, 0
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, cwd=Path(__file__).parents[1])
 
     def __call__(self, *arguments: object, ranks: int = 1, prelude: str = "", timeout_seconds: float = 240) -> Run:
@@ -75,9 +76,7 @@ def _be_rank(rank: int, order: dict, port: int) -> None:
 
 def _run(order: dict) -> list[int]:
     """Fork the ranks and return their exit codes in the order in which they ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     running: set[int] = set()
     ranks: list[int] = []
     for rank in range(order["ranks"]):

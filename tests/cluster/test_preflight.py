@@ -9,7 +9,7 @@ import pytest
 
 from hrm_megatron.cluster import preflight
 from hrm_megatron.cluster.node_check import Limits, find_bad_nodes, read_reports
-from tests.launch_scripts.local_slurm import free_ports
+from tests.ports import free_port
 
 NODES = ("n1", "n2")
 
@@ -17,7 +17,7 @@ NODES = ("n1", "n2")
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Reports of two nodes that check themselves at the same time."""
-    folder, [port] = tmp_path_factory.mktemp("preflight"), free_ports(1)
+    folder, port = tmp_path_factory.mktemp("preflight"), free_port()
     running = [subprocess.Popen(
         [sys.executable, "-m", "hrm_megatron.cluster.preflight", "--output", folder / "reports", "--storage", folder,
          "--storage-bytes", str(1 << 20), "--gpus", "0", "--nodes", "2", "--node", str(node), "--master",

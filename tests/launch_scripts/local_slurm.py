@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.ports import free_port
+
 NODES = ("n1", "n2", "n3")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 # cons_tres without cgroups; a node that stays silent is down after seconds, not minutes.
@@ -43,23 +45,13 @@ PartitionName=debug Nodes={names} Default=YES MaxTime=600 State=UP
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1000 State=UNKNOWN"
 
 
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 class LocalSlurm:
     def __init__(self, folder: Path) -> None:
         self.folder, host = folder, socket.gethostname().split(".")[0]
         for name in ("munge", "state", *NODES):
             (folder / name).mkdir(mode=0o755)
         folder.chmod(0o755)
-        ports = free_ports(1 + len(NODES))
+        ports = [free_port() for _ in range(1 + len(NODES))]
         own, *others = ports
         nodes = "\n".join(NODE.format(name=name, host=host, port=port, cpus=os.cpu_count())
                           for name, port in zip(NODES, others, strict=True))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch_scripts.local_slurm import NODES, PROGRAMS, LocalSlurm, free_ports
+from tests.launch_scripts.local_slurm import NODES, PROGRAMS, LocalSlurm
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 MISSING = [program for program in PROGRAMS if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None]
@@ -41,7 +42,7 @@ class Job:
 
     def __init__(self, slurm, folder, *arguments, steps=STEPS, **variables):
         self.slurm, self.run = slurm, folder / "run"
-        variables = dict(PREFLIGHT="0", GPUS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_ports(1)[0]),
+        variables = dict(PREFLIGHT="0", GPUS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()),
                          OMP_NUM_THREADS="1", PYTHON=sys.executable, TORCHRUN=str(STAND_IN)) | variables
         self.log = folder / "log"
         self.id = slurm("sbatch", "--parsable", "--chdir", ROOT, "--nodes", 2, "--cpus-per-task", 1, "--time", 300,

@@ -2,13 +2,14 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "launch_scripts/train_slurm.sh"
@@ -42,11 +43,8 @@ def script(tmp_path):
                        ("python", STAND_IN.read_text().replace("#!/usr/bin/env python3", f"#!{sys.executable}"))):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     job = dict(SLURM_NNODES="2", SLURM_GPUS_ON_NODE="1", SLURM_JOB_ID="77", SLURM_JOB_NODELIST="node[1-2]",
-               SLURM_SUBMIT_DIR=str(ROOT), MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+               SLURM_SUBMIT_DIR=str(ROOT), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1",
                TORCHRUN=str(Path(sys.executable).with_name("torchrun")), PYTHON=sys.executable, STATE="RUNNING None")
 
     def run(*arguments, until=None, **variables):

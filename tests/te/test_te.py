@@ -5,13 +5,13 @@ name another folder that has it.
 """
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from tests.training.conftest import FULLBATCH, scalars
 
 ROOT = Path(__file__).parents[2]
@@ -55,10 +55,8 @@ def train(tmp_path_factory):
     """Train golden/fullbatch for three steps: losses, and what every rank says, see probe.train."""
     def run(*flags, ranks=1):
         folder = tmp_path_factory.mktemp("te")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
         arguments = [*RUN, "--num-workers", 0, "--tensorboard-dir", folder, *flags]
+        port = str(free_port())
         processes = [start(HOPPER, "train", *arguments, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                            LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
                      for rank in range(ranks)]
