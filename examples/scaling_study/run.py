@@ -84,7 +84,8 @@ def study(args: argparse.Namespace) -> None:
     data = hashlib.sha256(b"".join(prefix.with_suffix(".json").read_bytes() for prefix in prefixes)).hexdigest()
     settings = dict(asdict(planned), first_lr=FIRST_LR, data=data)
     with single_rank():
-        rows = all_runs(planned, args.output, settings, lambda one: train.train(one, prefixes[0], prefixes[1], vocab_size))
+        rows = all_runs(planned, args.output, settings,
+                        lambda one: train.train(one, prefixes[0], prefixes[1], vocab_size))
     print(f"{len(rows)} runs in {args.output / 'runs.jsonl'}; this start took {minutes(time.monotonic() - began)}\n",
           flush=True)
     run(python(os.path.relpath(ROOT / "tools" / "fit_scaling.py"), "--input", args.output / "runs.jsonl", "--png",
