@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from hrm_megatron.parallel.connections import choose_connections
@@ -38,7 +39,7 @@ from hrm_megatron.training.data_verification import verify_data  # noqa: E402
 from hrm_megatron.training.dry_run import assumed_vocab_size, describe_dry_run, has_data  # noqa: E402
 from hrm_megatron.training.early_stopping import install_early_stopping  # noqa: E402
 from hrm_megatron.training.error_file import OneLineErrors, one_line  # noqa: E402
-from hrm_megatron.training.evaluation import install_evaluation, settle_evaluation  # noqa: E402
+from hrm_megatron.training.evaluation import Evaluation, install_evaluation, settle_evaluation  # noqa: E402
 from hrm_megatron.training.finetune import install_finetune  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
@@ -81,6 +82,7 @@ def train(console: Console) -> None:
     console.settle(args.save or args.tensorboard_dir, args.verbose)
     data = sources["all"]
     evaluation = settle_evaluation(args, *data.held_out(), data.why_no_validation(args.split))
+    install_eval_tasks = eval_tasks_of(args, evaluation)
     start, is_left = check_checkpoint(args)
     fits = functools.partial(check_fit, args)
     if start and not is_left and not verify_end(args, start, fits):
@@ -97,6 +99,7 @@ def train(console: Console) -> None:
     install_fsdp(args)
     install_finetune(args)
     install_evaluation(args, evaluation)
+    install_eval_tasks()
     guard_saves(args)
     install_loss_spikes(args)
     install_early_stopping(args, evaluation.validates)
@@ -119,6 +122,16 @@ def train(console: Console) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def eval_tasks_of(args: argparse.Namespace, evaluation: Evaluation) -> Callable[[], None]:
+    """Open what `--eval-tasks` and its flags name; return what installs it."""
+    if all(value is None for name, value in vars(args).items() if name.startswith("eval_tasks")):
+        return lambda: None
+    from hrm_megatron.evaluate.live_tasks import install_tasks, open_tasks  # late: it takes half a second
+
+    tasks = open_tasks(args, evaluation.validates)
+    return lambda: install_tasks(args, tasks, evaluation)
 
 
 def run(rank: int, ranks: int) -> None:

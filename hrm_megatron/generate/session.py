@@ -70,9 +70,19 @@ class Session:
         self.remark = f"{checkpoint.path} {checkpoint.remark}" if checkpoint.remark else ""
         ends = checkpoint.token_ids.get("eos_token_id", [])
         self.stop_tokens = frozenset([self.tokenizer.eoa, *(ends if isinstance(ends, list) else [ends])])
-        self._model = dict(checkpoint=str(checkpoint.path.resolve()), weights=kind, iteration=checkpoint.iteration,
-                           tokenizer=self.tokenizer.fingerprint)
+        self._model: dict[str, Any] = dict(
+            checkpoint=str(checkpoint.path.resolve()), weights=kind, iteration=checkpoint.iteration,
+            tokenizer=self.tokenizer.fingerprint)
         self._answer_as(answering, found, checkpoint.training.seq_length)
+
+    @classmethod
+    def of_decoder(cls, decoder: Decoder, tokenizer: TextTokenizer, answering: Answering) -> Session:
+        """Make a session of a model that is not of a checkpoint; cycles and dtype are the decoder's."""
+        made = cls.__new__(cls)
+        made.decoder, made.tokenizer, made.answering, made.remark = decoder, tokenizer, answering, ""
+        made.stop_tokens, made._model = frozenset([tokenizer.eoa]), {}
+        made.identity = asdict(answering)
+        return made
 
     def _answer_as(self, answering: Answering, weights: Weights, context_tokens: int) -> None:
         self.answering = answering

@@ -8,6 +8,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +110,12 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                             "or all of its state (default: the EMA if it has one)")
     group.add_argument("--eval-weights", choices=EVAL_WEIGHTS, default=RAW,
                        help="weights of validation and test during training; both: the same rows by each")
+    group.add_argument("--eval-tasks", nargs="+", metavar="TASK",
+                       help="tasks of tools/evaluate.py that the EMA answers at every validation")
+    group.add_argument("--eval-tasks-data", type=Path, metavar="DIR", help="rows: DIR/TASK/SPLIT.jsonl or .parquet")
+    group.add_argument("--eval-tasks-limit", type=int, metavar="N", help="only the first N questions of each")
+    group.add_argument("--eval-tasks-new-tokens", type=int, metavar="N",
+                       help="at most so many per free answer (default: what --seq-length leaves room for)")
     group.add_argument("--early-stopping", type=int, metavar="N",
                        help="stop after N evaluations without a better exact accuracy of the validation set, by the "
                             "EMA if that is evaluated; the best iteration is saved and kept")
