@@ -33,6 +33,7 @@ from hrm_megatron.training.arguments import given_by_hand, no_rows, parse_argume
 from hrm_megatron.training.bad_steps import install_bad_steps  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
 from hrm_megatron.training.console import Console  # noqa: E402
+from hrm_megatron.training.curves import install_curves  # noqa: E402
 from hrm_megatron.training.data import count_rows, datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.data_verification import verify_data  # noqa: E402
 from hrm_megatron.training.dry_run import assumed_vocab_size, describe_dry_run, has_data  # noqa: E402
@@ -97,6 +98,7 @@ def train(console: Console) -> None:
     install_fsdp(args)
     install_finetune(args)
     install_evaluation(args, evaluation)
+    install_curves(args, step)
     guard_saves(args)
     install_loss_spikes(args)
     install_early_stopping(args, evaluation.validates)
