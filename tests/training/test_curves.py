@@ -1,4 +1,9 @@
 """--log-hrm-norms: each curve is what its name says, by another computation of it."""
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +22,8 @@ from tests.model import exact
 from tests.model.test_golden import batch_of, exact_inputs
 from tests.rounding import ORDERS, REFERENCE_STATES
 from tests.training.conftest import curves
+
+ROOT = Path(__file__).parents[2]
 
 
 def rms(x):
@@ -93,6 +100,21 @@ def test_the_distance_of_the_average_is_that_in_the_checkpoint(uninterrupted):
                              for part in ("param", "ema"))
         # fp32 differences of weights that are a hundredth apart
         assert found[step] == pytest.approx((averages - masters).norm().item() / masters.norm().item(), rel=1e-5)
+
+
+def test_a_report_says_which_saves_are_as_they_were_written(uninterrupted, tmp_path, monkeypatch):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    files = (tmp_path / "run" / "checkpoints" / "iter_0000012").glob("*.distcp")
+    data = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    page = tmp_path / "report.html"
+    monkeypatch.setattr(sys, "argv", ["report_run.py", str(tmp_path / "run"), "--output", str(page), "--verify"])
+    assert runpy.run_path(str(ROOT / "tools" / "report_run.py"))["main"]() == 0
+    saves = re.findall(r"<tr><td>(12|24)</td>.*?<td>complete</td><td>(.*?)</td></tr>", page.read_text())
+    assert [step for step, _ in saves] == ["12", "24"]
+    assert saves[0][1].startswith("damaged: ") and saves[1][1].startswith("verified, ")
 
 
 @pytest.mark.parametrize("given, reason", [
