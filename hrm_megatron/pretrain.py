@@ -50,6 +50,7 @@ from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.restarts import check_launch, check_restarts  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
+from hrm_megatron.training.source_losses import find_sources, install_source_losses  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 from hrm_megatron.training.summary import describe_model  # noqa: E402
 from hrm_megatron.training.verification import verify_end, verify_start  # noqa: E402
@@ -90,6 +91,7 @@ def train(console: Console) -> None:
     for line in (*matched, describe_model(args)):
         log.info(line)
     log.info(describe(args))
+    sources_by_name = find_sources(args, data.train)
     step = TrainingStep(args)
     install(args, step)
     install_schedule(args, step)
@@ -99,6 +101,7 @@ def train(console: Console) -> None:
     install_finetune(args)
     install_evaluation(args, evaluation)
     install_curves(args, step)
+    install_source_losses(args, step, sources_by_name)
     guard_saves(args)
     install_loss_spikes(args)
     install_early_stopping(args, evaluation.validates)
@@ -116,7 +119,7 @@ def train(console: Console) -> None:
         reporter.begin(train_rows)
         step.meter.restart()
 
-    pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready),
+    pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready, sources_by_name),
              ModelType.encoder_or_decoder, step.forward, build_model)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -11,22 +11,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hrm_megatron.monitoring.scalars import Curve, in_groups, tick_of
+from hrm_megatron.monitoring.scalars import Curve, in_groups
 
 Curves = Mapping[str, Curve]
 SHARE_OF_STEPS = 0.02  # in the running mean of the noisy curves
 MARKERS = {" validation": "o", " validation EMA": "^", " test": "s", " test EMA": "v"}
-COLOURS, TICK_COLOURS = "tab10", "viridis"
+COLOURS, GROUP_COLOURS = "tab10", "viridis"
 WIDTH, HEIGHT = 6.0, 3.2  # inches of a panel
 PANELS_IN_A_ROW = 2
 
 
 class Panel(NamedTuple):
-    """Axes: one curve of all runs, or curves by tick of one run."""
+    """Axes: one curve of all runs, or a group of curves of one run, by tick or by source."""
 
     title: str
     curve: str = ""
-    by_tick: Sequence[str] = ()
+    group: Sequence[str] = ()
     run: str = ""
     smooth: bool = False
     percent: bool = False
@@ -46,17 +46,18 @@ ONE_CURVE = (
     Panel("allocated device memory, peak (bytes)", "mem-max-allocated-bytes"),
     Panel("seconds of a save", "seconds of save"),
 )
-BY_TICK = {"residual RMS": "RMS of the residual stream before the exit norm", "state RMS": "RMS of z_H and z_L"}
+GROUPS = {"loss by source": "loss per token by source (nats)",
+          "residual RMS": "RMS of the residual stream before the exit norm", "state RMS": "RMS of z_H and z_L"}
 
 
 def panels(runs: Mapping[str, Curves]) -> list[Panel]:
     """Choose the panels for which there is something to draw."""
     found = [panel for panel in ONE_CURVE if any(name in curves for curves in runs.values()
                                                  for name in (panel.curve, f"{panel.curve} validation"))]
-    for prefix, title in BY_TICK.items():
+    for prefix, title in GROUPS.items():
         for run, curves in runs.items():
             if names := in_groups(curves, [prefix]):
-                found.append(Panel(f"{title}{f', {run}' if len(runs) > 1 else ''}", by_tick=names, run=run))
+                found.append(Panel(f"{title}{f', {run}' if len(runs) > 1 else ''}", group=names, run=run))
     return found
 
 
@@ -76,8 +77,8 @@ def draw(runs: Mapping[str, Curves], title: str) -> bytes:
 
 def draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Curves]) -> None:
     """Draw one panel."""
-    if panel.by_tick:
-        _draw_ticks(axes, panel.by_tick, runs[panel.run])
+    if panel.group:
+        _draw_group(axes, panel.group, runs[panel.run])
     else:
         for number, (run, curves) in enumerate(runs.items()):
             colour = colormaps[COLOURS](number % 10)
@@ -89,7 +90,7 @@ def draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Curves]) -> None:
     if panel.logarithmic and any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
         axes.set_yscale("log")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small", ncols=2 if panel.by_tick else 1)
+        axes.legend(fontsize="small", ncols=2 if panel.group else 1)
 
 
 def _draw_curve(axes: Axes, panel: Panel, curves: Curves, colour: tuple[float, ...], run: str) -> None:
@@ -107,10 +108,9 @@ def _draw_curve(axes: Axes, panel: Panel, curves: Curves, colour: tuple[float, .
                       color=colour, markersize=4, label=f"{run}{suffix}".strip())
 
 
-def _draw_ticks(axes: Axes, names: Sequence[str], curves: Curves) -> None:
-    last = max(map(tick_of, names))
-    for name in names:
-        colour = colormaps[TICK_COLOURS](0.9 * (tick_of(name) - 1) / max(1, last - 1))
+def _draw_group(axes: Axes, names: Sequence[str], curves: Curves) -> None:
+    for number, name in enumerate(names):
+        colour = colormaps[GROUP_COLOURS](0.9 * number / max(1, len(names) - 1))
         curve = curves[name]
         axes.plot(curve.steps, curve.values, marker=_mark(curve), color=colour,
                   linestyle="--" if name.endswith("z_H") else "-", label=name.partition("/")[2])

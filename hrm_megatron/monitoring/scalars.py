@@ -63,4 +63,4 @@ def in_groups(names: Iterable[str], prefixes: Sequence[str]) -> list[str]:
 def tick_of(name: str) -> int:
     """Number of the tick that a curve is about, 0 if it is about none."""
     words = name.partition("/")[2].split()
-    return int(words[1]) if len(words) > 1 and words[0] == "tick" else 0
+    return int(words[1]) if len(words) > 1 and words[0] == "tick" and words[1].isdecimal() else 0

@@ -170,6 +170,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--log-hrm-norms", action="store_true",
                        help="write norms of z_H and z_L by tick, of the update and of the EMA's distance to "
                             "TensorBoard, every --tensorboard-log-interval steps")
+    group.add_argument("--log-loss-by-source", action="store_true",
+                       help="likewise the loss of the labels of each source, of each dataset if they have many")
     group.add_argument("--verbose", action="store_true",
                        help="print Megatron's own output too (default: to a file in --save or --tensorboard-dir)")
     for action in parser._actions:

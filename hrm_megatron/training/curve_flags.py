@@ -1,19 +1,22 @@
-"""When `--log-hrm-norms` (training/curves.py) is refused."""
+"""When `--log-hrm-norms` (training/curves.py) and `--log-loss-by-source` (training/source_losses.py) are refused."""
 from __future__ import annotations
 
 import argparse
 
 from hrm_megatron.config import ConfigError, refuse_beside
 
-FLAG = "--log-hrm-norms"
+NORMS, BY_SOURCE = "--log-hrm-norms", "--log-loss-by-source"
 
 
 def check_curves(args: argparse.Namespace) -> None:
-    """Refuse norms that nobody could read, or that are not built."""
-    if not args.log_hrm_norms:
-        return
-    if not args.tensorboard_dir:
-        raise ConfigError(f"{FLAG}: has no effect without --tensorboard-dir; give that too, or leave it out")
-    refuse_beside(FLAG, {"--skip-train": args.skip_train})
-    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
-        raise ConfigError(f"{FLAG}: not built under FSDP; leave it or the FSDP flag out")
+    """Refuse curves that nobody could read, or that are not built."""
+    for flag, given in ((NORMS, args.log_hrm_norms), (BY_SOURCE, args.log_loss_by_source)):
+        if given and not args.tensorboard_dir:
+            raise ConfigError(f"{flag}: has no effect without --tensorboard-dir; give that too, or leave it out")
+        if given:
+            refuse_beside(flag, {"--skip-train": args.skip_train})
+    if args.log_hrm_norms and (args.use_torch_fsdp2 or args.use_megatron_fsdp):
+        raise ConfigError(f"{NORMS}: not built under FSDP; leave it or the FSDP flag out")
+    if args.log_loss_by_source and args.sampled_data_path:
+        raise ConfigError(f"{BY_SOURCE}: a folder of HRM-Text (--sampled-data-path {args.sampled_data_path}) does not "
+                          "say where its examples are from; leave one of them out")

@@ -18,7 +18,7 @@ from hrm_megatron.model.hrm import STACKS, HRMModel
 from hrm_megatron.model.schedule import Tick
 from hrm_megatron.optim.sizes import sizes
 from hrm_megatron.parallel.patching import around
-from hrm_megatron.training.scalars import write_scalars
+from hrm_megatron.training.scalars import write_scalars, writes
 from hrm_megatron.training.step import TrainingStep, innermost
 
 STATE, RESIDUAL = KINDS = ("state RMS", "residual RMS")
@@ -86,11 +86,8 @@ class Curves:
 
     def __init__(self, args: argparse.Namespace, step: TrainingStep) -> None:
         self.args, self.running = args, step
-        self.norms = TickNorms(lambda: self.measures(step.running_step()))
+        self.norms = TickNorms(lambda: writes(args, step.running_step()))
         self.optimizer: Any = None
-
-    def measures(self, step: int) -> bool:
-        return step % int(self.args.tensorboard_log_interval) == 0
 
     def get_megatron_optimizer(self, stock: Callable[..., Any], config: Any, chunks: list[Any], **options: Any) -> Any:
         """Hook into the model when its optimizer is built: the first moment at which both are there."""
@@ -104,7 +101,7 @@ class Curves:
                      lr: float | None, iteration: int, loss_scale: float, report_memory: bool, skipped: int,
                      *rest: Any, **options: Any) -> bool:
         report_memory = stock(losses, totals, lr, iteration, loss_scale, report_memory, skipped, *rest, **options)
-        if self.measures(iteration):
+        if writes(self.args, iteration):
             found = self.norms.take(self.running.ticks, self.groups())
             if not skipped:
                 found |= self.step_sizes()

@@ -1,7 +1,14 @@
 """Curves of ours beside those that Megatron writes to TensorBoard and W&B."""
 from __future__ import annotations
 
+import argparse
+
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+
+def writes(args: argparse.Namespace, step: int) -> bool:
+    """Whether Megatron writes curves at this step, for which the host waits anyway."""
+    return step % int(args.tensorboard_log_interval) == 0
 
 
 def write_scalars(values: dict[str, float], step: int) -> None:

@@ -21,10 +21,10 @@ def curves(written):
 
 
 def test_there_is_a_panel_for_each_kind_of_curve(curves):
-    titles = {panel.curve or panel.by_tick[0] for panel in picture.panels({"XL": curves})}
+    titles = {panel.curve or panel.group[0] for panel in picture.panels({"XL": curves})}
     assert titles == {"lm loss", "exact accuracy", "bp steps", "learning-rate", "tokens per second",
                       f"residual RMS/{TICKS[0]}"}
-    two = [panel for panel in picture.panels({"a": curves, "b": curves}) if panel.by_tick]
+    two = [panel for panel in picture.panels({"a": curves, "b": curves}) if panel.group]
     assert [panel.title.rpartition(", ")[2] for panel in two] == ["a", "b"]
 
 
@@ -32,7 +32,7 @@ def test_lines_are_the_curves(curves):
     def lines(name, runs):
         axes = Figure().subplots()
         picture.draw_panel(axes, next(panel for panel in picture.panels(runs) if name in (
-            panel.curve, *(each.partition("/")[0] for each in panel.by_tick))), runs)
+            panel.curve, *(each.partition("/")[0] for each in panel.group))), runs)
         return axes.get_lines()
     one = {"XL": curves}
     raw, validation = lines("lm loss", one)  # 2 % of 30 steps is one: no running mean

@@ -117,16 +117,25 @@ def test_a_report_says_which_saves_are_as_they_were_written(uninterrupted, tmp_p
     assert saves[0][1].startswith("damaged: ") and saves[1][1].startswith("verified, ")
 
 
-@pytest.mark.parametrize("given, reason", [
-    (dict(tensorboard_dir=None), "has no effect without --tensorboard-dir"),
-    (dict(skip_train=True), "is incompatible with --skip-train"),
-    (dict(use_torch_fsdp2=True), "not built under FSDP"), (dict(use_megatron_fsdp=True), "not built under FSDP")])
-def test_norms_that_nobody_could_read_are_refused(given, reason):
-    args = dict(log_hrm_norms=True, tensorboard_dir="log", skip_train=False, use_torch_fsdp2=False,
-                use_megatron_fsdp=False)
-    check_curves(SimpleNamespace(**args))
-    with pytest.raises(ConfigError, match=f"--log-hrm-norms:? {reason}"):
-        check_curves(SimpleNamespace(**args | given))
+NORMS, BY_SOURCE = dict(log_hrm_norms=True), dict(log_loss_by_source=True)
+
+
+@pytest.mark.parametrize("asked, given, reason", [
+    (NORMS, dict(tensorboard_dir=None), "has no effect without --tensorboard-dir"),
+    (BY_SOURCE, dict(tensorboard_dir=None), "has no effect without --tensorboard-dir"),
+    (NORMS, dict(skip_train=True), "is incompatible with --skip-train"),
+    (BY_SOURCE, dict(skip_train=True), "is incompatible with --skip-train"),
+    (NORMS, dict(use_torch_fsdp2=True), "not built under FSDP"),
+    (NORMS, dict(use_megatron_fsdp=True), "not built under FSDP"),
+    (BY_SOURCE, dict(sampled_data_path="DIR"), "a folder of HRM-Text .* does not say where its examples are from")])
+def test_curves_that_nobody_could_read_are_refused(asked, given, reason):
+    args = dict(log_hrm_norms=False, log_loss_by_source=False, tensorboard_dir="log", skip_train=False,
+                use_torch_fsdp2=False, use_megatron_fsdp=False, sampled_data_path=None)
+    check_curves(SimpleNamespace(**args | asked))
+    check_curves(SimpleNamespace(**args | given))
+    flag = f"--{next(iter(asked)).replace('_', '-')}"
+    with pytest.raises(ConfigError, match=f"{flag}:? {reason}"):
+        check_curves(SimpleNamespace(**args | asked | given))
 
 
 def test_a_peak_is_that_of_a_data_sheet_or_none():
