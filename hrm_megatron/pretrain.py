@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from hrm_megatron.parallel.connections import choose_connections
@@ -24,6 +25,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
+from hrm_megatron.checkpoint.manifest import write_aside  # noqa: E402
 from hrm_megatron.config import PRESETS, ConfigError  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.planner.flops import rows_flops  # noqa: E402
@@ -49,6 +51,7 @@ from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.restarts import check_launch, check_restarts  # noqa: E402
+from hrm_megatron.training.scalars import flush_scalars  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.source_losses import find_sources, install_source_losses  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
@@ -121,9 +124,27 @@ def train(console: Console) -> None:
 
     pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready, sources_by_name),
              ModelType.encoder_or_decoder, step.forward, build_model)
+    flush_scalars()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if args.run_report and args.rank == 0:
+        write_report(args)
+
+
+def write_report(args: argparse.Namespace) -> None:
+    """Write the report of a run that is done; nothing of it is lost if that fails."""
+    from hrm_megatron.monitoring.report import report  # draws, which few runs want
+    from hrm_megatron.monitoring.run_folder import RunFolder
+    from hrm_megatron.monitoring.scalars import read_curves
+
+    arguments = {name: str(value) for name, value in sorted(vars(args).items())}
+    found = RunFolder(Path(args.save or args.tensorboard_dir), Path(args.tensorboard_dir),
+                      Path(args.save) if args.save else None, arguments)
+    try:
+        write_aside(Path(args.run_report), report(found, read_curves(found), {}))
+    except (OSError, ConfigError) as error:
+        log.warning(f"--run-report {args.run_report}: not written ({error})")
 
 
 def run(rank: int, ranks: int) -> None:

@@ -172,6 +172,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                             "TensorBoard, every --tensorboard-log-interval steps")
     group.add_argument("--log-loss-by-source", action="store_true",
                        help="likewise the loss of the labels of each source, of each dataset if they have many")
+    group.add_argument("--run-report", metavar="FILE",
+                       help="write what became of the run as one HTML file when training is done")
     group.add_argument("--verbose", action="store_true",
                        help="print Megatron's own output too (default: to a file in --save or --tensorboard-dir)")
     for action in parser._actions:

@@ -1,4 +1,6 @@
 """--log-loss-by-source: a label counts for the source of its example, on every rank and in every layout."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.mixture import Mixture, Selection, SourceNames
 from hrm_megatron.parallel.context import context_positions
+from hrm_megatron.training import source_losses
 from hrm_megatron.training.source_losses import SourceLosses
 from tests.stores import FakeTokenizer, write_store
 from tests.training.conftest import open_log, scalars
@@ -73,6 +76,16 @@ def test_sources_are_named_until_they_are_too_many(prefixes):
     assert alone.source_names(most=9).names == ("b",)
     names = SourceNames([("x", 0), ("empty", 5), ("y", 5), ("x", 9)])  # two files of one name are one source
     assert [names.names[names(i)] for i in (0, 4, 5, 8, 9)] == ["x", "x", "y", "y", "x"]
+
+
+def test_a_run_says_that_sources_are_too_many(prefixes, monkeypatch, caplog):
+    mixture = Mixture([IndexedExamples(prefix) for prefix in prefixes], ROW_TOKENS)
+    args = SimpleNamespace(log_loss_by_source=True)
+    with caplog.at_level("INFO"):
+        assert source_losses.find_sources(args, mixture).names == ("a/a", "b/b") and not caplog.messages
+        monkeypatch.setattr(source_losses, "MOST_CURVES", 1)
+        assert source_losses.find_sources(args, mixture).names == ("a", "b")
+    assert caplog.messages == ["data: losses are written for each dataset: 2 sources would be more than 1 curves"]
 
 
 @pytest.mark.slow
