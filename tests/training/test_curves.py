@@ -15,8 +15,10 @@ from hrm_megatron.monitoring.run_folder import WHOLE, RunFolder
 from hrm_megatron.optim import sizes
 from hrm_megatron.optim.adam_atan2 import UPDATES, AdamATan2
 from hrm_megatron.planner.machines import GPUS, known_peak
+from hrm_megatron.training import reporting
 from hrm_megatron.training.curve_flags import check_curves
 from hrm_megatron.training.curves import TickNorms
+from hrm_megatron.training.reporting import IntervalMeans, Reporter
 from tests.model import exact
 from tests.model.test_golden import batch_of, exact_inputs
 from tests.rounding import ORDERS, REFERENCE_STATES
@@ -136,6 +138,21 @@ def test_curves_that_nobody_could_read_are_refused(asked, given, reason):
     flag = f"--{next(iter(asked)).replace('_', '-')}"
     with pytest.raises(ConfigError, match=f"{flag}.* {reason}"):
         check_curves(SimpleNamespace(**args | asked | given))
+
+
+@pytest.mark.parametrize("peak, expected", [(5e12, {"MFU": 0.3}), (None, {})])
+def test_mfu_is_model_flops_over_the_peak_where_that_is_known(monkeypatch, peak, expected):
+    args = dict(log_interval=2, log_throughput=True, train_iters=4, world_size=2, global_batch_size=8, seq_length=64)
+    reporter, written = Reporter.__new__(Reporter), {}
+    reporter.args, reporter.peak, reporter.means = SimpleNamespace(**args), peak, IntervalMeans()
+    reporter.console = SimpleNamespace(last=True, width=120, line=lambda text: None, progress=lambda *_: None)
+    reporter.time_left = SimpleNamespace(after=lambda step: None)
+    reporter.flops = lambda: 3e12  # of a step, which two ranks take in a second
+    monkeypatch.setattr(reporting, "write_scalars", lambda values, step: written.update({step: values}))
+    for step in (1, 2, 3):
+        losses = {"tokens per second": torch.tensor(8.0 * 64)}
+        reporter.training_log(lambda *_, **__: False, losses, {}, 1e-3, step, 1.0, False, 0)
+    assert written == ({2: pytest.approx(expected)} if expected else {})
 
 
 def test_a_peak_is_that_of_a_data_sheet_or_none():
