@@ -36,6 +36,7 @@ from hrm_megatron.parallel.stages import microbatch_group
 from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, cut_layers
 from hrm_megatron.training.bad_steps import ABORT, IGNORE, POLICIES, ROLLBACK_AFTER, SPIKE_POLICIES, check_policy
 from hrm_megatron.training.checkpoint_args import take_model
+from hrm_megatron.training.curve_flags import check_curves
 from hrm_megatron.training.evaluation import EVAL_WEIGHTS, RAW
 from hrm_megatron.training.finetune import SOURCES, fill_settings, settle_folders
 from hrm_megatron.training.flags.check import check_flags, given
@@ -173,6 +174,13 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--on-loss-spike", choices=SPIKE_POLICIES, default=IGNORE,
                        help="a loss seven robust deviations over the median of the steps before: say so, or also go "
                             "back after several")
+    group.add_argument("--log-hrm-norms", action="store_true",
+                       help="write norms of z_H and z_L by tick, of the update and of the EMA's distance to "
+                            "TensorBoard, every --tensorboard-log-interval steps")
+    group.add_argument("--log-loss-by-source", action="store_true",
+                       help="likewise the loss of the labels of each source, of each dataset if they have many")
+    group.add_argument("--run-report", metavar="FILE",
+                       help="write what became of the run as one HTML file when training is done")
     group.add_argument("--verbose", action="store_true",
                        help="print Megatron's own output too (default: to a file in --save or --tensorboard-dir)")
     for action in parser._actions:
@@ -340,6 +348,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
         "--use-checkpoint-opt-param-scheduler": args.override_opt_param_scheduler
         and args.use_checkpoint_opt_param_scheduler})
     check_policy(args)
+    check_curves(args)
     if args.skip_train:
         args.train_iters = args.train_iters or 0
         args.gradient_accumulation_fusion = False  # there is no DDP, which would make the gradients' buffers

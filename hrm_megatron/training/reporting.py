@@ -15,16 +15,19 @@ from hrm_megatron.config import Architecture
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.parallel.patching import around
+from hrm_megatron.planner.machines import known_peak
 from hrm_megatron.training.console import Console
 from hrm_megatron.training.console_lines import StepReport, TimeLeft, evaluation_line, saved_line, step_line
 from hrm_megatron.training.data import first_lengths
 from hrm_megatron.training.evaluation import Evaluation
+from hrm_megatron.training.scalars import flush_scalars, write_scalars
 from hrm_megatron.training.step import TrainingStep
 from hrm_megatron.training.summary import describe_checkpoint, describe_schedule
 from hrm_megatron.transformer_config import architecture_of
 
 RowsFlops = Callable[[Architecture, int, int, Sequence[Sequence[tuple[int, int]]]], int]  # planner.flops.rows_flops
 TERA = 1e12
+MFU, SAVE_SECONDS = "MFU", "seconds of save"  # curves; a save in the background stalls training so long
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,8 @@ class Reporter:
         self.sample: list[Sequence[tuple[int, int]]] = []
         self.flops_at: dict[int, int] = {}  # by bp_steps
         self.means, self.part = IntervalMeans(), ""
+        # Without a data sheet there is no peak, and no share of it.
+        self.peak = known_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
     def begin(self, train_rows: PackedRows | None) -> None:
         """Show what the run is: all is ready for its first step."""
@@ -91,7 +96,11 @@ class Reporter:
         if not skipped:
             self.means.add(losses)
         if iteration % self.args.log_interval == 0 or is_first_iteration:
-            self.console.line(step_line(self.report(iteration, self.means.take(), lr), self.console.width))
+            report = self.report(iteration, self.means.take(), lr)
+            self.console.line(step_line(report, self.console.width))
+            if report.tflops and self.peak and not is_first_iteration:
+                write_scalars({MFU: report.tflops * TERA / self.peak}, iteration)
+            flush_scalars()
         if is_first_iteration:  # it took longer than the others will
             self.time_left.start(iteration)
         self.console.progress(iteration, self.args.train_iters)
@@ -125,9 +134,12 @@ class Reporter:
     def save_checkpoint(self, stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
         begun = time.monotonic()
         stock(iteration, *rest, **options)
+        seconds = time.monotonic() - begun
+        write_scalars({SAVE_SECONDS: seconds}, iteration)
+        flush_scalars()
         if self.console.last:
             folder = f"{self.args.save}/iter_{iteration:07d}"
-            self.console.line(saved_line(iteration, self.args.train_iters, folder, time.monotonic() - begun,
+            self.console.line(saved_line(iteration, self.args.train_iters, folder, seconds,
                                          in_background=self.args.async_save))
 
     @property
