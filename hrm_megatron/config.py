@@ -12,6 +12,7 @@ VOCAB_MULTIPLE = 256  # HRM-Text pads the vocabulary to this, whatever the paral
 DEFAULT_FIXED_STD = 0.02  # HRM-Text, init_type fixed_normal without an init_std
 PRESET_VOCAB_SIZE = 65_536  # HRM-Text's tokenizer
 INIT_SCHEMES = ("lecun_normal", "fixed_normal", "megatron")
+PREFIX_LM, CAUSAL = ATTENTION_MASKS = ("prefix-lm", "causal")
 NORM_PLACEMENTS = ("pre", "post")
 
 
@@ -47,6 +48,7 @@ class Architecture:
 
     `num_layers` counts layers per stack. `vocab_size` is the tokenizer's; `padded_vocab_size` has the rows
     of the embedding and of the head. `h_norm_placement` is the norm placement of the H stack where it differs.
+    `attention_mask` says who sees whom within an example: in PrefixLM the prefix is seen both ways.
     """
 
     num_layers: int
@@ -63,6 +65,7 @@ class Architecture:
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
     model_type: str = HRM
+    attention_mask: str = PREFIX_LM
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size",
@@ -83,6 +86,8 @@ class Architecture:
                               "position embedding needs an even one")
         if self.init_scheme not in INIT_SCHEMES:
             raise ConfigError(f"init_scheme={self.init_scheme!r}: choose one of {', '.join(INIT_SCHEMES)}")
+        if self.attention_mask not in ATTENTION_MASKS:
+            raise ConfigError(f"attention_mask={self.attention_mask!r}: choose one of {', '.join(ATTENTION_MASKS)}")
         for placement in (self.norm_placement, self.h_norm_placement or self.norm_placement):
             if placement not in NORM_PLACEMENTS:
                 raise ConfigError(f"norm_placement={placement!r}: choose one of {', '.join(NORM_PLACEMENTS)}")

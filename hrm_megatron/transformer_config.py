@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hrm_megatron.config import Architecture
+from hrm_megatron.config import PREFIX_LM, Architecture
 from hrm_megatron.model_types import HRM
 
 
@@ -66,6 +66,7 @@ def architecture_of(args: argparse.Namespace, vocab_size: int) -> Architecture:
     return Architecture(vocab_size=vocab_size, norm_epsilon=args.layernorm_epsilon,
                         rope_theta=float(args.rotary_base), **{
         "model_type": getattr(args, "model_kind", HRM),  # checkpoints of older versions are HRMs
+        "attention_mask": getattr(args, "attention_mask", PREFIX_LM),  # with this mask
         **{name: getattr(args, name) for name in (
             "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
             "norm_placement", "init_scheme", "init_std")}})

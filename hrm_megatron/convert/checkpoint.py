@@ -34,6 +34,7 @@ class Training:
     bp_max_steps: int = 5
     bp_warmup_fraction: float = 0.2
     seed: int = 1234
+    loss_on_prefix: bool = False
 
 
 @dataclass(frozen=True)

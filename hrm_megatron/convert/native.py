@@ -13,7 +13,7 @@ from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.manifest import describe_folder, write_manifest
 from hrm_megatron.checkpoint.stream import LazyTensor, save_lazily
 from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
-from hrm_megatron.config import Architecture, ConfigError, ffn_hidden_size
+from hrm_megatron.config import CAUSAL, PREFIX_LM, Architecture, ConfigError, ffn_hidden_size
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
 from hrm_megatron.convert.ledger import Ledger
 from hrm_megatron.convert.native_recurrence import read_recurrence, write_recurrence
@@ -62,8 +62,6 @@ def _architecture(arch: dict[str, Any], vocab_size: int) -> Architecture:
     for name, value in FIXED.items():
         if arch.get(name) != value:
             raise ConfigError(f"arch.{name}: {arch.get(name)!r} is not the HRM that is built here ({value!r})")
-    if arch.get("attn_type") == "causal":
-        raise ConfigError("arch.attn_type: 'causal': only the PrefixLM mask is built here")
     override = dict(arch.get("H_override") or {})
     h_norm_placement = override.pop("norm_type", None)
     if override:
@@ -75,7 +73,8 @@ def _architecture(arch: dict[str, Any], vocab_size: int) -> Architecture:
         ffn_hidden_size=ffn_hidden_size(int(arch["hidden_size"]), float(arch["expansion"])),
         h_cycles=recurrence.h_cycles, l_cycles=recurrence.l_cycles, norm_placement=arch["norm_type"],
         h_norm_placement=h_norm_placement, init_scheme=arch["init_type"], init_std=arch.get("init_std"),
-        rope_theta=float(arch["rope_theta"]), norm_epsilon=float(arch["norm_eps"]))
+        rope_theta=float(arch["rope_theta"]), norm_epsilon=float(arch["norm_eps"]),
+        attention_mask=CAUSAL if arch.get("attn_type") == CAUSAL else PREFIX_LM)
 
 
 def _training(config: dict[str, Any], metadata: dict[str, Any], last_lr: float) -> Training:
@@ -86,7 +85,8 @@ def _training(config: dict[str, Any], metadata: dict[str, Any], last_lr: float) 
         lr=float(config["lr"]), min_lr=float(config["lr"]) * float(config["lr_min_ratio"]), last_lr=last_lr,
         warmup_steps=int(config["lr_warmup_steps"]), weight_decay=float(config["weight_decay"]),
         beta1=float(config["beta1"]), beta2=float(config["beta2"]), ema_decay=float(config["ema"]),
-        bp_min_steps=bp_min, bp_max_steps=bp_max, bp_warmup_fraction=rise, seed=int(config["seed"]))
+        bp_min_steps=bp_min, bp_max_steps=bp_max, bp_warmup_fraction=rise, seed=int(config["seed"]),
+        loss_on_prefix=not config["data"].get("target_only", True))
 
 
 def read_native(folder: str | Path, epoch: int | None = None, verify: bool = True) -> Checkpoint:
@@ -156,11 +156,14 @@ def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
         norm_type=a.norm_placement, norm_eps=a.norm_epsilon, init_type=a.init_scheme, rope_theta=a.rope_theta)
     if "H" in a.kind.stacks:
         arch["H_override"] = {"norm_type": a.h_norm_placement} if a.h_norm_placement else {}
+    if a.attention_mask == CAUSAL:
+        arch["attn_type"] = CAUSAL
     if a.init_std is not None:
         arch["init_std"] = a.init_std
     return dict(
         arch=arch, beta1=t.beta1, beta2=t.beta2, checkpoint_interval=1, checkpoint_path="checkpoints",
-        data=dict(path="sampled", target_only=True), ema=t.ema_decay, epochs=1, fwd_bwd_dtype="bfloat16",
+        data=dict(path="sampled", target_only=not t.loss_on_prefix), ema=t.ema_decay, epochs=1,
+        fwd_bwd_dtype="bfloat16",
         global_batch_size=t.tokens_per_step, log_interval=1, lr=t.lr, lr_min_ratio=t.min_lr / t.lr if t.lr else 1.0,
         lr_warmup_steps=t.warmup_steps, project_name="hrm_megatron", run_name="converted", resume_epoch=None,
         resume_from=None, seed=t.seed, weight_decay=t.weight_decay, weights_only_resume_from_ema=False)

@@ -45,7 +45,8 @@ def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
         "num-layers": a.num_layers, "hidden-size": a.hidden_size, "num-attention-heads": a.num_attention_heads,
         "ffn-hidden-size": a.ffn_hidden_size, "model-type": a.model_type, "h-cycles": a.h_cycles,
         "l-cycles": a.l_cycles,
-        "norm-placement": a.norm_placement, "init-scheme": a.init_scheme, "init-std": a.init_std,
+        "norm-placement": a.norm_placement, "attention-mask": a.attention_mask, "init-scheme": a.init_scheme,
+        "init-std": a.init_std,
         "norm-epsilon": a.norm_epsilon, "seq-length": t.seq_length,
         "global-batch-size": max(1, t.tokens_per_step // t.seq_length), "lr": t.lr, "min-lr": t.min_lr,
         "lr-warmup-iters": t.warmup_steps, "train-iters": t.total_steps, "weight-decay": t.weight_decay,
@@ -57,7 +58,7 @@ def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
     fill_from_preset(args)
     values = dict(
         FORCED, rotary_base=a.rope_theta, vocab_size=a.vocab_size, padded_vocab_size=a.padded_vocab_size, rank=0,
-        world_size=1, data_parallel_size=1,
+        world_size=1, data_parallel_size=1, loss_on_prefix=t.loss_on_prefix,
         no_save_rng=True,  # there is none; Megatron looks for it unless told so
         # Megatron replaces a count of 0 by iteration * rows per step of the run that resumes.
         consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0)

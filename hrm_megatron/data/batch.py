@@ -1,4 +1,4 @@
-"""Rows of packed examples as tensors: the shifted inputs, the response-only labels, the positions that restart."""
+"""Rows of packed examples as tensors: the shifted inputs, the labels, the positions that restart."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,13 +17,15 @@ SOURCES = "sources"  # of the examples of a row, where they are told apart: numb
 TokenIds = np.ndarray  # [n] integers
 
 
-def assemble_row(examples: Sequence[tuple[TokenIds, TokenIds]], row_tokens: int) -> dict[str, torch.Tensor]:
+def assemble_row(examples: Sequence[tuple[TokenIds, TokenIds]], row_tokens: int,
+                 causal: bool = False, loss_on_prefix: bool = False) -> dict[str, torch.Tensor]:
     """Lay (prefix, target) examples one after the other into a row of `row_tokens` positions, then pad.
 
     Returns int64 tensors [row_tokens]: `tokens`, `labels`, `position_ids`, and `prefix_lengths`,
     `response_lengths` (one entry per example, zeros after the last). The last prefix position predicts the
-    first target token; an example with one target token has a response of length zero and still one label.
-    Source: HRM-Text, dataset collation.
+    first target token; an example with one target token has a response of length zero and still one label. A
+    `causal` model sees an example as a prefix of one token and a long response. With `loss_on_prefix` prefix tokens are
+    labels too, from the second on. Source: HRM-Text, dataset collation (`target_only`).
     """
     tokens = np.full(row_tokens, PAD_TOKEN, np.int64)
     labels = np.full(row_tokens, IGNORED_LABEL, np.int64)
@@ -34,8 +36,11 @@ def assemble_row(examples: Sequence[tuple[TokenIds, TokenIds]], row_tokens: int)
         assert p and len(target) and end <= row_tokens, (p, len(target), end, row_tokens)
         tokens[start:start + p], tokens[start + p:end] = prefix, target[:-1]
         labels[start + p - 1:end] = target
+        if loss_on_prefix:
+            labels[start:start + p - 1] = prefix[1:]
         positions[start:end] = np.arange(end - start)
-        prefixes[i], responses[i] = p, len(target) - 1
+        prefixes[i] = 1 if causal else p
+        responses[i] = end - start - prefixes[i]
         start = end
     arrays = dict(tokens=tokens, labels=labels, position_ids=positions, prefix_lengths=prefixes,
                   response_lengths=responses)

@@ -29,13 +29,14 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     split: Any = None
 
     def __init__(self, source: Walk | IndexedExamples, row_tokens: int, seed: int, num_rows: int,
-                 example_ids: Ids | None = None, fixed: bool = False, cache_folder: str | Path | None = None) -> None:
+                 example_ids: Ids | None = None, fixed: bool = False, cache_folder: str | Path | None = None,
+                 causal: bool = False, loss_on_prefix: bool = False) -> None:
         if isinstance(source, IndexedExamples):
             source = Mixture([source], row_tokens, Selection(seed=seed), example_ids=example_ids)
         self.walk = source
         self.row_tokens = row_tokens
         self.num_rows = num_rows
-        self.fixed = fixed
+        self.fixed, self.ablations = fixed, dict(causal=causal, loss_on_prefix=loss_on_prefix)
         self.plan = RowPlan(source, row_tokens, seed, cache_folder, num_rows=0 if fixed else num_rows)
         self.rows_per_epoch = self.period = len(self.plan.rows_of_epoch(0))
         self.passes, self.window, self.offset = 1, 1, 0
@@ -64,7 +65,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         epoch, ids = self.plan.locate(row)
         examples = [self.walk.example(epoch, int(i)) for i in ids]
         check_examples(examples, self.walk.vocab_size, lambda i: self.walk.example_name(epoch, int(ids[i])))
-        assembled = assemble_row(examples, self.row_tokens)
+        assembled = assemble_row(examples, self.row_tokens, **self.ablations)
         if self.source_of:
             assembled[SOURCES] = torch.zeros(self.row_tokens, dtype=torch.int64)
             assembled[SOURCES][:len(ids)] = torch.tensor([self.source_of(int(i)) for i in ids])

@@ -18,14 +18,16 @@ from hrm_megatron.layers.functions import gated
 
 
 class Prefill:
-    """Whole prompts, packed one after the other: each position sees all of its own prompt, both ways."""
+    """Whole prompts, packed one after the other: each position sees all of its own prompt, both ways, or in a `causal`
+    model what is before it."""
 
-    def __init__(self, cache: PagedCache, lengths: Sequence[int], tables: Sequence[np.ndarray], theta: float) -> None:
+    def __init__(self, cache: PagedCache, lengths: Sequence[int], tables: Sequence[np.ndarray], theta: float,
+                 causal: bool = False) -> None:
         device = cache.pool.device
         positions = np.concatenate([np.arange(length) for length in lengths])
         blocks = np.concatenate([table[np.arange(length) // BLOCK_TOKENS]
                                  for table, length in zip(tables, lengths, strict=True)])
-        self.cache, self.lengths = cache, list(lengths)
+        self.cache, self.lengths, self.causal = cache, list(lengths), causal
         self.blocks = torch.as_tensor(blocks, dtype=torch.long, device=device)
         self.places = torch.as_tensor(positions % BLOCK_TOKENS, device=device)
         self.rotation = Rotation.of(torch.as_tensor(positions, device=device)[None], cache.size.head_dim, theta)
@@ -39,7 +41,8 @@ class Prefill:
         keys[self.blocks, :, :, self.places] = key.squeeze(1)
         values[self.blocks, :, self.places] = value.squeeze(1)
         prompts = zip(*(part.permute(1, 2, 0, 3).split(self.lengths, 2) for part in (query, key, value)), strict=True)
-        found = [F.scaled_dot_product_attention(*prompt)[0].transpose(0, 1).flatten(1) for prompt in prompts]
+        found = [F.scaled_dot_product_attention(*prompt, is_causal=self.causal)[0].transpose(0, 1).flatten(1)
+                 for prompt in prompts]
         return gated(torch.cat(found), gate)
 
 

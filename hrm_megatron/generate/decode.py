@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from hrm_megatron.config import CAUSAL
 from hrm_megatron.data.batch import PackedBatch, assemble_row
 from hrm_megatron.generate.cache import PagedCache
 from hrm_megatron.generate.decoder import Decoder
@@ -22,12 +23,12 @@ def next_token_logits(model: HRMModel, prompts: Sequence[Sequence[int]],
                       answers: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits [n, v] of the token after each (prompt, answer so far), by the training code and without a cache.
 
-    The prompts are prefixes of PrefixLM.
+    The prompts are prefixes.
     """
     pad = [0]  # assemble_row shifts: the last target is only a label
     examples = [(np.asarray(p), np.asarray([*a, *pad])) for p, a in zip(prompts, answers, strict=True)]
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
-    row = assemble_row(examples, sum(lengths))
+    row = assemble_row(examples, sum(lengths), causal=model.config.arch.attention_mask == CAUSAL)
     device = model.output_layer.weight.device
     batch = PackedBatch.from_rows({name: tensor[None] for name, tensor in row.items()}).to(device)
     last = torch.tensor(np.cumsum(lengths) - 1, device=device)

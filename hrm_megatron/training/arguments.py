@@ -34,6 +34,7 @@ from hrm_megatron.parallel.simulate import AUTO as AUTO_SCHEDULE
 from hrm_megatron.parallel.simulate import SCHEDULES
 from hrm_megatron.parallel.stages import microbatch_group
 from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, cut_layers
+from hrm_megatron.training.ablations import add_ablations, check_ablations
 from hrm_megatron.training.bad_steps import ABORT, IGNORE, POLICIES, ROLLBACK_AFTER, SPIKE_POLICIES, check_policy
 from hrm_megatron.training.checkpoint_args import take_model
 from hrm_megatron.training.curve_flags import check_curves
@@ -161,6 +162,7 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="train on a `sampled` folder of HRM-Text's data pipeline")
     group.add_argument("--sampling-rules", metavar="FILE",
                        help="YAML list of rules: how many examples of each source file an epoch has")
+    add_ablations(group)
     group.add_argument("--verify-data", action="store_true",
                        help="verify the checksums of the data before training")
     group.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
@@ -348,6 +350,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
         "--use-checkpoint-opt-param-scheduler": args.override_opt_param_scheduler
         and args.use_checkpoint_opt_param_scheduler})
     check_policy(args)
+    check_ablations(args)
     check_curves(args)
     if args.skip_train:
         args.train_iters = args.train_iters or 0

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 MODEL_ARGUMENTS = {
     **{name: f"--{name.replace('_', '-')}" for name in (
         "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
-        "norm_placement", "init_scheme", "init_std", "rotary_base")},
+        "norm_placement", "attention_mask", "init_scheme", "init_std", "rotary_base")},
     "layernorm_epsilon": "--norm-epsilon", "model_kind": "--model-type",
 }
 OF_A_PRESET = ("num_layers", "hidden_size", "num_attention_heads")
@@ -60,7 +60,8 @@ def _arguments_of(folder: Path, or_of_another: bool) -> argparse.Namespace:
 def _stored_arguments(folder: Path) -> argparse.Namespace:
     common, architecture = read_run(open_run(folder))
     stored: argparse.Namespace = common["args"]
-    stored.model_kind = architecture.model_type  # older versions did not store it
+    # Older versions did not store these.
+    stored.model_kind, stored.attention_mask = architecture.model_type, architecture.attention_mask
     return stored
 
 

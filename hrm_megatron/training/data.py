@@ -11,7 +11,7 @@ from megatron.core.datasets.utils import Split
 
 from hrm_megatron.attention.balance import balanced_order
 from hrm_megatron.attention.prefix_lm import context_loads
-from hrm_megatron.config import ConfigError, refuse_beside
+from hrm_megatron.config import CAUSAL, ConfigError, refuse_beside
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples
@@ -187,7 +187,8 @@ def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Ev
         if walk is None or not count:
             return None
         dataset = PackedRows(walk, args.seq_length, args.seed, count, fixed=fixed,
-                             cache_folder=plan_folder(args, walk))
+                             cache_folder=plan_folder(args, walk), causal=args.attention_mask == CAUSAL,
+                             loss_on_prefix=args.loss_on_prefix)
         if name == "training":
             dataset.source_of = source_of
         log.info("data: %s: %s", name, dataset.describe())

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 
-from hrm_megatron.config import PRESETS, ConfigError
+from hrm_megatron.config import CAUSAL, PRESETS, ConfigError
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model_types import HRM, MODEL_TYPES
 from hrm_megatron.planner.match_flops import Recipe, matched_steps, run_flops
@@ -21,7 +21,8 @@ def match_flops(args: argparse.Namespace, data: Sources | None) -> list[str]:
         raise ConfigError(f"{flag}: is incompatible with --skip-train, which trains no steps: leave one of them out")
     if data is None:
         raise ConfigError(f"{flag}: FLOPs depend on the lengths of examples; give the data too (--data-path)")
-    rows = first_lengths(PackedRows(data.train, args.seq_length, args.seed, args.global_batch_size))
+    rows = first_lengths(PackedRows(data.train, args.seq_length, args.seed, args.global_batch_size,
+                                    causal=args.attention_mask == CAUSAL))
     hrm = Recipe(PRESETS[preset].architecture(args.vocab_size), (*MODEL_TYPES[HRM].bp_steps, args.bp_warmup_fraction))
     ours = Recipe(architecture_of(args, args.vocab_size),
                   (args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction))

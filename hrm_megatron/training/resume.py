@@ -16,7 +16,7 @@ from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 ENTERS_FORWARD = {
     **{name: name for name in ("model_type", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size",
                                "h_cycles", "l_cycles", "norm_placement", "h_norm_placement", "rope_theta",
-                               "norm_epsilon")},
+                               "norm_epsilon", "attention_mask")},
     "vocab_size": "padded_vocab_size",
     # Beside how the first weights are drawn, which does not matter any more.
     "init_scheme": "embedding_scale", "init_std": "embedding_scale",
@@ -25,7 +25,8 @@ ENTERS_FORWARD = {
 INITIAL_WEIGHTS_ONLY: tuple[str, ...] = ()
 # What a run may change as it goes on, and would change silently: argument > flag.
 CHANGEABLE = {"seed": "--seed", "seq_length": "--seq-length", "split": "--split", "data_path": "--data-path",
-              "train_data_path": "--train-data-path", "sampling_rules": "--sampling-rules", "ema_decay": "--ema-decay",
+              "train_data_path": "--train-data-path", "sampling_rules": "--sampling-rules",
+              "loss_on_prefix": "--loss-on-prefix", "ema_decay": "--ema-decay",
               "adam_beta1": "--adam-beta1", "adam_beta2": "--adam-beta2"}
 FIRST_PLAN_VERSION = 1  # of checkpoints that do not say by which version their rows were planned
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"

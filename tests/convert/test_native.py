@@ -67,7 +67,7 @@ def test_groups_load_as_torch_optimizers_have_them(tmp_path, random_checkpoint):
 
 @pytest.mark.parametrize("fields", [
     dict(norm_placement="post", h_norm_placement="pre"), dict(init_scheme="fixed_normal", init_std=0.05),
-    dict(ffn_hidden_size=512, h_cycles=4, rope_theta=5e4)])
+    dict(ffn_hidden_size=512, h_cycles=4, rope_theta=5e4), dict(attention_mask="causal")])
 def test_architecture_and_state_survive(tmp_path, random_checkpoint, same_state, fields):
     checkpoint = random_checkpoint(Architecture(**dict(
         num_layers=2, hidden_size=24, num_attention_heads=3, ffn_hidden_size=256, vocab_size=256) | fields))
@@ -97,7 +97,6 @@ def _edit(name, *path, value):
 @pytest.mark.parametrize("damage, message", [
     (_edit("all_config.yaml", "arch", "name", value="baselines.moe_nocarry@Mixture"),
      r"all_config\.yaml: arch\.name: .*Mixture' is no network that is built here"),
-    (_edit("all_config.yaml", "arch", "attn_type", value="causal"), r"arch\.attn_type: 'causal': only the PrefixLM"),
     (_edit("all_config.yaml", "arch", "n_layers", value=3), r"arch\.n_layers: 3 layers cannot be shared evenly"),
     (_edit("all_config.yaml", "arch", "n_layers", value=4), r"tensors missing: .*layers\.1\..* and 5 more"),
     (_edit("all_config.yaml", "arch", "hidden_size", value=32), r"has shape .*its settings ask for"),

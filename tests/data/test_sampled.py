@@ -18,10 +18,11 @@ def copy(golden, tmp_path):
     return shutil.copytree(golden / "sampled", tmp_path / "sampled")
 
 
-def test_rows_equal_those_of_the_reference(golden):
+@pytest.mark.parametrize("labels", ["", "_alltokens"])
+def test_rows_equal_those_of_the_reference(golden, labels):
     """Its own packing and collation, element by element."""
     folder = SampledFolder(golden / "sampled")
-    tensors = load_file(golden / "collated_ws1_rank0.safetensors")
+    tensors = load_file(golden / f"collated_ws1_rank0{labels}.safetensors")
     runs = json.loads((golden / "multipack_ws1.json").read_text())["runs"]
     batches = {run["epoch"]: run["batches_by_rank"][0] for run in runs
                if run["batch_max_length"] == 96 and run["drop_last_batch"]}
@@ -29,7 +30,8 @@ def test_rows_equal_those_of_the_reference(golden):
     assert keys == ["e0.b0", "e0.b1", "e0.b2", "e1.b0"]
     for key in keys:
         epoch, batch = int(key[1]), int(key[4:])
-        row = assemble_row([folder.example(epoch, i) for i in batches[epoch][batch]], 96)
+        row = assemble_row([folder.example(epoch, i) for i in batches[epoch][batch]], 96,
+                           loss_on_prefix=bool(labels))
         for theirs, ours in COLLATED.items():
             np.testing.assert_array_equal(row[ours].numpy(), tensors[f"{key}.{theirs}"], err_msg=f"{key} {theirs}")
 

@@ -51,7 +51,8 @@ def worst_difference(model, decoder, prompts=None, new_tokens=ANSWER_TOKENS):
 
 
 @pytest.mark.parametrize("settings", [{}, dict(norm_placement="post"), dict(h_norm_placement="post"),
-                                      dict(h_cycles=1, l_cycles=2), dict(rope_theta=300.0, norm_epsilon=1e-3)],
+                                      dict(h_cycles=1, l_cycles=2), dict(rope_theta=300.0, norm_epsilon=1e-3),
+                                      dict(attention_mask="causal")],
                          ids=lambda settings: ", ".join(settings) or "as HRM-Text")
 def test_cached_logits_equal_the_training_codes(untrained, parity, settings):
     from hrm_megatron.generate.decode import decoder_of

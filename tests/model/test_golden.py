@@ -18,6 +18,14 @@ ROWS = dict(tokens="inputs", labels="labels", position_ids="position_ids", prefi
             response_lengths="causal_lens")
 
 
+def seen(case):
+    """The tensors of a case, examples of a causal one as a prefix of one token and responses."""
+    if case.facts["config"].get("attn_type") != "causal":
+        return case.tensors
+    p, r = case.tensors["prefix_lens"], case.tensors["causal_lens"]
+    return case.tensors | dict(prefix_lens=p.clamp(max=1), causal_lens=p + r - p.clamp(max=1))
+
+
 def batch_of(tensors, prefix=""):
     return PackedBatch.from_rows({ours: tensors[prefix + theirs].long()[None] for ours, theirs in ROWS.items()})
 
@@ -38,7 +46,7 @@ def exact(golden_case):
         want, weights = golden_case(case), golden_case("init_hrm").tensors
         model = Exact(want.facts["config"], weights)
         with torch.no_grad():
-            found = model.states(*exact_inputs(want.tensors))
+            found = model.states(*exact_inputs(seen(want)))
             return found | {"logits": model.logits(found[f"tick{len(found) - 2:02d}.z_H"])}
     return of
 
@@ -59,10 +67,10 @@ def hold(parity, what, triples, of_reference):
 
 @pytest.mark.parametrize("kernel", ["dense", "sdpa", "cpu"])
 @pytest.mark.parametrize("case", ["forward_pre", "forward_post", "forward_H_post_L_pre", "forward_fixed_normal",
-                                  "forward_megatron"])
+                                  "forward_megatron", "forward_causal"])
 def test_logits_and_states_equal_the_reference(golden_case, build, exact, parity, case, kernel):
     want, model, states = golden_case(case), build(case, attention_kernel=kernel), {}
-    batch = batch_of(want.tensors)
+    batch = batch_of(seen(want))
     with torch.no_grad():
         z_h = model.states(batch, record=lambda name, tensor: states.update({name: tensor[:, 0].clone()}))
         states["logits"] = model.logits_at(z_h, torch.arange(z_h.shape[0]))

@@ -1,0 +1,20 @@
+"""Flags that take away one of HRM-Text's choices, to see what it buys."""
+from __future__ import annotations
+
+import argparse
+
+from hrm_megatron.config import ATTENTION_MASKS, PREFIX_LM, ConfigError
+
+
+def add_ablations(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--attention-mask", choices=ATTENTION_MASKS, default=PREFIX_LM,
+                       help="who sees whom within an example: the prefix both ways, or all causally (an ablation)")
+    group.add_argument("--loss-on-prefix", action="store_true",
+                       help="learn the tokens of prefixes too, not only responses, also in validation (an ablation)")
+
+
+def check_ablations(args: argparse.Namespace) -> None:
+    """Refuse a loss on tokens that the mask shows."""
+    if args.loss_on_prefix and args.attention_mask == PREFIX_LM:
+        raise ConfigError("--loss-on-prefix: in PrefixLM each token of a prefix sees the next one, which it would be "
+                          "asked for; give --attention-mask causal too, or leave it out")
