@@ -52,6 +52,7 @@ from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 from hrm_megatron.training.summary import describe_model  # noqa: E402
 from hrm_megatron.training.verification import verify_end, verify_start  # noqa: E402
+from hrm_megatron.training.watchdog import install_watchdog  # noqa: E402
 
 log = logging.getLogger("hrm_megatron.pretrain")  # __name__ is __main__
 
@@ -100,10 +101,13 @@ def train(console: Console) -> None:
     guard_saves(args)
     install_loss_spikes(args)
     install_early_stopping(args, evaluation.validates)
+    watchdog = install_watchdog(args, step)
     reporter = install_console(args, console, step, rows_flops, evaluation)
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
         if not vp_stage:  # the first call, and the first moment at which there is a process group
+            if watchdog:
+                watchdog.begin()
             check_agreement(data.files)
             if args.verify_data:
                 verify_data(data.stores)
@@ -118,6 +122,8 @@ def train(console: Console) -> None:
              ModelType.encoder_or_decoder, step.forward, build_model)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        if watchdog:
+            watchdog.end()
         torch.distributed.destroy_process_group()
 
 

@@ -159,6 +159,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="load a checkpoint without verifying its checksums")
     group.add_argument("--load-newest-valid", action="store_true",
                        help="resume from the newest iteration that verifies if the latest one is damaged")
+    group.add_argument("--most-recent-k", type=int, metavar="K",
+                       help="keep the last K checkpoints: an older one goes when a newer one is whole (default: all)")
     group.add_argument("--on-nonfinite", choices=POLICIES, default=ABORT,
                        help="a step whose gradients are not finite: end, do not take it, or also go back after several")
     group.add_argument("--rollback-after", type=int, metavar="K",
@@ -166,6 +168,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--on-loss-spike", choices=SPIKE_POLICIES, default=IGNORE,
                        help="a loss seven robust deviations over the median of the steps before: say so, or also go "
                             "back after several")
+    group.add_argument("--hang-timeout-minutes", type=float, metavar="M",
+                       help="when no rank gets on for so long, write all stacks, name the silent rank and end")
     group.add_argument("--verbose", action="store_true",
                        help="print Megatron's own output too (default: to a file in --save or --tensorboard-dir)")
     for action in parser._actions:
