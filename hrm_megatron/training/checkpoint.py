@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -181,7 +182,12 @@ def guard_saves(args: argparse.Namespace) -> None:
         return temporarily(args, save_retain_interval=None)
 
     def schedule(folder: Path, request: Any) -> None:
-        request.add_finalize_fn(functools.partial(record, folder))  # behind all of Megatron's own
+        scheduled = time.monotonic()
+
+        def finish() -> None:
+            record(folder)
+            log.info(f"checkpoint: {folder}: whole {time.monotonic() - scheduled:.1f} s after it was handed over")
+        request.add_finalize_fn(finish)  # behind all of Megatron's own
         stock_schedule(request)
 
     def refuse(iteration: int, error: OSError | CheckpointException) -> ConfigError:

@@ -86,5 +86,7 @@ def describe_hang(before: Sequence[Beat | None], now: Sequence[Beat | None]) -> 
 def _describe(rank: int, beat: Beat | None, alive: bool) -> str:
     if beat is None:
         return f"rank {rank} has said nothing since the start"
-    state = "" if alive else "; its process does not answer: it is stopped, dead, or held by code outside of Python"
-    return f"rank {rank} on {beat.node} is silent since step {beat.step} in '{beat.phase}'{state}"
+    if not alive:
+        return (f"rank {rank} on {beat.node} does not answer, last heard of in step {beat.step} in '{beat.phase}': its "
+                "process is stopped, dead, or held by code outside of Python")
+    return f"rank {rank} on {beat.node} is silent since step {beat.step} in '{beat.phase}'"

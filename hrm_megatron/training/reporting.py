@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.training import training as megatron_training
+from megatron.training.global_vars import get_tensorboard_writer
 
 from hrm_megatron.config import Architecture
 from hrm_megatron.data.dataset import PackedRows
@@ -125,9 +126,11 @@ class Reporter:
     def save_checkpoint(self, stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
         begun = time.monotonic()
         stock(iteration, *rest, **options)
+        stall = time.monotonic() - begun
+        write_stall(iteration, stall)
         if self.console.last:
             folder = f"{self.args.save}/iter_{iteration:07d}"
-            self.console.line(saved_line(iteration, self.args.train_iters, folder, time.monotonic() - begun,
+            self.console.line(saved_line(iteration, self.args.train_iters, folder, stall,
                                          in_background=self.args.async_save))
 
     @property
@@ -153,6 +156,12 @@ class IntervalMeans:
         means = {name: float(value) / self.steps for name, value in self.sums.items()}
         self.steps, self.sums = 0, {}
         return means
+
+
+def write_stall(iteration: int, seconds: float) -> None:
+    """Write how long training waited for a save, where this rank has a TensorBoard log."""
+    if writer := get_tensorboard_writer():
+        writer.add_scalar("save/stall-seconds", seconds, iteration)
 
 
 def tick_passes(args: argparse.Namespace, bp_steps: int) -> int:

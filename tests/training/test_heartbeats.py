@@ -40,7 +40,7 @@ def test_a_process_that_says_nothing_any_more_comes_first():
     now[2], now[3] = before[2], None
     assert silent_ranks(before, now) == [2, 3]
     assert describe_hang(before, now) == (
-        "rank 2 on n1 is silent since step 5 in 'reduction of gradients'; its process does not answer: it is stopped, "
+        "rank 2 on n1 does not answer, last heard of in step 5 in 'reduction of gradients': its process is stopped, "
         "dead, or held by code outside of Python; rank 3 has said nothing since the start; all others are in "
         "'reading data' of step 5 or 'reduction of gradients' of step 5")
 
