@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hrm_megatron.parallel.connections import choose_connections
@@ -24,6 +26,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
+from hrm_megatron.checkpoint.manifest import write_aside  # noqa: E402
 from hrm_megatron.config import PRESETS, ConfigError  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.planner.flops import rows_flops  # noqa: E402
@@ -33,12 +36,13 @@ from hrm_megatron.training.arguments import given_by_hand, no_rows, parse_argume
 from hrm_megatron.training.bad_steps import install_bad_steps  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
 from hrm_megatron.training.console import Console  # noqa: E402
+from hrm_megatron.training.curves import install_curves  # noqa: E402
 from hrm_megatron.training.data import count_rows, datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.data_verification import verify_data  # noqa: E402
 from hrm_megatron.training.dry_run import assumed_vocab_size, describe_dry_run, has_data  # noqa: E402
 from hrm_megatron.training.early_stopping import install_early_stopping  # noqa: E402
 from hrm_megatron.training.error_file import OneLineErrors, one_line  # noqa: E402
-from hrm_megatron.training.evaluation import install_evaluation, settle_evaluation  # noqa: E402
+from hrm_megatron.training.evaluation import Evaluation, install_evaluation, settle_evaluation  # noqa: E402
 from hrm_megatron.training.finetune import install_finetune  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
@@ -48,7 +52,9 @@ from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.restarts import check_launch, check_restarts  # noqa: E402
+from hrm_megatron.training.scalars import flush_scalars  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
+from hrm_megatron.training.source_losses import find_sources, install_source_losses  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 from hrm_megatron.training.summary import describe_model  # noqa: E402
 from hrm_megatron.training.verification import verify_end, verify_start  # noqa: E402
@@ -82,6 +88,7 @@ def train(console: Console) -> None:
     console.settle(args.save or args.tensorboard_dir, args.verbose)
     data = sources["all"]
     evaluation = settle_evaluation(args, *data.held_out(), data.why_no_validation(args.split))
+    install_eval_tasks = eval_tasks_of(args, evaluation)
     start, is_left = check_checkpoint(args)
     fits = functools.partial(check_fit, args)
     if start and not is_left and not verify_end(args, start, fits):
@@ -90,6 +97,7 @@ def train(console: Console) -> None:
     for line in (*matched, describe_model(args)):
         log.info(line)
     log.info(describe(args))
+    sources_by_name = find_sources(args, data.train)
     step = TrainingStep(args)
     install(args, step)
     install_schedule(args, step)
@@ -98,6 +106,9 @@ def train(console: Console) -> None:
     install_fsdp(args)
     install_finetune(args)
     install_evaluation(args, evaluation)
+    install_eval_tasks()
+    install_curves(args, step)
+    install_source_losses(args, step, sources_by_name)
     guard_saves(args)
     install_loss_spikes(args)
     install_early_stopping(args, evaluation.validates)
@@ -118,13 +129,41 @@ def train(console: Console) -> None:
         reporter.begin(train_rows)
         step.meter.restart()
 
-    pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready),
+    pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready, sources_by_name),
              ModelType.encoder_or_decoder, step.forward, build_model)
+    flush_scalars()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         if watchdog:
             watchdog.end()
         torch.distributed.destroy_process_group()
+    if args.run_report and args.rank == 0:
+        write_report(args)
+
+
+def write_report(args: argparse.Namespace) -> None:
+    """Write the report of a run that is done; nothing of it is lost if that fails."""
+    from hrm_megatron.monitoring.report import report  # draws, which few runs want
+    from hrm_megatron.monitoring.run_folder import RunFolder
+    from hrm_megatron.monitoring.scalars import read_curves
+
+    arguments = {name: str(value) for name, value in sorted(vars(args).items())}
+    found = RunFolder(Path(args.save or args.tensorboard_dir), Path(args.tensorboard_dir),
+                      Path(args.save) if args.save else None, arguments)
+    try:
+        write_aside(Path(args.run_report), report(found, read_curves(found), {}))
+    except (OSError, ConfigError) as error:
+        log.warning(f"--run-report {args.run_report}: not written ({error})")
+
+
+def eval_tasks_of(args: argparse.Namespace, evaluation: Evaluation) -> Callable[[], None]:
+    """Open what `--eval-tasks` and its flags name; return what installs it."""
+    if all(value is None for name, value in vars(args).items() if name.startswith("eval_tasks")):
+        return lambda: None
+    from hrm_megatron.evaluate.live_tasks import install_tasks, open_tasks  # late: it takes half a second
+
+    tasks = open_tasks(args, evaluation.validates)
+    return lambda: install_tasks(args, tasks, evaluation)
 
 
 def run(rank: int, ranks: int) -> None:

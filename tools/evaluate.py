@@ -105,8 +105,8 @@ def evaluate(args: argparse.Namespace) -> None:
     rows = {task.name: read_items(task, args.data, args.limit) for task in tasks}
     session = Session(args.load, Answering(
         sampling=Sampling(args.temperature, args.top_p, args.seed), samples=args.samples, h_cycles=args.h_cycles,
-        l_cycles=args.l_cycles, dtype=args.dtype), args.tokenizer_model, args.weights, args.ckpt_step,
-        args.verify_checkpoint)
+        l_cycles=args.l_cycles, exit_threshold=args.exit_threshold, dtype=args.dtype), args.tokenizer_model,
+        args.weights, args.ckpt_step, args.verify_checkpoint)
     if session.remark:
         say(session.remark)
     prepared = []

@@ -166,7 +166,7 @@ def answer(args: argparse.Namespace) -> None:
     check_flags(args)
     answering = Answering(
         args.max_new_tokens, Sampling(args.temperature, args.top_p, args.seed, args.top_k, args.min_p), args.samples,
-        tuple(args.stop), args.logprobs, args.h_cycles, args.l_cycles, args.dtype)
+        tuple(args.stop), args.logprobs, args.h_cycles, args.l_cycles, args.exit_threshold, args.dtype)
     questions = questions_of(args)
     session = Session(args.load, answering, args.tokenizer_model, args.weights, args.ckpt_step, args.verify_checkpoint)
     if session.remark:

@@ -93,7 +93,8 @@ def serve(args: argparse.Namespace) -> None:
     from hrm_megatron.serve.process import serve as serve_at
 
     place = bind(args.host, args.port)
-    answering = Answering(h_cycles=args.h_cycles, l_cycles=args.l_cycles, dtype=args.dtype)
+    answering = Answering(h_cycles=args.h_cycles, l_cycles=args.l_cycles, exit_threshold=args.exit_threshold,
+                          dtype=args.dtype)
     session = Session(args.load, answering, args.tokenizer_model, args.weights, args.ckpt_step, args.verify_checkpoint)
     if session.remark:
         say(session.remark)

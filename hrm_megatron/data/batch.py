@@ -12,6 +12,7 @@ from hrm_megatron.data.plan import row_length
 
 IGNORED_LABEL = -100  # no loss at this position
 PAD_TOKEN = 0
+SOURCES = "sources"  # of the examples of a row, where they are told apart: numbers [row_tokens], zeros after the last
 
 TokenIds = np.ndarray  # [n] integers
 
@@ -47,8 +48,9 @@ class PackedBatch:
 
     `tokens`, `labels`, `position_ids` are [b, s]; `lengths[row]` lists (prefix, response) positions of each
     example in order. `label_index` [n] points into the flattened [s, b] positions that have a label;
-    `label_example` [n] numbers the example (0 to `num_examples` - 1) of each. After `on_context_rank` the tensors are
-    a rank's slice, [b, s/cp], with its labels; `lengths` and `row_tokens` stay those of the whole rows.
+    `label_example` [n] numbers the example (0 to `num_examples` - 1) of each, and `example_source` [num_examples] the
+    source of each example, where rows say it. After `on_context_rank` the tensors are a rank's slice, [b, s/cp], with
+    its labels; `lengths`, `row_tokens` and `example_source` stay those of the whole rows.
     """
 
     tokens: torch.Tensor
@@ -58,6 +60,7 @@ class PackedBatch:
     label_index: torch.Tensor
     label_example: torch.Tensor
     row_tokens: int
+    example_source: torch.Tensor | None = None
 
     @classmethod
     def from_row(cls, row: dict[str, torch.Tensor]) -> PackedBatch:
@@ -80,8 +83,10 @@ class PackedBatch:
             example[row, :len(ids)] = ids
             count += len(pairs)
         index = _labelled(rows["labels"])
+        sources = torch.cat([row[:len(pairs)] for row, pairs in zip(rows[SOURCES], lengths, strict=True)]) \
+            if SOURCES in rows else None
         return cls(rows["tokens"], rows["labels"], rows["position_ids"], lengths, index,
-                   example.t().reshape(-1)[index], s)
+                   example.t().reshape(-1)[index], s, sources)
 
     @property
     def num_examples(self) -> int:
@@ -119,8 +124,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Move the tensors; the lengths stay plain numbers."""
-        moved: dict[str, Any] = {name: send(getattr(self, name), torch.device(device)) for name in (
-            "tokens", "labels", "position_ids", "label_index", "label_example")}
+        moved: dict[str, Any] = {name: send(tensor, torch.device(device)) for name in (
+            "tokens", "labels", "position_ids", "label_index", "label_example", "example_source")
+            if (tensor := getattr(self, name)) is not None}
         return replace(self, **moved)
 
 

@@ -57,7 +57,8 @@ class Texts(tuple[str, ...]):
         table = kinds_of_characters()
         if self.codes.dtype == np.uint8:
             return np.frombuffer(self.codes.tobytes().translate(table[:256].tobytes()), np.uint8)
-        return table[self.codes]
+        kinds: np.ndarray = np.take(table, self.codes, mode="clip")  # no text has others, and nothing is checked
+        return kinds
 
     @cached_property
     def _ends(self) -> np.ndarray:

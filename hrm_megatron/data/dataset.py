@@ -1,13 +1,14 @@
 """Packed rows as a torch dataset: what a training step reads, the same for any number of readers."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hrm_megatron.data.batch import assemble_row
+from hrm_megatron.data.batch import SOURCES, assemble_row
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.mixture import Mixture, Selection
 from hrm_megatron.data.plan import RowPlan
@@ -38,6 +39,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.plan = RowPlan(source, row_tokens, seed, cache_folder, num_rows=0 if fixed else num_rows)
         self.rows_per_epoch = self.period = len(self.plan.rows_of_epoch(0))
         self.passes, self.window, self.offset = 1, 1, 0
+        self.source_of: Callable[[int], int] | None = None  # numbers the sources of examples, where rows shall say them
 
     def __len__(self) -> int:
         return self.num_rows
@@ -62,7 +64,11 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         epoch, ids = self.plan.locate(row)
         examples = [self.walk.example(epoch, int(i)) for i in ids]
         check_examples(examples, self.walk.vocab_size, lambda i: self.walk.example_name(epoch, int(ids[i])))
-        return assemble_row(examples, self.row_tokens)
+        assembled = assemble_row(examples, self.row_tokens)
+        if self.source_of:
+            assembled[SOURCES] = torch.zeros(self.row_tokens, dtype=torch.int64)
+            assembled[SOURCES][:len(ids)] = torch.tensor([self.source_of(int(i)) for i in ids])
+        return assembled
 
     def describe(self) -> str:
         """Say how many examples there are and how well they fill rows, in epoch 0."""

@@ -200,25 +200,26 @@ def parse_object(line: bytes, place: str) -> dict[str, Any]:
 
 def text_of(row: dict[str, Any], key: str, place: str, or_else: str = "") -> str:
     """Take a text out of a row, if it is there and is one; `or_else` is one more way out. Raises BadRow."""
+    value = row.get(key)
+    if type(value) is str:
+        return value
     if key not in row:
         raise BadRow("missing field", f"{place}: no field {key!r} (there are {shown(sorted(row))}); add it or name "
                                       f"yours with --json-keys{or_else}")
-    value = row[key]
     if value is None:
         raise BadRow("null field", f"{place}: {key} is null; fill it or drop the row{or_else}")
     if not isinstance(value, str):
         way_out = ("make one text of it" if isinstance(value, list | dict) else "decode it" if isinstance(value, bytes)
                    else "put it in quotes")
         raise BadRow("field is no string", f"{place}: {key}={shown(value)} is not a string; {way_out}")
-    if isinstance(value, HalfPair):
-        raise BadRow("invalid Unicode", f"{place}: {key}={shown(value)} has half a surrogate pair at character "
-                                        f"{value.at + 1}; correct the text")
-    return value
+    assert isinstance(value, HalfPair)
+    raise BadRow("invalid Unicode", f"{place}: {key}={shown(value)} has half a surrogate pair at character "
+                                    f"{value.at + 1}; correct the text")
 
 
 def filled_text_of(row: dict[str, Any], key: str, place: str) -> str:
     """Take a text that is not empty. Raises BadRow."""
     text = text_of(row, key, place)
-    if not text.strip():
+    if not text or text.isspace():
         raise BadRow("empty field", f"{place}: {key}={shown(text)} is empty; fill it or drop the row")
     return text

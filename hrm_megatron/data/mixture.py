@@ -1,6 +1,7 @@
 """Epochs drawn from one or several datasets, by weights, by sampling rules or whole; nothing is copied."""
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,15 @@ class Mixture:
         store, own = self._placed(i)
         return self.stores[store].example_name(own)
 
+    def source_names(self, most: int) -> SourceNames:
+        """Name what the datasets were made from; the datasets themselves where that would be more than `most` names."""
+        datasets = [(Path(store.prefix).name, int(first))
+                    for store, first in zip(self.stores, self.first, strict=False)]
+        found = SourceNames([(source.name if len(datasets) == 1 else f"{dataset}/{source.name}", first + source.first)
+                             for store, (dataset, first) in zip(self.stores, datasets, strict=True)
+                             for source in store.sources])
+        return found if len(found.names) <= most else SourceNames(datasets)
+
     def parts_of(self, k: int) -> np.ndarray:
         """Part of each example of dataset k, uint8 [n]; examples that are not kept, or not chosen, are in none."""
         store, split, own = self.stores[k], self.selection.split, PARTS.index(self.part)
@@ -145,6 +155,18 @@ class Mixture:
     def _placed(self, i: int) -> tuple[int, int]:
         store = int(np.searchsorted(self.first, i, side="right")) - 1
         return store, i - int(self.first[store])
+
+
+class SourceNames:
+    """Names, and the number of the name of each example; `begins` lists (name, id of its first example) by id."""
+
+    def __init__(self, begins: Sequence[tuple[str, int]]) -> None:
+        self.names = tuple(dict.fromkeys(name for name, _ in begins))
+        self._first = [first for _, first in begins]
+        self._number = [self.names.index(name) for name, _ in begins]
+
+    def __call__(self, i: int) -> int:
+        return self._number[bisect.bisect_right(self._first, i) - 1]
 
 
 class MixedEpoch:

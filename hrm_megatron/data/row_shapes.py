@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from hrm_megatron.data.chat import TURN_LISTS, chat_examples
@@ -24,8 +25,14 @@ class Shape:
     examples: Callable[[Row, str, RowFormat, Counter[str]], list[Example]]
     optional: tuple[str, ...] = ()
 
-    def fits(self, names: Container[str], rows: RowFormat) -> bool:
-        return all([any([name in names for name in alternatives]) for alternatives in self.fields(rows)])
+    def fits(self, names: Iterable[str], rows: RowFormat) -> bool:
+        return _has_all(tuple(names), self.fields(rows))
+
+
+@lru_cache
+def _has_all(names: tuple[str, ...], fields: tuple[tuple[str, ...], ...]) -> bool:
+    """Say whether of each tuple of alternatives one is among the names, which most rows have in common."""
+    return all(any(name in names for name in alternatives) for alternatives in fields)
 
 
 def _from_fields(row: Row, place: str, rows: RowFormat, noted: Counter[str]) -> list[Example]:

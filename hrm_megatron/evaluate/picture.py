@@ -1,12 +1,14 @@
-"""Results as bars beside the published ones. Needs matplotlib, which is optional."""
+"""Results as bars beside the published ones, and a sweep of depths as curves. Needs matplotlib, which is optional."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hrm_megatron.evaluate.summary import Result
+from hrm_megatron.evaluate.sweep import Point
 
 OURS, THEIRS = "#1f77b4", "#cccccc"
 WIDTH = 0.4
@@ -28,4 +30,36 @@ def draw_results(results: Sequence[Result], published: str, path: Path) -> None:
     axes.set_ylabel("percent")
     axes.set_ylim(0, 100)
     figure.legend(loc="outside lower center", fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def draw_sweep(points: Sequence[Point], answers: int, title: str, path: Path) -> None:
+    """Draw accuracy with its standard error against H cycles and against time; the first point is as in training."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    by_cycles, by_time = figure.subplots(1, 2, sharey=True)
+
+    def line(axes: Axes, some: Sequence[Point], x: Callable[[Point], float], place: int, style: str,
+             label: str) -> None:
+        some = sorted(some, key=x)
+        axes.errorbar([x(point) for point in some], [100 * point.accuracy.value for point in some],
+                      [100 * (point.accuracy.stderr or 0) for point in some], marker="o", capsize=3, linestyle=style,
+                      color=f"C{place}", label=label)
+
+    def cycles(point: Point) -> float:
+        return point.mean_h_cycles
+
+    def milliseconds(point: Point) -> float:
+        return 1e3 * point.seconds / answers
+    inner = sorted({point.depth.l_cycles for point in points})
+    for axes, x in ((by_cycles, cycles), (by_time, milliseconds)):
+        for place, l_cycles in enumerate(inner):
+            own = [point for point in points if point.depth.l_cycles == l_cycles]
+            line(axes, [point for point in own if point.depth.exit_threshold is None], x, place, "-",
+                 f"L cycles {l_cycles}")
+            if exits := [point for point in own if point.depth.exit_threshold is not None]:
+                line(axes, exits, x, place, ":", f"L cycles {l_cycles}, early exit")
+        axes.plot(x(points[0]), 100 * points[0].accuracy.value, "k*", markersize=12, label="as in training", zorder=3)
+    by_cycles.set(xlabel="H cycles run, mean over answers", ylabel="accuracy, percent", title=title)
+    by_time.set(xlabel="ms per answer")
+    figure.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=110)

@@ -4,15 +4,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
 
+from hrm_megatron.config import ConfigError
 from hrm_megatron.generate.attention import Gathered, Paged, Prefill
 from hrm_megatron.generate.cache import RESERVE_BYTES, CacheSize, PagedCache
 from hrm_megatron.generate.cpu import Loops
+from hrm_megatron.generate.early_exit import ends_after, ends_below, run_cycles
 from hrm_megatron.generate.weights import LayerWeights, Weights
 from hrm_megatron.layers.functions import normalize, swiglu
 from hrm_megatron.model.recurrence import summed
@@ -23,14 +26,26 @@ log = logging.getLogger(__name__)
 Attention = Callable[[int, torch.Tensor], torch.Tensor]
 
 
+class Prefilled(NamedTuple):
+    """The logits [n, v] of the first answer token in fp32 and, with early exit, the H cycles [n] of each answer."""
+
+    logits: torch.Tensor
+    h_cycles: np.ndarray | None
+
+
 class Decoder:
     """Compute the logits of next tokens. `h_cycles` and `l_cycles` are the architecture's unless given: more or fewer
-    ticks than in training."""
+    ticks than in training. `exit_threshold` makes `h_cycles` the most that an answer runs, see early_exit.py."""
 
     def __init__(self, weights: Weights, context_tokens: int, h_cycles: int | None = None,
-                 l_cycles: int | None = None) -> None:
+                 l_cycles: int | None = None, exit_threshold: float | None = None) -> None:
         a = weights.architecture
         self.architecture = a = replace(a, h_cycles=h_cycles or a.h_cycles, l_cycles=l_cycles or a.l_cycles)
+        if exit_threshold is not None and a.h_cycles == 1:
+            way_out = "" if "h_cycles" in a.kind.fixed else ", or give more --h-cycles"
+            raise ConfigError(f"exit threshold {exit_threshold}: has no effect, of one H cycle of the {a.kind.title} "
+                              f"none can be left out; do without it{way_out}")
+        self.exit_threshold = exit_threshold
         self.weights, self.context_tokens = weights, context_tokens
         self.ticks = ticks_of(a)
         self.placements = {"H": a.h_norm_placement or a.norm_placement, "L": a.norm_placement}
@@ -57,27 +72,36 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], tables: Sequence[np.ndarray],
-                cache: PagedCache) -> torch.Tensor:
-        """Read whole prompts into the cache, and return the logits [n, v] of their first answer token in fp32."""
-        lengths = [len(prompt) for prompt in prompts]
-        attend = Prefill(cache, lengths, tables, self.architecture.rope_theta)
+                cache: PagedCache) -> Prefilled:
+        """Read whole prompts into the cache."""
+        lengths = np.asarray([len(prompt) for prompt in prompts])
         tokens = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
-        return self._logits(self._states(tokens, attend)[np.cumsum(lengths) - 1])
+
+        def attending(rows: np.ndarray) -> Attention:
+            return Prefill(cache, lengths[rows].tolist(), [tables[row] for row in rows], self.architecture.rope_theta)
+        cycles = None
+        if self.exit_threshold is None:
+            states = self._states(tokens, attending(np.arange(len(lengths))))
+        else:
+            states, cycles = run_cycles(self, tokens, lengths, attending, ends_below(self.exit_threshold, lengths))
+        return Prefilled(self._logits(states[np.cumsum(lengths) - 1]), cycles)
 
     @torch.no_grad()
-    def decode(self, tokens: Sequence[int], lengths: np.ndarray, tables: np.ndarray,
-               cache: PagedCache) -> torch.Tensor:
+    def decode(self, tokens: Sequence[int], lengths: np.ndarray, tables: np.ndarray, cache: PagedCache,
+               h_cycles: np.ndarray | None = None) -> torch.Tensor:
         """Add one token to each answer and return the logits [b, v] of the next one in fp32.
 
         `lengths` [b] are the positions that the cache holds so far, `tables` [b, n] their blocks; the block of the new
-        position is among them.
+        position is among them. `h_cycles` [b] are those of each answer, as `prefill` told them; None: all.
         """
-        attend: Attention
-        if self.loops:
-            attend = Paged(cache, lengths, tables, self.loops)
-        else:
-            attend = Gathered(cache, lengths, tables, self.architecture.rope_theta)
-        return self._logits(self._states(np.asarray(tokens, dtype=np.int64), attend))
+        def attending(rows: np.ndarray) -> Attention:
+            if self.loops:
+                return Paged(cache, lengths[rows], tables[rows], self.loops)
+            return Gathered(cache, lengths[rows], tables[rows], self.architecture.rope_theta)
+        ids, every = np.asarray(tokens, dtype=np.int64), np.arange(len(tokens))
+        if h_cycles is None:
+            return self._logits(self._states(ids, attending(every)))
+        return self._logits(run_cycles(self, ids, np.ones_like(every), attending, ends_after(h_cycles))[0])
 
     @torch.no_grad()
     def logits_at(self, tokens: np.ndarray, attend: Attention, places: np.ndarray) -> torch.Tensor:
@@ -89,15 +113,23 @@ class Decoder:
 
     def _states(self, tokens: np.ndarray, attend: Attention) -> torch.Tensor:
         """Run all ticks over tokens [n] and return the last state [n, h]."""
+        states = self.begin(tokens)
+        for cycle in range(self.architecture.h_cycles):
+            self.run_cycle(cycle, states, attend)
+        return states[self.ticks[-1].writes]
+
+    def begin(self, tokens: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the states [n, h] that the first tick reads."""
         x = F.embedding(torch.as_tensor(tokens, device=self.device), self.weights.embedding)
         x = x * self.architecture.embedding_scale
-        states = {"H": x}
-        if self.weights.z_l is not None:
-            states["L"] = self.weights.z_l.expand_as(x)
-        for number, tick in enumerate(self.ticks):
+        return {"H": x} if self.weights.z_l is None else {"H": x, "L": self.weights.z_l.expand_as(x)}
+
+    def run_cycle(self, cycle: int, states: dict[str, torch.Tensor], attend: Attention) -> None:
+        """Run the ticks of one H cycle, which replace states."""
+        ticks = len(self.ticks) // self.architecture.h_cycles
+        for number, tick in enumerate(self.ticks[cycle * ticks:(cycle + 1) * ticks], start=cycle * ticks):
             inputs = summed(states, tick.reads)
-            x = states[tick.writes] = self._stack(tick.stack, inputs, number * self.architecture.num_layers, attend)
-        return x
+            states[tick.writes] = self._stack(tick.stack, inputs, number * self.architecture.num_layers, attend)
 
     def _stack(self, stack: str, x: torch.Tensor, first_slot: int, attend: Attention) -> torch.Tensor:
         pre = self.placements[stack] == "pre"

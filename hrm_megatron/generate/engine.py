@@ -61,6 +61,7 @@ class _Waiting:
     limit: int  # tokens of an answer that the context leaves room for
     blocks: list[int] = field(default_factory=list)
     logits: torch.Tensor | None = None  # [v], of the first token
+    h_cycles: int | None = None  # of its answers, with early exit
     begun: int = 0
 
     @property
@@ -168,11 +169,12 @@ class Engine:
             if waiting.begun + count < waiting.request.samples:
                 break
         if read:
-            logits = self.decoder.prefill([waiting.request.prompt for waiting in read],
-                                          [np.asarray(waiting.blocks, np.int32) for waiting in read], self.cache)
-            _likeliest(logits)
-            for waiting, row in zip(read, logits, strict=True):
-                waiting.logits = row
+            found = self.decoder.prefill([waiting.request.prompt for waiting in read],
+                                         [np.asarray(waiting.blocks, np.int32) for waiting in read], self.cache)
+            _likeliest(found.logits)
+            for place, waiting in enumerate(read):
+                waiting.logits = found.logits[place]
+                waiting.h_cycles = None if found.h_cycles is None else int(found.h_cycles[place])
         return [self._first_token(waiting) for waiting, count in starting for _ in range(count)]
 
     def _first_token(self, waiting: _Waiting) -> Progress:
@@ -184,7 +186,7 @@ class Engine:
         self._promised -= len(blocks) - full
         waiting.begun += 1
         row = _Running(waiting.number, sample, request, Transcript(
-            request.stop_tokens, waiting.limit, request.stop, self.decode_text),
+            request.stop_tokens, waiting.limit, request.stop, self.decode_text, h_cycles=waiting.h_cycles),
             random_numbers(request.sampling.seed, request.stream, sample), blocks, promised, len(request.prompt))
         self.running.append(row)
         assert waiting.logits is not None
@@ -203,8 +205,10 @@ class Engine:
         tables = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int32)
         for table, row in zip(tables, rows, strict=True):
             table[:len(row.blocks)] = row.blocks
+        cycles = [row.transcript.h_cycles for row in rows if row.transcript.h_cycles is not None]  # all rows, or none
         logits = self.decoder.decode([row.transcript.tokens[-1] for row in rows],
-                                     np.asarray([row.length for row in rows], np.int32), tables, self.cache)
+                                     np.asarray([row.length for row in rows], np.int32), tables, self.cache,
+                                     np.asarray(cycles, np.int32) if cycles else None)
         for row in rows:
             row.length += 1
         return [self._accept(row, *each) for row, *each in zip(rows, logits, _likeliest(logits), strict=True)]

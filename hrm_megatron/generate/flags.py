@@ -24,4 +24,7 @@ def add_model_flags(p: Flags, verb: str = "answer from") -> None:
 def add_compute_flags(p: Flags) -> None:
     p.add_argument("--h-cycles", type=int, help="(default: as in training)")
     p.add_argument("--l-cycles", type=int, help="(default: as in training)")
+    p.add_argument("--exit-threshold", type=float, metavar="X",
+                   help="let the H cycles of an answer end with the first that changes z_H of its prompt by less than "
+                        "X times its norm; --h-cycles is the most (default: all are run)")
     p.add_argument("--dtype", choices=[*DTYPES], default="float32", help="of weights and cache")

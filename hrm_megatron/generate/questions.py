@@ -11,7 +11,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.text_files import read_lines, shown
 
 REFERENCE = "reference"  # what an answer file calls the response that a row came with
-ANSWER_FIELDS = ("condition", "instruction", "response", "responses", "finish", "logprobs")
+ANSWER_FIELDS = ("condition", "instruction", "response", "responses", "finish", "logprobs", "h_cycles")
 
 
 @dataclass(frozen=True)

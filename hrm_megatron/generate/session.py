@@ -1,9 +1,11 @@
 """A model and its tokenizer ready to answer, and the records that answers become: what tools/generate.py does."""
 from __future__ import annotations
 
+import copy
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from hrm_megatron.generate.load import check_tokenizer, open_tokenizer, opened, 
 from hrm_megatron.generate.questions import Question
 from hrm_megatron.generate.sampling import Sampling
 from hrm_megatron.generate.transcript import Transcript
-from hrm_megatron.generate.weights import take_weights
+from hrm_megatron.generate.weights import Weights, take_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,12 +37,15 @@ class Answering:
     logprobs: int | None = None
     h_cycles: int | None = None
     l_cycles: int | None = None
+    exit_threshold: float | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples", "h_cycles", "l_cycles"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.exit_threshold is not None and not 0 < self.exit_threshold < math.inf:  # NaN too
+            raise ConfigError(f"exit_threshold={self.exit_threshold}: must be a number above 0")
         if self.logprobs is not None and self.logprobs < 0:
             raise ConfigError(f"logprobs={self.logprobs}: must not be negative")
         if not all(self.stop):
@@ -55,7 +60,6 @@ class Session:
         if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:
             raise ConfigError(f"WORLD_SIZE={ranks}: generation runs in one process, also from checkpoints of tensor "
                               "parallel runs; start it without torchrun")
-        self.answering = answering
         self.tokenizer: TextTokenizer = open_tokenizer(tokenizer, load)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with opened(load, step, verify) as checkpoint:
@@ -63,12 +67,35 @@ class Session:
             kind = weights_kind(checkpoint, weights)
             found = take_weights(checkpoint.architecture, checkpoint.weights(kind), self.tokenizer.vocab_size,
                                  DTYPES[answering.dtype], device)
-        self.decoder = Decoder(found, checkpoint.training.seq_length, answering.h_cycles, answering.l_cycles)
         self.remark = f"{checkpoint.path} {checkpoint.remark}" if checkpoint.remark else ""
         ends = checkpoint.token_ids.get("eos_token_id", [])
         self.stop_tokens = frozenset([self.tokenizer.eoa, *(ends if isinstance(ends, list) else [ends])])
-        self.identity = dict(asdict(answering), checkpoint=str(checkpoint.path.resolve()), weights=kind,
-                             iteration=checkpoint.iteration, tokenizer=self.tokenizer.fingerprint)
+        self._model: dict[str, Any] = dict(
+            checkpoint=str(checkpoint.path.resolve()), weights=kind, iteration=checkpoint.iteration,
+            tokenizer=self.tokenizer.fingerprint)
+        self._answer_as(answering, found, checkpoint.training.seq_length)
+
+    @classmethod
+    def of_decoder(cls, decoder: Decoder, tokenizer: TextTokenizer, answering: Answering) -> Session:
+        """Make a session of a model that is not of a checkpoint; cycles and dtype are the decoder's."""
+        made = cls.__new__(cls)
+        made.decoder, made.tokenizer, made.answering, made.remark = decoder, tokenizer, answering, ""
+        made.stop_tokens, made._model = frozenset([tokenizer.eoa]), {}
+        made.identity = asdict(answering)
+        return made
+
+    def _answer_as(self, answering: Answering, weights: Weights, context_tokens: int) -> None:
+        self.answering = answering
+        self.decoder = Decoder(weights, context_tokens, answering.h_cycles, answering.l_cycles,
+                               answering.exit_threshold)
+        self.identity = dict(asdict(answering), **self._model)
+
+    def at_depth(self, h_cycles: int | None, l_cycles: int | None, exit_threshold: float | None = None) -> Session:
+        """Make a session that answers with the same weights in other cycles."""
+        other = copy.copy(self)
+        other._answer_as(replace(self.answering, h_cycles=h_cycles, l_cycles=l_cycles, exit_threshold=exit_threshold),
+                         self.decoder.weights, self.decoder.context_tokens)
+        return other
 
     def text(self, tokens: Sequence[int]) -> str:
         """Decode tokens of an answer; those that end it have no text."""
@@ -134,6 +161,8 @@ def record(question: Question, samples: Sequence[Transcript], tokenizer: TextTok
     made = dict(question.others, condition=question.condition, instruction=question.instruction)
     made["response" if len(samples) == 1 else "responses"] = one([sample.text for sample in samples])
     made["finish"] = one([sample.finish for sample in samples])
+    if samples[0].h_cycles is not None:
+        made["h_cycles"] = samples[0].h_cycles  # of the prompt, so of all samples
     if any(sample.logprobs for sample in samples):
         def spelled(token: int) -> str:
             return str(tokenizer.tokenizer.id_to_token(token))

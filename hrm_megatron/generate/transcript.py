@@ -30,6 +30,7 @@ class Transcript:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     text: str = ""  # without stop string
+    h_cycles: int | None = None  # that its tokens run, where early exit decides it
     finish: Finish | None = None
     _decoded: int = 0  # tokens whose text is in `_pending` or out
     _pending: str = ""  # decoded, and perhaps the beginning of a stop string

@@ -34,6 +34,13 @@ def update(p: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor
     ema.lerp_(p, 1 - ema_decay)
 
 
+def factors_of(group: dict[str, Any]) -> dict[str, float]:
+    """Return what `update` is given for the step that a group counted last."""
+    t, lr, (b1, b2) = group[UPDATES], group["lr"], group["betas"]
+    return dict(keep=1 - lr * group["weight_decay"], b1=b1, b2=b2, correction=math.sqrt(1 - b2 ** t),
+                rate=lr / (1 - b1 ** t), ema_decay=group["ema_decay"])
+
+
 def fused_update() -> Callable[..., None]:
     """Return `update` as one compiled kernel that reads and writes each tensor once.
 
@@ -99,9 +106,7 @@ class AdamATan2(torch.optim.Optimizer):
             if not self.has_gradient(group):
                 continue
             group[UPDATES] += 1
-            t, lr, (b1, b2) = group[UPDATES], group["lr"], group["betas"]
-            factors = dict(keep=1 - lr * group["weight_decay"], b1=b1, b2=b2, correction=math.sqrt(1 - b2 ** t),
-                           rate=lr / (1 - b1 ** t), ema_decay=group["ema_decay"])
+            factors = factors_of(group)
             rows = [(p.detach(), *(state[key] for key in STATE_KEYS), p.grad) if p.grad is not None and p.numel()
                     else None for p, state in zip(group["params"], states, strict=True)]
             for p, m, v, ema, grad in joined(rows) if self.places else filter(None, rows):

@@ -33,6 +33,17 @@ GPUS = {  # data sheets of NVIDIA; the network as in DGX systems of that kind
     "b200-180gb": Gpu(2250e12, 180e9, 8e12, 900e9, 50e9, fp8=True),
 }
 
+# What torch calls those whose peak is the one above. Other builds run slower: an H100 PCIe has 756e12.
+DEVICE_NAMES = {"NVIDIA A100-SXM4-40GB": "a100-40gb", "NVIDIA A100-PCIE-40GB": "a100-40gb",
+                "NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA A100 80GB PCIe": "a100-80gb",
+                "NVIDIA H100 80GB HBM3": "h100-80gb", "NVIDIA H200": "h200-141gb", "NVIDIA B200": "b200-180gb"}
+
+
+def known_peak(device_name: str) -> float | None:
+    """Return the dense bf16 FLOP/s of a device by its maker, None where no data sheet here speaks of it."""
+    name = DEVICE_NAMES.get(device_name)
+    return GPUS[name].flops_per_second if name else None
+
 
 @dataclass(frozen=True)
 class Speeds:

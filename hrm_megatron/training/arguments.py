@@ -8,6 +8,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from hrm_megatron.parallel.stages import microbatch_group
 from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, cut_layers
 from hrm_megatron.training.bad_steps import ABORT, IGNORE, POLICIES, ROLLBACK_AFTER, SPIKE_POLICIES, check_policy
 from hrm_megatron.training.checkpoint_args import take_model
+from hrm_megatron.training.curve_flags import check_curves
 from hrm_megatron.training.evaluation import EVAL_WEIGHTS, RAW
 from hrm_megatron.training.finetune import SOURCES, fill_settings, settle_folders
 from hrm_megatron.training.flags.check import check_flags, given
@@ -109,6 +111,12 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                             "or all of its state (default: the EMA if it has one)")
     group.add_argument("--eval-weights", choices=EVAL_WEIGHTS, default=RAW,
                        help="weights of validation and test during training; both: the same rows by each")
+    group.add_argument("--eval-tasks", nargs="+", metavar="TASK",
+                       help="tasks of tools/evaluate.py that the EMA answers at every validation")
+    group.add_argument("--eval-tasks-data", type=Path, metavar="DIR", help="rows: DIR/TASK/SPLIT.jsonl or .parquet")
+    group.add_argument("--eval-tasks-limit", type=int, metavar="N", help="only the first N questions of each")
+    group.add_argument("--eval-tasks-new-tokens", type=int, metavar="N",
+                       help="at most so many per free answer (default: what --seq-length leaves room for)")
     group.add_argument("--early-stopping", type=int, metavar="N",
                        help="stop after N evaluations without a better exact accuracy of the validation set, by the "
                             "EMA if that is evaluated; the best iteration is saved and kept")
@@ -159,8 +167,7 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="load a checkpoint without verifying its checksums")
     group.add_argument("--load-newest-valid", action="store_true",
                        help="resume from the newest iteration that verifies if the latest one is damaged")
-    group.add_argument("--most-recent-k", type=int, metavar="K",
-                       help="keep the last K checkpoints: an older one goes when a newer one is whole (default: all)")
+    group.add_argument("--most-recent-k", type=int, metavar="K", help="keep the last K checkpoints (default: all)")
     group.add_argument("--on-nonfinite", choices=POLICIES, default=ABORT,
                        help="a step whose gradients are not finite: end, do not take it, or also go back after several")
     group.add_argument("--rollback-after", type=int, metavar="K",
@@ -170,6 +177,13 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                             "back after several")
     group.add_argument("--hang-timeout-minutes", type=float, metavar="M",
                        help="when no rank gets on for so long, write all stacks, name the silent rank and end")
+    group.add_argument("--log-hrm-norms", action="store_true",
+                       help="write norms of z_H and z_L by tick, of the update and of the EMA's distance to "
+                            "TensorBoard, every --tensorboard-log-interval steps")
+    group.add_argument("--log-loss-by-source", action="store_true",
+                       help="likewise the loss of the labels of each source, of each dataset if they have many")
+    group.add_argument("--run-report", metavar="FILE",
+                       help="write what became of the run as one HTML file when training is done")
     group.add_argument("--verbose", action="store_true",
                        help="print Megatron's own output too (default: to a file in --save or --tensorboard-dir)")
     for action in parser._actions:
@@ -337,6 +351,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
         "--use-checkpoint-opt-param-scheduler": args.override_opt_param_scheduler
         and args.use_checkpoint_opt_param_scheduler})
     check_policy(args)
+    check_curves(args)
     if args.skip_train:
         args.train_iters = args.train_iters or 0
         args.gradient_accumulation_fusion = False  # there is no DDP, which would make the gradients' buffers

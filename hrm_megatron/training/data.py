@@ -179,13 +179,17 @@ def count_rows(args: argparse.Namespace, sources: Sources) -> int:
 
 
 def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Evaluation,
-                      on_ready: Callable[[PackedRows | None], None]) -> Callable[..., Datasets]:
-    """Make Megatron's datasets provider; `on_ready` is called with the training rows when training may begin."""
+                      on_ready: Callable[[PackedRows | None], None],
+                      source_of: Callable[[int], int] | None = None) -> Callable[..., Datasets]:
+    """Make Megatron's datasets provider; `on_ready` is called with the training rows when training may begin, whose
+    examples `source_of` numbers by source."""
     def rows(name: str, walk: Walk | None, count: int, fixed: bool = False) -> PackedRows | None:
         if walk is None or not count:
             return None
         dataset = PackedRows(walk, args.seq_length, args.seed, count, fixed=fixed,
                              cache_folder=plan_folder(args, walk))
+        if name == "training":
+            dataset.source_of = source_of
         log.info("data: %s: %s", name, dataset.describe())
         if name == "training" and args.context_parallel_size > 1:
             log.info("data: %s", describe_loads(dataset, args.seq_length, args.context_parallel_size))

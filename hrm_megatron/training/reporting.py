@@ -10,22 +10,24 @@ from typing import Any
 
 import torch
 from megatron.training import training as megatron_training
-from megatron.training.global_vars import get_tensorboard_writer
 
 from hrm_megatron.config import Architecture
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.parallel.patching import around
+from hrm_megatron.planner.machines import known_peak
 from hrm_megatron.training.console import Console
 from hrm_megatron.training.console_lines import StepReport, TimeLeft, evaluation_line, saved_line, step_line
 from hrm_megatron.training.data import first_lengths
 from hrm_megatron.training.evaluation import Evaluation
+from hrm_megatron.training.scalars import flush_scalars, write_scalars
 from hrm_megatron.training.step import TrainingStep
 from hrm_megatron.training.summary import describe_checkpoint, describe_schedule
 from hrm_megatron.transformer_config import architecture_of
 
 RowsFlops = Callable[[Architecture, int, int, Sequence[Sequence[tuple[int, int]]]], int]  # planner.flops.rows_flops
 TERA = 1e12
+MFU, SAVE_SECONDS = "MFU", "seconds of save"  # curves; a save in the background stalls training so long
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class Reporter:
         self.sample: list[Sequence[tuple[int, int]]] = []
         self.flops_at: dict[int, int] = {}  # by bp_steps
         self.means, self.part = IntervalMeans(), ""
+        # Without a data sheet there is no peak, and no share of it.
+        self.peak = known_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
     def begin(self, train_rows: PackedRows | None) -> None:
         """Show what the run is: all is ready for its first step."""
@@ -92,7 +96,11 @@ class Reporter:
         if not skipped:
             self.means.add(losses)
         if iteration % self.args.log_interval == 0 or is_first_iteration:
-            self.console.line(step_line(self.report(iteration, self.means.take(), lr), self.console.width))
+            report = self.report(iteration, self.means.take(), lr)
+            self.console.line(step_line(report, self.console.width))
+            if report.tflops and self.peak and not is_first_iteration:
+                write_scalars({MFU: report.tflops * TERA / self.peak}, iteration)
+            flush_scalars()
         if is_first_iteration:  # it took longer than the others will
             self.time_left.start(iteration)
         self.console.progress(iteration, self.args.train_iters)
@@ -126,11 +134,12 @@ class Reporter:
     def save_checkpoint(self, stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
         begun = time.monotonic()
         stock(iteration, *rest, **options)
-        stall = time.monotonic() - begun
-        write_stall(iteration, stall)
+        seconds = time.monotonic() - begun
+        write_scalars({SAVE_SECONDS: seconds}, iteration)
+        flush_scalars()
         if self.console.last:
             folder = f"{self.args.save}/iter_{iteration:07d}"
-            self.console.line(saved_line(iteration, self.args.train_iters, folder, stall,
+            self.console.line(saved_line(iteration, self.args.train_iters, folder, seconds,
                                          in_background=self.args.async_save))
 
     @property
@@ -156,12 +165,6 @@ class IntervalMeans:
         means = {name: float(value) / self.steps for name, value in self.sums.items()}
         self.steps, self.sums = 0, {}
         return means
-
-
-def write_stall(iteration: int, seconds: float) -> None:
-    """Write how long training waited for a save, where this rank has a TensorBoard log."""
-    if writer := get_tensorboard_writer():
-        writer.add_scalar("save/stall-seconds", seconds, iteration)
 
 
 def tick_passes(args: argparse.Namespace, bp_steps: int) -> int:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -41,6 +41,7 @@ class TrainingStep:
         self.meter = ThroughputMeter(args.data_parallel_size * args.context_parallel_size)
         self.reduction = OverlappedReduction()
         self.stage: PipelinedHRM
+        self.on_losses: Callable[[PackedBatch, torch.Tensor], None] | None = None  # told of a micro-batch's losses [n]
         self.waiting: list[deque[tuple[PackedBatch, PrefixSequences]]] = []
 
     def build_model(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None,
@@ -128,6 +129,8 @@ class TrainingStep:
         group = parallel_state.get_context_parallel_group() if self.args.context_parallel_size > 1 else None
         loss, count, report = loss_sums(batch, scores, group)
         if training:
+            if self.on_losses:
+                self.on_losses(batch, scores[0].detach())
             for name, pair in (("bp steps", (self.bp_steps, 1)),
                                ("tokens per second", self.meter.lap(batch.tokens.numel()))):
                 report[name] = torch.stack([filled(scores, value) for value in pair])

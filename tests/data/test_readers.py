@@ -17,7 +17,7 @@ from hrm_megatron.data.example import BadRow, Example, RowFormat
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.inputs import find_inputs
 from hrm_megatron.data.preprocess import preprocess
-from hrm_megatron.data.readers import is_blank, pieces, read_piece
+from hrm_megatron.data.readers import ahead, is_blank, pieces, read_piece
 from tests.data.formats import FLAT, NESTED, checked_zstd, lines, save_dataset, table
 
 GOOD = {"condition": "direct", "instruction": "2 + 3?", "response": "5"}
@@ -293,13 +293,14 @@ def test_a_row_that_is_too_long_is_left_out_of_columns_too(tmp_path, name):
 
 
 @pytest.mark.parametrize("readers", [2, 3, 50])
-def test_row_groups_that_are_read_at_a_time_come_out_in_order(tmp_path, readers):
+def test_row_groups_that_are_read_at_a_time_come_out_in_order(tmp_path, readers, monkeypatch):
     rows = rows_of(200)
     pq.write_table(table(rows), tmp_path / "a.parquet", row_group_size=9)
     want = list(pieces(tmp_path / "a.parquet", 300))
     assert len(want) > 60
     before = set(threading.enumerate())
     assert list(pieces(tmp_path / "a.parquet", 300, readers=readers)) == want
+    monkeypatch.setattr(ahead, "QUEUED", 1)  # a thread that is ahead waits, and so has not ended
     begun = pieces(tmp_path / "a.parquet", 300, readers=readers)
     assert [next(begun) for _ in range(5)] == want[:5] and set(threading.enumerate()) > before
     begun.close()
@@ -327,8 +328,9 @@ def test_the_store_does_not_depend_on_how_many_read(tmp_path, tokenizer, monkeyp
     stores = []
     for workers in (1, 2):
         assert preprocess([tmp_path / "a.parquet"], tmp_path / str(workers), tokenizer, workers, chunk_bytes=400)
-        stores.append({path.name: path.read_bytes() for path in (tmp_path / f"{workers}.shards").iterdir()})
-    assert stores[0] == stores[1] and len(stores[0]) >= 4
+        stores.append({path.name: path.read_bytes() for path in (tmp_path / f"{workers}.shards").iterdir()
+                       if path.name != ".lock"})  # it holds the time
+    assert stores[0] == stores[1] and len(stores[0]) >= 3
 
 
 def test_a_damaged_page_header_is_named_whatever_it_says(tmp_path):

@@ -73,11 +73,11 @@ def place(tmp_path):
     return tmp_path
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_what_a_cpu_can_run_works_from_top_to_bottom(place):
     script = "\n".join(block.text for block in BLOCKS if block.how == "cpu")
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=place, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=580)
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=1780)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert {"config.json", "tokenizer.json"} <= {path.name for path in (place / "runs" / "tiny" / "hf").iterdir()}
     assert (place / "runs" / "back" / "train_metadata.yaml").exists()
@@ -102,7 +102,7 @@ def training_arguments(block, gpus, place, folder):
     (place / "runs" / "rows.jsonl").touch()
     notes = folder / "notes"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block.text], cwd=place, capture_output=True, text=True, timeout=60,
+        ["bash", "-euo", "pipefail", "-c", block.text], cwd=place, capture_output=True, text=True, timeout=280,
         env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "NOTES": str(notes), "NODE_RANK": "0",
              "FIRST_NODE": "node1", "TORCHRUN": str(folder / "torchrun"), "PYTHON": str(folder / "python"),
              "PREFLIGHT": "0"})
@@ -178,5 +178,5 @@ def test_the_demo_answers_help(monkeypatch, capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_answers_help(tmp_path: Path, script):
-    shown = subprocess.run([ROOT / script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    shown = subprocess.run([ROOT / script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert shown.returncode == 0 and shown.stdout.strip() and not shown.stderr

@@ -38,7 +38,7 @@ def worst_difference(model, decoder, prompts=None, new_tokens=ANSWER_TOKENS):
     cache, tables = filled(decoder, prompts, new_tokens)
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     answers = [[] for _ in prompts]
-    logits, worst = decoder.prefill(prompts, list(tables), cache), 0.0
+    logits, worst = decoder.prefill(prompts, list(tables), cache).logits, 0.0
     for _ in range(new_tokens):
         want = next_token_logits(model, prompts, answers)[:, :decoder.vocab_size]
         worst = max(worst, (logits - want).abs().max().item())

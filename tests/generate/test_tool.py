@@ -251,6 +251,10 @@ def test_stop_strings_and_cycles_reach_the_answer(tool, expected):
     assert tool("--stop", whole[3:5], "--stop", "never")[1] == whole[:whole.index(whole[3:5])] + "\n"
     assert len({tool(*flags)[1] for flags in ((), ("--h-cycles", "1"), ("--l-cycles", "1"))}) == 3
     assert tool("--h-cycles", "2", "--l-cycles", "3")[1] == whole + "\n"
+    ended = json.loads(tool("--exit-threshold", "1e9", "--jsonl")[1])
+    assert (ended["h_cycles"], ended["response"] + "\n") == (1, tool("--h-cycles", "1")[1])
+    status, out, err = tool("--exit-threshold", "0.1", "--h-cycles", "1")
+    assert (status, out) == (1, "") and "error: exit threshold 0.1: has no effect" in err
 
 
 def test_more_than_one_rank_is_refused(tool, monkeypatch):

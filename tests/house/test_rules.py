@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LINE_LIMIT = 400
 ORDER = ("model_types", "config", "program", "transformer_config", "data", "parallel", "layers", "attention", "model",
          "optim", "planner", "checkpoint", "training", "convert", "generate", "serve", "quantize", "evaluate",
-         "cluster", "benchmark")
+         "cluster", "monitoring", "benchmark")
 RANKS = {name: rank for rank, name in enumerate(ORDER)} | {"pretrain": len(ORDER)}
 FREE_FOR_ALL = "hrm_megatron.parallel.cpu"  # must come before the first import of Megatron, wherever that is
 NO_TORCH = ("hrm_megatron/config.py", "hrm_megatron/model_types.py", "hrm_megatron/model/schedule.py",

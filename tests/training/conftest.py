@@ -13,13 +13,24 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FULLBATCH = GOLDEN / "fullbatch"
 
 
-def scalars(folder, name="lm loss"):
-    """Values of a TensorBoard log by step."""
+def open_log(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator(str(folder))
     log.Reload()
-    return {event.step: event.value for event in log.Scalars(name)}
+    return log
+
+
+def scalars(folder, name="lm loss"):
+    """Values of a TensorBoard log by step."""
+    return {event.step: event.value for event in open_log(folder).Scalars(name)}
+
+
+def curves(folder):
+    """What --log-hrm-norms writes: values by step and name."""
+    log = open_log(folder)
+    return {name: {event.step: event.value for event in log.Scalars(name)} for name in log.Tags()["scalars"]
+            if name.startswith(("state RMS/", "residual RMS/", "update/", "EMA/"))}
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +57,6 @@ def uninterrupted(launch, fullbatch_arguments, native_start, tmp_path_factory):
     """24 steps of one process that saved at 12 and at 24: the folder with `checkpoints` and `log`."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run = launch(*fullbatch_arguments, "--load", native_start, "--save", folder / "checkpoints", "--save-interval", 12,
-                 "--tensorboard-dir", folder / "log", prelude="import os; os.umask(0o022)")
+                 "--tensorboard-dir", folder / "log", "--log-hrm-norms", prelude="import os; os.umask(0o022)")
     assert run.code == 0, run.output
     return folder

@@ -58,6 +58,7 @@ def run(tmp_path_factory):
     done = torchrun(*SIZES, "--train-data-path", folder / "train", "--valid-data-path", folder / "valid",
                     "--eval-interval", 2, "--eval-iters", 1, "--save", folder / "saved", "--save-interval", 2,
                     "--tensorboard-dir", folder / "log", "--log-throughput", "--log-timers-to-tensorboard",
+                    "--log-loss-by-source", "--run-report", folder / "report.html",
                     "--bp-warmup-fraction", 0.6)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(folder=folder, said=done.stdout.splitlines(), errors=done.stderr)
@@ -117,8 +118,27 @@ def test_tensorboard_has_what_it_always_had(run):
     trained = [*NAMES, "bp steps", "tokens per second", "learning-rate", "batch-size", "loss-scale", "grad-norm"]
     plain = [*trained, *(f"{name} validation" for name in NAMES)]
     timed = {name for name in log.Tags()["scalars"] if name.endswith(("-time", "-throughput", "throughput"))}
-    assert set(log.Tags()["scalars"]) - timed == {*plain, *(f"{name} vs samples" for name in plain)}
+    ours = {"seconds of save", "loss by source/train"}
+    assert set(log.Tags()["scalars"]) - timed == {*plain, *(f"{name} vs samples" for name in plain), *ours}
     assert timed == {"iteration-time", "throughput"}
+
+
+def test_the_loss_of_the_only_source_is_that_of_all(run):
+    losses, of_source = (scalars(run.folder / "log", name) for name in ("lm loss", "loss by source/train"))
+    assert of_source == pytest.approx(losses, rel=1e-6) and len(losses) == STEPS  # sums in fp32 and in fp64
+
+
+def test_a_save_says_how_long_it_stalled_the_run(run):
+    seconds = scalars(run.folder / "log", "seconds of save")
+    assert seconds.keys() == {2, 4} and min(seconds.values()) > 0
+
+
+def test_a_report_is_written_when_training_is_done(run):
+    page = (run.folder / "report.html").read_text()
+    validation = scalars(run.folder / "log", "lm loss validation")
+    assert f"<td>validation</td><td>{STEPS}</td><td>{validation[STEPS]:.4f}</td>" in page
+    assert "<td>last step</td><td>4 of 4</td>" in page and page.count("<td>complete</td>") == 2
+    assert [path.name for path in run.folder.glob("*report*")] == ["report.html"]
 
 
 def test_throughput_is_that_of_an_hrm(run):

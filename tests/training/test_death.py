@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-SECONDS_TO_START, SECONDS_TO_STOP = 90, 60
+SECONDS_TO_START, SECONDS_TO_STOP = 150, 120
 
 
 @pytest.mark.slow

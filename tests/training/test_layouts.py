@@ -14,7 +14,7 @@ from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import read_native
 from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.convert.table import table
-from tests.training.conftest import FULLBATCH, scalars
+from tests.training.conftest import FULLBATCH, curves, scalars
 
 TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
@@ -81,7 +81,8 @@ def trained(launch, fullbatch_arguments, native_start, uninterrupted, tmp_path_f
             ranks, flags = LAYOUTS[layout]
             folder = tmp_path_factory.mktemp("layout")
             run = launch(*fullbatch_arguments, "--load", native_start, "--save", folder / "checkpoints",
-                         "--save-interval", 12, "--tensorboard-dir", folder / "log", *flags, ranks=ranks)
+                         "--save-interval", 12, "--tensorboard-dir", folder / "log", *flags,
+                         *([] if FSDP2 in flags else ["--log-hrm-norms"]), ranks=ranks)
             assert run.code == 0, run.output[-5000:]
             done[layout] = folder
         return done[layout]
@@ -100,6 +101,17 @@ def test_a_layout_trains_as_the_reference(trained, uninterrupted, parity, layout
     parity(f"{layout}: 24 losses", max(abs(ours[step] - one[step]) for step in one), LOSS_TOLERANCE)
     parity(f"{layout}: average against HRM-Text's", average, AVERAGE_TOLERANCE)
     assert ends[0].embedding_updates == ends[1].embedding_updates < 24
+
+
+@pytest.mark.parametrize("layout", some([name for name in LAYOUTS if "FSDP2" not in name], ALWAYS))
+def test_a_layout_logs_the_norms_of_one_process(trained, uninterrupted, parity, layout):
+    ours, one = curves(trained(layout) / "log"), curves(uninterrupted / "log")
+    assert ours.keys() == one.keys() and len(one) == 2 * 8 + 3
+    for name, values in one.items():
+        assert ours[name].keys() == values.keys() == set(range(1, 25)), name
+    # Those of the last step have 24 steps of rounding behind them, as the averages of weights have.
+    parity(f"{layout}: norms and updates", max(abs(ours[name][step] / value - 1) for name, values in one.items()
+                                              for step, value in values.items()), AVERAGE_TOLERANCE)
 
 
 @pytest.mark.parametrize("pair", some(PAIRS, PAIRS[:3]))

@@ -6,6 +6,7 @@ import torch
 
 from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.checkpoint.fsdp_folder import open_run
+from tests.training.conftest import curves
 from tests.training.test_gradients import ROWS
 from tests.training.test_layouts import OVERLAP
 
@@ -57,7 +58,8 @@ CASES = {"bf16, overlap": ["--bf16", *SMALL_BUCKETS], "bf16": ["--bf16"], "fp32,
                                   for name in CASES])
 def test_a_shard_is_one_update_for_each_group(launch, tmp_path, name):
     def train(folder, *flags):
-        run = launch(*RUN, "--save", tmp_path / folder, *CASES[name], *flags, ranks=2,
+        run = launch(*RUN, "--save", tmp_path / folder, *CASES[name], "--log-hrm-norms", "--tensorboard-dir",
+                     tmp_path / folder / "log", *flags, ranks=2,
                      prelude=f"PLACE = {str(tmp_path / 'rank')!r}\n{WATCH}")
         assert run.code == 0, run.output[-5000:]
         ranks = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)]
@@ -70,14 +72,22 @@ def test_a_shard_is_one_update_for_each_group(launch, tmp_path, name):
                 assert len(rank["calls"]) == groups and ("overlap" in name) == (rank["buckets"] > 1)
         return [rank["equal"] for rank in ranks]
 
-    def state(folder):
-        stored = open_run(find_iteration(tmp_path / folder))
+    def state(folder, step=None):
+        stored = open_run(find_iteration(tmp_path / folder, step))
         return {key: stored.tensor(key) for key in stored.shapes()}
     assert train("whole", "--save-interval", 2) == [[True] * 5] * 2
     assert train("resumed", "--load", tmp_path / "whole", "--ckpt-step", 2) == [[True] * 3] * 2
     want, have = state("whole"), state("resumed")
     assert have.keys() == want.keys() and all(torch.equal(have[key], want[key]) for key in want)
     masters = [key for key in want if key.startswith("optimizer.state.param.")]
+    before = state("whole", 4)
+    change, weights = (torch.cat([t.flatten().double() for t in tensors]).norm().item() for tensors in (
+        [want[key].double() - before[key].double() for key in masters], [want[key] for key in masters]))
+    for folder in ("whole", "resumed"):
+        # Read off the moments: what rounding the new weights loses is 2^-24 of them, and a step at 4e-3 a hundredth.
+        logged = curves(tmp_path / folder / "log")
+        assert logged["update/norm"][5] == pytest.approx(change, rel=1e-5)
+        assert logged["update/relative to weights"][5] == pytest.approx(change / weights, rel=1e-5)
     assert len(masters) == 2 * 4 * 4 + 2
     for key in masters:
         weight = want[key.removeprefix("optimizer.state.param.")]

@@ -40,8 +40,9 @@ class LinesPiece(Piece):
             with open(self.path, "rb") as file:
                 file.seek(self.start_byte)
                 text = file.read(self.num_bytes)
+        file_name = str(self.path)
         for number, line in enumerate(text.split(b"\n"), self.first_line):
-            place = f"{self.path}:{number}"
+            place = f"{file_name}:{number}"
             if len(line) > rows.max_row_bytes:
                 yield too_long(place, len(line), rows)
             elif line := without_mark(line):

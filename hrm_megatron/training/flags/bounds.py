@@ -38,5 +38,5 @@ BOUNDS: dict[str, Bounds | None] = {
     "--fault-injector-seed": None,
     "--ema-decay": (0, 1), "--init-std": (0, ANY_LARGER), "--pipeline-window": (1, ANY_LARGER),  # ours
     "--hang-timeout-minutes": (0.1, ANY_LARGER),
-    **dict(_at_least(1, "--epochs --early-stopping --most-recent-k")),
+    **dict(_at_least(1, "--epochs --early-stopping --eval-tasks-limit --eval-tasks-new-tokens --most-recent-k")),
 }

@@ -1,0 +1,146 @@
+"""Predict a larger model from small ones: train five sizes at several numbers of tokens, fit L(N, D), and train the
+held-out model that the law has predicted. HRM and Transformer, on the demo's questions (`make demo` first).
+
+The learning rate is searched for at the narrowest width and transferred by the rule rate x width = constant, with all
+weights alike; at other widths the same multiples of the rule's rate are tried, to see whether the best stays put.
+The same command goes on where it was interrupted, with the run that was then in progress.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for a start by path
+
+from hrm_megatron.program import listen, one_line  # noqa: E402
+
+if __name__ == "__main__":
+    listen()
+
+from examples.demo.commands import CommandFailed, python, run  # noqa: E402
+from examples.demo.progress import minutes  # noqa: E402
+from examples.scaling_study.plan import FIRST_LR, Run, Study, best_multiples  # noqa: E402
+from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.data.text_files import read_lines  # noqa: E402
+from hrm_megatron.generate.answer_file import AnswerFile, check_settings, write_settings  # noqa: E402
+
+FULL = Study((64, 96, 160, 224, 320), (90_112, 180_224, 359_424, 716_800), 416, (64, 160, 320))
+QUICK = Study((32, 48, 64), (2048, 3072, 4096), 80, (32,), multiples=(1.0, 2.0))
+Trainer = Callable[[Run], dict[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes
+    return one_line(lambda: study(args), (CommandFailed,))
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), metavar="DIR",
+                        help="what the demo left: its questions as token ids (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/scaling_study"), metavar="DIR",
+                        help="folder for the results (default: %(default)s)")
+    parser.add_argument("--widths", type=int, nargs="+", metavar="H", help=f"hidden sizes (default: {FULL.widths})")
+    parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help=f"(default: {FULL.tokens})")
+    parser.add_argument("--held-out-width", type=int, metavar="H", help=f"(default: {FULL.held_out_width})")
+    parser.add_argument("--lr-widths", type=int, nargs="+", metavar="H",
+                        help=f"where all multiples of the rate are tried (default: {FULL.lr_widths})")
+    parser.add_argument("--quick", action="store_true",
+                        help="tiny models and a few steps, to see whether everything runs; its law means nothing")
+    return parser.parse_args(arguments)
+
+
+def study_of(args: argparse.Namespace) -> Study:
+    given = {name: getattr(args, name) for name in ("widths", "tokens", "held_out_width", "lr_widths")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.quick and given:
+        raise ConfigError(f"--quick has sizes of its own; leave it or --{next(iter(given)).replace('_', '-')} out")
+    return QUICK if args.quick else Study(**{**vars(FULL), **given})
+
+
+def study(args: argparse.Namespace) -> None:
+    """Do all runs that are not there yet, and print what came out."""
+    began, planned = time.monotonic(), study_of(args)
+    prefixes = [args.demo / "stores" / name for name in ("train", "valid")]
+    for path in (*(prefix.with_suffix(".json") for prefix in prefixes), args.demo / "tokenizer"):
+        if not path.exists():
+            raise ConfigError(f"--demo {args.demo}: no {path.relative_to(args.demo)} in it; run `make demo`, or give "
+                              "the folder of one")
+    from examples.scaling_study import train
+    from hrm_megatron.data.tokenizer import TextTokenizer
+    from hrm_megatron.parallel.single import single_rank
+
+    vocab_size = TextTokenizer(args.demo / "tokenizer").vocab_size
+    data = hashlib.sha256(b"".join(prefix.with_suffix(".json").read_bytes() for prefix in prefixes)).hexdigest()
+    settings = dict(asdict(planned), first_lr=FIRST_LR, data=data)
+    with single_rank():
+        rows = all_runs(planned, args.output, settings,
+                        lambda one: train.train(one, prefixes[0], prefixes[1], vocab_size))
+    print(f"{len(rows)} runs in {args.output / 'runs.jsonl'}; this start took {minutes(time.monotonic() - began)}\n",
+          flush=True)
+    run(python(os.path.relpath(ROOT / "tools" / "fit_scaling.py"), "--input", args.output / "runs.jsonl", "--png",
+               args.output / "law.png", "--json", args.output / "law.json"), args.output / "commands.log", str.rstrip)
+
+
+def all_runs(planned: Study, folder: Path, settings: Mapping[str, Any], train: Trainer) -> list[dict[str, Any]]:
+    """Search the rates, print where they are best, and return the rows of the runs to fit and to predict."""
+    trials = recorded(folder / "rates.jsonl", settings, planned.trials(), train)
+    best = best_multiples(planned, [trial["loss"] for trial in trials])
+    print(rates_table(planned, [trial["loss"] for trial in trials]), flush=True)
+    narrowest = {model: best[model, min(planned.widths)] for model in planned.models}
+    for model, multiple in narrowest.items():
+        others = {width: best[model, width] for width in planned.lr_widths if best[model, width] != multiple}
+        said = "the best at every width that was tried" if not others else "the best at the narrowest; " + ", ".join(
+            f"at width {width} it is {found:g}" for width, found in others.items())
+        print(f"{model}: {multiple:g} x the rule's rate is {said}", flush=True)
+    return recorded(folder / "runs.jsonl", dict(settings, multiples=narrowest), list(planned.runs(narrowest)), train)
+
+
+def recorded(path: Path, settings: Mapping[str, Any], runs: Sequence[Run], train: Trainer) -> list[dict[str, Any]]:
+    """Return a row for each run, training those that the file does not have yet; one of other settings is refused."""
+    note, settings = path.with_name(f"{path.stem}.settings.json"), json.loads(json.dumps(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if note.exists():
+        check_settings(note, settings, f"{path.name}*", path, ", or choose another --output")
+    elif path.exists():
+        raise ConfigError(f"{path}: is not of this example, which keeps {note.name} beside it; choose another --output")
+    else:
+        write_settings(note, settings)
+    if not path.exists():
+        with AnswerFile(path, settings) as file:
+            for number, one in enumerate(runs[file.done:], file.done + 1):
+                began = time.monotonic()
+                row = train(one)
+                file.write(row)
+                print(f"{path.stem} {number}/{len(runs)}: {one.model} of width {one.width}, "
+                      f"{row['parameters'] / 1e6:.2f} M parameters, {one.tokens:,} tokens, lr {one.lr:.3g}: loss "
+                      f"{row['loss']:.4f} in {time.monotonic() - began:.0f} s", flush=True)
+            file.finish()
+    return [json.loads(line) for line in read_lines(path)]
+
+
+def rates_table(planned: Study, losses: Sequence[float]) -> str:
+    """Write Markdown: the loss of every multiple of the rule's rate at every width that was tried."""
+    lines = ["", "| model | width | " + " | ".join(f"{multiple:g} x" for multiple in planned.multiples) + " |",
+             "|---|---|" + "---|" * len(planned.multiples)]
+    left, best = iter(losses), best_multiples(planned, losses)
+    for model in planned.models:
+        for width in sorted(planned.lr_widths):
+            cells = [f"**{next(left):.4f}**" if multiple == best[model, width] else f"{next(left):.4f}"
+                     for multiple in planned.multiples]
+            lines.append(f"| {model} | {width} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

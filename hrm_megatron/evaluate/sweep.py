@@ -1,0 +1,129 @@
+"""The same questions at several depths: accuracy, H cycles that were run, and time."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.evaluate.ask import prepare, requests_of
+from hrm_megatron.evaluate.report import percent
+from hrm_megatron.evaluate.rows import PlacedItem
+from hrm_megatron.evaluate.summary import Estimate, estimate
+from hrm_megatron.evaluate.tasks import Task
+from hrm_megatron.generate.engine import Request
+from hrm_megatron.generate.questions import REFERENCE, of_jsonl
+from hrm_megatron.generate.session import Session
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Cycles of an answer; with `exit_threshold`, `h_cycles` is the most of them."""
+
+    h_cycles: int
+    l_cycles: int
+    exit_threshold: float | None = None
+
+    @property
+    def title(self) -> str:
+        ending = "" if self.exit_threshold is None else f", exit below {self.exit_threshold:g}"
+        return f"{self.h_cycles} H x {self.l_cycles} L cycles{ending}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What answers at a depth came to; `difference` is that to the depth of training, question by question."""
+
+    depth: Depth
+    accuracy: Estimate
+    difference: Estimate
+    mean_h_cycles: float  # over answers
+    tokens: int  # of all answers
+    seconds: float  # for all answers, the best of the repetitions
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Requests, of which None does not fit the context, and `scores` of the texts that answer them ("" to None);
+    questions of a group are averaged first."""
+
+    requests: Sequence[Request | None]
+    groups: Sequence[str]
+    scores: Callable[[Sequence[str]], list[float]]
+
+
+def exact_questions(path: Path, condition: str, session: Session) -> Questions:
+    """Ask the rows of a jsonl file; an answer is right if it is the row's response to the letter."""
+    questions = of_jsonl(path, condition)
+    for question in questions:
+        if not isinstance(question.others.get(REFERENCE), str):
+            raise ConfigError(f"{question.place}: no field 'response' with the right answer; give it as a string")
+    right = [question.others[REFERENCE] for question in questions]
+    # What goes on beyond the longest right answer is wrong anyway.
+    longest = max(map(len, session.tokenizer.encode_responses(right)))
+    requests = [Request(request.prompt, longest, request.sampling, request.stop_tokens)
+                for request in session.requests(questions)]
+    return Questions(requests, [""] * len(right), lambda texts: [
+        float(text == want) for text, want in zip(texts, right, strict=True)])
+
+
+def task_questions(task: Task, rows: tuple[Sequence[PlacedItem], Sequence[PlacedItem]], session: Session) -> Questions:
+    """Ask a task of the reference; the score is its first metric."""
+    context = min(task.context_tokens, session.decoder.context_tokens)
+    asked = prepare(task, *rows, session.tokenizer, context)
+    requests, groups = list(requests_of(task, asked, session, context)), [one.item.group for one in asked]
+    return Questions(requests, groups, lambda texts: [
+        task.answer(text, one.item).scores[0] for text, one in zip(texts, asked, strict=True)])
+
+
+def sweep(sessions: Mapping[Depth, Session], questions: Questions, max_rows: int, repeats: int,
+          clock: Callable[[], float], say: Callable[[str], object]) -> list[Point]:
+    """Let a session of each depth answer the questions, `repeats` times in turns; the first is that of training."""
+    asked = [request for request in questions.requests if request]
+    if not asked:
+        raise ConfigError("no prompt fits the model's context; give shorter questions")
+    # The first answers compile kernels and lay weights out, which is no depth's own time.
+    list(next(iter(sessions.values())).answer(asked[:max_rows], max_rows, lambda line: None))
+    seconds: dict[Depth, float] = {}
+    for repeat in range(repeats):
+        found = []
+        for depth, session in sessions.items():
+            began = clock()
+            found.append([samples[0] for samples in session.answer(asked, max_rows, lambda line: None)])
+            seconds[depth] = min(seconds.get(depth, float("inf")), clock() - began)
+            say(f"{depth.title}: {seconds[depth]:.1f} s ({repeat + 1} of {repeats})")
+    points: list[Point] = []
+    trained: list[float] = []
+    for depth, answers in zip(sessions, found, strict=True):
+        left = iter(answers)
+        scores = questions.scores([next(left).text if request else "" for request in questions.requests])
+        trained = trained or scores
+        cycles = [answer.h_cycles or depth.h_cycles for answer in answers]
+        points.append(Point(
+            depth, estimate(scores, questions.groups),
+            estimate([here - there for here, there in zip(scores, trained, strict=True)], questions.groups),
+            fmean(cycles), sum(len(answer.tokens) for answer in answers), seconds[depth]))
+    return points
+
+
+def table(points: Sequence[Point], answers: int) -> str:
+    """Write Markdown, one line per depth."""
+    lines = ["| H cycles | L cycles | exit below | H cycles run | accuracy, % | to the first line | tokens | ms per "
+             "answer | time |", "|---|---|---|---|---|---|---|---|---|"]
+    for point in points:
+        depth, moved = point.depth, point.difference
+        cells = (depth.h_cycles, depth.l_cycles, "" if depth.exit_threshold is None else f"{depth.exit_threshold:g}",
+                 f"{point.mean_h_cycles:.2f}", percent(point.accuracy), "" if point is points[0] else
+                 f"{'+' if moved.value > 0 else ''}{percent(moved)}", point.tokens,
+                 f"{1e3 * point.seconds / answers:.2f}", f"{point.seconds / points[0].seconds:.2f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def as_json(points: Sequence[Point], identity: Mapping[str, Any], answers: int) -> dict[str, Any]:
+    return dict(settings={name: value for name, value in identity.items() if name not in vars(points[0].depth)},
+                answers=answers, points=[dict(
+                    vars(point.depth), mean_h_cycles=point.mean_h_cycles, accuracy=vars(point.accuracy),
+                    difference=vars(point.difference), tokens=point.tokens, seconds=point.seconds) for point in points])

@@ -1,0 +1,133 @@
+"""A run as one HTML file that needs nothing else: no script, no network, pictures within. Needs matplotlib."""
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.monitoring.picture import draw
+from hrm_megatron.monitoring.run_folder import EVENT_FILES, RunFolder, Save
+from hrm_megatron.monitoring.scalars import Curve, Log
+from hrm_megatron.monitoring.status import LOSS, Progress, evaluations, last
+from hrm_megatron.training.console_lines import duration, thousands
+
+# What a reader asks first; all others stand folded below.
+SETTINGS = ("model_kind", "hrm_preset", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size",
+            "padded_vocab_size", "h_cycles", "l_cycles", "bp_min_steps", "bp_max_steps", "bp_warmup_fraction",
+            "norm_placement", "seq_length", "global_batch_size", "micro_batch_size", "train_iters", "lr", "min_lr",
+            "lr_warmup_iters", "weight_decay", "ema_decay", "clip_grad", "seed", "params_dtype", "world_size",
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "data_parallel_size",
+            "data_path", "train_data_path", "valid_data_path", "sampled_data_path", "split")
+EVALUATION_FILE = "evaluation/results.json"  # where docs/evaluation.md lets tools/evaluate.py write
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: .5em 0 1.5em } th, td { text-align: left; padding: .2em 1em .2em 0;
+border-bottom: 1px solid #ddd; vertical-align: top } img { max-width: 100% } code { font-size: 90% }"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+Rows = Iterable[Sequence[object]]
+
+
+def report(run: RunFolder, curves: Mapping[str, Curve], verified: Mapping[int, str]) -> str:
+    """Write the page; `verified` says by step what reading the bytes of a save found."""
+    title, measured = html.escape(run.name), tasks(run.folder / EVALUATION_FILE)
+    picture = base64.b64encode(draw({run.name: curves}, run.name)).decode()
+    parts = [
+        _section("Where it stands", _table((), standing(run, curves))),
+        _section("Curves", f'<img alt="curves of the run" src="data:image/png;base64,{picture}">'),
+        _section("Evaluation", _table(("part", "step", "loss", "accuracy", "exact"), _evaluations(curves))
+                 + _table(("task", "metric", "value", "questions"), measured)),
+        _section("Checkpoints", _table(("step", "saved", "size", "files", "contents"), _saves(run.saves(), verified))),
+        _section("Starts", _table(("begun", "first step", "last step"), starts(run))
+                 + _table(("Slurm job", "nodes", "from step", "to step", "end"), _attempts(run))),
+        _section("Settings", _table((), [(name, run.arguments[name]) for name in SETTINGS
+                                          if run.arguments.get(name, "None") != "None"])
+                 + _folded(f"all {len(run.arguments)}", _table((), run.arguments.items()))),
+    ]
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<style>{STYLE}</style></head>\n'
+            f"<body><h1>{title}</h1>\n{''.join(parts)}</body></html>\n")
+
+
+def standing(run: RunFolder, curves: Mapping[str, Curve]) -> list[tuple[str, object]]:
+    """List what a reader wants to know first."""
+    rows: list[tuple[str, object]] = [("folder", run.folder.resolve())]
+    if LOSS in curves:
+        progress = Progress.of(curves[LOSS], run.train_iters)
+        best = min(zip(curves[LOSS].values, curves[LOSS].steps, strict=True))
+        rows += [("last step", f"{progress.step:,}{f' of {progress.steps:,}' if progress.steps else ''}"),
+                 ("logged", _date(progress.logged)), ("loss", f"{curves[LOSS].values[-1]:.4f}"),
+                 ("lowest loss", f"{best[0]:.4f} at step {best[1]:,}"),
+                 ("a step takes", duration_of(progress.seconds_per_step))]
+    for name, curve, spelled in (("exact accuracy", "exact accuracy", "{:.1%}"), ("MFU", "MFU", "{:.1%}"),
+                                 ("tokens/s", "tokens per second", "{:,.0f}")):
+        if (value := last(curves, curve)) is not None:
+            rows.append((name, spelled.format(value)))
+    steps = run.bad_steps()
+    rows.append(("steps gone back from", ", ".join(map(str, steps)) or "none"))
+    return rows
+
+
+def duration_of(seconds: float | None) -> str:
+    """Spell the time of a step, which may be a fraction of a second."""
+    return "?" if seconds is None else f"{seconds:.3g}s" if seconds < 10 else duration(seconds)
+
+
+def starts(run: RunFolder) -> list[tuple[str, int, int]]:
+    """List (begun, first step, last step) of each start that logged a step."""
+    found = []
+    for file in sorted(run.log.glob(EVENT_FILES)) if run.log else ():
+        loss = Log(file).curves().get(LOSS)
+        if loss:
+            found.append((min(loss.times), loss.steps[0], loss.steps[-1]))
+    return [(_date(begun), first, end) for begun, first, end in sorted(found)]
+
+
+def tasks(file: Path) -> list[tuple[str, str, str, int]]:
+    """List what tools/evaluate.py found, if it wrote beside the run."""
+    if not file.exists():
+        return []
+    try:
+        return [(name, metric, f"{value['value']:.1%}" + (f" ± {value['stderr']:.1%}" if value["stderr"] else ""),
+                 int(task["questions"])) for name, task in json.loads(file.read_text())["tasks"].items()
+                for metric, value in task["metrics"].items()]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{file}: not what tools/evaluate.py writes ({error}); move it away") from error
+
+
+def _evaluations(curves: Mapping[str, Curve]) -> list[tuple[object, ...]]:
+    return [(part, f"{step:,}", f"{values.get(LOSS, math.nan):.4f}",
+             *(f"{values.get(metric, math.nan):.1%}" for metric in ("accuracy", "exact accuracy")))
+            for part, step, values in evaluations(curves)]
+
+
+def _saves(saves: Sequence[Save], verified: Mapping[int, str]) -> list[tuple[object, ...]]:
+    return [(f"{save.step:,}", _date(save.seconds), f"{thousands(save.size_bytes)}B",
+             save.state.replace(f"{save.folder}/", ""), verified.get(save.step, "not read")) for save in saves]
+
+
+def _attempts(run: RunFolder) -> list[tuple[object, ...]]:
+    return [(f"{one.job}.{one.restart}", " ".join(one.nodes), one.first_step, one.last_step,
+             f"{one.end}{f': {one.why}' if one.why else ''}") for one in run.attempts()]
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>\n{content or '<p>none</p>'}\n"
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{content}</details>" if content else ""
+
+
+def _table(columns: Sequence[str], rows: Rows) -> str:
+    """Make a table, or nothing where there are no rows."""
+    lines = ["<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]
+    head = "<tr>" + "".join(f"<th>{html.escape(column)}</th>" for column in columns) + "</tr>" if columns else ""
+    return f"<table>{head}{''.join(lines)}</table>" if lines else ""

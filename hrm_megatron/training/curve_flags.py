@@ -1,0 +1,29 @@
+"""When `--log-hrm-norms` (training/curves.py), `--log-loss-by-source` (training/source_losses.py) and `--run-report`
+(monitoring/report.py) are refused."""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+from hrm_megatron.config import ConfigError, refuse_beside
+
+NORMS, BY_SOURCE, REPORT = "--log-hrm-norms", "--log-loss-by-source", "--run-report"
+
+
+def check_curves(args: argparse.Namespace) -> None:
+    """Refuse curves that nobody could read, or that are not built."""
+    for flag, given in ((NORMS, args.log_hrm_norms), (BY_SOURCE, args.log_loss_by_source), (REPORT, args.run_report)):
+        if given and not args.tensorboard_dir:
+            raise ConfigError(f"{flag}: has no effect without --tensorboard-dir; give that too, or leave it out")
+        if given:
+            refuse_beside(flag, {"--skip-train": args.skip_train})
+    if args.run_report and not args.run_report.endswith((".html", ".htm")):
+        raise ConfigError(f"{REPORT} {args.run_report}: the report is HTML; let its name end with .html")
+    if args.run_report and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f'{REPORT} {args.run_report}: needs matplotlib, which is not installed; pip install -e '
+                          '".[monitor]"')
+    if args.log_hrm_norms and (args.use_torch_fsdp2 or args.use_megatron_fsdp):
+        raise ConfigError(f"{NORMS}: not built under FSDP; leave it or the FSDP flag out")
+    if args.log_loss_by_source and args.sampled_data_path:
+        raise ConfigError(f"{BY_SOURCE}: a folder of HRM-Text (--sampled-data-path {args.sampled_data_path}) does not "
+                          "say where its examples are from; leave one of them out")

@@ -1,0 +1,76 @@
+"""Write what became of a run as one HTML file: curves, evaluation, checkpoints, restarts, settings.
+
+    python tools/report_run.py runs/XL --output runs/XL/report.html
+    python tools/report_run.py runs/XL --output runs/XL/report.html --verify
+
+The file needs no network and has no scripts. It may be written at any time, also while the run trains.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from hrm_megatron.program import listen, one_line
+
+if __name__ == "__main__":
+    listen()
+
+from hrm_megatron.checkpoint.archive import DamagedError
+from hrm_megatron.checkpoint.manifest import write_aside
+from hrm_megatron.config import ConfigError
+from hrm_megatron.monitoring.run_folder import PARTIAL, RunFolder
+from hrm_megatron.monitoring.scalars import read_curves
+from hrm_megatron.training.console_lines import thousands
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN",
+                        help="folder that --save or --tensorboard-dir named, or the one around both")
+    parser.add_argument("--output", type=Path, required=True, metavar="HTML")
+    parser.add_argument("--verify", action="store_true",
+                        help="read every byte of all saves and hold it against its checksum")
+    return parser
+
+
+def verified(run: RunFolder) -> dict[int, str]:
+    """Read all saves; say what was found by step."""
+    from hrm_megatron.parallel.cpu import activate
+    from hrm_megatron.parallel.log_levels import be_quiet
+
+    be_quiet()
+    activate()
+    from hrm_megatron.checkpoint.verify import verify
+
+    found = {}
+    for save in run.saves():
+        if save.state == PARTIAL:
+            continue
+        try:
+            found[save.step] = f"verified, {thousands(verify(save.folder))}B"
+        except DamagedError as error:
+            found[save.step] = f"damaged: {error}"
+    return found
+
+
+def write(args: argparse.Namespace) -> None:
+    if args.output.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--output {args.output}: the report is HTML; let its name end with .html")
+    try:
+        from hrm_megatron.monitoring.report import report
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--output {args.output}: needs {error.name}, which is not installed; pip install -e "
+                          '".[monitor]"') from error
+    run = RunFolder.find(args.run)
+    curves = read_curves(run)
+    write_aside(args.output, report(run, curves, verified(run) if args.verify else {}))
+
+
+def main() -> int:
+    args = parser().parse_args()
+    return one_line(lambda: write(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

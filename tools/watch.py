@@ -1,0 +1,68 @@
+"""Watch a run in the terminal: where it stands, its curves, its saves; from its files, whether it runs or not.
+
+    python tools/watch.py runs/XL
+    python tools/watch.py runs/XL --once
+
+The folder is the one that --save or --tensorboard-dir named, or the one around both. Ctrl-C ends it.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from hrm_megatron.program import listen, one_line
+
+if __name__ == "__main__":
+    listen()
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.monitoring.run_folder import RunFolder
+from hrm_megatron.monitoring.scalars import Log
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS",
+                        help="between looks (default: %(default)s)")
+    parser.add_argument("--once", action="store_true", help="print one frame and end")
+    return parser
+
+
+def watch(args: argparse.Namespace) -> None:
+    if not args.every >= 0.1:
+        raise ConfigError(f"--every {args.every}: must be at least 0.1 seconds")
+    try:
+        from rich.console import Console, RenderableType
+        from rich.live import Live
+
+        from hrm_megatron.monitoring.dashboard import frame
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'tools/watch.py: needs {error.name}, which is not installed; pip install -e ".[monitor]"'
+                          ) from error
+    console = Console()
+    run = RunFolder.find(args.run)
+    log = Log(run.log) if run.log else None
+
+    def look() -> RenderableType:
+        return frame(run, log.curves() if log else {}, time.time(), console.width)
+    if args.once:
+        return console.print(look())
+    with Live(look(), console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        while True:
+            time.sleep(args.every)
+            if log is None:  # a run that has just begun
+                run = RunFolder.find(args.run)
+                log = Log(run.log) if run.log else None
+            live.update(look(), refresh=True)
+
+
+def main() -> int:
+    args = parser().parse_args()
+    return one_line(lambda: watch(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
