@@ -180,8 +180,11 @@ def main() -> None:
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     try:
         record(run, OneLineErrors(rank))(rank, ranks)
-    except (ConfigError, torch.OutOfMemoryError) as error:
-        print(one_line(error, rank), file=sys.stderr, flush=True)
+    except Exception as error:
+        line = one_line(error, rank)
+        if line is None:
+            raise
+        print(line, file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
