@@ -12,15 +12,13 @@ from hrm_megatron.training.error_file import one_line
 
 
 class Deadly(torch.utils.data.Dataset):
-    """Rows of which the third kills who reads it."""
+    """Rows that kill who reads them; none is handed over, for which the reader may wait in other code of torch."""
 
     def __len__(self):
         return 8
 
     def __getitem__(self, index):
-        if index == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return torch.tensor(index)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_worker_that_is_killed_is_named():
