@@ -58,6 +58,7 @@ from hrm_megatron.training.source_losses import find_sources, install_source_los
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 from hrm_megatron.training.summary import describe_model  # noqa: E402
 from hrm_megatron.training.verification import verify_end, verify_start  # noqa: E402
+from hrm_megatron.training.watchdog import install_watchdog  # noqa: E402
 
 log = logging.getLogger("hrm_megatron.pretrain")  # __name__ is __main__
 
@@ -111,10 +112,13 @@ def train(console: Console) -> None:
     guard_saves(args)
     install_loss_spikes(args)
     install_early_stopping(args, evaluation.validates)
+    watchdog = install_watchdog(args, step)
     reporter = install_console(args, console, step, rows_flops, evaluation)
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
         if not vp_stage:  # the first call, and the first moment at which there is a process group
+            if watchdog:
+                watchdog.begin()
             check_agreement(data.files)
             if args.verify_data:
                 verify_data(data.stores)
@@ -130,6 +134,8 @@ def train(console: Console) -> None:
     flush_scalars()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        if watchdog:
+            watchdog.end()
         torch.distributed.destroy_process_group()
     if args.run_report and args.rank == 0:
         write_report(args)
@@ -174,8 +180,11 @@ def main() -> None:
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     try:
         record(run, OneLineErrors(rank))(rank, ranks)
-    except (ConfigError, torch.OutOfMemoryError) as error:
-        print(one_line(error, rank), file=sys.stderr, flush=True)
+    except Exception as error:
+        line = one_line(error, rank)
+        if line is None:
+            raise
+        print(line, file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 

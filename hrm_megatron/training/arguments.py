@@ -169,6 +169,7 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="load a checkpoint without verifying its checksums")
     group.add_argument("--load-newest-valid", action="store_true",
                        help="resume from the newest iteration that verifies if the latest one is damaged")
+    group.add_argument("--most-recent-k", type=int, metavar="K", help="keep the last K checkpoints (default: all)")
     group.add_argument("--on-nonfinite", choices=POLICIES, default=ABORT,
                        help="a step whose gradients are not finite: end, do not take it, or also go back after several")
     group.add_argument("--rollback-after", type=int, metavar="K",
@@ -176,6 +177,8 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--on-loss-spike", choices=SPIKE_POLICIES, default=IGNORE,
                        help="a loss seven robust deviations over the median of the steps before: say so, or also go "
                             "back after several")
+    group.add_argument("--hang-timeout-minutes", type=float, metavar="M",
+                       help="when no rank gets on for so long, write all stacks, name the silent rank and end")
     group.add_argument("--log-hrm-norms", action="store_true",
                        help="write norms of z_H and z_L by tick, of the update and of the EMA's distance to "
                             "TensorBoard, every --tensorboard-log-interval steps")

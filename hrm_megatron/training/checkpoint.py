@@ -6,7 +6,9 @@ import functools
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ from hrm_megatron.checkpoint.folders import (
 )
 from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
 from hrm_megatron.checkpoint.manifest import TENSORS, write_aside
+from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.parallel.patching import temporarily
-from hrm_megatron.training.early_stopping import stopped_early
+from hrm_megatron.training.early_stopping import delete_older, stopped_early
 from hrm_megatron.training.finetune import choose_source, go_on
 from hrm_megatron.training.restarts import end_helpers_with_their_rank
 from hrm_megatron.training.resume import changes, check_model, check_plan, nothing_left, settle_schedule
@@ -170,8 +173,21 @@ def guard_saves(args: argparse.Namespace) -> None:
     stock_end: Callable[..., None] = megatron_training.maybe_finalize_async_save
     begun: list[int] = []
 
+    def record(folder: Path) -> None:
+        record_save(args, folder)
+        if not torch.distributed.get_rank():
+            delete_older(args, iteration_of(folder.name))
+
+    def without_megatrons_deletion() -> AbstractContextManager[None]:  # it comes before the manifest of what stays
+        return temporarily(args, save_retain_interval=None)
+
     def schedule(folder: Path, request: Any) -> None:
-        request.add_finalize_fn(functools.partial(record_save, args, folder))  # behind all of Megatron's own
+        scheduled = time.monotonic()
+
+        def finish() -> None:
+            record(folder)
+            log.info(f"checkpoint: {folder}: whole {time.monotonic() - scheduled:.1f} s after it was handed over")
+        request.add_finalize_fn(finish)  # behind all of Megatron's own
         stock_schedule(request)
 
     def refuse(iteration: int, error: OSError | CheckpointException) -> ConfigError:
@@ -191,17 +207,19 @@ def guard_saves(args: argparse.Namespace) -> None:
         torch.distributed.barrier()
         begun.append(iteration)
         try:
-            with temporarily(checkpointing, schedule_async_save=functools.partial(schedule, folder)):
+            with without_megatrons_deletion(), temporarily(checkpointing,
+                                                           schedule_async_save=functools.partial(schedule, folder)):
                 stock(iteration, *rest, **options)
             if not args.async_save:
-                record_save(args, folder)
+                record(folder)
         except (OSError, CheckpointException) as error:
             raise refuse(iteration, error) from error
 
     @functools.wraps(stock_end)
     def maybe_finalize_async_save(*rest: Any, **options: Any) -> None:
         try:
-            stock_end(*rest, **options)
+            with without_megatrons_deletion():
+                stock_end(*rest, **options)
         except (OSError, CheckpointException) as error:  # of the oldest save that has not come to its end
             whole = set(complete_iterations(Path(args.save)))
             raise refuse(next((i for i in begun if f"iter_{i:07d}" not in whole), begun[-1]), error) from error

@@ -74,7 +74,8 @@ def evaluation_line(step: int, steps: int, part: str, means: dict[str, float], s
 
 def saved_line(step: int, steps: int, folder: str, seconds: float, in_background: bool) -> str:
     """Say that a checkpoint is there, or being written; its path is never cut."""
-    done = "is being saved in the background" if in_background else f"saved in {duration(seconds)}"
+    done = (f"is being saved in the background, training waited {seconds:.1f} s" if in_background else
+            f"saved in {duration(seconds)}")
     return f"{_place(step, steps)}  {done}: {folder}"
 
 

@@ -9,18 +9,17 @@ import functools
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.training import checkpointing
 from megatron.training import training as megatron_training
 
 from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.manifest import write_aside
+from hrm_megatron.checkpoint.retention import delete, expendable
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.patching import around
 from hrm_megatron.training.evaluation import ON_TEST_SET
@@ -86,6 +85,19 @@ def stopped_early(args: argparse.Namespace, iteration: int) -> str | None:
     return f"stopped early at iteration {iteration}, nothing to train; {record.describe_best(args.save)}"
 
 
+def delete_older(args: argparse.Namespace, latest: int) -> None:
+    """Delete what --most-recent-k and --save-retain-interval leave out, now that `latest` is saved; on one rank."""
+    if not (args.most_recent_k or args.save_retain_interval):
+        return
+    save = Path(args.save)
+    best = Record.read(save, latest).best if args.early_stopping else None
+    try:
+        delete(save, expendable(save, latest, args.most_recent_k or 1, args.save_retain_interval,
+                                [] if best is None else [best]))
+    except OSError as error:
+        log.warning(f"checkpoint: cannot delete older iterations in {save} ({error}); they stay")
+
+
 def install_early_stopping(args: argparse.Namespace, validates: bool) -> None:
     """Let Megatron's loop end a run as --early-stopping asks. Call it behind `guard_saves`."""
     if not args.early_stopping:
@@ -103,8 +115,6 @@ def install_early_stopping(args: argparse.Namespace, validates: bool) -> None:
     megatron_training.save_checkpoint = around(megatron_training.save_checkpoint, stopping.save_checkpoint)
     megatron_training.checkpoint_and_decide_exit = around(megatron_training.checkpoint_and_decide_exit,
                                                            stopping.checkpoint_and_decide_exit)
-    checkpointing._async_delete_checkpoint_impl = around(checkpointing._async_delete_checkpoint_impl,
-                                                          stopping.delete_checkpoint)
 
 
 class EarlyStopping:
@@ -164,17 +174,10 @@ class EarlyStopping:
         return ends or tired
 
     def keep(self, iteration: int) -> None:
-        """Write down what was measured; with --save-retain-interval the best iteration of before may go."""
+        """Write down what was measured; the best iteration of before may go where others do."""
         former, self.kept = self.kept, self.record.best
         if torch.distributed.get_rank():
             return
         self.record.write(self.save)
-        interval = self.args.save_retain_interval
-        if interval and former not in (None, self.kept, self.saved) and former % interval:
-            shutil.rmtree(self.save / f"iter_{former:07d}", ignore_errors=True)
-
-    def delete_checkpoint(self, stock: Callable[..., None], save: str, iteration: int, *rest: Any,
-                          **options: Any) -> None:
-        """Keep the best iteration where --save-retain-interval would delete it."""
-        if iteration != self.kept:
-            stock(save, iteration, *rest, **options)
+        if former != self.kept and self.saved:
+            delete_older(self.args, self.saved)

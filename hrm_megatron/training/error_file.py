@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 
 import torch
@@ -11,6 +12,8 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from hrm_megatron.config import ConfigError
 from hrm_megatron.training.memory import LESS_MEMORY
 
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\)")  # torch's words, in which its process id is
+
 
 def one_line(error: BaseException, rank: int) -> str | None:
     """The line that says all about an error; None for one that needs its traceback."""
@@ -18,6 +21,10 @@ def one_line(error: BaseException, rank: int) -> str | None:
         return f"error: {error}"
     if isinstance(error, torch.OutOfMemoryError):
         return f"error: rank {rank}: {str(error).splitlines()[0]} {LESS_MEMORY}"
+    if isinstance(error, RuntimeError) and DEAD_WORKER.match(str(error)):
+        what = str(error).splitlines()[0].strip()
+        return (f"error: rank {rank}: {what}; a process that reads data was killed, often for want of main "
+                "memory: start the same command again, with fewer --num-workers if it comes back")
     return None
 
 

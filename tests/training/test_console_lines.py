@@ -75,7 +75,8 @@ def test_evaluations_and_saves_are_a_line_each():
     assert evaluation_line(400, 400, "test", dict(means, accuracy=math.nan), 3.2, 50) \
         == "step 400/400  test: loss 1.3846  accuracy nan%  ex"
     assert saved_line(7, 10, "/runs/a/iter_0000007", 75.2, False) == "step  7/10  saved in 1m15s: /runs/a/iter_0000007"
-    assert saved_line(7, 10, "/r", 0.1, True) == "step  7/10  is being saved in the background: /r"
+    assert saved_line(7, 10, "/r", 0.1, True) == (
+        "step  7/10  is being saved in the background, training waited 0.1 s: /r")
 
 
 @pytest.mark.parametrize("seconds, text", [

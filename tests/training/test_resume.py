@@ -1,4 +1,5 @@
 """A run that stopped, or was killed while it saved, goes on as if nothing had happened."""
+import re
 import shutil
 import textwrap
 
@@ -50,7 +51,11 @@ def test_a_save_in_the_background_is_the_same_save(launch, fullbatch_arguments, 
     run = launch(*fullbatch_arguments, "--load", native_start, "--save", tmp_path, "--save-interval", 6, *IN_BACKGROUND,
                  "--exit-interval", 12, ranks=ranks)
     assert run.code == 0, run.output[-3000:]
-    assert "step 12/24  is being saved in the background: " in run.last_output
+    assert re.search(r"step 12/24  is being saved in the background, training waited \d+\.\d s: ", run.last_output)
+    whole = re.findall(r"checkpoint: \S+/iter_00000(06|12): whole \d+\.\d s after it was handed over", run.output)
+    assert whole == ["06", "12"], run.output
+    stalls = scalars(uninterrupted / "log", "seconds of save")
+    assert set(stalls) == {12, 24} and min(stalls.values()) > 0
     assert complete_iterations(tmp_path) == ["iter_0000006", "iter_0000012"]
     assert (tmp_path / TRACKER_FILE).read_text() == "12"
     manifests = [read_manifest(tmp_path / name) for name in complete_iterations(tmp_path)]

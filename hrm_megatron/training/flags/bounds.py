@@ -37,5 +37,6 @@ BOUNDS: dict[str, Bounds | None] = {
     "--async-ckpt-cpu-priority": (0, 19), "--async-ckpt-io-priority": (0, 3), "--straggler-ctrlr-port": (1, 65535),
     "--fault-injector-seed": None,
     "--ema-decay": (0, 1), "--init-std": (0, ANY_LARGER), "--pipeline-window": (1, ANY_LARGER),  # ours
-    **dict(_at_least(1, "--epochs --early-stopping --eval-tasks-limit --eval-tasks-new-tokens")),
+    "--hang-timeout-minutes": (0.1, ANY_LARGER),
+    **dict(_at_least(1, "--epochs --early-stopping --eval-tasks-limit --eval-tasks-new-tokens --most-recent-k")),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.planner.layout import check_rows
+from hrm_megatron.training.heartbeats import BACKSTOP
 
 FOLDERS = ("save", "load", "pretrained_checkpoint", "tensorboard_dir", "wandb_save_dir", "data_cache_path",
            "sampled_data_path")
@@ -35,6 +36,9 @@ def check_values(args: argparse.Namespace, cuda: bool) -> None:
             raise ConfigError(f"{_flag(name)} {interval}: is no multiple of {_flag(unit)} {getattr(args, unit)}; "
                               "choose one")
     _check_recomputation(args)
+    _check_hang_timeout(args)
+    if args.most_recent_k and not args.save:
+        raise ConfigError(f"--most-recent-k {args.most_recent_k}: has no effect without --save; give that too")
     if args.wandb_project and not (args.wandb_save_dir or args.save):
         raise ConfigError(f"--wandb-project {args.wandb_project}: there is no folder for its files; give --save or "
                           "--wandb-save-dir")
@@ -56,6 +60,19 @@ def _check_recomputation(args: argparse.Namespace) -> None:
     if args.recompute_granularity == "selective":
         refuse_beside("--recompute-granularity selective", {"--recompute-method": args.recompute_method,
                                                             "--recompute-num-layers": args.recompute_num_layers})
+
+
+def _check_hang_timeout(args: argparse.Namespace) -> None:
+    """Refuse a time that would never come, and one without a place for what it writes."""
+    if args.hang_timeout_minutes is None:
+        return
+    flag = f"--hang-timeout-minutes {args.hang_timeout_minutes:g}"
+    if not args.save:
+        raise ConfigError(f"{flag}: ranks tell each other where they are by files in --save; give that too")
+    if args.hang_timeout_minutes * BACKSTOP >= args.distributed_timeout_minutes:
+        raise ConfigError(f"{flag}: the collectives end the run after --distributed-timeout-minutes "
+                          f"{args.distributed_timeout_minutes}, before a silent rank is named; give more than "
+                          f"{args.hang_timeout_minutes * BACKSTOP:g} there, or less here")
 
 
 def check_batch(args: argparse.Namespace) -> None:

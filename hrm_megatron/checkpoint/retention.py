@@ -1,0 +1,48 @@
+"""Which iterations of a run are deleted, once a newer one is whole and its manifest says so."""
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from hrm_megatron.checkpoint.archive import DamagedError
+from hrm_megatron.checkpoint.folders import complete_iterations
+from hrm_megatron.checkpoint.manifest import read_manifest
+
+ASIDE = ".deleted"
+
+
+def is_whole(folder: Path) -> bool:
+    """Tell whether the manifest of an iteration is there, and all files that it lists are as long as it says."""
+    manifest = read_manifest(folder, or_none=True)
+    try:
+        if manifest:
+            manifest.check_sizes()
+    except DamagedError:
+        return False
+    return manifest is not None
+
+
+def expendable(save: Path, latest: int, keep: int, interval: int | None, protected: Collection[int]) -> list[int]:
+    """Return the iterations before `latest` that may go: all but the last `keep`, multiples of `interval`, and those
+    that are protected.
+
+    Only whole iterations count as kept, and only they go: what is damaged is no copy of anything, and whoever looks for
+    the reason wants it. Nothing goes unless `latest` is whole. Iteration 0 is what a run began with, not its own.
+    """
+    numbers = [int(name.removeprefix("iter_")) for name in complete_iterations(save)]
+    whole = [number for number in numbers if number <= latest and is_whole(save / f"iter_{number:07d}")]
+    if latest not in whole:
+        return []
+    stays = {0, *whole[-keep:], *protected}
+    return [number for number in whole if number not in stays and not (interval and number % interval == 0)
+            and not (save / f"iter_{number:07d}").is_symlink()]
+
+
+def delete(save: Path, iterations: Collection[int]) -> None:
+    """Delete iterations so that a kill leaves none that looks whole and is not; finish what a kill has left."""
+    for number in iterations:
+        folder = save / f"iter_{number:07d}"
+        folder.rename(save / f".{folder.name}{ASIDE}")
+    for folder in save.glob(f".iter_*{ASIDE}"):
+        shutil.rmtree(folder)

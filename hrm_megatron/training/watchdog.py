@@ -1,0 +1,166 @@
+"""Ranks that hang: all stacks are written, the silent rank is named, and the run ends for its launcher to restart it.
+
+The main thread of a rank notes where it is, which costs a few assignments a step. A thread beside it writes that to a
+file (training/heartbeats.py) and looks how long ago it was. The first rank that has not got on for the time raises the
+alarm; every rank that still runs then writes its stacks, and the lowest of them names the silent ones.
+"""
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import logging
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from megatron.training import training as megatron_training
+
+from hrm_megatron.checkpoint.manifest import write_aside
+from hrm_megatron.config import ConfigError
+from hrm_megatron.parallel.patching import around
+from hrm_megatron.training import heartbeats
+from hrm_megatron.training.error_file import OneLineErrors
+from hrm_megatron.training.heartbeats import BACKSTOP, Beat, answers, describe_hang, read_beats, write_beat
+from hrm_megatron.training.step import TrainingStep
+
+BEATS, STACKS, ALARM, VERDICT = "heartbeats", "stacks", "alarm", "verdict"
+BEATS_IN_TIMEOUT = 20
+GRACE_BEATS = 4  # between two looks at the others: as many beats of each that runs, and its stacks
+EXIT_CODE = 1
+
+log = logging.getLogger(__name__)
+
+
+class HangError(ConfigError):
+    """What torchrun repeats when a run has ended for a hang."""
+
+
+class Watchdog:
+    """Where this rank is, and the thread that looks at it."""
+
+    def __init__(self, save: Path, timeout_seconds: float, running_step: Callable[[], int]) -> None:
+        self.save, self.timeout_seconds, self.running_step = save, timeout_seconds, running_step
+        self.interval_seconds = timeout_seconds / BEATS_IN_TIMEOUT
+        self.phase, self.step, self.since, self.count = heartbeats.START, 0, time.monotonic(), 0
+        self.ended = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def mark(self, phase: str) -> None:
+        """Note that this rank has got on."""
+        self.phase, self.step, self.since = phase, self.running_step(), time.monotonic()
+
+    def begin(self) -> None:
+        """Begin to look; all ranks call it together."""
+        self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        name = [uuid.uuid4().hex]
+        torch.distributed.broadcast_object_list(name)  # alarms of an earlier start are none of this one
+        self.folder = self.save / BEATS / name[0]
+        if self.rank == 0:
+            shutil.rmtree(self.save / BEATS, ignore_errors=True)
+        torch.distributed.barrier()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.mark(heartbeats.START)
+        self.thread = threading.Thread(target=self.look, daemon=True, name="watchdog")
+        self.thread.start()
+
+    def end(self) -> None:
+        """Look no more: the run has come to its end."""
+        self.ended.set()
+        if self.thread:
+            self.thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def look(self) -> None:
+        """Write beats until the run ends, or hangs."""
+        awake = time.monotonic()
+        while not self.ended.is_set():
+            now = time.monotonic()
+            if now - awake > self.timeout_seconds / 2:  # the whole process was stopped, perhaps with all others
+                self.since = now
+            awake = now
+            try:
+                self.beat()
+                if (self.folder / ALARM).exists() or now - self.since > self.timeout_seconds:
+                    self.sound()
+            except OSError as error:  # the storage: what ends the run, if it lasts, is below
+                log.warning(f"hang: rank {self.rank} cannot write to {self.folder} ({error})")
+            self.ended.wait(self.interval_seconds)
+
+    def beat(self) -> None:
+        faulthandler.dump_traceback_later(self.timeout_seconds * BACKSTOP, exit=True, file=2)
+        self.count += 1
+        write_beat(self.folder, Beat(self.rank, platform.node(), self.count, self.step, self.phase,
+                                     time.monotonic() - self.since))
+
+    def beat_for(self, beats: int) -> None:
+        for _ in range(beats):
+            time.sleep(self.interval_seconds)
+            self.beat()
+
+    def sound(self) -> NoReturn:
+        """Write stacks, see who answers, and end."""
+        (self.folder / ALARM).touch()
+        self.dump()
+        self.beat_for(GRACE_BEATS)  # all that run have seen the alarm
+        before = read_beats(self.folder, self.ranks)
+        self.beat_for(GRACE_BEATS)
+        now = read_beats(self.folder, self.ranks)
+        first = next((rank for rank in range(self.ranks) if answers(before[rank], now[rank])), self.rank)
+        verdict = self.folder / VERDICT
+        if self.rank == first:
+            line = f"hang: {describe_hang(before, now)}; stacks of all that answer are in {self.save / STACKS}"
+            print(line, file=sys.stderr, flush=True)
+            write_aside(verdict, line)
+        for _ in range(GRACE_BEATS):
+            if not verdict.exists():
+                self.beat_for(1)
+        # The launcher ends all ranks when the first has ended.
+        OneLineErrors(self.rank).record_exception(HangError(verdict.read_text() if verdict.exists() else "hang"))
+        os._exit(EXIT_CODE)
+
+    def dump(self) -> None:
+        """Write the stacks of all threads, to standard error too."""
+        folder = self.save / STACKS
+        folder.mkdir(exist_ok=True)
+        partial = folder / f".rank-{self.rank}.txt.{uuid.uuid4().hex}"
+        with partial.open("w") as file:
+            file.write(f"rank {self.rank} on {platform.node()}, step {self.step}, '{self.phase}' for "
+                       f"{time.monotonic() - self.since:.0f} s\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
+        partial.replace(folder / f"rank-{self.rank}.txt")
+        faulthandler.dump_traceback(2)
+
+
+def install_watchdog(args: argparse.Namespace, step: TrainingStep) -> Watchdog | None:
+    """Let Megatron's loop and our step note where a rank is, if the user asks for it."""
+    if args.hang_timeout_minutes is None:
+        return None
+    dog = Watchdog(Path(args.save), args.hang_timeout_minutes * 60, step.running_step)
+
+    def marked(during: str, after: str) -> Callable[..., Any]:
+        def run(stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
+            dog.mark(during)
+            try:
+                return stock(*rest, **options)
+            finally:
+                dog.mark(after)
+        return run
+    for name, during, after in (("load_checkpoint", heartbeats.LOAD, heartbeats.START),
+                                ("finalize_model_grads", heartbeats.GRADIENTS, heartbeats.OPTIMIZER),
+                                ("training_log", heartbeats.LOGS, heartbeats.LOGS),
+                                ("evaluate", heartbeats.EVALUATION, heartbeats.LOGS),
+                                ("save_checkpoint", heartbeats.SAVE, heartbeats.LOGS)):
+        setattr(megatron_training, name, around(getattr(megatron_training, name), marked(during, after)))
+    read, forward = marked(heartbeats.READING, heartbeats.FORWARD), marked(heartbeats.FORWARD, heartbeats.BETWEEN)
+    step.micro_batch = around(step.micro_batch, read)  # type: ignore[method-assign]
+    step.forward = around(step.forward, forward)  # type: ignore[method-assign]
+    return dog
