@@ -41,8 +41,8 @@ class Prefill:
         keys[self.blocks, :, :, self.places] = key.squeeze(1)
         values[self.blocks, :, self.places] = value.squeeze(1)
         prompts = zip(*(part.permute(1, 2, 0, 3).split(self.lengths, 2) for part in (query, key, value)), strict=True)
-        found = [F.scaled_dot_product_attention(*prompt, is_causal=self.causal)[0].transpose(0, 1).flatten(1)
-                 for prompt in prompts]
+        found = [F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)[0].transpose(0, 1).flatten(1)
+                 for q, k, v in prompts]
         return gated(torch.cat(found), gate)
 
 

@@ -37,7 +37,7 @@ from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, 
 from hrm_megatron.training.ablations import add_ablations, check_ablations
 from hrm_megatron.training.bad_steps import ABORT, IGNORE, POLICIES, ROLLBACK_AFTER, SPIKE_POLICIES, check_policy
 from hrm_megatron.training.checkpoint_args import take_model
-from hrm_megatron.training.curve_flags import check_curves
+from hrm_megatron.training.curve_flags import add_curves, check_curves
 from hrm_megatron.training.evaluation import EVAL_WEIGHTS, RAW
 from hrm_megatron.training.finetune import SOURCES, fill_settings, settle_folders
 from hrm_megatron.training.flags.check import check_flags, given
@@ -179,13 +179,7 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                             "back after several")
     group.add_argument("--hang-timeout-minutes", type=float, metavar="M",
                        help="when no rank gets on for so long, write all stacks, name the silent rank and end")
-    group.add_argument("--log-hrm-norms", action="store_true",
-                       help="write norms of z_H and z_L by tick, of the update and of the EMA's distance to "
-                            "TensorBoard, every --tensorboard-log-interval steps")
-    group.add_argument("--log-loss-by-source", action="store_true",
-                       help="likewise the loss of the labels of each source, of each dataset if they have many")
-    group.add_argument("--run-report", metavar="FILE",
-                       help="write what became of the run as one HTML file when training is done")
+    add_curves(group)
     group.add_argument("--verbose", action="store_true",
                        help="print Megatron's own output too (default: to a file in --save or --tensorboard-dir)")
     for action in parser._actions:

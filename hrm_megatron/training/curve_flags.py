@@ -10,6 +10,16 @@ from hrm_megatron.config import ConfigError, refuse_beside
 NORMS, BY_SOURCE, REPORT = "--log-hrm-norms", "--log-loss-by-source", "--run-report"
 
 
+def add_curves(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(NORMS, action="store_true",
+                       help="write norms of z_H and z_L by tick, of the update and of the EMA's distance to "
+                            "TensorBoard, every --tensorboard-log-interval steps")
+    group.add_argument(BY_SOURCE, action="store_true",
+                       help="likewise the loss of the labels of each source, of each dataset if they have many")
+    group.add_argument(REPORT, metavar="FILE",
+                       help="write what became of the run as one HTML file when training is done")
+
+
 def check_curves(args: argparse.Namespace) -> None:
     """Refuse curves that nobody could read, or that are not built."""
     for flag, given in ((NORMS, args.log_hrm_norms), (BY_SOURCE, args.log_loss_by_source), (REPORT, args.run_report)):

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import time
+import traceback
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
@@ -21,11 +23,18 @@ def one_line(error: BaseException, rank: int) -> str | None:
         return f"error: {error}"
     if isinstance(error, torch.OutOfMemoryError):
         return f"error: rank {rank}: {str(error).splitlines()[0]} {LESS_MEMORY}"
-    if isinstance(error, RuntimeError) and DEAD_WORKER.match(str(error)):
-        what = str(error).splitlines()[0].strip()
-        return (f"error: rank {rank}: {what}; a process that reads data was killed, often for want of main "
-                "memory: start the same command again, with fewer --num-workers if it comes back")
+    what = str(error).partition("\n")[0].strip()
+    if (isinstance(error, RuntimeError) and DEAD_WORKER.match(what)) or (
+            isinstance(error, (ConnectionError, EOFError)) and _reads_from_workers(error)):
+        return (f"error: rank {rank}: {what or type(error).__name__}; a process that reads data was killed, often for "
+                "want of main memory: start the same command again, with fewer --num-workers if it comes back")
     return None
+
+
+def _reads_from_workers(error: BaseException) -> bool:
+    """Say whether it came up where torch takes tensors over from a process that reads data."""
+    return any(Path(frame.f_code.co_filename).match("torch/utils/data/*.py")
+               for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 class OneLineErrors(ErrorHandler):

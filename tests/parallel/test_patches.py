@@ -102,8 +102,6 @@ STOCK = [
     ("megatron.training.training", "save_checkpoint_and_time",
      "(iteration, model, optimizer, opt_param_scheduler, num_floating_point_operations_so_far, "
      "checkpointing_context, non_persistent_ckpt=False, train_data_iterator=None)"),
-    ("megatron.training.checkpointing", "_async_delete_checkpoint_impl",
-     "(save_path, iteration_to_delete, log_progress=False, lower_priority=False, cpu_priority=None, io_priority=None)"),
     # hrm_megatron/optim/sharded.py, hrm_megatron/training/fsdp.py
     ("megatron.core.optimizer", "FP32Optimizer", "(optimizer, config, init_state_fn)"),
     ("megatron.core.optimizer", "Float16OptimizerWithFloat16Params", "(optimizer, config, grad_scaler, init_state_fn)"),
