@@ -59,8 +59,8 @@ torch.Tensor.float = lambda self: self if self.dtype == torch.float64 else stock
 torch.Tensor.type = lambda self, *dtype, **rest: stock_type(self, *dtype, **rest) if dtype else stock_type(
     self).replace("Double", "Float")
 
-def parse_arguments(vocab_size_of):
-    args = parse(vocab_size_of)
+def parse_arguments(*given):
+    args = parse(*given)
     args.params_dtype, args.use_distributed_optimizer, args.gradient_accumulation_fusion = torch.float64, False, False
     return args
 
