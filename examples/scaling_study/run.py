@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import time
@@ -28,10 +27,9 @@ if __name__ == "__main__":
 
 from examples.demo.commands import CommandFailed, python, run  # noqa: E402
 from examples.demo.progress import minutes  # noqa: E402
+from examples.recorded import recorded  # noqa: E402
 from examples.scaling_study.plan import FIRST_LR, Run, Study, best_multiples  # noqa: E402
 from hrm_megatron.config import ConfigError  # noqa: E402
-from hrm_megatron.data.text_files import read_lines  # noqa: E402
-from hrm_megatron.generate.answer_file import AnswerFile, check_settings, write_settings  # noqa: E402
 
 FULL = Study((64, 96, 160, 224, 320), (90_112, 180_224, 359_424, 716_800), 416, (64, 160, 320))
 QUICK = Study((32, 48, 64), (2048, 3072, 4096), 80, (32,), multiples=(1.0, 2.0))
@@ -94,7 +92,7 @@ def study(args: argparse.Namespace) -> None:
 
 def all_runs(planned: Study, folder: Path, settings: Mapping[str, Any], train: Trainer) -> list[dict[str, Any]]:
     """Search the rates, print where they are best, and return the rows of the runs to fit and to predict."""
-    trials = recorded(folder / "rates.jsonl", settings, planned.trials(), train)
+    trials = recorded(folder / "rates.jsonl", settings, planned.trials(), train, described)
     best = best_multiples(planned, [trial["loss"] for trial in trials])
     print(rates_table(planned, [trial["loss"] for trial in trials]), flush=True)
     narrowest = {model: best[model, min(planned.widths)] for model in planned.models}
@@ -103,30 +101,13 @@ def all_runs(planned: Study, folder: Path, settings: Mapping[str, Any], train: T
         said = "the best at every width that was tried" if not others else "the best at the narrowest; " + ", ".join(
             f"at width {width} it is {found:g}" for width, found in others.items())
         print(f"{model}: {multiple:g} x the rule's rate is {said}", flush=True)
-    return recorded(folder / "runs.jsonl", dict(settings, multiples=narrowest), list(planned.runs(narrowest)), train)
+    return recorded(folder / "runs.jsonl", dict(settings, multiples=narrowest), list(planned.runs(narrowest)), train,
+                    described)
 
 
-def recorded(path: Path, settings: Mapping[str, Any], runs: Sequence[Run], train: Trainer) -> list[dict[str, Any]]:
-    """Return a row for each run, training those that the file does not have yet; one of other settings is refused."""
-    note, settings = path.with_name(f"{path.stem}.settings.json"), json.loads(json.dumps(settings))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if note.exists():
-        check_settings(note, settings, f"{path.name}*", path, ", or choose another --output")
-    elif path.exists():
-        raise ConfigError(f"{path}: is not of this example, which keeps {note.name} beside it; choose another --output")
-    else:
-        write_settings(note, settings)
-    if not path.exists():
-        with AnswerFile(path, settings) as file:
-            for number, one in enumerate(runs[file.done:], file.done + 1):
-                began = time.monotonic()
-                row = train(one)
-                file.write(row)
-                print(f"{path.stem} {number}/{len(runs)}: {one.model} of width {one.width}, "
-                      f"{row['parameters'] / 1e6:.2f} M parameters, {one.tokens:,} tokens, lr {one.lr:.3g}: loss "
-                      f"{row['loss']:.4f} in {time.monotonic() - began:.0f} s", flush=True)
-            file.finish()
-    return [json.loads(line) for line in read_lines(path)]
+def described(row: Mapping[str, Any]) -> str:
+    return (f"{row['model']} of width {row['width']}, {row['parameters'] / 1e6:.2f} M parameters, {row['tokens']:,} "
+            f"tokens, lr {row['lr']:.3g}: loss {row['loss']:.4f}")
 
 
 def rates_table(planned: Study, losses: Sequence[float]) -> str:

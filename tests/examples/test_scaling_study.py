@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from examples.recorded import recorded
 from examples.scaling_study.plan import TOKENS_PER_STEP, Run, Study, best_multiples
-from examples.scaling_study.run import FULL, QUICK, all_runs, main, recorded
+from examples.scaling_study.run import FULL, QUICK, all_runs, described, main
 from hrm_megatron.config import ConfigError
 from hrm_megatron.planner.scaling_law import read_runs
 
@@ -82,12 +83,12 @@ def test_an_interrupted_study_goes_on_and_ends_as_a_whole_one(tmp_path, capsys):
 
 
 def test_runs_of_other_settings_and_of_others_are_refused(tmp_path):
-    recorded(tmp_path / "runs.jsonl", {"data": "x"}, SMALL.trials()[:2], made_row)
+    recorded(tmp_path / "runs.jsonl", {"data": "x"}, SMALL.trials()[:2], made_row, described)
     with pytest.raises(ConfigError, match="runs.jsonl: was begun with data='x', not 'y'.*choose another --output"):
-        recorded(tmp_path / "runs.jsonl", {"data": "y"}, SMALL.trials()[:2], made_row)
+        recorded(tmp_path / "runs.jsonl", {"data": "y"}, SMALL.trials()[:2], made_row, described)
     (tmp_path / "rates.jsonl").write_text("mine\n")
     with pytest.raises(ConfigError, match=r"rates.jsonl: is not of this example"):
-        recorded(tmp_path / "rates.jsonl", {}, SMALL.trials(), made_row)
+        recorded(tmp_path / "rates.jsonl", {}, SMALL.trials(), made_row, described)
     assert (tmp_path / "rates.jsonl").read_text() == "mine\n"
 
 

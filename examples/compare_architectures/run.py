@@ -1,0 +1,139 @@
+"""Compare HRM with HRM-Text's baselines at equal FLOPs, on the demo's questions (`make demo` first).
+
+Every architecture trains for as many steps as cost what the HRM's cost, counted (within 1 %), at the best of the same
+learning rates, from several seeds of weights and rows. What is printed and drawn is the validation loss and the share
+of validation questions that are answered exactly, against FLOPs. The same command goes on where it was interrupted.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # for a start by path
+
+from hrm_megatron.program import listen, one_line  # noqa: E402
+
+if __name__ == "__main__":
+    listen()
+
+from examples.compare_architectures.plan import Plan, Run, best_rates  # noqa: E402
+from examples.demo.progress import minutes  # noqa: E402
+from examples.recorded import recorded  # noqa: E402
+from hrm_megatron.checkpoint.manifest import write_aside  # noqa: E402
+from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.model_types import MODEL_TYPES  # noqa: E402
+
+FULL = Plan(350, (1e-3, 2e-3, 4e-3), 3, 10)
+QUICK = Plan(60, (2e-3,), 2, 2, ("hrm", "transformer"))
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes
+    return one_line(lambda: compare(args))
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), metavar="DIR",
+                        help="what the demo left: its questions as token ids (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare_architectures"), metavar="DIR",
+                        help="folder for the results (default: %(default)s)")
+    parser.add_argument("--hrm-steps", type=int, metavar="N",
+                        help=f"steps of the HRM, whose FLOPs all have (default: {FULL.hrm_steps})")
+    parser.add_argument("--rates", type=float, nargs="+", metavar="LR", help=f"learning rates (default: {FULL.rates})")
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"(default: {FULL.seeds})")
+    parser.add_argument("--models", nargs="+", metavar="TYPE", help=f"(default: {' '.join(FULL.models)})")
+    parser.add_argument("--quick", action="store_true",
+                        help="few steps of two models, to see in minutes whether everything runs")
+    return parser.parse_args(arguments)
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    given = {name: getattr(args, name) for name in ("hrm_steps", "rates", "seeds", "models")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.quick and given:
+        raise ConfigError(f"--quick has sizes of its own; leave it or --{next(iter(given)).replace('_', '-')} out")
+    return QUICK if args.quick else Plan(**{**vars(FULL), **given})
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Do all runs that are not there yet, and print and draw what came out."""
+    began, plan = time.monotonic(), plan_of(args)
+    prefixes = [args.demo / "stores" / name for name in ("train", "valid")]
+    for path in (*(prefix.with_suffix(".json") for prefix in prefixes), args.demo / "tokenizer"):
+        if not path.exists():
+            raise ConfigError(f"--demo {args.demo}: no {path.relative_to(args.demo)} in it; run `make demo`, or give "
+                              "the folder of one")
+    from examples.compare_architectures import picture, train
+    from hrm_megatron.data.tokenizer import TextTokenizer
+    from hrm_megatron.parallel.single import single_rank
+
+    vocab_size = TextTokenizer(args.demo / "tokenizer").vocab_size
+    data = hashlib.sha256(b"".join(prefix.with_suffix(".json").read_bytes() for prefix in prefixes)).hexdigest()
+    with single_rank():
+        rows = all_runs(plan, args.output, dict(asdict(plan), data=data),
+                        lambda run: train.train(plan, run, *prefixes, vocab_size))
+    print(f"this start took {minutes(time.monotonic() - began)}\n\n{table(plan, rows)}", flush=True)
+    write_aside(args.output / "table.json", json.dumps(figures(plan, rows), indent=1) + "\n")
+    write_aside(args.output / "architectures.png", picture.draw(chosen(plan, rows)))
+
+
+def all_runs(plan: Plan, folder: Path, settings: Mapping[str, Any], train: Callable[[Run], Row]) -> list[Row]:
+    """Return the rows of all runs: those that look for the best rate, then the other seeds at these."""
+    rows = recorded(folder / "rates.jsonl", settings, plan.trials(), train, described)
+    best = best_rates(rows)
+    return rows + recorded(folder / "seeds.jsonl", dict(settings, best=best), plan.repeats(best), train, described)
+
+
+def described(row: Row) -> str:
+    return (f"{row['model']}, lr {row['lr']:g}, seed {row['seed']}: {row['steps']} steps, {row['flops'][-1]:.3g} FLOPs "
+            f"({row['of_budget'] - 1:+.2%} as planned), loss {row['loss'][-1]:.4f}, {row['exact'][-1]:.1%} exact")
+
+
+def chosen(plan: Plan, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the runs of each model at its best rate, one of each seed."""
+    best = best_rates(rows[:len(plan.trials())])
+    return {model: [row for row in rows if (row["model"], row["lr"]) == (model, best[model])] for model in plan.models}
+
+
+def figures(plan: Plan, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the table says: mean and standard error over the seeds, None for that of one."""
+    found = []
+    for model, runs in chosen(plan, rows).items():
+        line = dict(model=model, parameters=runs[0]["parameters"], lr=runs[0]["lr"], steps=runs[0]["steps"],
+                    flops=statistics.fmean(run["flops"][-1] for run in runs), seeds=len(runs))
+        for name in ("loss", "exact"):
+            ends = [run[name][-1] for run in runs]
+            error = statistics.stdev(ends) / len(ends) ** 0.5 if len(ends) > 1 else None
+            line |= {name: statistics.fmean(ends), f"{name}_error": error}
+        found.append(line)
+    return found
+
+
+def table(plan: Plan, rows: Sequence[Row]) -> str:
+    """Write Markdown, the most accurate first."""
+    lines = ["| model | weights, M | steps | FLOPs, 1e12 | rate | loss | exactly right, % |",
+             "|---|---|---|---|---|---|---|"]
+    for line in sorted(figures(plan, rows), key=lambda line: -line["exact"]):
+        errors = [f" ± {scale * line[name]:.{digits}f}" if line[name] is not None else ""
+                  for name, scale, digits in (("loss_error", 1, 4), ("exact_error", 100, 1))]
+        lines.append(f"| {MODEL_TYPES[line['model']].title} (`{line['model']}`) | {line['parameters'] / 1e6:.2f} | "
+                     f"{line['steps']} | {line['flops'] / 1e12:.2f} | {line['lr']:g} | {line['loss']:.4f}{errors[0]} | "
+                     f"{100 * line['exact']:.1f}{errors[1]} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
