@@ -35,7 +35,7 @@ ruff: $(STAMP)
 	$(BIN)/ruff check
 
 mypy: $(STAMP)
-	$(BIN)/mypy hrm_megatron $(wildcard tools/*.py) $(wildcard examples/*/*.py)
+	$(BIN)/mypy hrm_megatron $(wildcard tools/*.py) $(wildcard examples/*.py examples/*/*.py)
 
 slow: $(STAMP)  ## Run the tests that take minutes each, and parts of the suite as other machines would
 	$(BIN)/python -m pytest -m slow

@@ -84,7 +84,7 @@ def compare(args: argparse.Namespace) -> None:
     data = hashlib.sha256(b"".join(prefix.with_suffix(".json").read_bytes() for prefix in prefixes)).hexdigest()
     with single_rank():
         rows = all_runs(plan, args.output, dict(asdict(plan), data=data),
-                        lambda run: train.train(plan, run, *prefixes, vocab_size))
+                        lambda run: train.train(plan, run, prefixes[0], prefixes[1], vocab_size))
     print(f"this start took {minutes(time.monotonic() - began)}\n\n{table(plan, rows)}", flush=True)
     write_aside(args.output / "table.json", json.dumps(figures(plan, rows), indent=1) + "\n")
     write_aside(args.output / "architectures.png", picture.draw(chosen(plan, rows)))
