@@ -35,6 +35,7 @@ class Training:
     bp_warmup_fraction: float = 0.2
     seed: int = 1234
     loss_on_prefix: bool = False
+    adamw: bool = False
 
 
 @dataclass(frozen=True)

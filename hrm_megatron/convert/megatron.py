@@ -61,4 +61,5 @@ def _training_of(args: argparse.Namespace, common: dict[str, Any]) -> Training:
         lr=args.lr, min_lr=args.min_lr, last_lr=float(groups[0]["lr"]) if groups else 0.0, warmup_steps=warmup_steps,
         weight_decay=args.weight_decay, beta1=args.adam_beta1, beta2=args.adam_beta2, ema_decay=args.ema_decay,
         bp_min_steps=args.bp_min_steps, bp_max_steps=args.bp_max_steps, bp_warmup_fraction=args.bp_warmup_fraction,
-        seed=args.seed, loss_on_prefix=getattr(args, "loss_on_prefix", False))  # older versions did not store it
+        seed=args.seed,
+        **{name: getattr(args, name, False) for name in ("loss_on_prefix", "adamw")})  # older versions stored none

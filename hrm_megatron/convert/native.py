@@ -147,6 +147,9 @@ def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if not expansion:
         raise ConfigError(f"{checkpoint.path}: ffn_hidden_size={a.ffn_hidden_size} is no multiple of 256; HRM-Text "
                           "cannot build it: save as hf or megatron")
+    if t.adamw:
+        raise ConfigError(f"{checkpoint.path}: trained with --adamw, and HRM-Text would go on with AdamATan2; save as "
+                          "megatron, or its weights as hf")
     try:
         recurrence = write_recurrence(a, t)
     except ConfigError as error:

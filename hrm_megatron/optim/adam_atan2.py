@@ -13,10 +13,22 @@ STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
 # The number of updates lives in the param group under our own word: "step" there must be one number for all
 # groups (distrib_optimizer.py, state_dict), while the embedding's lags behind while few ticks build a graph.
 UPDATES = "updates"
+ADAM_EPSILON = 1e-8
+
+
+def atan2_of(m: torch.Tensor, v: torch.Tensor, correction: float) -> torch.Tensor:
+    """The direction of AdamATan2."""
+    return torch.atan2(m, v.sqrt().div_(correction))
+
+
+def quotient_of(m: torch.Tensor, v: torch.Tensor, correction: float) -> torch.Tensor:
+    """The direction of AdamW (Loshchilov and Hutter, arXiv 1711.05101; torch.optim.AdamW)."""
+    return m / v.sqrt().div_(correction).add_(ADAM_EPSILON)
 
 
 def update(p: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor, ema: torch.Tensor, *, keep: float,
-           b1: float, b2: float, correction: float, rate: float, ema_decay: float) -> None:
+           b1: float, b2: float, correction: float, rate: float, ema_decay: float,
+           direction: Callable[..., torch.Tensor] = atan2_of) -> None:
     """Update one tensor and its state in place, see `AdamATan2`.
 
     What changes from step to step is in `keep` = 1 - lr*wd, `correction` = sqrt(1-b2^t) and `rate` = lr/(1-b1^t): a
@@ -26,11 +38,11 @@ def update(p: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor
     p.mul_(keep)
     m.lerp_(g, 1 - b1)
     v.mul_(b2).addcmul_(g, g, value=1 - b2)
-    angle = torch.atan2(m, v.sqrt().div_(correction))
+    step = direction(m, v, correction)
     if torch.compiler.is_compiling():  # which takes alpha for a constant and would recompile at every step
-        p.sub_(angle.mul_(rate))
+        p.sub_(step.mul_(rate))
     else:
-        p.add_(angle, alpha=-rate)
+        p.add_(step, alpha=-rate)
     ema.lerp_(p, 1 - ema_decay)
 
 
@@ -58,13 +70,15 @@ class AdamATan2(torch.optim.Optimizer):
     p -= lr/(1-b1^t) * atan2(m, sqrt(v)/sqrt(1-b2^t)); ema = lerp(ema, p, 1-ema_decay)`.
     There is no epsilon: atan2(0, 0) = 0. A group for which `has_gradient` answers False is skipped whole: no
     decay, no count, no average. A parameter whose `grad` is None is skipped likewise, but counts with its group.
+    `direction` takes atan2's place (an ablation): AdamW's, with everything else as it is.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.95),
                  weight_decay: float = 0.1, ema_decay: float = 0.9999,
-                 has_gradient: Callable[[dict[str, Any]], bool] = lambda group: True) -> None:
+                 has_gradient: Callable[[dict[str, Any]], bool] = lambda group: True,
+                 direction: Callable[..., torch.Tensor] = atan2_of) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, ema_decay=ema_decay))
-        self.has_gradient = has_gradient
+        self.has_gradient, self.direction = has_gradient, direction
         self.places: dict[torch.Tensor, tuple[FlatState, int]] = {}
         self.update = fused_update() if torch.cuda.is_available() else update  # on a CPU there may be no compiler
         for group in self.param_groups:
@@ -110,7 +124,7 @@ class AdamATan2(torch.optim.Optimizer):
             rows = [(p.detach(), *(state[key] for key in STATE_KEYS), p.grad) if p.grad is not None and p.numel()
                     else None for p, state in zip(group["params"], states, strict=True)]
             for p, m, v, ema, grad in joined(rows) if self.places else filter(None, rows):
-                self.update(p, grad, m, v, ema, **factors)
+                self.update(p, grad, m, v, ema, direction=self.direction, **factors)
 
 
 def init_states(optimizer: AdamATan2, config: Any = None) -> None:

@@ -16,7 +16,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import local_multi_tensor_l2_norm
 
-from hrm_megatron.optim.adam_atan2 import AdamATan2, init_states
+from hrm_megatron.optim.adam_atan2 import AdamATan2, atan2_of, init_states, quotient_of
 from hrm_megatron.optim.schedule import LRSchedule
 from hrm_megatron.optim.sharded import EMBEDDING, EMADistributedOptimizer, NamedBF16Optimizer, NamedFP32Optimizer
 from hrm_megatron.parallel.patching import temporarily
@@ -36,8 +36,11 @@ def l2_norm(_chunk: int, _overflow: torch.Tensor, tensors: list[list[torch.Tenso
 
 def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module], ema_decay: float,
                     embedding_has_gradient: Callable[[], bool], config_overrides: dict[ParamKey, Any] | None = None,
-                    **stock_arguments: Any) -> MegatronOptimizer:
-    """Build Megatron's optimizer around AdamATan2; `embedding_has_gradient` is asked at every step."""
+                    adamw: bool = False, **stock_arguments: Any) -> MegatronOptimizer:
+    """Build Megatron's optimizer around AdamATan2; `embedding_has_gradient` is asked at every step.
+
+    `adamw`: with the direction of AdamW.
+    """
     # Without Apex or TE Megatron expects torch Adam's state["step"], which AdamATan2 does not have.
     distrib_optimizer.HAVE_APEX_OR_TE = True
     if torch.cuda.is_available() and clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
@@ -46,7 +49,8 @@ def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module]
     def build(params: Any, lr: float, weight_decay: float, betas: tuple[float, float],
               **adam_only: Any) -> torch.optim.Optimizer:
         return AdamATan2(params, lr, betas, weight_decay, ema_decay,
-                         has_gradient=lambda group: not group.get(EMBEDDING) or embedding_has_gradient())
+                         lambda group: not group.get(EMBEDDING) or embedding_has_gradient(),
+                         quotient_of if adamw else atan2_of)
 
     replaced = dict(Adam=build, USING_PYTORCH_OPTIMIZER=False, DistributedOptimizer=EMADistributedOptimizer,
                     FP32Optimizer=NamedFP32Optimizer, Float16OptimizerWithFloat16Params=NamedBF16Optimizer)

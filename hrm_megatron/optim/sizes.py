@@ -1,6 +1,7 @@
 """How far the last step went and how far the EMA lags, read off the optimizer's state: no copy of the weights."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,13 +27,15 @@ def squares(optimizer: AdamATan2, tensor_parallel: Any = None) -> torch.Tensor:
         for p in group["params"]:
             if not p.numel() or not param_is_not_tensor_parallel_duplicate(p, tensor_parallel):
                 continue
-            state, change = optimizer.init_state(p), moved and p.grad is not None
+            state = optimizer.init_state(p)
+            factors = factors_of(group) if moved and p.grad is not None else None
             flat = [t.detach().reshape(-1).split(SLICE_ELEMENTS)
                     for t in (p, state["exp_avg"], state["exp_avg_sq"], state["ema"])]
             for weight, m, v, ema in zip(*flat, strict=True):
-                sums = torch.stack([_change(weight, m, v, **factors_of(group)) if change else weight.new_zeros(()),
-                                    torch.linalg.vector_norm(weight), torch.linalg.vector_norm(ema - weight)])
-                sums = sums.double().square()
+                change = (weight.new_zeros(()) if factors is None else
+                          _change(weight, m, v, direction=optimizer.direction, **factors))
+                norms = change, torch.linalg.vector_norm(weight), torch.linalg.vector_norm(ema - weight)
+                sums = torch.stack(norms).double().square()
                 found = sums if found is None else found + sums
     return nothing() if found is None else found
 
@@ -42,11 +45,11 @@ def nothing() -> torch.Tensor:
     return torch.zeros(len(SIZES), dtype=torch.float64, device=f"cuda:{torch.cuda.current_device()}")
 
 
-def _change(weight: torch.Tensor, m: torch.Tensor, v: torch.Tensor, *, keep: float, correction: float, rate: float,
-            **_: float) -> torch.Tensor:
+def _change(weight: torch.Tensor, m: torch.Tensor, v: torch.Tensor, *, direction: Callable[..., torch.Tensor],
+            keep: float, correction: float, rate: float, **_: float) -> torch.Tensor:
     """Norm of p_new - p_old."""
-    angle = torch.atan2(m, v.sqrt().div_(correction))
-    return torch.linalg.vector_norm(weight.mul((keep - 1) / keep).sub_(angle.mul_(rate / keep)))
+    step = direction(m, v, correction)
+    return torch.linalg.vector_norm(weight.mul((keep - 1) / keep).sub_(step.mul_(rate / keep)))
 
 
 def sizes(optimizer: Any, tensor_parallel: Any) -> dict[str, float]:

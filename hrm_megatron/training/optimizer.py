@@ -18,5 +18,6 @@ def install(args: argparse.Namespace, step: TrainingStep) -> None:
         return StepScheduler(optimizer, lr_schedule(args), args.global_batch_size, args.weight_decay, step.running_step)
 
     megatron_training.get_megatron_optimizer = partial(
-        build_optimizer, ema_decay=args.ema_decay, embedding_has_gradient=step.embedding_has_gradient)
+        build_optimizer, ema_decay=args.ema_decay, embedding_has_gradient=step.embedding_has_gradient,
+        adamw=args.adamw)
     megatron_training.get_optimizer_param_scheduler = get_optimizer_param_scheduler

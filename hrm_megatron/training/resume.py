@@ -26,7 +26,7 @@ INITIAL_WEIGHTS_ONLY: tuple[str, ...] = ()
 # What a run may change as it goes on, and would change silently: argument > flag.
 CHANGEABLE = {"seed": "--seed", "seq_length": "--seq-length", "split": "--split", "data_path": "--data-path",
               "train_data_path": "--train-data-path", "sampling_rules": "--sampling-rules",
-              "loss_on_prefix": "--loss-on-prefix", "ema_decay": "--ema-decay",
+              "loss_on_prefix": "--loss-on-prefix", "adamw": "--adamw", "ema_decay": "--ema-decay",
               "adam_beta1": "--adam-beta1", "adam_beta2": "--adam-beta2"}
 FIRST_PLAN_VERSION = 1  # of checkpoints that do not say by which version their rows were planned
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
@@ -72,7 +72,7 @@ def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
             paths = getattr(args, name, None) or []
             return " ".join(paths) if len(paths) > 1 else None
         if name != "split":
-            return getattr(args, name, None)  # a checkpoint of an older version does not know every flag
+            return getattr(args, name, None) or None  # a checkpoint of an older version does not know every flag
         # Of the examples of --data-path; Megatron's default has blanks in it.
         return args.split.replace(" ", "") if theirs.data_path and ours.data_path else None
 

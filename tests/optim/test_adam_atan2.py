@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_states
+from hrm_megatron.optim.adam_atan2 import ADAM_EPSILON, STATE_KEYS, UPDATES, AdamATan2, init_states, quotient_of
 
 
 class Element:
@@ -60,6 +60,19 @@ def test_seven_steps_equal_the_formula(name, dtype, tolerance):
             want = torch.tensor([getattr(element, attribute) for element in elements], dtype=torch.float64).view(3, 5)
             assert (have.double() - want).abs().max() <= tolerance * want.abs().max(), (step, attribute)
     assert optimizer.param_groups[0][UPDATES] == 7
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_with_the_quotient_it_is_adamw(name):
+    lr, b1, b2, decay, _ = SETTINGS[name]
+    ours, theirs = weight(1, 3, 5), weight(1, 3, 5)
+    mine = AdamATan2([ours], lr, (b1, b2), decay, direction=quotient_of)
+    stock = torch.optim.AdamW([theirs], lr, (b1, b2), ADAM_EPSILON, decay)
+    for step in range(7):
+        ours.grad = random_tensor(10 + step, 3, 5) * 10.0 ** (step - 3)
+        theirs.grad = ours.grad.clone()
+        mine.step(), stock.step()
+        assert (ours - theirs).abs().max() <= 1e-14 * theirs.abs().max(), step
 
 
 def test_groups_keep_their_own_settings_and_counts():
