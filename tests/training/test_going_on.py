@@ -30,7 +30,7 @@ BASE = Architecture(2, 24, 3, 40, 250, h_cycles=2, l_cycles=2, init_scheme="fixe
 # Another value for every field.
 CHANGED = dict(num_layers=1, hidden_size=48, num_attention_heads=2, ffn_hidden_size=56, vocab_size=600, h_cycles=3,
                l_cycles=1, norm_placement="post", h_norm_placement="post", init_scheme="lecun_normal", init_std=0.1,
-               rope_theta=5e4, norm_epsilon=1e-3, model_type="trm")
+               rope_theta=5e4, norm_epsilon=1e-3, model_type="trm", attention_mask="causal")
 
 
 def test_every_field_of_an_architecture_is_of_one_kind():
@@ -46,8 +46,7 @@ def logits(single_rank):
     from hrm_megatron.transformer_config import hrm_config
 
     weights = HRMModel(hrm_config(BASE), seed=5).state_dict()
-    row = assemble_row([(torch.arange(3, 10).numpy(), torch.arange(20, 26).numpy())], 12)
-    batch = PackedBatch.from_row(row)
+    example = torch.arange(3, 10).numpy(), torch.arange(20, 26).numpy()
 
     def of(architecture):
         shapes = {entry.megatron: entry.shape for entry in table(architecture)}
@@ -55,6 +54,7 @@ def logits(single_rank):
             return shapes
         model = HRMModel(hrm_config(architecture), seed=6).eval()
         model.load_state_dict(weights)
+        batch = PackedBatch.from_row(assemble_row([example], 12, architecture.attention_mask == "causal"))
         with torch.no_grad():
             return model.logits_at(model.states(batch), torch.arange(12))
     return of
@@ -169,13 +169,16 @@ def test_every_setting_of_the_schedule_can_be_overridden():
     (dict(data_path=["0.3", "a", "0.7", "b"]), "--data-path from store to 0.3 a 0.7 b"),
     (dict(data_path=["moved/store"]), None), (dict(sampling_rules="r.yaml"), "--sampling-rules from None to r.yaml"),
     (dict(adam_beta1=0.8, adam_beta2=0.9), "--adam-beta1 from 0.9 to 0.8, --adam-beta2 from 0.95 to 0.9"),
+    (dict(loss_on_prefix=True, adamw=True), "--loss-on-prefix from False to True, --adamw from False to True"),
 ])
 def test_other_rows_and_averages_are_named(changed, line):
     run = dict(seed=1234, seq_length=64, split="969,30,1", data_path=["store"], ema_decay=0.9999, adam_beta1=0.9,
-               adam_beta2=0.95, train_data_path=None, sampling_rules=None)
+               adam_beta2=0.95, train_data_path=None, sampling_rules=None, loss_on_prefix=False, adamw=False)
     assert run.keys() == CHANGEABLE.keys()
     theirs, ours = argparse.Namespace(**run), argparse.Namespace(**run | changed)
     assert changes(theirs, ours) == (line and f"the command line changes {line}")
+    del theirs.adamw  # a checkpoint of an older version
+    assert ("--adamw from None" in (changes(theirs, ours) or "")) == ours.adamw
     theirs.data_path = ours.data_path = None  # of a sampled folder there is no split
     assert "split" not in (changes(theirs, ours) or "")
 
@@ -192,7 +195,7 @@ def test_no_run_goes_on_in_the_middle_of_another_order():
 
 STORED = argparse.Namespace(num_layers=6, hidden_size=1024, num_attention_heads=8, ffn_hidden_size=2816, h_cycles=2,
                             l_cycles=3, norm_placement="pre", init_scheme="lecun_normal", init_std=None,
-                            rotary_base=10000, layernorm_epsilon=1e-6, model_kind="hrm")
+                            rotary_base=10000, layernorm_epsilon=1e-6, model_kind="hrm", attention_mask="prefix-lm")
 
 
 def test_a_flag_given_beside_the_checkpoints_arguments_must_agree():
