@@ -45,7 +45,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(launch, fullbatch_argume
 IN_BACKGROUND = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_save_in_the_background_is_the_same_save(launch, fullbatch_arguments, native_start, uninterrupted, tmp_path,
                                                    ranks):
     run = launch(*fullbatch_arguments, "--load", native_start, "--save", tmp_path, "--save-interval", 6, *IN_BACKGROUND,
