@@ -63,7 +63,7 @@ def training(recipe: Recipe, prefix: Path) -> Iterator[tuple[int, int, HRMModel]
         for group in optimizer.param_groups:
             group["lr"] = rates.at(step)
         optimizer.step()
-        flops += rows_flops(architecture, ticks.at(step), recipe.row_tokens, batch.lengths)
+        flops += rows_flops(architecture, ticks.at(step), recipe.row_tokens, batch.lengths, int(labels))
         yield step, flops, model
 
 

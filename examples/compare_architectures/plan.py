@@ -1,6 +1,7 @@
 """What the comparison trains: every architecture at the FLOPs of one HRM, at its own best rate, from several seeds."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,9 +74,13 @@ def steps_of(plan: Plan, model: str, vocab_size: int, rows: Rows) -> tuple[int, 
 
 
 def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the rate of each model at which its loss ends lowest, of the rows of `trials`."""
-    best: dict[str, dict[str, Any]] = {}
+    """Return the rate of each model at which its loss ends lowest, of the rows of `trials`; raise ConfigError where it
+    diverges at all of them."""
+    found: dict[str, dict[float, float]] = {}
     for row in rows:
-        if row["model"] not in best or row["loss"][-1] < best[row["model"]]["loss"][-1]:
-            best[row["model"]] = row
-    return {model: row["lr"] for model, row in best.items()}
+        rates = found.setdefault(row["model"], {})
+        if math.isfinite(row["loss"][-1]):
+            rates[row["lr"]] = row["loss"][-1]
+    if diverging := [model for model, rates in found.items() if not rates]:
+        raise ConfigError(f"--rates: {diverging[0]} ends without a finite loss at all of them; give lower ones")
+    return {model: min(rates, key=rates.__getitem__) for model, rates in found.items()}

@@ -1,4 +1,4 @@
-"""Log-likelihoods of given answers: the prompt seen both ways, the answer causal, as in training."""
+"""Log-likelihoods of given answers: the prompt seen as in training, the answer causal."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hrm_megatron.attention.rotary import Rotation
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import CAUSAL, ConfigError
 from hrm_megatron.generate.decoder import Decoder
 from hrm_megatron.layers.functions import gated
 
@@ -39,12 +39,14 @@ class Likelihood:
 
 
 class PairAttention:
-    """Attention of packed pairs without a cache: prompts see all of themselves, answers all that came before."""
+    """Attention of packed pairs without a cache: prompts see all of themselves, answers all that came before; in a
+    causal model a pair is a prompt of one token and a long answer."""
 
     def __init__(self, decoder: Decoder, pairs: Sequence[Pair]) -> None:
         a, device = decoder.architecture, decoder.device
         self.heads, self.head_dim = a.num_attention_heads, a.head_dim
-        self.pairs = [(len(pair.prompt), pair.positions - len(pair.prompt)) for pair in pairs]
+        prompts = [1 if a.attention_mask == CAUSAL else len(pair.prompt) for pair in pairs]
+        self.pairs = [(prompt, pair.positions - prompt) for prompt, pair in zip(prompts, pairs, strict=True)]
         positions = np.concatenate([np.arange(pair.positions) for pair in pairs])
         self.rotation = Rotation.of(torch.as_tensor(positions, device=device)[None], a.head_dim, a.rope_theta)
         self.masks = [torch.ones(answer, prompt + answer, dtype=torch.bool, device=device).tril(prompt)

@@ -29,8 +29,12 @@ def training_flops(architecture: Architecture, bp_steps: int, tokens: int, label
 
 
 def rows_flops(architecture: Architecture, bp_steps: int, row_tokens: int,
-               rows: Sequence[Sequence[tuple[int, int]]]) -> int:
-    """FLOPs of packed rows of `row_tokens` positions; each is a list of its examples' (prefix, response) lengths."""
+               rows: Sequence[Sequence[tuple[int, int]]], labels: int | None = None) -> int:
+    """FLOPs of packed rows of `row_tokens` positions; each is a list of its examples' (prefix, response) lengths.
+
+    `labels` is how many there are; None: those of the responses, which a causal model's lengths do not tell.
+    """
     examples = [*chain.from_iterable(rows)]
-    labels = sum(response + 1 for _, response in examples)  # the last prefix position has one too
+    if labels is None:
+        labels = sum(response + 1 for _, response in examples)  # the last prefix position has one too
     return training_flops(architecture, bp_steps, row_tokens * len(rows), labels, score_elements(examples))

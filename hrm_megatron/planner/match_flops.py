@@ -27,19 +27,22 @@ class Recipe:
     bp: tuple[int, int, float]
 
 
-def run_flops(recipe: Recipe, steps: int, row_tokens: int, rows_per_step: int, rows: Rows) -> float:
-    """FLOPs of a run of so many steps, whose rows are like `rows` (of each example prefix and response)."""
+def run_flops(recipe: Recipe, steps: int, row_tokens: int, rows_per_step: int, rows: Rows,
+              labels: int | None = None) -> float:
+    """FLOPs of a run of so many steps, whose rows are like `rows` (of each example prefix and response), with so many
+    `labels`, see `rows_flops`."""
     schedule = BPSchedule(*recipe.bp, steps)
     counts = Counter(schedule.at(step) for step in range(1, steps + 1))
-    return sum(count * rows_flops(recipe.architecture, bp_steps, row_tokens, rows) * rows_per_step / len(rows)
+    return sum(count * rows_flops(recipe.architecture, bp_steps, row_tokens, rows, labels) * rows_per_step / len(rows)
                for bp_steps, count in counts.items())
 
 
-def matched_steps(recipe: Recipe, budget: float, row_tokens: int, rows_per_step: int, rows: Rows) -> int:
+def matched_steps(recipe: Recipe, budget: float, row_tokens: int, rows_per_step: int, rows: Rows,
+                  labels: int | None = None) -> int:
     """Return the number of steps whose FLOPs are next to `budget`; raise ConfigError where they are not within
     TOLERANCE of it."""
     def cost(steps: int) -> float:
-        return run_flops(recipe, steps, row_tokens, rows_per_step, rows)
+        return run_flops(recipe, steps, row_tokens, rows_per_step, rows, labels)
     most = 1
     while cost(most) < budget:
         most *= 2

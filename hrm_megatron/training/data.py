@@ -132,6 +132,11 @@ def first_lengths(rows: PackedRows) -> list[Sequence[tuple[int, int]]]:
     return [PackedBatch.from_row(rows[i]).lengths[0] for i in range(min(len(rows), MEASURED_ROWS))]
 
 
+def first_labels(rows: PackedRows) -> int:
+    """The number of labels in the first rows."""
+    return sum(len(PackedBatch.from_row(rows[i]).label_index) for i in range(min(len(rows), MEASURED_ROWS)))
+
+
 def describe_loads(rows: PackedRows, row_tokens: int, ranks: int) -> str:
     """Say how evenly the attention of the first rows is shared among context parallel ranks."""
     lengths = [[pairs[i] for i in balanced_order(pairs, row_tokens, ranks)] for pairs in first_lengths(rows)]

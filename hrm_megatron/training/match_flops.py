@@ -7,7 +7,7 @@ from hrm_megatron.config import CAUSAL, PRESETS, ConfigError
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model_types import HRM, MODEL_TYPES
 from hrm_megatron.planner.match_flops import Recipe, matched_steps, run_flops
-from hrm_megatron.training.data import Sources, first_lengths
+from hrm_megatron.training.data import Sources, first_labels, first_lengths
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 from hrm_megatron.transformer_config import architecture_of
 
@@ -21,12 +21,12 @@ def match_flops(args: argparse.Namespace, data: Sources | None) -> list[str]:
         raise ConfigError(f"{flag}: is incompatible with --skip-train, which trains no steps: leave one of them out")
     if data is None:
         raise ConfigError(f"{flag}: FLOPs depend on the lengths of examples; give the data too (--data-path)")
-    rows = first_lengths(PackedRows(data.train, args.seq_length, args.seed, args.global_batch_size,
-                                    causal=args.attention_mask == CAUSAL))
+    first = PackedRows(data.train, args.seq_length, args.seed, args.global_batch_size,
+                       causal=args.attention_mask == CAUSAL, loss_on_prefix=args.loss_on_prefix)
     hrm = Recipe(PRESETS[preset].architecture(args.vocab_size), (*MODEL_TYPES[HRM].bp_steps, args.bp_warmup_fraction))
     ours = Recipe(architecture_of(args, args.vocab_size),
                   (args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction))
-    asked, size = args.train_iters, (args.seq_length, args.global_batch_size, rows)
+    asked, size = args.train_iters, (args.seq_length, args.global_batch_size, first_lengths(first), first_labels(first))
     budget = run_flops(hrm, asked, *size)
     args.train_iters = matched_steps(ours, budget, *size)
     bp_schedule(args), lr_schedule(args)  # refuse what the new length makes impossible

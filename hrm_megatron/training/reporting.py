@@ -18,14 +18,15 @@ from hrm_megatron.parallel.patching import around
 from hrm_megatron.planner.machines import known_peak
 from hrm_megatron.training.console import Console
 from hrm_megatron.training.console_lines import StepReport, TimeLeft, evaluation_line, saved_line, step_line
-from hrm_megatron.training.data import first_lengths
+from hrm_megatron.training.data import first_labels, first_lengths
 from hrm_megatron.training.evaluation import Evaluation
 from hrm_megatron.training.scalars import flush_scalars, write_scalars
 from hrm_megatron.training.step import TrainingStep
 from hrm_megatron.training.summary import describe_checkpoint, describe_schedule
 from hrm_megatron.transformer_config import architecture_of
 
-RowsFlops = Callable[[Architecture, int, int, Sequence[Sequence[tuple[int, int]]]], int]  # planner.flops.rows_flops
+# planner.flops.rows_flops
+RowsFlops = Callable[[Architecture, int, int, Sequence[Sequence[tuple[int, int]]], int], int]
 TERA = 1e12
 MFU, SAVE_SECONDS = "MFU", "seconds of save"  # curves; a save in the background stalls training so long
 
@@ -61,6 +62,7 @@ class Reporter:
         passes = functools.cache(functools.partial(tick_passes, args))
         self.time_left = TimeLeft([passes(step.bp_schedule.at(i + 1)) for i in range(args.train_iters)], time.monotonic)
         self.sample: list[Sequence[tuple[int, int]]] = []
+        self.labels = 0
         self.flops_at: dict[int, int] = {}  # by bp_steps
         self.means, self.part = IntervalMeans(), ""
         # Without a data sheet there is no peak, and no share of it.
@@ -69,7 +71,7 @@ class Reporter:
     def begin(self, train_rows: PackedRows | None) -> None:
         """Show what the run is: all is ready for its first step."""
         if train_rows is not None:
-            self.sample = first_lengths(train_rows)
+            self.sample, self.labels = first_lengths(train_rows), first_labels(train_rows)
         facts = [describe_checkpoint(self.args)]
         if not self.args.skip_train:
             facts.append(describe_schedule(self.args, self.running.bp_schedule))
@@ -82,7 +84,7 @@ class Reporter:
         """FLOPs of the last step, the same on every rank: its rows are taken to be like the first of the run."""
         bp_steps = self.running.bp_steps
         if self.sample and bp_steps not in self.flops_at:
-            flops = self.rows_flops(self.architecture, bp_steps, self.args.seq_length, self.sample)
+            flops = self.rows_flops(self.architecture, bp_steps, self.args.seq_length, self.sample, self.labels)
             self.flops_at[bp_steps] = flops * int(self.args.global_batch_size) // len(self.sample)
         return self.flops_at.get(bp_steps, 0)
 

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from examples.compare_architectures.plan import Plan, architecture_of, steps_of
+from examples.compare_architectures.plan import Plan, architecture_of, best_rates, steps_of
 from examples.compare_architectures.run import FULL, QUICK, all_runs, chosen, figures, main, plan_of, table
+from hrm_megatron.config import ConfigError
 from hrm_megatron.model_types import MODEL_TYPES
 
 VOCAB_SIZE = 405
@@ -59,6 +60,13 @@ def test_an_interrupted_comparison_goes_on_and_ends_as_a_whole_one(tmp_path):
     assert (line["lr"], line["seeds"]) == (2e-3, 3) and line["loss"] == pytest.approx(2.1)
     assert line["loss_error"] == pytest.approx(0.1 / 3 ** 0.5)
     assert table(SMALL, rows).splitlines()[2].startswith("| HRM (`hrm`) | 0.00 | 9 | 0.00 | 0.001 | 1.1000 ± 0.0577 |")
+
+
+def test_a_rate_that_diverges_is_never_the_best():
+    rows = [dict(model="hrm", lr=lr, loss=[loss]) for lr, loss in ((4e-3, float("nan")), (2e-3, 1.0), (1e-3, 2.0))]
+    assert best_rates(rows) == {"hrm": 2e-3}
+    with pytest.raises(ConfigError, match="--rates: hrm ends without a finite loss at all of them"):
+        best_rates(rows[:1])
 
 
 def test_what_was_given_replaces_what_is_planned():

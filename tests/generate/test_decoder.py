@@ -61,6 +61,21 @@ def test_cached_logits_equal_the_training_codes(untrained, parity, settings):
     parity(f"cached logits, {settings}", worst_difference(model, decoder_of(model, 128)), TOLERANCE)
 
 
+@pytest.mark.parametrize("mask", ["prefix-lm", "causal"])
+def test_likelihoods_see_prompts_as_training_does(untrained, mask):
+    from hrm_megatron.evaluate.likelihood import Pair, likelihoods
+    from hrm_megatron.generate.decode import decoder_of, next_token_logits
+
+    model = untrained(*SIZES, attention_mask=mask)
+    decoder, (prompt, answer) = decoder_of(model, 128), random_prompts((23, 6))
+    want = 0.0
+    for length, token in enumerate(answer):
+        logits = next_token_logits(model, [prompt], [answer[:length]])[0, :decoder.vocab_size]
+        want += logits.double().log_softmax(-1)[token].item()
+    # A log-probability moves by at most twice the difference of logits, of its own and of the normalizer.
+    assert abs(likelihoods(decoder, [Pair(prompt, answer)])[0].logprob - want) < 2 * TOLERANCE * len(answer)
+
+
 def test_heads_wider_than_a_vector_and_no_multiple_of_it(untrained, parity):
     """Values of a head are weighed 16 elements at once, and the rest of them one by one."""
     from hrm_megatron.generate.decode import decoder_of

@@ -6,9 +6,10 @@ import pytest
 
 from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.checkpoint.fsdp_folder import open_run
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.data.batch import PackedBatch, assemble_row
+from hrm_megatron.planner.flops import rows_flops
 from hrm_megatron.training.ablations import check_ablations
 from tests.rounding import GRADIENTS
 from tests.training.test_gradients import ROWS, STATE
@@ -25,6 +26,18 @@ def test_a_causal_row_is_one_of_long_responses():
     assert given.labels.tolist() == [[-100, -100, -100, 5, 6, 7, 9] + 5 * [-100]]
     assert causal.labels.tolist() == [[2, 3, 4, 5, 6, 7, 9] + 5 * [-100]]
     assert given.tokens.equal(causal.tokens) and given.position_ids.equal(causal.position_ids)
+
+
+def test_labels_are_counted_and_not_guessed_from_lengths():
+    from hrm_megatron.training.data import first_labels
+
+    examples = [(np.arange(1, 5), np.arange(5, 8)), (np.arange(8, 9), np.arange(9, 10))]
+    counts = {(causal, prefix): first_labels([assemble_row(examples, 12, causal, prefix)] * 2)
+              for causal, prefix in ((False, False), (True, False), (True, True))}
+    assert counts == {(False, False): 8, (True, False): 8, (True, True): 14}
+    arch = Architecture(1, 16, 2, 32, 64)
+    guessed, counted = (rows_flops(arch, 5, 12, [[(1, 5), (1, 0)]], labels) for labels in (None, 4))
+    assert guessed - counted == 3 * 2 * arch.hidden_size * arch.padded_vocab_size * (7 - 4)
 
 
 def test_a_loss_on_what_the_mask_shows_is_refused():
