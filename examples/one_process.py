@@ -52,7 +52,10 @@ def training(recipe: Recipe, prefix: Path) -> Iterator[tuple[int, int, HRMModel]
     makes them."""
     architecture = recipe.architecture
     model = HRMModel(hrm_config(architecture), recipe.seed)
-    optimizer = AdamATan2(model.parameters(), recipe.lr)
+    embedding = model.embedding.word_embeddings.weight  # its updates are counted apart, as in a run
+    groups = [[embedding], [p for p in model.parameters() if p is not embedding]]
+    optimizer = AdamATan2([dict(params=group) for group in groups], recipe.lr,
+                          has_gradient=lambda group: any(p.grad is not None for p in group["params"]))
     rates = LRSchedule(recipe.lr, MIN_LR_RATIO * recipe.lr, round(WARMUP_FRACTION * recipe.steps), recipe.steps)
     ticks = BPSchedule(*architecture.kind.bp_steps, BP_WARMUP_FRACTION, recipe.steps)
     flops = 0
