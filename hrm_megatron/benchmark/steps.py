@@ -4,12 +4,14 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from torch._C._profiler import _EventType
 
 from hrm_megatron.benchmark.record import device_name
 from hrm_megatron.data.batch import PackedBatch, assemble_row
@@ -72,9 +74,32 @@ def peak_bytes(case: Case, dtype: torch.dtype) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         _steps(training_step(case, dtype), 2)
     assert profile.profiler and profile.profiler.kineto_results
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return int(held.max())
+    return most_held(allocations(profile.profiler.kineto_results.experimental_event_tree()))
+
+
+def allocations(events: Iterable[Any]) -> list[tuple[int, int, int]]:
+    """Return (time, address, bytes) of what was allocated, and freed with bytes below 0, within a profile."""
+    found, waiting = [], [*events]
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return found
+
+
+def most_held(allocations: Iterable[tuple[int, int, int]]) -> int:
+    """Most bytes held at a time of what was allocated here: what was there before may be freed at any moment."""
+    mine: dict[int, int] = {}
+    held = most = 0
+    for _, address, num_bytes in sorted(allocations):
+        if num_bytes > 0:
+            mine[address] = num_bytes
+            held += num_bytes
+        else:
+            held -= mine.pop(address, 0)
+        most = max(most, held)
+    return most
 
 
 def _steps(step: Callable[[], None], count: int) -> None:

@@ -14,6 +14,12 @@ def test_the_allocator_holds_what_is_predicted(single_rank):
         assert known.memory(case).total == pytest.approx(peak_bytes(case, torch.float32), rel=0.05)
 
 
+def test_what_was_there_before_may_be_freed_at_any_moment():
+    from hrm_megatron.benchmark.steps import most_held
+
+    assert most_held([(1, 10, 5), (2, 99, -3), (3, 11, 4), (4, 10, -5), (5, 10, 2)]) == 9
+
+
 @pytest.mark.slow
 def test_steps_that_were_not_fitted_are_predicted(single_rank):
     from hrm_megatron.benchmark.steps import calibrate, table
