@@ -93,6 +93,11 @@ class Architecture:
                 raise ConfigError(f"norm_placement={placement!r}: choose one of {', '.join(NORM_PLACEMENTS)}")
 
     @property
+    def causal(self) -> bool:
+        """Whether prompts are read causally too."""
+        return self.attention_mask == CAUSAL
+
+    @property
     def kind(self) -> ModelType:
         return MODEL_TYPES[self.model_type]
 

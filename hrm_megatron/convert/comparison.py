@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hrm_megatron.checkpoint.folders import find_iteration
-from hrm_megatron.config import CAUSAL, Architecture, ConfigError
+from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
 from hrm_megatron.convert.engine_names import check_names
 from hrm_megatron.convert.gguf_file import rounding
@@ -139,7 +139,7 @@ def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenI
         _round(model, loaded.dtype)
         positions = sum(len(prefix) + len(target) - 1 for prefix, target in rows)
         row = {name: tensor[None] for name, tensor in assemble_row(
-            rows, positions, causal=architecture.attention_mask == CAUSAL).items()}
+            rows, positions, causal=architecture.causal).items()}
         device = model.output_layer.weight.device
         batch = PackedBatch.from_rows(row).to(device)
         logits: torch.Tensor = model.logits_at(model.states(batch), torch.arange(positions, device=device))

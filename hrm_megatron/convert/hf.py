@@ -13,7 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from hrm_megatron.checkpoint.stream import LazyTensor
 from hrm_megatron.checkpoint.verify import UNVERIFIED
-from hrm_megatron.config import CAUSAL, Architecture, ConfigError, padded_vocab_size
+from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
 from hrm_megatron.convert import prefix_generate
 from hrm_megatron.convert.card import CARD_FILE, NO_SECTIONS, Sections, model_card
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, TokenIds, Training
@@ -53,7 +53,7 @@ def refuse_others(checkpoint: Checkpoint, program: str) -> None:
         raise ConfigError(f"{checkpoint.path}: a {checkpoint.architecture.kind.title}, which {program} does not have "
                           "(gated PrefixLM layers with norms without weights, in its recurrence); save as megatron or "
                           "native")
-    if checkpoint.architecture.attention_mask == CAUSAL:
+    if checkpoint.architecture.causal:
         raise ConfigError(f"{checkpoint.path}: trained with --attention-mask causal, and what is written for {program} "
                           "asks for PrefixLM; save as megatron or native")
     if "post" in (checkpoint.architecture.norm_placement, checkpoint.architecture.h_norm_placement):

@@ -159,7 +159,7 @@ def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
         norm_type=a.norm_placement, norm_eps=a.norm_epsilon, init_type=a.init_scheme, rope_theta=a.rope_theta)
     if "H" in a.kind.stacks:
         arch["H_override"] = {"norm_type": a.h_norm_placement} if a.h_norm_placement else {}
-    if a.attention_mask == CAUSAL:
+    if a.causal:
         arch["attn_type"] = CAUSAL
     if a.init_std is not None:
         arch["init_std"] = a.init_std

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hrm_megatron.attention.rotary import Rotation
-from hrm_megatron.config import CAUSAL, ConfigError
+from hrm_megatron.config import ConfigError
 from hrm_megatron.generate.decoder import Decoder
 from hrm_megatron.layers.functions import gated
 
@@ -45,7 +45,7 @@ class PairAttention:
     def __init__(self, decoder: Decoder, pairs: Sequence[Pair]) -> None:
         a, device = decoder.architecture, decoder.device
         self.heads, self.head_dim = a.num_attention_heads, a.head_dim
-        prompts = [1 if a.attention_mask == CAUSAL else len(pair.prompt) for pair in pairs]
+        prompts = [1 if a.causal else len(pair.prompt) for pair in pairs]
         self.pairs = [(prompt, pair.positions - prompt) for prompt, pair in zip(prompts, pairs, strict=True)]
         positions = np.concatenate([np.arange(pair.positions) for pair in pairs])
         self.rotation = Rotation.of(torch.as_tensor(positions, device=device)[None], a.head_dim, a.rope_theta)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from hrm_megatron.config import CAUSAL
 from hrm_megatron.data.batch import PackedBatch, assemble_row
 from hrm_megatron.generate.cache import PagedCache
 from hrm_megatron.generate.decoder import Decoder
@@ -28,7 +27,7 @@ def next_token_logits(model: HRMModel, prompts: Sequence[Sequence[int]],
     pad = [0]  # assemble_row shifts: the last target is only a label
     examples = [(np.asarray(p), np.asarray([*a, *pad])) for p, a in zip(prompts, answers, strict=True)]
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
-    row = assemble_row(examples, sum(lengths), causal=model.config.arch.attention_mask == CAUSAL)
+    row = assemble_row(examples, sum(lengths), causal=model.config.arch.causal)
     device = model.output_layer.weight.device
     batch = PackedBatch.from_rows({name: tensor[None] for name, tensor in row.items()}).to(device)
     last = torch.tensor(np.cumsum(lengths) - 1, device=device)

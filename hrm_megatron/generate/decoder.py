@@ -11,7 +11,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from hrm_megatron.config import CAUSAL, ConfigError
+from hrm_megatron.config import ConfigError
 from hrm_megatron.generate.attention import Gathered, Paged, Prefill
 from hrm_megatron.generate.cache import RESERVE_BYTES, CacheSize, PagedCache
 from hrm_megatron.generate.cpu import Loops
@@ -79,7 +79,7 @@ class Decoder:
 
         def attending(rows: np.ndarray) -> Attention:
             return Prefill(cache, lengths[rows].tolist(), [tables[row] for row in rows], self.architecture.rope_theta,
-                           self.architecture.attention_mask == CAUSAL)
+                           self.architecture.causal)
         cycles = None
         if self.exit_threshold is None:
             states = self._states(tokens, attending(np.arange(len(lengths))))
