@@ -7,7 +7,6 @@ of validation questions that are answered exactly, against FLOPs. The same comma
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import statistics
@@ -29,8 +28,8 @@ if __name__ == "__main__":
 from examples.compare_architectures.plan import Plan, Run, best_rates  # noqa: E402
 from examples.demo.progress import minutes  # noqa: E402
 from examples.recorded import recorded  # noqa: E402
+from examples.study import Questions, chosen_plan, study_parser  # noqa: E402
 from hrm_megatron.checkpoint.manifest import write_aside  # noqa: E402
-from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.model_types import MODEL_TYPES  # noqa: E402
 
 FULL = Plan(350, (1e-3, 2e-3, 4e-3), 3, 10)
@@ -45,46 +44,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), metavar="DIR",
-                        help="what the demo left: its questions as token ids (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/compare_architectures"), metavar="DIR",
-                        help="folder for the results (default: %(default)s)")
+    parser = study_parser(__doc__, "compare_architectures", "few steps of two models, to see in minutes whether "
+                                                            "everything runs")
     parser.add_argument("--hrm-steps", type=int, metavar="N",
                         help=f"steps of the HRM, whose FLOPs all have (default: {FULL.hrm_steps})")
     parser.add_argument("--rates", type=float, nargs="+", metavar="LR", help=f"learning rates (default: {FULL.rates})")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"(default: {FULL.seeds})")
     parser.add_argument("--models", nargs="+", metavar="TYPE", help=f"(default: {' '.join(FULL.models)})")
-    parser.add_argument("--quick", action="store_true",
-                        help="few steps of two models, to see in minutes whether everything runs")
     return parser.parse_args(arguments)
-
-
-def plan_of(args: argparse.Namespace) -> Plan:
-    given = {name: getattr(args, name) for name in ("hrm_steps", "rates", "seeds", "models")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.quick and given:
-        raise ConfigError(f"--quick has sizes of its own; leave it or --{next(iter(given)).replace('_', '-')} out")
-    return QUICK if args.quick else Plan(**{**vars(FULL), **given})
 
 
 def compare(args: argparse.Namespace) -> None:
     """Do all runs that are not there yet, and print and draw what came out."""
-    began, plan = time.monotonic(), plan_of(args)
-    prefixes = [args.demo / "stores" / name for name in ("train", "valid")]
-    for path in (*(prefix.with_suffix(".json") for prefix in prefixes), args.demo / "tokenizer"):
-        if not path.exists():
-            raise ConfigError(f"--demo {args.demo}: no {path.relative_to(args.demo)} in it; run `make demo`, or give "
-                              "the folder of one")
+    began, plan, questions = time.monotonic(), chosen_plan(args, FULL, QUICK), Questions.of(args.demo)
     from examples.compare_architectures import picture, train
-    from hrm_megatron.data.tokenizer import TextTokenizer
     from hrm_megatron.parallel.single import single_rank
 
-    vocab_size = TextTokenizer(args.demo / "tokenizer").vocab_size
-    data = hashlib.sha256(b"".join(prefix.with_suffix(".json").read_bytes() for prefix in prefixes)).hexdigest()
     with single_rank():
-        rows = all_runs(plan, args.output, dict(asdict(plan), data=data),
-                        lambda run: train.train(plan, run, prefixes[0], prefixes[1], vocab_size))
+        rows = all_runs(plan, args.output, dict(asdict(plan), data=questions.digest),
+                        lambda run: train.train(plan, run, questions))
     print(f"this start took {minutes(time.monotonic() - began)}\n\n{table(plan, rows)}", flush=True)
     write_aside(args.output / "table.json", json.dumps(figures(plan, rows), indent=1) + "\n")
     write_aside(args.output / "architectures.png", picture.draw(chosen(plan, rows)))

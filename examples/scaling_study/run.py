@@ -8,7 +8,6 @@ The same command goes on where it was interrupted, with the run that was then in
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ from examples.demo.commands import CommandFailed, python, run  # noqa: E402
 from examples.demo.progress import minutes  # noqa: E402
 from examples.recorded import recorded  # noqa: E402
 from examples.scaling_study.plan import FIRST_LR, Run, Study, best_multiples  # noqa: E402
-from hrm_megatron.config import ConfigError  # noqa: E402
+from examples.study import Questions, chosen_plan, study_parser  # noqa: E402
 
 FULL = Study((64, 96, 160, 224, 320), (90_112, 180_224, 359_424, 716_800), 416, (64, 160, 320))
 QUICK = Study((32, 48, 64), (2048, 3072, 4096), 80, (32,), multiples=(1.0, 2.0))
@@ -43,47 +42,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), metavar="DIR",
-                        help="what the demo left: its questions as token ids (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/scaling_study"), metavar="DIR",
-                        help="folder for the results (default: %(default)s)")
+    parser = study_parser(__doc__, "scaling_study", "tiny models and a few steps, to see whether everything runs; its "
+                                                    "law means nothing")
     parser.add_argument("--widths", type=int, nargs="+", metavar="H", help=f"hidden sizes (default: {FULL.widths})")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help=f"(default: {FULL.tokens})")
     parser.add_argument("--held-out-width", type=int, metavar="H", help=f"(default: {FULL.held_out_width})")
     parser.add_argument("--lr-widths", type=int, nargs="+", metavar="H",
                         help=f"where all multiples of the rate are tried (default: {FULL.lr_widths})")
-    parser.add_argument("--quick", action="store_true",
-                        help="tiny models and a few steps, to see whether everything runs; its law means nothing")
     return parser.parse_args(arguments)
-
-
-def study_of(args: argparse.Namespace) -> Study:
-    given = {name: getattr(args, name) for name in ("widths", "tokens", "held_out_width", "lr_widths")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.quick and given:
-        raise ConfigError(f"--quick has sizes of its own; leave it or --{next(iter(given)).replace('_', '-')} out")
-    return QUICK if args.quick else Study(**{**vars(FULL), **given})
 
 
 def study(args: argparse.Namespace) -> None:
     """Do all runs that are not there yet, and print what came out."""
-    began, planned = time.monotonic(), study_of(args)
-    prefixes = [args.demo / "stores" / name for name in ("train", "valid")]
-    for path in (*(prefix.with_suffix(".json") for prefix in prefixes), args.demo / "tokenizer"):
-        if not path.exists():
-            raise ConfigError(f"--demo {args.demo}: no {path.relative_to(args.demo)} in it; run `make demo`, or give "
-                              "the folder of one")
+    began, planned, questions = time.monotonic(), chosen_plan(args, FULL, QUICK), Questions.of(args.demo)
     from examples.scaling_study import train
-    from hrm_megatron.data.tokenizer import TextTokenizer
     from hrm_megatron.parallel.single import single_rank
 
-    vocab_size = TextTokenizer(args.demo / "tokenizer").vocab_size
-    data = hashlib.sha256(b"".join(prefix.with_suffix(".json").read_bytes() for prefix in prefixes)).hexdigest()
-    settings = dict(asdict(planned), first_lr=FIRST_LR, data=data)
+    settings = dict(asdict(planned), first_lr=FIRST_LR, data=questions.digest)
     with single_rank():
-        rows = all_runs(planned, args.output, settings,
-                        lambda one: train.train(one, prefixes[0], prefixes[1], vocab_size))
+        rows = all_runs(planned, args.output, settings, lambda one: train.train(one, questions))
     print(f"{len(rows)} runs in {args.output / 'runs.jsonl'}; this start took {minutes(time.monotonic() - began)}\n",
           flush=True)
     run(python(os.path.relpath(ROOT / "tools" / "fit_scaling.py"), "--input", args.output / "runs.jsonl", "--png",

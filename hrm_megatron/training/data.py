@@ -127,19 +127,16 @@ def open_sources(args: argparse.Namespace) -> Sources:
                    bool(whole), tuple(stores.values()))
 
 
-def first_lengths(rows: PackedRows) -> list[Sequence[tuple[int, int]]]:
-    """The (prefix, response) lengths of the examples in the first rows: the same on every rank."""
-    return [PackedBatch.from_row(rows[i]).lengths[0] for i in range(min(len(rows), MEASURED_ROWS))]
-
-
-def first_labels(rows: PackedRows) -> int:
-    """The number of labels in the first rows."""
-    return sum(len(PackedBatch.from_row(rows[i]).label_index) for i in range(min(len(rows), MEASURED_ROWS)))
+def first_rows(rows: PackedRows) -> tuple[list[Sequence[tuple[int, int]]], int]:
+    """The (prefix, response) lengths of the examples in the first rows, and the number of labels of all these rows: the
+    same on every rank."""
+    batches = [PackedBatch.from_row(rows[i]) for i in range(min(len(rows), MEASURED_ROWS))]
+    return [batch.lengths[0] for batch in batches], sum(len(batch.label_index) for batch in batches)
 
 
 def describe_loads(rows: PackedRows, row_tokens: int, ranks: int) -> str:
     """Say how evenly the attention of the first rows is shared among context parallel ranks."""
-    lengths = [[pairs[i] for i in balanced_order(pairs, row_tokens, ranks)] for pairs in first_lengths(rows)]
+    lengths = [[pairs[i] for i in balanced_order(pairs, row_tokens, ranks)] for pairs in first_rows(rows)[0]]
     loads = context_loads(lengths, row_tokens, ranks)
     return (f"context parallel: the busiest of {ranks} ranks has {max(loads) * ranks / sum(loads):.2f} times the mean "
             f"of the attention's (query, key) pairs, over {len(lengths)} rows")

@@ -18,7 +18,7 @@ from hrm_megatron.parallel.patching import around
 from hrm_megatron.planner.machines import known_peak
 from hrm_megatron.training.console import Console
 from hrm_megatron.training.console_lines import StepReport, TimeLeft, evaluation_line, saved_line, step_line
-from hrm_megatron.training.data import first_labels, first_lengths
+from hrm_megatron.training.data import first_rows
 from hrm_megatron.training.evaluation import Evaluation
 from hrm_megatron.training.scalars import flush_scalars, write_scalars
 from hrm_megatron.training.step import TrainingStep
@@ -71,7 +71,7 @@ class Reporter:
     def begin(self, train_rows: PackedRows | None) -> None:
         """Show what the run is: all is ready for its first step."""
         if train_rows is not None:
-            self.sample, self.labels = first_lengths(train_rows), first_labels(train_rows)
+            self.sample, self.labels = first_rows(train_rows)
         facts = [describe_checkpoint(self.args)]
         if not self.args.skip_train:
             facts.append(describe_schedule(self.args, self.running.bp_schedule))

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from examples.compare_architectures.plan import Plan, architecture_of, best_rates, steps_of
-from examples.compare_architectures.run import FULL, QUICK, all_runs, chosen, figures, main, plan_of, table
+from examples.compare_architectures.run import FULL, QUICK, all_runs, chosen, figures, main, parse_arguments, table
+from examples.study import chosen_plan
 from hrm_megatron.config import ConfigError
 from hrm_megatron.model_types import MODEL_TYPES
 
@@ -70,9 +71,8 @@ def test_a_rate_that_diverges_is_never_the_best():
 
 
 def test_what_was_given_replaces_what_is_planned():
-    from examples.compare_architectures.run import parse_arguments
-
-    plan = plan_of(parse_arguments(["--hrm-steps", "5", "--rates", "0.01", "--seeds", "1", "--models", "hrm"]))
+    plan = chosen_plan(parse_arguments(["--hrm-steps", "5", "--rates", "0.01", "--seeds", "1", "--models", "hrm"]),
+                       FULL, QUICK)
     assert plan == Plan(5, [0.01], 1, FULL.points, ["hrm"])
 
 

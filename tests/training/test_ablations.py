@@ -29,10 +29,10 @@ def test_a_causal_row_is_one_of_long_responses():
 
 
 def test_labels_are_counted_and_not_guessed_from_lengths():
-    from hrm_megatron.training.data import first_labels
+    from hrm_megatron.training.data import first_rows
 
     examples = [(np.arange(1, 5), np.arange(5, 8)), (np.arange(8, 9), np.arange(9, 10))]
-    counts = {(causal, prefix): first_labels([assemble_row(examples, 12, causal, prefix)] * 2)
+    counts = {(causal, prefix): first_rows([assemble_row(examples, 12, causal, prefix)] * 2)[1]
               for causal, prefix in ((False, False), (True, False), (True, True))}
     assert counts == {(False, False): 8, (True, False): 8, (True, True): 14}
     arch = Architecture(1, 16, 2, 32, 64)
