@@ -138,9 +138,7 @@ def measure(args: argparse.Namespace) -> None:
         write_aside(args.json, json.dumps(as_json(points, session.identity, asked), indent=1) + "\n")
     if args.png:
         from hrm_megatron.evaluate.picture import draw_sweep
-        aside = args.png.with_name(f".partial.{args.png.name}")
-        draw_sweep(points, asked, name, aside)
-        aside.replace(args.png)
+        write_aside(args.png, draw_sweep(points, asked, name))
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import complete_iterations
 from hrm_megatron.checkpoint.manifest import read_manifest
+from hrm_megatron.checkpoint.verify import iteration_of
 
 ASIDE = ".deleted"
 
@@ -30,7 +31,7 @@ def expendable(save: Path, latest: int, keep: int, interval: int | None, protect
     Only whole iterations count as kept, and only they go: what is damaged is no copy of anything, and whoever looks for
     the reason wants it. Nothing goes unless `latest` is whole. Iteration 0 is what a run began with, not its own.
     """
-    numbers = [int(name.removeprefix("iter_")) for name in complete_iterations(save)]
+    numbers = [iteration_of(name) for name in complete_iterations(save)]
     whole = [number for number in numbers if number <= latest and is_whole(save / f"iter_{number:07d}")]
     if latest not in whole:
         return []

@@ -28,6 +28,7 @@ from hrm_megatron.generate.decode import MAX_ROWS, decoder_of
 from hrm_megatron.generate.session import Answering, Session
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.optim.averaged_weights import averaged_weights
+from hrm_megatron.parallel.patching import around
 from hrm_megatron.training.evaluation import ON_TEST_SET, Evaluation, log_part
 
 log = logging.getLogger(__name__)
@@ -110,11 +111,10 @@ def open_tasks(args: argparse.Namespace, validates: bool) -> LiveTasks:
 
 def install_tasks(args: argparse.Namespace, tasks: LiveTasks, evaluation: Evaluation) -> None:
     """Let every validation be followed by the tasks."""
-    stock: Callable[..., None] = megatron_training.evaluate_and_print_results
     done = -1
 
-    def evaluate_and_print_results(prefix: str, forward_step_func: Any, data_iterator: Any, model: Any, iteration: int,
-                                   *rest: Any, **options: Any) -> None:
+    def evaluate_and_print_results(stock: Callable[..., None], prefix: str, forward_step_func: Any, data_iterator: Any,
+                                   model: Any, iteration: int, *rest: Any, **options: Any) -> None:
         nonlocal done
         stock(prefix, forward_step_func, data_iterator, model, iteration, *rest, **options)
         if prefix.endswith(ON_TEST_SET) or iteration == done:  # the last validation repeats that of the last step
@@ -125,7 +125,8 @@ def install_tasks(args: argparse.Namespace, tasks: LiveTasks, evaluation: Evalua
             results = tasks.results(one)
         log_results(results, iteration, args, time.monotonic() - began)
 
-    megatron_training.evaluate_and_print_results = evaluate_and_print_results
+    megatron_training.evaluate_and_print_results = around(megatron_training.evaluate_and_print_results,
+                                                          evaluate_and_print_results)
 
 
 def log_results(results: Sequence[Result], iteration: int, args: argparse.Namespace, seconds: float) -> None:

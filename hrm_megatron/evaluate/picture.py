@@ -1,6 +1,7 @@
 """Results as bars beside the published ones, and a sweep of depths as curves. Needs matplotlib, which is optional."""
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -33,8 +34,9 @@ def draw_results(results: Sequence[Result], published: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_sweep(points: Sequence[Point], answers: int, title: str, path: Path) -> None:
-    """Draw accuracy with its standard error against H cycles and against time; the first point is as in training."""
+def draw_sweep(points: Sequence[Point], answers: int, title: str) -> bytes:
+    """Draw accuracy with its standard error against H cycles and against time, as a PNG; the first point is as in
+    training."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     by_cycles, by_time = figure.subplots(1, 2, sharey=True)
 
@@ -62,4 +64,6 @@ def draw_sweep(points: Sequence[Point], answers: int, title: str, path: Path) ->
     by_cycles.set(xlabel="H cycles run, mean over answers", ylabel="accuracy, percent", title=title)
     by_time.set(xlabel="ms per answer")
     figure.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path, dpi=110)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=110)
+    return file.getvalue()

@@ -2,12 +2,16 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from hrm_megatron.checkpoint.manifest import describe_folder, write_manifest
 
+ROOT = Path(__file__).parents[2]
 BEGUN, SECONDS_PER_STEP, STEPS = 1_700_000_000.0, 2.0, 40
 TICKS = ("tick 1 z_L", "tick 2 z_H", "tick 10 z_L")
 
@@ -52,3 +56,15 @@ def written(tmp_path_factory):
         f"train_iters {'.' * 37} {STEPS}\nhidden_size {'.' * 37} 32\na_note {'.' * 42} <b>bold</b>\n")
     (checkpoints / "bad_steps.json").write_text(json.dumps(dict(steps=[7, 8], returns={"0": 1})))
     return SimpleNamespace(folder=folder, checkpoints=checkpoints, now=BEGUN + SECONDS_PER_STEP * 30 + 1000)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call the main of a program in tools/ by its name: `call(name)(*words)` is (status, lines of stderr)."""
+    def of(name):
+        def run(*words):
+            monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+            status = runpy.run_path(str(ROOT / "tools" / name))["main"]()
+            return status, capsys.readouterr().err.splitlines()
+        return run
+    return of

@@ -1,6 +1,4 @@
 """Pictures of runs: every curve that a log has is in them, by its own values."""
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -53,12 +51,8 @@ def test_a_running_mean_looks_back():
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["plot_run.py", *map(str, words)])
-        code = runpy.run_path(str(ROOT / "tools" / "plot_run.py"))["main"]()
-        return code, capsys.readouterr().err.splitlines()
-    return run
+def tool(call):
+    return call("plot_run.py")
 
 
 def test_the_tool_draws_runs_over_one_another(written, tool, tmp_path):

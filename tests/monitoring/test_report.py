@@ -1,9 +1,7 @@
 """The report of a run stands alone, and says what its files say."""
 import base64
 import json
-import runpy
 import shutil
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -42,12 +40,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["report_run.py", *map(str, words)])
-        code = runpy.run_path(str(ROOT / "tools" / "report_run.py"))["main"]()
-        return code, capsys.readouterr().err.splitlines()
-    return run
+def tool(call):
+    return call("report_run.py")
 
 
 def test_a_report_is_one_file_with_all_that_is_known(written, tool, tmp_path):
