@@ -6,11 +6,15 @@ Run as a program it reads orders, one JSON object per line, and answers each wit
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +121,28 @@ def _run(order: dict) -> list[int]:
     return codes
 
 
-def main() -> None:
-    import hrm_megatron.pretrain  # noqa: F401  # what every rank would import
+def _prepare() -> None:
+    """Import, compile and read here what every rank would: two thirds of a short run. None of it may start a thread."""
+    importlib.import_module("hrm_megatron.pretrain")  # before Megatron
+    for name in ("megatron.core.tokenizers.text", "torch.utils.tensorboard"):
+        importlib.import_module(name)
+    import numpy as np
+    from megatron.training.argument_utils import ArgumentGroupFactory
 
+    from hrm_megatron.data.plan import warm_up
+    from hrm_megatron.training.flags.parser import full_parser
+
+    warm_up(np.dtype(np.uint32))
+    factory = object.__new__(ArgumentGroupFactory)
+    read_help = functools.cache(factory._get_field_docstrings)  # out of Megatron's sources, for each parser anew
+    ArgumentGroupFactory._get_field_docstrings = lambda _, config: read_help(config)
+    full_parser()
+    assert threading.active_count() == 1
+    gc.freeze()  # no rank goes through all of this, which would also copy it
+
+
+def main() -> None:
+    _prepare()
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
 
