@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tests.ports import free_port
 
-GRACE_SECONDS = 5  # for the other ranks, once one has failed
+GRACE_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,21 @@ class Run:
 class Launcher:
     """Start runs of `hrm_megatron.pretrain`, one after the other."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, before: str = "", environment: dict[str, str] | None = None) -> None:
+        """`before` runs in the process that forks the ranks, before it imports anything of ours."""
         self.folder, self.runs = folder, 0
-        self.process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, cwd=Path(__file__).parents[1])
+        self.process = subprocess.Popen([sys.executable, "-m", __name__, before], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
+                                        env=os.environ | (environment or {}))
 
-    def __call__(self, *arguments: object, ranks: int = 1, prelude: str = "", timeout_seconds: float = 240) -> Run:
-        """Train with these arguments on so many ranks; `prelude` is run in every rank before."""
+    def __call__(self, *arguments: object, ranks: int = 1, prelude: str = "", timeout_seconds: float = 240,
+                 grace_seconds: float = GRACE_SECONDS) -> Run:
+        """Train with these arguments on so many ranks; `prelude` is run in every rank before. Once one has failed, the
+        others have `grace_seconds` to say why."""
         self.runs += 1
         log = self.folder / f"run{self.runs}"
         order = dict(arguments=[str(a) for a in arguments], ranks=ranks, prelude=prelude, log=str(log),
-                     timeout_seconds=timeout_seconds)
+                     timeout_seconds=timeout_seconds, grace_seconds=grace_seconds)
         assert self.process.stdin and self.process.stdout
         print(json.dumps(order), file=self.process.stdin, flush=True)
         codes = json.loads(self.process.stdout.readline())
@@ -110,7 +114,7 @@ def _run(order: dict) -> list[int]:
                 running.remove(pid)
                 codes.append(os.waitstatus_to_exitcode(status))
                 if codes[-1]:
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                    deadline = min(deadline, time.monotonic() + order["grace_seconds"])
         if time.monotonic() > deadline:
             for pid in running:
                 os.killpg(pid, signal.SIGKILL)
