@@ -93,7 +93,7 @@ def train(console: Console) -> None:
     fits = functools.partial(check_fit, args)
     if start and not is_left and not verify_end(args, start, fits):
         return
-    set_global_variables(args)
+    set_global_variables(args, build_tokenizer=False)  # rows are ids; it would import transformers, 2 s of a start
     for line in (*matched, describe_model(args)):
         log.info(line)
     log.info(describe(args))

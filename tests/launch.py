@@ -128,8 +128,7 @@ def _run(order: dict) -> list[int]:
 def _prepare() -> None:
     """Import, compile and read here what every rank would: two thirds of a short run. None of it may start a thread."""
     importlib.import_module("hrm_megatron.pretrain")  # before Megatron
-    for name in ("megatron.core.tokenizers.text", "torch.utils.tensorboard"):
-        importlib.import_module(name)
+    importlib.import_module("torch.utils.tensorboard")
     import numpy as np
     from megatron.training.argument_utils import ArgumentGroupFactory
 
