@@ -60,6 +60,8 @@ from hrm_megatron.training.summary import describe_model  # noqa: E402
 from hrm_megatron.training.verification import verify_end, verify_start  # noqa: E402
 from hrm_megatron.training.watchdog import install_watchdog  # noqa: E402
 
+SECONDS_BEHIND_RANK_0 = 5.0  # where all ranks see the same, the launcher ends the others before it repeats that one
+
 log = logging.getLogger("hrm_megatron.pretrain")  # __name__ is __main__
 
 
@@ -172,7 +174,7 @@ def run(rank: int, ranks: int) -> None:
             train(console)
     except ConfigError:
         if rank:
-            time.sleep(5)  # where all ranks see the same, the launcher ends this one before it repeats rank 0
+            time.sleep(SECONDS_BEHIND_RANK_0)
         raise
 
 

@@ -76,6 +76,7 @@ def _be_rank(rank: int, order: dict, port: int) -> None:
     from hrm_megatron import pretrain
     from hrm_megatron.parallel.connections import choose_connections
 
+    pretrain.SECONDS_BEHIND_RANK_0 = 1  # all have the time to end by themselves
     sys.argv = ["pretrain", *order["arguments"]]
     choose_connections(order["arguments"])  # pretrain was imported before these were known
     exec(order["prelude"], {})
