@@ -131,8 +131,13 @@ def train(console: Console) -> None:
         reporter.begin(train_rows)
         step.meter.restart()
 
-    pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready, sources_by_name),
-             ModelType.encoder_or_decoder, step.forward, build_model)
+    try:
+        pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready,
+                                                                           sources_by_name),
+                 ModelType.encoder_or_decoder, step.forward, build_model)
+    except SystemExit as early:  # Megatron's way out behind the save for a signal, or an interval to exit at
+        if early.code:
+            raise
     flush_scalars()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
