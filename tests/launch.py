@@ -41,12 +41,10 @@ class Run:
 class Launcher:
     """Start runs of `hrm_megatron.pretrain`, one after the other."""
 
-    def __init__(self, folder: Path, before: str = "", environment: dict[str, str] | None = None) -> None:
-        """`before` runs in the process that forks the ranks, before it imports anything of ours."""
+    def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, 0
-        self.process = subprocess.Popen([sys.executable, "-m", __name__, before], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
-                                        env=os.environ | (environment or {}))
+        self.process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, cwd=Path(__file__).parents[1])
 
     def __call__(self, *arguments: object, ranks: int = 1, prelude: str = "", timeout_seconds: float = 240,
                  grace_seconds: float = GRACE_SECONDS) -> Run:
