@@ -134,12 +134,14 @@ def _prepare() -> None:
     from hrm_megatron.data.plan import warm_up
     from hrm_megatron.training.flags.parser import full_parser
 
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # of pyarrow, which extensions of numba may import
     warm_up(np.dtype(np.uint32))
     factory = object.__new__(ArgumentGroupFactory)
     read_help = functools.cache(factory._get_field_docstrings)  # out of Megatron's sources, for each parser anew
     ArgumentGroupFactory._get_field_docstrings = lambda _, config: read_help(config)
     full_parser()
-    assert threading.active_count() == 1
+    tasks = Path("/proc/self/task")  # those of libraries too, where the system says so
+    assert threading.active_count() == 1 and (not tasks.exists() or len([*tasks.iterdir()]) == 1)
     gc.freeze()  # no rank goes through all of this, which would also copy it
 
 
