@@ -4,8 +4,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -115,21 +115,26 @@ def test_a_start_without_a_launcher_is_refused(launch, fullbatch_arguments):
 
 
 SAVES_AND_DIES = """
-from hrm_megatron.parallel.cpu import activate
-activate()
 import os, signal
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from hrm_megatron.training.restarts import end_helpers_with_their_rank
-end_helpers_with_their_rank()
-queue = filesystem_async.get_write_results_queue()
-print(queue._manager._process.pid, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+said, pipe = os.pipe()
+rank = os.fork()
+if not rank:
+    os.dup2(pipe, 1)  # which every process inherits, however it is started
+    os.closerange(said, pipe + 1)
+    end_helpers_with_their_rank()
+    os.write(1, str(filesystem_async.get_write_results_queue()._manager._process.pid).encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+os.close(pipe)
+print("ended by", os.WTERMSIG(os.waitpid(rank, 0)[1]))
+print("helper", os.fdopen(said).read())  # to the end
+raise SystemExit
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
-def test_no_process_outlives_a_rank_that_is_killed():
+def test_no_process_outlives_a_rank_that_is_killed(launch):
     """The pipe is closed when the last process that holds it has ended: without the end of the helper this waits."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SAVES_AND_DIES], cwd=ROOT, capture_output=True,
-                          text=True, timeout=100)
-    assert done.returncode == -signal.SIGKILL and int(done.stdout), done.stderr
+    run = launch(prelude=SAVES_AND_DIES, timeout_seconds=60)
+    assert run.code == 0 and re.fullmatch(r"ended by 9\nhelper \d+\n", run.output), run.output
