@@ -14,6 +14,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 MOMENTS = ("step", "save", "load", "worker")
 ALL = -1
 TENSORS_SAVED = 5  # of a file, before a kill in a save; TP 2 x PP 2 writes tens into each
@@ -55,6 +57,14 @@ def lost_steps(folder: Path, kills: list[Kill], save_interval: int) -> list[tupl
     return wrong
 
 
+def all_ranks(process: int) -> list[int]:
+    """The processes of all ranks, which one launcher has started alike; this one last."""
+    mine = psutil.Process(process)
+    launcher = mine.parent()
+    others = launcher.children() if launcher else []
+    return [other.pid for other in others if other != mine and other.cmdline() == mine.cmdline()] + [process]
+
+
 class Killer:
     """Kills its own process where `kills` say; `folder` says which of them have happened."""
 
@@ -64,17 +74,24 @@ class Killer:
         self.process, self.saved = os.getpid(), 0
         (folder / "kills").mkdir(exist_ok=True)
 
-    def reach(self, moment: str, step: int, process: int = 0) -> None:
-        """Kill the process, or this one, if that is what the first kill which has not happened says."""
+    def reach(self, moment: str, step: int) -> None:
+        """Kill who is meant, if that is what the first kill which has not happened says: readers of data one by one,
+        since each comes to the row when it does, and all ranks at once."""
         done = happened(self.folder)
-        number = next((number for number, (_, _, rank) in enumerate(self.kills) if number not in done or (
-            rank == ALL and not (self.folder / "kills" / f"{number}.{self.rank}").exists())), None)
+        number = next((number for number, (when, _, rank) in enumerate(self.kills) if number not in done or (
+            when == "worker" and rank == ALL and not self.note(number).exists())), None)
         if number is None:
             return
         when, at, rank = self.kills[number]
         if when == moment and (moment == "load" or step == at) and rank in (ALL, self.rank):
-            (self.folder / "kills" / f"{number}.{self.rank}").touch()
-            os.kill(process or os.getpid(), signal.SIGKILL)
+            self.note(number).touch()
+            if moment == "worker":
+                os.kill(os.getpid(), signal.SIGKILL)
+            for process in all_ranks(self.process) if rank == ALL else [self.process]:
+                os.kill(process, signal.SIGKILL)
+
+    def note(self, number: int) -> Path:
+        return self.folder / "kills" / f"{number}.{self.rank}"
 
     def install(self) -> None:
         """Let the run pass by here; hrm_megatron.pretrain has been imported."""
@@ -103,7 +120,7 @@ class Killer:
         def writes(*rest: Any, **options: Any) -> Any:
             self.saved += 1
             if self.saved % TENSORS_SAVED == 0:
-                self.reach("save", self.running.running_step(), self.process)
+                self.reach("save", self.running.running_step())
             return write(*rest, **options)
 
         def commits(*rest: Any) -> None:

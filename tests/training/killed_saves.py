@@ -35,7 +35,7 @@ def watch(save: Path) -> None:
         if event in ("os.remove", "os.rename", "os.rmdir") and str(arguments[0]).startswith(str(save)):
             newest = newest_whole(save)
             if newest < seen[0]:
-                print(f"{event} {arguments}: iteration {newest} is the newest whole one, it was {seen[0]}", flush=True)
+                os.write(2, f"{event}: iteration {newest} is the newest whole one, it was {seen[0]}\n".encode())
                 os._exit(LOST)
             seen[0] = newest
     sys.addaudithook(look)
