@@ -60,6 +60,8 @@ from hrm_megatron.training.summary import describe_model  # noqa: E402
 from hrm_megatron.training.verification import verify_end, verify_start  # noqa: E402
 from hrm_megatron.training.watchdog import install_watchdog  # noqa: E402
 
+SECONDS_BEHIND_RANK_0 = 5.0  # where all ranks see the same, the launcher ends the others before it repeats that one
+
 log = logging.getLogger("hrm_megatron.pretrain")  # __name__ is __main__
 
 
@@ -93,7 +95,7 @@ def train(console: Console) -> None:
     fits = functools.partial(check_fit, args)
     if start and not is_left and not verify_end(args, start, fits):
         return
-    set_global_variables(args)
+    set_global_variables(args, build_tokenizer=False)  # rows are ids; it would import transformers, 2 s of a start
     for line in (*matched, describe_model(args)):
         log.info(line)
     log.info(describe(args))
@@ -129,8 +131,13 @@ def train(console: Console) -> None:
         reporter.begin(train_rows)
         step.meter.restart()
 
-    pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready, sources_by_name),
-             ModelType.encoder_or_decoder, step.forward, build_model)
+    try:
+        pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready,
+                                                                           sources_by_name),
+                 ModelType.encoder_or_decoder, step.forward, build_model)
+    except SystemExit as early:  # Megatron's way out behind the save for a signal, or an interval to exit at
+        if early.code:
+            raise
     flush_scalars()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -172,7 +179,7 @@ def run(rank: int, ranks: int) -> None:
             train(console)
     except ConfigError:
         if rank:
-            time.sleep(5)  # where all ranks see the same, the launcher ends this one before it repeats rank 0
+            time.sleep(SECONDS_BEHIND_RANK_0)
         raise
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; ranks share the cores
 
 GOLDEN = Path(__file__).parent / "golden"
+PARITY, SURVIVED = "parity", "survives"  # under which reports carry them, also from the processes of pytest-xdist
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test marked gpu where torch sees no CUDA device."""
+    """Skip a test marked gpu where torch sees no CUDA device; note the faults that tests are marked with."""
+    item.user_properties += [(SURVIVED, mark.args) for mark in item.iter_markers(SURVIVED)]
     if item.get_closest_marker("gpu"):
         import torch  # late: most of the house tests need no torch
 
@@ -34,9 +37,6 @@ def single_rank():
         yield
 
 
-PARITY = "parity"  # under which reports carry it, also from the processes of pytest-xdist
-
-
 @pytest.fixture
 def parity(request):
     """Hold a difference against its tolerance, `parity(what, difference, tolerance)`, and put it into the table."""
@@ -46,14 +46,28 @@ def parity(request):
     return hold
 
 
+@pytest.fixture
+def survived(request):
+    """Put a fault that a run has survived into the table: `survived(fault, run)`."""
+    def note(fault: str, run: str) -> None:
+        request.node.user_properties.append((SURVIVED, (fault, run)))
+    return note
+
+
 def pytest_terminal_summary(terminalreporter):
-    """Print the table of all differences that tests have held against a tolerance."""
+    """Print the table of all differences that tests have held against a tolerance, and that of faults survived."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports
                if getattr(report, "when", None) == "call"]
     if rows := [row for report in reports for name, row in report.user_properties if name == PARITY]:
         terminalreporter.section("parity")
         for what, difference, tolerance in rows:
             terminalreporter.line(f"{what:64} {difference:9.1e}   at most {tolerance:.0e}")
+    if faults := Counter(tuple(row) for report in reports if report.passed
+                         for name, row in report.user_properties if name == SURVIVED):
+        terminalreporter.section("faults survived")
+        for (fault, run), times in sorted(faults.items()):
+            terminalreporter.line(f"{fault:56} {run:24} {times:4}")
+        terminalreporter.line(f"{'in all':56} {'':24} {faults.total():4}")
 
 
 @pytest.fixture(scope="session")

@@ -6,18 +6,22 @@ Run as a program it reads orders, one JSON object per line, and answers each wit
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.ports import free_port
 
-GRACE_SECONDS = 5  # for the other ranks, once one has failed
+GRACE_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class Launcher:
         self.process = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, cwd=Path(__file__).parents[1])
 
-    def __call__(self, *arguments: object, ranks: int = 1, prelude: str = "", timeout_seconds: float = 240) -> Run:
-        """Train with these arguments on so many ranks; `prelude` is run in every rank before."""
+    def __call__(self, *arguments: object, ranks: int = 1, prelude: str = "", timeout_seconds: float = 240,
+                 grace_seconds: float = GRACE_SECONDS) -> Run:
+        """Train with these arguments on so many ranks; `prelude` is run in every rank before. Once one has failed, the
+        others have `grace_seconds` to say why."""
         self.runs += 1
         log = self.folder / f"run{self.runs}"
         order = dict(arguments=[str(a) for a in arguments], ranks=ranks, prelude=prelude, log=str(log),
-                     timeout_seconds=timeout_seconds)
+                     timeout_seconds=timeout_seconds, grace_seconds=grace_seconds)
         assert self.process.stdin and self.process.stdout
         print(json.dumps(order), file=self.process.stdin, flush=True)
         codes = json.loads(self.process.stdout.readline())
@@ -68,6 +74,7 @@ def _be_rank(rank: int, order: dict, port: int) -> None:
     from hrm_megatron import pretrain
     from hrm_megatron.parallel.connections import choose_connections
 
+    pretrain.SECONDS_BEHIND_RANK_0 = 1  # all have the time to end by themselves
     sys.argv = ["pretrain", *order["arguments"]]
     choose_connections(order["arguments"])  # pretrain was imported before these were known
     exec(order["prelude"], {})
@@ -106,7 +113,7 @@ def _run(order: dict) -> list[int]:
                 running.remove(pid)
                 codes.append(os.waitstatus_to_exitcode(status))
                 if codes[-1]:
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                    deadline = min(deadline, time.monotonic() + order["grace_seconds"])
         if time.monotonic() > deadline:
             for pid in running:
                 os.killpg(pid, signal.SIGKILL)
@@ -117,9 +124,29 @@ def _run(order: dict) -> list[int]:
     return codes
 
 
-def main() -> None:
-    import hrm_megatron.pretrain  # noqa: F401  # what every rank would import
+def _prepare() -> None:
+    """Import, compile and read here what every rank would: two thirds of a short run. None of it may start a thread."""
+    importlib.import_module("hrm_megatron.pretrain")  # before Megatron
+    importlib.import_module("torch.utils.tensorboard")
+    import numpy as np
+    from megatron.training.argument_utils import ArgumentGroupFactory
 
+    from hrm_megatron.data.plan import warm_up
+    from hrm_megatron.training.flags.parser import full_parser
+
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # of pyarrow, which extensions of numba may import
+    warm_up(np.dtype(np.uint32))
+    factory = object.__new__(ArgumentGroupFactory)
+    read_help = functools.cache(factory._get_field_docstrings)  # out of Megatron's sources, for each parser anew
+    ArgumentGroupFactory._get_field_docstrings = lambda _, config: read_help(config)
+    full_parser()
+    tasks = Path("/proc/self/task")  # those of libraries too, where the system says so
+    assert threading.active_count() == 1 and (not tasks.exists() or len([*tasks.iterdir()]) == 1)
+    gc.freeze()  # no rank goes through all of this, which would also copy it
+
+
+def main() -> None:
+    _prepare()
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
 

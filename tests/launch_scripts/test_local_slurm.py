@@ -71,6 +71,7 @@ class Job:
         return [tuple(one["nodes"]) for one in json.loads((self.run / "slurm" / "attempts.json").read_text())]
 
 
+@pytest.mark.survives("time limit of a job", "Slurm, stand-in for ranks")
 def test_a_limit_saves_and_the_job_goes_on_from_there(slurm, tmp_path):
     job = Job(slurm, tmp_path, steps=600)  # Slurm looks at limits every 30 seconds
     job.until_step(3)
@@ -80,6 +81,7 @@ def test_a_limit_saves_and_the_job_goes_on_from_there(slurm, tmp_path):
     assert job.steps == list(range(1, 601))  # none twice, none left out
 
 
+@pytest.mark.survives("a node dies", "Slurm, stand-in for ranks")
 def test_a_node_that_dies_costs_what_was_not_saved(slurm, tmp_path):
     job = Job(slurm, tmp_path, steps=200)
     job.until_step(15)
@@ -114,6 +116,7 @@ def test_a_failure_without_progress_ends_the_job(slurm, tmp_path):
     assert trace[-1] == "ZeroDivisionError: at step 15"
 
 
+@pytest.mark.survives("a bad node", "Slurm, stand-in for ranks")
 def test_a_bad_node_is_left_out_of_the_next_start(slurm, tmp_path):
     python = tmp_path / "python"
     python.write_text(STAND_IN.read_text().replace("#!/usr/bin/env python3", f"#!{sys.executable}"))
@@ -134,6 +137,7 @@ TRAINING = ("--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, 
             "--sampled-data-path", "tests/golden/fullbatch/sampled")
 
 
+@pytest.mark.survives("time limit of a job", "Slurm, TP 2")
 @pytest.mark.parametrize("launch", ["torchrun", "srun"])
 def test_a_requeued_run_ends_bitwise_as_one_that_was_never_stopped(slurm, tmp_path, torch_reads, launch):
     import torch

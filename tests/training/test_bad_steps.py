@@ -51,6 +51,7 @@ LAYOUTS = [pytest.param(2, (), id="DP2"),
                "DP4-overlap": ("--overlap-grad-reduce", "--overlap-param-gather", "--micro-batch-size", 1)}.items())]
 
 
+@pytest.mark.survives("steps without a number: not taken", "1 to 4 ranks")
 @pytest.mark.parametrize("ranks, layout", LAYOUTS)
 def test_a_step_that_is_not_taken_is_one_that_never_was(train, tmp_path, ranks, layout):
     """Bitwise, at the first step, within, and before a save: against Megatron's own way to leave steps out."""
@@ -74,6 +75,7 @@ def test_a_run_without_bad_steps_is_the_same_under_every_policy(train, tmp_path,
     assert not tensors_that_differ(end_of(tmp_path / "checkpoints"), uninterrupted / "checkpoints" / "iter_0000012")
 
 
+@pytest.mark.survives("steps without a number: rollback", "1 process")
 def test_a_run_goes_back_and_leaves_the_rows_out(train, tmp_path, native_start):
     """Two bad steps in a row behind the checkpoint of step 4; one by itself before it is only not taken."""
     folder = tmp_path / "checkpoints"

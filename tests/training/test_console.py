@@ -166,6 +166,7 @@ def test_rows_flops_is_a_sum_over_rows():
     assert rows_flops(architecture, 5, 13, rows) == training_flops(architecture, 5, 26, 5 + 1 + 2, scores)
 
 
+@pytest.mark.slow  # tests/training/test_bad_input.py holds the one line, the test below what torchrun makes of it
 def test_a_refused_command_ends_with_its_one_line():
     done = torchrun(*SIZES, *SAMPLED, "--hidden-size", 33)
     line = "error: hidden_size=33 is not a multiple of num_attention_heads=4; change one of them"

@@ -37,6 +37,7 @@ def test_damage_is_refused_and_the_newest_that_verifies_is_named(launch, flags, 
     assert {path: path.stat().st_mtime_ns for path in damaged.rglob("*")} == before
 
 
+@pytest.mark.survives("a damaged checkpoint", "1 process")
 def test_the_newest_that_verifies_is_taken_where_that_is_wanted(launch, fullbatch_arguments, damaged, uninterrupted,
                                                                 tmp_path):
     (damaged / "iter_0000012" / MANIFEST_FILE).unlink()  # as older versions saved

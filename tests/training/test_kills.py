@@ -1,75 +1,101 @@
-"""Ranks killed at any moment: torchrun starts the run again, and it ends bitwise as if nothing had happened."""
+"""Ranks and readers of data killed at any moment: started again, a run ends bitwise as if nothing had happened."""
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from hrm_megatron.checkpoint.folders import find_iteration
 from tests.training.conftest import scalars
+from tests.training.killed_rank import ALL, MOMENTS, draw_kills, happened, lost_steps
 from tests.training.test_resume import tensors_that_differ
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAVE_INTERVAL = 24, 3
-KILLS = int(os.environ.get("HRM_KILLS", "12"))  # of each layout
-MOMENTS = ("step", "save", "load")
-LAYOUTS = {"DP2": (2, ()), "TP2-PP2": (4, ("--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2))}
+SAVE_INTERVAL = 3
+KILLS = int(os.environ.get("HRM_KILLS", "100"))  # of each layout, where a start takes a second or two
+KILLS_BY_TORCHRUN = 12  # where it takes half a minute
+WORKERS = "--num-workers", 1
+TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+LAYOUTS = {"DP 2": (2, ()), "TP 2 x PP 2": (4, (TP, 2, PP, 2))}
+PRELUDE = """
+import os
+from pathlib import Path
+from tests.training.killed_rank import Killer
+Killer({kills}, Path({notes!r}), int(os.environ["RANK"])).install()
+"""
 
 
-def plan(ranks: int, seed: int) -> list[tuple[str, int, int]]:
-    """Draw moments and ranks, in the order of steps; every second kill is of all ranks."""
-    rng = random.Random(seed)
-    kills = []
-    for number, step in enumerate(sorted(rng.choices(range(1, STEPS + 1), k=KILLS))):
-        moment = MOMENTS[number % len(MOMENTS)] if number else "step"
-        at = -(-step // SAVE_INTERVAL) * SAVE_INTERVAL if moment == "save" else step
-        kills.append((moment, at, rng.randrange(ranks) if number % 2 else -1))
-    return sorted(kills, key=lambda kill: kill[1])
+@pytest.fixture
+def killed(launch, native_start, tmp_path, survived):
+    """Let a run be killed as planned, and compare it with one that nothing happens to; `start_until_done` trains with
+    what it is given, and these kills."""
+    def compare(layout, ranks, arguments, kills, start_until_done):
+        for name in "ab":
+            shutil.copytree(native_start, tmp_path / name)
+        folders = {name: ("--load", tmp_path / name, "--save", tmp_path / name, "--tensorboard-dir", tmp_path /
+                          f"{name}_log") for name in "ab"}
+        undisturbed = launch(*arguments, *folders["a"], ranks=ranks)
+        assert undisturbed.code == 0, undisturbed.output[-3000:]
+        notes = tmp_path / "notes"
+        notes.mkdir()
+        start_until_done([*arguments, *folders["b"], *WORKERS], kills, notes)
+        assert happened(notes) == set(range(len(kills)))
+        ends = [find_iteration(tmp_path / name) for name in "ab"]
+        assert ends[0].name == ends[1].name and not tensors_that_differ(*ends)
+        assert scalars(tmp_path / "a_log") == scalars(tmp_path / "b_log")
+        assert not lost_steps(notes, kills, SAVE_INTERVAL)
+        for moment, _, rank in kills:
+            whom = "reader of data" if moment == "worker" else "rank"
+            where = "" if moment == "worker" else f" in a {moment}"
+            survived(f"kill -9 of {'every' if rank == ALL else 'a'} {whom}{where}", layout)
+    return compare
+
+
+MANY = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+@pytest.mark.parametrize("layout, count, steps", [
+    ("DP 2", 10, 12), *(pytest.param(layout, KILLS, 24, marks=MANY) for layout in LAYOUTS)])
+def test_a_run_survives_its_kills(launch, fullbatch_arguments, killed, layout, count, steps):
+    """Forked ranks, which start in a second; that torchrun starts them again is for the test below."""
+    ranks, flags = LAYOUTS[layout]
+    kills = draw_kills(count, ranks, steps, SAVE_INTERVAL, seed=1)
+    assert {(moment, rank == ALL) for moment, _, rank in kills} == {*itertools.product(MOMENTS, (True, False))}
+
+    def start_until_done(arguments, kills, notes):
+        prelude = PRELUDE.format(kills=kills, notes=str(notes))
+        for _ in range(ranks * len(kills) + 1):  # of a kill of all, some may die at the start that follows
+            run = launch(*arguments, ranks=ranks, prelude=prelude, grace_seconds=0)
+            if run.code == 0:
+                return
+        raise AssertionError(run.output[-3000:])
+    arguments = [*fullbatch_arguments, *flags, "--train-iters", steps, "--save-interval", SAVE_INTERVAL]
+    killed(layout, ranks, arguments, kills, start_until_done)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_survives_its_kills(launch, fullbatch_arguments, native_start, tmp_path, layout, capsys):
+def test_torchrun_starts_a_run_again(fullbatch_arguments, killed, layout):
     ranks, flags = LAYOUTS[layout]
-    arguments = [*fullbatch_arguments, *flags, "--save-interval", SAVE_INTERVAL]
-    for name in "ab":
-        shutil.copytree(native_start, tmp_path / name)
-    undisturbed = launch(*arguments, "--load", tmp_path / "a", "--save", tmp_path / "a", "--tensorboard-dir",
-                         tmp_path / "a_log", ranks=ranks)
-    assert undisturbed.code == 0, undisturbed.output[-3000:]
-    kills, fired = plan(ranks, seed=ranks), tmp_path / "fired"
-    fired.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-         "--max-restarts", str(len(kills) * ranks), "-m",  # of a kill of all, some may die at the start that follows
-          "tests.training.killed_rank", *map(str, arguments), "--load",
-         tmp_path / "b", "--save", tmp_path / "b", "--tensorboard-dir", tmp_path / "b_log"],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(
-            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-            KILLS=json.dumps(kills), FIRED=str(fired), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-5000:]
-    happened = Counter(kills[int(number)][0] for number in {path.name.split(".")[0] for path in fired.iterdir()})
-    starts = [int(step) for step in re.findall(r"^schedule: steps (\d+) to", said, re.MULTILINE)]
-    with capsys.disabled():
-        print(f"\n{layout}: {sum(happened.values())} of {len(kills)} kills survived: {dict(happened)}; starts at steps "
-              f"{' '.join(map(str, starts))}")
-    assert sum(happened.values()) == len(kills)
-    ends = [find_iteration(tmp_path / name) for name in "ab"]
-    assert ends[0].name == ends[1].name == f"iter_{STEPS:07d}" and not tensors_that_differ(*ends)
-    assert scalars(tmp_path / "a_log") == scalars(tmp_path / "b_log")
-    # Nothing older than the last save was made again: a start is never further back than the kill before it allows.
-    assert starts == sorted(starts) and {(start - 1) % SAVE_INTERVAL for start in starts} == {0}
+
+    def start_until_done(arguments, kills, notes):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+             "--max-restarts", str(len(kills) * ranks), "-m", "tests.training.killed_rank", *map(str, arguments)],
+            cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(
+                TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", KILLS=json.dumps(kills), KILLED=str(notes),
+                OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
+        assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    killed(f"{layout}, torchrun", ranks, [*fullbatch_arguments, *flags, "--save-interval", SAVE_INTERVAL],
+           draw_kills(KILLS_BY_TORCHRUN, ranks, 24, SAVE_INTERVAL, seed=ranks), start_until_done)
 
 
 def test_restarts_that_would_hang_are_refused():
@@ -89,21 +115,26 @@ def test_a_start_without_a_launcher_is_refused(launch, fullbatch_arguments):
 
 
 SAVES_AND_DIES = """
-from hrm_megatron.parallel.cpu import activate
-activate()
 import os, signal
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from hrm_megatron.training.restarts import end_helpers_with_their_rank
-end_helpers_with_their_rank()
-queue = filesystem_async.get_write_results_queue()
-print(queue._manager._process.pid, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+said, pipe = os.pipe()
+rank = os.fork()
+if not rank:
+    os.dup2(pipe, 1)  # which every process inherits, however it is started
+    os.closerange(said, pipe + 1)
+    end_helpers_with_their_rank()
+    os.write(1, str(filesystem_async.get_write_results_queue()._manager._process.pid).encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+os.close(pipe)
+print("ended by", os.WTERMSIG(os.waitpid(rank, 0)[1]))
+print("helper", os.fdopen(said).read())  # to the end
+raise SystemExit
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
-def test_no_process_outlives_a_rank_that_is_killed():
+def test_no_process_outlives_a_rank_that_is_killed(launch):
     """The pipe is closed when the last process that holds it has ended: without the end of the helper this waits."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SAVES_AND_DIES], cwd=ROOT, capture_output=True,
-                          text=True, timeout=100)
-    assert done.returncode == -signal.SIGKILL and int(done.stdout), done.stderr
+    run = launch(prelude=SAVES_AND_DIES, timeout_seconds=60)
+    assert run.code == 0 and re.fullmatch(r"ended by 9\nhelper \d+\n", run.output), run.output

@@ -111,6 +111,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.survives("kill -9 of a rank in a save", "1 process")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_during_a_save_costs_no_more_than_that_save(launch, fullbatch_arguments, uninterrupted, stopped, moment,
                                                            tmp_path):
@@ -134,6 +135,7 @@ def test_a_kill_during_a_save_costs_no_more_than_that_save(launch, fullbatch_arg
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
 
 
+@pytest.mark.survives("no space for a save", "1 or 2 ranks")
 @pytest.mark.parametrize("ranks, flags", [(1, []), (2, []), (2, IN_BACKGROUND)])
 def test_a_failing_disk_is_one_line_and_keeps_what_was_saved(launch, fullbatch_arguments, stopped, ranks, flags):
     before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")

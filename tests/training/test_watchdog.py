@@ -1,8 +1,12 @@
 """A rank that hangs is named, the stacks of the others are there, and the run goes on as if nothing had happened."""
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,12 +23,13 @@ forward, read, steps = TrainingStep.forward, PackedBatch.from_rows, []
 
 def forwards(self, *arguments):
     steps.append(self.running_step())
-    if os.environ["RANK"] == "1" and self.running_step() == {step} and "{how}" == "stopped":
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if first and os.environ["RANK"] == "{rank}" and self.running_step() == {step} and "{how}" == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     return forward(self, *arguments)
 
 def reads(rows):
-    if os.environ["RANK"] == "1" and steps and steps[-1] == {step} and "{how}" == "asleep":
+    if os.environ["RANK"] == "{rank}" and steps and steps[-1] == {step} and "{how}" == "asleep":
         time.sleep(1000)
     return read(rows)
 TrainingStep.forward, PackedBatch.from_rows = forwards, reads
@@ -34,11 +39,12 @@ TrainingStep.forward, PackedBatch.from_rows = forwards, reads
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["asleep", "stopped"])
-def test_a_rank_that_hangs_is_named(launch, fullbatch_arguments, native_start, uninterrupted, tmp_path, how):
+def test_a_rank_that_hangs_is_named(launch, fullbatch_arguments, native_start, uninterrupted, tmp_path, how,
+                                    survived):
     save = tmp_path / "run"
     shutil.copytree(native_start, save)
     flags = [*fullbatch_arguments, "--load", save, "--save", save, "--save-interval", 12]
-    run = launch(*flags, "--hang-timeout-minutes", 0.5, ranks=2, prelude=HANGS.format(step=STEP, how=how))
+    run = launch(*flags, "--hang-timeout-minutes", 0.5, ranks=2, prelude=HANGS.format(step=STEP, how=how, rank=1))
     assert run.code == 1, run.output
     lines = [line for text in (run.output, run.last_output) for line in text.splitlines() if line.startswith("hang: ")]
     assert len(lines) == 1, lines
@@ -57,6 +63,31 @@ def test_a_rank_that_hangs_is_named(launch, fullbatch_arguments, native_start, u
                          ranks=2)
     assert undisturbed.code == 0, undisturbed.output
     assert not tensors_that_differ(*(find_iteration(tmp_path / name) for name in ("run", "b")))
+    survived(f"a rank hangs, {how}", "DP 2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_torchrun_kills_a_rank_0_that_was_stopped_and_starts_again(launch, fullbatch_arguments, native_start, tmp_path,
+                                                                  survived):
+    flags = [*fullbatch_arguments, "--load", native_start, "--save-interval", 12]
+    undisturbed = launch(*flags, "--save", tmp_path / "b", ranks=2)
+    assert undisturbed.code == 0, undisturbed.output
+    save, script = tmp_path / "run", tmp_path / "stopped.py"
+    shutil.copytree(native_start, save)
+    script.write_text("from hrm_megatron import pretrain\n" + HANGS.format(step=STEP, how="stopped", rank=0)
+                      + "pretrain.main()\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+         str(script), *map(str, flags), "--load", save, "--save", save, "--hang-timeout-minutes", "0.5"],
+        capture_output=True, text=True, env=os.environ | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+                                                              PYTHONPATH=str(Path(__file__).parents[2])))
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-5000:]
+    assert len(re.findall(r"^hang: rank 0 on \S+ does not answer, last heard of in step ", said, re.MULTILINE)) == 1
+    assert re.findall(r"^schedule: steps (\d+) to", said, re.MULTILINE) == ["1", "13"]
+    assert not tensors_that_differ(*(find_iteration(tmp_path / name) for name in ("run", "b")))
+    survived("rank 0 is stopped (SIGSTOP), torchrun starts again", "DP 2")
 
 
 @pytest.mark.parametrize("flags, said", [
