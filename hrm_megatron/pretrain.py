@@ -26,11 +26,11 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
-from hrm_megatron.checkpoint.manifest import write_aside  # noqa: E402
 from hrm_megatron.config import PRESETS, ConfigError  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.planner.flops import rows_flops  # noqa: E402
 from hrm_megatron.planner.presets import describe_preset  # noqa: E402
+from hrm_megatron.program import write_aside  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import given_by_hand, no_rows, parse_arguments  # noqa: E402
 from hrm_megatron.training.bad_steps import install_bad_steps  # noqa: E402

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -60,6 +61,8 @@ def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] =
     `refusals` are more kinds of errors whose message is for the user.
     """
     expected: tuple[type[Exception], ...] = (ConfigError, OSError, *refusals)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it spells out what the terminal has no characters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
         sys.stdout.flush()
@@ -87,6 +90,37 @@ def signals_held() -> Iterator[None]:
         if not _held_blocks and _waiting is not None:
             number, _waiting = _waiting, None
             _on_signal(number, None)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a name beside `path`; the file that the block writes there replaces `path` if the block ends well.
+
+    Whatever ends the program or the machine, `path` is there whole or as it was before. The folder around it is made;
+    the mode is that of the file that is replaced, else what the umask says.
+    """
+    partial = path.with_name(f".{path.stem}.partial-{uuid.uuid4().hex}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())  # a name may reach the disk before what it names
+            if path.exists():
+                shutil.copymode(path, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename not in (None, str(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the partial one is not the user's concern
+
+
+def write_aside(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or as it was before."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

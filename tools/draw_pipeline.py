@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import listen, one_line, whole_file
 
 if __name__ == "__main__":
     listen()
@@ -28,7 +28,8 @@ def draw(stages: int, microbatches: int, bp_steps: int, output: Path) -> None:
         draw_schedule(axes, title, schedule(microbatches, with_grad, stages), with_grad)
     rows[1].set_xlabel(f"time, in forwards of a tick on a stage; bp {bp_steps}, {microbatches} micro-batches. "
                        f"{LEGEND}", fontsize=8)
-    figure.savefig(output, dpi=120)
+    with whole_file(output) as partial:
+        figure.savefig(partial, dpi=120)
 
 
 def main() -> int:

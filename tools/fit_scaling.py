@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import listen, one_line, whole_file, write_aside
 
 if __name__ == "__main__":
     listen()
@@ -83,9 +83,8 @@ def draw(runs: list[Run], laws: dict[str, Law], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=model or "model")
         axes.legend(fontsize=8)
     rows[0][0].set_ylabel("loss; lines are the fit, hollow points were not fitted")
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, dpi=120, format=path.suffix.lstrip(".") or "png")
-    aside.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)
 
 
 def main() -> int:
@@ -103,9 +102,7 @@ def main() -> int:
         found = {model: describe([run for run in runs if run.model == model], args.resamples, args.seed, args.predict)
                  for model in dict.fromkeys(run.model for run in runs)}
         if args.json:
-            aside = args.json.with_name(f".{args.json.name}.partial")
-            aside.write_text(json.dumps(found, indent=1) + "\n")
-            aside.replace(args.json)
+            write_aside(args.json, json.dumps(found, indent=1) + "\n")
         if args.png:
             draw(runs, {model: Law(**one["law"]) for model, one in found.items()}, args.png)
     return one_line(run)

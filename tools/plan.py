@@ -13,7 +13,7 @@ import math
 import sys
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import listen, one_line, write_aside
 
 if __name__ == "__main__":
     listen()
@@ -120,9 +120,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.json:
         data = report.as_data(name, asked, plans, rejected, args.hrm_preset)
         data["goodput"] = dict(vars(hazards), saves=saves)
-        aside = args.json.with_name(f"{args.json.name}.partial")
-        aside.write_text(json.dumps(data, indent=1) + "\n")
-        aside.replace(args.json)
+        write_aside(args.json, json.dumps(data, indent=1) + "\n")
     if args.png:
         try:
             from hrm_megatron.planner.picture import draw

@@ -11,12 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import listen, one_line, write_aside
 
 if __name__ == "__main__":
     listen()
 
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
 from hrm_megatron.monitoring.run_folder import RunFolder
 from hrm_megatron.monitoring.scalars import read_curves

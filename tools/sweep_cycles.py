@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import listen, one_line, write_aside
 
 if __name__ == "__main__":
     listen()
@@ -27,7 +27,6 @@ activate()
 
 import torch  # noqa: E402
 
-from hrm_megatron.checkpoint.manifest import write_aside  # noqa: E402
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.data.write_report import can_draw  # noqa: E402
 from hrm_megatron.evaluate.rows import read_items  # noqa: E402

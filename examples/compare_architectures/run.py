@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for a start by path
 
-from hrm_megatron.program import listen, one_line  # noqa: E402
+from hrm_megatron.program import listen, one_line, write_aside  # noqa: E402
 
 if __name__ == "__main__":
     listen()
@@ -29,7 +29,6 @@ from examples.compare_architectures.plan import Plan, Run, best_rates  # noqa: E
 from examples.demo.progress import minutes  # noqa: E402
 from examples.recorded import recorded  # noqa: E402
 from examples.study import Questions, chosen_plan, study_parser  # noqa: E402
-from hrm_megatron.checkpoint.manifest import write_aside  # noqa: E402
 from hrm_megatron.model_types import MODEL_TYPES  # noqa: E402
 
 FULL = Plan(350, (1e-3, 2e-3, 4e-3), 3, 10)

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
+from hrm_megatron.program import write_aside
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron's, written when an iteration is complete
 ATTEMPTS_FILE, EXCLUDED_FILE = "attempts.json", "excluded.json"

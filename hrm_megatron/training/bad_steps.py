@@ -22,8 +22,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import training as megatron_training
 
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
+from hrm_megatron.program import write_aside
 
 ABORT, SKIP, ROLLBACK = POLICIES = ("abort", "skip", "rollback")
 IGNORE, WARN, _ = SPIKE_POLICIES = ("ignore", "warn", ROLLBACK)

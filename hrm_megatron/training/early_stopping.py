@@ -18,10 +18,10 @@ import torch
 from megatron.training import training as megatron_training
 
 from hrm_megatron.checkpoint.archive import DamagedError
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.checkpoint.retention import delete, expendable
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.patching import around
+from hrm_megatron.program import write_aside
 from hrm_megatron.training.evaluation import ON_TEST_SET
 
 log = logging.getLogger(__name__)
