@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrm_megatron.checkpoint.archive import DamagedError
-from hrm_megatron.checkpoint.manifest import METADATA_FILE, read_manifest
-from hrm_megatron.cluster.attempts import ATTEMPTS_FILE, TRACKER_FILE, Attempt, History
+from hrm_megatron.checkpoint.manifest import METADATA_FILE, TRACKER_FILE, read_manifest
+from hrm_megatron.cluster.attempts import ATTEMPTS_FILE, Attempt, History
 from hrm_megatron.config import ConfigError
 
 ARGUMENTS_FILE, BAD_STEPS_FILE = "arguments.txt", "bad_steps.json"  # training/console.py, training/bad_steps.py

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import (
     COMPLETE_FILES,
-    TRACKER_FILE,
     complete_iterations,
     find_iteration,
     last_saved_first,
@@ -28,7 +27,7 @@ from hrm_megatron.checkpoint.folders import (
     read_run,
 )
 from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
-from hrm_megatron.checkpoint.manifest import TENSORS
+from hrm_megatron.checkpoint.manifest import TENSORS, TRACKER_FILE
 from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
