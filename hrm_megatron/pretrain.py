@@ -145,13 +145,13 @@ def write_report(args: argparse.Namespace) -> None:
     """Write the report of a run that is done; nothing of it is lost if that fails."""
     from hrm_megatron.monitoring.report import report  # draws, which few runs want
     from hrm_megatron.monitoring.run_folder import RunFolder
-    from hrm_megatron.monitoring.scalars import read_curves
+    from hrm_megatron.monitoring.scalars import read_log
 
     arguments = {name: str(value) for name, value in sorted(vars(args).items())}
     found = RunFolder(Path(args.save or args.tensorboard_dir), Path(args.tensorboard_dir),
                       Path(args.save) if args.save else None, arguments)
     try:
-        write_aside(Path(args.run_report), report(found, read_curves(found), {}))
+        write_aside(Path(args.run_report), report(found, read_log(found), {}))
     except (OSError, ConfigError) as error:
         log.warning(f"--run-report {args.run_report}: not written ({error})")
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -90,6 +90,26 @@ def signals_held() -> Iterator[None]:
         if not _held_blocks and _waiting is not None:
             number, _waiting = _waiting, None
             _on_signal(number, None)
+
+
+def check_outputs(outputs: Mapping[str, Path | None], suffixes: tuple[str, ...] = ()) -> None:
+    """Refuse, by their flags, files that could not be written in the end; call it before the work.
+
+    Their names end as `suffixes` say, or as the flag says.
+    """
+    given = {flag: path for flag, path in outputs.items() if path is not None}
+    for number, (flag, path) in enumerate(given.items()):
+        wanted = suffixes or ((".png",) if flag == "--png" else ())
+        if wanted and path.suffix not in wanted:
+            raise ConfigError(f"{flag} {path}: the name of this file must end with {' or '.join(wanted)}")
+        if path.is_dir():
+            raise ConfigError(f"{flag} {path}: is a folder; name a file in it")
+        around = next(folder for folder in path.absolute().parents if folder.exists())
+        if not (around.is_dir() and os.access(around, os.W_OK | os.X_OK)):
+            raise ConfigError(f"{flag} {path}: nothing can be written in {around}; choose another place")
+        for other in [*given][:number]:
+            if given[other].absolute() == path.absolute():
+                raise ConfigError(f"{flag} {path}: is what {other} names too; give another file")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hrm_megatron.program import Stopped, whole_file, write_aside
+from hrm_megatron.config import ConfigError
+from hrm_megatron.program import Stopped, check_outputs, whole_file, write_aside
 from tests.stores import files_of
 
 ROOT = Path(__file__).parents[1]
@@ -145,6 +146,21 @@ def test_what_cannot_be_written_is_named_by_its_own_name(tmp_path, place):
     with pytest.raises(OSError, match=re.escape(str(tmp_path / place).removesuffix("/a.json"))) as raised:
         write_aside(tmp_path / place, "x")
     assert ".partial" not in str(raised.value)
+
+
+@pytest.mark.parametrize("outputs, said", [
+    ({"--png": "a.pdf"}, "--png a.pdf: the name of this file must end with .png"),
+    ({"--json": "folder"}, "--json folder: is a folder; name a file in it"),
+    ({"--json": "file/a/b.json"}, "--json file/a/b.json: nothing can be written in .*/file;"),
+    ({"--png": "a.png", "--json": "./a.png"}, "--json a.png: is what --png names too"),
+])
+def test_what_could_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch, outputs, said):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").touch()
+    check_outputs({"--png": Path("new/a.png"), "--json": Path("file"), "--text": None})
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        check_outputs({flag: Path(path) for flag, path in outputs.items()})
 
 
 # Stops at the first import that may take long, of whatever a program needs besides listening.

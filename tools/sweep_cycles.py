@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line, write_aside
+from hrm_megatron.program import check_outputs, listen, one_line, write_aside
 
 if __name__ == "__main__":
     listen()
@@ -90,9 +90,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--png: needs matplotlib, which is not installed: pip install matplotlib, or leave it out")
     if args.cpu_time and torch.cuda.is_available():
         raise ConfigError("--cpu-time: does not count the time of the GPU, which answers; leave it out")
-    for path in (args.json, args.png):
-        if path and not path.parent.is_dir():
-            raise ConfigError(f"{path}: {path.parent} is no folder; make it, or choose another place")
+    check_outputs({"--json": args.json, "--png": args.png})
 
 
 def depths_of(args: argparse.Namespace, h_trained: int, l_trained: int) -> list[Depth]:
@@ -135,9 +133,11 @@ def measure(args: argparse.Namespace) -> None:
     print(table(points, asked))
     if args.json:
         write_aside(args.json, json.dumps(as_json(points, session.identity, asked), indent=1) + "\n")
+        say(f"written: {args.json}")
     if args.png:
         from hrm_megatron.evaluate.picture import draw_sweep
         write_aside(args.png, draw_sweep(points, asked, name))
+        say(f"written: {args.png}")
 
 
 def main() -> int:

@@ -90,7 +90,7 @@ class RunFolder:
         if place is None or not place.exists():
             return []
         try:
-            return [int(step) for step in json.loads(place.read_text())["steps"]]
+            return [int(step) for step in json.loads(place.read_text(encoding="utf-8"))["steps"]]
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{place}: is no record of bad steps ({error})") from error
 
@@ -114,7 +114,7 @@ def _named(arguments: Mapping[str, str], name: str) -> Path | None:
 def _arguments(folder: Path) -> dict[str, str]:
     """Read the list of arguments that a run leaves in --save or, without it, in --tensorboard-dir."""
     place = next(iter(_below(folder, ARGUMENTS_FILE)), None)
-    lines = place.read_text(encoding="utf-8").splitlines() if place else ()
+    lines = place.read_text(encoding="utf-8", errors="replace").splitlines() if place else ()
     return {found[1]: found[2] for line in lines if (found := re.fullmatch(r"(\w+) \.* (.*)", line))}
 
 
