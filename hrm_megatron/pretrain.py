@@ -92,7 +92,7 @@ def train(console: Console) -> None:
     start, is_left = check_checkpoint(args)
     fits = functools.partial(check_fit, args)
     if start and not is_left and not verify_end(args, start, fits):
-        return
+        return write_report(args)
     set_global_variables(args)
     for line in (*matched, describe_model(args)):
         log.info(line)
@@ -137,12 +137,13 @@ def train(console: Console) -> None:
         if watchdog:
             watchdog.end()
         torch.distributed.destroy_process_group()
-    if args.run_report and args.rank == 0:
-        write_report(args)
+    write_report(args)
 
 
 def write_report(args: argparse.Namespace) -> None:
-    """Write the report of a run that is done; nothing of it is lost if that fails."""
+    """Write the report of a run that is done, if it is asked for; nothing of the run is lost if that fails."""
+    if not args.run_report or args.rank:
+        return
     from hrm_megatron.monitoring.report import report  # draws, which few runs want
     from hrm_megatron.monitoring.run_folder import RunFolder
     from hrm_megatron.monitoring.scalars import read_log
@@ -152,6 +153,7 @@ def write_report(args: argparse.Namespace) -> None:
                       Path(args.save) if args.save else None, arguments)
     try:
         write_aside(Path(args.run_report), report(found, read_log(found), {}))
+        log.info(f"report: {args.run_report}")
     except (OSError, ConfigError) as error:
         log.warning(f"--run-report {args.run_report}: not written ({error})")
 

@@ -1,9 +1,11 @@
 """tools/evaluate.py from made-up rows of the tasks' schemas to its reports, in one process."""
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from hrm_megatron.config import ConfigError
 from hrm_megatron.evaluate.tasks import TASKS
 from tests.evaluate.conftest import HERE, TOKENIZER, made_rows
 
@@ -131,3 +133,17 @@ def test_math_without_math_verify_is_refused_before_anything_is_answered(tool, t
     monkeypatch.setitem(sys.modules, "math_verify", None)
     status, _, [error] = tool("--output", tmp_path / "out", tasks=["math"])
     assert status == 1 and "pip install 'hrm_megatron[evaluate]'" in error
+
+
+@pytest.mark.parametrize("kind", [ConnectionError, RuntimeError, type("DatasetsError", (Exception,), {})])
+def test_what_the_hub_does_not_give_is_one_line(monkeypatch, kind):
+    """A data set that is still a script is a RuntimeError, a broken one an error of datasets' own."""
+    def load_dataset(*_, **__):
+        raise kind("scripts are no longer supported,\nbut found drop.py")
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(
+        load_dataset=load_dataset, __spec__=True, exceptions=SimpleNamespace(
+            DatasetsError=kind if kind.__name__ == "DatasetsError" else ConnectionError)))
+    from hrm_megatron.evaluate.rows import read_items
+
+    with pytest.raises(ConfigError, match="EleutherAI/drop .*supported, but found drop.py.; give --data"):
+        read_items(TASKS["drop"], None, None)

@@ -140,6 +140,7 @@ def test_a_report_is_written_when_training_is_done(run):
     assert f"<td>validation</td><td>{STEPS}</td><td>{validation[STEPS]:.4f}</td>" in page
     assert "<td>last step</td><td>4 of 4</td>" in page and page.count("<td>complete</td>") == 2
     assert [path.name for path in run.folder.glob("*report*")] == ["report.html"]
+    assert f"report: {run.folder / 'report.html'}" in run.said
 
 
 def test_throughput_is_that_of_an_hrm(run):
