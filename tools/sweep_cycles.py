@@ -124,9 +124,12 @@ def measure(args: argparse.Namespace) -> None:
     sessions = {depth: session.at_depth(depth.h_cycles, depth.l_cycles, depth.exit_threshold) for depth in depths}
     questions = questions_of(args, session)
     asked = sum(request is not None for request in questions.requests)
+    name = args.task or args.input.name
+    if not asked:
+        raise ConfigError(f"{name}: none of its {len(questions.requests)} questions fits into the model's context of "
+                          f"{session.decoder.context_tokens} positions")
     clock = time.process_time if args.cpu_time else time.perf_counter
     points = sweep(sessions, questions, args.batch_size, args.repeats, clock, say)
-    name = args.task or args.input.name
     print(f"{name}: {len(questions.requests)} questions, {len(questions.requests) - asked} too long; {args.dtype}, "
           f"{args.batch_size} at once, {torch.get_num_threads()} thread(s), "
           f"{'CPU time of the process' if args.cpu_time else 'wall time'}, least of {args.repeats}\n")

@@ -104,7 +104,7 @@ def _evaluations(curves: Mapping[str, Curve]) -> list[tuple[object, ...]]:
 
 
 def _live_tasks(curves: Mapping[str, Curve]) -> list[tuple[object, ...]]:
-    found = []
+    found: list[tuple[object, ...]] = []
     for name, curve in tasks_of(curves).items():
         best = max(range(len(curve.steps)), key=lambda i: curve.values[i])
         found.append((name, f"{curve.steps[-1]:,}", f"{curve.values[-1]:.1%}", f"{curve.values[best]:.1%}",

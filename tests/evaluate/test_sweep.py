@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.evaluate.conftest import ROOT, TOKENIZER
+from tests.evaluate.conftest import CONTEXT, ROOT, TOKENIZER
 
 QUESTIONS = ["What is 7 + 1?", "Count.", "Which is it, the first or the second?", "No"]
 
@@ -77,6 +77,13 @@ def test_a_task_is_measured_as_evaluate_does(swept, tool, data, tmp_path):
         assert point["accuracy"] == metric
 
 
+def test_questions_none_of_which_fits_are_refused(swept, tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps(dict(question="long " * CONTEXT, answer="#### 1")) + "\n")
+    status, out, err, _ = swept("--task", "gsm8k", "--data", tmp_path, "--h-cycles", 1)
+    assert (status, out) == (1, "") and "gsm8k: none of its 1 questions fits into the model's context" in err
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--task", "mmlu_pro"], "nothing to compare: the only depth is that of training"),
     (["--task", "mmlu_pro", "--h-cycles", 2, "--l-cycles", 3], "nothing to compare"),
@@ -86,7 +93,8 @@ def test_a_task_is_measured_as_evaluate_does(swept, tool, data, tmp_path):
     (["--task", "mmlu_pro", "--repeats", 0], "--repeats 0: must be at least 1"),
     (["--input", "ROWS", "--limit", 2], "--limit: is about a --task, and --input is given"),
     (["--input", "ROWS", "--h-cycles", 1], "rows.jsonl:1: no field 'response' with the right answer"),
-    (["--task", "mmlu_pro", "--png", "nowhere/cycles.png"], "nowhere/cycles.png: nowhere is no folder"),
+    (["--task", "mmlu_pro", "--png", "cycles.pdf"], "--png cycles.pdf: the name of this file must end with .png"),
+    (["--task", "mmlu_pro", "--png", "."], "--png .: the name of this file must end with .png"),
 ])
 def test_bad_input_is_refused_in_one_line(swept, data, tmp_path, flags, message):
     rows = tmp_path / "rows.jsonl"
