@@ -17,9 +17,9 @@ def install(args: argparse.Namespace, step: TrainingStep, users: Iterable[Callab
     def get_optimizer_param_scheduler(optimizer: Any) -> StepScheduler:
         return StepScheduler(optimizer, lr_schedule(args), args.global_batch_size, args.weight_decay, step.running_step)
 
-    def get_megatron_optimizer(*arguments: Any, **options: Any) -> Any:
-        optimizer = build_optimizer(*arguments, ema_decay=args.ema_decay, adamw=args.adamw,
-                                    embedding_has_gradient=step.embedding_has_gradient, **options)
+    def get_megatron_optimizer(config: Any, chunks: Any, **options: Any) -> Any:
+        optimizer = build_optimizer(config, chunks, args.ema_decay, step.embedding_has_gradient, adamw=args.adamw,
+                                    **options)
         for use in users:
             use(optimizer)
         return optimizer
