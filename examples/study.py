@@ -10,6 +10,7 @@ from typing import Any
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.data.write_report import can_draw
 
 
 def study_parser(description: str | None, output: str, quick: str) -> argparse.ArgumentParser:
@@ -21,6 +22,12 @@ def study_parser(description: str | None, output: str, quick: str) -> argparse.A
                         help="folder for the results (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help=quick)
     return parser
+
+
+def check_pictures() -> None:
+    """Refuse to begin hours of work whose end draws, where matplotlib is missing."""
+    if not can_draw():
+        raise ConfigError('the results are drawn by matplotlib, which is not installed; pip install -e ".[plan]"')
 
 
 def chosen_plan[Plan: Any](args: argparse.Namespace, full: Plan, quick: Plan) -> Plan:

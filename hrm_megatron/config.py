@@ -14,6 +14,8 @@ PRESET_VOCAB_SIZE = 65_536  # HRM-Text's tokenizer
 INIT_SCHEMES = ("lecun_normal", "fixed_normal", "megatron")
 PREFIX_LM, CAUSAL = ATTENTION_MASKS = ("prefix-lm", "causal")
 NORM_PLACEMENTS = ("pre", "post")
+# Of a run: those that name what it reads.
+DATA_FLAGS = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path", "--sampled-data-path")
 
 
 class ConfigError(ValueError):

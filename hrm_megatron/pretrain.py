@@ -26,11 +26,11 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E402
 
-from hrm_megatron.checkpoint.manifest import write_aside  # noqa: E402
 from hrm_megatron.config import PRESETS, ConfigError  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.planner.flops import rows_flops  # noqa: E402
 from hrm_megatron.planner.presets import describe_preset  # noqa: E402
+from hrm_megatron.program import write_aside  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import given_by_hand, no_rows, parse_arguments  # noqa: E402
 from hrm_megatron.training.bad_steps import install_bad_steps  # noqa: E402
@@ -94,16 +94,16 @@ def train(console: Console) -> None:
     start, is_left = check_checkpoint(args)
     fits = functools.partial(check_fit, args)
     if start and not is_left and not verify_end(args, start, fits):
-        return
+        return write_report(args)
     set_global_variables(args, build_tokenizer=False)  # rows are ids; it would import transformers, 2 s of a start
     for line in (*matched, describe_model(args)):
         log.info(line)
     log.info(describe(args))
     sources_by_name = find_sources(args, data.train)
     step = TrainingStep(args)
-    install(args, step)
-    install_schedule(args, step)
     bad_steps = install_bad_steps(args, step.running_step)
+    install(args, step, [evaluation.use, *([bad_steps.guard] if bad_steps else [])])
+    install_schedule(args, step)
     install_overlap(args, bad_steps.judge if bad_steps else None)
     install_fsdp(args)
     install_finetune(args)
@@ -144,21 +144,23 @@ def train(console: Console) -> None:
         if watchdog:
             watchdog.end()
         torch.distributed.destroy_process_group()
-    if args.run_report and args.rank == 0:
-        write_report(args)
+    write_report(args)
 
 
 def write_report(args: argparse.Namespace) -> None:
-    """Write the report of a run that is done; nothing of it is lost if that fails."""
+    """Write the report of a run that is done, if it is asked for; nothing of the run is lost if that fails."""
+    if not args.run_report or args.rank:
+        return
     from hrm_megatron.monitoring.report import report  # draws, which few runs want
     from hrm_megatron.monitoring.run_folder import RunFolder
-    from hrm_megatron.monitoring.scalars import read_curves
+    from hrm_megatron.monitoring.scalars import read_log
 
     arguments = {name: str(value) for name, value in sorted(vars(args).items())}
     found = RunFolder(Path(args.save or args.tensorboard_dir), Path(args.tensorboard_dir),
                       Path(args.save) if args.save else None, arguments)
     try:
-        write_aside(Path(args.run_report), report(found, read_curves(found), {}))
+        write_aside(Path(args.run_report), report(found, read_log(found), {}))
+        log.info(f"report: {args.run_report}")
     except (OSError, ConfigError) as error:
         log.warning(f"--run-report {args.run_report}: not written ({error})")
 

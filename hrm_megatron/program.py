@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -60,6 +61,8 @@ def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] =
     `refusals` are more kinds of errors whose message is for the user.
     """
     expected: tuple[type[Exception], ...] = (ConfigError, OSError, *refusals)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it spells out what the terminal has no characters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
         sys.stdout.flush()
@@ -87,6 +90,57 @@ def signals_held() -> Iterator[None]:
         if not _held_blocks and _waiting is not None:
             number, _waiting = _waiting, None
             _on_signal(number, None)
+
+
+def check_outputs(outputs: Mapping[str, Path | None], suffixes: tuple[str, ...] = ()) -> None:
+    """Refuse, by their flags, files that could not be written in the end; call it before the work.
+
+    Their names end as `suffixes` say, or as the flag says.
+    """
+    given = {flag: path for flag, path in outputs.items() if path is not None}
+    for number, (flag, path) in enumerate(given.items()):
+        wanted = suffixes or ((".png",) if flag == "--png" else ())
+        if wanted and path.suffix not in wanted:
+            raise ConfigError(f"{flag} {path}: the name of this file must end with {' or '.join(wanted)}")
+        if path.is_dir():
+            raise ConfigError(f"{flag} {path}: is a folder; name a file in it")
+        around = next(folder for folder in path.absolute().parents if folder.exists())
+        if not (around.is_dir() and os.access(around, os.W_OK | os.X_OK)):
+            raise ConfigError(f"{flag} {path}: nothing can be written in {around}; choose another place")
+        for other in [*given][:number]:
+            if given[other].absolute() == path.absolute():
+                raise ConfigError(f"{flag} {path}: is what {other} names too; give another file")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a name beside `path`; the file that the block writes there replaces `path` if the block ends well.
+
+    Whatever ends the program or the machine, `path` is there whole or as it was before. The folder around it is made;
+    the mode is that of the file that is replaced, else what the umask says.
+    """
+    partial = path.with_name(f".{path.stem}.partial-{uuid.uuid4().hex}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())  # a name may reach the disk before what it names
+            if path.exists():
+                shutil.copymode(path, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename not in (None, str(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the partial one is not the user's concern
+
+
+def write_aside(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or as it was before."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """A program that is refused or stopped says one line and leaves nothing half-written, each of our tools included."""
+import errno
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hrm_megatron.config import ConfigError
+from hrm_megatron.program import Stopped, check_outputs, whole_file, write_aside
 from tests.stores import files_of
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +91,76 @@ def test_refusals_are_one_line_and_a_closed_pipe_is_none():
                           cwd=ROOT, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_terminal_without_a_character_gets_it_spelled_out():
+    done = run("from hrm_megatron.program import one_line\nimport sys\nsys.stdout.reconfigure(encoding='ascii')\n"
+               "sys.exit(one_line(lambda: print('7', chr(0x2588), chr(0xdcff))))")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "7 \\u2588 \\udcff\n", "")
+
+
+@pytest.fixture
+def full_disk():
+    """Let no file of this process grow beyond 100 bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, full_disk):
+    file = tmp_path / "a.json"
+    write_aside(file, "before")
+    with pytest.raises(OSError) as raised:
+        write_aside(file, "x" * 101)
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(file))
+    assert file.read_text() == "before" and [*tmp_path.iterdir()] == [file]
+
+
+def test_what_stops_the_writer_leaves_nothing_half_written(tmp_path):
+    with pytest.raises(Stopped), whole_file(tmp_path / "a.png") as partial:
+        partial.write_text("half")
+        assert partial.suffix == ".png" and partial.parent == tmp_path
+        raise Stopped(130)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_written_file_takes_the_mode_of_the_one_it_replaces(tmp_path):
+    new, old = tmp_path / "made" / "new", tmp_path / "old"
+    old.touch()
+    old.chmod(0o604)
+    umask = os.umask(0o027)
+    try:
+        write_aside(new, b"1")
+        write_aside(old, "2")
+    finally:
+        os.umask(umask)
+    assert [path.stat().st_mode & 0o777 for path in (new, old)] == [0o640, 0o604]
+    assert new.read_bytes() == b"1" and old.read_text() == "2"
+
+
+@pytest.mark.parametrize("place", ["folder", "file/a.json"])
+def test_what_cannot_be_written_is_named_by_its_own_name(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / place).removesuffix("/a.json"))) as raised:
+        write_aside(tmp_path / place, "x")
+    assert ".partial" not in str(raised.value)
+
+
+@pytest.mark.parametrize("outputs, said", [
+    ({"--png": "a.pdf"}, "--png a.pdf: the name of this file must end with .png"),
+    ({"--json": "folder"}, "--json folder: is a folder; name a file in it"),
+    ({"--json": "file/a/b.json"}, "--json file/a/b.json: nothing can be written in .*/file;"),
+    ({"--png": "a.png", "--json": "./a.png"}, "--json a.png: is what --png names too"),
+])
+def test_what_could_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch, outputs, said):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").touch()
+    check_outputs({"--png": Path("new/a.png"), "--json": Path("file"), "--text": None})
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        check_outputs({flag: Path(path) for flag, path in outputs.items()})
 
 
 # Stops at the first import that may take long, of whatever a program needs besides listening.

@@ -8,27 +8,31 @@ import argparse
 import sys
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import check_outputs, listen, one_line, whole_file
 
 if __name__ == "__main__":
     listen()
 
-import matplotlib.pyplot as plt
-
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.write_report import can_draw
 from hrm_megatron.model.schedule import unroll
 from hrm_megatron.parallel.simulate import stock, two_phase
-from hrm_megatron.planner.picture import LEGEND, draw_schedule
 
 
 def draw(stages: int, microbatches: int, bp_steps: int, output: Path) -> None:
     """Write a picture of both schedules, one under the other, on one axis of time."""
+    import matplotlib.pyplot as plt
+
+    from hrm_megatron.planner.picture import LEGEND, draw_schedule
+
     with_grad = [tick.with_grad for tick in unroll(2, 3, bp_steps)]
     figure, rows = plt.subplots(2, 1, figsize=(14, 1.2 + 0.7 * stages), sharex=True, layout="constrained")
     for axes, title, schedule in ((rows[0], "one phase", stock), (rows[1], "two phases", two_phase)):
         draw_schedule(axes, title, schedule(microbatches, with_grad, stages), with_grad)
     rows[1].set_xlabel(f"time, in forwards of a tick on a stage; bp {bp_steps}, {microbatches} micro-batches. "
                        f"{LEGEND}", fontsize=8)
-    figure.savefig(output, dpi=120)
+    with whole_file(output) as partial:
+        figure.savefig(partial, dpi=120)
 
 
 def main() -> int:
@@ -40,6 +44,12 @@ def main() -> int:
     args = parser.parse_args()
 
     def run() -> None:
+        check_outputs({"--output": args.output}, (".png",))
+        for flag in ("stages", "microbatches", "bp_steps"):
+            if getattr(args, flag) < 1:
+                raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+        if not can_draw():
+            raise ConfigError('a picture needs matplotlib, which is not installed; pip install -e ".[plan]"')
         draw(args.stages, args.microbatches, args.bp_steps, args.output)
         print(args.output)
     return one_line(run)

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import check_outputs, listen, one_line, whole_file, write_aside
 
 if __name__ == "__main__":
     listen()
 
 import numpy as np
 
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.write_report import can_draw
 from hrm_megatron.planner.scaling_law import Law, Run, fit, read_runs, resampled
 
 MIDDLE = (5, 95)  # percentiles of the resampled fits that are printed
@@ -83,9 +86,8 @@ def draw(runs: list[Run], laws: dict[str, Law], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=model or "model")
         axes.legend(fontsize=8)
     rows[0][0].set_ylabel("loss; lines are the fit, hollow points were not fitted")
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, dpi=120, format=path.suffix.lstrip(".") or "png")
-    aside.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)
 
 
 def main() -> int:
@@ -99,15 +101,23 @@ def main() -> int:
     args = parser.parse_args()
 
     def run() -> None:
+        check_outputs({"--json": args.json, "--png": args.png})
+        if args.resamples < 0:
+            raise ConfigError(f"--resamples {args.resamples}: give a number of fits, or 0 for none")
+        for sizes in args.predict:
+            if not all(0 < size < math.inf for size in sizes):
+                raise ConfigError(f"--predict {sizes[0]:g} {sizes[1]:g}: parameters and tokens are numbers above 0")
+        if args.png and not can_draw():
+            raise ConfigError(f'--png {args.png}: needs matplotlib, which is not installed; pip install -e ".[plan]"')
         runs = read_runs(args.input)
         found = {model: describe([run for run in runs if run.model == model], args.resamples, args.seed, args.predict)
                  for model in dict.fromkeys(run.model for run in runs)}
         if args.json:
-            aside = args.json.with_name(f".{args.json.name}.partial")
-            aside.write_text(json.dumps(found, indent=1) + "\n")
-            aside.replace(args.json)
+            write_aside(args.json, json.dumps(found, indent=1) + "\n")
+            print(f"written: {args.json}")
         if args.png:
             draw(runs, {model: Law(**one["law"]) for model, one in found.items()}, args.png)
+            print(f"written: {args.png}")
     return one_line(run)
 
 

@@ -13,7 +13,7 @@ import math
 import sys
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import check_outputs, listen, one_line, write_aside
 
 if __name__ == "__main__":
     listen()
@@ -101,6 +101,7 @@ def question(args: argparse.Namespace) -> Question:
 
 def plan(args: argparse.Namespace) -> None:
     """Search, and print what was found."""
+    check_outputs({"--json": args.json, "--png": args.png})
     asked = question(args)
     name = args.hrm_preset or f"{asked.architecture.num_layers} layers of {asked.architecture.hidden_size}"
     plans, rejected = search(asked)
@@ -120,9 +121,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.json:
         data = report.as_data(name, asked, plans, rejected, args.hrm_preset)
         data["goodput"] = dict(vars(hazards), saves=saves)
-        aside = args.json.with_name(f"{args.json.name}.partial")
-        aside.write_text(json.dumps(data, indent=1) + "\n")
-        aside.replace(args.json)
+        write_aside(args.json, json.dumps(data, indent=1) + "\n")
     if args.png:
         try:
             from hrm_megatron.planner.picture import draw

@@ -11,15 +11,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import check_outputs, listen, one_line, write_aside
 
 if __name__ == "__main__":
     listen()
 
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
 from hrm_megatron.monitoring.run_folder import RunFolder
-from hrm_megatron.monitoring.scalars import read_curves
+from hrm_megatron.monitoring.scalars import read_log
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,8 +30,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plot(args: argparse.Namespace) -> None:
-    if args.output.suffix != ".png":
-        raise ConfigError(f"--output {args.output}: the picture is a PNG; let its name end with .png")
+    check_outputs({"--output": args.output}, (".png",))
     try:
         from hrm_megatron.monitoring.picture import draw
     except ModuleNotFoundError as error:
@@ -43,8 +41,9 @@ def plot(args: argparse.Namespace) -> None:
     labels = [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, folders, strict=True)]
     if len({*labels}) < len(labels):
         raise ConfigError(f"{args.runs[0]}: a run is given twice; leave one out")
-    runs = {label: read_curves(run) for label, run in zip(labels, folders, strict=True)}
-    write_aside(args.output, draw(runs, ", ".join(labels)))
+    logs = {label: read_log(run) for label, run in zip(labels, folders, strict=True)}
+    write_aside(args.output, draw({label: log.curves() for label, log in logs.items()}, ", ".join(labels)))
+    print(args.output, *(damage for log in logs.values() for damage in log.damages()), sep="\n")
 
 
 def main() -> int:

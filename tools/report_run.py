@@ -11,16 +11,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import check_outputs, listen, one_line, write_aside
 
 if __name__ == "__main__":
     listen()
 
 from hrm_megatron.checkpoint.archive import DamagedError
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
 from hrm_megatron.monitoring.run_folder import PARTIAL, RunFolder
-from hrm_megatron.monitoring.scalars import read_curves
+from hrm_megatron.monitoring.scalars import read_log
 from hrm_megatron.training.console_lines import thousands
 
 
@@ -55,16 +54,16 @@ def verified(run: RunFolder) -> dict[int, str]:
 
 
 def write(args: argparse.Namespace) -> None:
-    if args.output.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--output {args.output}: the report is HTML; let its name end with .html")
+    check_outputs({"--output": args.output}, (".html", ".htm"))
     try:
         from hrm_megatron.monitoring.report import report
     except ModuleNotFoundError as error:
         raise ConfigError(f"--output {args.output}: needs {error.name}, which is not installed; pip install -e "
                           '".[monitor]"') from error
     run = RunFolder.find(args.run)
-    curves = read_curves(run)
-    write_aside(args.output, report(run, curves, verified(run) if args.verify else {}))
+    log = read_log(run)
+    write_aside(args.output, report(run, log, verified(run) if args.verify else {}))
+    print(args.output, *log.damages(), sep="\n")
 
 
 def main() -> int:

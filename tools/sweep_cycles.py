@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import check_outputs, listen, one_line, write_aside
 
 if __name__ == "__main__":
     listen()
@@ -27,7 +27,6 @@ activate()
 
 import torch  # noqa: E402
 
-from hrm_megatron.checkpoint.manifest import write_aside  # noqa: E402
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.data.write_report import can_draw  # noqa: E402
 from hrm_megatron.evaluate.rows import read_items  # noqa: E402
@@ -91,9 +90,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--png: needs matplotlib, which is not installed: pip install matplotlib, or leave it out")
     if args.cpu_time and torch.cuda.is_available():
         raise ConfigError("--cpu-time: does not count the time of the GPU, which answers; leave it out")
-    for path in (args.json, args.png):
-        if path and not path.parent.is_dir():
-            raise ConfigError(f"{path}: {path.parent} is no folder; make it, or choose another place")
+    check_outputs({"--json": args.json, "--png": args.png})
 
 
 def depths_of(args: argparse.Namespace, h_trained: int, l_trained: int) -> list[Depth]:
@@ -127,18 +124,23 @@ def measure(args: argparse.Namespace) -> None:
     sessions = {depth: session.at_depth(depth.h_cycles, depth.l_cycles, depth.exit_threshold) for depth in depths}
     questions = questions_of(args, session)
     asked = sum(request is not None for request in questions.requests)
+    name = args.task or args.input.name
+    if not asked:
+        raise ConfigError(f"{name}: none of its {len(questions.requests)} questions fits into the model's context of "
+                          f"{session.decoder.context_tokens} positions")
     clock = time.process_time if args.cpu_time else time.perf_counter
     points = sweep(sessions, questions, args.batch_size, args.repeats, clock, say)
-    name = args.task or args.input.name
     print(f"{name}: {len(questions.requests)} questions, {len(questions.requests) - asked} too long; {args.dtype}, "
           f"{args.batch_size} at once, {torch.get_num_threads()} thread(s), "
           f"{'CPU time of the process' if args.cpu_time else 'wall time'}, least of {args.repeats}\n")
     print(table(points, asked))
     if args.json:
         write_aside(args.json, json.dumps(as_json(points, session.identity, asked), indent=1) + "\n")
+        say(f"written: {args.json}")
     if args.png:
         from hrm_megatron.evaluate.picture import draw_sweep
         write_aside(args.png, draw_sweep(points, asked, name))
+        say(f"written: {args.png}")
 
 
 def main() -> int:

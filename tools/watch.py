@@ -43,19 +43,23 @@ def watch(args: argparse.Namespace) -> None:
         raise ConfigError(f'tools/watch.py: needs {error.name}, which is not installed; pip install -e ".[monitor]"'
                           ) from error
     console = Console()
-    run = RunFolder.find(args.run)
-    log = Log(run.log) if run.log else None
+    log: Log | None = None
 
     def look() -> RenderableType:
-        return frame(run, log.curves() if log else {}, time.time(), console.width)
-    if args.once:
-        return console.print(look())
-    with Live(look(), console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        nonlocal log
+        run = RunFolder.find(args.run)  # each time: a run that has just begun has no log yet, or no save
+        if run.log and (log is None or log.folder != run.log):
+            log = Log(run.log)
+        return frame(run, log, time.time(), console.width)
+    if args.once or not console.is_terminal:  # a pipe gets one frame below another
+        console.print(look())
+        while not args.once:
+            time.sleep(args.every)
+            console.print(look())
+        return
+    with Live(look(), console=console, auto_refresh=False, screen=True) as live:
         while True:
             time.sleep(args.every)
-            if log is None:  # a run that has just begun
-                run = RunFolder.find(args.run)
-                log = Log(run.log) if run.log else None
             live.update(look(), refresh=True)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for a start by path
 
-from hrm_megatron.program import listen, one_line  # noqa: E402
+from hrm_megatron.program import listen, one_line, write_aside  # noqa: E402
 
 if __name__ == "__main__":
     listen()
@@ -28,8 +28,7 @@ if __name__ == "__main__":
 from examples.compare_architectures.plan import Plan, Run, best_rates  # noqa: E402
 from examples.demo.progress import minutes  # noqa: E402
 from examples.recorded import recorded  # noqa: E402
-from examples.study import Questions, chosen_plan, study_parser  # noqa: E402
-from hrm_megatron.checkpoint.manifest import write_aside  # noqa: E402
+from examples.study import Questions, check_pictures, chosen_plan, study_parser  # noqa: E402
 from hrm_megatron.model_types import MODEL_TYPES  # noqa: E402
 
 FULL = Plan(350, (1e-3, 2e-3, 4e-3), 3, 10)
@@ -56,6 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def compare(args: argparse.Namespace) -> None:
     """Do all runs that are not there yet, and print and draw what came out."""
+    check_pictures()
     began, plan, questions = time.monotonic(), chosen_plan(args, FULL, QUICK), Questions.of(args.demo)
     from examples.compare_architectures import picture, train
     from hrm_megatron.parallel.single import single_rank
@@ -66,6 +66,7 @@ def compare(args: argparse.Namespace) -> None:
     print(f"this start took {minutes(time.monotonic() - began)}\n\n{table(plan, rows)}", flush=True)
     write_aside(args.output / "table.json", json.dumps(figures(plan, rows), indent=1) + "\n")
     write_aside(args.output / "architectures.png", picture.draw(chosen(plan, rows)))
+    print(f"written: {args.output / 'table.json'}, {args.output / 'architectures.png'}", flush=True)
 
 
 def all_runs(plan: Plan, folder: Path, settings: Mapping[str, Any], train: Callable[[Run], Row]) -> list[Row]:

@@ -89,7 +89,8 @@ class Study:
 
 
 def best_multiples(study: Study, losses: Sequence[float]) -> dict[tuple[str, int], float]:
-    """Return the multiple of lowest loss by model and width; `losses` are those of `study.trials()`."""
+    """Return the multiple of lowest loss by model and width; `losses` are those of `study.trials()`. Raises ConfigError
+    where all diverge."""
     found: dict[tuple[str, int], float] = {}
     lowest: dict[tuple[str, int], float] = {}
     for trial, loss, multiple in zip(study.trials(), losses, [*study.multiples] * (
@@ -97,4 +98,8 @@ def best_multiples(study: Study, losses: Sequence[float]) -> dict[tuple[str, int
         key = trial.model, trial.width
         if loss < lowest.get(key, float("inf")):
             lowest[key], found[key] = loss, multiple
+    if diverging := [f"{trial.model} of width {trial.width}" for trial in study.trials()
+                     if (trial.model, trial.width) not in found]:
+        raise ConfigError(f"{diverging[0]}: ends without a finite loss at all of the rates tried, {study.multiples} x "
+                          f"the rule's; something else is wrong than the rate")
     return found

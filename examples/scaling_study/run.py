@@ -28,7 +28,7 @@ from examples.demo.commands import CommandFailed, python, run  # noqa: E402
 from examples.demo.progress import minutes  # noqa: E402
 from examples.recorded import recorded  # noqa: E402
 from examples.scaling_study.plan import FIRST_LR, Run, Study, best_multiples  # noqa: E402
-from examples.study import Questions, chosen_plan, study_parser  # noqa: E402
+from examples.study import Questions, check_pictures, chosen_plan, study_parser  # noqa: E402
 
 FULL = Study((64, 96, 160, 224, 320), (90_112, 180_224, 359_424, 716_800), 416, (64, 160, 320))
 QUICK = Study((32, 48, 64), (2048, 3072, 4096), 80, (32,), multiples=(1.0, 2.0))
@@ -54,6 +54,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def study(args: argparse.Namespace) -> None:
     """Do all runs that are not there yet, and print what came out."""
+    check_pictures()
     began, planned, questions = time.monotonic(), chosen_plan(args, FULL, QUICK), Questions.of(args.demo)
     from examples.scaling_study import train
     from hrm_megatron.parallel.single import single_rank

@@ -13,6 +13,7 @@ import torch
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.file_mode import follow_umask
+from hrm_megatron.program import write_aside
 
 HEADING = "## Training on a GPU"
 NOTHING_YET = "Nothing has been measured yet."
@@ -59,10 +60,7 @@ def add_row(file: Path, row: Mapping[str, str]) -> None:
             end -= 1
         lines = [*lines[:end], "", _line(row), "|" + "---|" * len(row), _line(row.values()), *([""] if after else []),
                  *after]
-    aside = file.with_name(f"{file.name}.partial")
-    aside.write_text("\n".join(lines) + "\n")
-    shutil.copymode(file, aside)
-    aside.replace(file)
+    write_aside(file, "\n".join(lines) + "\n")
 
 
 def check_table(file: Path, columns: Iterable[str]) -> tuple[list[str], int, list[int]]:

@@ -14,6 +14,7 @@ from hrm_megatron.config import Architecture, ConfigError, Preset
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.sampled import SampledFolder
+from hrm_megatron.monitoring.scalars import Log
 from hrm_megatron.planner.flops import rows_flops
 from hrm_megatron.program import run_command
 
@@ -74,11 +75,7 @@ def measure(preset: Preset, row_tokens: int, rows: int, steps: int, vocab_size: 
 
 
 def _scalars(log: Path) -> dict[str, dict[int, float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(log))
-    events.Reload()
-    return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    return {name: dict(zip(curve.steps, curve.values, strict=True)) for name, curve in Log(log).curves().items()}
 
 
 def _flops(architecture: Architecture, bp_steps: int, data: Path, row_tokens: int, rows: int, steps: range) -> float:

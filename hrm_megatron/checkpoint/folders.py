@@ -11,11 +11,10 @@ from megatron.core.safe_globals import SAFE_GLOBALS
 from hrm_megatron.checkpoint.archive import WAY_OUT, DamagedError
 from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.fsdp_folder import COMMON, is_megatron_fsdp
-from hrm_megatron.checkpoint.manifest import MANIFEST_FILE, METADATA_FILE, read_manifest
+from hrm_megatron.checkpoint.manifest import MANIFEST_FILE, METADATA_FILE, TRACKER_FILE, read_manifest
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.transformer_config import architecture_of
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "metadata.json"
 COMPLETE_FILES = (MANIFEST_FILE, CONFIG_FILE, METADATA_FILE)  # written last; the first of them behind all others
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hrm_megatron.checkpoint.archive import WAY_OUT, DamagedError, file_digest, frame_digest, naming
+from hrm_megatron.program import write_aside
 
 MANIFEST_FILE = "manifest.json"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron's, beside the iterations: the one that is whole
 METADATA_FILE = ".metadata"  # of torch.distributed.checkpoint
 TENSORS = ".distcp"  # ends the names of files of tensors and states, each of them stored by torch.save
 
@@ -108,10 +109,3 @@ def read_manifest(folder: Path, or_none: bool = False) -> Manifest | None:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def write_aside(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or as it was before."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)

@@ -10,7 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.cluster.attempts import (
     BAD_NODE,
     CANCELLED,
@@ -27,7 +26,7 @@ from hrm_megatron.cluster.attempts import (
 from hrm_megatron.cluster.failures import SUMMARY_FILE, read_failures, refusal, summarize
 from hrm_megatron.cluster.node_check import Limits, find_bad_nodes, read_reports
 from hrm_megatron.cluster.record import describe_start
-from hrm_megatron.program import one_line
+from hrm_megatron.program import one_line, write_aside
 
 SUMMARY_LINES = 40  # of an error summary in the job's log; the file has all
 

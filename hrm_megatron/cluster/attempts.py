@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hrm_megatron.checkpoint.manifest import write_aside
+from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.config import ConfigError
+from hrm_megatron.program import write_aside
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron's, written when an iteration is complete
 ATTEMPTS_FILE, EXCLUDED_FILE = "attempts.json", "excluded.json"
 
 # How an attempt ended. LOST: nobody wrote down its end, as when the node of the batch script dies. CANCELLED: also

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
+from hrm_megatron.program import write_aside
 
 
 @dataclass

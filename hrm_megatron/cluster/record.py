@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import hrm_megatron
+from hrm_megatron.config import DATA_FLAGS
 
 PACKAGES = ("hrm_megatron", "torch", "megatron-core", "transformer-engine", "flash-attn", "nvidia-nccl-cu13")
-DATA_FLAGS = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path", "--sampled-data-path")
 KEPT_VARIABLES = re.compile(r"^(NCCL_|TORCH_|TORCHELASTIC_|NVTE_|CUDA_|OMP_|SLURM_JOB_(ID|NAME|NODELIST|PARTITION)$)")
 
 

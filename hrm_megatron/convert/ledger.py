@@ -14,10 +14,10 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.checkpoint.stream import LazyTensor
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.safetensors_file import tensor_bytes
+from hrm_megatron.program import write_aside
 
 EXPORT_FILE = "conversion.json"
 LINE_SECONDS = 10.0  # between lines about the progress where there is no terminal

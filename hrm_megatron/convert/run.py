@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hrm_megatron.checkpoint.folders import TRACKER_FILE, find_iteration
+from hrm_megatron.checkpoint.folders import find_iteration
+from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.card import Sections

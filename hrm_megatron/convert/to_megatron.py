@@ -13,9 +13,9 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.training import arguments as megatron_arguments
 
-from hrm_megatron.checkpoint.folders import CONFIG_FILE, TRACKER_FILE
+from hrm_megatron.checkpoint.folders import CONFIG_FILE
 from hrm_megatron.checkpoint.fsdp_folder import COMMON
-from hrm_megatron.checkpoint.manifest import describe_folder, write_manifest
+from hrm_megatron.checkpoint.manifest import TRACKER_FILE, describe_folder, write_manifest
 from hrm_megatron.checkpoint.stream import LazyTensor, save_lazily
 from hrm_megatron.checkpoint.verify import FORMAT
 from hrm_megatron.config import Architecture, ConfigError

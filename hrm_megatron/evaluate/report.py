@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from hrm_megatron.data.write_report import WITHOUT_PICTURE, can_draw
 from hrm_megatron.evaluate.summary import Estimate, Result
+from hrm_megatron.program import whole_file, write_aside
 
 PUBLISHED = "published for HRM-Text XL (arXiv 2605.20613), not measured here"
 
@@ -72,19 +72,13 @@ def write_reports(results: Sequence[Result], identity: Mapping[str, Any], folder
     """Write results.json, results.md and, where matplotlib is, results.png; return lines that say so."""
     draws = can_draw()
     names = ["results.json", "results.md"] + ["results.png"] * draws
-    partial = {name: folder / f".partial.{name}" for name in names}
-    try:
-        partial["results.json"].write_text(json.dumps(as_json(results, identity), indent=1) + "\n", encoding="utf-8")
-        partial["results.md"].write_text(markdown(results, identity), encoding="utf-8")
-        if draws:
-            from hrm_megatron.evaluate.picture import draw_results
-            draw_results(results, PUBLISHED, partial["results.png"])
-        for name, path in partial.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
-    if not draws:
+    write_aside(folder / "results.json", json.dumps(as_json(results, identity), indent=1) + "\n")
+    write_aside(folder / "results.md", markdown(results, identity))
+    if draws:
+        from hrm_megatron.evaluate.picture import draw_results
+        with whole_file(folder / "results.png") as partial:
+            draw_results(results, PUBLISHED, partial)
+    else:
         (folder / "results.png").unlink(missing_ok=True)  # of an earlier run
     said = f"results: {', '.join(str(folder / name) for name in names)}"
     return [said] if draws else [said, WITHOUT_PICTURE]

@@ -85,7 +85,8 @@ def _hub_rows(source: Source, split: str) -> Iterator[tuple[str, Mapping[str, An
         place = f"{source.path}{f'/{name}' if name else ''} {split}"
         try:
             rows = datasets.load_dataset(source.path, name, split=split)
-        except (OSError, ValueError) as error:  # no network, no such configuration or split
+        # No network, no such configuration or split; a data set that is a script, or that is broken.
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise ConfigError(f"{place}: cannot be loaded from the hub ({' '.join(str(error).split())}); give --data "
                               "DIR") from error
         yield from ((f"{place}:{number}", row) for number, row in enumerate(rows))

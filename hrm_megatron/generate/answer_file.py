@@ -8,10 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.folder_lock import locked_in_place
-from hrm_megatron.program import signals_held
+from hrm_megatron.program import signals_held, write_aside
 
 
 def write_settings(note: Path, settings: Mapping[str, Any]) -> None:

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hrm_megatron.monitoring.run_folder import WHOLE, RunFolder, Save
-from hrm_megatron.monitoring.scalars import Curve, in_groups
-from hrm_megatron.monitoring.status import LOSS, Progress, evaluations, last, sparkline
+from hrm_megatron.monitoring.scalars import LOSS, Curve, Log, in_groups
+from hrm_megatron.monitoring.status import Progress, evaluations, last, sparkline, tasks_of
 from hrm_megatron.training.console_lines import duration, thousands
 
 LAST_SAVES = 5
@@ -20,9 +20,10 @@ QUIET_STEPS = 10  # so many steps' time without a line is too long
 Curves = Mapping[str, Curve]
 
 
-def frame(run: RunFolder, curves: Curves, now: float, width: int) -> RenderableType:
+def frame(run: RunFolder, log: Log | None, now: float, width: int) -> RenderableType:
     """Draw where the run stands at `now` (seconds since the epoch) into `width` columns."""
     parts: list[RenderableType] = []
+    curves = log.curves() if log else {}
     if LOSS in curves:
         progress = Progress.of(curves[LOSS], run.train_iters)
         parts += [_progress(progress, now, width), _numbers(curves, width)]
@@ -30,14 +31,18 @@ def frame(run: RunFolder, curves: Curves, now: float, width: int) -> RenderableT
         parts.append(Text("no step is logged yet"))
     if found := evaluations(curves):
         parts.append(_evaluations(found))
+    if tasks := tasks_of(curves):
+        parts.append(Text("tasks, answered by the EMA: " + ", ".join(
+            f"{name} {curve.values[-1]:.1%} (step {curve.steps[-1]:,})" for name, curve in tasks.items())))
     saves = run.saves()
     parts += [_saves(saves, now)] if saves else []
     parts.append(_trouble(run))
+    parts += [Text(damage, "yellow") for damage in (log.damages() if log else ())]
     return Panel(Group(*parts), title=Text(str(run.folder)), title_align="left", width=width)
 
 
 def _progress(progress: Progress, now: float, width: int) -> RenderableType:
-    silence = now - progress.logged
+    silence = max(0, now - progress.logged)  # another machine's clock may be ahead
     line = Text(f"step {progress.step:,}{f' of {progress.steps:,}' if progress.steps else ''}", "bold")
     if progress.done:
         line.append(", done", "green")
@@ -88,7 +93,7 @@ def _saves(saves: Sequence[Save], now: float) -> Table:
     for column in ("step", "age", "size", "files"):
         table.add_column(column)
     for save in saves[-LAST_SAVES:]:
-        table.add_row(f"{save.step:,}", duration(now - save.seconds), f"{thousands(save.size_bytes)}B",
+        table.add_row(f"{save.step:,}", duration(max(0, now - save.seconds)), f"{thousands(save.size_bytes)}B",
                       Text(save.state.replace(f"{save.folder}/", ""), "green" if save.state == WHOLE else "yellow",
                            overflow="ellipsis", no_wrap=True))
     return table

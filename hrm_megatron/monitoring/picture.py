@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hrm_megatron.monitoring.scalars import Curve, in_groups
+from hrm_megatron.monitoring.status import OF_TASKS, tasks_of
 
 Curves = Mapping[str, Curve]
 SHARE_OF_STEPS = 0.02  # in the running mean of the noisy curves
@@ -54,11 +56,12 @@ def panels(runs: Mapping[str, Curves]) -> list[Panel]:
     """Choose the panels for which there is something to draw."""
     found = [panel for panel in ONE_CURVE if any(name in curves for curves in runs.values()
                                                  for name in (panel.curve, f"{panel.curve} validation"))]
-    for prefix, title in GROUPS.items():
-        for run, curves in runs.items():
-            if names := in_groups(curves, [prefix]):
-                found.append(Panel(f"{title}{f', {run}' if len(runs) > 1 else ''}", group=names, run=run))
-    return found
+    groups = [(title, run, in_groups(curves, [prefix])) for prefix, title in GROUPS.items()
+              for run, curves in runs.items()]
+    groups += [("tasks, answered by the EMA (share)", run, [f"{name}{OF_TASKS}" for name in tasks_of(curves)])
+               for run, curves in runs.items()]
+    return found + [Panel(f"{title}{f', {run}' if len(runs) > 1 else ''}", group=names, run=run)
+                    for title, run, names in groups if names]
 
 
 def draw(runs: Mapping[str, Curves], title: str) -> bytes:
@@ -89,8 +92,19 @@ def draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Curves]) -> None:
     axes.grid(alpha=0.3)
     if panel.logarithmic and any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
         axes.set_yscale("log")
+    if missing := missing_steps(panel, runs):
+        axes.plot(missing, [0.03] * len(missing), "x", color="red", transform=axes.get_xaxis_transform(),
+                  label="not a finite number")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small", ncols=2 if panel.group else 1)
+
+
+def missing_steps(panel: Panel, runs: Mapping[str, Curves]) -> list[int]:
+    """List the steps at which a curve of this panel is NaN or infinite, which no line shows."""
+    names = panel.group or [panel.curve, *(panel.curve + suffix for suffix in MARKERS)]
+    shown = [curves[name] for run, curves in runs.items() if panel.run in ("", run) for name in names if name in curves]
+    return sorted({step for curve in shown for step, value in zip(curve.steps, curve.values, strict=True)
+                   if not math.isfinite(value)})
 
 
 def _draw_curve(axes: Axes, panel: Panel, curves: Curves, colour: tuple[float, ...], run: str) -> None:
@@ -113,7 +127,8 @@ def _draw_group(axes: Axes, names: Sequence[str], curves: Curves) -> None:
         colour = colormaps[GROUP_COLOURS](0.9 * number / max(1, len(names) - 1))
         curve = curves[name]
         axes.plot(curve.steps, curve.values, marker=_mark(curve), color=colour,
-                  linestyle="--" if name.endswith("z_H") else "-", label=name.partition("/")[2])
+                  linestyle="--" if name.endswith("z_H") else "-",
+                  label=(name.partition("/")[2] or name).removesuffix(OF_TASKS))
     axes.set_ylim(bottom=0)  # behind an exit norm all are 1: rounding is not to look like a change
 
 
@@ -123,8 +138,8 @@ def _mark(curve: Curve) -> str:
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
     """Mean of each value and the up to `width` - 1 before it."""
-    windows = [values[max(0, i + 1 - width):i + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    sums = np.convolve(values, np.ones(width))[:len(values)]
+    return [float(mean) for mean in sums / np.minimum(np.arange(1, len(values) + 1), width)]
 
 
 def as_png(figure: Figure) -> bytes:

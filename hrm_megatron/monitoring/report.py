@@ -11,9 +11,9 @@ from pathlib import Path
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.monitoring.picture import draw
-from hrm_megatron.monitoring.run_folder import EVENT_FILES, RunFolder, Save
-from hrm_megatron.monitoring.scalars import Curve, Log
-from hrm_megatron.monitoring.status import LOSS, Progress, evaluations, last
+from hrm_megatron.monitoring.run_folder import RunFolder, Save
+from hrm_megatron.monitoring.scalars import LOSS, Curve, Log
+from hrm_megatron.monitoring.status import Progress, evaluations, last, tasks_of
 from hrm_megatron.training.console_lines import duration, thousands
 
 # What a reader asks first; all others stand folded below.
@@ -31,17 +31,18 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 Rows = Iterable[Sequence[object]]
 
 
-def report(run: RunFolder, curves: Mapping[str, Curve], verified: Mapping[int, str]) -> str:
+def report(run: RunFolder, log: Log, verified: Mapping[int, str]) -> str:
     """Write the page; `verified` says by step what reading the bytes of a save found."""
-    title, measured = html.escape(run.name), tasks(run.folder / EVALUATION_FILE)
+    title, measured, curves = html.escape(run.name), tasks(run.folder / EVALUATION_FILE), log.curves()
     picture = base64.b64encode(draw({run.name: curves}, run.name)).decode()
     parts = [
-        _section("Where it stands", _table((), standing(run, curves))),
+        _section("Where it stands", _table((), [*standing(run, curves), *(("log", said) for said in log.damages())])),
         _section("Curves", f'<img alt="curves of the run" src="data:image/png;base64,{picture}">'),
         _section("Evaluation", _table(("part", "step", "loss", "accuracy", "exact"), _evaluations(curves))
+                 + _table(("task, answered by the EMA", "step", "value", "best", "at step"), _live_tasks(curves))
                  + _table(("task", "metric", "value", "questions"), measured)),
         _section("Checkpoints", _table(("step", "saved", "size", "files", "contents"), _saves(run.saves(), verified))),
-        _section("Starts", _table(("begun", "first step", "last step"), starts(run))
+        _section("Starts", _table(("begun", "first step", "last step"), starts(log))
                  + _table(("Slurm job", "nodes", "from step", "to step", "end"), _attempts(run))),
         _section("Settings", _table((), [(name, run.arguments[name]) for name in SETTINGS
                                           if run.arguments.get(name, "None") != "None"])
@@ -57,10 +58,12 @@ def standing(run: RunFolder, curves: Mapping[str, Curve]) -> list[tuple[str, obj
     rows: list[tuple[str, object]] = [("folder", run.folder.resolve())]
     if LOSS in curves:
         progress = Progress.of(curves[LOSS], run.train_iters)
-        best = min(zip(curves[LOSS].values, curves[LOSS].steps, strict=True))
+        finite = [(value, step) for value, step in zip(curves[LOSS].values, curves[LOSS].steps, strict=True)
+                  if math.isfinite(value)]
+        best = min(finite, default=None)
         rows += [("last step", f"{progress.step:,}{f' of {progress.steps:,}' if progress.steps else ''}"),
                  ("logged", _date(progress.logged)), ("loss", f"{curves[LOSS].values[-1]:.4f}"),
-                 ("lowest loss", f"{best[0]:.4f} at step {best[1]:,}"),
+                 ("lowest loss", f"{best[0]:.4f} at step {best[1]:,}" if best else "none is a finite number"),
                  ("a step takes", duration_of(progress.seconds_per_step))]
     for name, curve, spelled in (("exact accuracy", "exact accuracy", "{:.1%}"), ("MFU", "MFU", "{:.1%}"),
                                  ("tokens/s", "tokens per second", "{:,.0f}")):
@@ -76,14 +79,10 @@ def duration_of(seconds: float | None) -> str:
     return "?" if seconds is None else f"{seconds:.3g}s" if seconds < 10 else duration(seconds)
 
 
-def starts(run: RunFolder) -> list[tuple[str, int, int]]:
+def starts(log: Log) -> list[tuple[str, int, int]]:
     """List (begun, first step, last step) of each start that logged a step."""
-    found = []
-    for file in sorted(run.log.glob(EVENT_FILES)) if run.log else ():
-        loss = Log(file).curves().get(LOSS)
-        if loss:
-            found.append((min(loss.times), loss.steps[0], loss.steps[-1]))
-    return [(_date(begun), first, end) for begun, first, end in sorted(found)]
+    found = [file.curves[LOSS] for file in log.starts() if LOSS in file.curves]
+    return [(_date(loss.times[0]), loss.steps[0], loss.steps[-1]) for loss in found]
 
 
 def tasks(file: Path) -> list[tuple[str, str, str, int]]:
@@ -92,9 +91,9 @@ def tasks(file: Path) -> list[tuple[str, str, str, int]]:
         return []
     try:
         return [(name, metric, f"{value['value']:.1%}" + (f" ± {value['stderr']:.1%}" if value["stderr"] else ""),
-                 int(task["questions"])) for name, task in json.loads(file.read_text())["tasks"].items()
+                 int(task["questions"])) for name, task in json.loads(file.read_text(encoding="utf-8"))["tasks"].items()
                 for metric, value in task["metrics"].items()]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{file}: not what tools/evaluate.py writes ({error}); move it away") from error
 
 
@@ -102,6 +101,15 @@ def _evaluations(curves: Mapping[str, Curve]) -> list[tuple[object, ...]]:
     return [(part, f"{step:,}", f"{values.get(LOSS, math.nan):.4f}",
              *(f"{values.get(metric, math.nan):.1%}" for metric in ("accuracy", "exact accuracy")))
             for part, step, values in evaluations(curves)]
+
+
+def _live_tasks(curves: Mapping[str, Curve]) -> list[tuple[object, ...]]:
+    found: list[tuple[object, ...]] = []
+    for name, curve in tasks_of(curves).items():
+        best = max(range(len(curve.steps)), key=lambda i: curve.values[i])
+        found.append((name, f"{curve.steps[-1]:,}", f"{curve.values[-1]:.1%}", f"{curve.values[best]:.1%}",
+                      f"{curve.steps[best]:,}"))
+    return found
 
 
 def _saves(saves: Sequence[Save], verified: Mapping[int, str]) -> list[tuple[object, ...]]:

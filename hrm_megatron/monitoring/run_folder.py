@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrm_megatron.checkpoint.archive import DamagedError
-from hrm_megatron.checkpoint.manifest import METADATA_FILE, read_manifest
-from hrm_megatron.cluster.attempts import ATTEMPTS_FILE, TRACKER_FILE, Attempt, History
+from hrm_megatron.checkpoint.manifest import METADATA_FILE, TRACKER_FILE, read_manifest
+from hrm_megatron.cluster.attempts import ATTEMPTS_FILE, Attempt, History
 from hrm_megatron.config import ConfigError
 
 ARGUMENTS_FILE, BAD_STEPS_FILE = "arguments.txt", "bad_steps.json"  # training/console.py, training/bad_steps.py
@@ -90,7 +90,7 @@ class RunFolder:
         if place is None or not place.exists():
             return []
         try:
-            return [int(step) for step in json.loads(place.read_text())["steps"]]
+            return [int(step) for step in json.loads(place.read_text(encoding="utf-8"))["steps"]]
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{place}: is no record of bad steps ({error})") from error
 
@@ -114,7 +114,7 @@ def _named(arguments: Mapping[str, str], name: str) -> Path | None:
 def _arguments(folder: Path) -> dict[str, str]:
     """Read the list of arguments that a run leaves in --save or, without it, in --tensorboard-dir."""
     place = next(iter(_below(folder, ARGUMENTS_FILE)), None)
-    lines = place.read_text(encoding="utf-8").splitlines() if place else ()
+    lines = place.read_text(encoding="utf-8", errors="replace").splitlines() if place else ()
     return {found[1]: found[2] for line in lines if (found := re.fullmatch(r"(\w+) \.* (.*)", line))}
 
 

@@ -1,18 +1,22 @@
 """The curves of a run, read from its TensorBoard log."""
 from __future__ import annotations
 
-import logging
+import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.monitoring.run_folder import RunFolder
+from hrm_megatron.monitoring.run_folder import EVENT_FILES, RunFolder
 
-ALL = {"scalars": 0}  # 0: keep every one
+LOSS = "lm loss"
+BY_SAMPLES = " vs samples"  # ends the names of curves whose steps are counts of samples
+# A record of a log: its length and the CRC32C of that, the event, the CRC32C of that.
+HEADER, FRAME_BYTES = struct.Struct("<QI"), 16
 
 
 class Curve(NamedTuple):
@@ -23,35 +27,89 @@ class Curve(NamedTuple):
     times: list[float]
 
 
+class EventFile:
+    """The file that one start wrote, or is writing: `read` takes in what is new."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.loader = path, RawEventFileLoader(str(path))
+        self.begun = 0.0  # seconds since the epoch
+        self.read_bytes = 0
+        self.curves: dict[str, Curve] = {}
+        self.damage: str | None = None  # why the file is not read to its end
+
+    def read(self) -> None:
+        size = self.path.stat().st_size  # before reading: what is written meanwhile is no damage
+        for record in self.loader.Load():
+            self.read_bytes += FRAME_BYTES + len(record)
+            event = Event.FromString(record)
+            self.begun = self.begun or event.wall_time
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    curve = self.curves.setdefault(value.tag, Curve([], [], []))
+                    curve.steps.append(event.step)
+                    curve.values.append(value.simple_value)
+                    curve.times.append(event.wall_time)
+        self.damage = self._damage(size - self.read_bytes)
+
+    def _damage(self, rest: int) -> str | None:
+        if rest <= 0:
+            return None
+        with open(self.path, "rb") as file:
+            file.seek(self.read_bytes)
+            header = file.read(HEADER.size)
+        if len(header) == HEADER.size:
+            length, checksum = HEADER.unpack(header)
+            if masked_crc32c(header[:8]) != checksum or FRAME_BYTES + length <= rest:
+                return f"{self.path}: damaged at byte {self.read_bytes}; the {rest} bytes from there on are not read"
+        return f"{self.path}: its last {rest} bytes are part of a record: it was cut, or is being written"
+
+
 class Log:
-    """A log that may still grow: `curves` reads what is new. Of a step that was run twice the later one counts."""
+    """A log that may still grow: `curves` reads what is new.
+
+    Each start writes a file. One that went on from an earlier step than its forerunner had reached makes void what
+    that logged from there on.
+    """
 
     def __init__(self, folder: Path) -> None:
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # of each restart it says that steps come again
-        self.folder, self.events = folder, EventAccumulator(str(folder), ALL)
+        self.folder = folder
+        self.files: dict[Path, EventFile] = {}
 
     def curves(self) -> dict[str, Curve]:
         """Return all curves by name."""
-        try:
-            self.events.Reload()
-        except DirectoryDeletedError as error:
-            raise ConfigError(f"{self.folder}: is not there any more") from error
-        found = {}
-        for name in self.events.Tags()["scalars"]:
-            in_order = sorted(self.events.Scalars(name), key=lambda event: event.wall_time)
-            by_step = {event.step: event for event in in_order}
-            events = [by_step[step] for step in sorted(by_step)]
-            found[name] = Curve([event.step for event in events], [event.value for event in events],
-                                [event.wall_time for event in events])
-        return found
+        if not self.folder.is_dir():
+            raise ConfigError(f"{self.folder}: is not there any more")
+        for path in self.folder.glob(EVENT_FILES):
+            self.files.setdefault(path, EventFile(path)).read()
+        found: dict[str, dict[int, tuple[float, float]]] = {}
+        for file in self.starts():
+            if LOSS in file.curves:
+                first = min(file.curves[LOSS].steps)
+                found = {name: by_step if name.endswith(BY_SAMPLES) else
+                         {step: value for step, value in by_step.items() if step < first}
+                         for name, by_step in found.items()}
+            for name, curve in file.curves.items():
+                found.setdefault(name, {}).update(
+                    (step, (value, time)) for step, value, time in zip(*curve, strict=True))
+        return {name: Curve([*steps], *([by_step[step][i] for step in steps] for i in (0, 1)))
+                for name, by_step in found.items() if (steps := sorted(by_step))}
+
+    def starts(self) -> list[EventFile]:
+        """List the files that were read, in the order in which they were begun."""
+        return sorted(self.files.values(), key=lambda file: (file.begun, file.path))
+
+    def damages(self) -> list[str]:
+        """Say which files were not read to their end."""
+        return [file.damage for file in self.starts() if file.damage]
 
 
-def read_curves(run: RunFolder) -> dict[str, Curve]:
-    """Return the curves of a run, of which there must be some."""
-    curves = Log(run.log).curves() if run.log else {}
-    if not curves:
-        raise ConfigError(f"{run.folder}: has no TensorBoard log with curves; train with --tensorboard-dir")
-    return curves
+def read_log(run: RunFolder) -> Log:
+    """Read the log of a run, in which there must be curves."""
+    log = Log(run.log) if run.log else None
+    if log and log.curves():
+        return log
+    damaged = f" ({'; '.join(log.damages())})" if log and log.damages() else ""
+    raise ConfigError(f"{run.folder}: has no TensorBoard log with curves{damaged}; train with --tensorboard-dir")
 
 
 def in_groups(names: Iterable[str], prefixes: Sequence[str]) -> list[str]:

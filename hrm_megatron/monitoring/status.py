@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hrm_megatron.monitoring.scalars import Curve
+from hrm_megatron.monitoring.scalars import LOSS, Curve
 
-LOSS = "lm loss"
-BLOCKS = "▁▂▃▄▅▆▇█"
+BLOCKS, CROSS = "▁▂▃▄▅▆▇█", "×"
+OF_TASKS = " tasks EMA"  # evaluate/live_tasks.py
 LAST_STEPS = 50  # whose median time tells how long the rest takes
 
 
@@ -44,21 +44,28 @@ class Progress:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Draw values in one line of at most `width` characters; where there are more values, means of neighbours."""
-    values = [value for value in values if math.isfinite(value)]
-    if not values:
-        return ""
+    """Draw values in one line of at most `width` characters; where there are more values, means of neighbours.
+
+    Where one of them is NaN or infinite there is a cross.
+    """
     count = min(width, len(values))
-    cut = [values[i * len(values) // count:(i + 1) * len(values) // count] for i in range(count)]
-    means = [statistics.fmean(part) for part in cut]
-    low, high = min(means), max(means)
-    return "".join(BLOCKS[round((mean - low) / (high - low) * (len(BLOCKS) - 1)) if high > low else 0]
+    means = [statistics.fmean(values[i * len(values) // count:(i + 1) * len(values) // count]) for i in range(count)]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    return "".join(CROSS if not math.isfinite(mean) else
+                   BLOCKS[round((mean - low) / (high - low) * (len(BLOCKS) - 1)) if high > low else 0]
                    for mean in means)
 
 
 def last(curves: Mapping[str, Curve], name: str) -> float | None:
     """The last value of a curve, None if it has none."""
     return curves[name].values[-1] if name in curves else None
+
+
+def tasks_of(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Return the scores of `--eval-tasks` by task and metric, as in `gsm8k acc`."""
+    return {name.removesuffix(OF_TASKS): curve for name, curve in curves.items()
+            if name.endswith(OF_TASKS) and not name.endswith(f" stderr{OF_TASKS}")}
 
 
 def evaluations(curves: Mapping[str, Curve]) -> list[tuple[str, int, dict[str, float]]]:

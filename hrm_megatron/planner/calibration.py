@@ -15,6 +15,7 @@ from hrm_megatron.planner.layout import Layout
 from hrm_megatron.planner.machines import Cluster, Speeds
 from hrm_megatron.planner.memory import Memory, Saving, memory_of_stages
 from hrm_megatron.planner.speed import UPDATE_BYTES, Step, head_flops, predict_step, tick_work
+from hrm_megatron.program import write_aside
 
 VERSION = 1
 
@@ -69,9 +70,7 @@ class Calibration:
 
     def write(self, file: Path) -> None:
         """Write to `file`, which appears whole."""
-        aside = file.with_name(f"{file.name}.partial")
-        aside.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
-        aside.replace(file)
+        write_aside(file, json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
 
     def step(self, case: Case) -> Step:
         """Predict the time of a step on this device."""

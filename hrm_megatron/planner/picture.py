@@ -14,6 +14,7 @@ from hrm_megatron.config import Architecture
 from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.parallel.simulate import Estimate
 from hrm_megatron.planner.search import FILLED, Plan, Question
+from hrm_megatron.program import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,5 +79,6 @@ def draw(question: Question, plans: Sequence[Plan], title: str, output: Path) ->
     figure.suptitle(title, fontsize=10)
     draw_memory(above, question, plans)
     draw_step(below, plans[0], question.architecture)
-    figure.savefig(output, dpi=110)
+    with whole_file(output) as partial:
+        figure.savefig(partial, dpi=110)
     plt.close(figure)

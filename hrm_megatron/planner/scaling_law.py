@@ -70,7 +70,7 @@ class Law:
 def read_runs(path: Path) -> list[Run]:
     """Read runs from jsonl; raises ConfigError with the place of a row that is none."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); give a jsonl file of runs") from error
     runs = [_run(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -102,8 +102,9 @@ def fit(runs: Sequence[Run]) -> Law:
     fitted = [run for run in runs if not run.held_out]
     sizes = [len({getattr(run, name) for run in fitted}) for name in ("parameters", "tokens")]
     if len(fitted) < LEAST_RUNS or min(sizes) < LEAST_SIZES:
-        raise ConfigError(f"{len(fitted)} runs of {sizes[0]} sizes and {sizes[1]} numbers of tokens: five numbers are "
-                          f"fitted; train at least {LEAST_RUNS}, of {LEAST_SIZES} sizes and numbers of tokens")
+        raise ConfigError(f"{runs[0].model or 'model'}: {len(fitted)} runs of {sizes[0]} sizes and {sizes[1]} numbers "
+                          f"of tokens: five numbers are fitted; train at least {LEAST_RUNS}, of {LEAST_SIZES} sizes "
+                          "and numbers of tokens")
     return _fit(*(np.array([getattr(run, name) for run in fitted], float) for name in ("parameters", "tokens", "loss")))
 
 

@@ -22,8 +22,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import training as megatron_training
 
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
+from hrm_megatron.program import write_aside
 
 ABORT, SKIP, ROLLBACK = POLICIES = ("abort", "skip", "rollback")
 IGNORE, WARN, _ = SPIKE_POLICIES = ("ignore", "warn", ROLLBACK)
@@ -122,6 +122,10 @@ class BadSteps:
         log.warning(f"step {self.running_step()}: not taken: gradients on rank {found - 1} are not finite "
                     f"({len(self.in_a_row)} in a row, {self.count} since the start)")
 
+    def guard(self, optimizer: Any) -> None:
+        """Let this optimizer take no bad step."""
+        optimizer.step = functools.partial(self.step, optimizer.step)
+
     def step(self, stock: Callable[[], tuple[bool, Any, Any]]) -> tuple[bool, Any, Any]:
         """Let the optimizer update, or not: Megatron then counts a skipped iteration."""
         if not self.bad:
@@ -160,15 +164,8 @@ def pass_over(data_iterator: Iterator[Any] | list[Iterator[Any]]) -> None:
 
 
 def install_bad_steps(args: argparse.Namespace, running_step: Callable[[], int]) -> BadSteps | None:
-    """Let the loop pass over steps; return what judges gradients and guards the optimizer, unless the run aborts."""
+    """Let the loop pass over steps; return what judges gradients and guards an optimizer, unless the run aborts."""
     megatron_training.dummy_train_step = pass_over
     if args.on_nonfinite == ABORT:
         return None
-    bad, build = BadSteps(args, running_step), megatron_training.get_megatron_optimizer
-
-    def build_guarded(*arguments: Any, **options: Any) -> Any:
-        optimizer = build(*arguments, **options)
-        optimizer.step = functools.partial(bad.step, optimizer.step)
-        return optimizer
-    megatron_training.get_megatron_optimizer = build_guarded
-    return bad
+    return BadSteps(args, running_step)

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import (
     COMPLETE_FILES,
-    TRACKER_FILE,
     complete_iterations,
     find_iteration,
     last_saved_first,
@@ -28,12 +27,13 @@ from hrm_megatron.checkpoint.folders import (
     read_run,
 )
 from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
-from hrm_megatron.checkpoint.manifest import TENSORS, write_aside
+from hrm_megatron.checkpoint.manifest import TENSORS, TRACKER_FILE
 from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.program import write_aside
 from hrm_megatron.training.early_stopping import delete_older, stopped_early
 from hrm_megatron.training.finetune import choose_source, go_on
 from hrm_megatron.training.restarts import end_helpers_with_their_rank

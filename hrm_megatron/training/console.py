@@ -17,9 +17,9 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
 from hrm_megatron.parallel.log_levels import is_unactionable_print
+from hrm_megatron.program import write_aside
 from hrm_megatron.training.console_lines import NO_TERMINAL_WIDTH, facts_block
 
 ARGUMENTS_FILE, LOG_FILE = "arguments.txt", "megatron.rank{}.log"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from pathlib import Path
 
 from hrm_megatron.config import ConfigError, refuse_beside
+from hrm_megatron.program import check_outputs
 
 NORMS, BY_SOURCE, REPORT = "--log-hrm-norms", "--log-loss-by-source", "--run-report"
 
@@ -17,7 +19,8 @@ def add_curves(group: argparse._ArgumentGroup) -> None:
     group.add_argument(BY_SOURCE, action="store_true",
                        help="likewise the loss of the labels of each source, of each dataset if they have many")
     group.add_argument(REPORT, metavar="FILE",
-                       help="write what became of the run as one HTML file when training is done")
+                       help="write what became of the run as one HTML file when training is done, not where it "
+                            "is stopped before")
 
 
 def check_curves(args: argparse.Namespace) -> None:
@@ -27,8 +30,8 @@ def check_curves(args: argparse.Namespace) -> None:
             raise ConfigError(f"{flag}: has no effect without --tensorboard-dir; give that too, or leave it out")
         if given:
             refuse_beside(flag, {"--skip-train": args.skip_train})
-    if args.run_report and not args.run_report.endswith((".html", ".htm")):
-        raise ConfigError(f"{REPORT} {args.run_report}: the report is HTML; let its name end with .html")
+    if args.run_report:
+        check_outputs({REPORT: Path(args.run_report)}, (".html", ".htm"))
     if args.run_report and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(f'{REPORT} {args.run_report}: needs matplotlib, which is not installed; pip install -e '
                           '".[monitor]"')

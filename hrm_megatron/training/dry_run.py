@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hrm_megatron.config import PRESET_VOCAB_SIZE
+from hrm_megatron.config import DATA_FLAGS, PRESET_VOCAB_SIZE
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model import hrm
 from hrm_megatron.parallel.patching import temporarily
@@ -30,12 +30,10 @@ from hrm_megatron.training.step import TrainingStep, innermost
 from hrm_megatron.training.summary import describe_model
 from hrm_megatron.transformer_config import architecture_of
 
-DATA_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "sampled_data_path")
-
 
 def has_data(args: argparse.Namespace) -> bool:
     """Tell whether the command line names data, which a dry run may leave out."""
-    return any(getattr(args, name) for name in DATA_FLAGS)
+    return any(getattr(args, flag.removeprefix("--").replace("-", "_")) for flag in DATA_FLAGS)
 
 
 def assumed_vocab_size(args: argparse.Namespace) -> int:

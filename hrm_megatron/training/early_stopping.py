@@ -18,11 +18,11 @@ import torch
 from megatron.training import training as megatron_training
 
 from hrm_megatron.checkpoint.archive import DamagedError
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.checkpoint.retention import delete, expendable
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.patching import around
-from hrm_megatron.training.evaluation import ON_TEST_SET
+from hrm_megatron.program import write_aside
+from hrm_megatron.training.evaluation import EMA, ON_TEST_SET, RAW
 
 log = logging.getLogger(__name__)
 
@@ -35,28 +35,35 @@ ON_VALIDATION_SET = "on validation set"  # how Megatron's loop calls its last va
 class Record:
     """Exact accuracy by iteration, and the iteration behind which the run was ended, if it was."""
 
+    weights: str  # that were measured: RAW or EMA
     evaluations: dict[int, float] = field(default_factory=dict)
     stopped: int | None = None
 
     @classmethod
-    def read(cls, save: Path, until: int) -> Record:
-        """Read what was measured in `save` up to an iteration, from which the run goes on."""
-        path = save / RECORD_FILE
+    def read(cls, args: argparse.Namespace, until: int) -> Record:
+        """Read what was measured in --save up to an iteration, from which the run goes on."""
+        path = Path(args.save) / RECORD_FILE
+        weights = RAW if args.eval_weights == RAW else EMA  # of both the EMA, which is evaluated behind them
         if not path.exists():
-            return cls()
+            return cls(weights)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             evaluations = {int(iteration): float(value) for iteration, value in found["evaluations"].items()}
-            stopped = found["stopped"]
+            stopped, measured = found["stopped"], found["weights"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{path}: cannot read what was measured ({error}); remove it to begin to count "
                                "anew") from error
-        return cls({i: value for i, value in evaluations.items() if i <= until}, stopped if stopped == until else None)
+        if measured != weights and evaluations:
+            raise ConfigError(f"--eval-weights {args.eval_weights}: early stopping judges by the {weights} weights, "
+                              f"but {path} has accuracies of the {measured} ones; give --eval-weights {measured}, or "
+                              "remove the file to begin to count anew")
+        return cls(weights, {i: value for i, value in evaluations.items() if i <= until},
+                   stopped if stopped == until else None)
 
     def write(self, save: Path) -> None:
         best = self.best
-        found = {"measure": f"{MEASURE} of the validation set", "best_iteration": best, "evaluations": self.evaluations,
-                 "stopped": self.stopped}
+        found = {"measure": f"{MEASURE} of the validation set", "weights": self.weights, "best_iteration": best,
+                 "evaluations": self.evaluations, "stopped": self.stopped}
         write_aside(save / RECORD_FILE, json.dumps(found, indent=2) + "\n")
 
     @property
@@ -79,7 +86,7 @@ def stopped_early(args: argparse.Namespace, iteration: int) -> str | None:
     """Say in one line that the run of this iteration was ended there; None where it was not."""
     if not args.early_stopping or not args.save:
         return None
-    record = Record.read(Path(args.save), iteration)
+    record = Record.read(args, iteration)
     if record.stopped is None or record.evaluations_since_best < args.early_stopping:
         return None
     return f"stopped early at iteration {iteration}, nothing to train; {record.describe_best(args.save)}"
@@ -90,7 +97,7 @@ def delete_older(args: argparse.Namespace, latest: int) -> None:
     if not (args.most_recent_k or args.save_retain_interval):
         return
     save = Path(args.save)
-    best = Record.read(save, latest).best if args.early_stopping else None
+    best = Record.read(args, latest).best if args.early_stopping else None
     try:
         delete(save, expendable(save, latest, args.most_recent_k or 1, args.save_retain_interval,
                                 [] if best is None else [best]))
@@ -108,6 +115,7 @@ def install_early_stopping(args: argparse.Namespace, validates: bool) -> None:
     if not validates:
         raise ConfigError(f"{flag}: there is nothing to validate on; give --valid-data-path PREFIX, or a --split")
     refuse_beside(flag, {"--async-save": args.async_save, "--skip-train": args.skip_train})
+    Record.read(args, 0)  # refused now, not at the first evaluation
     stopping = EarlyStopping(args)
     megatron_training.evaluate = around(megatron_training.evaluate, stopping.evaluate)
     megatron_training.evaluate_and_print_results = around(megatron_training.evaluate_and_print_results,
@@ -129,7 +137,7 @@ class EarlyStopping:
     @functools.cached_property
     def record(self) -> Record:
         """Read when the loop runs, which knows where it goes on."""
-        record = Record.read(self.save, self.args.iteration)
+        record = Record.read(self.args, self.args.iteration)
         self.kept = record.best
         return record
 

@@ -39,6 +39,10 @@ class Evaluation:
     suffix: str = field(default="", init=False)
     optimizer: Any = field(default=None, init=False)  # known once the loop has built it
 
+    def use(self, optimizer: Any) -> None:
+        """Take the optimizer, which holds the EMA."""
+        self.optimizer = optimizer
+
     @property
     def passes(self) -> int:
         """How often an evaluation reads its rows."""
@@ -92,11 +96,6 @@ def check_weights(args: argparse.Namespace, evaluates: bool) -> None:
 def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None:
     """Let the loop evaluate the parts that are there, and log a test as a test."""
     validate: Callable[..., None] = megatron_training.evaluate_and_print_results
-    build: Callable[..., Any] = megatron_training.get_megatron_optimizer
-
-    def get_megatron_optimizer(*arguments: Any, **options: Any) -> Any:
-        evaluation.optimizer = build(*arguments, **options)
-        return evaluation.optimizer
 
     def evaluate_and_print_results(prefix: str, forward_step_func: Any, data_iterator: Any, model: Any, iteration: int,
                                    process_non_loss_data_func: Any, config: Any, verbose: bool = False,
@@ -127,7 +126,6 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
                 evaluate(part + OF_EMA, iters)
             evaluation.suffix = ""
 
-    megatron_training.get_megatron_optimizer = get_megatron_optimizer
     megatron_training.evaluate_and_print_results = evaluate_and_print_results
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hrm_megatron.checkpoint.manifest import write_aside
+from hrm_megatron.program import write_aside
 
 START, READING, FORWARD, BETWEEN, GRADIENTS, OPTIMIZER, LOGS, EVALUATION, LOAD, SAVE = (
     "start", "reading data", "forward", "backward, or waiting for a stage", "reduction of gradients", "optimizer",

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron.training import training as megatron_training
@@ -12,12 +12,17 @@ from hrm_megatron.training.step import TrainingStep
 from hrm_megatron.training.step_schedules import lr_schedule
 
 
-def install(args: argparse.Namespace, step: TrainingStep) -> None:
-    """Replace the two functions by which the loop builds its optimizer and its scheduler."""
+def install(args: argparse.Namespace, step: TrainingStep, users: Iterable[Callable[[Any], None]]) -> None:
+    """Replace the two functions by which the loop builds its optimizer and its scheduler; `users` get the optimizer."""
     def get_optimizer_param_scheduler(optimizer: Any) -> StepScheduler:
         return StepScheduler(optimizer, lr_schedule(args), args.global_batch_size, args.weight_decay, step.running_step)
 
-    megatron_training.get_megatron_optimizer = partial(
-        build_optimizer, ema_decay=args.ema_decay, embedding_has_gradient=step.embedding_has_gradient,
-        adamw=args.adamw)
+    def get_megatron_optimizer(config: Any, chunks: Any, **options: Any) -> Any:
+        optimizer = build_optimizer(config, chunks, args.ema_decay, step.embedding_has_gradient, adamw=args.adamw,
+                                    **options)
+        for use in users:
+            use(optimizer)
+        return optimizer
+
+    megatron_training.get_megatron_optimizer = get_megatron_optimizer
     megatron_training.get_optimizer_param_scheduler = get_optimizer_param_scheduler

@@ -58,6 +58,8 @@ def find_sources(args: argparse.Namespace, walk: Walk) -> SourceNames | None:
         return None
     assert isinstance(walk, Mixture)  # curve_flags.py refuses others
     sources, chosen = (walk.source_names(most) for most in (sys.maxsize, MOST_CURVES))
+    if len(sources.names) == 1:
+        log.info(f"data: --log-loss-by-source: all examples are of {sources.names[0]}, whose curve is that of the loss")
     if chosen.names != sources.names:
         log.info(f"data: losses are written for each dataset: {len(sources.names)} sources would be more than "
                  f"{MOST_CURVES} curves")

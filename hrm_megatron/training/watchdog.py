@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 import torch
 from megatron.training import training as megatron_training
 
-from hrm_megatron.checkpoint.manifest import write_aside
 from hrm_megatron.config import ConfigError
 from hrm_megatron.parallel.patching import around
+from hrm_megatron.program import write_aside
 from hrm_megatron.training import heartbeats
 from hrm_megatron.training.error_file import OneLineErrors
 from hrm_megatron.training.heartbeats import BACKSTOP, Beat, answers, describe_hang, read_beats, write_beat

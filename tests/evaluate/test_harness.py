@@ -4,13 +4,13 @@ from types import SimpleNamespace
 import pytest
 
 from hrm_megatron.config import ConfigError
-from tests.evaluate.test_evaluate_tool import CONTEXT, TOKENIZER, checkpoint  # noqa: F401
+from tests.evaluate.conftest import CONTEXT, TOKENIZER
 
 pytest.importorskip("lm_eval", reason="needs lm_eval, extra lm-eval")
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint):  # noqa: F811
+def model(checkpoint):
     from lm_eval.api.registry import get_model
 
     from hrm_megatron.evaluate import harness

@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from hrm_megatron.config import ConfigError
-from tests.evaluate.test_evaluate_tool import (  # noqa: F401  fixtures
-    CONTEXT,
-    TOKENIZER,
-    checkpoint,
-    data,
-    module,
-    tool,
-)
+from tests.evaluate.conftest import CONTEXT, TOKENIZER
 from tests.training.conftest import scalars
 
 GOOD = dict(eval_tasks=["gsm8k", "boolq"], eval_tasks_limit=None, eval_tasks_new_tokens=6, tokenizer_model=TOKENIZER,
@@ -23,11 +16,11 @@ GOOD = dict(eval_tasks=["gsm8k", "boolq"], eval_tasks_limit=None, eval_tasks_new
 RIGHT, STEPS = "7", 24
 
 
-def arguments(data, **changes):  # noqa: F811
+def arguments(data, **changes):
     return argparse.Namespace(**dict(GOOD, eval_tasks_data=data) | changes)
 
 
-def test_a_live_model_answers_as_its_checkpoint_does(tool, checkpoint, data, tmp_path):  # noqa: F811
+def test_a_live_model_answers_as_its_checkpoint_does(tool, checkpoint, data, tmp_path):
     from hrm_megatron.evaluate.live_tasks import open_tasks
     from hrm_megatron.evaluate.report import as_json
     from hrm_megatron.generate.load import load_model, open_checkpoint
@@ -53,7 +46,7 @@ def test_a_live_model_answers_as_its_checkpoint_does(tool, checkpoint, data, tmp
     (dict(eval_tasks=["boolq"]), True, "--eval-tasks-new-tokens 6: no task of boolq has free answers"),
     (dict(eval_tasks=["hellaswag"], eval_tasks_new_tokens=None), True, "10 shots are wanted"),
 ])
-def test_what_cannot_be_answered_during_training_is_refused(data, changes, validates, message):  # noqa: F811
+def test_what_cannot_be_answered_during_training_is_refused(data, changes, validates, message):
     from hrm_megatron.evaluate.live_tasks import open_tasks
 
     with pytest.raises(ConfigError, match=message):

@@ -5,14 +5,7 @@ import sys
 
 import pytest
 
-from tests.evaluate.test_evaluate_tool import (  # noqa: F401  fixtures
-    ROOT,
-    TOKENIZER,
-    checkpoint,
-    data,
-    module,
-    tool,
-)
+from tests.evaluate.conftest import CONTEXT, ROOT, TOKENIZER
 
 QUESTIONS = ["What is 7 + 1?", "Count.", "Which is it, the first or the second?", "No"]
 
@@ -26,7 +19,7 @@ def sweep_module():
 
 
 @pytest.fixture
-def swept(sweep_module, checkpoint, monkeypatch, capsys, tmp_path):  # noqa: F811
+def swept(sweep_module, checkpoint, monkeypatch, capsys, tmp_path):
     """Call the sweep with these flags and return (status, stdout, stderr, its JSON)."""
     def call(*flags):
         path = tmp_path / "cycles.json"
@@ -38,7 +31,7 @@ def swept(sweep_module, checkpoint, monkeypatch, capsys, tmp_path):  # noqa: F81
     return call
 
 
-def answers_at(checkpoint, h_cycles, exit_threshold=None):  # noqa: F811
+def answers_at(checkpoint, h_cycles, exit_threshold=None):
     from hrm_megatron.generate.questions import Question
     from hrm_megatron.generate.session import Answering, Session
 
@@ -47,7 +40,7 @@ def answers_at(checkpoint, h_cycles, exit_threshold=None):  # noqa: F811
     return [samples[0] for samples in session.answer(session.requests(asked), 32, lambda line: None)]
 
 
-def test_exact_answers_at_every_depth(swept, checkpoint, tmp_path):  # noqa: F811
+def test_exact_answers_at_every_depth(swept, checkpoint, tmp_path):
     """Right answers are those of one H cycle, so that depth 1 is right always and others where they say the same."""
     one = [answer.text for answer in answers_at(checkpoint, 1)]
     rows = tmp_path / "rows.jsonl"
@@ -73,7 +66,7 @@ def test_exact_answers_at_every_depth(swept, checkpoint, tmp_path):  # noqa: F81
     assert (tmp_path / "cycles.png").read_bytes()[:4] == b"\x89PNG" and not list(tmp_path.glob(".*"))
 
 
-def test_a_task_is_measured_as_evaluate_does(swept, tool, data, tmp_path):  # noqa: F811
+def test_a_task_is_measured_as_evaluate_does(swept, tool, data, tmp_path):
     flags = ("--data", data, "--limit", "4")
     status, _, err, found = swept("--task", "mmlu_pro", *flags, "--h-cycles", 1)
     assert status == 0, err
@@ -82,6 +75,13 @@ def test_a_task_is_measured_as_evaluate_does(swept, tool, data, tmp_path):  # no
         assert tool("--output", folder, "--limit", "4", "--h-cycles", depth, tasks=["mmlu_pro"])[0] == 0
         [metric] = json.loads((folder / "results.json").read_text())["tasks"]["mmlu_pro"]["metrics"].values()
         assert point["accuracy"] == metric
+
+
+def test_questions_none_of_which_fits_are_refused(swept, tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps(dict(question="long " * CONTEXT, answer="#### 1")) + "\n")
+    status, out, err, _ = swept("--task", "gsm8k", "--data", tmp_path, "--h-cycles", 1)
+    assert (status, out) == (1, "") and "gsm8k: none of its 1 questions fits into the model's context" in err
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -93,9 +93,10 @@ def test_a_task_is_measured_as_evaluate_does(swept, tool, data, tmp_path):  # no
     (["--task", "mmlu_pro", "--repeats", 0], "--repeats 0: must be at least 1"),
     (["--input", "ROWS", "--limit", 2], "--limit: is about a --task, and --input is given"),
     (["--input", "ROWS", "--h-cycles", 1], "rows.jsonl:1: no field 'response' with the right answer"),
-    (["--task", "mmlu_pro", "--png", "nowhere/cycles.png"], "nowhere/cycles.png: nowhere is no folder"),
+    (["--task", "mmlu_pro", "--png", "cycles.pdf"], "--png cycles.pdf: the name of this file must end with .png"),
+    (["--task", "mmlu_pro", "--png", "."], "--png .: the name of this file must end with .png"),
 ])
-def test_bad_input_is_refused_in_one_line(swept, data, tmp_path, flags, message):  # noqa: F811
+def test_bad_input_is_refused_in_one_line(swept, data, tmp_path, flags, message):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(dict(instruction="What?")) + "\n")
     flags = [str(rows) if flag == "ROWS" else flag for flag in flags]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.compare_architectures.run import main as compare
 from examples.recorded import recorded
 from examples.scaling_study.plan import TOKENS_PER_STEP, Run, Study, best_multiples
 from examples.scaling_study.run import FULL, QUICK, all_runs, described, main
@@ -129,3 +130,16 @@ def _vocab_size(folder):
     from hrm_megatron.data.tokenizer import TextTokenizer
 
     return TextTokenizer(folder / "demo" / "tokenizer").vocab_size
+
+
+def test_a_width_at_which_all_rates_diverge_is_named():
+    losses = [float("nan") if trial.width == 64 else 1.0 for trial in SMALL.trials()]
+    with pytest.raises(ConfigError, match="hrm of width 64: ends without a finite loss at all of the rates"):
+        best_multiples(SMALL, losses)
+
+
+@pytest.mark.parametrize("begin", [main, compare])
+def test_pictures_are_asked_for_before_the_work(begin, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("examples.study.can_draw", lambda: False)
+    assert begin(["--quick", "--demo", str(tmp_path / "none")]) == 1
+    assert "drawn by matplotlib, which is not installed; pip install" in capsys.readouterr().err

@@ -131,6 +131,16 @@ def declares_its_imports(path: str, source: str) -> list[str]:
             and normalize(DISTRIBUTIONS.get(root, root)) not in declared()]
 
 
+def tools_start_without_extras(path: str, source: str) -> list[str]:
+    """A tool whose extra is missing says so, where it needs it."""
+    roots = {(node.lineno, name.split(".")[0]) for node in ast.parse(source).body
+             if isinstance(node, ast.Import | ast.ImportFrom)
+             for name in ([one.name for one in node.names] if isinstance(node, ast.Import) else [node.module or ""])}
+    return [f"{path}:{line}: imports {root}, which only an extra installs; import it where it is needed, and say so "
+            "where it is missing" for line, root in sorted(roots)
+            if normalize(DISTRIBUTIONS.get(root, root)) in declared() - declared(extras=False)]
+
+
 def keeps_the_top_level(paths: list[str]) -> list[str]:
     entries = {path.split("/")[0] for path in paths}
     return [f"{entry}: not at the top of the project" for entry in sorted(entries - TOP_LEVEL)
@@ -141,10 +151,10 @@ def normalize(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def declared() -> set[str]:
-    """Every distribution that pyproject.toml asks for, extras included."""
+def declared(extras: bool = True) -> set[str]:
+    """Every distribution that pyproject.toml asks for, those of extras included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = chain(project["dependencies"], *project["optional-dependencies"].values())
+    wanted = chain(project["dependencies"], *(project["optional-dependencies"].values() if extras else ()))
     return {normalize(re.split(r"[^\w.-]", requirement)[0]) for requirement in wanted}
 
 
@@ -169,6 +179,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...], str], ...] = (  # rule, where it holds
     (opens_what_is_made_for_its_owner_alone, OURS, ".py"),
     (names_no_private_place, ("",), ""),
     (declares_its_imports, ("hrm_megatron/", "tools/"), ".py"),
+    (tools_start_without_extras, ("tools/",), ".py"),
 )
 
 
@@ -221,6 +232,7 @@ MODEL = "hrm_megatron/model/hrm.py"
     (names_no_private_place, "Makefile", "pip install -i https://py" + "pi.org/simple x"),
     (names_no_private_place, MODEL, "# see shared" + "/golden"),
     (declares_its_imports, MODEL, "import pandas.io"),
+    (tools_start_without_extras, "tools/plan.py", "import json\nimport matplotlib.pyplot as plt"),
     (declares_its_imports, "tools/plan.py", "def f():\n    from einops import rearrange"),
 ])
 def test_a_rule_catches(rule: Rule, path: str, source: str) -> None:
@@ -242,6 +254,7 @@ def test_a_rule_catches(rule: Rule, path: str, source: str) -> None:
     (opens_what_is_made_for_its_owner_alone, MODEL, "save_file(tensors, path)\nfollow_umask(path)"),
     (names_no_private_place, "README.md", "8 GPUs/workers, docs/work, --workers"),
     (declares_its_imports, MODEL, "import os\nimport yaml\nfrom megatron.core import mpu\nfrom . import specs"),
+    (tools_start_without_extras, "tools/plan.py", "import torch\ndef f():\n    from matplotlib import cm"),
 ])
 def test_a_rule_lets_pass(rule: Rule, path: str, source: str) -> None:
     assert not rule(path, source)

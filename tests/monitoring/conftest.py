@@ -5,7 +5,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
@@ -20,13 +20,14 @@ def loss_of(step, start):
     return 5.0 - 0.05 * step + start
 
 
-def write_log(folder, steps, start):
-    """Write the curves of one start, a step every two seconds."""
+def write_log(folder, steps, start, lost=MappingProxyType({})):
+    """Write the curves of one start, a step every two seconds; `lost` has losses of some of them."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder), filename_suffix=f".{start}") as writer:
         for step in steps:
-            values = {"lm loss": loss_of(step, start), "exact accuracy": step / 100, "bp steps": 2 + step // 20,
+            loss = lost.get(step, loss_of(step, start))
+            values = {"lm loss": loss, "exact accuracy": step / 100, "bp steps": 2 + step // 20,
                       "learning-rate": 1e-3, "tokens per second": 1234.0}
             values |= {f"residual RMS/{tick}": 1 + step / 10 for tick in TICKS}
             values |= {"lm loss validation": 4.5, "exact accuracy validation": 0.25} if step == 20 else {}
@@ -60,11 +61,16 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Call the main of a program in tools/ by its name: `call(name)(*words)` is (status, lines of stderr)."""
+    """Call the main of a program in tools/ by its name: `call(name)(*words)` is (status, lines of stderr).
+
+    What it printed on stdout is `call.out`.
+    """
     def of(name):
         def run(*words):
             monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
             status = runpy.run_path(str(ROOT / "tools" / name))["main"]()
-            return status, capsys.readouterr().err.splitlines()
+            captured = capsys.readouterr()
+            of.out = captured.out
+            return status, captured.err.splitlines()
         return run
     return of

@@ -79,7 +79,7 @@ def test_the_tool_refuses_in_one_line(written, tool, tmp_path):
     shutil.copytree(written.folder, run)
     (run / "evaluation").mkdir()
     (run / "evaluation" / "results.json").write_text("[]")
-    for words, reason in (([written.folder, "--output", "a.pdf"], "--output a.pdf: the report is HTML"),
+    for words, reason in (([written.folder, "--output", "a.pdf"], "--output a.pdf: the name of this file must"),
                           ([written.checkpoints, "--output", "a.html"], f"{written.checkpoints}: has no TensorBoard"),
                           ([run, "--output", tmp_path / "a.html"], f"{run / 'evaluation' / 'results.json'}: not what")):
         code, said = tool(*words)

@@ -10,18 +10,19 @@ from rich.console import Console
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.monitoring.dashboard import frame
+from hrm_megatron.monitoring.report import standing
 from hrm_megatron.monitoring.run_folder import NO_MANIFEST, PARTIAL, WHOLE, RunFolder
 from hrm_megatron.monitoring.scalars import Log, in_groups
 from hrm_megatron.monitoring.status import Progress, sparkline
-from tests.monitoring.conftest import STEPS, TICKS, loss_of, write_log
+from tests.monitoring.conftest import STEPS, TICKS, loss_of, write_log, write_save
 
 ROOT = Path(__file__).parents[2]
 WIDTH = 100
 
 
-def shown(run, curves, now):
+def shown(run, log, now):
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
-    console.print(frame(run, curves, now, WIDTH))
+    console.print(frame(run, log, now, WIDTH))
     lines = console.file.getvalue().splitlines()
     assert {len(line) for line in lines} == {WIDTH}
     return [re.sub(r"\s+", " ", line.strip("│ ")) for line in lines]
@@ -29,7 +30,7 @@ def shown(run, curves, now):
 
 def test_a_frame_says_where_the_run_stands(written):
     run = RunFolder.find(written.folder)
-    lines = shown(run, Log(run.log).curves(), written.now + 14)
+    lines = shown(run, Log(run.log), written.now + 14)
     assert lines[1] == "step 30 of 40, 20s left, last line 14s ago"  # ten steps of two seconds
     assert lines[3].startswith(f"loss {loss_of(30, 1):.4f} ") and "█" in lines[3]
     assert "tokens/s 1.23k " + "▁" * 30 in lines
@@ -56,6 +57,70 @@ def test_a_log_grows_under_the_eyes_of_its_reader(tmp_path):
     assert log.curves()["lm loss"].steps == [1, 2, 3, 4, 5]
 
 
+def test_what_a_run_went_back_from_is_void(tmp_path):
+    """The second start goes on from step 10, before the validation at 20, and has come to 12."""
+    write_log(tmp_path, range(1, 31), 0)
+    write_log(tmp_path, range(11, 13), 1)
+    curves = Log(tmp_path).curves()
+    assert curves["lm loss"].steps == [*range(1, 13)] and "lm loss validation" not in curves
+    assert curves["lm loss"].values[-1] == pytest.approx(loss_of(12, 1))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage, said", [(cut, "part of a record: it was cut, or is being written"),
+                                          (flip, "bytes from there on are not read"),
+                                          (lambda path: path.write_bytes(b"no log" * 9), "damaged at byte 0; ")])
+def test_a_log_that_is_not_read_to_its_end_is_named(tmp_path, damage, said, call):
+    write_log(tmp_path / "run", range(1, 6), 0)
+    write_log(tmp_path / "run", range(6, 9), 1)
+    first, _ = sorted((tmp_path / "run").iterdir(), key=lambda path: path.name.endswith(".1"))
+    damage(first)
+    log = Log(tmp_path / "run")
+    assert log.curves() and [damage.startswith(f"{first}: ") and said in damage for damage in log.damages()] == [True]
+    assert any(said.split()[-1] in line for line in shown(RunFolder.find(tmp_path / "run"), Log(tmp_path / "run"), 0))
+    for path in (tmp_path / "run").iterdir():
+        path.write_bytes(first.read_bytes()[:30])
+    status, (line,) = call("report_run.py")(tmp_path / "run", "--output", tmp_path / "a.html")
+    assert status == 1 and "has no TensorBoard log with curves (" in line
+
+
+def test_a_save_is_seen_that_came_after_the_log(tmp_path, monkeypatch):
+    """A pipe gets a frame each time; the run's first save comes between two of them."""
+    tool = runpy.run_path(str(ROOT / "tools" / "watch.py"))
+    write_log(tmp_path / "log", range(1, 4), 0)
+    out = io.StringIO()
+
+    def sleep(_):
+        if "saves" in out.getvalue():
+            raise KeyboardInterrupt
+        write_save(tmp_path / "checkpoints", 3)
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(KeyboardInterrupt):
+        tool["watch"](tool["parser"]().parse_args([str(tmp_path)]))
+    first, _, later = out.getvalue().partition("saves")
+    assert first.count("step 3") == 2 and "complete" in later
+
+
+def test_nan_is_no_lowest_loss(tmp_path):
+    write_log(tmp_path / "run", range(1, 4), 0, lost=dict.fromkeys(range(1, 4), float("nan")))
+    (tmp_path / "run" / "arguments.txt").write_bytes(b"train_iters .... 3\nname ... \xff\n")
+    run, log = RunFolder.find(tmp_path / "run"), Log(tmp_path / "run")
+    stands = dict(standing(run, log.curves()))
+    assert (stands["lowest loss"], stands["last step"]) == ("none is a finite number", "3 of 3")
+    write_log(tmp_path / "run", range(4, 6), 1)
+    assert dict(standing(run, log.curves()))["lowest loss"] == f"{loss_of(5, 1):.4f} at step 5"
+
+
 def test_ticks_stand_in_their_order(written):
     curves = Log(RunFolder.find(written.folder).log).curves()
     assert in_groups(curves, ["residual RMS"]) == [f"residual RMS/{tick}" for tick in TICKS]
@@ -72,7 +137,8 @@ def test_a_run_that_is_over_has_no_time_left(written):
 def test_a_sparkline_keeps_its_width():
     assert sparkline([1, 2, 3], 10) == "▁▅█"
     assert sparkline([0] * 5 + [7] * 5, 2) == "▁█"
-    assert sparkline([3, float("nan"), 3], 5) == "▁▁" and sparkline([], 5) == ""
+    assert sparkline([3, float("nan"), 4], 5) == "▁×█" and sparkline([], 5) == ""
+    assert sparkline([float("nan")] * 3 + [1], 2) == "××"
 
 
 def test_a_save_without_a_manifest_is_said_to_have_none(tmp_path):
@@ -81,7 +147,7 @@ def test_a_save_without_a_manifest_is_said_to_have_none(tmp_path):
     (place / ".metadata").write_bytes(b"x")
     save, = RunFolder.find(tmp_path).saves()
     assert (save.step, save.state, save.size_bytes) == (7, NO_MANIFEST, 1)
-    assert shown(RunFolder.find(tmp_path), {}, 0)[1] == "no step is logged yet"
+    assert shown(RunFolder.find(tmp_path), None, 0)[1] == "no step is logged yet"
 
 
 def test_the_tool_prints_one_frame(written, monkeypatch, capsys):

@@ -4,6 +4,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +108,17 @@ def test_the_tool_prints_prediction_and_measurement_side_by_side(tmp_path):
     (tmp_path / "runs.jsonl").write_text("{}")
     refused = tool()
     assert refused.returncode == 1 and refused.stderr.startswith("error: ") and ":1: is no run" in refused.stderr
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--resamples", "-1"], "--resamples -1: give a number of fits"),
+    (["--predict", "0", "1e9"], "--predict 0 1e[+]09: parameters and tokens are numbers above 0"),
+    (["--predict", "1e9", "nan"], "--predict 1e[+]09 nan: parameters"),
+    (["--png", "law.pdf"], "--png law.pdf: the name of this file must end with .png"),
+    ([], "hrm: 2 runs of 1 sizes and 2 numbers of tokens")])
+def test_the_tool_refuses_in_one_line(tmp_path, monkeypatch, capsys, flags, said):
+    (tmp_path / "runs.jsonl").write_text("".join(
+        json.dumps(dict(parameters=1e6, tokens=tokens, loss=3.0, model="hrm")) + "\n" for tokens in (1e7, 1e8)))
+    monkeypatch.setattr(sys, "argv", ["fit_scaling.py", "--input", str(tmp_path / "runs.jsonl"), *flags])
+    assert runpy.run_path(str(ROOT / "tools" / "fit_scaling.py"))["main"]() == 1
+    assert re.match(f"error: {said}.*\n$", capsys.readouterr().err)

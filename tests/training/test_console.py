@@ -73,10 +73,11 @@ def test_a_run_says_little(run):
 def test_what_the_run_is_stands_before_step_1(run):
     begin = next(i for i, line in enumerate(run.said) if line.startswith("step "))
     topics = [line.split(":")[0] for line in run.said[:begin] if not line.startswith(" ")]
-    assert topics == ["model", "layers", "weight gradients", "attention", "layout", "data", "data", "checkpoint",
-                      "schedule", "log"]
+    assert topics == ["model", "layers", "weight gradients", "attention", "layout", "data", "data", "data",
+                      "checkpoint", "schedule", "log"]
     facts = "\n".join(run.said[:begin])
     for part in ("HRM of 0.1", "2 ranks = TP 1 x PP 1 x CP 1 x DP 2", "validation: 20 examples",
+                 "data: --log-loss-by-source: all examples are of train, whose curve is that of the loss",
                  f"checkpoint: new weights; saves every 2 steps and at the end to {run.folder / 'saved'}",
                  "schedule: steps 1 to 4 of 768 tokens; lr 0.004 after 0 steps of warm-up, constant; bp_steps 3 to 5"):
         assert part in facts
@@ -139,6 +140,7 @@ def test_a_report_is_written_when_training_is_done(run):
     assert f"<td>validation</td><td>{STEPS}</td><td>{validation[STEPS]:.4f}</td>" in page
     assert "<td>last step</td><td>4 of 4</td>" in page and page.count("<td>complete</td>") == 2
     assert [path.name for path in run.folder.glob("*report*")] == ["report.html"]
+    assert f"report: {run.folder / 'report.html'}" in run.said
 
 
 def test_throughput_is_that_of_an_hrm(run):

@@ -125,7 +125,7 @@ NORMS, BY_SOURCE, REPORT = dict(log_hrm_norms=True), dict(log_loss_by_source=Tru
     (NORMS, dict(skip_train=True), "is incompatible with --skip-train"),
     (BY_SOURCE, dict(skip_train=True), "is incompatible with --skip-train"),
     (REPORT, dict(tensorboard_dir=None), "has no effect without --tensorboard-dir"),
-    (REPORT, dict(run_report="run.pdf"), "run.pdf: the report is HTML"),
+    (REPORT, dict(run_report="run.pdf"), "run.pdf: the name of this file must end with .html or .htm"),
     (NORMS, dict(use_torch_fsdp2=True), "not built under FSDP"),
     (NORMS, dict(use_megatron_fsdp=True), "not built under FSDP"),
     (BY_SOURCE, dict(sampled_data_path="DIR"), "a folder of HRM-Text .* does not say where its examples are from")])

@@ -85,14 +85,29 @@ def test_retention_keeps_the_best_and_no_former_best(train, tmp_path):
 
 
 def test_what_was_measured_behind_the_iteration_that_is_resumed_does_not_count(tmp_path):
-    Record({1: 0.5, 2: float("nan"), 3: 0.7}, stopped=3).write(tmp_path)
-    assert Record.read(tmp_path, 3).best == 3 and Record.read(tmp_path, 3).stopped == 3
-    earlier = Record.read(tmp_path, 2)
+    args = argparse.Namespace(save=tmp_path, eval_weights="raw")
+    Record("raw", {1: 0.5, 2: float("nan"), 3: 0.7}, stopped=3).write(tmp_path)
+    assert Record.read(args, 3).best == 3 and Record.read(args, 3).stopped == 3
+    earlier = Record.read(args, 2)
     assert (earlier.best, earlier.evaluations_since_best, earlier.stopped) == (1, 1, None)
-    assert Record.read(tmp_path / "none", 3).best is None
+    assert Record.read(argparse.Namespace(save=tmp_path / "none", eval_weights="raw"), 3).best is None
     (tmp_path / RECORD_FILE).write_text("{")
     with pytest.raises(DamagedError, match=f"{RECORD_FILE}: cannot read what was measured .* remove it"):
-        Record.read(tmp_path, 3)
+        Record.read(args, 3)
+
+
+@pytest.mark.parametrize("before, now", [("raw", "ema"), ("raw", "both"), ("ema", "raw"), ("both", "raw")])
+def test_accuracies_of_other_weights_are_not_compared(tmp_path, before, now):
+    args = argparse.Namespace(early_stopping=2, save=str(tmp_path), async_save=False, skip_train=False,
+                              eval_weights=before)
+    measured = Record.read(args, 0)
+    measured.evaluations[1] = 0.5
+    measured.write(tmp_path)
+    assert Record.read(args, 1) == measured  # "both" judges as "ema" does
+    args.eval_weights = now
+    said = f"{RECORD_FILE} has accuracies of the {measured.weights} ones; give --eval-weights {measured.weights}, or"
+    with pytest.raises(ConfigError, match=f"--eval-weights {now}: .*{said}"):
+        install_early_stopping(args, True)
 
 
 @pytest.mark.parametrize("changes, validates, said", [
@@ -101,7 +116,8 @@ def test_what_was_measured_behind_the_iteration_that_is_resumed_does_not_count(t
     ({}, False, "--early-stopping 2: there is nothing to validate on"),
 ])
 def test_what_makes_no_sense_is_one_line(changes, validates, said):
-    args = argparse.Namespace(**dict(early_stopping=2, save="runs/a", async_save=False, skip_train=False) | changes)
+    args = argparse.Namespace(**dict(
+        early_stopping=2, save="runs/a", async_save=False, skip_train=False, eval_weights="raw") | changes)
     with pytest.raises(ConfigError, match=said):
         install_early_stopping(args, validates)
     assert stopped_early(args, 10) is None

@@ -36,8 +36,9 @@ def files_of(uninterrupted):
 def test_a_finished_run_started_again_ends_well_in_one_line(launch, fullbatch_arguments, files_of, tmp_path,
                                                             train_iters, line):
     run = launch(*fullbatch_arguments, "--load", files_of, "--save", files_of, "--train-iters", train_iters,
-                 "--tensorboard-dir", tmp_path / "log", ranks=2)
+                 "--tensorboard-dir", tmp_path / "log", "--run-report", tmp_path / "report.html", ranks=2)
     assert run.code == 0, run.output
+    assert run.output.count(f"--run-report {tmp_path / 'report.html'}: not written") == 1  # there is no log
     assert run.output.count("is done, nothing to train") == 1 and f"{files_of}/iter_0000024: {line}" in run.output
     assert "is done" not in run.last_output
     assert "initialize" not in run.output and not (tmp_path / "log").exists()  # neither a process group nor a model
