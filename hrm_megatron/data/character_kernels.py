@@ -10,7 +10,7 @@ Bytes = np.ndarray  # [n] uint8
 
 
 @compiled
-def character_at(utf8: Bytes, at: int) -> tuple[int, int]:
+def character_at(utf8: Bytes, at: int) -> tuple[np.int64, int]:
     """Code point of the character that begins at a byte, and where the next one does."""
     first = np.int64(utf8[at])
     if first < 0x80:
