@@ -45,33 +45,22 @@ class Texts(tuple[str, ...]):
         return "\0".join((*self, ""))
 
     @cached_property
-    def codes(self) -> np.ndarray:
-        """Code points of `joined`. Raises UnicodeEncodeError at half a surrogate pair."""
-        if self.joined.isascii():
-            return np.frombuffer(self.joined.encode("ascii"), np.uint8)
-        return np.frombuffer(self.joined.encode("utf-32-le"), np.uint32)
-
-    @cached_property
-    def kinds_at(self) -> np.ndarray:
-        """The kind of each character of `joined`."""
-        table = kinds_of_characters()
-        if self.codes.dtype == np.uint8:
-            return np.frombuffer(self.codes.tobytes().translate(table[:256].tobytes()), np.uint8)
-        kinds: np.ndarray = np.take(table, self.codes, mode="clip")  # no text has others, and nothing is checked
-        return kinds
+    def joined_utf8(self) -> np.ndarray:
+        """UTF-8 of all texts, a NUL behind each, [bytes] uint8. Raises UnicodeEncodeError at half a surrogate pair."""
+        return np.frombuffer(b"\0".join((*self.utf8, b"")), np.uint8)
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """Where in `joined` the next text begins, [texts]."""
-        return np.cumsum(np.fromiter(map(len, self), np.int64, len(self)) + 1)
+        """Where in `joined_utf8` the next text begins, [texts]."""
+        return np.cumsum(np.fromiter(map(len, self.utf8), np.int64, len(self)) + 1)
 
     @cached_property
     def kinds(self) -> np.ndarray:
         """What is among the characters of each text, [texts] uint8."""
         if not self:
             return np.empty(0, np.uint8)
-        kinds: np.ndarray = np.bitwise_or.reduceat(self.kinds_at, np.append(0, self._ends[:-1]))
-        return kinds
+        from hrm_megatron.data.character_kernels import kinds_of_texts
+        return kinds_of_texts(self.joined_utf8, self._ends, kinds_of_characters())
 
     @cached_property
     def not_nfc(self) -> np.ndarray:
@@ -79,15 +68,17 @@ class Texts(tuple[str, ...]):
         found = np.zeros(len(self), bool)
         if not (self.kinds & UNSURE).any():
             return found
+        from hrm_megatron.data.character_kernels import stretches_of_kind
         # A text is in NFC if every stretch of such characters is, with the one that they follow: none reaches further.
-        unsure = np.flatnonzero((self.kinds_at & UNSURE) != 0)
-        breaks = np.flatnonzero(np.diff(unsure) > 1)
-        first, last = unsure[np.append(0, breaks + 1)], unsure[np.append(breaks, len(unsure) - 1)]
-        stretches = [self.joined[max(start - 1, 0):end + 1]
-                     for start, end in zip(first.tolist(), last.tolist(), strict=True)]
-        in_nfc = {stretch: unicodedata.is_normalized("NFC", stretch) for stretch in set(stretches)}
-        others = first[[not in_nfc[stretch] for stretch in stretches]]
-        found[np.searchsorted(self._ends, others, side="right")] = True
+        stretches = stretches_of_kind(self.joined_utf8, self._ends, kinds_of_characters(), self.kinds, UNSURE)
+        utf8 = self.joined_utf8.tobytes()
+        in_nfc: dict[bytes, bool] = {}
+        for text, start, end in stretches.tolist():
+            stretch = utf8[start:end]
+            if (known := in_nfc.get(stretch)) is None:
+                known = in_nfc[stretch] = unicodedata.is_normalized("NFC", stretch.decode())
+            if not known:
+                found[text] = True
         return found
 
 

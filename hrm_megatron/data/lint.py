@@ -123,12 +123,15 @@ class Lint:
 
 def broken_latex(texts: Texts) -> set[str]:
     """Return those of BROKEN_LATEX that stand in the texts."""
-    codes = texts.codes
-    at = np.flatnonzero((texts.kinds_at[:-2] & CONTROL) != 0)
-    at = at[_SECOND[np.minimum(codes[at + 1], 255)]]
-    triples = (codes[at].astype(np.int64) << 16) | (codes[at + 1].astype(np.int64) << 8) | codes[at + 2]
+    if not (texts.kinds & CONTROL).any():
+        return set()
+    utf8 = texts.joined_utf8
+    at = np.flatnonzero(utf8[:-2] - np.uint8(8) < 6)  # all of CONTROLS, and the vertical tab, which begins no part
+    at = at[_SECOND[utf8[at + 1]]]
+    triples = (utf8[at].astype(np.int64) << 16) | (utf8[at + 1].astype(np.int64) << 8) | utf8[at + 2]
     begun = at[np.isin(triples, _BEGINNINGS)].tolist()
-    return {part for start in begun for part in BROKEN_LATEX if texts.joined.startswith(part, start)}
+    joined = utf8.tobytes()
+    return {part for start in begun for part in BROKEN_LATEX if joined.startswith(part.encode(), start)}
 
 
 def _key(text: str) -> str:

@@ -1,0 +1,65 @@
+"""Loops over the UTF-8 of a batch's texts, compiled as those of kernels.py are. It must be well-formed, as what Python
+encodes is: nothing is checked here."""
+from __future__ import annotations
+
+import numpy as np
+
+from hrm_megatron.data.kernels import compiled
+
+Bytes = np.ndarray  # [n] uint8
+
+
+@compiled
+def character_at(utf8: Bytes, at: int) -> tuple[np.int64, int]:
+    """Code point of the character that begins at a byte, and where the next one does."""
+    first = np.int64(utf8[at])
+    if first < 0x80:
+        return first, at + 1
+    second = np.int64(utf8[at + 1]) & 0x3F
+    if first < 0xE0:
+        return (first & 0x1F) << 6 | second, at + 2
+    third = np.int64(utf8[at + 2]) & 0x3F
+    if first < 0xF0:
+        return (first & 0xF) << 12 | second << 6 | third, at + 3
+    return (first & 0x7) << 18 | second << 12 | third << 6 | np.int64(utf8[at + 3]) & 0x3F, at + 4
+
+
+@compiled
+def kinds_of_texts(utf8: Bytes, ends: np.ndarray, table: Bytes) -> Bytes:
+    """What is among the characters of each text, [texts] uint8; text i ends before byte `ends[i]`, where the next one
+    begins. `table` has the kind of every code point."""
+    kinds = np.zeros(len(ends), np.uint8)
+    at = 0
+    for text in range(len(ends)):
+        found = 0
+        while at < ends[text]:
+            code, at = character_at(utf8, at)
+            found |= table[code]
+        kinds[text] = found
+    return kinds
+
+
+@compiled
+def stretches_of_kind(utf8: Bytes, ends: np.ndarray, table: Bytes, kinds: Bytes, kind: int) -> np.ndarray:
+    """Longest stretches of characters of a kind that takes two bytes and more: the text, the first byte, which is that
+    of the character before if the text has one, and the byte behind, [stretches, 3] int64. `kinds`: of the texts."""
+    found = np.empty((len(utf8) // 2 + 1, 3), np.int64)  # pages that are not written take no memory
+    count = 0
+    for text in range(len(ends)):
+        if not kinds[text] & kind:
+            continue
+        at = before = ends[text - 1] if text else 0
+        inside = False
+        while at < ends[text]:
+            start = at
+            code, at = character_at(utf8, start)
+            if table[code] & kind:
+                if not inside:
+                    found[count, 0], found[count, 1] = text, before
+                    count += 1
+                found[count - 1, 2] = at
+                inside = True
+            else:
+                inside = False
+            before = start
+    return found[:count].copy()
