@@ -90,9 +90,9 @@ def convert(job: Conversion) -> str:
 
 def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
     step = checkpoint.iteration
-    if job.weights and job.save_format not in WEIGHTS_ALONE:
-        checkpoint = checkpoint.only_weights(job.weights)
     kind = job.weights or (EMA if EMA in checkpoint.parts or checkpoint.iteration else RAW)
+    if (job.weights or checkpoint.merged) and job.save_format not in WEIGHTS_ALONE:
+        checkpoint = checkpoint.only_weights(kind)
     if job.save_format in WEIGHTS_ALONE:
         checkpoint.require(kind)
     sections = Sections.read(job.data_report, job.evaluation)
@@ -119,12 +119,17 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
         else f"{kind} weights"
     said = (f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(table(checkpoint.architecture))} "
             f"tensors, from {checkpoint.path}")
+    if not checkpoint.architecture.gated and job.save_format != "megatron":
+        said += ", as those of a gate of 1/2 with twice the output projections, which is the same function"
+    if checkpoint.merged:
+        said += ", adapters merged"
     if checkpoint.remark:
         said += f", which {checkpoint.remark}"
     if job.save_format == "megatron" and not checkpoint.has_state:
         said += "; train from them with --finetune, moments and EMA begin there"
     if job.save_format == "gguf":
-        said += "; llama.cpp reads prompts causally unless it is told otherwise, which the README.md beside it says"
+        if not checkpoint.architecture.causal:
+            said += "; llama.cpp reads prompts causally unless it is told otherwise, which the README.md beside it says"
         if job.tokenizer_model is None:
             said += "; no tokenizer in it, so that llama.cpp takes token ids only (--tokenizer-model puts one there)"
     if job.save_format == "hf" and job.tokenizer_model is None:
@@ -156,7 +161,7 @@ def _compare(job: Conversion, checkpoint: Checkpoint, kind: str, ledger: Ledger,
 
 def output_bytes(job: Conversion, checkpoint: Checkpoint) -> int:
     """Size of the tensors that will be written."""
-    elements = sum(math.prod(entry.shape) for entry in table(checkpoint.architecture))
+    elements = sum(math.prod(entry.foreign_shape) for entry in table(checkpoint.architecture))
     if job.save_format in WEIGHTS_ALONE:
         return round(elements * BYTES_OF_WEIGHT[job.dtype])
     copies = len(PARTS)
