@@ -97,8 +97,9 @@ def table(architecture: Architecture) -> list[Rename]:
     """List every tensor of this architecture, in the order in which HRM-Text registers them."""
     h, ffn, vocab = architecture.hidden_size, architecture.ffn_hidden_size, architecture.padded_vocab_size
     heads, (qkv, _) = architecture.num_attention_heads, architecture.linear_shapes["linear_qkv"]
-    kind, of_qkv, of_output = (architecture.kind, *((GatedQKV, Rename) if architecture.gated else
-                                                    (UngatedQKV, Doubled)))
+    kind = architecture.kind
+    of_qkv: type[GatedQKV | UngatedQKV] = GatedQKV if architecture.gated else UngatedQKV
+    of_output = Rename if architecture.gated else Doubled
     entries = [Rename("zL_init", "model.zL_init", "model.z_L_init", (h,), trained=False)] * kind.starts_from_z_l
     for stack in kind.stacks:
         for i in range(architecture.num_layers):

@@ -121,6 +121,7 @@ class OwnLinear:
     bias: torch.Tensor | None
     tp_group: Any
     gradient_accumulation_fusion: bool
+    sequence_parallel: bool
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -87,6 +87,7 @@ def test_the_files_ask_for_no_prefix(export, checkpoint):
         read_hf(export.parent / "odd")
 
 
+@pytest.mark.slow
 def test_every_format_keeps_the_mask(export, tmp_path):
     convert(Conversion(export, "hf", tmp_path / "megatron", "megatron"))
     assert open_checkpoint(tmp_path / "megatron").architecture.causal

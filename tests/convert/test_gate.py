@@ -68,6 +68,7 @@ def test_other_formats_give_back_the_function(checkpoint, tmp_path, form):
             assert not foreign[:24].any() and foreign[24:].any()
 
 
+@pytest.mark.slow
 def test_what_would_go_on_with_a_gate_is_refused(checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="trained with --attention-gate none, and HRM-Text would go on with a gate; "):
         write_native(checkpoint, tmp_path / "native")
