@@ -33,6 +33,18 @@ def adapt(model: HRMModel, lora: LoRA, seed: int) -> None:
                 weight.copy_(shard(full, weight, model.tp_group.rank(), model.tp_group.size()))
 
 
+@torch.no_grad()
+def merged_weights(model: HRMModel) -> dict[str, torch.Tensor]:
+    """Return all tensors of a model on one rank by name, adapters merged into the weights beside which they are."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, layer in model.named_modules():
+        if isinstance(layer, OwnLinear) and layer.lora is not None:
+            a, b = (tensors.pop(f"{name}.lora.{factor}").float() for factor in "AB")
+            weight = tensors[f"{name}.weight"]
+            tensors[f"{name}.weight"] = (weight.float() + (b * layer.lora.scale) @ a).to(weight.dtype)
+    return tensors
+
+
 @contextlib.contextmanager
 def without_adapters(models: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Let these models be what a checkpoint without adapters holds, for as long as one is loaded."""

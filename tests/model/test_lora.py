@@ -6,7 +6,7 @@ import torch
 
 from hrm_megatron.config import LORA_TARGETS, LoRA
 from tests.model.small import ARCHITECTURE, batch, build, furthest, gradients
-from tests.rounding import GRADIENTS, ORDERS, REFERENCE_STATES
+from tests.rounding import GRADIENTS, ORDERS, REFERENCE_STATES, of_sums
 
 STATES = 2 * ORDERS * REFERENCE_STATES  # between two models in fp32, whose states reach 4
 SOME = ("linear_proj", "linear_fc1")
@@ -70,6 +70,20 @@ def test_the_function_is_that_of_merged_weights(single_rank, parity, lora):
         have, wanted, plain = (each.states(rows) for each in (model, merged(model, lora), build()))
     parity(f"LoRA of rank {lora.rank}: merged weights", (have - wanted).abs().max().item(), STATES)
     assert (have - plain).abs().max() > 0.1
+
+
+def test_a_decoder_of_a_model_in_training_has_merged_weights(single_rank):
+    from hrm_megatron.model.lora import merged_weights
+
+    lora = CASES["some"]
+    model = adapted(lora)
+    have, wanted = merged_weights(model), merged(model, lora)
+    assert have.keys() == {**dict(wanted.named_parameters()), **dict(wanted.named_buffers())}.keys()
+    for name, weight in wanted.named_parameters():
+        a, b = factors_of(model).get(name, (weight.new_zeros(1, weight.shape[1]), weight.new_zeros(len(weight), 1)))
+        terms = weight.abs() + lora.alpha / lora.rank * b.abs() @ a.abs()
+        # `scale`, sums of `rank` products, and the last sum.
+        assert ((have[name] - weight).abs() <= of_sums(lora.rank + 2, terms)).all(), name
 
 
 def test_a_rank_of_all_spans_every_change_of_the_weights(single_rank, parity):
