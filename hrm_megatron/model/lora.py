@@ -36,7 +36,7 @@ def adapt(model: HRMModel, lora: LoRA, seed: int) -> None:
 @torch.no_grad()
 def merged_weights(model: HRMModel) -> dict[str, torch.Tensor]:
     """Return all tensors of a model on one rank by name, adapters merged into the weights beside which they are."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, layer in model.named_modules():
         if isinstance(layer, OwnLinear) and layer.lora is not None:
             a, b = (tensors.pop(f"{name}.lora.{factor}").float() for factor in "AB")
