@@ -143,8 +143,9 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
         check_plan(folder, common["args"], args)
     if args.no_load_optim:
         return True
+    trains = (".lora.A", ".lora.B") if lora_of(args) else (".weight",)  # all else is frozen
     for name in STATE_KEYS:
-        missing = [key for key in stored.shapes() if key.endswith(".weight") and not key.startswith("optimizer.")
+        missing = [key for key in stored.shapes() if key.endswith(trains) and not key.startswith("optimizer.")
                    and f"optimizer.state.{name}.{key}" not in keys]
         if missing:
             raise ConfigError(f"{folder}: holds no {name} of the optimizer for {missing[0]}; give --finetune to begin "
