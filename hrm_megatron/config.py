@@ -14,6 +14,7 @@ PRESET_VOCAB_SIZE = 65_536  # HRM-Text's tokenizer
 INIT_SCHEMES = ("lecun_normal", "fixed_normal", "megatron")
 PREFIX_LM, CAUSAL = ATTENTION_MASKS = ("prefix-lm", "causal")
 NORM_PLACEMENTS = ("pre", "post")
+SIGMOID, NO_GATE = ATTENTION_GATES = ("sigmoid", "none")
 # Of a run: those that name what it reads.
 DATA_FLAGS = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path", "--sampled-data-path")
 
@@ -44,6 +45,33 @@ def padded_vocab_size(vocab_size: int) -> int:
     return round_up(vocab_size, VOCAB_MULTIPLE)
 
 
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (Hu et al., arXiv 2106.09685): linear layers of both stacks compute with W + alpha / rank B A,
+    of which A [rank, k] and B [n, rank] train and all else is frozen."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = LORA_TARGETS
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / self.rank
+
+    def layer_parameters(self, architecture: Architecture) -> int:
+        """Weights of a layer's adapters."""
+        return self.rank * sum(sum(architecture.linear_shapes[name]) for name in self.targets)
+
+    def num_parameters(self, architecture: Architecture) -> int:
+        """Trained weights."""
+        layers = len(architecture.kind.stacks) * architecture.num_layers
+        return layers * self.layer_parameters(architecture)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Everything that decides which function a model computes; what a checkpoint must agree on.
@@ -51,6 +79,7 @@ class Architecture:
     `num_layers` counts layers per stack. `vocab_size` is the tokenizer's; `padded_vocab_size` has the rows
     of the embedding and of the head. `h_norm_placement` is the norm placement of the H stack where it differs.
     `attention_mask` says who sees whom within an example: in PrefixLM the prefix is seen both ways.
+    `attention_gate` says what attention's result is multiplied by before its output projection.
     """
 
     num_layers: int
@@ -68,6 +97,7 @@ class Architecture:
     norm_epsilon: float = 1e-6
     model_type: str = HRM
     attention_mask: str = PREFIX_LM
+    attention_gate: str = SIGMOID
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size",
@@ -90,6 +120,8 @@ class Architecture:
             raise ConfigError(f"init_scheme={self.init_scheme!r}: choose one of {', '.join(INIT_SCHEMES)}")
         if self.attention_mask not in ATTENTION_MASKS:
             raise ConfigError(f"attention_mask={self.attention_mask!r}: choose one of {', '.join(ATTENTION_MASKS)}")
+        if self.attention_gate not in ATTENTION_GATES:
+            raise ConfigError(f"attention_gate={self.attention_gate!r}: choose one of {', '.join(ATTENTION_GATES)}")
         for placement in (self.norm_placement, self.h_norm_placement or self.norm_placement):
             if placement not in NORM_PLACEMENTS:
                 raise ConfigError(f"norm_placement={placement!r}: choose one of {', '.join(NORM_PLACEMENTS)}")
@@ -98,6 +130,11 @@ class Architecture:
     def causal(self) -> bool:
         """Whether prompts are read causally too."""
         return self.attention_mask == CAUSAL
+
+    @property
+    def gated(self) -> bool:
+        """Whether attention has an output gate."""
+        return self.attention_gate == SIGMOID
 
     @property
     def kind(self) -> ModelType:
@@ -117,9 +154,17 @@ class Architecture:
         return padded_vocab_size(self.vocab_size)
 
     @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shapes [n, k] of a layer's weights by Megatron's names: queries, gate if there is one, keys and values of the
+        attention, its output, and the three of SwiGLU."""
+        h, ffn = self.hidden_size, self.ffn_hidden_size
+        return {"linear_qkv": ((3 + self.gated) * h, h), "linear_proj": (h, h), "linear_fc1": (2 * ffn, h),
+                "linear_fc2": (h, ffn)}
+
+    @property
     def layer_parameters(self) -> int:
-        """Weights of a layer: gate, queries, keys, values and output of the attention, and the three of SwiGLU."""
-        return self.hidden_size * (5 * self.hidden_size + 3 * self.ffn_hidden_size)
+        """Weights of a layer."""
+        return sum(n * k for n, k in self.linear_shapes.values())
 
     @property
     def num_parameters(self) -> int:

@@ -46,6 +46,7 @@ from hrm_megatron.training.evaluation import Evaluation, install_evaluation, set
 from hrm_megatron.training.finetune import install_finetune  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
+from hrm_megatron.training.lora import lora_of  # noqa: E402
 from hrm_megatron.training.loss_spikes import install_loss_spikes  # noqa: E402
 from hrm_megatron.training.match_flops import match_flops  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
@@ -115,7 +116,7 @@ def train(console: Console) -> None:
     install_loss_spikes(args)
     install_early_stopping(args, evaluation.validates)
     watchdog = install_watchdog(args, step)
-    reporter = install_console(args, console, step, rows_flops, evaluation)
+    reporter = install_console(args, console, step, functools.partial(rows_flops, lora=lora_of(args)), evaluation)
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
         if not vp_stage:  # the first call, and the first moment at which there is a process group

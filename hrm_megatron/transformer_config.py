@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hrm_megatron.config import PREFIX_LM, Architecture
+from hrm_megatron.config import PREFIX_LM, SIGMOID, Architecture
 from hrm_megatron.model_types import HRM
 
 
@@ -58,7 +58,7 @@ def hrm_config(architecture: Architecture, **overrides: Any) -> HRMConfig:
         transformer_impl="local", params_dtype=torch.float32,
         use_cpu_initialization=not torch.cuda.is_available(), **HRM_SETTINGS,
         **swiglu_settings(overrides.get("compile_layers", False) or overrides.get("recompute_gated_act", False)))
-    return HRMConfig(**(settings | overrides))
+    return HRMConfig(**(settings | {"attention_output_gate": architecture.gated} | overrides))
 
 
 def architecture_of(args: argparse.Namespace, vocab_size: int) -> Architecture:
@@ -67,6 +67,7 @@ def architecture_of(args: argparse.Namespace, vocab_size: int) -> Architecture:
                         rope_theta=float(args.rotary_base), **{
         "model_type": getattr(args, "model_kind", HRM),  # checkpoints of older versions are HRMs
         "attention_mask": getattr(args, "attention_mask", PREFIX_LM),  # with this mask
+        "attention_gate": getattr(args, "attention_gate", SIGMOID),  # and this gate
         **{name: getattr(args, name) for name in (
             "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
             "norm_placement", "init_scheme", "init_std")}})

@@ -29,12 +29,14 @@ activate()
 import torch  # noqa: E402
 from torch.utils.data import default_collate  # noqa: E402
 
+from hrm_megatron.config import LoRA  # noqa: E402
 from hrm_megatron.data.batch import PackedBatch  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.data.indexed_examples import IndexedExamples  # noqa: E402
 from hrm_megatron.data.mixture import Mixture, Selection  # noqa: E402
 from hrm_megatron.generate.load import load_model, open_checkpoint  # noqa: E402
 from hrm_megatron.model.hrm import STACKS, HRMModel  # noqa: E402
+from hrm_megatron.model.lora import adapt  # noqa: E402
 from hrm_megatron.model.schedule import split_bp_steps  # noqa: E402
 from hrm_megatron.optim.adam_atan2 import AdamATan2  # noqa: E402
 from hrm_megatron.optim.schedule import LRSchedule  # noqa: E402
@@ -62,38 +64,6 @@ WAYS = (
 )
 
 
-class Adapters:
-    """Weights W + B A of all linear layers of both stacks: A [r, k] random, B [n, r] zero, W fixed.
-
-    One sum serves all ticks of a step. Its gradient G gives those of the factors, B^T G and G A^T.
-    """
-
-    def __init__(self, model: HRMModel, rank: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.model, self.factors = model, []
-        for name, weight in model.named_parameters():
-            if name.split(".")[0] in STACKS.values():
-                n, k = weight.shape
-                a = torch.randn(rank, k, generator=generator).div_(k ** 0.5).requires_grad_()
-                self.factors.append((weight, weight.detach().clone(), torch.zeros(n, rank, requires_grad=True), a))
-
-    @property
-    def trained(self) -> list[torch.Tensor]:
-        return [factor for _, _, b, a in self.factors for factor in (b, a)]
-
-    @torch.no_grad()
-    def take_gradients(self) -> None:
-        """Turn the gradients of the sums into those of the factors."""
-        for weight, _, b, a in self.factors:
-            assert weight.grad is not None
-            b.grad, a.grad = weight.grad @ a.t(), b.t() @ weight.grad
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        for weight, fixed, b, a in self.factors:
-            weight.copy_(fixed + b @ a)
-
-
 def batches(rows: PackedRows) -> Iterator[PackedBatch]:
     for first in range(0, len(rows), ROWS_PER_STEP):
         yield PackedBatch.from_rows(default_collate([rows[i] for i in range(first, min(first + ROWS_PER_STEP,
@@ -112,18 +82,19 @@ def exact(model: HRMModel, prefix: Path) -> float:
 
 
 def groups(model: HRMModel, way: Way) -> list[dict[str, object]]:
-    """The parameters, with the share of the rate that each group has."""
+    """The parameters that train, with the share of the rate that each group has."""
     arch = model.config.arch
     h, l_ = split_bp_steps(arch.h_cycles, arch.l_cycles, BP_STEPS)
     ticks = {STACKS["H"]: h, STACKS["L"]: l_} if way.by_ticks else {}
     return [{"params": [parameter], "share": 1 / ticks.get(name.split(".")[0], 1)}
-            for name, parameter in model.named_parameters()]
+            for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def tune(model: HRMModel, way: Way, rate: float, rows: PackedRows, updates: int, seed: int) -> None:
     """Fine-tune the model in its place."""
-    adapters = Adapters(model, way.rank, seed) if way.rank else None
-    optimizer = AdamATan2([{"params": adapters.trained, "share": 1.0}] if adapters else groups(model, way), rate)
+    if way.rank:
+        adapt(model, LoRA(way.rank, way.rank), seed)
+    optimizer = AdamATan2(groups(model, way), rate)
     schedule = LRSchedule(rate, MIN_LR_RATIO * rate, 0, updates)
     for step, batch in zip(range(1, updates + 1), batches(rows), strict=False):
         model.zero_grad()
@@ -131,11 +102,7 @@ def tune(model: HRMModel, way: Way, rate: float, rows: PackedRows, updates: int,
         (loss / labels).backward()
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * schedule.at(step)
-        if adapters:
-            adapters.take_gradients()
         optimizer.step()
-        if adapters:
-            adapters.apply()
 
 
 def parse_arguments() -> argparse.Namespace:

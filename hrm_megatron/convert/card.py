@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")
 prompts = [f"{boq}{tag}{{question}}{eoq}" for question in ("What is 2 + 3?", "What is seven times eight?")]
-inputs = tokenizer(prompts, padding=True, return_tensors="pt")  # input_ids, token_type_ids and attention_mask
+inputs = tokenizer(prompts, padding=True, return_tensors="pt"){returned}
 output = model.generate(**inputs, max_new_tokens=100, do_sample=False)
 answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 print(answers)"""
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(".")
 prompt = torch.tensor([[{prompt}]])  # put your token ids here
-inputs = dict(input_ids=prompt, token_type_ids=torch.ones_like(prompt), attention_mask=torch.ones_like(prompt))
+inputs = dict(input_ids=prompt, {types}attention_mask=torch.ones_like(prompt))
 output = model.generate(**inputs, max_new_tokens=100, do_sample=False)
 answers = output[:, prompt.shape[1]:].tolist()
 print(answers)"""
@@ -34,10 +34,10 @@ ASK_LLAMA_CPP = """\
 import numpy as np
 from llama_cpp import Llama, LogitsProcessorList
 
-model = Llama("model.gguf", n_ctx={tokens}, n_batch={tokens}, n_ubatch={tokens}, logits_all=False, verbose=False,
-              kv_overrides={{"hrm_text.attention.causal": False}})
+model = Llama("model.gguf", n_ctx={tokens}, n_batch={tokens}, n_ubatch={tokens}, logits_all=False,
+              verbose=False{both_ways})
 {prompt}
-model.reset()  # before every prompt: what is kept of another one has seen the end of that
+model.reset()  # before every prompt{why}
 # The head has rows that stand for no token.
 tokens = LogitsProcessorList([lambda _, logits: np.where(np.arange(len(logits)) < {words}, logits, -np.inf)])
 answer = []
@@ -66,17 +66,29 @@ Run this in the model's folder:
 {ask}
 ```
 
-**Pass `token_type_ids`.** The model was trained to read a prompt both ways, and transformers lets it do so only where
-the type is 1. Without `token_type_ids` a prompt is causal, which is another function; nothing warns of it.
-`pipeline("text-generation")` does not pass them, unless it is made with `trust_remote_code=True`: then
-`custom_generate/generate.py` of this folder does, for every prompt that comes without.{types}
+{reads}{types}
 
 {spelling}{padding}
 {sections}"""
-TYPES = """ The tokenizer of this folder makes them: pass on all that it returns, as above.
+# What is said only of a model that reads prompts both ways, and of a causal one in its place.
+RETURNED = "  # input_ids, token_type_ids and attention_mask"
+TYPES_GIVEN = "token_type_ids=torch.ones_like(prompt), "
+BOTH_WAYS = ', kv_overrides={"hrm_text.attention.causal": False}'
+SEEN = ": what is kept of another one has seen the end of that"
+READS = """\
+**Pass `token_type_ids`.** The model was trained to read a prompt both ways, and transformers lets it do so only where
+the type is 1. Without `token_type_ids` a prompt is causal, which is another function; nothing warns of it.
+`pipeline("text-generation")` does not pass them, unless it is made with `trust_remote_code=True`: then
+`custom_generate/generate.py` of this folder does, for every prompt that comes without."""
+READS_CAUSALLY = """\
+The model reads prompts causally, as it was trained to: `prefix_lm` is false in config.json, and there are no
+`token_type_ids` to pass. **vLLM (0.33) ignores that setting** and reads a prompt both ways: another function."""
+TYPES = " The tokenizer of this folder makes them: pass on all that it returns, as above."
+CHATS = """
 
 `tokenizer.apply_chat_template(messages, return_dict=True)` spells a question, or all turns of a chat up to the one that
-asks, as one prompt; `condition="{tag}"` puts that token before it. Without `return_dict=True` there are no types.
+asks, as one prompt; `condition="{tag}"` puts that token before it."""
+PAIRS = """ Without `return_dict=True` there are no types.
 To score an answer, give it as the second text, `tokenizer(prompt, answer)`: its types are 0. In one text with its
 prompt it would be read both ways, too, and see its own end."""
 LLAMA_CPP_CARD = """\
@@ -88,6 +100,17 @@ pipeline_tag: text-generation
 
 `model.gguf` for `hrm_text` of llama.cpp, {dtype}: {about}
 
+{reads}{normalizes}
+
+{spelling}
+{sections}"""
+LLAMA_CPP_CAUSAL = """\
+llama.cpp reads a prompt causally, as the model was trained to. In Python (`llama-cpp-python`):
+
+```python
+{ask}
+```"""
+LLAMA_CPP_BOTH_WAYS = """\
 **llama.cpp reads a prompt causally**, whatever `hrm.prefix_lm` in the file says, and nothing warns of it. The model was
 trained to read a prompt both ways, so these are answers of another function. It reads both ways with
 `hrm_text.attention.causal` set to false and all of a prompt in one micro-batch, which it refuses otherwise; an answer
@@ -99,10 +122,7 @@ is made token by token and stays causal. In Python (`llama-cpp-python`):
 
 Other programs of llama.cpp take `--override-kv hrm_text.attention.causal=bool:false --batch-size {tokens} --ubatch-size
 {tokens}`. They must not reuse what they keep of an earlier prompt (`--no-cache-prompt` in llama-server), nor read a
-prompt that answers are already being made beside in one batch (`--parallel 1`).{normalizes}
-
-{spelling}
-{sections}"""
+prompt that answers are already being made beside in one batch (`--parallel 1`)."""
 NORMALIZES = " The tokenizer was trained on texts in Unicode's form C, which llama.cpp does not bring them into."
 SPELLING = """\
 A prompt is `{boq}`, tokens for what the answer shall be like (any of {tags}, or none), the question, `{eoq}`.
@@ -139,10 +159,16 @@ def model_card(checkpoint: Checkpoint, dtype: str, pad_token: str | None, first_
     """Write the card of a transformers folder; `pad_token` None: there is no tokenizer beside the model, whose prompts
     begin with `first_token`."""
     tag, token = next(iter(spelling.tags.items()), ("", ""))
-    ask = ASK_WITHOUT.format(prompt=first_token) if pad_token is None else ASK_WITH_TOKENIZER.format(
-        tag=token, boq=spelling.boq, eoq=spelling.eoq)
+    causal = checkpoint.architecture.causal
+    if pad_token is None:
+        ask, types = ASK_WITHOUT.format(prompt=first_token, types="" if causal else TYPES_GIVEN), ""
+    else:
+        ask = ASK_WITH_TOKENIZER.format(tag=token, boq=spelling.boq, eoq=spelling.eoq,
+                                        returned="" if causal else RETURNED)
+        chats = CHATS.format(tag=tag)
+        types = chats if causal else f"{TYPES}{chats}{PAIRS}"
     return CARD.format(
-        dtype=dtype, about=_about(checkpoint), ask=ask, types="" if pad_token is None else TYPES.format(tag=tag),
+        dtype=dtype, about=_about(checkpoint), ask=ask, types=types, reads=READS_CAUSALLY if causal else READS,
         spelling=_spelled(spelling), sections=_sections(checkpoint, sections),
         quantized="" if quantized is None else QUANTIZED.format(
             scheme=quantized.quantization.spelled, method=quantized.method, dtype=dtype),
@@ -157,9 +183,12 @@ def gguf_card(checkpoint: Checkpoint, dtype: str, end: int, spelling: Spelling |
     prompt = "prompt = [0]  # put your token ids here" if spelling is None else \
         f'prompt = model.tokenize("{question}".encode(), add_bos=False, special=True)'
     shown = "answer" if spelling is None else "model.detokenize(answer).decode(errors='replace')"
+    causal = checkpoint.architecture.causal
     ask = ASK_LLAMA_CPP.format(tokens=max_tokens, prompt=prompt, end=end, shown=shown,
-                               words=checkpoint.architecture.vocab_size)
-    return LLAMA_CPP_CARD.format(dtype=dtype, about=_about(checkpoint), ask=ask, tokens=max_tokens,
+                               words=checkpoint.architecture.vocab_size, both_ways="" if causal else BOTH_WAYS,
+                               why="" if causal else SEEN)
+    reads = (LLAMA_CPP_CAUSAL if causal else LLAMA_CPP_BOTH_WAYS).format(ask=ask, tokens=max_tokens)
+    return LLAMA_CPP_CARD.format(dtype=dtype, about=_about(checkpoint), reads=reads,
                                  normalizes="" if spelling is None else NORMALIZES, spelling=_spelled(ours),
                                  sections=_sections(checkpoint, sections))
 

@@ -56,6 +56,7 @@ class Checkpoint:
     read: Callable[[str, Rename], torch.Tensor]
     token_ids: Mapping[str, TokenIds] = field(default_factory=dict)
     remark: str = ""  # what could not be verified of it, as the rest of a sentence
+    merged: bool = False  # weights are read with adapters merged into them, which have the state that is stored
 
     def part_of(self, kind: str, entry: Rename) -> torch.Tensor:
         """Read one tensor of the weights of this kind; one that is not trained has no EMA, a model before its first

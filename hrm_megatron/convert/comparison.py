@@ -88,10 +88,10 @@ def native_tensors(architecture: Architecture) -> dict[str, tuple[tuple[int, ...
     """Shape and type of every tensor of HRM-Text's checkpoint, by key."""
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"optim.param_groups.0.lr": ((), torch.float32)}
     for entry in table(architecture):
-        tensors[model_key(entry)] = entry.shape, torch.float32 if entry.trained else torch.bfloat16
+        tensors[model_key(entry)] = entry.foreign_shape, torch.float32 if entry.trained else torch.bfloat16
         if entry.trained:
             tensors[state_key(entry, "step")] = (), torch.float32
-            tensors |= {state_key(entry, name): (entry.shape, torch.float32) for name in PART_NAMES.values()}
+            tensors |= {state_key(entry, name): (entry.foreign_shape, torch.float32) for name in PART_NAMES.values()}
     return tensors
 
 
@@ -122,17 +122,19 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
     for prefix, target in rows:
         tokens = torch.tensor([[*prefix, *target[:-1]]])
         types = torch.tensor([[1] * len(prefix) + [0] * (len(target) - 1)])
-        logits.append(model.eval()(tokens, token_type_ids=types).logits[0])
+        logits.append(model.eval()(tokens, **({"token_type_ids": types} if model.config.prefix_lm else {})).logits[0])
     return torch.cat(logits)
 
 
 def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:
+    as_megatron = loaded.checkpoint is None and loaded.format == "megatron"
+    checkpoint = loaded.checkpoint or (None if as_megatron else read_native(loaded.folder))
     with single_rank():
-        model = HRMModel(hrm_config(architecture), seed=0).eval()
-        if loaded.checkpoint is None and loaded.format == "megatron":
+        # HRM-Text's have a gate, also where the model that was converted has none.
+        model = HRMModel(hrm_config(checkpoint.architecture if checkpoint else architecture), seed=0).eval()
+        if checkpoint is None:
             _load_as_megatron(model, loaded.folder)
         else:
-            checkpoint = loaded.checkpoint or read_native(loaded.folder)
             places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
             for name, tensor in checkpoint.weights(loaded.kind):
                 places[name].copy_(tensor)

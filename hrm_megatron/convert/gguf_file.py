@@ -117,7 +117,7 @@ def _write_settings(writer: gguf.GGUFWriter, architecture: Architecture, max_tok
     writer.add_uint32(f"{recurrence}layers_per_stack", architecture.num_layers)
     writer.add_uint32(f"{recurrence}h_cycles", architecture.h_cycles)
     writer.add_uint32(f"{recurrence}l_cycles", architecture.l_cycles)
-    writer.add_bool(f"{recurrence}prefix_lm", True)
+    writer.add_bool(f"{recurrence}prefix_lm", not architecture.causal)
 
 
 def _write_tensors(writer: gguf.GGUFWriter, checkpoint: Checkpoint, kind: str, dtype: str, ledger: Ledger) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from hrm_megatron.checkpoint.stream import LazyTensor
 from hrm_megatron.checkpoint.verify import UNVERIFIED
-from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
+from hrm_megatron.config import CAUSAL, PREFIX_LM, Architecture, ConfigError, padded_vocab_size
 from hrm_megatron.convert import prefix_generate
 from hrm_megatron.convert.card import CARD_FILE, NO_SECTIONS, Sections, model_card
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, TokenIds, Training
@@ -33,7 +33,8 @@ WITHOUT_CHECKSUMS = "has no checksums, so that its files were held against their
 MAX_SHARD_SIZE = "5GB"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What an HRM is in transformers' words.
-FIXED: dict[str, Any] = dict(model_type="hrm_text", tie_word_embeddings=False, prefix_lm=True)
+FIXED: dict[str, Any] = dict(model_type="hrm_text", tie_word_embeddings=False)
+PREFIX = "prefix_lm"  # false in a causal model's config
 # In HRM-Text's tokenizers, for a model that comes without any.
 TOKEN_IDS = {name: SPECIAL_TOKENS.index(token) for name, token in (
     ("pad_token_id", PAD), ("bos_token_id", BOQ), ("eos_token_id", EOA))}
@@ -53,9 +54,6 @@ def refuse_others(checkpoint: Checkpoint, program: str) -> None:
         raise ConfigError(f"{checkpoint.path}: a {checkpoint.architecture.kind.title}, which {program} does not have "
                           "(gated PrefixLM layers with norms without weights, in its recurrence); save as megatron or "
                           "native")
-    if checkpoint.architecture.causal:
-        raise ConfigError(f"{checkpoint.path}: trained with --attention-mask causal, and what is written for {program} "
-                          "asks for PrefixLM; save as megatron or native")
     if "post" in (checkpoint.architecture.norm_placement, checkpoint.architecture.h_norm_placement):
         raise ConfigError(f"{checkpoint.path}: post-norm layers, which {program} does not have; save as megatron or "
                           "native")
@@ -65,8 +63,8 @@ def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: Mapping[str, Token
     refuse_others(checkpoint, "transformers' HrmText")
     a, t = checkpoint.architecture, checkpoint.training
     return dict(
-        FIXED, architectures=["HrmTextForCausalLM"], vocab_size=a.padded_vocab_size, hidden_size=a.hidden_size,
-        intermediate_size=a.ffn_hidden_size, num_hidden_layers=a.num_layers,  # per stack
+        FIXED, prefix_lm=not a.causal, architectures=["HrmTextForCausalLM"], vocab_size=a.padded_vocab_size,
+        hidden_size=a.hidden_size, intermediate_size=a.ffn_hidden_size, num_hidden_layers=a.num_layers,  # per stack
         num_attention_heads=a.num_attention_heads, head_dim=a.head_dim, H_cycles=a.h_cycles, L_cycles=a.l_cycles,
         L_bp_cycles=bp_list(a.h_cycles, a.l_cycles, t.bp_max_steps), max_position_embeddings=t.seq_length,
         rms_norm_eps=a.norm_epsilon, rope_parameters=dict(rope_type="default", rope_theta=a.rope_theta),
@@ -92,7 +90,7 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
         config[CONFIG_KEY] = quantized.quantization.config()
     folder.mkdir(parents=True, exist_ok=True)
     if beside:
-        beside.write(folder, max_tokens)
+        beside.write(folder, max_tokens, architecture.causal)
     tensors: dict[str, LazyTensor] = {}
     for entry in table(architecture):
         tensors |= (quantized.tensors(entry) if quantized else {}) or {
@@ -115,12 +113,14 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     card = model_card(checkpoint, dtype, beside.pad_token if beside else None, token_ids.get("bos_token_id", 0),
                       beside.text.spelling if beside else Spelling(), sections, quantized)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
-    (folder / GENERATE_FILE).parent.mkdir(exist_ok=True)
-    shutil.copyfile(prefix_generate.__file__, folder / GENERATE_FILE)
+    if not architecture.causal:  # whose prompts need no types
+        (folder / GENERATE_FILE).parent.mkdir(exist_ok=True)
+        shutil.copyfile(prefix_generate.__file__, folder / GENERATE_FILE)
 
 
 def _exported(checkpoint: Checkpoint, kind: str, entry: Rename, dtype: torch.dtype) -> LazyTensor:
-    return LazyTensor(entry.shape, dtype, lambda: entry.from_megatron(checkpoint.part_of(kind, entry)).to(dtype))
+    return LazyTensor(entry.foreign_shape, dtype,
+                      lambda: entry.from_megatron(checkpoint.part_of(kind, entry)).to(dtype))
 
 
 def token_ids_of(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict[str, TokenIds]:
@@ -144,6 +144,8 @@ def _architecture(config: dict[str, Any]) -> Architecture:
     for name, value in {**FIXED, **OPTIONAL}.items():
         if (found := config.get(name, value if name != "model_type" else None)) != value:
             raise ConfigError(f"{name}: {found!r} is not the HRM that is built here ({value!r})")
+    if not isinstance(prefix_lm := config.get(PREFIX, True), bool):
+        raise ConfigError(f"{PREFIX}: {prefix_lm!r} is neither true nor false")
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise ConfigError(f"rope_type: {rope['rope_type']!r} is not built here ('default')")
@@ -157,7 +159,7 @@ def _architecture(config: dict[str, Any]) -> Architecture:
         vocab_size=int(config["vocab_size"]), h_cycles=int(config["H_cycles"]), l_cycles=int(config["L_cycles"]),
         init_scheme="lecun_normal" if lecun else "fixed_normal", init_std=None if lecun else 1 / scale,
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-        norm_epsilon=float(config["rms_norm_eps"]))
+        norm_epsilon=float(config["rms_norm_eps"]), attention_mask=PREFIX_LM if prefix_lm else CAUSAL)
     if int(config.get("head_dim", 128)) != architecture.head_dim:
         raise ConfigError(f"head_dim: {config.get('head_dim', 128)} is not hidden_size / num_attention_heads = "
                           f"{architecture.head_dim}")

@@ -39,14 +39,17 @@ class ExportTokenizer:
         return dict(pad_token_id=self.text.special_ids[self.pad_token], bos_token_id=self.text.boq,
                     eos_token_id=self.text.eoa)
 
-    def write(self, folder: Path, max_tokens: int) -> None:
-        """Write files that let transformers mark a prompt as prefix, and a second text as response."""
+    def write(self, folder: Path, max_tokens: int, causal: bool = False) -> None:
+        """Write files that let transformers mark a prompt as prefix, and a second text as response; for a `causal`
+        model, which has no prefix, they make no types."""
         tokenizer = Tokenizer.from_str(self.text.tokenizer.to_str())
-        tokenizer.post_processor = processors.TemplateProcessing(single="$A:1", pair="$A:1 $B:0")
+        single, pair = ("$A:0", "$A:0 $B:0") if causal else ("$A:1", "$A:1 $B:0")
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         files = tokenizer_files(tokenizer, "tokenizer", self.pad_token, self.text.spelling,
-                                model_max_length=max_tokens, chat_template=chat_template(self.text.spelling))
+                                model_max_length=max_tokens, chat_template=chat_template(self.text.spelling),
+                                **({"model_input_names": ["input_ids", "attention_mask"]} if causal else {}))
         for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
 

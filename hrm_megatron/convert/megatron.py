@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from hrm_megatron.checkpoint.folders import not_of_an_hrm, read_run
 from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
-from hrm_megatron.convert.checkpoint import PARTS, RAW, Checkpoint, Training
+from hrm_megatron.convert.adapters import Adapters
+from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint, Training
 from hrm_megatron.convert.table import Rename, check, table
 from hrm_megatron.optim.adam_atan2 import UPDATES
 from hrm_megatron.optim.sharded import EMBEDDING
+from hrm_megatron.training.lora import lora_of
 
 STATE_NAMES = {RAW: "param", **{part: part for part in PARTS if part != RAW}}  # Megatron calls fp32 masters "param"
 
@@ -21,7 +24,8 @@ STATE_NAMES = {RAW: "param", **{part: part for part in PARTS if part != RAW}}  #
 def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
     """Open the folder of one iteration (see `find_iteration`), saved under any parallel layout.
 
-    Tensors are verified when they are read, all else at once; raises DamagedError.
+    Adapters are merged into the weights that they change, which alone can be read of such a checkpoint. Tensors are
+    verified when they are read, all else at once; raises DamagedError.
     """
     path = Path(path)
     stored = open_run(path, verify)
@@ -31,21 +35,27 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
         training, iteration = _training_of(common["args"], common), int(common["iteration"])
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise not_of_an_hrm(path, error) from error
-    entries = table(architecture)
+    entries, lora = table(architecture), lora_of(common["args"])
+    adapters = Adapters(lora) if lora else None
+    factors = [*adapters.factors(entries)] if adapters else []
     shapes = stored.shapes()
-    check(path, "megatron", entries, {key: shape for key, shape in shapes.items() if not key.startswith("optimizer.")})
-    trained = [entry for entry in entries if entry.trained]
+    check(path, "megatron", [*entries, *factors],
+          {key: shape for key, shape in shapes.items() if not key.startswith("optimizer.")})
+    trained = factors or [entry for entry in entries if entry.trained]
     parts = {part for part, name in STATE_NAMES.items()
              if all(f"optimizer.state.{name}.{entry.megatron}" in shapes for entry in trained)}
-    masters = RAW in parts
+    stateful = {entry.megatron for entry in trained} if RAW in parts else set()
     groups = common.get("optimizer", {}).get("optimizer", {}).get("param_groups", [])
     embedding_updates = next((int(group[UPDATES]) for group in groups if group.get(EMBEDDING)), 0)
 
     def read(part: str, entry: Rename) -> torch.Tensor:
-        plain = not entry.trained or (part == RAW and not masters)
+        plain = not entry.trained or (part == RAW and entry.megatron not in stateful)
         tensor = stored.tensor(entry.megatron if plain else f"optimizer.state.{STATE_NAMES[part]}.{entry.megatron}")
         return tensor.float() if entry.trained else tensor
 
+    if adapters:
+        return Checkpoint(path, architecture, training, iteration, 0, frozenset({RAW} | parts & {EMA}),
+                          partial(adapters.merged, read), remark=remark, merged=True)
     return Checkpoint(path, architecture, training, iteration, embedding_updates, frozenset({RAW} | parts), read,
                       remark=remark)
 

@@ -150,6 +150,10 @@ def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if t.adamw:
         raise ConfigError(f"{checkpoint.path}: trained with --adamw, and HRM-Text would go on with AdamATan2; save as "
                           "megatron, or its weights as hf")
+    if not a.gated and checkpoint.iteration:
+        raise ConfigError(f"{checkpoint.path}: trained with --attention-gate {a.attention_gate}, and HRM-Text would go "
+                          "on with a gate; save as megatron, or give --weights ema: weights of a gate of 1/2, with "
+                          "twice the output projections, are the same function")
     try:
         recurrence = write_recurrence(a, t)
     except ConfigError as error:
@@ -213,4 +217,4 @@ def write_native(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None = N
 def _stored(checkpoint: Checkpoint, part: str, entry: Rename) -> LazyTensor:
     if not entry.trained:  # HRM-Text's start of z_L, which it keeps in bf16
         return LazyTensor(entry.shape, torch.bfloat16, lambda: checkpoint.read(RAW, entry))
-    return LazyTensor(entry.shape, torch.float32, lambda: entry.from_megatron(checkpoint.state(part, entry)))
+    return LazyTensor(entry.foreign_shape, torch.float32, lambda: entry.from_megatron(checkpoint.state(part, entry)))

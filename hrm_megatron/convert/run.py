@@ -24,6 +24,7 @@ from hrm_megatron.convert.ledger import Ledger, progress
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
 from hrm_megatron.convert.native import read_native, write_native
+from hrm_megatron.convert.shared_stack import as_hrm
 from hrm_megatron.convert.table import table
 from hrm_megatron.convert.to_megatron import write_megatron
 from hrm_megatron.program import whole_folder
@@ -91,11 +92,14 @@ def convert(job: Conversion) -> str:
 
 def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
     step = checkpoint.iteration
-    if job.weights and job.save_format not in WEIGHTS_ALONE:
-        checkpoint = checkpoint.only_weights(job.weights)
     kind = job.weights or (EMA if EMA in checkpoint.parts or checkpoint.iteration else RAW)
+    if (job.weights or checkpoint.merged) and job.save_format not in WEIGHTS_ALONE:
+        checkpoint = checkpoint.only_weights(kind)
     if job.save_format in WEIGHTS_ALONE:
         checkpoint.require(kind)
+    source = checkpoint
+    if job.save_format in WEIGHTS_ALONE:
+        checkpoint = as_hrm(checkpoint)
     sections = Sections.read(job.data_report, job.evaluation)
     size_bytes = output_bytes(job, checkpoint)
     with new_folder(job.save, job.overwrite, size_bytes) as folder:
@@ -115,17 +119,24 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
             dict(dtype=job.dtype, weights=kind) if job.save_format in WEIGHTS_ALONE else {})
         ledger.write(folder, source=str(job.load), source_format=job.load_format, format=job.save_format,
                      iteration=step, settings=settings)
-        compared = _compare(job, checkpoint, kind, ledger, folder)
+        compared = _compare(job, source, checkpoint, kind, ledger, folder)
     content = "weights and optimizer state" if job.save_format not in WEIGHTS_ALONE and checkpoint.has_state \
         else f"{kind} weights"
     said = (f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(table(checkpoint.architecture))} "
             f"tensors, from {checkpoint.path}")
+    if not checkpoint.architecture.gated and job.save_format != "megatron":
+        said += ", as those of a gate of 1/2 with twice the output projections, which is the same function"
+    if checkpoint.architecture.kind != source.architecture.kind:
+        said += f" of a {source.architecture.kind.title}, as an HRM with its stack twice, which is the same function"
+    if checkpoint.merged:
+        said += ", adapters merged"
     if checkpoint.remark:
         said += f", which {checkpoint.remark}"
     if job.save_format == "megatron" and not checkpoint.has_state:
         said += "; train from them with --finetune, moments and EMA begin there"
     if job.save_format == "gguf":
-        said += "; llama.cpp reads prompts causally unless it is told otherwise, which the README.md beside it says"
+        if not checkpoint.architecture.causal:
+            said += "; llama.cpp reads prompts causally unless it is told otherwise, which the README.md beside it says"
         if job.tokenizer_model is None:
             said += "; no tokenizer in it, so that llama.cpp takes token ids only (--tokenizer-model puts one there)"
     if job.save_format == "hf" and job.tokenizer_model is None:
@@ -136,8 +147,10 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
     return f"{said}; {compared}"
 
 
-def _compare(job: Conversion, checkpoint: Checkpoint, kind: str, ledger: Ledger, folder: Path) -> str:
-    """Load what was written and compare it with its source, unless that is not wanted; return what to say of it."""
+def _compare(job: Conversion, original: Checkpoint, checkpoint: Checkpoint, kind: str, ledger: Ledger,
+             folder: Path) -> str:
+    """Load what was written of `checkpoint` and compare it with the original that this was made of, unless that is not
+    wanted; return what to say of it."""
     if job.save_format == "gguf":
         check_gguf(folder, checkpoint.architecture, job.gguf_keys or NESTED, job.tokenizer_model is not None)
     skipped = "its logits were not compared with the source's"
@@ -149,7 +162,7 @@ def _compare(job: Conversion, checkpoint: Checkpoint, kind: str, ledger: Ledger,
     if ledger.not_finite:
         return f"{skipped}, which are NaN"
     kind = kind if job.save_format in WEIGHTS_ALONE else RAW
-    source = Loaded(job.load, job.load_format, None if job.load_format == "hf" else checkpoint, kind, job.dtype)
+    source = Loaded(job.load, job.load_format, None if job.load_format == "hf" else original, kind, job.dtype)
     target = Loaded(folder, "gguf", read_back(folder, checkpoint)) if job.save_format == "gguf" else \
         Loaded(folder, job.save_format, dtype=job.dtype)
     return compare(source, target, checkpoint.architecture, checkpoint.training.seq_length)
@@ -157,7 +170,7 @@ def _compare(job: Conversion, checkpoint: Checkpoint, kind: str, ledger: Ledger,
 
 def output_bytes(job: Conversion, checkpoint: Checkpoint) -> int:
     """Size of the tensors that will be written."""
-    elements = sum(math.prod(entry.shape) for entry in table(checkpoint.architecture))
+    elements = sum(math.prod(entry.foreign_shape) for entry in table(checkpoint.architecture))
     if job.save_format in WEIGHTS_ALONE:
         return round(elements * BYTES_OF_WEIGHT[job.dtype])
     copies = len(PARTS)

@@ -20,7 +20,8 @@ PER_HEAD_ORDER = ("query", "gate", "key", "value")  # SelfAttention with attenti
 
 @dataclass(frozen=True)
 class Rename:
-    """One tensor: its name on each side, its shape (the same on all sides), and whether it is trained."""
+    """One tensor: its name on each side, its shape (the same on all sides, if `foreign_shape` does not say
+    otherwise), and whether it is trained."""
 
     megatron: str
     native: str
@@ -30,6 +31,11 @@ class Rename:
 
     def name(self, side: Side) -> str:
         return {"megatron": self.megatron, "native": self.native, "hf": self.hf}[side]
+
+    @property
+    def foreign_shape(self) -> tuple[int, ...]:
+        """The shape in HRM-Text's layout."""
+        return self.shape
 
     def to_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
         """Change HRM-Text's layout into Megatron's."""
@@ -55,21 +61,55 @@ class GatedQKV(Rename):
         return tensor.view(self.heads, 4, -1, tensor.shape[-1]).transpose(0, 1)[order].reshape(tensor.shape)
 
 
+@dataclass(frozen=True)
+class UngatedQKV(Rename):
+    """[query, key, value] of each head in Megatron; there, where every model has a gate, one of logit 0 before them.
+
+    Its sigmoid is 1/2, exactly, so that with twice the output projection (`Doubled`) the function is the same.
+    """
+
+    heads: int = 1
+
+    @property
+    def foreign_shape(self) -> tuple[int, ...]:
+        return (self.shape[0] // 3 * 4, *self.shape[1:])
+
+    def to_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(4, self.heads, -1, tensor.shape[-1])[1:].transpose(0, 1).reshape(self.shape)
+
+    def from_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
+        blocks = tensor.view(self.heads, 3, -1, tensor.shape[-1]).transpose(0, 1)
+        return torch.cat((torch.zeros_like(blocks[:1]), blocks)).reshape(self.foreign_shape)
+
+
+@dataclass(frozen=True)
+class Doubled(Rename):
+    """The output projection of an attention without a gate, twice as large there: see `UngatedQKV`."""
+
+    def to_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor / 2
+
+    def from_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * 2
+
+
 def table(architecture: Architecture) -> list[Rename]:
     """List every tensor of this architecture, in the order in which HRM-Text registers them."""
     h, ffn, vocab = architecture.hidden_size, architecture.ffn_hidden_size, architecture.padded_vocab_size
-    heads = architecture.num_attention_heads
+    heads, (qkv, _) = architecture.num_attention_heads, architecture.linear_shapes["linear_qkv"]
     kind = architecture.kind
+    of_qkv: type[GatedQKV | UngatedQKV] = GatedQKV if architecture.gated else UngatedQKV
+    of_output = Rename if architecture.gated else Doubled
     entries = [Rename("zL_init", "model.zL_init", "model.z_L_init", (h,), trained=False)] * kind.starts_from_z_l
     for stack in kind.stacks:
         for i in range(architecture.num_layers):
             megatron, native, hf = (f"{stack.lower()}_stack.layers.{i}.",
                                     f"{kind.native_layers.format(stack)}{i}.", f"model.{stack}_module.layers.{i}.")
             entries += [
-                GatedQKV(f"{megatron}self_attention.linear_qkv.weight", f"{native}attn.gqkv_proj.weight",
-                         f"{hf}attn.gqkv_proj.weight", (4 * h, h), heads=heads),
-                Rename(f"{megatron}self_attention.linear_proj.weight", f"{native}attn.o_proj.weight",
-                       f"{hf}attn.o_proj.weight", (h, h)),
+                of_qkv(f"{megatron}self_attention.linear_qkv.weight", f"{native}attn.gqkv_proj.weight",
+                       f"{hf}attn.gqkv_proj.weight", (qkv, h), heads=heads),
+                of_output(f"{megatron}self_attention.linear_proj.weight", f"{native}attn.o_proj.weight",
+                          f"{hf}attn.o_proj.weight", (h, h)),
                 Rename(f"{megatron}mlp.linear_fc1.weight", f"{native}mlp.gate_up_proj.weight",
                        f"{hf}mlp.gate_up_proj.weight", (2 * ffn, h)),  # [gate | up] on all sides
                 Rename(f"{megatron}mlp.linear_fc2.weight", f"{native}mlp.down_proj.weight",
@@ -89,7 +129,7 @@ def is_embedding(entry: Rename) -> bool:
 
 def check(place: object, side: Side, entries: Iterable[Rename], found: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse tensors `found` (name > shape) at `place` that are not exactly those of the table."""
-    expected = {entry.name(side): entry.shape for entry in entries}
+    expected = {entry.name(side): entry.shape if side == "megatron" else entry.foreign_shape for entry in entries}
     for complaint, names in (("missing", expected.keys() - found.keys()),
                              ("left over", found.keys() - expected.keys())):
         if names:

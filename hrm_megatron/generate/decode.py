@@ -13,6 +13,7 @@ from hrm_megatron.generate.engine import Engine, Progress, Request, blocks_neede
 from hrm_megatron.generate.sampling import Sampling
 from hrm_megatron.generate.weights import take_weights
 from hrm_megatron.model.hrm import HRMModel
+from hrm_megatron.model.lora import merged_weights
 
 MAX_ROWS = 32
 
@@ -35,9 +36,8 @@ def next_token_logits(model: HRMModel, prompts: Sequence[Sequence[int]],
 
 
 def decoder_of(model: HRMModel, context_tokens: int, vocab_size: int | None = None) -> Decoder:
-    """Make a decoder with the weights of a model on one rank."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    parameter = model.output_layer.weight
+    """Make a decoder with the weights of a model on one rank, whose adapters are merged."""
+    tensors, parameter = merged_weights(model), model.output_layer.weight
     return Decoder(take_weights(model.config.arch, tensors.items(), vocab_size, parameter.dtype, parameter.device),
                    context_tokens)
 

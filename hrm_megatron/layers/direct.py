@@ -16,17 +16,17 @@ Rotate = Callable[..., tuple[torch.Tensor, ...]]  # queries and keys to their po
 
 
 def before_attention(layer: TransformerLayer, x: torch.Tensor, rotate: Rotate) -> tuple[torch.Tensor, ...]:
-    """x [s, b, h] to queries and keys, both rotated, values and gate, [s, b, heads, d] each."""
-    query, key, value, gate = layer.self_attention.get_query_key_value_tensors(
-        layer.input_layernorm(x), output_gate=True)
-    return *rotate(query, key), value, gate
+    """x [s, b, h] to queries and keys, both rotated, values and, if there is one, gate: [s, b, heads, d] each."""
+    query, key, value, *gate = layer.self_attention.get_query_key_value_tensors(
+        layer.input_layernorm(x), output_gate=layer.config.attention_output_gate)
+    return *rotate(query, key), value, *gate
 
 
 def behind_attention(layer: TransformerLayer, x: torch.Tensor, attended: torch.Tensor,
-                     gate: torch.Tensor) -> torch.Tensor:
-    """Attention's result [s, b, h] and its gate to the layer's output [s, b, h]; x is the layer's input."""
+                     *gate: torch.Tensor) -> torch.Tensor:
+    """Attention's result [s, b, h] and its gate, if any, to the layer's output [s, b, h]; x is the layer's input."""
     attention = layer.self_attention
-    projected = attention.linear_proj(attention._apply_output_gate(attended, gate))
+    projected = attention.linear_proj(attention._apply_output_gate(attended, *gate) if gate else attended)
     add = layer.self_attn_bda(layer.training, layer.config.bias_dropout_fusion)
     normed = layer.pre_mlp_layernorm(x := add(projected, x, layer.hidden_dropout))
     out: torch.Tensor = layer.mlp_bda(layer.training, layer.config.bias_dropout_fusion)(
@@ -42,9 +42,9 @@ class DirectLayer(TransformerLayer):  # type: ignore[misc]
 
     def forward(self, hidden_states: torch.Tensor, *, packed_seq_params: Any, **_: Any) -> tuple[torch.Tensor, None]:
         """Run the layer on [s/tp under SP, b, h]; what else stock code hands over is None for an HRM."""
-        *attends, gate = self.before(self, hidden_states, packed_seq_params.rotation)
-        attended = self.self_attention.core_attention.attend_to_all(*attends, packed_seq_params)
-        out = self.behind(self, hidden_states, attended, gate)
+        query, key, value, *gate = self.before(self, hidden_states, packed_seq_params.rotation)
+        attended = self.self_attention.core_attention.attend_to_all(query, key, value, packed_seq_params)
+        out = self.behind(self, hidden_states, attended, *gate)
         # As stock: without gradients the residual sum is written into what a linear layer views, and a pipeline frees
         # what it has sent.
         return make_viewless_tensor(out, out.requires_grad, keep_graph=True), None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.backends import LocalSpecProvider
@@ -23,6 +23,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from hrm_megatron.layers.functions import run
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added, answer_once
+
+if TYPE_CHECKING:
+    from hrm_megatron.layers.lora import Adapter
 
 CPU_FACTS = Path("/proc/cpuinfo")
 MIN_MULTIPLICATIONS = 1 << 24  # of a matmul, below which MKL is not slower
@@ -85,7 +88,8 @@ class LinearFunction(torch.autograd.Function):
 def linear(x: torch.Tensor, weight: torch.Tensor, fusion: bool = False, group: Any = None) -> torch.Tensor:
     """x [s, ..., k] and weight [n, k] to x weight^T [s, ..., n]; under `fusion` the gradient of the weight is added to
     its `main_grad`. With a `group`, x is [s/tp, ..., k] and gets no gradient."""
-    main_grad = weight.main_grad if fusion else None  # type: ignore[attr-defined]  # Megatron's DDP put it there
+    # Megatron's DDP put it there, of weights that train.
+    main_grad = weight.main_grad if fusion and weight.requires_grad else None  # type: ignore[attr-defined]
     out: torch.Tensor = run(LinearFunction, x.flatten(0, -2), weight, main_grad, group)
     return out.view(-1, *x.shape[1:-1], len(weight))
 
@@ -110,24 +114,36 @@ def on_own_matmul(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 
 class OwnLinear:
-    """What our layers have in common: a layer whose group is one rank, and that has no bias, is a matmul."""
+    """What our layers have in common: a layer whose group is one rank, and that has no bias, is a matmul, and any of
+    them may have an adapter."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     tp_group: Any
     gradient_accumulation_fusion: bool
+    sequence_parallel: bool
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._forward_impl: Callable[..., torch.Tensor] = on_own_matmul(self._forward_impl)
         self.alone = self.tp_group.size() == 1 and self.bias is None
+        self.lora: Adapter | None = None
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [s/tp under SP, b, k] to [s, b, n/tp], or [s, b, k/tp] to [s/tp under SP, b, n]; no bias."""
+        bias = None
         if self.alone:  # stock code asks at each call what there is to gather and to reduce
-            return linear(input_, self.weight, self.gradient_accumulation_fusion), None
-        out: tuple[torch.Tensor, torch.Tensor | None] = super().forward(input_)  # type: ignore[misc]
-        return out
+            out = linear(input_, self.weight, self.gradient_accumulation_fusion)
+        else:
+            out, bias = super().forward(input_)  # type: ignore[misc]
+        return out if self.lora is None else out + self.lora(input_), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Store the layer as Megatron does, and its adapter, whose cuts stock code does not know."""
+        stored: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        if self.lora is not None:
+            stored |= self.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata)
+        return stored
 
 
 class OwnColumnParallelLinear(OwnLinear, ColumnParallelLinear):  # type: ignore[misc]

@@ -78,8 +78,8 @@ class LabelScores(torch.autograd.Function):
         x, weight, columns, own, largest, sums = ctx.saved_tensors
         of_label = grads[0][0]
         dx = torch.empty_like(x)
-        total, fused = ctx.main_grad, ctx.main_grad is not None
-        if not fused:
+        total, fused, trained = ctx.main_grad, ctx.main_grad is not None, ctx.needs_input_grad[1]
+        if trained and not fused:
             total = torch.zeros_like(weight, dtype=_wide(weight))
         logits, ctx.last_logits = ctx.last_logits, None
         transfers = []
@@ -97,12 +97,13 @@ class LabelScores(torch.autograd.Function):
             dx[rows] = matmul(grad, weight.t())
             if ctx.group.size() > 1:
                 transfers.append(torch.distributed.all_reduce(dx[rows], group=ctx.group, async_op=True))
-            add_weight_gradient(total, grad, x[rows])
+            if trained:
+                add_weight_gradient(total, grad, x[rows])
         for transfer in transfers:
             transfer.wait()
-        if not fused:
-            return dx, total.to(weight.dtype), *[None] * 4
-        return dx, already_added(weight), *[None] * 4
+        if not trained:
+            return dx, *[None] * 5
+        return dx, already_added(weight) if fused else total.to(weight.dtype), *[None] * 4
 
 
 def _over_shards(parts: torch.Tensor, group: Any) -> tuple[torch.Tensor, ...]:
@@ -126,5 +127,6 @@ class LabelHead(ColumnParallelLinear):  # type: ignore[misc]
         """Apply the head to [s, b, h] as Megatron's does; or score `labels` [n] at [n, h], see `LabelScores`."""
         if labels is None:
             return super().forward(input_, *arguments, **options)
-        main_grad = self.weight.main_grad if self.gradient_accumulation_fusion else None
+        fusion = self.gradient_accumulation_fusion and self.weight.requires_grad
+        main_grad = self.weight.main_grad if fusion else None
         return LabelScores.apply(input_, self.weight, labels, self.chunk_rows, self.tp_group, main_grad)

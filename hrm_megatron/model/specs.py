@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -86,7 +86,8 @@ def stack_spec(config: HRMConfig, norm_placement: str, backend: BackendSpecProvi
     layer = ModuleSpec(module=layer_class, submodules=TransformerLayerSubmodules(
         input_layernorm=norm,
         self_attention=ModuleSpec(
-            module=GatedAttention, params={"attn_mask_type": AttnMaskType.arbitrary},
+            module=GatedAttention if config.attention_output_gate else SelfAttention,
+            params={"attn_mask_type": AttnMaskType.arbitrary},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=backend.column_parallel_linear(),
                 core_attention=core_attention(config.attention_kernel, config.params_dtype, config.kv_channels),

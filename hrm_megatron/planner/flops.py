@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from hrm_megatron.config import Architecture
+from hrm_megatron.config import Architecture, LoRA
 from hrm_megatron.model.schedule import ticks_of
 
 
@@ -13,23 +13,29 @@ def score_elements(lengths: Iterable[tuple[int, int]]) -> int:
     return sum(p * p + r * p + r * (r + 1) // 2 for p, r in lengths)
 
 
-def training_flops(architecture: Architecture, bp_steps: int, tokens: int, labels: int, scores: int = 0) -> int:
+def training_flops(architecture: Architecture, bp_steps: int, tokens: int, labels: int, scores: int = 0,
+                   lora: LoRA | None = None) -> int:
     """FLOPs of `tokens` positions, `labels` of them with a label, and `scores` (query, key) pairs.
 
     Every tick runs its stack's layers forward, those with gradient also backward, at twice the cost. The head is
     applied to labels only. A pair costs 2 multiplications per channel forward, in Q K^T and in P V. Element-wise
     work, recomputation and the optimizer are not counted, as in model FLOPs utilization (Chowdhery et al.,
-    arXiv 2204.02311, appendix B).
+    arXiv 2204.02311, appendix B). Under `lora` the adapters' matmuls come on top, and the weights, which are frozen,
+    have no gradient: their backward costs once the forward.
     """
     h = architecture.hidden_size
     ticks = ticks_of(architecture, bp_steps)
     passes = sum(3 if tick.with_grad else 1 for tick in ticks) * architecture.num_layers
-    stacks = passes * (2 * architecture.layer_parameters * tokens + 4 * h * scores)
-    return stacks + 3 * 2 * h * architecture.padded_vocab_size * labels
+    of_weights = 3 if lora is None else 2  # with the backward
+    of_matmuls = sum(of_weights if tick.with_grad else 1 for tick in ticks) * architecture.num_layers
+    adapters = lora.layer_parameters(architecture) if lora else 0
+    stacks = (of_matmuls * 2 * architecture.layer_parameters * tokens
+              + passes * (2 * adapters * tokens + 4 * h * scores))
+    return stacks + of_weights * 2 * h * architecture.padded_vocab_size * labels
 
 
 def rows_flops(architecture: Architecture, bp_steps: int, row_tokens: int,
-               rows: Sequence[Sequence[tuple[int, int]]], labels: int | None = None) -> int:
+               rows: Sequence[Sequence[tuple[int, int]]], labels: int | None = None, lora: LoRA | None = None) -> int:
     """FLOPs of packed rows of `row_tokens` positions; each is a list of its examples' (prefix, response) lengths.
 
     `labels` is how many there are; None: those of the responses, which a causal model's lengths do not tell.
@@ -37,4 +43,4 @@ def rows_flops(architecture: Architecture, bp_steps: int, row_tokens: int,
     examples = [*chain.from_iterable(rows)]
     if labels is None:
         labels = sum(response + 1 for _, response in examples)  # the last prefix position has one too
-    return training_flops(architecture, bp_steps, row_tokens * len(rows), labels, score_elements(examples))
+    return training_flops(architecture, bp_steps, row_tokens * len(rows), labels, score_elements(examples), lora)

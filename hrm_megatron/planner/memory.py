@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hrm_megatron.config import Architecture
+from hrm_megatron.config import Architecture, LoRA
 from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.planner.layout import Layout, PipelinePlan, stage_parameters, weight_bytes
 
@@ -26,17 +26,17 @@ def kept_tensors(architecture: Architecture, gated_act: bool = False, context: i
     of its first product and SwiGLU. `gated_act`, if recomputed, leaves out SwiGLU and the gated result. `context`
     parallel ranks keep the keys and values of whole rows. tests/te counts them over stand-ins of the kernels.
     """
-    ffn = architecture.ffn_hidden_size / architecture.hidden_size
-    return ([1.0] * 6 + [1.0 * context] * 2 + [0.25 * context] * 2 + [2 * ffn]
-            + ([] if gated_act else [1.0, ffn]))
+    ffn, gated = architecture.ffn_hidden_size / architecture.hidden_size, architecture.gated
+    return ([1.0] * (5 + gated) + [1.0 * context] * 2 + [0.25 * context] * 2 + [2 * ffn]
+            + ([] if gated_act else [*[1.0] * gated, ffn]))
 
 
 def kept_tensors_on_cpu(architecture: Architecture, rows: int, itemsize: int) -> list[float]:
     """The same on a CPU, whose kernels keep other things: the fused queries, keys, values and gates, for the sake of
     the values, beside rotated queries and keys; silu of the MLP's first half, in fp32. Several rows are stacked behind
     attention."""
-    ffn = architecture.ffn_hidden_size / architecture.hidden_size
-    return [1.0] * (7 + (rows > 1)) + [4.0] + [2 * ffn, ffn * FP32 / itemsize, ffn]
+    ffn, gated = architecture.ffn_hidden_size / architecture.hidden_size, architecture.gated
+    return [1.0] * (6 + gated + (rows > 1)) + [3.0 + gated] + [2 * ffn, ffn * FP32 / itemsize, ffn]
 
 
 def layer_states(architecture: Architecture, gated_act: bool = False, context: int = 1) -> float:
@@ -66,8 +66,8 @@ def activation_bytes(architecture: Architecture, positions: int, bp_steps: int, 
 
 @dataclass(frozen=True)
 class Saving:
-    """What a step keeps: gradient ticks, what is recomputed, bytes of a number, labels per position (at most 1), and
-    what FSDP shards beside the optimizer's state."""
+    """What a step keeps: gradient ticks, what is recomputed, bytes of a number, labels per position (at most 1),
+    what FSDP shards beside the optimizer's state, and the adapters that train alone."""
 
     bp_steps: int = 5
     recompute_ticks: int = 0
@@ -76,6 +76,7 @@ class Saving:
     labels: float = 1.0
     on_cpu: bool = False
     sharded: tuple[str, ...] = ()
+    lora: LoRA | None = None
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,14 @@ def fullest(architecture: Architecture, layout: Layout, layers: Sequence[int], s
 
 def _stage(architecture: Architecture, layout: Layout, layers: Sequence[int], stage: int, saving: Saving,
            plan: PipelinePlan | None) -> Memory:
-    weights = stage_parameters(architecture, layers)[stage] / layout.tensor
+    weights = trained = stage_parameters(architecture, layers)[stage] / layout.tensor
+    if saving.lora:  # whose whole factors are not cut; they are taken to be
+        stacks = len(architecture.kind.stacks)
+        trained = stacks * layers[stage] * saving.lora.layer_parameters(architecture) / layout.tensor
+        weights += trained
     each = weight_bytes(saving.itemsize, layout.replicas * layout.context, saving.sharded)
-    parts = {"weights": weights * each.weights, "gradients": weights * each.gradients,
-             "masters": weights * each.masters, "moments": weights * each.moments, "EMA": weights * each.ema}
+    parts = {"weights": weights * each.weights, "gradients": trained * each.gradients,
+             "masters": trained * each.masters, "moments": trained * each.moments, "EMA": trained * each.ema}
     # Bytes of a state [s, b, h] on a rank.
     positions = layout.micro_batch_size * layout.row_tokens
     state = positions / layout.cuts * architecture.hidden_size * saving.itemsize
@@ -124,7 +129,8 @@ def _stage(architecture: Architecture, layout: Layout, layers: Sequence[int], st
               "parked states": plan.parked * state if plan and stage == 0 else 0.0}
     if saving.on_cpu:  # the update of eager tensors, when all of the above are gone, has two more of the state's size
         table = architecture.padded_vocab_size * architecture.hidden_size if stage == 0 else 0
-        update = 2 * FP32 * (weights - table / layout.tensor) / (layout.replicas * layout.context)
+        of_table = 0.0 if saving.lora else table / layout.tensor
+        update = 2 * FP32 * (trained - of_table) / (layout.replicas * layout.context)
         passing = sum(parts[name] for name in ("activations", "head, or work on a layer", "communication"))
         parts["optimizer's step"] = max(0.0, update - passing)
     else:

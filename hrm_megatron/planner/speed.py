@@ -14,7 +14,7 @@ from hrm_megatron.planner.memory import Saving, chunk_rows
 EXAMPLE = (288, 544)  # mean prefix and response of the benchmark's rows (benchmark/rows.py)
 # States that the element-wise work of a layer reads and writes, forward: norms 4, rotation 4, gate 3, sums 6; of the
 # width of the MLP SwiGLU's 3. Backward twice that.
-LAYER_TRAFFIC, FFN_TRAFFIC = 17, 3
+LAYER_TRAFFIC, GATE_TRAFFIC, FFN_TRAFFIC = 14, 3, 3
 # Bytes a weight that an update reads and writes: master, both moments and EMA twice, the gradient, the bf16 weight.
 UPDATE_BYTES = 2 * 4 * 4 + 4 + 2
 REDUCED_BYTES, GATHERED_BYTES = 4, 2  # fp32 gradients, bf16 weights
@@ -45,9 +45,10 @@ def tick_work(architecture: Architecture, layout: Layout, layers: int, itemsize:
     pairs = positions * score_elements([example]) / sum(example)
     # Without sequence parallelism norms and sums are done by every tensor parallel rank.
     states = positions / layout.tensor if layout.sequence_parallel else positions
+    traffic = LAYER_TRAFFIC + GATE_TRAFFIC * architecture.gated
     return Work(layers * 2 * architecture.layer_parameters * positions / layout.tensor,
                 layers * 4 * h * pairs / layout.tensor,
-                layers * (LAYER_TRAFFIC * h + FFN_TRAFFIC * ffn) * states * itemsize, layers)
+                layers * (traffic * h + FFN_TRAFFIC * ffn) * states * itemsize, layers)
 
 
 def head_flops(architecture: Architecture, layout: Layout, labels: float) -> float:

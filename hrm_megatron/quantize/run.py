@@ -79,6 +79,13 @@ def quantize(job: Job, say: Say = lambda line: None) -> list[str]:
         kind = weights_kind(checkpoint, job.weights)
         job.quantization.check(table(checkpoint.architecture))
         refuse_others(checkpoint, "transformers' HrmText")
+        if not checkpoint.architecture.gated:
+            raise ConfigError(f"{checkpoint.path}: trained without a gate (--attention-gate); pass it through tools/"
+                              "convert_checkpoint.py --save-format hf first, which gives it a gate of 1/2")
+        if checkpoint.architecture.causal:
+            raise ConfigError(f"{checkpoint.path}: trained with --attention-mask causal, and codes are chosen for "
+                              "PrefixLM rows; not built, tools/convert_checkpoint.py writes it in 8 bits (gguf, "
+                              "--dtype q8_0)")
         work = Work(job, checkpoint, kind, say)
         if job.save is None:
             return work.compared()

@@ -45,6 +45,7 @@ from hrm_megatron.training.flags.help import prepare
 from hrm_megatron.training.flags.values import check_batch, check_values
 from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import TRANSFORMER_IMPLS, check_compilation, check_precision, choose_layers
+from hrm_megatron.training.lora import add_lora, settle_lora
 from hrm_megatron.training.memory import check_memory, choose_recompute_modules
 from hrm_megatron.training.micro_batch import choose_rows
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
@@ -81,9 +82,8 @@ WITHOUT_CUDA: dict[str, Any] = dict(
 
 def default_of(kind: ModelType, name: str) -> int:
     """Return a model type's default of cycles or gradient ticks."""
-    values = dict(h_cycles=kind.h_cycles, l_cycles=kind.l_cycles, bp_min_steps=kind.bp_steps[0],
-                  bp_max_steps=kind.bp_steps[1])
-    return values[name]
+    return dict(h_cycles=kind.h_cycles, l_cycles=kind.l_cycles, bp_min_steps=kind.bp_steps[0],
+                bp_max_steps=kind.bp_steps[1])[name]
 
 
 def by_type(name: str) -> str:
@@ -162,6 +162,7 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="train on a `sampled` folder of HRM-Text's data pipeline")
     group.add_argument("--sampling-rules", metavar="FILE",
                        help="YAML list of rules: how many examples of each source file an epoch has")
+    add_lora(group)
     add_ablations(group)
     group.add_argument("--verify-data", action="store_true",
                        help="verify the checksums of the data before training")
@@ -312,6 +313,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
     for name, value in FORCED.items():
         setattr(args, name, value)
     choose_recompute_modules(args)
+    settle_lora(args)
     machine = Machine.here()
     args.transformer_impl, layers = choose_layers(args.transformer_impl, args.compile_layers, machine)
     check_compilation(args, machine)
@@ -386,7 +388,8 @@ def model_config(args: argparse.Namespace) -> HRMConfig:
     # Megatron would demand that the chunks divide the layers; here each chunk runs all of its stage's.
     config: HRMConfig = core_transformer_config_from_args(
         argparse.Namespace(**{**vars(args), "virtual_pipeline_model_parallel_size": None}), HRMConfig)
-    own: dict[str, Any] = dict(architecture=architecture_of(args, args.vocab_size),
+    architecture = architecture_of(args, args.vocab_size)
+    own: dict[str, Any] = dict(architecture=architecture, attention_output_gate=architecture.gated,
                                **swiglu_settings(args.compile_layers or args.recompute_gated_act))
     config = dataclasses.replace(config, **own)
     if args.virtual_pipeline_model_parallel_size:

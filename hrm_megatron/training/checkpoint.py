@@ -36,6 +36,7 @@ from hrm_megatron.parallel.patching import temporarily
 from hrm_megatron.program import write_aside
 from hrm_megatron.training.early_stopping import delete_older, stopped_early
 from hrm_megatron.training.finetune import choose_source, go_on
+from hrm_megatron.training.lora import check_adapters, lora_of, saved_bytes
 from hrm_megatron.training.restarts import end_helpers_with_their_rank
 from hrm_megatron.training.resume import changes, check_model, check_plan, nothing_left, settle_schedule
 from hrm_megatron.training.verification import check_verification_flags, record_save
@@ -123,6 +124,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
                              "convert_checkpoint.py --load-format megatron --save-format megatron"))
     common, theirs = read_run(stored)
     check_model(folder, theirs, ours)
+    check_adapters(folder, lora_of(common["args"]), lora_of(args), args.skip_train or starts_new(args, folder))
     if args.skip_train:
         return True
     keys = set(stored.keys())
@@ -141,8 +143,9 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
         check_plan(folder, common["args"], args)
     if args.no_load_optim:
         return True
+    trains = (".lora.A", ".lora.B") if lora_of(args) else (".weight",)  # all else is frozen
     for name in STATE_KEYS:
-        missing = [key for key in stored.shapes() if key.endswith(".weight") and not key.startswith("optimizer.")
+        missing = [key for key in stored.shapes() if key.endswith(trains) and not key.startswith("optimizer.")
                    and f"optimizer.state.{name}.{key}" not in keys]
         if missing:
             raise ConfigError(f"{folder}: holds no {name} of the optimizer for {missing[0]}; give --finetune to begin "
@@ -245,7 +248,7 @@ def _check_space(args: argparse.Namespace, architecture: Architecture) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"--save {args.save}: cannot write to {place}; choose another folder")
     state_bytes = 0 if args.no_save_optim else 4 * (1 + len(STATE_KEYS))  # fp32 masters and the state beside them
-    needed = architecture.num_parameters * (args.params_dtype.itemsize + state_bytes)
+    needed = saved_bytes(args, architecture, state_bytes)
     if (free := shutil.disk_usage(place).free) < needed:
         raise ConfigError(f"--save {args.save}: one checkpoint needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
                           "free; free some space or choose another disk")

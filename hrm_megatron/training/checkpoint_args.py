@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 MODEL_ARGUMENTS = {
     **{name: f"--{name.replace('_', '-')}" for name in (
         "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
-        "norm_placement", "attention_mask", "init_scheme", "init_std", "rotary_base")},
+        "norm_placement", "attention_mask", "attention_gate", "init_scheme", "init_std", "rotary_base")},
     "layernorm_epsilon": "--norm-epsilon", "model_kind": "--model-type",
 }
 OF_A_PRESET = ("num_layers", "hidden_size", "num_attention_heads")
@@ -62,6 +62,7 @@ def _stored_arguments(folder: Path) -> argparse.Namespace:
     stored: argparse.Namespace = common["args"]
     # Older versions did not store these.
     stored.model_kind, stored.attention_mask = architecture.model_type, architecture.attention_mask
+    stored.attention_gate = architecture.attention_gate
     return stored
 
 

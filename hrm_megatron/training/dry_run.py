@@ -26,6 +26,7 @@ from hrm_megatron.training.arguments import layout_of, microbatches_of
 from hrm_megatron.training.data import Sources
 from hrm_megatron.training.fsdp import sharded_by_fsdp
 from hrm_megatron.training.layout import describe, layers_of_stages
+from hrm_megatron.training.lora import lora_of, saved_bytes
 from hrm_megatron.training.step import TrainingStep, innermost
 from hrm_megatron.training.summary import describe_model
 from hrm_megatron.transformer_config import architecture_of
@@ -51,7 +52,8 @@ class Built:
 
     @property
     def parameters(self) -> int:
-        return sum(torch.Size(shape).numel() for shape, _ in self.weights.values())
+        """Weights of the model, without adapters."""
+        return sum(torch.Size(shape).numel() for name, (shape, _) in self.weights.items() if ".lora." not in name)
 
 
 @contextlib.contextmanager
@@ -100,7 +102,7 @@ def first_rank_of(args: argparse.Namespace, stage: int) -> int:
 def saving_of(args: argparse.Namespace) -> Saving:
     """Read off the arguments what a step keeps, with a label at every position."""
     return Saving(args.bp_max_steps, args.recompute_ticks, args.recompute_gated_act, args.params_dtype.itemsize,
-                  sharded=sharded_by_fsdp(args))
+                  sharded=sharded_by_fsdp(args), lora=lora_of(args))
 
 
 def predicted_memory(args: argparse.Namespace) -> list[Memory]:
@@ -129,7 +131,7 @@ def describe_dry_run(args: argparse.Namespace, data: Sources | None) -> Iterator
     for memory in predicted_memory(args):
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.parts.items() if size)
         yield f"memory: stage {memory.stage}: {memory.total / 1e9:.2f} GB predicted on each GPU: {parts}"
-    yield _describe_space(args, sum(counts))
+    yield _describe_space(args)
     if args.dry_run_rank is not None:
         yield from _describe_rank(build(args, args.dry_run_rank))
 
@@ -145,8 +147,8 @@ def _describe_data(args: argparse.Namespace, data: Sources | None) -> Iterator[s
     yield f"data: {wanted}, {rows / planned.rows_per_epoch:.2f} epochs"
 
 
-def _describe_space(args: argparse.Namespace, parameters: int) -> str:
-    size = parameters * (args.params_dtype.itemsize + SAVED_BYTES)
+def _describe_space(args: argparse.Namespace) -> str:
+    size = saved_bytes(args, architecture_of(args, args.vocab_size), SAVED_BYTES)
     line = f"checkpoint: {size / 1e9:.2f} GB each"
     if not args.save:
         return f"{line}; nothing is saved (--save DIR)"

@@ -23,6 +23,7 @@ from megatron.training import training as megatron_training
 
 from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.config import ConfigError, refuse_beside
+from hrm_megatron.model.lora import without_adapters
 from hrm_megatron.parallel.patching import temporarily
 
 log = logging.getLogger(__name__)
@@ -113,15 +114,18 @@ def choose_source(args: argparse.Namespace, folder: Path, keys: Collection[str])
 
 
 def install_finetune(args: argparse.Namespace) -> None:
-    """Let Megatron's loop load what --finetune-from asks for, where the run begins; stock code loads raw weights."""
-    if not args.finetune or args.finetune_from == RAW:
+    """Let Megatron's loop load what --finetune-from asks for, where the run begins; stock code loads raw weights, and
+    would look for adapters."""
+    if not args.finetune or (args.finetune_from == RAW and not args.lora_rank):
         return
     stock: Callable[..., tuple[int, int]] = megatron_training.load_checkpoint
 
     @functools.wraps(stock)
-    def load_ema(model: list[torch.nn.Module], optimizer: Any, *rest: Any, **options: Any) -> tuple[int, int]:
-        loaded = stock(model, optimizer, *rest, **options)
-        take_ema(model, find_iteration(args.pretrained_checkpoint, args.ckpt_step))
+    def load_weights(model: list[torch.nn.Module], optimizer: Any, *rest: Any, **options: Any) -> tuple[int, int]:
+        with without_adapters(model):
+            loaded = stock(model, optimizer, *rest, **options)
+            if args.finetune_from == EMA:
+                take_ema(model, find_iteration(args.pretrained_checkpoint, args.ckpt_step))
         if args.bf16 or args.fp16:
             optimizer.reload_model_params()
         return loaded
@@ -135,7 +139,7 @@ def install_finetune(args: argparse.Namespace) -> None:
         update_num_microbatches(consumed_samples=0)
         return 0, flops
 
-    megatron_training.load_checkpoint = load_ema if args.finetune_from == EMA else load_state
+    megatron_training.load_checkpoint = load_state if args.finetune_from == STATE else load_weights
 
 
 @torch.no_grad()

@@ -63,8 +63,9 @@ def _check_rows(args: argparse.Namespace, architecture: Architecture) -> None:
     """Refuse ranks over which Megatron cannot save FSDP2's weights (core/utils.py, transformer/mlp.py)."""
     tp = args.tensor_model_parallel_size
     ranks = args.world_size // tp
+    qkv, _ = architecture.linear_shapes["linear_qkv"]
     for name, rows, unit in (("hidden size", architecture.hidden_size, 1),
-                             ("rows of queries, keys, values and gates", 4 * architecture.hidden_size // tp, 1),
+                             ("rows of queries, keys, values and gates", qkv // tp, 1),
                              ("FFN columns", 2 * architecture.ffn_hidden_size // tp, 2),  # no shard of gate and up
                              ("padded vocabulary", architecture.padded_vocab_size // tp, 1)):
         if ranks > 1 and (rows % ranks or ranks % unit):

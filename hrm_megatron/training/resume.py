@@ -16,7 +16,7 @@ from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 ENTERS_FORWARD = {
     **{name: name for name in ("model_type", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size",
                                "h_cycles", "l_cycles", "norm_placement", "h_norm_placement", "rope_theta",
-                               "norm_epsilon", "attention_mask")},
+                               "norm_epsilon", "attention_mask", "attention_gate")},
     "vocab_size": "padded_vocab_size",
     # Beside how the first weights are drawn, which does not matter any more.
     "init_scheme": "embedding_scale", "init_std": "embedding_scale",

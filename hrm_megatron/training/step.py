@@ -14,12 +14,14 @@ from hrm_megatron.attention.balance import balanced_order
 from hrm_megatron.attention.prefix_lm import PrefixSequences
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
+from hrm_megatron.model.lora import adapt
 from hrm_megatron.model.pipeline import PipelinedHRM, TickChunk
 from hrm_megatron.model.schedule import Tick, ticks_of, trains_embedding
 from hrm_megatron.optim.schedule import BPSchedule
 from hrm_megatron.parallel.context import context_positions
 from hrm_megatron.training.arguments import model_config
 from hrm_megatron.training.fsdp import FP32Module
+from hrm_megatron.training.lora import lora_of
 from hrm_megatron.training.metrics import Report, ThroughputMeter, filled, loss_sums
 from hrm_megatron.training.overlap import OverlappedReduction
 from hrm_megatron.training.step_schedules import bp_schedule
@@ -51,14 +53,21 @@ class TrainingStep:
         stages = pg_collection.pp if pg_collection else None
         if vp_stage is None and self.args.pipeline_model_parallel_size == 1:
             model = HRMModel(config, self.args.seed, pre_process, post_process, pg_collection=pg_collection)
+            self.adapt(model)
             return FP32Module(model) if self.args.use_megatron_fsdp and not self.args.bf16 else model
         if vp_stage:
             return TickChunk(self.stage, vp_stage)
         assert stages is not None
         self.stage = PipelinedHRM(config, self.args.seed, stages.rank() == 0, stages.rank() == stages.size() - 1,
                                   pg_collection=pg_collection)
+        self.adapt(self.stage)
         self.waiting = [deque() for _ in range(self.stage.num_ticks)]
         return self.stage
+
+    def adapt(self, model: HRMModel) -> None:
+        """Put adapters on the layers if that is what trains."""
+        if lora := lora_of(self.args):
+            adapt(model, lora, self.args.seed)
 
     @cached_property
     def bp_schedule(self) -> BPSchedule:
@@ -101,11 +110,11 @@ class TrainingStep:
 
     def prepare_reduction(self, model: torch.nn.Module, part: HRMModel) -> None:
         """Tell DDP which gradients of a micro-batch to expect; `part` is the model inside `model`."""
-        untrained = part.pre_process and not self.embedding_has_gradient()
+        embedding = part.embedding.word_embeddings.weight if part.pre_process else None
+        untrained = embedding is not None and embedding.requires_grad and not self.embedding_has_gradient()
         if isinstance(part, PipelinedHRM) and not part.second_phase:
             untrained = False  # its gradient is there, and zero
-        self.reduction.before_forward(model, self.bp_steps,
-                                      part.embedding.word_embeddings.weight if untrained else None)
+        self.reduction.before_forward(model, self.bp_steps, embedding if untrained else None)
 
     def micro_batch(self, data_iterator: Iterator[dict[str, torch.Tensor]],
                     part: HRMModel | TickChunk) -> tuple[PackedBatch, PrefixSequences]:

@@ -7,6 +7,7 @@ from megatron.training.checkpointing import get_loaded_iteration
 
 from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.optim.schedule import BPSchedule
+from hrm_megatron.training.lora import describe_lora
 from hrm_megatron.training.step_schedules import lr_schedule
 from hrm_megatron.transformer_config import architecture_of
 
@@ -17,7 +18,8 @@ def describe_model(args: argparse.Namespace) -> str:
             f"stack{'s' * (len(a.kind.stacks) > 1)} of {a.num_layers} layers, hidden "
             f"{a.hidden_size}, {a.num_attention_heads} heads, FFN {a.ffn_hidden_size}, vocabulary {a.vocab_size} "
             f"(padded to {a.padded_vocab_size}); ticks {' '.join(tick.stack for tick in ticks_of(a))}; "
-            f"{str(args.params_dtype).removeprefix('torch.')}{f', FP8 {args.fp8_recipe}' if args.fp8 else ''}")
+            f"{str(args.params_dtype).removeprefix('torch.')}{f', FP8 {args.fp8_recipe}' if args.fp8 else ''}"
+            f"{describe_lora(args, a)}")
 
 
 def describe_checkpoint(args: argparse.Namespace) -> str:

@@ -57,39 +57,14 @@ def test_nothing_of_others_is_replaced(tmp_path):
     assert {path.name for path in folder.iterdir()} == {MARKER, "mine"}
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_the_factors_of_an_adapter_get_the_gradients_of_their_product(single_rank, rank):
-    """LoRA's chain rule against autograd through the product, and a rate by ticks that only divides."""
-    import torch
-
-    from examples.finetuning.compare import Adapters, Way, groups
-    from tests.model.small import batch, build
+def test_a_rate_by_ticks_only_divides(single_rank):
+    from examples.finetuning.compare import Way, groups
+    from tests.model.small import build
 
     model = build()
-    if not rank:
-        shares = {name: group["share"] for (name, _), group in zip(
-            model.named_parameters(), groups(model, Way("", (), by_ticks=True)), strict=True)}
-        # With 5 gradient ticks: 2 of H and 3 of L.
-        assert {name.split(".")[0]: share for name, share in shares.items()} == {
-            "embedding": 1, "h_stack": 1 / 2, "l_stack": 1 / 3, "output_layer": 1}
-        assert {group["share"] for group in groups(model, Way("", ()))} == {1}
-        return
-    adapters = Adapters(model, rank, seed=0)
-    assert len(adapters.factors) == 2 * 2 * 4  # stacks, layers, linear layers of each
-    with torch.no_grad():
-        for _, _, b, _ in adapters.factors:
-            b.normal_(std=0.1)
-    adapters.apply()
-    model(batch(), bp_steps=5)[0].sum().backward()
-    adapters.take_gradients()
-    names = {name: weight for name, weight in model.named_parameters()
-             if any(weight is adapted for adapted, *_ in adapters.factors)}
-    leaves = [(b.detach().clone().requires_grad_(), a.detach().clone().requires_grad_())
-              for _, _, b, a in adapters.factors]
-    replaced = {name: fixed + b @ a for (name, _), (_, fixed, _, _), (b, a) in zip(
-        names.items(), adapters.factors, leaves, strict=True)}
-    torch.func.functional_call(model, replaced, (batch(),), {"bp_steps": 5})[0].sum().backward()
-    for (_, _, b, a), (b_leaf, a_leaf) in zip(adapters.factors, leaves, strict=True):
-        # fp32, the same products in another order
-        torch.testing.assert_close(b.grad, b_leaf.grad, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(a.grad, a_leaf.grad, rtol=1e-4, atol=1e-4)
+    shares = {name: group["share"] for (name, _), group in zip(
+        model.named_parameters(), groups(model, Way("", (), by_ticks=True)), strict=True)}
+    # With 5 gradient ticks: 2 of H and 3 of L.
+    assert {name.split(".")[0]: share for name, share in shares.items()} == {
+        "embedding": 1, "h_stack": 1 / 2, "l_stack": 1 / 3, "output_layer": 1}
+    assert {group["share"] for group in groups(model, Way("", ()))} == {1}

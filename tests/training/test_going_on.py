@@ -30,7 +30,7 @@ BASE = Architecture(2, 24, 3, 40, 250, h_cycles=2, l_cycles=2, init_scheme="fixe
 # Another value for every field.
 CHANGED = dict(num_layers=1, hidden_size=48, num_attention_heads=2, ffn_hidden_size=56, vocab_size=600, h_cycles=3,
                l_cycles=1, norm_placement="post", h_norm_placement="post", init_scheme="lecun_normal", init_std=0.1,
-               rope_theta=5e4, norm_epsilon=1e-3, model_type="trm", attention_mask="causal")
+               rope_theta=5e4, norm_epsilon=1e-3, model_type="trm", attention_mask="causal", attention_gate="none")
 
 
 def test_every_field_of_an_architecture_is_of_one_kind():
@@ -195,7 +195,8 @@ def test_no_run_goes_on_in_the_middle_of_another_order():
 
 STORED = argparse.Namespace(num_layers=6, hidden_size=1024, num_attention_heads=8, ffn_hidden_size=2816, h_cycles=2,
                             l_cycles=3, norm_placement="pre", init_scheme="lecun_normal", init_std=None,
-                            rotary_base=10000, layernorm_epsilon=1e-6, model_kind="hrm", attention_mask="prefix-lm")
+                            rotary_base=10000, layernorm_epsilon=1e-6, model_kind="hrm", attention_mask="prefix-lm",
+                            attention_gate="sigmoid")
 
 
 def test_a_flag_given_beside_the_checkpoints_arguments_must_agree():

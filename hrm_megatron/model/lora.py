@@ -1,0 +1,57 @@
+"""Fine-tune adapters of low rank on the shared weights of both stacks in place of all weights (LoRA)."""
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from hrm_megatron.config import LoRA
+from hrm_megatron.layers.linear import OwnLinear
+from hrm_megatron.layers.lora import Adapter
+from hrm_megatron.model.hrm import HRMModel
+from hrm_megatron.model.initialize import draw, shard
+
+
+def adapt(model: HRMModel, lora: LoRA, seed: int) -> None:
+    """Freeze the model and give the layers that `lora` names an adapter, which changes nothing yet: B is 0.
+
+    Every tick of a stack uses the same adapters, whose gradient is the sum over ticks as that of the weights would be.
+    A has the standard deviation of a LeCun initialization, from seed and name, so that every layout begins alike.
+    """
+    model.requires_grad_(False)
+    for name, layer in model.named_modules():
+        if isinstance(layer, OwnLinear) and name.split(".")[-1] in lora.targets:
+            layer.lora = Adapter(layer, lora)
+    with torch.no_grad():
+        for name, weight in model.named_global_parameters():
+            if name.endswith(".lora.A") and not weight.is_meta:
+                cut = getattr(weight, "tensor_model_parallel", False)
+                columns = weight.shape[1] * (model.tp_group.size() if cut else 1)
+                full = draw(seed, name, (lora.rank, columns)) / math.sqrt(columns)
+                weight.copy_(shard(full, weight, model.tp_group.rank(), model.tp_group.size()))
+
+
+@torch.no_grad()
+def merged_weights(model: HRMModel) -> dict[str, torch.Tensor]:
+    """Return all tensors of a model on one rank by name, adapters merged into the weights beside which they are."""
+    tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, layer in model.named_modules():
+        if isinstance(layer, OwnLinear) and layer.lora is not None:
+            a, b = (tensors.pop(f"{name}.lora.{factor}").float() for factor in "AB")
+            weight = tensors[f"{name}.weight"]
+            tensors[f"{name}.weight"] = (weight.float() + (b * layer.lora.scale) @ a).to(weight.dtype)
+    return tensors
+
+
+@contextlib.contextmanager
+def without_adapters(models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Let these models be what a checkpoint without adapters holds, for as long as one is loaded."""
+    kept = [(layer, layer.lora) for model in models for layer in model.modules()
+            if isinstance(layer, OwnLinear) and layer.lora is not None]
+    for layer, _ in kept:
+        layer.lora = None
+    yield
+    for layer, adapter in kept:
+        layer.lora = adapter

@@ -1,0 +1,87 @@
+"""`--lora-rank`: a fine-tuning of adapters, with all weights of the model frozen (model/lora.py)."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hrm_megatron.config import LORA_TARGETS, Architecture, ConfigError, LoRA, refuse_beside
+from hrm_megatron.planner.layout import weight_bytes
+from hrm_megatron.training.hardware import LOCAL, TRANSFORMER_ENGINE
+
+RANK, ALPHA, TARGETS = "--lora-rank", "--lora-alpha", "--lora-target-modules"
+
+
+def add_lora(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(RANK, type=int, metavar="R",
+                       help="--finetune adapters of rank R on the shared weights of the stacks, all else frozen (LoRA)")
+    group.add_argument(ALPHA, type=float, metavar="A", help="adapters are scaled by A / R (default: R)")
+    group.add_argument(TARGETS, nargs="+", choices=LORA_TARGETS, help="linear layers with an adapter (default: all)")
+
+
+def lora_of(args: argparse.Namespace) -> LoRA | None:
+    """Read the adapters off the arguments of a run (or of a checkpoint, which an older version may have written)."""
+    rank = getattr(args, "lora_rank", None)
+    if not rank:
+        return None
+    return LoRA(rank, rank if args.lora_alpha is None else args.lora_alpha,
+                tuple(args.lora_target_modules or LORA_TARGETS))
+
+
+def settle_lora(args: argparse.Namespace) -> None:
+    """Refuse what adapters are not built for; their layers are Megatron's local ones."""
+    if args.lora_rank is None:
+        for flag, given in ((ALPHA, args.lora_alpha), (TARGETS, args.lora_target_modules)):
+            if given is not None:
+                raise ConfigError(f"{flag}: has no effect without {RANK}; give that too, or leave it out")
+        return
+    flag = f"{RANK} {args.lora_rank}"
+    if not args.finetune:
+        raise ConfigError(f"{flag}: adapters change a trained model; give --finetune and --pretrained-checkpoint too, "
+                          f"or leave {RANK} out")
+    if not 1 <= args.lora_rank <= args.hidden_size:
+        raise ConfigError(f"{flag}: must lie between 1 and the hidden size, {args.hidden_size}, from which on it spans "
+                          "every change of the weights")
+    if args.lora_alpha is not None and not 0 < args.lora_alpha < float("inf"):
+        raise ConfigError(f"{ALPHA} {args.lora_alpha}: must be a positive number")
+    refuse_beside(flag, {
+        "--finetune-from state (its moments are of the weights)": args.finetune_from == "state",
+        "--use-torch-fsdp2": args.use_torch_fsdp2, "--use-megatron-fsdp": args.use_megatron_fsdp,
+        "--fp8-format": args.fp8, "--compile-layers": args.compile_layers,
+        f"--transformer-impl {TRANSFORMER_ENGINE}": args.transformer_impl == TRANSFORMER_ENGINE})
+    args.transformer_impl = LOCAL
+
+
+def check_adapters(folder: Path, theirs: LoRA | None, ours: LoRA | None, begins: bool) -> None:
+    """Refuse to go on from other adapters, or to begin from weights that adapters still change."""
+    if begins and theirs:
+        raise ConfigError(f"{folder}: holds adapters ({RANK} {theirs.rank}) beside the weights that they change; merge "
+                          f"them, by `python tools/convert_checkpoint.py --load {folder.parent} --load-format megatron "
+                          f"--save {folder.parent}_merged --save-format megatron`, and give {folder.parent}_merged")
+    if not begins and theirs != ours:
+        raise ConfigError(f"{folder}: trained with {_flags(theirs)}, the command line has {_flags(ours)}; give the same"
+                          ", or another --save")
+
+
+def _flags(lora: LoRA | None) -> str:
+    if lora is None:
+        return f"no {RANK}"
+    return f"{RANK} {lora.rank} {ALPHA} {lora.alpha:g} {TARGETS} {' '.join(lora.targets)}"
+
+
+def saved_bytes(args: argparse.Namespace, architecture: Architecture, state_bytes: int) -> int:
+    """Count the bytes of a checkpoint: all weights, adapters too, and `state_bytes` for each of those that train."""
+    lora, total = lora_of(args), architecture.num_parameters
+    adapters = lora.num_parameters(architecture) if lora else 0
+    return (total + adapters) * int(args.params_dtype.itemsize) + (adapters if lora else total) * state_bytes
+
+
+def describe_lora(args: argparse.Namespace, architecture: Architecture) -> str:
+    """Say in the words of a model's description what trains, and what that saves; nothing where all weights train."""
+    if (lora := lora_of(args)) is None:
+        return ""
+    trained, total = lora.num_parameters(architecture), architecture.num_parameters
+    each = weight_bytes(args.params_dtype.itemsize, 1)
+    saved = (total - trained) * (each.total - each.weights) - trained * each.weights
+    return (f"; adapters of rank {lora.rank}, scaled by {lora.scale:g}, on {', '.join(lora.targets)}: "
+            f"{trained / 1e6:,.2f} M weights train ({trained / total:.1%}), all others are frozen, which saves "
+            f"{saved / 1e9:,.2f} GB of gradients and optimizer state in each replica")
