@@ -85,7 +85,8 @@ def test_what_the_run_is_stands_before_step_1(run):
 
 def test_steps_validations_and_saves_are_a_line_each(run):
     begin = next(i for i, line in enumerate(run.said) if line.startswith("step "))
-    told = [re.sub(r"\s+", " ", line) for line in run.said[begin:]]
+    *told, report = [re.sub(r"\s+", " ", line) for line in run.said[begin:]]
+    assert report == f"report: {run.folder / 'report.html'}"
     assert [line.split(" ")[1] for line in told] == [f"{step}/4" for step in (1, 2, 2, 2, 3, 4, 4, 4, 4)]
     assert [" saved in " in line for line in told].count(True) == 2
     assert [" validation: loss " in line for line in told].count(True) == 3  # Megatron's loop validates at its end too
@@ -94,7 +95,7 @@ def test_steps_validations_and_saves_are_a_line_each(run):
     for step, line in enumerate(steps, 1):
         assert line.startswith(f"step {step}/4 loss {losses[step]:.4f} exact ") and line.endswith(" left")
         assert f" bp {bp[step]:g} lr 4.00e-03 " in line
-    assert all(len(line) <= 120 for line in run.said[begin:] if " saved in " not in line)
+    assert all(len(line) <= 120 for line in run.said[begin:-1] if " saved in " not in line)
     validation = scalars(run.folder / "log", "lm loss validation")
     assert f"step 2/4 validation: loss {validation[2]:.4f} accuracy " in "\n".join(told)
 
