@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,8 +13,8 @@ activate()
 from hrm_megatron.config import Architecture  # noqa: E402
 from hrm_megatron.convert.checkpoint import PARTS, Checkpoint, Training  # noqa: E402
 from hrm_megatron.convert.table import table  # noqa: E402
+from tests.tools import load_tool  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 # Unequal sizes, and an FFN that is no multiple of 256.
 SMALL = Architecture(num_layers=2, hidden_size=24, num_attention_heads=3, ffn_hidden_size=40, vocab_size=250,
                      h_cycles=3, l_cycles=2)
@@ -53,8 +52,4 @@ def same_state():
 @pytest.fixture
 def tool() -> Callable[[Sequence[str]], int]:
     """`main` of tools/convert_checkpoint.py."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_tool("convert_checkpoint").main

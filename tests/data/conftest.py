@@ -1,10 +1,10 @@
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
 from hrm_megatron.data.tokenizer import TextTokenizer, save_tokenizer, train_tokenizer
+from tests.tools import load_tool
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,8 +38,5 @@ def write_jsonl(tmp_path):
 def tool():
     def load(name):
         """Return `main` of a file in tools/."""
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.main
+        return load_tool(name).main
     return load

@@ -9,6 +9,7 @@ import torch
 
 from hrm_megatron.config import Architecture
 from hrm_megatron.evaluate.tasks import TASKS
+from tests.tools import load_tool
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "tests" / "golden" / "tokenizer"
@@ -73,10 +74,7 @@ def checkpoint(single_rank, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def module():
-    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("evaluate")
 
 
 @pytest.fixture

@@ -1,21 +1,18 @@
 """tools/sweep_cycles.py: every line of its table against the tools that answer at one depth."""
-import importlib.util
 import json
 import sys
 
 import pytest
 
-from tests.evaluate.conftest import CONTEXT, ROOT, TOKENIZER
+from tests.evaluate.conftest import CONTEXT, TOKENIZER
+from tests.tools import load_tool
 
 QUESTIONS = ["What is 7 + 1?", "Count.", "Which is it, the first or the second?", "No"]
 
 
 @pytest.fixture(scope="module")
 def sweep_module():
-    spec = importlib.util.spec_from_file_location("sweep_tool", ROOT / "tools" / "sweep_cycles.py")
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    return load_tool("sweep_cycles")
 
 
 @pytest.fixture

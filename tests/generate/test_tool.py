@@ -1,5 +1,4 @@
 """tools/generate.py as a user calls it: answers on stdout, one line on stderr for everything that is wrong."""
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from tests.random_checkpoint import TOKENIZER, write_random_checkpoint
+from tests.tools import load_tool
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "generate.py"
@@ -39,9 +39,7 @@ def expected(checkpoints):
 @pytest.fixture
 def tool(single_rank, checkpoints, monkeypatch, capsys):
     """Call the tool's main with flags added to a good command line; return (status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location("generate_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("generate")
 
     def call(*flags, load=checkpoints, tokenizer=TOKENIZER, prompt=("--prompt", QUESTIONS[0])):
         named = [] if tokenizer is None else ["--tokenizer-model", str(tokenizer)]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,8 @@ from hrm_megatron.convert.hf import write_hf  # noqa: E402
 from hrm_megatron.convert.table import table  # noqa: E402
 from hrm_megatron.data.tokenizer import TextTokenizer, save_tokenizer, train_tokenizer  # noqa: E402
 from tests.stores import write_store  # noqa: E402
+from tests.tools import load_tool  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 ROW_TOKENS = 48
 
 
@@ -76,8 +75,4 @@ def store(tokenizer, tmp_path_factory) -> str:
 @pytest.fixture
 def tool():
     """`main` of tools/quantize_checkpoint.py."""
-    spec = importlib.util.spec_from_file_location("quantize_checkpoint", ROOT / "tools" / "quantize_checkpoint.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_tool("quantize_checkpoint").main

@@ -16,6 +16,7 @@ pytest.importorskip("uvicorn")
 
 from hrm_megatron.config import ConfigError
 from tests.random_checkpoint import TOKENIZER
+from tests.tools import load_tool
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "Name the tens digit of 7543."  # greedy, the random model's answer has over a thousand tokens
@@ -158,12 +159,7 @@ def test_a_signal_lets_answers_end_and_refuses_new_ones(process):
 
 @pytest.fixture
 def tool(single_rank):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("serve_tool", ROOT / "tools" / "serve.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("serve")
 
 
 @pytest.mark.parametrize("environment, flags, key", [
