@@ -45,9 +45,14 @@ class Texts(tuple[str, ...]):
         return "\0".join((*self, ""))
 
     @cached_property
-    def joined_utf8(self) -> np.ndarray:
-        """UTF-8 of all texts, a NUL behind each, [bytes] uint8. Raises UnicodeEncodeError at half a surrogate pair."""
-        return np.frombuffer(b"\0".join((*self.utf8, b"")), np.uint8)
+    def joined_utf8(self) -> bytes:
+        """UTF-8 of `joined`. Raises UnicodeEncodeError at half a surrogate pair."""
+        return b"\0".join((*self.utf8, b""))
+
+    @property
+    def octets(self) -> np.ndarray:
+        """The numbers of `joined_utf8`, [bytes] uint8."""
+        return np.frombuffer(self.joined_utf8, np.uint8)
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -59,8 +64,8 @@ class Texts(tuple[str, ...]):
         """What is among the characters of each text, [texts] uint8."""
         if not self:
             return np.empty(0, np.uint8)
-        from hrm_megatron.data.character_kernels import kinds_of_texts
-        return kinds_of_texts(self.joined_utf8, self._ends, kinds_of_characters())
+        from hrm_megatron.data.character_kernels import kinds_of_texts  # late: numba takes half a second
+        return kinds_of_texts(self.octets, self._ends, kinds_of_characters())
 
     @cached_property
     def not_nfc(self) -> np.ndarray:
@@ -68,13 +73,12 @@ class Texts(tuple[str, ...]):
         found = np.zeros(len(self), bool)
         if not (self.kinds & UNSURE).any():
             return found
-        from hrm_megatron.data.character_kernels import stretches_of_kind
+        from hrm_megatron.data.character_kernels import stretches_of_kind  # late, as above
         # A text is in NFC if every stretch of such characters is, with the one that they follow: none reaches further.
-        stretches = stretches_of_kind(self.joined_utf8, self._ends, kinds_of_characters(), self.kinds, UNSURE)
-        utf8 = self.joined_utf8.tobytes()
+        stretches = stretches_of_kind(self.octets, self._ends, kinds_of_characters(), self.kinds, UNSURE)
         in_nfc: dict[bytes, bool] = {}
         for text, start, end in stretches.tolist():
-            stretch = utf8[start:end]
+            stretch = self.joined_utf8[start:end]
             if (known := in_nfc.get(stretch)) is None:
                 known = in_nfc[stretch] = unicodedata.is_normalized("NFC", stretch.decode())
             if not known:

@@ -125,13 +125,12 @@ def broken_latex(texts: Texts) -> set[str]:
     """Return those of BROKEN_LATEX that stand in the texts."""
     if not (texts.kinds & CONTROL).any():
         return set()
-    utf8 = texts.joined_utf8
+    utf8 = texts.octets
     at = np.flatnonzero(utf8[:-2] - np.uint8(8) < 6)  # all of CONTROLS, and the vertical tab, which begins no part
     at = at[_SECOND[utf8[at + 1]]]
     triples = (utf8[at].astype(np.int64) << 16) | (utf8[at + 1].astype(np.int64) << 8) | utf8[at + 2]
     begun = at[np.isin(triples, _BEGINNINGS)].tolist()
-    joined = utf8.tobytes()
-    return {part for start in begun for part in BROKEN_LATEX if joined.startswith(part.encode(), start)}
+    return {part for start in begun for part in BROKEN_LATEX if texts.joined_utf8.startswith(part.encode(), start)}
 
 
 def _key(text: str) -> str:
