@@ -9,6 +9,7 @@ import torch
 from hrm_megatron.config import LoRA
 from hrm_megatron.convert.checkpoint import RAW
 from hrm_megatron.convert.table import Rename
+from hrm_megatron.layers.lora import merged
 
 A, B = "lora.A", "lora.B"
 
@@ -21,7 +22,7 @@ class Adapters:
 
     def on(self, entry: Rename) -> bool:
         """Tell whether this tensor is the weight of an adapted layer."""
-        return entry.megatron.split(".")[-2] in self.lora.targets if entry.trained and "." in entry.megatron else False
+        return entry.trained and entry.megatron.split(".")[-2] in self.lora.targets
 
     def factors(self, entries: Iterable[Rename]) -> Iterator[Rename]:
         """List the factors beside these tensors; nothing but Megatron's format has them."""
@@ -37,4 +38,4 @@ class Adapters:
         if not self.on(entry):
             return weight
         a, b = (read(part, factor) for factor in self.factors([entry]))
-        return weight + (b * self.lora.scale) @ a
+        return merged(weight, a, b, self.lora.scale)

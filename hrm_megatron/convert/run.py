@@ -95,10 +95,9 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
     kind = job.weights or (EMA if EMA in checkpoint.parts or checkpoint.iteration else RAW)
     if (job.weights or checkpoint.merged) and job.save_format not in WEIGHTS_ALONE:
         checkpoint = checkpoint.only_weights(kind)
-    if job.save_format in WEIGHTS_ALONE:
-        checkpoint.require(kind)
     source = checkpoint
     if job.save_format in WEIGHTS_ALONE:
+        checkpoint.require(kind)
         checkpoint = as_hrm(checkpoint)
     sections = Sections.read(job.data_report, job.evaluation)
     size_bytes = output_bytes(job, checkpoint)

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 HALVES = 2  # partition_stride of a weight of which each rank has a piece of both halves (SwiGLU)
 
 
+def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """W + scale B A in fp32, of factors in fp32."""
+    return weight.float() + (b * scale) @ a
+
+
 class Adapter(torch.nn.Module):
     """scale B A x, with A [r, k] and B [n, r] beside a weight [n, k]: of the two the one with the axis along which the
     weight is cut over tensor parallel ranks is cut too, [r, k/tp] or [n/tp, r], and the other is whole on each.

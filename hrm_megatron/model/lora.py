@@ -9,9 +9,10 @@ import torch
 
 from hrm_megatron.config import LoRA
 from hrm_megatron.layers.linear import OwnLinear
-from hrm_megatron.layers.lora import Adapter
+from hrm_megatron.layers.lora import Adapter, merged
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.initialize import draw, shard
+from hrm_megatron.parallel.patching import temporarily
 
 
 def adapt(model: HRMModel, lora: LoRA, seed: int) -> None:
@@ -41,17 +42,14 @@ def merged_weights(model: HRMModel) -> dict[str, torch.Tensor]:
         if isinstance(layer, OwnLinear) and layer.lora is not None:
             a, b = (tensors.pop(f"{name}.lora.{factor}").float() for factor in "AB")
             weight = tensors[f"{name}.weight"]
-            tensors[f"{name}.weight"] = (weight.float() + (b * layer.lora.scale) @ a).to(weight.dtype)
+            tensors[f"{name}.weight"] = merged(weight, a, b, layer.lora.scale).to(weight.dtype)
     return tensors
 
 
 @contextlib.contextmanager
 def without_adapters(models: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Let these models be what a checkpoint without adapters holds, for as long as one is loaded."""
-    kept = [(layer, layer.lora) for model in models for layer in model.modules()
-            if isinstance(layer, OwnLinear) and layer.lora is not None]
-    for layer, _ in kept:
-        layer.lora = None
-    yield
-    for layer, adapter in kept:
-        layer.lora = adapter
+    with contextlib.ExitStack() as stack:
+        for layer in (layer for model in models for layer in model.modules() if isinstance(layer, OwnLinear)):
+            stack.enter_context(temporarily(layer, lora=None))
+        yield
