@@ -38,7 +38,7 @@ mypy: $(STAMP)
 	$(BIN)/mypy hrm_megatron $(wildcard tools/*.py) $(wildcard examples/*.py examples/*/*.py)
 
 slow: $(STAMP)  ## Run the tests that take minutes each, and parts of the suite as other machines would
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not ranks"
 
 ranks: $(STAMP)  ## Train in every parallel layout and print how far each is from one process
 	$(BIN)/python -m pytest -m ranks
