@@ -40,6 +40,31 @@ def kinds_of_texts(utf8: Bytes, ends: np.ndarray, table: Bytes) -> Bytes:
 
 
 @compiled
+def stripped_texts(utf8: Bytes, ends: np.ndarray, table: Bytes, kind: int) -> np.ndarray:
+    """Where each text begins and ends without the characters of a kind around it, [texts, 2] int64."""
+    found = np.empty((len(ends), 2), np.int64)
+    start = 0
+    for text in range(len(ends)):
+        first, end = start, ends[text] - 1
+        while first < end:
+            code, behind = character_at(utf8, first)
+            if not table[code] & kind:
+                break
+            first = behind
+        while first < end:
+            last = end - 1
+            while utf8[last] & 0xC0 == 0x80:
+                last -= 1
+            code, _ = character_at(utf8, last)
+            if not table[code] & kind:
+                break
+            end = last
+        found[text, 0], found[text, 1] = first, end
+        start = ends[text]
+    return found
+
+
+@compiled
 def stretches_of_kind(utf8: Bytes, ends: np.ndarray, table: Bytes, kinds: Bytes, kind: int) -> np.ndarray:
     """Longest stretches of characters of a kind that takes two bytes and more: the text, the first byte, which is that
     of the character before if the text has one, and the byte behind, [stretches, 3] int64. `kinds`: of the texts."""

@@ -1,14 +1,16 @@
-"""What the characters of texts are, looked up for all texts of a batch together: they are encoded once for all who ask.
+"""Texts of a batch, and what their characters are, looked up for all of them together.
 
+The texts stay in the UTF-8 that they are read as, hashed as and spelled from; a string is made where one is asked for.
 A look into a table per character replaces the search for normal forms, for unassigned code points, for texts that show
-nothing and for marks of lost characters.
+nothing, for white space and for marks of lost characters.
 """
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
+from typing import overload
 
 import numpy as np
 
@@ -24,40 +26,49 @@ PRECOMPOSED = 4  # NFD makes others of it
 VISIBLE = 8
 LOST = 16
 CONTROL = 32  # that JSON can make of a backslash and a letter
+SPACE = 64  # to str.strip
 CONTROLS = "\b\t\n\f\r"
 
 
-class Texts(tuple[str, ...]):
+class Texts(Sequence[str]):
     """Texts of a batch."""
 
+    def __init__(self, joined: bytes, ends: np.ndarray) -> None:
+        """Take the UTF-8 of the texts, a NUL behind each, and where in it the next one begins, [texts] int64."""
+        self.joined = joined
+        self.ends = ends
+
     @classmethod
-    def of(cls, texts: Sequence[str]) -> Texts:
-        """Return them as they are where they were looked at already."""
-        return texts if isinstance(texts, Texts) else cls(texts)
+    def of(cls, texts: Iterable[str]) -> Texts:
+        """Return them as they are if they are of a batch already. Raises UnicodeEncodeError at half a surrogate
+        pair."""
+        if isinstance(texts, Texts):
+            return texts
+        utf8 = [text.encode() for text in texts]
+        batch = cls(b"\0".join((*utf8, b"")), np.cumsum(np.fromiter(map(len, utf8), np.int64, len(utf8)) + 1))
+        batch.utf8 = utf8
+        return batch
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        found = self.utf8[index]
+        return found.decode() if isinstance(found, bytes) else [text.decode() for text in found]
 
     @cached_property
     def utf8(self) -> list[bytes]:
-        return [text.encode() for text in self]
-
-    @cached_property
-    def joined(self) -> str:
-        """All texts, a NUL behind each."""
-        return "\0".join((*self, ""))
-
-    @cached_property
-    def joined_utf8(self) -> bytes:
-        """UTF-8 of `joined`. Raises UnicodeEncodeError at half a surrogate pair."""
-        return b"\0".join((*self.utf8, b""))
+        ends = self.ends.tolist()
+        return [self.joined[start:end - 1] for start, end in zip([0, *ends], ends, strict=False)]
 
     @property
     def octets(self) -> np.ndarray:
-        """The numbers of `joined_utf8`, [bytes] uint8."""
-        return np.frombuffer(self.joined_utf8, np.uint8)
-
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        """Where in `joined_utf8` the next text begins, [texts]."""
-        return np.cumsum(np.fromiter(map(len, self.utf8), np.int64, len(self)) + 1)
+        """The numbers of `joined`, [bytes] uint8."""
+        return np.frombuffer(self.joined, np.uint8)
 
     @cached_property
     def kinds(self) -> np.ndarray:
@@ -65,7 +76,13 @@ class Texts(tuple[str, ...]):
         if not self:
             return np.empty(0, np.uint8)
         from hrm_megatron.data.character_kernels import kinds_of_texts  # late: numba takes half a second
-        return kinds_of_texts(self.octets, self._ends, kinds_of_characters())
+        return kinds_of_texts(self.octets, self.ends, kinds_of_characters())
+
+    @cached_property
+    def stripped(self) -> np.ndarray:
+        """Where in `joined` each text begins and ends without the white space around it, [texts, 2] int64."""
+        from hrm_megatron.data.character_kernels import stripped_texts  # late, as above
+        return stripped_texts(self.octets, self.ends, kinds_of_characters(), SPACE)
 
     @cached_property
     def not_nfc(self) -> np.ndarray:
@@ -75,10 +92,10 @@ class Texts(tuple[str, ...]):
             return found
         from hrm_megatron.data.character_kernels import stretches_of_kind  # late, as above
         # A text is in NFC if every stretch of such characters is, with the one that they follow: none reaches further.
-        stretches = stretches_of_kind(self.octets, self._ends, kinds_of_characters(), self.kinds, UNSURE)
+        stretches = stretches_of_kind(self.octets, self.ends, kinds_of_characters(), self.kinds, UNSURE)
         in_nfc: dict[bytes, bool] = {}
         for text, start, end in stretches.tolist():
-            stretch = self.joined_utf8[start:end]
+            stretch = self.joined[start:end]
             if (known := in_nfc.get(stretch)) is None:
                 known = in_nfc[stretch] = unicodedata.is_normalized("NFC", stretch.decode())
             if not known:
@@ -98,6 +115,8 @@ def kinds_of_characters() -> np.ndarray:
         table[code] = VISIBLE
         if unicodedata.combining(character) or not unicodedata.is_normalized("NFC", character):
             table[code] |= UNSURE
+        if character.isspace():
+            table[code] |= SPACE
         if not unicodedata.is_normalized("NFD", character):
             table[code] |= PRECOMPOSED
             parts = unicodedata.decomposition(character).split()

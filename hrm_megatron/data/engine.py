@@ -189,7 +189,7 @@ class GigatokenEngine:
         spelled = list(texts.utf8)
         refused = unassigned(texts)
         if self._normalizer and (others := np.flatnonzero(texts.not_nfc).tolist()):
-            normal = Texts(self._normalizer.normalize_str(texts[i]) for i in others)
+            normal = Texts.of(self._normalizer.normalize_str(texts[i]) for i in others)
             for i, text in zip(others, normal.utf8, strict=True):
                 spelled[i] = text
             refused = sorted({*refused}.difference(others).union(others[i] for i in unassigned(normal)))

@@ -4,13 +4,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.characters import Texts
 from hrm_megatron.data.condition_rules import ConditionRule, condition_by_rule
 from hrm_megatron.data.spelling import TAG_TOKENS, tags_of
 from hrm_megatron.data.text_files import convert_from, shown
@@ -119,11 +117,6 @@ class Example:
     instruction: str
     response: str
     defaulted: bool = field(default=False, compare=False)
-
-
-def texts_of(examples: Iterable[Example]) -> Texts:
-    """Instruction, response, instruction, response, ..."""
-    return Texts(text for example in examples for text in (example.instruction, example.response))
 
 
 def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: str, response: str) -> Example:

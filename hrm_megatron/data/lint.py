@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.characters import CONTROL, LOST, PRECOMPOSED, VISIBLE, Texts
-from hrm_megatron.data.example import Example
+from hrm_megatron.data.example_batch import ExampleBatch
 
 LINT = ("warn", "error", "off")
 # What is left of LaTeX commands of which JSON read the backslash and the first letter as one control character. A
@@ -54,36 +54,31 @@ class Lint:
     first: dict[str, str] = field(default_factory=dict)
     responses: dict[str, tuple[str, int]] = field(default_factory=dict)  # of a source: key of its only one, rows
 
-    def look(self, source: str, placed: Sequence[tuple[str, Example]], texts: Texts,
-             special: re.Pattern[str] | None) -> None:
-        """Look at consecutive examples of a source and their `texts_of`; `special` finds strings of tokens that texts
-        do not become."""
+    def look(self, source: str, batch: ExampleBatch, special: re.Pattern[bytes] | None) -> None:
+        """Look at consecutive examples of a source; `special` finds strings of tokens that texts do not become."""
+        texts = batch.texts
         if parts := broken_latex(texts):
-            self._add_texts(LATEX, placed, (any(part in text for part in parts) for text in texts))
-        self._add_texts(REPLACEMENT, placed, (texts.kinds & LOST) != 0)
+            self._add_texts(LATEX, batch, (any(part in text for part in parts) for text in texts.utf8))
+        self._add_texts(REPLACEMENT, batch, (texts.kinds & LOST) != 0)
         if special and special.search(texts.joined):
-            self._add_texts(SPECIAL, placed, (bool(special.search(text)) for text in texts))
-        self._add_texts(BLANK, placed, (texts.kinds & VISIBLE) == 0)
-        for place, example in placed:
-            if (len(example.instruction) == len(example.response) and example.instruction == example.response) or \
-                    example.instruction.strip() == example.response.strip():
-                self.add(ECHO, place)
-        self._add_texts(DECOMPOSED, placed, texts.not_nfc)
+            self._add_texts(SPECIAL, batch, (bool(special.search(text)) for text in texts.utf8))
+        self._add_texts(BLANK, batch, (texts.kinds & VISIBLE) == 0)
+        for i in _echoes(texts):
+            self.add(ECHO, batch.place(i))
+        self._add_texts(DECOMPOSED, batch, texts.not_nfc)
         if (texts.kinds[~texts.not_nfc] & PRECOMPOSED).any():
             self.counts[COMPOSED] += 1  # whether there are some is all that matters
-        if placed:
-            only = placed[0][1].response
-            same = all(example.response == only for _, example in placed)
-            self._add_responses(source, _key(only) if same else "", len(placed))
+        if responses := texts.utf8[1::2]:
+            same = all(response == responses[0] for response in responses)
+            self._add_responses(source, _key(responses[0]) if same else "", len(responses))
 
     def add(self, kind: str, place: str, count: int = 1) -> None:
         self.counts[kind] += count
         self.first.setdefault(kind, place)
 
-    def _add_texts(self, kind: str, placed: Sequence[tuple[str, Example]],
-                   found: np.ndarray | Iterable[bool]) -> None:
+    def _add_texts(self, kind: str, batch: ExampleBatch, found: np.ndarray | Iterable[bool]) -> None:
         for i in np.flatnonzero(found if isinstance(found, np.ndarray) else list(found)).tolist():
-            self.add(kind, f"{placed[i // 2][0]} ({('instruction', 'response')[i % 2]})")
+            self.add(kind, f"{batch.place(i // 2)} ({('instruction', 'response')[i % 2]})")
 
     def _add_responses(self, source: str, key: str, rows: int) -> None:
         before, count = self.responses.get(source, (key, 0))
@@ -121,7 +116,7 @@ class Lint:
                    {source: (key, rows) for source, (key, rows) in value["responses"].items()})
 
 
-def broken_latex(texts: Texts) -> set[str]:
+def broken_latex(texts: Texts) -> set[bytes]:
     """Return those of BROKEN_LATEX that stand in the texts."""
     if not (texts.kinds & CONTROL).any():
         return set()
@@ -130,8 +125,16 @@ def broken_latex(texts: Texts) -> set[str]:
     at = at[_SECOND[utf8[at + 1]]]
     triples = (utf8[at].astype(np.int64) << 16) | (utf8[at + 1].astype(np.int64) << 8) | utf8[at + 2]
     begun = at[np.isin(triples, _BEGINNINGS)].tolist()
-    return {part for start in begun for part in BROKEN_LATEX if texts.joined_utf8.startswith(part.encode(), start)}
+    return {part for start in begun for part in map(str.encode, BROKEN_LATEX) if texts.joined.startswith(part, start)}
 
 
-def _key(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+def _echoes(texts: Texts) -> list[int]:
+    """Return the examples whose texts are the same but for white space around them."""
+    starts, ends = texts.stripped.T
+    lengths = ends - starts
+    return [i for i in np.flatnonzero(lengths[::2] == lengths[1::2]).tolist()
+            if texts.joined[starts[2 * i]:ends[2 * i]] == texts.joined[starts[2 * i + 1]:ends[2 * i + 1]]]
+
+
+def _key(text: bytes) -> str:
+    return hashlib.blake2b(text, digest_size=8).hexdigest()

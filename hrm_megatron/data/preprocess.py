@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,17 @@ from tqdm import tqdm
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.dataset_folder import DatasetFolder, Task
 from hrm_megatron.data.encoded import Encoded
-from hrm_megatron.data.example import BadRow, Example, RowFormat, texts_of
+from hrm_megatron.data.example import BadRow, RowFormat
 from hrm_megatron.data.incremental import Update, list_inputs, share_of
 from hrm_megatron.data.lint import TRUNCATED
 from hrm_megatron.data.manifest import facts_of
 from hrm_megatron.data.raw_text import Sizes
-from hrm_megatron.data.readers import PIECE_BYTES, Piece, pieces, read_piece
+from hrm_megatron.data.readers import PIECE_BYTES, Piece, pieces, read_batches
 from hrm_megatron.data.run_report import Report
 from hrm_megatron.data.spell import Spelled, spell
 from hrm_megatron.data.text_keys import TextKeys
 from hrm_megatron.data.tokenizer import TextTokenizer
 
-BATCH_CHARACTERS = 1 << 21  # of text that are spelled at once, more only where one example has more
 WORKERS_PER_READER = 4  # one reader unpacks 150 MB of Parquet a second and more, a worker spells 25
 MAX_READERS = 3  # a row group that is packed tightly takes 256 MB while it is read
 TASKS_PER_WORKER = 4  # queued ahead, so that memory does not grow with the input
@@ -49,47 +49,24 @@ def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, contex
     sizes = Sizes(context_size, lambda texts: [len(target) - 1 for target in tokenizer.encode_responses(texts)])
     spelled: list[Spelled] = []
     keys = TextKeys()
-    for batch in _batches(read_piece(piece, rows, encoded.noted, sizes)):
-        placed = [(place, example) for place, example in batch if isinstance(example, Example)]
-        texts = texts_of(example for _, example in placed)
-        batch_spelled = spell(tokenizer, [example.condition for _, example in placed], texts, context_size)
+    for batch in read_batches(piece, rows, encoded.noted, sizes):
+        batch_spelled = spell(tokenizer, batch.conditions, batch.texts, context_size)
         spelled.append(batch_spelled)
         encoded.truncated += len(batch_spelled.truncated)
         if lint:
-            encoded.lint.look(str(piece.path), placed, texts, tokenizer.hidden_strings)
+            encoded.lint.look(str(piece.path), batch, tokenizer.hidden_strings)
             for i in batch_spelled.truncated:
-                encoded.lint.add(TRUNCATED, placed[i][0])
-        lengths = enumerate(zip(batch_spelled.prefix_lengths, batch_spelled.fits, strict=True))
-        for place, example in batch:
-            if isinstance(example, BadRow):
-                encoded.bad_rows.append(example)
-                continue
-            number, (prefix_length, fits) = next(lengths)
-            if not fits:
-                encoded.bad_rows.append(BadRow(
-                    "prefix too long", f"{place}: the prefix alone takes {prefix_length} of {context_size} positions; "
-                    "shorten it or raise --context-size"))
-                continue
-            encoded.defaulted += example.defaulted
-            keys.add(example.condition, texts, number)
+                encoded.lint.add(TRUNCATED, batch.place(i))
+        too_long = [(i, BadRow("prefix too long", f"{batch.place(i)}: the prefix alone takes {prefix_length} of "
+                                                  f"{context_size} positions; shorten it or raise --context-size"))
+                    for i, prefix_length in batch_spelled.too_long]
+        encoded.bad_rows += [row for _, row in sorted([*batch.bad_rows, *too_long], key=itemgetter(0))]
+        encoded.defaulted += sum(batch.defaulted[i] for i in batch_spelled.kept)
+        keys.add(batch.conditions, batch.texts, batch_spelled.kept)
     encoded.ids = np.concatenate([part.ids for part in spelled])
     encoded.lengths = np.concatenate([part.lengths for part in spelled])
     encoded.prompt_keys, encoded.example_keys = keys.arrays()
     return encoded
-
-
-def _batches(read: Iterable[tuple[str, Example | BadRow]]) -> Iterator[list[tuple[str, Example | BadRow]]]:
-    """Cut what was read into batches of bounded length: rows of compressed files can be far longer than the files."""
-    batch: list[tuple[str, Example | BadRow]] = []
-    characters = 0
-    for place, example in read:
-        batch.append((place, example))
-        if isinstance(example, Example):
-            characters += len(example.instruction) + len(example.response)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    yield batch
 
 
 _worker_tokenizer: TextTokenizer

@@ -15,13 +15,14 @@ class Spelled(NamedTuple):
 
     ids: np.ndarray  # [sum of lengths] int32
     lengths: np.ndarray  # [examples that fit, 2] int64
-    prefix_lengths: list[int]  # of all examples
-    fits: list[bool]  # of all examples
+    kept: list[int]  # which examples those are
+    too_long: list[tuple[int, int]]  # which examples do not fit, and how long their prefix is
     truncated: list[int]  # which examples have a target that was cut, and so no end token
 
 
 def spell(tokenizer: TextTokenizer, conditions: Sequence[str], texts: Texts, context_size: int) -> Spelled:
-    """Spell examples of these conditions and `texts_of`, each in at most `context_size` positions."""
+    """Spell examples of these conditions and texts, instruction, response, instruction, ..., each in at most
+    `context_size` positions."""
     ids, flat = tokenizer.encode_examples(conditions, texts)
     lengths = flat.reshape(-1, 2)
     room = context_size + 1 - lengths[:, 0]  # the last target token takes no position
@@ -33,4 +34,5 @@ def spell(tokenizer: TextTokenizer, conditions: Sequence[str], texts: Texts, con
         ids = ids[position < np.repeat(kept.reshape(-1), flat)]
     else:
         kept = lengths
-    return Spelled(ids, kept[fits], lengths[:, 0].tolist(), fits.tolist(), np.flatnonzero(cut).tolist())
+    too_long = [(i, int(lengths[i, 0])) for i in np.flatnonzero(~fits).tolist()]
+    return Spelled(ids, kept[fits], np.flatnonzero(fits).tolist(), too_long, np.flatnonzero(cut).tolist())

@@ -85,10 +85,10 @@ def tags_of(condition: str, known: Iterable[str] = TAG_TOKENS) -> list[str]:
     return tags
 
 
-def strings_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of these strings."""
-    ordered = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+def strings_of(tokens: Iterable[str]) -> re.Pattern[bytes] | None:
+    """A pattern that finds any of these strings in UTF-8."""
+    ordered = sorted((token.encode() for token in tokens), key=len, reverse=True)
+    return re.compile(b"|".join(map(re.escape, ordered))) if ordered else None
 
 
 def add_spelling_flags(parser: argparse.ArgumentParser) -> None:

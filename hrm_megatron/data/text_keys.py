@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterable, Sequence
 from unicodedata import normalize
 
 import numpy as np
@@ -20,15 +21,19 @@ class TextKeys:
         self._prompts: list[bytes] = []
         self._examples: list[bytes] = []
 
-    def add(self, condition: str, texts: Texts, number: int) -> None:
-        """Take an example by its number among those of `texts_of`."""
-        at = 2 * number
+    def add(self, conditions: Sequence[str], texts: Texts, chosen: Iterable[int]) -> None:
+        """Take the chosen examples of a batch, by their numbers in it."""
+        heads = {condition: condition.encode() for condition in set(conditions)}
+        starts, ends = texts.stripped.T
         # Without a prompt, as at the beginning of a plain document, nothing else tells examples apart.
-        prompt = at if texts[at].strip() else at + 1
-        text = texts[prompt]
-        plain = len(text.strip()) == len(text) and not texts.not_nfc[prompt]
-        self._prompts.append(_prompt_key(texts.utf8[prompt]) if plain else prompt_key(text))
-        self._examples.append(example_key(condition.encode(), *texts.utf8[at:at + 2]))
+        prompts = np.arange(0, len(texts), 2) + (starts == ends)[::2]
+        whole = np.diff(texts.ends, prepend=0) - 1 == ends - starts
+        plain = (whole & ~texts.not_nfc)[prompts].tolist()
+        utf8, prompt_of = texts.utf8, prompts.tolist()
+        for i in chosen:
+            prompt = prompt_of[i]
+            self._prompts.append(_prompt_key(utf8[prompt]) if plain[i] else prompt_key(texts[prompt]))
+            self._examples.append(example_key(heads[conditions[i]], utf8[2 * i], utf8[2 * i + 1]))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Return a key [n] of each instruction and two [n, 2] of each example."""

@@ -6,7 +6,8 @@ import pytest
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.characters import Texts
-from hrm_megatron.data.example import Example, RowFormat, texts_of
+from hrm_megatron.data.example import Example, RowFormat
+from hrm_megatron.data.example_batch import ExampleBatch
 from hrm_megatron.data.lint import BROKEN_LATEX, CONSTANT_FROM, Lint, broken_latex
 from hrm_megatron.data.preprocess import encode_chunk, preprocess
 from hrm_megatron.data.readers import pieces
@@ -30,7 +31,7 @@ def rows_of(texts, response="an answer"):
 
 def found(placed, special=None):
     lint = Lint()
-    lint.look("f", placed, texts_of(example for _, example in placed), special)
+    lint.look("f", ExampleBatch.of(placed), special)
     return lint
 
 
@@ -42,10 +43,10 @@ def as_json_reads_it(text):
 @pytest.mark.parametrize("text", LATEX)
 def test_what_json_makes_of_latex_is_found(text):
     broken = as_json_reads_it(text)
-    assert broken_latex(Texts(["\u4f60", f"{broken} and more"]))
+    assert broken_latex(Texts.of(["\u4f60", f"{broken} and more"]))
     lint = found(rows_of(["fine", broken, broken]))
     assert lint.counts["latex"] == 2 and lint.first["latex"] == "f:2 (instruction)"
-    assert not broken_latex(Texts([text]))
+    assert not broken_latex(Texts.of([text]))
 
 
 def test_clean_texts_have_nothing_to_warn_of(tokenizer):

@@ -4,7 +4,8 @@ import unicodedata
 
 import numpy as np
 
-from hrm_megatron.data.example import Example, texts_of
+from hrm_megatron.data.example import Example
+from hrm_megatron.data.example_batch import ExampleBatch
 from hrm_megatron.data.text_keys import TextKeys, example_key, prompt_key
 
 
@@ -24,9 +25,9 @@ def test_keys_stand_in_the_order_of_their_examples():
     keys = TextKeys()
     assert [array.shape for array in keys.arrays()] == [(0,), (0, 2)]
     examples = [Example("", "q", "1"), Example("", " q ", "2"), Example("", "", "one text"), Example("", "", "another")]
-    texts = texts_of(examples)
-    for number, example in enumerate(examples):
-        keys.add(example.condition, texts, number)
+    for part in (examples[:3], examples[3:]):
+        batch = ExampleBatch.of(("", example) for example in part)
+        keys.add(batch.conditions, batch.texts, range(len(part)))
     prompts, whole = keys.arrays()
     assert prompts[0] == prompts[1] and len(set(prompts.tolist())) == 3  # without a prompt, the response tells
     assert len({*map(tuple, whole.tolist())}) == 4 and np.array_equal(
@@ -35,10 +36,9 @@ def test_keys_stand_in_the_order_of_their_examples():
 
 def test_a_prompt_that_needs_no_change_has_the_key_of_any_other_spelling():
     spellings = ["caf\u00e9", " caf\u00e9", "cafe\u0301", "cafe\u0301\n"]
-    texts = texts_of(Example("", text, "a") for text in spellings)
+    batch = ExampleBatch.of(("", Example("", text, "a")) for text in spellings)
     keys = TextKeys()
-    for number in range(len(spellings)):
-        keys.add("", texts, number)
+    keys.add(batch.conditions, batch.texts, range(len(spellings)))
     prompts, whole = keys.arrays()
     assert set(prompts.tolist()) == {int.from_bytes(prompt_key("caf\u00e9"), "little")}
     assert len({*map(tuple, whole.tolist())}) == len(spellings)

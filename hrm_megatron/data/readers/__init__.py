@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat
+from hrm_megatron.data.example_batch import ExampleBatch, batches
 from hrm_megatron.data.raw_text import BY_CHARACTERS, Sizes
 from hrm_megatron.data.readers.arrow import FILE_MARK, STREAM_MARK, arrow_is_blank, arrow_pieces
 from hrm_megatron.data.readers.documents import document_is_blank, document_pieces, is_document
@@ -17,8 +18,8 @@ from hrm_megatron.data.readers.parquet import MARK, parquet_is_blank, parquet_pi
 from hrm_megatron.data.readers.piece import Piece
 from hrm_megatron.data.row_shapes import examples_of, shape_of
 
-__all__ = ["PIECE_BYTES", "Piece", "is_blank", "pieces", "read_examples", "read_piece", "sample_documents",
-           "with_shape"]
+__all__ = ["PIECE_BYTES", "Piece", "is_blank", "pieces", "read_batches", "read_examples", "read_piece",
+           "sample_documents", "with_shape"]
 
 PIECE_BYTES = 1 << 20  # of text, the work of one task
 ROWS = RowFormat()
@@ -83,6 +84,14 @@ def read_piece(piece: Piece, rows: RowFormat = ROWS,
             yield place, error
         else:
             yield from ((place, example) for example in examples)
+
+
+def read_batches(piece: Piece, rows: RowFormat, noted: Counter[str], sizes: Sizes) -> Iterator[ExampleBatch]:
+    """Yield what `read_piece` does as columns: at once where the piece can be read so, else row by row."""
+    if batch := piece.read_columns(rows):
+        yield batch
+    else:
+        yield from batches(read_piece(piece, rows, noted, sizes))
 
 
 def read_examples(paths: Iterable[Path], rows: RowFormat = ROWS, bad_rows: BadRows | None = None,

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hrm_megatron.data.example import BadRow, RowFormat, parse_object
+from hrm_megatron.data.example_batch import ExampleBatch
 from hrm_megatron.data.readers.piece import Piece, Row, too_long
+from hrm_megatron.data.readers.plain_rows import plain_rows
 from hrm_megatron.data.readers.streams import open_stream
 from hrm_megatron.data.text_files import HEAD_BYTES, is_blank_jsonl, without_mark
 
@@ -35,13 +37,8 @@ class LinesPiece(Piece):
         if self.long_line_bytes:
             yield too_long(f"{self.path}:{self.first_line}", self.long_line_bytes, rows)
             return
-        text = self.text
-        if text is None:
-            with open(self.path, "rb") as file:
-                file.seek(self.start_byte)
-                text = file.read(self.num_bytes)
         file_name = str(self.path)
-        for number, line in enumerate(text.split(b"\n"), self.first_line):
+        for number, line in enumerate(self._lines().split(b"\n"), self.first_line):
             place = f"{file_name}:{number}"
             if len(line) > rows.max_row_bytes:
                 yield too_long(place, len(line), rows)
@@ -50,6 +47,16 @@ class LinesPiece(Piece):
                     yield place, parse_object(line, place)
                 except BadRow as error:
                     yield place, error
+
+    def read_columns(self, rows: RowFormat) -> ExampleBatch | None:
+        return None if self.long_line_bytes else plain_rows(self._lines(), str(self.path), self.first_line, rows)
+
+    def _lines(self) -> bytes:
+        if self.text is not None:
+            return self.text
+        with open(self.path, "rb") as file:
+            file.seek(self.start_byte)
+            return file.read(self.num_bytes)
 
 
 def cut_lines(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[Cut]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hrm_megatron.data.example import BadRow, RowFormat
+from hrm_megatron.data.example_batch import ExampleBatch
 
 Row = dict[str, Any]
 
@@ -22,6 +23,10 @@ class Piece(ABC):
     @abstractmethod
     def read(self, rows: RowFormat) -> Iterator[tuple[str, Row | BadRow]]:
         """Yield (place, row) in order."""
+
+    def read_columns(self, rows: RowFormat) -> ExampleBatch | None:
+        """Return the examples of all rows at once, None where a row has to be looked at by itself."""
+        return None
 
 
 def too_long(place: str, num_bytes: int, rows: RowFormat) -> tuple[str, BadRow]:

@@ -1,0 +1,273 @@
+"""Loops over lines of JSON, compiled as those of kernels.py are: where in plain rows the wanted texts stand.
+
+A line is plain if it is blank, or one object of RFC 8259 in UTF-8 that leaves nothing to decide: keys have no escapes;
+the wanted fields are there once, and are strings; no string has half a surrogate pair; numbers are short, nesting is
+not deep. Every function returns -1 at anything else, which is not told apart here. Nothing but white space between
+lines takes a line end, so no loop runs past the last one, with which the bytes end.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+from hrm_megatron.data.kernels import compiled
+
+Bytes = np.ndarray  # [n] uint8
+
+NEWLINE, TAB, RETURN, SPACE, QUOTE, BACKSLASH, COMMA, COLON, MINUS, PLUS, POINT, ZERO, NINE = map(
+    ord, "\n\t\r \"\\,:-+.09")
+BRACE, BRACKET, BRACE_END, BRACKET_END = map(ord, "{[}]")
+SMALL_E, LARGE_E, SMALL_U = map(ord, "eEu")
+ESCAPES = np.zeros(256, np.uint8)  # what stands for what behind a backslash
+for escape, character in zip('"\\/bfnrt', '"\\/\b\f\n\r\t', strict=True):
+    ESCAPES[ord(escape)] = ord(character)
+HEX = np.full(256, -1, np.int64)
+for digit in "0123456789abcdefABCDEF":
+    HEX[ord(digit)] = int(digit, 16)
+WORDS = np.array([list(word.ljust(5).encode()) for word in ("true", "false", "null")], np.uint8)
+MOST_DEPTH = 60  # Python takes hundreds
+MOST_DIGITS = 300  # Python takes thousands
+
+
+@compiled
+def behind_space(octets: Bytes, at: int) -> int:
+    while octets[at] == SPACE or octets[at] == TAB or octets[at] == RETURN:
+        at += 1
+    return at
+
+
+@compiled
+def hex_at(octets: Bytes, at: int) -> int:
+    """The number of four hexadecimal digits."""
+    code = 0
+    for i in range(4):
+        digit = HEX[octets[at + i]]
+        if digit < 0:
+            return -1
+        code = code << 4 | digit
+    return code
+
+
+@compiled
+def escaped(octets: Bytes, at: int) -> tuple[int, int]:
+    """Code point of the escape that begins at a backslash, and where it ends."""
+    letter = octets[at + 1]
+    if letter != SMALL_U:
+        return (int(ESCAPES[letter]) if ESCAPES[letter] else -1), at + 2
+    code = hex_at(octets, at + 2)
+    if code & ~0x7FF != 0xD800:  # no surrogate
+        return code, at + 6
+    if code >= 0xDC00 or octets[at + 6] != BACKSLASH or octets[at + 7] != SMALL_U:
+        return -1, at
+    low = hex_at(octets, at + 8)
+    return (0x10000 + ((code & 0x3FF) << 10 | low & 0x3FF) if low & ~0x3FF == 0xDC00 else -1), at + 12
+
+
+@compiled
+def behind_character(octets: Bytes, at: int) -> int:
+    """Behind a character of two bytes and more, which is well-formed (Unicode, table 3-7)."""
+    first, second = octets[at], octets[at + 1]
+    if first < 0xC2 or first > 0xF4 or second & 0xC0 != 0x80:
+        return -1
+    if first < 0xE0:
+        return at + 2
+    if octets[at + 2] & 0xC0 != 0x80:
+        return -1
+    if first < 0xF0:
+        return -1 if (first == 0xE0 and second < 0xA0) or (first == 0xED and second >= 0xA0) else at + 3
+    if octets[at + 3] & 0xC0 != 0x80 or (first == 0xF0 and second < 0x90) or (first == 0xF4 and second >= 0x90):
+        return -1
+    return at + 4
+
+
+@compiled
+def behind_string(octets: Bytes, at: int) -> int:
+    at += 1
+    while octets[at] != QUOTE:
+        if octets[at] < SPACE:
+            return -1
+        if octets[at] == BACKSLASH:
+            code, at = escaped(octets, at)
+            if code < 0:
+                return -1
+        elif octets[at] < 0x80:
+            at += 1
+        else:
+            at = behind_character(octets, at)
+            if at < 0:
+                return -1
+    return at + 1
+
+
+@compiled
+def behind_digits(octets: Bytes, at: int) -> int:
+    start = at
+    while ZERO <= octets[at] <= NINE:
+        at += 1
+    return at if at > start else -1
+
+
+@compiled
+def behind_word(octets: Bytes, at: int) -> int:
+    """Behind a number or `true`, `false`, `null`."""
+    for word in WORDS:
+        length = 0
+        while length < 5 and word[length] != SPACE and octets[at + length] == word[length]:
+            length += 1
+        if length == 5 or (length == 4 and word[4] == SPACE):
+            return at + length
+    start = at
+    if octets[at] == MINUS:
+        at += 1
+    at = at + 1 if octets[at] == ZERO else behind_digits(octets, at)
+    if at >= 0 and octets[at] == POINT:
+        at = behind_digits(octets, at + 1)
+    if at >= 0 and (octets[at] == SMALL_E or octets[at] == LARGE_E):
+        at += 1
+        if octets[at] == MINUS or octets[at] == PLUS:
+            at += 1
+        at = behind_digits(octets, at)
+    return at if at - start <= MOST_DIGITS else -1
+
+
+@compiled
+def behind_key(octets: Bytes, at: int) -> int:
+    """Behind the colon of a key."""
+    if octets[at] != QUOTE:
+        return -1
+    end = behind_string(octets, at)
+    for i in range(at, end):
+        if octets[i] == BACKSLASH:
+            return -1
+    if end < 0:
+        return -1
+    at = behind_space(octets, end)
+    return at + 1 if octets[at] == COLON else -1
+
+
+@compiled
+def field_at(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray) -> int:
+    """Which of the names the key at a quote is, -1 for none. `names` have a quote behind each."""
+    start = 0
+    for field in range(len(name_ends)):
+        length = name_ends[field] - start
+        i = 0
+        while i < length and octets[at + 1 + i] == names[start + i]:
+            i += 1
+        if i == length:
+            return field
+        start = name_ends[field]
+    return -1
+
+
+@compiled
+def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, found: np.ndarray) -> int:
+    """Behind the object that begins at a byte. `found`: where the texts of the fields begin and end, [fields, 2]."""
+    found[:] = -1
+    depth = 0
+    objects = 0  # a bit for each level that is open, the last one lowest: 1 for an object, 0 for a list
+    field = -1
+    while True:
+        if objects & 1:
+            field = field_at(octets, at, names, name_ends) if depth == 1 else -1
+            at = behind_key(octets, at)
+            if at < 0:
+                return -1
+            at = behind_space(octets, at)
+        start = at
+        empty = False
+        if octets[at] == QUOTE:
+            at = behind_string(octets, at)
+            if field >= 0:
+                if found[field, 0] >= 0:
+                    return -1
+                found[field, 0], found[field, 1] = start + 1, at - 1
+        elif field >= 0:
+            return -1
+        elif octets[at] == BRACE or octets[at] == BRACKET:
+            if depth == MOST_DEPTH:
+                return -1
+            depth += 1
+            objects = objects << 1 | (octets[at] == BRACE)
+            at = behind_space(octets, at + 1)
+            empty = octets[at] == (BRACE_END if objects & 1 else BRACKET_END)
+            if not empty:
+                continue
+        else:
+            at = behind_word(octets, at)
+        if at < 0:
+            return -1
+        while True:
+            at = behind_space(octets, at)
+            if octets[at] == COMMA:
+                at = behind_space(octets, at + 1)
+                break
+            if octets[at] != (BRACE_END if objects & 1 else BRACKET_END):
+                return -1
+            at += 1
+            depth -= 1
+            objects >>= 1
+            if not depth:
+                return at
+
+
+@compiled
+def rows_of_lines(octets: Bytes, names: Bytes, name_ends: np.ndarray, max_row_bytes: int, found: np.ndarray,
+                  lines: np.ndarray) -> int:
+    """Fill in where the texts of the fields stand, [rows, fields, 2], -1 where the first field is missing, and the line
+    of each row; return the number of rows."""
+    rows = line = at = 0
+    while at < len(octets):
+        start = at
+        at = behind_space(octets, at)
+        if octets[at] != NEWLINE:
+            if octets[at] != BRACE:
+                return -1
+            at = behind_row(octets, at, names, name_ends, found[rows])
+            if at < 0 or found[rows, 1:].min() < 0:
+                return -1
+            at = behind_space(octets, at)
+            lines[rows] = line
+            rows += 1
+        if octets[at] != NEWLINE or at - start > max_row_bytes:
+            return -1
+        line += 1
+        at += 1
+    return rows
+
+
+@compiled
+def join_texts(octets: Bytes, spans: np.ndarray, joined: Bytes, ends: np.ndarray) -> int:
+    """Write the texts of spans [texts, 2], without their escapes and a NUL behind each; `ends` is where the next one
+    begins."""
+    to = 0
+    for text in range(len(spans)):
+        at, end = spans[text, 0], spans[text, 1]
+        while at < end:
+            if octets[at] != BACKSLASH:
+                joined[to] = octets[at]
+                at += 1
+                to += 1
+                continue
+            code, at = escaped(octets, at)
+            if code < 0x80:
+                joined[to] = code
+                to += 1
+            elif code < 0x800:
+                joined[to] = 0xC0 | code >> 6
+                joined[to + 1] = 0x80 | code & 0x3F
+                to += 2
+            elif code < 0x10000:
+                joined[to] = 0xE0 | code >> 12
+                joined[to + 1] = 0x80 | code >> 6 & 0x3F
+                joined[to + 2] = 0x80 | code & 0x3F
+                to += 3
+            else:
+                joined[to] = 0xF0 | code >> 18
+                joined[to + 1] = 0x80 | code >> 12 & 0x3F
+                joined[to + 2] = 0x80 | code >> 6 & 0x3F
+                joined[to + 3] = 0x80 | code & 0x3F
+                to += 4
+        joined[to] = 0
+        to += 1
+        ends[text] = to
+    return to

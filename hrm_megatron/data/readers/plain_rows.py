@@ -1,0 +1,72 @@
+"""Lines of jsonl straight to columns of texts, where every row is plain: no Python object is made of a row or a text.
+
+json reads a line five times as slowly as its texts are copied out of it. What a decoder takes that Python's refuses, or
+the other way round, would be another row or another message; so lines are read here only if there is nothing to decide
+(json_kernels.py), and rows only if they are good, by bounds that are cheap and on the safe side. One line that is not
+so, and all lines of the piece are read one by one, by the reader that defines what they are.
+"""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.characters import Texts
+from hrm_megatron.data.example import RowFormat
+from hrm_megatron.data.example_batch import BATCH_CHARACTERS, ExampleBatch
+from hrm_megatron.data.spelling import tags_of
+
+LEAST_ROW_BYTES = len('{"a":"","b":""}\n')
+
+
+def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) -> ExampleBatch | None:
+    """Read whole lines, the first of which is `first_line` of the file; None unless all rows are plain and good."""
+    escaped = any(json.dumps(key, ensure_ascii=False) != f'"{key}"' for key in rows.keys)
+    if rows.shape != "fields" or rows.raw or escaped:
+        return None
+    from hrm_megatron.data.readers.json_kernels import join_texts, rows_of_lines  # late: numba takes half a second
+    if not text.endswith(b"\n"):
+        text += b"\n"
+    octets = np.frombuffer(text, np.uint8)
+    names = [f'{key}"'.encode("utf-8", "surrogatepass") for key in rows.keys]
+    most = len(text) // LEAST_ROW_BYTES + 1  # pages that are not written take no memory
+    found, lines = np.empty((most, len(names), 2), np.int64), np.empty(most, np.int64)
+    count = rows_of_lines(octets, np.frombuffer(b"".join(names), np.uint8), np.cumsum([len(name) for name in names]),
+                          rows.max_row_bytes, found, lines)
+    if count < 1:
+        return None
+    spans = found[:count, 1:].reshape(-1, 2)
+    lengths = spans[:, 1] - spans[:, 0]  # in bytes of JSON, of which a character takes one at least
+    if lengths.max() > rows.max_characters or lengths.sum() >= BATCH_CHARACTERS:
+        return None
+    conditions = _conditions(text, found[:count, 0].tolist(), rows)
+    if conditions is None:
+        return None
+    joined, ends = np.empty(int(lengths.sum()) + len(spans), np.uint8), np.empty(len(spans), np.int64)
+    texts = Texts(joined[:join_texts(octets, spans, joined, ends)].tobytes(), ends)
+    if (texts.stripped[:, 0] == texts.stripped[:, 1]).any():
+        return None
+    numbers = (lines[:count] + first_line).tolist()
+    return ExampleBatch(lambda i: f"{file_name}:{numbers[i]}", conditions, texts, (found[:count, 0, 0] < 0).tolist())
+
+
+def _conditions(text: bytes, spans: list[list[int]], rows: RowFormat) -> list[str] | None:
+    """Return the tags of every row, those by default where it has none; None if some are not good."""
+    given = [text[start:end] if start >= 0 else None for start, end in spans]
+    known: dict[bytes | None, str] = {}
+    for condition in set(given):
+        if condition is None:
+            if rows.default_condition is None or rows.condition_rules:
+                return None
+            known[None] = rows.default_condition
+        elif b"\\" in condition:
+            return None
+        else:
+            known[condition] = condition.decode()
+    try:
+        for tags in known.values():
+            tags_of(tags, rows.tags)
+    except ConfigError:
+        return None
+    return [known[condition] for condition in given]
