@@ -147,8 +147,9 @@ def random_line(rng):
 
 
 PARTS = (b'"', b"\\", b"{", b"}", b"[", b"]", b":", b",", b"\n", b"\r\n", b" ", b"\t", b"\0", b"\xff", b"\x80",
-         b"\xc3", b"//", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xc2\xa0", b"\\ud800", b"\\udc00", b"\\u", b"\\n", b"\\x", b"0",
-         b"-", b".", b"e", b"1", b"NaN", b"null", b"true", b"condition", b"response", b'"response":"b",', b'"id":[')
+         b"\xc3", b"//", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xc2\xa0", b"\\ud800", b"\\udc00", b"\\u", b"\\n", b"\\x",
+         b"0", b"-", b".", b"e", b"1", b"NaN", b"null", b"true", b"condition", b"response", b'"response":"b",',
+         b'"id":[')
 
 
 def mutated(rng, text):

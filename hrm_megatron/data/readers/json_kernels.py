@@ -23,7 +23,7 @@ for escape, character in zip('"\\/bfnrt', '"\\/\b\f\n\r\t', strict=True):
 HEX = np.full(256, -1, np.int64)
 for digit in "0123456789abcdefABCDEF":
     HEX[ord(digit)] = int(digit, 16)
-WORDS = np.array([list(word.ljust(5).encode()) for word in ("true", "false", "null")], np.uint8)
+WORDS = np.frombuffer(b"true false null ", np.uint8)
 MOST_DEPTH = 60  # Python takes hundreds
 MOST_DIGITS = 300  # Python takes thousands
 
@@ -109,12 +109,14 @@ def behind_digits(octets: Bytes, at: int) -> int:
 @compiled
 def behind_word(octets: Bytes, at: int) -> int:
     """Behind a number or `true`, `false`, `null`."""
-    for word in WORDS:
-        length = 0
-        while length < 5 and word[length] != SPACE and octets[at + length] == word[length]:
-            length += 1
-        if length == 5 or (length == 4 and word[4] == SPACE):
+    start = length = 0
+    for i in range(len(WORDS)):
+        if WORDS[i] != SPACE:
+            length += octets[at + length] == WORDS[i]
+        elif length == i - start:
             return at + length
+        else:
+            start, length = i + 1, 0
     start = at
     if octets[at] == MINUS:
         at += 1
@@ -161,8 +163,9 @@ def field_at(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray) -> int
 
 @compiled
 def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, found: np.ndarray) -> int:
-    """Behind the object that begins at a byte. `found`: where the texts of the fields begin and end, [fields, 2]."""
-    found[:] = -1
+    """Behind the object that begins at a byte. `found`: where the texts of the fields begin and end, [2 x fields]."""
+    for i in range(len(found)):
+        found[i] = -1
     depth = 0
     objects = 0  # a bit for each level that is open, the last one lowest: 1 for an object, 0 for a list
     field = -1
@@ -178,9 +181,9 @@ def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, foun
         if octets[at] == QUOTE:
             at = behind_string(octets, at)
             if field >= 0:
-                if found[field, 0] >= 0:
+                if found[2 * field] >= 0:
                     return -1
-                found[field, 0], found[field, 1] = start + 1, at - 1
+                found[2 * field], found[2 * field + 1] = start + 1, at - 1
         elif field >= 0:
             return -1
         elif octets[at] == BRACE or octets[at] == BRACKET:
@@ -213,8 +216,8 @@ def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, foun
 @compiled
 def rows_of_lines(octets: Bytes, names: Bytes, name_ends: np.ndarray, max_row_bytes: int, found: np.ndarray,
                   lines: np.ndarray) -> int:
-    """Fill in where the texts of the fields stand, [rows, fields, 2], -1 where the first field is missing, and the line
-    of each row; return the number of rows."""
+    """Fill in where the texts of the fields stand, [rows, 2 x fields], -1 where the first field is missing, and the
+    line of each row; return the number of rows."""
     rows = line = at = 0
     while at < len(octets):
         start = at
@@ -223,8 +226,11 @@ def rows_of_lines(octets: Bytes, names: Bytes, name_ends: np.ndarray, max_row_by
             if octets[at] != BRACE:
                 return -1
             at = behind_row(octets, at, names, name_ends, found[rows])
-            if at < 0 or found[rows, 1:].min() < 0:
+            if at < 0:
                 return -1
+            for i in range(2, found.shape[1]):
+                if found[rows, i] < 0:
+                    return -1
             at = behind_space(octets, at)
             lines[rows] = line
             rows += 1

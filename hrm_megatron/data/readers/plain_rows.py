@@ -31,16 +31,16 @@ def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) ->
     octets = np.frombuffer(text, np.uint8)
     names = [f'{key}"'.encode("utf-8", "surrogatepass") for key in rows.keys]
     most = len(text) // LEAST_ROW_BYTES + 1  # pages that are not written take no memory
-    found, lines = np.empty((most, len(names), 2), np.int64), np.empty(most, np.int64)
+    found, lines = np.empty((most, 2 * len(names)), np.int64), np.empty(most, np.int64)
     count = rows_of_lines(octets, np.frombuffer(b"".join(names), np.uint8), np.cumsum([len(name) for name in names]),
                           rows.max_row_bytes, found, lines)
     if count < 1:
         return None
-    spans = found[:count, 1:].reshape(-1, 2)
+    spans = found[:count, 2:].reshape(-1, 2)
     lengths = spans[:, 1] - spans[:, 0]  # in bytes of JSON, of which a character takes one at least
     if lengths.max() > rows.max_characters or lengths.sum() >= BATCH_CHARACTERS:
         return None
-    conditions = _conditions(text, found[:count, 0].tolist(), rows)
+    conditions = _conditions(text, found[:count, :2].tolist(), rows)
     if conditions is None:
         return None
     joined, ends = np.empty(int(lengths.sum()) + len(spans), np.uint8), np.empty(len(spans), np.int64)
@@ -48,7 +48,7 @@ def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) ->
     if (texts.stripped[:, 0] == texts.stripped[:, 1]).any():
         return None
     numbers = (lines[:count] + first_line).tolist()
-    return ExampleBatch(lambda i: f"{file_name}:{numbers[i]}", conditions, texts, (found[:count, 0, 0] < 0).tolist())
+    return ExampleBatch(lambda i: f"{file_name}:{numbers[i]}", conditions, texts, (found[:count, 0] < 0).tolist())
 
 
 def _conditions(text: bytes, spans: list[list[int]], rows: RowFormat) -> list[str] | None:
