@@ -88,3 +88,17 @@ def stretches_of_kind(utf8: Bytes, ends: np.ndarray, table: Bytes, kinds: Bytes,
                 inside = False
             before = start
     return found[:count].copy()
+
+
+@compiled
+def places_of_triples(utf8: Bytes, wanted: np.ndarray, lowest: int) -> np.ndarray:
+    """Where three wanted bytes follow each other, [places] int64. `wanted`: by the first byte, from `lowest` on, and by
+    the two behind it, [n, 256, 256] bool."""
+    found = np.empty(len(utf8), np.int64)  # as above
+    count = 0
+    for at in range(len(utf8) - 2):
+        first = np.int64(utf8[at]) - lowest
+        if 0 <= first < len(wanted) and wanted[first, utf8[at + 1], utf8[at + 2]]:
+            found[count] = at
+            count += 1
+    return found[:count].copy()

@@ -94,12 +94,16 @@ class Texts(Sequence[str]):
         # A text is in NFC if every stretch of such characters is, with the one that they follow: none reaches further.
         stretches = stretches_of_kind(self.octets, self.ends, kinds_of_characters(), self.kinds, UNSURE)
         in_nfc: dict[bytes, bool] = {}
-        for text, start, end in stretches.tolist():
+        last = -1
+        for text, start, end in zip(*stretches.T.tolist(), strict=True):  # no list for each, which wakes the collector
+            if text == last:
+                continue
             stretch = self.joined[start:end]
             if (known := in_nfc.get(stretch)) is None:
                 known = in_nfc[stretch] = unicodedata.is_normalized("NFC", stretch.decode())
             if not known:
                 found[text] = True
+                last = text
         return found
 
 

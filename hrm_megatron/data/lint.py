@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.characters import CONTROL, LOST, PRECOMPOSED, VISIBLE, Texts
+from hrm_megatron.data.characters import CONTROL, CONTROLS, LOST, PRECOMPOSED, VISIBLE, Texts
 from hrm_megatron.data.example_batch import ExampleBatch
 
 LINT = ("warn", "error", "off")
@@ -26,8 +26,10 @@ BROKEN_LATEX = tuple(control + rest for control, ends in (
     ("\n", ("abla", "eq ", "eq\\", "eq{", "otin", "earrow", "ewline\\", "ewcommand")),
     ("\r", ("ight)", "ight]", "ight\\", "ight|", "ight.", "angle", "ceil", "floor", "ho ", "ho_", "brace", "vert")),
 ) for rest in ends)
-_SECOND = np.array([chr(code) in {part[1] for part in BROKEN_LATEX} for code in range(256)])
-_BEGINNINGS = np.array(sorted({int.from_bytes(part[:3].encode("ascii"), "big") for part in BROKEN_LATEX}))
+FIRST_CONTROL = min(map(ord, CONTROLS))
+_BEGINNINGS = np.zeros((max(map(ord, CONTROLS)) - FIRST_CONTROL + 1, 256, 256), bool)  # of parts, by three bytes
+for part in map(str.encode, BROKEN_LATEX):
+    _BEGINNINGS[part[0] - FIRST_CONTROL, part[1], part[2]] = True
 CONSTANT_FROM = 8  # so many rows of a source and more with one response between them are suspicious
 LATEX, REPLACEMENT, ECHO, BLANK, TRUNCATED, SPECIAL, DECOMPOSED, COMPOSED = (
     "latex", "replacement", "echo", "blank", "truncated", "special", "decomposed", "composed")
@@ -120,11 +122,8 @@ def broken_latex(texts: Texts) -> set[bytes]:
     """Return those of BROKEN_LATEX that stand in the texts."""
     if not (texts.kinds & CONTROL).any():
         return set()
-    utf8 = texts.octets
-    at = np.flatnonzero(utf8[:-2] - np.uint8(8) < 6)  # all of CONTROLS, and the vertical tab, which begins no part
-    at = at[_SECOND[utf8[at + 1]]]
-    triples = (utf8[at].astype(np.int64) << 16) | (utf8[at + 1].astype(np.int64) << 8) | utf8[at + 2]
-    begun = at[np.isin(triples, _BEGINNINGS)].tolist()
+    from hrm_megatron.data.character_kernels import places_of_triples  # late: numba takes half a second
+    begun = places_of_triples(texts.octets, _BEGINNINGS, FIRST_CONTROL).tolist()
     return {part for start in begun for part in map(str.encode, BROKEN_LATEX) if texts.joined.startswith(part, start)}
 
 

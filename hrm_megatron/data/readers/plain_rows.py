@@ -40,7 +40,7 @@ def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) ->
     lengths = spans[:, 1] - spans[:, 0]  # in bytes of JSON, of which a character takes one at least
     if lengths.max() > rows.max_characters or lengths.sum() >= BATCH_CHARACTERS:
         return None
-    conditions = _conditions(text, found[:count, :2].tolist(), rows)
+    conditions = _conditions(text, *found[:count, :2].T.tolist(), rows)
     if conditions is None:
         return None
     joined, ends = np.empty(int(lengths.sum()) + len(spans), np.uint8), np.empty(len(spans), np.int64)
@@ -51,9 +51,9 @@ def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) ->
     return ExampleBatch(lambda i: f"{file_name}:{numbers[i]}", conditions, texts, (found[:count, 0] < 0).tolist())
 
 
-def _conditions(text: bytes, spans: list[list[int]], rows: RowFormat) -> list[str] | None:
+def _conditions(text: bytes, starts: list[int], ends: list[int], rows: RowFormat) -> list[str] | None:
     """Return the tags of every row, those by default where it has none; None if some are not good."""
-    given = [text[start:end] if start >= 0 else None for start, end in spans]
+    given = [text[start:end] if start >= 0 else None for start, end in zip(starts, ends, strict=True)]
     known: dict[bytes | None, str] = {}
     for condition in set(given):
         if condition is None:
