@@ -148,12 +148,12 @@ def behind_key(octets: Bytes, at: int) -> int:
 
 @compiled
 def field_at(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray) -> int:
-    """Which of the names the key at a quote is, -1 for none. `names` have a quote behind each."""
+    """Which of the names stands at a byte, -1 for none of them. They have their quotes."""
     start = 0
     for field in range(len(name_ends)):
         length = name_ends[field] - start
         i = 0
-        while i < length and octets[at + 1 + i] == names[start + i]:
+        while i < length and octets[at + i] == names[start + i]:
             i += 1
         if i == length:
             return field

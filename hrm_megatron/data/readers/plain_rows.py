@@ -17,19 +17,19 @@ from hrm_megatron.data.example import RowFormat
 from hrm_megatron.data.example_batch import BATCH_CHARACTERS, ExampleBatch
 from hrm_megatron.data.spelling import tags_of
 
-LEAST_ROW_BYTES = len('{"a":"","b":""}\n')
+LEAST_ROW_BYTES = len('{"":"","":""}\n')
 
 
 def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) -> ExampleBatch | None:
     """Read whole lines, the first of which is `first_line` of the file; None unless all rows are plain and good."""
-    escaped = any(json.dumps(key, ensure_ascii=False) != f'"{key}"' for key in rows.keys)
-    if rows.shape != "fields" or rows.raw or escaped:
+    keys = [json.dumps(key, ensure_ascii=False) for key in rows.keys]
+    if rows.shape != "fields" or rows.raw or any("\\" in key for key in keys):
         return None
     from hrm_megatron.data.readers.json_kernels import join_texts, rows_of_lines  # late: numba takes half a second
     if not text.endswith(b"\n"):
         text += b"\n"
     octets = np.frombuffer(text, np.uint8)
-    names = [f'{key}"'.encode("utf-8", "surrogatepass") for key in rows.keys]
+    names = [key.encode("utf-8", "surrogatepass") for key in keys]
     most = len(text) // LEAST_ROW_BYTES + 1  # pages that are not written take no memory
     found, lines = np.empty((most, 2 * len(names)), np.int64), np.empty(most, np.int64)
     count = rows_of_lines(octets, np.frombuffer(b"".join(names), np.uint8), np.cumsum([len(name) for name in names]),
@@ -40,7 +40,7 @@ def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) ->
     lengths = spans[:, 1] - spans[:, 0]  # in bytes of JSON, of which a character takes one at least
     if lengths.max() > rows.max_characters or lengths.sum() >= BATCH_CHARACTERS:
         return None
-    conditions = _conditions(text, *found[:count, :2].T.tolist(), rows)
+    conditions = _conditions(text, found[:count, 0].tolist(), found[:count, 1].tolist(), rows)
     if conditions is None:
         return None
     joined, ends = np.empty(int(lengths.sum()) + len(spans), np.uint8), np.empty(len(spans), np.int64)
