@@ -65,8 +65,8 @@ def test_a_plain_piece_is_read_at_once():
     with_field(b"1", b'""'), with_field(b"1", b'"\xc3\xa9"'),
     b'  {"response":"a" ,\t"instruction"\r: "b","condition":"cot"}  ',
     line(instruction='"quoted" \\ / \b\f\n\r\t \u00e9 \u20ac \U0001f600 \0 \x7f \u2028'),
-    json.dumps({**GOOD, "instruction": "\u00e9 \u20ac \U0001f600 \ue000 \uffff \U0010ffff \u0800 \u07ff \ud7ff"},
-               ensure_ascii=False).encode(),
+    *(json.dumps({**GOOD, "instruction": "\x80 \u07ff \u0800 \ud7ff \ue000 \uffff \U00010000 \U0010ffff"},
+                 ensure_ascii=escapes).encode() for escapes in (False, True)),
     line(condition="cot,synth"), line(condition=" cot , synth"), line(instruction=" \u3000x\u2003"),
 ])
 def test_rows_that_are_read_at_once(text):
@@ -85,6 +85,7 @@ def test_rows_that_are_read_at_once(text):
                       b'["a": 1]', b'"\\x41"', b'"\\u12"', b'"\\u123g"', b'"\\u+123"', b'"a\tb"', b'"\x00"',
                       b'"\\ud800"',
                       b'"\\udc00"', b'"\\ud800\\ud800"', b'"\\ud800\\u0041"', b'"\\ud800\\n"', b'"\\ude00\\ud83d"',
+                      b'"\\udc00\\udc00"', b'{"a":' * 5000 + b"1" + b"}" * 5000,
                       b'"\xed\xa0\x80"', b'"\xc0\x80"', b'"\xe0\x9f\xbf"', b'"\xf0\x8f\xbf\xbf"', b'"\xf4\x90\x80\x80"',
                       b'"\xf5\x80\x80\x80"', b'"\x80"', b'"\xe2\x82"', b'"\xc3"', b'"\xf0\x9f\x98"')),
     *(line(**{key: value}) for key in ("instruction", "response")
@@ -93,7 +94,8 @@ def test_rows_that_are_read_at_once(text):
     b'{"instruction": "a", "response": "b"}', b'{"condition": "cot", "response": "b"}', line(condition="\ud800"),
     b'{"condition": "cot", "instruction": "a"}', b'{"messages": [{"role": "user", "content": "a"}]}',
     b'{"condition": "c\\u006ft", "instruction": "a", "response": "b"}',
-    b'{"instruction": "a", "input": "b", "output": "c"}', line(instruction="x" * BATCH_CHARACTERS),
+    b'{"instruction": "a", "input": "b", "output": "c"}',
+    line(**dict.fromkeys(("instruction", "response"), "x" * (BATCH_CHARACTERS // 2))),
 ], ids=lambda text: repr(text[:30]))
 def test_rows_that_are_left_to_the_reader_of_single_rows(text):
     for whole in (text, LINE + b"\n" + text + b"\n" + LINE, LINE + b"\n" + text):
@@ -108,6 +110,7 @@ def test_rows_that_are_left_to_the_reader_of_single_rows(text):
     (RowFormat(default_condition="cot", condition_rules=(ConditionRule("synth"),)),
      b'{"instruction": "a", "response": "b"}', False),
     (RowFormat(tags=("loud",)), LINE, False), (RowFormat(tags=("loud",)), line(condition="loud"), True),
+    (RowFormat(tags=("c\\u006ft",)), line(condition="cot").replace(b"cot", b"c\\u006ft"), False),
     (RowFormat(("t\u00e4gs", "q", "a")), '{"q": "a", "a": "b", "t\u00e4gs": "cot", "instruction": 3}'.encode(), True),
     (RowFormat(("t", "q\n", "a")), b'{"q\\n": "a", "a": "b", "t": "cot"}', False),
     (RowFormat(("t", 'q"', "a")), b'{"q\\"": "a", "a": "b", "t": "cot"}', False),

@@ -22,14 +22,13 @@ LEAST_ROW_BYTES = len('{"":"","":""}\n')
 
 def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) -> ExampleBatch | None:
     """Read whole lines, the first of which is `first_line` of the file; None unless all rows are plain and good."""
-    keys = [json.dumps(key, ensure_ascii=False) for key in rows.keys]
-    if rows.shape != "fields" or rows.raw or any("\\" in key for key in keys):
+    if rows.shape != "fields" or rows.raw:
         return None
     from hrm_megatron.data.readers.json_kernels import join_texts, rows_of_lines  # late: numba takes half a second
     if not text.endswith(b"\n"):
         text += b"\n"
     octets = np.frombuffer(text, np.uint8)
-    names = [key.encode("utf-8", "surrogatepass") for key in keys]
+    names = [json.dumps(key, ensure_ascii=False).encode("utf-8", "surrogatepass") for key in rows.keys]
     most = len(text) // LEAST_ROW_BYTES + 1  # pages that are not written take no memory
     found, lines = np.empty((most, 2 * len(names)), np.int64), np.empty(most, np.int64)
     count = rows_of_lines(octets, np.frombuffer(b"".join(names), np.uint8), np.cumsum([len(name) for name in names]),
