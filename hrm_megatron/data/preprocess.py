@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -37,9 +36,6 @@ from hrm_megatron.data.tokenizer import TextTokenizer
 WORKERS_PER_READER = 4  # one reader unpacks 150 MB of Parquet a second and more, a worker spells 25
 MAX_READERS = 3  # a row group that is packed tightly takes 256 MB while it is read
 TASKS_PER_WORKER = 4  # queued ahead, so that memory does not grow with the input
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-MAPPED_BYTES = 1 << 25  # of one array that is mapped by itself, the most that glibc takes
-KEPT_BYTES = 1 << 26  # that are free; a batch takes less than half of it
 ROWS = RowFormat()
 
 
@@ -87,16 +83,7 @@ def open_in_worker(tokenizer_path: Path, engine: str) -> TextTokenizer:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = TextTokenizer(tokenizer_path, engine)
     gc.freeze()  # what is imported stays: to look for garbage in it took a sixth of the time
-    _keep_freed_memory()
     return tokenizer
-
-
-def _keep_freed_memory() -> None:
-    """Let the arrays of a batch have the memory of the last one's: the kernel clears every page that it gives out, and
-    glibc hands back what is large at once."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # no other C library has it
-        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _end_with_parent() -> None:
