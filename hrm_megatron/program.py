@@ -32,11 +32,22 @@ def listen() -> None:
     """Make SIGINT, SIGTERM and SIGHUP raise `Stopped` from here on, and end the program with one line about it.
 
     Call it before the imports that take seconds. A signal that the caller ignores (nohup, a background job) stays
-    ignored.
+    ignored. Standard streams that the caller closed are then /dev/null.
     """
+    _open_closed_streams()
     for number in STOP_SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by something else than Python
             signal.signal(number, _on_signal)
+
+
+def _open_closed_streams() -> None:
+    """Keep the numbers of closed streams from the next files to be opened, which would get what is said to them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            os.set_inheritable(descriptor, True)
+            mode = "w" if number else "r"
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # it stays
 
 
 @contextlib.contextmanager
@@ -66,13 +77,23 @@ def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] =
     try:
         work()
         sys.stdout.flush()
-    except BrokenPipeError:  # `head` and the like have read enough; Python would flush, and fail, once more at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `head` and the like have read enough
+        _give_up_output()
         return 128 + signal.SIGPIPE
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
+        _give_up_output()
         return 1
     return 0
+
+
+def _give_up_output() -> None:
+    """Drop what stdout does not take: Python would flush, and fail, once more at the end, in lines and a status of its
+    own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -93,6 +93,25 @@ def test_refusals_are_one_line_and_a_closed_pipe_is_none():
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_closed_streams_are_no_failure_and_their_numbers_are_no_files(tmp_path):
+    """Else an output would get the number of stdout, and with it what libraries print."""
+    program = (f"{LISTEN}import sys\ndef work():\n  print(1, sys.stdin.read())\n  print(2, file=sys.stderr)\n"
+               "  with open('out', 'w') as file: file.write(str(file.fileno()))\nsys.exit(one_line(work))")
+    subprocess.run(["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, "-c", program], check=True,
+                   cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert int((tmp_path / "out").read_text()) > 2
+
+
+def test_a_refusal_ends_so_too_where_nobody_reads_what_was_said_before():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", f"{LISTEN}import sys\ndef refuse():\n  print('some')\n"
+                           "  raise ConfigError('x=1: choose 2')\nsys.exit(one_line(refuse))"], stdout=write,
+                          stderr=subprocess.PIPE, cwd=ROOT, text=True, env={})  # it may say PYTHONUNBUFFERED
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "error: x=1: choose 2\n")
+
+
 def test_a_terminal_without_a_character_gets_it_spelled_out():
     done = run("from hrm_megatron.program import one_line\nimport sys\nsys.stdout.reconfigure(encoding='ascii')\n"
                "sys.exit(one_line(lambda: print('7', chr(0x2588), chr(0xdcff))))")
