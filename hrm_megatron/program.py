@@ -76,7 +76,12 @@ def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] =
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # the work is done, and its outputs are there
+            raise OSError(error.errno, error.strerror, "standard output") from error
     except BrokenPipeError:  # `head` and the like have read enough
         _give_up_output()
         return 128 + signal.SIGPIPE
@@ -113,8 +118,9 @@ def signals_held() -> Iterator[None]:
             _on_signal(number, None)
 
 
-def check_outputs(outputs: Mapping[str, Path | None], suffixes: tuple[str, ...] = ()) -> None:
-    """Refuse, by their flags, files that could not be written in the end; call it before the work.
+def check_outputs(outputs: Mapping[str, Path | None], suffixes: tuple[str, ...] = (),
+                  inputs: Mapping[str, Path | None] | None = None) -> None:
+    """Refuse, by their flags, files that could not be written in the end, or are read; call it before the work.
 
     Their names end as `suffixes` say, or as the flag says.
     """
@@ -131,6 +137,9 @@ def check_outputs(outputs: Mapping[str, Path | None], suffixes: tuple[str, ...] 
         for other in [*given][:number]:
             if given[other].absolute() == path.absolute():
                 raise ConfigError(f"{flag} {path}: is what {other} names too; give another file")
+        for other, read in (inputs or {}).items():
+            if read is not None and path.exists() and read.exists() and path.samefile(read):
+                raise ConfigError(f"{flag} {path}: is what {other} reads, and would be lost; give another file")
 
 
 @contextlib.contextmanager

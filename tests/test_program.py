@@ -81,6 +81,11 @@ def test_refusals_are_one_line_and_a_closed_pipe_is_none():
     done = run("from hrm_megatron.config import ConfigError\nfrom hrm_megatron.program import one_line\nimport sys\n"
                "def refuse(): raise ConfigError('x=1: choose 2')\nsys.exit(one_line(refuse))")
     assert (done.returncode, done.stderr) == (1, "error: x=1: choose 2\n")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", "from hrm_megatron.program import one_line\nimport sys\n"
+                               "sys.exit(one_line(lambda: print('made')))"], stdout=full, stderr=subprocess.PIPE,
+                              cwd=ROOT, text=True, env={})
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device: 'standard output'\n")
     done = run("from hrm_megatron.program import one_line\nimport sys\n"
                "sys.exit(one_line(lambda: open('/nowhere/file')))")
     assert (done.returncode, done.stderr) == (1, "error: [Errno 2] No such file or directory: '/nowhere/file'\n")
@@ -180,6 +185,16 @@ def test_what_could_not_be_written_is_refused_before_the_work(tmp_path, monkeypa
     check_outputs({"--png": Path("new/a.png"), "--json": Path("file"), "--text": None})
     with pytest.raises(ConfigError, match=f"^{said}"):
         check_outputs({flag: Path(path) for flag, path in outputs.items()})
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    read, link = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    read.touch()
+    link.symlink_to(read)
+    inputs = {"--input": read, "--other": None, "--third": tmp_path / "missing"}
+    check_outputs({"--json": tmp_path / "c.jsonl", "--png": tmp_path / "missing.png"}, inputs=inputs)
+    with pytest.raises(ConfigError, match=r"^--json .*b.jsonl: is what --input reads, and would be lost; give another"):
+        check_outputs({"--json": link}, inputs=inputs)
 
 
 # Stops at the first import that may take long, of whatever a program needs besides listening.
