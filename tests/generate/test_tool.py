@@ -109,7 +109,7 @@ def test_answers_that_hold_line_ends_stay_one_record(tool, tmp_path, monkeypatch
     ([], dict(prompt=("--prompt-file", "/dev/null")), "--prompt-file /dev/null: empty; write one instruction per line"),
     ([], dict(prompt=("--prompt", "na\udcefve")), "--prompt 'na\\udcefve': not UTF-8 at character 3"),
     ([], dict(tokenizer="nowhere"), "nowhere: no tokenizer there (No such file or directory); train one with"),
-    ([], dict(load="nowhere"), "nowhere/latest_checkpointed_iteration.txt: cannot read"),
+    ([], dict(load="nowhere"), "--load nowhere: no folder there"),
     (["--ckpt-step", "3"], {}, "iter_0000003: not there; choose another with --ckpt-step (complete: iter_0000007)"),
     (["--condition", "direct,loud"], {}, "--prompt: unknown tag 'loud'"),
     ([], dict(prompt=("--prompt", " ")), "--prompt: empty instruction; write one"),
@@ -121,6 +121,7 @@ def test_answers_that_hold_line_ends_stay_one_record(tool, tmp_path, monkeypatch
     (["--logprobs", "2"], {}, "--logprobs: are written as JSON; give --jsonl or --output too"),
     (["--samples", "2", "--stream"], {}, "--samples 2: only one answer is printed while it grows"),
     (["--batch-size", "0"], {}, "--batch-size 0: must be at least 1"),
+    (["--samples", "2"], {}, "--samples 2: greedy answers are all the same"),
     (["--l-cycles", "0"], {}, "l_cycles=0: must be at least 1"),
     (["--stop", ""], {}, "a stop string must not be empty"),
     (["--top-k", "5"], {}, "without effect at temperature=0"),
@@ -280,6 +281,19 @@ def test_an_export_answers_with_the_tokenizer_beside_it(tool, expected, exported
     for flags, message in ((["--ckpt-step", "3"], "has no steps"), (["--no-verify-checkpoint"], "has no checksums")):
         status, out, err = tool(*flags, load=exported)
         assert (status, out) == (1, "") and message in err
+
+
+def test_the_checksums_of_an_export_can_be_passed_over(tool, expected, exported, monkeypatch):
+    from hrm_megatron.convert import hf_files
+
+    (exported / "conversion.json").touch()
+    monkeypatch.setattr(hf_files, "digests_of", lambda folder: {"lm_head.weight": "of others"})
+    try:
+        assert "lm_head.weight is not what was exported" in tool(load=exported)[2]
+        status, out, err = tool("--no-verify-checkpoint", load=exported)
+    finally:
+        (exported / "conversion.json").unlink()
+    assert (status, out) == (0, expected(QUESTIONS[:1])) and "was not verified" in err
 
 
 def test_another_tokenizer_of_the_same_size_is_refused_beside_an_export(tool, exported, tmp_path):
