@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import glob
 import io
+import logging
 import os
 import shutil
 import signal
@@ -17,6 +19,8 @@ from types import FrameType
 from typing import IO
 
 from hrm_megatron.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -175,7 +179,13 @@ def write_aside(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(place: Path) -> Iterator[Path]:
-    """Give an empty folder beside `place` that replaces it when the block ends well, and vanishes otherwise."""
+    """Give an empty folder beside `place` that replaces it when the block ends well, and vanishes otherwise.
+
+    What kill -9 left beside it is named: hidden, it may fill a disk, or be all that is left of what was replaced.
+    """
+    for state, what in (("partial", "half-written"), ("replaced", "what was there before")):
+        for left in sorted(place.parent.glob(f".{glob.escape(place.name)}.{state}-*")):
+            log.warning("%s: %s, of a run that was killed, or that runs now; remove it if none does", left, what)
     partial, replaced = (place.with_name(f".{place.name}.{state}-{uuid.uuid4().hex}")
                          for state in ("partial", "replaced"))
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.program import Stopped, check_outputs, whole_file, write_aside
+from hrm_megatron.program import Stopped, check_outputs, whole_file, whole_folder, write_aside
 from tests.stores import files_of
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +139,16 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, full_disk):
         write_aside(file, "x" * 101)
     assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(file))
     assert file.read_text() == "before" and [*tmp_path.iterdir()] == [file]
+
+
+def test_what_a_killed_run_left_beside_a_folder_is_named_and_kept(tmp_path, caplog):
+    left = [tmp_path / ".[a].partial-1", tmp_path / ".[a].replaced-1"]
+    for folder in (*left, tmp_path / ".a.partial-2"):
+        folder.mkdir()
+    with whole_folder(tmp_path / "[a]"):
+        pass
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [*map(str, left)]
+    assert {*left, tmp_path / "[a]"} < {*tmp_path.iterdir()}
 
 
 def test_what_stops_the_writer_leaves_nothing_half_written(tmp_path):
