@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hrm_megatron.config import ConfigError
 from tests.random_checkpoint import TOKENIZER, write_random_checkpoint
 from tests.tools import load_tool
 
@@ -170,6 +171,14 @@ def test_jsonl_comes_in_and_goes_out_in_order(tool, expected, tmp_path):
     assert [dict(row, finish=None) for row in found] == [dict(first, finish=None), dict(second, finish=None)] * 3
     for each in [each for greedy in logprobs for each in greedy]:
         assert each["top"] == [dict(token=each["token"], id=each["id"], logprob=each["logprob"])]
+
+
+@pytest.mark.parametrize("flag", ["--input", "--prompt-file"])
+def test_the_questions_are_not_written_over(tmp_path, flag):
+    module, path = load_tool("generate"), rows_file(tmp_path, dict(instruction="x"))[1]
+    args = module.parser().parse_args(["--load", "x", flag, str(path), "--output", str(path), "--overwrite"])
+    with pytest.raises(ConfigError, match=f"^--output .*rows.jsonl: is what {flag} reads, and would be lost"):
+        module.check_flags(args)
 
 
 def test_an_interrupted_run_goes_on_and_answers_nothing_twice(tool, tmp_path, monkeypatch):
