@@ -53,6 +53,7 @@ from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.restarts import check_launch, check_restarts  # noqa: E402
+from hrm_megatron.training.save_lock import SaveLock  # noqa: E402
 from hrm_megatron.training.scalars import flush_scalars  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.source_losses import find_sources, install_source_losses  # noqa: E402
@@ -66,7 +67,7 @@ SECONDS_BEHIND_RANK_0 = 5.0  # where all ranks see the same, the launcher ends t
 log = logging.getLogger("hrm_megatron.pretrain")  # __name__ is __main__
 
 
-def train(console: Console) -> None:
+def train(console: Console, saves: SaveLock) -> None:
     """Run Megatron's own training loop over our model, data and optimizer."""
     sources = {}
 
@@ -92,6 +93,7 @@ def train(console: Console) -> None:
     data = sources["all"]
     evaluation = settle_evaluation(args, *data.held_out(), data.why_no_validation(args.split))
     install_eval_tasks = eval_tasks_of(args, evaluation)
+    saves.hold(args)
     start, is_left = check_checkpoint(args)
     fits = functools.partial(check_fit, args)
     if start and not is_left and not verify_end(args, start, fits):
@@ -129,6 +131,7 @@ def train(console: Console) -> None:
         return step.build_model(vp_stage=vp_stage, **options)
 
     def ready(train_rows: PackedRows | None) -> None:
+        saves.hold(args, make=True)
         reporter.begin(train_rows)
         step.meter.restart()
 
@@ -178,8 +181,8 @@ def eval_tasks_of(args: argparse.Namespace, evaluation: Evaluation) -> Callable[
 
 def run(rank: int, ranks: int) -> None:
     try:
-        with Console(rank, ranks) as console:
-            train(console)
+        with Console(rank, ranks) as console, SaveLock() as saves:
+            train(console, saves)
     except ConfigError:
         if rank:
             time.sleep(SECONDS_BEHIND_RANK_0)

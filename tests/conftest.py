@@ -13,6 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; 
 
 GOLDEN = Path(__file__).parent / "golden"
 PARITY, SURVIVED = "parity", "survives"  # under which reports carry them, also from the processes of pytest-xdist
+SLOW_SECONDS = 1800  # what takes minutes on an idle machine; the limit of pyproject.toml is for all else
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests more time before they are held to hang."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -16,7 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class InUse(ConfigError):
-    """Another run holds the lock."""
+    """Another run holds the lock; `holder` is what it has written of itself."""
+
+    def __init__(self, what: str, holder: str, way_out: str) -> None:
+        super().__init__(f"{what} is in use by another run{f' ({holder})' if holder else ''}; wait for its end, or "
+                         f"{way_out}")
+        self.holder = holder
 
 
 @contextlib.contextmanager
@@ -25,7 +30,7 @@ def lock(path: Path, what: str, shared: bool = False) -> Iterator[bool]:
 
     `shared` holders stand beside each other. Yields False where the file system has no locks.
     """
-    file = _open_and_lock(path, what, shared)
+    file = open_and_lock(path, what, "choose another --output-prefix", shared)
     try:
         yield file is not None
     finally:
@@ -45,7 +50,11 @@ def locked_in_place(file: int, path: Path, shared: bool = False) -> bool:
         return False
 
 
-def _open_and_lock(path: Path, what: str, shared: bool) -> int | None:
+def open_and_lock(path: Path, what: str, way_out: str, shared: bool = False) -> int | None:
+    """Make the lock file and lock it until the returned descriptor is closed; None where the file system has no locks.
+
+    Raises InUse if another process holds it.
+    """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -55,8 +64,7 @@ def _open_and_lock(path: Path, what: str, shared: bool) -> int | None:
         except BlockingIOError as error:
             holder = os.pread(file, 1000, 0).decode("utf-8", "replace").strip()
             os.close(file)
-            raise InUse(f"{what} is in use by another run{f' ({holder})' if holder else ''}; wait for its end, or "
-                        "choose another --output-prefix") from error
+            raise InUse(what, holder, way_out) from error
         except OSError as error:
             os.close(file)
             log.warning("%s: the file system has no locks (%s); see that no other run writes there", path.parent,

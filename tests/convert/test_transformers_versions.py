@@ -15,7 +15,7 @@ import torch
 from tests.convert.test_export import QUESTIONS, checkpoint, export, of_ours, tokenizer  # noqa: F401  # fixtures
 from tests.convert.test_prompts import CHAT, assert_near, our_logits
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 [DECLARED] = [requirement for requirement
               in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]

@@ -83,7 +83,6 @@ def test_killed_three_times(made, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # some twenty runs, each a process
 def test_killed_twenty_times(made, tmp_path):
     _, events, _ = made
     check(made, tmp_path, np.random.default_rng(SEED + 1).choice(np.arange(1, events + 1), 20, replace=False).tolist())
@@ -96,7 +95,6 @@ def test_killed_while_workers_are_busy(made, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # some twenty runs, each a process
 def test_killed_again_and_again(made, tmp_path):
     """Each run dies a few events after it has begun to write, until one is through."""
     run, events, whole = made

@@ -13,7 +13,6 @@ MOST_REGISTERS = 255  # of a thread, by the instruction set: what is more is spi
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_kernels_of_a_step_spill_no_registers(tmp_path):
     done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.fake_cuda.hopper"], cwd=ROOT,
                           capture_output=True, text=True, env=os.environ | {

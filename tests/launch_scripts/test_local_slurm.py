@@ -18,7 +18,7 @@ from tests.ports import free_port
 ROOT = Path(__file__).parents[2]
 MISSING = [program for program in PROGRAMS if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None]
 pytestmark = [
-    pytest.mark.slow, pytest.mark.timeout(1800),
+    pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)} (Debian's slurmctld, slurmd, munge)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="the daemons of Slurm are started by root"),
 ]

@@ -6,11 +6,17 @@ from pathlib import Path
 import pytest
 
 from hrm_megatron.parallel.cpu import activate
+from hrm_megatron.training.save_lock import LOCK_FILE
 
 activate()
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FULLBATCH = GOLDEN / "fullbatch"
+
+
+def written(folder):
+    """When each file was written; not the note of who holds the folder, which a start writes that then ends."""
+    return {path: path.is_file() and path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != LOCK_FILE}
 
 
 def open_log(folder):

@@ -1,6 +1,8 @@
 """What a user gets wrong costs one line, and nothing that is on disk."""
 import dataclasses
+import fcntl
 import pickle
+import platform
 import shutil
 
 import numpy as np
@@ -10,8 +12,9 @@ from hrm_megatron.checkpoint.folders import TRACKER_FILE
 from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
 from hrm_megatron.data.indexed_examples import IndexedExamplesWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.training.save_lock import LOCK_FILE
 from tests.stores import part_of, write_single
-from tests.training.conftest import FULLBATCH, GOLDEN
+from tests.training.conftest import FULLBATCH, GOLDEN, written
 
 TOKENIZER = GOLDEN / "tokenizer"
 SIZES = ["--num-layers", 1, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 96, "--lr", 1e-3,
@@ -23,12 +26,12 @@ SAMPLED = ["--sampled-data-path", FULLBATCH / "sampled"]
 def refused(launch, tmp_path):
     """Check that a run ends with one line that holds `parts`, writes nothing, and trains not a step."""
     def check(*arguments, parts, ranks=1, prelude=""):
-        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        before = written(tmp_path)
         run = launch(*arguments, ranks=ranks, prelude=prelude)
         assert run.code == 2 and "Traceback" not in run.output, run.output
         assert len(run.errors) == 1 and all(part in run.errors[0] for part in parts), run.output
         assert "step " not in run.output.replace(run.errors[0], "")
-        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        assert written(tmp_path) == before
     return check
 
 
@@ -244,3 +247,14 @@ def test_a_checkpoint_without_an_average(launch, refused, fullbatch_arguments, t
                                             "--no-load-optim"])
     again = launch(*flags, "--load", folder, "--no-load-optim", "--exit-interval", 4)
     assert again.code == 0 and (folder / TRACKER_FILE).read_text() == "4"
+
+
+def test_a_folder_that_another_run_saves_to(refused, tmp_path):
+    path = tmp_path / LOCK_FILE
+    with open(path, "w") as file:
+        file.write(f"process 7 on {platform.node()} since noon")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused(*SIZES, *SAMPLED, "--save", tmp_path, "--load", tmp_path,
+                parts=[f"--save {tmp_path} is in use by another run (process 7 on {platform.node()} since noon); wait"])
+    assert path.read_text().startswith("process 7 on")

@@ -10,7 +10,7 @@ from hrm_megatron.checkpoint.verify import verify
 from hrm_megatron.config import ConfigError
 from hrm_megatron.training.checkpoint import starting_point
 from tests.damage import flip_bit_of_tensor
-from tests.training.conftest import scalars
+from tests.training.conftest import scalars, written
 
 
 @pytest.fixture
@@ -28,13 +28,13 @@ def flags(fullbatch_arguments, damaged):
 
 
 def test_damage_is_refused_and_the_newest_that_verifies_is_named(launch, flags, damaged):
-    before = {path: path.stat().st_mtime_ns for path in damaged.rglob("*")}
+    before = written(damaged)
     run = launch(*flags, ranks=2)
     assert run.code == 2 and "Traceback" not in run.output and len(run.errors) == 1, run.output[-5000:]
     assert f"{damaged}/iter_0000024/__0_0.distcp: " in run.errors[0]
     assert "do not have the CRC32 that was written with them" in run.errors[0]
     assert run.errors[0].endswith("the newest that verifies: --ckpt-step 12, which --load-newest-valid takes by itself")
-    assert {path: path.stat().st_mtime_ns for path in damaged.rglob("*")} == before
+    assert written(damaged) == before
 
 
 @pytest.mark.survives("a damaged checkpoint", "1 process")

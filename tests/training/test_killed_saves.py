@@ -20,7 +20,6 @@ install({moment!r}, {iteration}, Path({save!r}), int(os.environ["RANK"]))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_good_checkpoint_is_there_at_all_times(launch, fullbatch_arguments, native_start, tmp_path, survived, keep):
     save = tmp_path / "killed"

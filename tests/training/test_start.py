@@ -6,7 +6,7 @@ import pytest
 
 from hrm_megatron.checkpoint.folders import complete_iterations
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule, as_fp32
-from tests.training.conftest import FULLBATCH, scalars
+from tests.training.conftest import FULLBATCH, scalars, written
 
 LAYOUT = ["--global-batch-size", 8, "--micro-batch-size", 2]
 DATA = ["--sampled-data-path", FULLBATCH / "sampled"]
@@ -25,9 +25,9 @@ def reference():
 def files_of(uninterrupted):
     """The finished run's checkpoints, which nothing may touch."""
     folder = uninterrupted / "checkpoints"
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = written(folder)
     yield folder
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert written(folder) == before
 
 
 @pytest.mark.parametrize("train_iters, line", [

@@ -37,7 +37,6 @@ TrainingStep.forward, PackedBatch.from_rows = forwards, reads
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["asleep", "stopped"])
 def test_a_rank_that_hangs_is_named(launch, fullbatch_arguments, native_start, uninterrupted, tmp_path, how,
                                     survived):
@@ -67,7 +66,6 @@ def test_a_rank_that_hangs_is_named(launch, fullbatch_arguments, native_start, u
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_torchrun_kills_a_rank_0_that_was_stopped_and_starts_again(launch, fullbatch_arguments, native_start, tmp_path,
                                                                   survived):
     flags = [*fullbatch_arguments, "--load", native_start, "--save-interval", 12]

@@ -1,0 +1,68 @@
+"""One run at a time in a --save folder: two would write over each other's checkpoints, tracker and records."""
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hrm_megatron.config import ConfigError
+from hrm_megatron.data.folder_lock import InUse, open_and_lock
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+LEASE_SECONDS = 150  # a file system gives back what a dead machine held: NFSv4 after 90 s, Lustre after some 100
+WAIT_SECONDS = 5
+
+
+class SaveLock:
+    """Rank 0's hold of `--save`. It vanishes with the process, and no child keeps it."""
+
+    def __init__(self, wait: Callable[[float], None] = time.sleep) -> None:
+        self._file: int | None = None
+        self._settled = False
+        self._wait = wait
+
+    def __enter__(self) -> SaveLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def hold(self, args: argparse.Namespace, make: bool = False) -> None:
+        """Hold the folder, if this run saves and it is there or to be made; refuse one that another run holds."""
+        if self._settled or not args.save or args.skip_train or args.rank:
+            return
+        folder = Path(args.save)
+        try:
+            if make:
+                folder.mkdir(parents=True, exist_ok=True)
+            elif not folder.is_dir():
+                return
+            self._file = self._lock_of(folder)
+        except OSError as error:
+            raise ConfigError(f"--save {folder}: cannot write to {folder} ({error.strerror}); choose another folder"
+                              ) from error
+        self._settled = True
+        os.register_at_fork(after_in_child=self._close)  # a worker may outlive this process by seconds
+
+    def _lock_of(self, folder: Path) -> int | None:
+        for waited in range(0, LEASE_SECONDS, WAIT_SECONDS):
+            try:
+                return open_and_lock(folder / LOCK_FILE, f"--save {folder}", "choose another folder")
+            except InUse as error:
+                if f" on {platform.node()} " in error.holder:
+                    raise
+                if not waited:
+                    log.info(f"checkpoint: {error}; or its machine has died, so this run waits up to {LEASE_SECONDS} s")
+            self._wait(WAIT_SECONDS)
+        return open_and_lock(folder / LOCK_FILE, f"--save {folder}", "choose another folder")
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
