@@ -183,9 +183,10 @@ def whole_folder(place: Path) -> Iterator[Path]:
 
     What kill -9 left beside it is named: hidden, it may fill a disk, or be all that is left of what was replaced.
     """
-    for state, what in (("partial", "half-written"), ("replaced", "what was there before")):
+    for state, what in (("partial", "half-written; remove it"), ("replaced", "what was there before; move it back, or "
+                                                                             "remove it")):
         for left in sorted(place.parent.glob(f".{glob.escape(place.name)}.{state}-*")):
-            log.warning("%s: %s, of a run that was killed, or that runs now; remove it if none does", left, what)
+            log.warning("%s: of a run that was killed, unless one writes here now, %s", left, what)
     partial, replaced = (place.with_name(f".{place.name}.{state}-{uuid.uuid4().hex}")
                          for state in ("partial", "replaced"))
     try:
