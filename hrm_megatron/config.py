@@ -104,6 +104,11 @@ class Architecture:
                      "h_cycles", "l_cycles"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.norm_epsilon < math.inf:  # NaN too
+            raise ConfigError(f"norm_epsilon={self.norm_epsilon}: must be a number from 0 on")
+        for name in ("rope_theta", "init_std"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value}: must be a number above 0")
         if self.model_type not in MODEL_TYPES:
             raise ConfigError(f"model_type={self.model_type!r}: choose one of {', '.join(MODEL_TYPES)}")
         for name in self.kind.fixed:

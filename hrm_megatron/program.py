@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import glob
 import io
+import logging
 import os
 import shutil
 import signal
@@ -17,6 +19,8 @@ from types import FrameType
 from typing import IO
 
 from hrm_megatron.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -32,11 +36,22 @@ def listen() -> None:
     """Make SIGINT, SIGTERM and SIGHUP raise `Stopped` from here on, and end the program with one line about it.
 
     Call it before the imports that take seconds. A signal that the caller ignores (nohup, a background job) stays
-    ignored.
+    ignored. Standard streams that the caller closed are then /dev/null.
     """
+    _open_closed_streams()
     for number in STOP_SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by something else than Python
             signal.signal(number, _on_signal)
+
+
+def _open_closed_streams() -> None:
+    """Keep the numbers of closed streams from the next files to be opened, which would get what is said to them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            os.set_inheritable(descriptor, True)
+            mode = "w" if number else "r"
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # it stays
 
 
 @contextlib.contextmanager
@@ -65,14 +80,29 @@ def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] =
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `head` and the like have read enough; Python would flush, and fail, once more at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # the work is done, and its outputs are there
+            raise OSError(error.errno, error.strerror, "standard output") from error
+    except BrokenPipeError:  # `head` and the like have read enough
+        _give_up_output()
         return 128 + signal.SIGPIPE
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
+        _give_up_output()
         return 1
     return 0
+
+
+def _give_up_output() -> None:
+    """Drop what stdout does not take: Python would flush, and fail, once more at the end, in lines and a status of its
+    own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -92,8 +122,9 @@ def signals_held() -> Iterator[None]:
             _on_signal(number, None)
 
 
-def check_outputs(outputs: Mapping[str, Path | None], suffixes: tuple[str, ...] = ()) -> None:
-    """Refuse, by their flags, files that could not be written in the end; call it before the work.
+def check_outputs(outputs: Mapping[str, Path | None], suffixes: tuple[str, ...] = (),
+                  inputs: Mapping[str, Path | None] | None = None) -> None:
+    """Refuse, by their flags, files that could not be written in the end, or are read; call it before the work.
 
     Their names end as `suffixes` say, or as the flag says.
     """
@@ -110,6 +141,9 @@ def check_outputs(outputs: Mapping[str, Path | None], suffixes: tuple[str, ...] 
         for other in [*given][:number]:
             if given[other].absolute() == path.absolute():
                 raise ConfigError(f"{flag} {path}: is what {other} names too; give another file")
+        for other, read in (inputs or {}).items():
+            if read is not None and path.exists() and read.exists() and path.samefile(read):
+                raise ConfigError(f"{flag} {path}: is what {other} reads, and would be lost; give another file")
 
 
 @contextlib.contextmanager
@@ -145,7 +179,14 @@ def write_aside(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(place: Path) -> Iterator[Path]:
-    """Give an empty folder beside `place` that replaces it when the block ends well, and vanishes otherwise."""
+    """Give an empty folder beside `place` that replaces it when the block ends well, and vanishes otherwise.
+
+    What kill -9 left beside it is named: hidden, it may fill a disk, or be all that is left of what was replaced.
+    """
+    for state, what in (("partial", "half-written; remove it"), ("replaced", "what was there before; move it back, or "
+                                                                             "remove it")):
+        for left in sorted(place.parent.glob(f".{glob.escape(place.name)}.{state}-*")):
+            log.warning("%s: of a run that was killed, unless one writes here now, %s", left, what)
     partial, replaced = (place.with_name(f".{place.name}.{state}-{uuid.uuid4().hex}")
                          for state in ("partial", "replaced"))
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.program import Stopped, check_outputs, whole_file, write_aside
+from hrm_megatron.program import Stopped, check_outputs, whole_file, whole_folder, write_aside
 from tests.stores import files_of
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +81,11 @@ def test_refusals_are_one_line_and_a_closed_pipe_is_none():
     done = run("from hrm_megatron.config import ConfigError\nfrom hrm_megatron.program import one_line\nimport sys\n"
                "def refuse(): raise ConfigError('x=1: choose 2')\nsys.exit(one_line(refuse))")
     assert (done.returncode, done.stderr) == (1, "error: x=1: choose 2\n")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", "from hrm_megatron.program import one_line\nimport sys\n"
+                               "sys.exit(one_line(lambda: print('made')))"], stdout=full, stderr=subprocess.PIPE,
+                              cwd=ROOT, text=True, env={})
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device: 'standard output'\n")
     done = run("from hrm_megatron.program import one_line\nimport sys\n"
                "sys.exit(one_line(lambda: open('/nowhere/file')))")
     assert (done.returncode, done.stderr) == (1, "error: [Errno 2] No such file or directory: '/nowhere/file'\n")
@@ -91,6 +96,25 @@ def test_refusals_are_one_line_and_a_closed_pipe_is_none():
                           cwd=ROOT, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_closed_streams_are_no_failure_and_their_numbers_are_no_files(tmp_path):
+    """Else an output would get the number of stdout, and with it what libraries print."""
+    program = (f"{LISTEN}import sys\ndef work():\n  print(1, sys.stdin.read())\n  print(2, file=sys.stderr)\n"
+               "  with open('out', 'w') as file: file.write(str(file.fileno()))\nsys.exit(one_line(work))")
+    subprocess.run(["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, "-c", program], check=True,
+                   cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert int((tmp_path / "out").read_text()) > 2
+
+
+def test_a_refusal_ends_so_too_where_nobody_reads_what_was_said_before():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", f"{LISTEN}import sys\ndef refuse():\n  print('some')\n"
+                           "  raise ConfigError('x=1: choose 2')\nsys.exit(one_line(refuse))"], stdout=write,
+                          stderr=subprocess.PIPE, cwd=ROOT, text=True, env={})  # it may say PYTHONUNBUFFERED
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "error: x=1: choose 2\n")
 
 
 def test_a_terminal_without_a_character_gets_it_spelled_out():
@@ -115,6 +139,16 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, full_disk):
         write_aside(file, "x" * 101)
     assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(file))
     assert file.read_text() == "before" and [*tmp_path.iterdir()] == [file]
+
+
+def test_what_a_killed_run_left_beside_a_folder_is_named_and_kept(tmp_path, caplog):
+    left = [tmp_path / ".[a].partial-1", tmp_path / ".[a].replaced-1"]
+    for folder in (*left, tmp_path / ".a.partial-2"):
+        folder.mkdir()
+    with whole_folder(tmp_path / "[a]"):
+        pass
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [*map(str, left)]
+    assert {*left, tmp_path / "[a]"} < {*tmp_path.iterdir()}
 
 
 def test_what_stops_the_writer_leaves_nothing_half_written(tmp_path):
@@ -161,6 +195,16 @@ def test_what_could_not_be_written_is_refused_before_the_work(tmp_path, monkeypa
     check_outputs({"--png": Path("new/a.png"), "--json": Path("file"), "--text": None})
     with pytest.raises(ConfigError, match=f"^{said}"):
         check_outputs({flag: Path(path) for flag, path in outputs.items()})
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    read, link = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    read.touch()
+    link.symlink_to(read)
+    inputs = {"--input": read, "--other": None, "--third": tmp_path / "missing"}
+    check_outputs({"--json": tmp_path / "c.jsonl", "--png": tmp_path / "missing.png"}, inputs=inputs)
+    with pytest.raises(ConfigError, match=r"^--json .*b.jsonl: is what --input reads, and would be lost; give another"):
+        check_outputs({"--json": link}, inputs=inputs)
 
 
 # Stops at the first import that may take long, of whatever a program needs besides listening.

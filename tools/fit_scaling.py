@@ -101,9 +101,11 @@ def main() -> int:
     args = parser.parse_args()
 
     def run() -> None:
-        check_outputs({"--json": args.json, "--png": args.png})
+        check_outputs({"--json": args.json, "--png": args.png}, inputs={"--input": args.input})
         if args.resamples < 0:
             raise ConfigError(f"--resamples {args.resamples}: give a number of fits, or 0 for none")
+        if args.seed < 0:
+            raise ConfigError(f"--seed {args.seed}: must not be negative")
         for sizes in args.predict:
             if not all(0 < size < math.inf for size in sizes):
                 raise ConfigError(f"--predict {sizes[0]:g} {sizes[1]:g}: parameters and tokens are numbers above 0")

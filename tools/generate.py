@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import check_outputs, listen, one_line
 
 if __name__ == "__main__":
     listen()
@@ -70,7 +70,10 @@ def parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that would be without effect."""
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size {args.batch_size}: must be at least 1")
     if args.output:
+        check_outputs({"--output": args.output}, inputs={"--input": args.input, "--prompt-file": args.prompt_file})
         refuse_beside("--output", {"--jsonl": args.jsonl, "--stream": args.stream, "--interactive": args.interactive})
     elif args.overwrite:
         raise ConfigError("--overwrite: replaces an --output; give one, or leave it out")
@@ -83,6 +86,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.samples > 1 and (args.stream or args.interactive):
         raise ConfigError(f"--samples {args.samples}: only one answer is printed while it grows; leave --stream and "
                           "--interactive out")
+    if args.samples > 1 and not args.temperature:
+        raise ConfigError(f"--samples {args.samples}: greedy answers are all the same; give a --temperature too")
 
 
 def questions_of(args: argparse.Namespace) -> list[Question]:

@@ -39,8 +39,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     if args.seq_length is not None and args.seq_length < 1:
         raise ConfigError(f"--seq-length {args.seq_length}: must be at least 1")
-    if args.epochs < 0:
-        raise ConfigError(f"--epochs {args.epochs}: must be at least 0")
+    for flag, value in (("--epochs", args.epochs), ("--seed", args.seed)):
+        if value < 0:
+            raise ConfigError(f"{flag} {value}: must be at least 0")
     store = IndexedExamples(args.prefix)
     if args.verify:
         blocks = store.blocks()

@@ -29,30 +29,32 @@ activate()
 
 from hrm_megatron.convert.checkpoint import EMA, RAW  # noqa: E402
 from hrm_megatron.convert.hf import DTYPES  # noqa: E402
-from hrm_megatron.quantize.methods import METHODS, RECURRENT  # noqa: E402
+from hrm_megatron.quantize.methods import METHODS  # noqa: E402
 from hrm_megatron.quantize.run import EMBEDDINGS, GROUP_SIZES, Job, quantize, size_table  # noqa: E402
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> Job | None:
     """Read the flags; None: --sizes."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                argument_default=argparse.SUPPRESS)
     p.add_argument("--load", type=Path, metavar="DIR",
                    help="folder that --save named, or one iteration in it; a transformers folder; one of HRM-Text")
     p.add_argument("--save", type=Path, metavar="DIR", help="folder to write (compressed-tensors)")
     p.add_argument("--sizes", action="store_true", help="print how large each preset becomes, and end")
-    p.add_argument("--scheme", choices=[*GROUP_SIZES], default="int4", help="of layers and head (default: %(default)s)")
+    p.add_argument("--scheme", choices=[*GROUP_SIZES], help=f"of layers and head (default: {Job.scheme})")
     p.add_argument("--group-size", type=int, choices=(32, 64, 128),
                    help="weights of a row that share a scale (int4; default: 64)")
-    p.add_argument("--embedding", choices=[*EMBEDDINGS], default="int8", help="(default: %(default)s)")
-    p.add_argument("--method", choices=METHODS, default=RECURRENT, help="(default: %(default)s)")
+    p.add_argument("--embedding", choices=[*EMBEDDINGS], help=f"(default: {Job.embedding})")
+    p.add_argument("--method", choices=METHODS, help=f"(default: {Job.method})")
     data = p.add_argument_group("calibration")
     data.add_argument("--data-path", metavar="PREFIX", help="dataset of tools/preprocess_data.py")
-    data.add_argument("--calibration-rows", type=int, default=64, help="for the Hessians (default: %(default)s)")
+    data.add_argument("--calibration-rows", type=int, help=f"for the Hessians (default: {Job.calibration_rows})")
     data.add_argument("--seq-length", type=int, help="positions of a row (default: the model's own)")
-    data.add_argument("--micro-batch-size", type=int, default=4, help="rows at once (default: %(default)s)")
-    data.add_argument("--tuning-steps", type=int, default=200,
-                      help="micro-batches that roundings and scales are tuned with (recurrent; default: %(default)s)")
-    data.add_argument("--seed", type=int, default=1234, help="of the choice of rows (default: %(default)s)")
+    data.add_argument("--micro-batch-size", type=int, help=f"rows at once (default: {Job.micro_batch_size})")
+    data.add_argument("--tuning-steps", type=int,
+                      help="micro-batches that roundings and scales are tuned with (recurrent; default: "
+                           f"{Job.tuning_steps})")
+    data.add_argument("--seed", type=int, help=f"of the choice of rows (default: {Job.seed})")
     data.add_argument("--compare", action="store_true",
                       help="print loss, exact accuracy and KL divergence before, and after each method")
     data.add_argument("--valid-data-path", metavar="PREFIX", help="dataset that --compare scores")
@@ -63,29 +65,30 @@ def parse_arguments(arguments: Sequence[str] | None) -> Job | None:
                         help="quantize what can be read of a damaged checkpoint")
     source.add_argument("--tokenizer-model", type=Path, metavar="PATH",
                         help="tokenizer to put beside the model (default: the one beside --load)")
-    source.add_argument("--dtype", choices=[*DTYPES], default="bfloat16",
-                        help="of what is not quantized, and of the computation (default: %(default)s)")
-    source.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
-                        help="largest file of weights (default: %(default)s)")
+    source.add_argument("--dtype", choices=[*DTYPES],
+                        help=f"of what is not quantized, and of the computation (default: {Job.dtype})")
+    source.add_argument("--max-shard-size", metavar="SIZE",
+                        help=f"largest file of weights (default: {Job.max_shard_size})")
     source.add_argument("--verify", action=argparse.BooleanOptionalAction,
                         help="load the output with transformers and compare its logits with ours (default: below 2 "
                              "billion parameters)")
     source.add_argument("--overwrite", action="store_true", help="replace an existing output folder, all of it")
-    args = p.parse_args(arguments)
-    if args.sizes:
+    given = vars(p.parse_args(arguments))
+    if given.pop("sizes", False):
+        if given:
+            p.error(f"--sizes prints a table of the presets and nothing else; leave {min(given)} out")
         return None
-    if args.load is None:
+    if "load" not in given:
         p.error("--load is required")
-    del args.sizes
-    return Job(**vars(args))
+    return Job(**given, given=frozenset(given))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     job = parse_arguments(arguments)
-    if job is None:
-        print(*size_table(), sep="\n")
-        return 0
-    return one_line(lambda: print(*quantize(job, lambda line: print(line, file=sys.stderr, flush=True)), sep="\n"))
+
+    def lines() -> Sequence[str]:
+        return quantize(job, lambda line: print(line, file=sys.stderr, flush=True)) if job else size_table()
+    return one_line(lambda: print(*lines(), sep="\n"))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def serve(args: argparse.Namespace) -> None:
     from hrm_megatron.serve.guard import Limits
     from hrm_megatron.serve.live_engine import LiveEngine
     from hrm_megatron.serve.process import bind, is_loopback, url_of
+    from hrm_megatron.serve.process import listen as listen_at
     from hrm_megatron.serve.process import serve as serve_at
 
     place = bind(args.host, args.port)
@@ -110,7 +111,7 @@ def serve(args: argparse.Namespace) -> None:
     guard = build_app(service, api_key)
     if not is_loopback(args.host) and api_key is None:
         say(f"warning: --host {args.host} lets other machines in, and there is no --api-key, nor {API_KEY}")
-    place.listen()
+    listen_at(place)
     say(f"serving {service.model} at {url_of(place)}")
     serve_at(guard, place)
     say("all requests answered; ended")

@@ -90,7 +90,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--png: needs matplotlib, which is not installed: pip install matplotlib, or leave it out")
     if args.cpu_time and torch.cuda.is_available():
         raise ConfigError("--cpu-time: does not count the time of the GPU, which answers; leave it out")
-    check_outputs({"--json": args.json, "--png": args.png})
+    check_outputs({"--json": args.json, "--png": args.png}, inputs={"--input": args.input})
 
 
 def depths_of(args: argparse.Namespace, h_trained: int, l_trained: int) -> list[Depth]:

@@ -37,6 +37,10 @@ class Training:
     loss_on_prefix: bool = False
     adamw: bool = False
 
+    def __post_init__(self) -> None:
+        if self.seq_length < 1:
+            raise ConfigError(f"seq_length={self.seq_length}: must be at least 1")
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -185,7 +185,7 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
                             bp_max_steps=max(2, architecture.h_cycles + sum(l_bp[-architecture.h_cycles:])))
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: lacks a setting or has an odd one ({error}); copy the folder again"
                           ) from error
     architecture = replace(architecture, vocab_size=_tokens_of(folder, architecture.vocab_size))

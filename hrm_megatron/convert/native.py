@@ -108,7 +108,7 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
         training = _training(config, metadata, last_lr)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{folder}: {CONFIG_FILE} or {METADATA_FILE} lacks a setting or has an odd one ({error}); "
                           "copy the checkpoint again") from error
     entries = table(architecture)

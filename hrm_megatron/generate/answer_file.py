@@ -62,10 +62,12 @@ class AnswerFile:
                 raise in_use  # it was, and has given the file its name since
         except BlockingIOError as error:
             raise in_use from error
-        if not self.note.exists():
-            self._file.truncate(0)  # a stop before the note: there is no answer in it
-            write_settings(self.note, self._settings)
+        if self.partial.stat().st_size == 0:
+            write_settings(self.note, self._settings)  # also over a note whose file was removed: it is of no answer
             return
+        if not self.note.exists():  # which is written before the first answer
+            raise ConfigError(f"{self.partial}: has no {self.note.name} beside it that says what it was made with; "
+                              "choose another --output, or move it away")
         check_settings(self.note, self._settings, f"{self.partial}", self.partial,
                        f", choose another --output, or remove it and {self.note.name}")
         self._file.seek(0)
@@ -77,8 +79,11 @@ class AnswerFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append the next answer."""
-        self._file.write(json.dumps(record).encode() + b"\n")  # ASCII: no reader splits it at U+2028 and the like
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")  # ASCII: no reader splits it at U+2028 and the like
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.partial)) from error
 
     def finish(self) -> None:
         """Give the file its name."""
@@ -89,4 +94,8 @@ class AnswerFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:
+            if error is None:  # else it is told already: what could not be written is tried once more
+                raise

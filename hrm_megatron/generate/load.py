@@ -14,6 +14,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint
 from hrm_megatron.convert.hf import CONFIG_FILE as HF_CONFIG_FILE
 from hrm_megatron.convert.hf import read_hf
+from hrm_megatron.convert.ledger import EXPORT_FILE
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
 from hrm_megatron.convert.native import read_native
@@ -54,10 +55,10 @@ def opened(load: Path, step: int | None = None, verify: bool = True) -> Iterator
     if (load / HF_CONFIG_FILE).exists():
         if step is not None:
             raise ConfigError(f"--ckpt-step {step}: a transformers folder has no steps; leave the flag out")
-        if not verify:
-            raise ConfigError("--no-verify-checkpoint: a transformers folder has no checksums to skip; leave the flag "
-                              "out")
-        yield read_hf(load)
+        if not verify and not (load / EXPORT_FILE).exists():
+            raise ConfigError(f"--no-verify-checkpoint: {load} has no checksums to skip ({EXPORT_FILE}); leave the "
+                              "flag out")
+        yield read_hf(load, verify)
     elif (load / NATIVE_CONFIG_FILE).exists():
         yield read_native(load, step, verify)
     else:
@@ -76,6 +77,8 @@ def weights_kind(checkpoint: Checkpoint, asked: str | None) -> str:
 def open_tokenizer(path: Path | None, load: Path) -> TextTokenizer:
     """Open the tokenizer that was named, else the one beside the model."""
     beside = load / TOKENIZER_FILE
+    if not load.is_dir():
+        raise ConfigError(f"--load {load}: no folder there; give one that --save named, or of a model")
     if path is None:
         if not beside.exists():
             raise ConfigError(f"{load}: no {TOKENIZER_FILE} in it; give the tokenizer of the training data as "

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,8 @@ from hrm_megatron.quantize.scores import score
 from hrm_megatron.quantize.scores import table as table_of
 from hrm_megatron.quantize.tuning import Tuning
 
+CALIBRATION = ("calibration_rows", "seq_length", "micro_batch_size", "tuning_steps", "seed")  # fields of a Job
+OF_OUTPUT = ("method", "tokenizer_model", "max_shard_size", "verify", "overwrite")  # likewise
 GROUP_SIZES = {"int4": 64, "int8": 0, "mxfp4": 32}  # 0: a scale for each row; 32 is what MX prescribes
 EMBEDDINGS = {"int8": Scheme("int8", 0), "keep": None}
 EXTRA = "compressed_tensors"
@@ -37,7 +39,10 @@ EXTRA = "compressed_tensors"
 
 @dataclass(frozen=True)
 class Job:
-    """One model to quantize; `save` None: only compare. `seq_length` None: the model's own."""
+    """One model to quantize; `save` None: only compare. `seq_length` None: the model's own.
+
+    `given` names the fields that were asked for, which are refused where they would be without effect.
+    """
 
     load: Path
     save: Path | None = None
@@ -61,6 +66,7 @@ class Job:
     overwrite: bool = False
     verify_checkpoint: bool = True
     verify: bool | None = None
+    given: frozenset[str] = frozenset()
 
     @property
     def quantization(self) -> Quantization:
@@ -110,11 +116,18 @@ def _check(job: Job) -> None:
         raise ConfigError("--compare and --valid-data-path belong together: the rows that the table is made of")
     if job.save is None and not job.compare:
         raise ConfigError("--save: nothing to do without it; give a folder to write, or --compare")
-    for name in ("calibration_rows", "micro_batch_size"):
-        if getattr(job, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(job, name)}: must be at least 1")
-    if job.tuning_steps < 0:
-        raise ConfigError(f"--tuning-steps {job.tuning_steps}: must not be negative")
+    if not job.calibrates:
+        _refuse_given(job, CALIBRATION, f"--method {PLAIN} reads no data")
+    elif not job.compare and job.method != RECURRENT:
+        _refuse_given(job, ("tuning_steps",), f"--method {job.method} tunes nothing")
+    if job.save is None:
+        _refuse_given(job, OF_OUTPUT, "is about --save, which is not given; --compare shows every method")
+    for name in ("calibration_rows", "micro_batch_size", "seq_length"):
+        if (value := getattr(job, name)) is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    for name in ("tuning_steps", "seed"):
+        if getattr(job, name) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(job, name)}: must not be negative")
     if job.save and job.verify is not False and find_spec(EXTRA) is None:
         raise ConfigError("the package compressed-tensors is missing, by which transformers loads what is written; "
                           "pip install 'hrm_megatron[quantize]', or pass --no-verify to write without a look")
@@ -122,6 +135,12 @@ def _check(job: Job) -> None:
         save, load = job.save.resolve(), job.load.resolve()
         if save == load or save in load.parents or load in save.parents:
             raise ConfigError(f"--save {job.save}: overlaps --load {job.load}; choose a folder apart")
+
+
+def _refuse_given(job: Job, names: Iterable[str], why: str) -> None:
+    for name in names:
+        if name in job.given:
+            raise ConfigError(f"--{name.replace('_', '-')}: {why}; leave the flag out")
 
 
 class Work:
@@ -156,11 +175,13 @@ class Work:
         """All matrices by one of METHODS, made once."""
         if method not in self.found:
             self.say(f"method {method}")
-            quantizer = self.quantizer
+            if method == PLAIN:
+                self.found[method] = self.quantizer.plainly()
+                return self.found[method]
+            calibration = self.calibration()  # which may be refused: before the model is read
             self.found[method] = (
-                quantizer.plainly() if method == PLAIN else
-                quantizer.by_first_tick(self.calibration()) if method == FIRST_TICK else
-                quantizer.by_all_ticks(self.calibration(), Tuning(self.job.tuning_steps)))
+                self.quantizer.by_first_tick(calibration) if method == FIRST_TICK else
+                self.quantizer.by_all_ticks(calibration, Tuning(self.job.tuning_steps)))
         return self.found[method]
 
     def calibration(self) -> Calibration:
@@ -172,13 +193,14 @@ class Work:
                            lambda: self._batches(rows[i] for i in itertools.count(job.calibration_rows)))
 
     def compared(self) -> list[str]:
-        """A table of the scores of all methods on rows of --valid-data-path."""
+        """A table of the scores of all methods on rows of --valid-data-path. Datasets are refused before the work."""
         assert self.job.valid_data_path is not None
+        rows = self._rows(self.job.valid_data_path, None)
+        self.calibration()
         models = {"before": self.quantizer.full} | {
             name: self.quantizer.dequantized(self.matrices(method)) for method, name in (
                 (PLAIN, "plain rounding (rtn)"), (FIRST_TICK, "first tick (tick0)"),
                 (RECURRENT, "all ticks (recurrent)"))}
-        rows = self._rows(self.job.valid_data_path, None)
         scores = score(self.architecture, self.quantizer.full, models, self._batches(rows[i] for i in range(len(rows))))
         return [f"{self.job.quantization.spelled}; {len(rows)} rows of {self.row_tokens} positions of "
                 f"{self.job.valid_data_path}", *table_of(scores, "before")]

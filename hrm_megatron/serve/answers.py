@@ -10,19 +10,19 @@ from typing import Any
 from hrm_megatron.generate.engine import Request
 from hrm_megatron.generate.transcript import TokenLogprob
 from hrm_megatron.serve.live_engine import Event
-from hrm_megatron.serve.spelled_tokens import TokenSpelling
+from hrm_megatron.serve.spelled_tokens import TextOffsets, TokenSpelling
 
 
 @dataclass
 class _Choice:
-    """One answer: what is not out yet, and how many characters are."""
+    """One answer: what is not out yet, and where its next token begins."""
 
     request: Request
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None
     begun: bool = False
-    characters: int = 0
+    offsets: TextOffsets = field(default_factory=TextOffsets)
 
 
 class Answers:
@@ -88,8 +88,7 @@ class Answers:
         spelled: dict[str, Any] | None = None
         if request.logprobs is not None:
             spelled = self.spelling.chat_logprobs(choice.logprobs) if self.chat else \
-                self.spelling.completion_logprobs(prefix, choice.logprobs, choice.characters)
-        choice.characters += len(text)
+                self.spelling.completion_logprobs(prefix, choice.logprobs, choice.offsets)
         choice.text, choice.logprobs, choice.begun = "", [], True
         said = dict(index=index, logprobs=spelled, finish_reason=choice.finish)
         if not self.chat:

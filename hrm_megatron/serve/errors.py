@@ -35,5 +35,7 @@ def of_validation(errors: list[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, f"{place}: unknown parameter; leave it out", place)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON ({first.get('ctx', {}).get('error')}, at character {place})")
+    if first["type"] == "missing" and not place:
+        return ApiError(400, "the body is empty; send a JSON object")
     reason = str(first["msg"]).removeprefix("Value error, ")[:500]
     return ApiError(400, f"{place}: {reason}" if place else reason, place or None)

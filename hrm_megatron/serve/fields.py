@@ -1,9 +1,10 @@
 """Bodies of requests: which parameters there are, their types and bounds; others are refused by name."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 DEFAULT_COMPLETION_TOKENS = 16  # of OpenAI's API
 MAX_CHOICES, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20
@@ -21,6 +22,16 @@ Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
+def _one_of(kinds: str) -> WrapValidator:
+    """Say what a value of several types may be: pydantic tells, for each type, why it is not that."""
+    def validate(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise ValueError(f"must be {kinds}") from error
+    return WrapValidator(validate)
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -35,7 +46,8 @@ class Common(Strict):
     model: str | None = None
     condition: str = "direct"
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stop: Annotated[Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None, _one_of(
+        f"a text or a list of at most {MAX_STOPS} texts, none of them empty")] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float = 1.0  # OpenAI's default
@@ -76,7 +88,9 @@ class Common(Strict):
 
 
 class CompletionBody(Common):
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: Annotated[
+        str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)],
+        _one_of("a text, token ids (integers from 0 on), or a list of texts or of token ids; no list may be empty")]
     max_tokens: Annotated[int, Field(ge=0)] = DEFAULT_COMPLETION_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
@@ -95,7 +109,8 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[str | list[TextPart], _one_of(
+        'a text or a list of {"type": "text", "text": ...}; there is nothing else that the model reads')]
 
     @property
     def text(self) -> str:

@@ -62,6 +62,8 @@ class Guard:
         try:
             async with asyncio.timeout(self.limits.timeout_seconds + UNREAD_SECONDS):
                 body = await self._admit(scope, receive)
+                if scope["method"] == "HEAD":  # is GET; the server keeps the body to itself
+                    scope = {**scope, "method": "GET"}
                 await self.app(scope, _after(body, receive), noting)
         except ApiError as error:
             await refuse(error, noting)

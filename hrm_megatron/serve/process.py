@@ -40,6 +40,16 @@ def bind(host: str, port: int) -> socket.socket:
     return place
 
 
+def listen(place: socket.socket) -> None:
+    """Let clients in. Another server may have taken the address since `bind`: it lets both in until one listens."""
+    host, port = place.getsockname()[:2]
+    try:
+        place.listen()
+    except OSError as error:
+        raise ConfigError(f"--port {port}: {host} was taken while the model was read ({error}); choose another"
+                          ) from error
+
+
 def url_of(place: socket.socket) -> str:
     host, port = place.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -37,6 +37,9 @@ def completion_requests(body: CompletionBody, session: Session) -> list[Request]
         raise ApiError(400, "echo: with logprobs it scores an answer, and this prompt is a question alone, which is "
                             f"read both ways and has no logprobs; send token ids with {eoq} between question and "
                             "answer", "echo")
+    if not body.max_tokens and not all(given for _, given in parts):
+        raise ApiError(400, "max_tokens: 0 scores the answer that a prompt has begun, and this one is a question "
+                            "alone; give at least 1", "max_tokens")
     return [_request(body, session, prefix, body.max_tokens, body.logprobs, stream, given)
             for stream, (prefix, given) in enumerate(parts)]
 

@@ -1,6 +1,7 @@
 """Tokens as text and bytes, one at a time: what logprobs name them by."""
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,23 @@ def byte_alphabet() -> dict[str, int]:
     found = {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
     assert found.keys() == set(pre_tokenizers.ByteLevel.alphabet())
     return found
+
+
+class TextOffsets:
+    """Where tokens begin in the text that their bytes become: bytes that are no text are U+FFFD there."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0  # that are complete
+
+    def take(self, data: bytes) -> int:
+        """Return the place of the character that the next token's first byte is part of."""
+        place = self._characters
+        for number in range(len(data)):
+            self._characters += len(self._decoder.decode(data[number:number + 1]))
+            if not number:
+                place = self._characters - (not self._decoder.getstate()[0])
+        return place
 
 
 class TokenSpelling:
@@ -53,27 +71,23 @@ class TokenSpelling:
                              for each in found], refusal=None)
 
     def completion_logprobs(self, prefix: Iterable[int], found: Sequence[TokenLogprob],
-                            offset: int = 0) -> dict[str, Any]:
+                            offsets: TextOffsets) -> dict[str, Any]:
         """Spell the logprobs of a piece of a completion. Tokens of an echoed `prefix` have none.
 
-        `offset` is the number of characters before the piece.
+        `offsets` has seen the tokens before the piece.
         """
         tokens = [*prefix]
         before = len(tokens)
         tokens += [each.token for each in found]
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += self.characters(token)
         return dict(
             tokens=[self.text_of(token) for token in tokens],
             token_logprobs=[None] * before + [each.logprob for each in found],
             top_logprobs=[None] * before + [{self.text_of(token): logprob for token, logprob in each.top}
                                             for each in found],
-            text_offset=offsets)
+            text_offset=[offsets.take(self._text_bytes(token)) for token in tokens])
 
-    def characters(self, token: int) -> int:
-        """Characters that begin in a token's bytes; control tokens have no text."""
+    def _text_bytes(self, token: int) -> bytes:
+        """A token's bytes in the text, in which control tokens have none."""
         if self.tokenizer.tokenizer.id_to_token(token) in self.added:
-            return len(self.tokenizer.decode([token]))
-        return sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(token))
+            return self.tokenizer.decode([token]).encode()
+        return self.bytes_of(token)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -158,6 +160,10 @@ def test_post_norm_has_no_place_in_transformers(tmp_path, random_checkpoint):
     (dict(hidden_size="wide"), "odd one .*'wide'"),
     (dict(eos_token_id=[11, "end"]), r"config\.json: eos_token_id: .*'end'\] is no token id"),
     (dict(H_cycles=None), "lacks a setting or has an odd one"),
+    (dict(max_position_embeddings=0), r"config\.json: seq_length=0: must be at least 1"),
+    (dict(rope_parameters={"rope_theta": 0}), r"config\.json: rope_theta=0.0: must be a number above 0"),
+    (dict(rms_norm_eps=math.nan), r"config\.json: norm_epsilon=nan: must be a number from 0 on"),
+    (dict(embedding_scale=None, initializer_range=0), "odd one .float division by zero"),
 ])
 def test_a_config_that_does_not_fit_is_refused_by_name(golden, tmp_path, change, message):
     for name in ("config.json", "model.safetensors"):
@@ -166,6 +172,22 @@ def test_a_config_that_does_not_fit_is_refused_by_name(golden, tmp_path, change,
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message):
         read_hf(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, 2.5, "x", "", [1], {"a": 1}, True, math.nan, math.inf, -1e400],
+                         ids=str)
+def test_no_value_of_a_config_is_more_than_a_refusal(golden, tmp_path, value):
+    shutil.copy(golden / "hf_export" / "ema" / "model.safetensors", tmp_path)
+    config = json.loads((golden / "hf_export" / "ema" / "config.json").read_text())
+    refused = 0
+    for name in config:
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        try:
+            read_hf(tmp_path)
+        except ConfigError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 5
 
 
 def test_missing_and_damaged_files_are_named(golden, tmp_path):

@@ -102,6 +102,7 @@ def _edit(name, *path, value):
     (_edit("all_config.yaml", "arch", "hidden_size", value=32), r"has shape .*its settings ask for"),
     (_edit("all_config.yaml", "arch", "num_heads", value="many"), r"odd one \(invalid literal.*'many'"),
     (_edit("all_config.yaml", "arch", "H_override", value={"expansion": 2}), "only norm_type may differ"),
+    (_edit("all_config.yaml", "data", value=[1]), "odd one .'list' object has no attribute 'get'"),
     (_edit("train_metadata.yaml", "vocab_size", value=1000), r"has shape \[256, 24\]"),
     (lambda folder: (folder / "train_metadata.yaml").unlink(), r"train_metadata\.yaml: cannot read"),
     (lambda folder: (folder / "all_config.yaml").write_text("a: ["), r"all_config\.yaml: not YAML"),

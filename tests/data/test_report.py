@@ -123,6 +123,7 @@ def test_a_row_is_shown_with_its_borders_and_labels(prefix, tokenizer, tool, cap
     (["--row", "0"], "--row: give --seq-length and --tokenizer-model too"),
     (["--seq-length", "0"], "--seq-length 0: must be at least 1"),
     (["--epochs", "-1"], "--epochs -1: must be at least 0"),
+    (["--seed", "-1"], "--seed -1: must be at least 0"),
     (["--picture", "x.png"], "--picture: only --row K reads it"),
     (["--row", "999", "--seq-length", "40", "--tokenizer-model", "{tokenizer}"], "--row 999: there are "),
 ])

@@ -1,5 +1,6 @@
 """An answer file is whole or not there, goes on where a run stopped, and never mixes two runs."""
 import json
+import resource
 
 import pytest
 
@@ -46,10 +47,21 @@ def test_a_torn_line_is_written_again(tmp_path, torn):
     assert [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()] == RECORDS
 
 
-def test_a_stop_before_the_first_answer_leaves_nothing_to_trust(tmp_path):
-    (tmp_path / "a.partial").write_text('{"response": "of nobody knows what"}\n')
+def test_a_stop_before_the_first_answer_is_gone_on_with_in_any_settings(tmp_path):
+    (tmp_path / "a.partial").touch()  # a stop before the note
     assert write(tmp_path / "a", RECORDS[:1]) == 0
-    assert len((tmp_path / "a").read_text().splitlines()) == 1
+    write(tmp_path / "b", [], {**SETTINGS, "seed": 2}, killed=True)  # and one behind it
+    assert write(tmp_path / "b", RECORDS[:1]) == 0
+    assert [len((tmp_path / name).read_text().splitlines()) for name in "ab"] == [1, 1]
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_partial_file_of_nobody_knows_what_is_kept(tmp_path):
+    mine = tmp_path / "a.partial"
+    mine.write_text("mine\n")
+    with pytest.raises(ConfigError, match=r"a.partial: has no a.partial.json beside it that says what it was made"):
+        write(tmp_path / "a", RECORDS)
+    assert mine.read_text() == "mine\n" and [*tmp_path.iterdir()] == [mine]
 
 
 def test_answers_of_other_settings_are_not_mixed(tmp_path):
@@ -71,6 +83,21 @@ def test_an_existing_file_is_replaced_only_when_told_and_whole(tmp_path):
     assert len(path.read_text().splitlines()) == 4
     with pytest.raises(ConfigError, match="exists; choose another$"):
         write(tmp_path, RECORDS, overwrite=True)
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_file_and_loses_no_answer(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write(tmp_path / "a", RECORDS[:1], killed=True)
+    full = (tmp_path / "a.partial").stat().st_size + 5  # in the middle of the next line
+    resource.setrlimit(resource.RLIMIT_FSIZE, (full, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            write(tmp_path / "a", RECORDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename == str(tmp_path / "a.partial")
+    assert write(tmp_path / "a", RECORDS) == 1
+    assert [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()] == RECORDS
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hrm_megatron.config import ConfigError
 from tests.random_checkpoint import TOKENIZER, write_random_checkpoint
 from tests.tools import load_tool
 
@@ -109,7 +110,7 @@ def test_answers_that_hold_line_ends_stay_one_record(tool, tmp_path, monkeypatch
     ([], dict(prompt=("--prompt-file", "/dev/null")), "--prompt-file /dev/null: empty; write one instruction per line"),
     ([], dict(prompt=("--prompt", "na\udcefve")), "--prompt 'na\\udcefve': not UTF-8 at character 3"),
     ([], dict(tokenizer="nowhere"), "nowhere: no tokenizer there (No such file or directory); train one with"),
-    ([], dict(load="nowhere"), "nowhere/latest_checkpointed_iteration.txt: cannot read"),
+    ([], dict(load="nowhere"), "--load nowhere: no folder there"),
     (["--ckpt-step", "3"], {}, "iter_0000003: not there; choose another with --ckpt-step (complete: iter_0000007)"),
     (["--condition", "direct,loud"], {}, "--prompt: unknown tag 'loud'"),
     ([], dict(prompt=("--prompt", " ")), "--prompt: empty instruction; write one"),
@@ -121,6 +122,7 @@ def test_answers_that_hold_line_ends_stay_one_record(tool, tmp_path, monkeypatch
     (["--logprobs", "2"], {}, "--logprobs: are written as JSON; give --jsonl or --output too"),
     (["--samples", "2", "--stream"], {}, "--samples 2: only one answer is printed while it grows"),
     (["--batch-size", "0"], {}, "--batch-size 0: must be at least 1"),
+    (["--samples", "2"], {}, "--samples 2: greedy answers are all the same"),
     (["--l-cycles", "0"], {}, "l_cycles=0: must be at least 1"),
     (["--stop", ""], {}, "a stop string must not be empty"),
     (["--top-k", "5"], {}, "without effect at temperature=0"),
@@ -169,6 +171,14 @@ def test_jsonl_comes_in_and_goes_out_in_order(tool, expected, tmp_path):
     assert [dict(row, finish=None) for row in found] == [dict(first, finish=None), dict(second, finish=None)] * 3
     for each in [each for greedy in logprobs for each in greedy]:
         assert each["top"] == [dict(token=each["token"], id=each["id"], logprob=each["logprob"])]
+
+
+@pytest.mark.parametrize("flag", ["--input", "--prompt-file"])
+def test_the_questions_are_not_written_over(tmp_path, flag):
+    module, path = load_tool("generate"), rows_file(tmp_path, dict(instruction="x"))[1]
+    args = module.parser().parse_args(["--load", "x", flag, str(path), "--output", str(path), "--overwrite"])
+    with pytest.raises(ConfigError, match=f"^--output .*rows.jsonl: is what {flag} reads, and would be lost"):
+        module.check_flags(args)
 
 
 def test_an_interrupted_run_goes_on_and_answers_nothing_twice(tool, tmp_path, monkeypatch):
@@ -280,6 +290,19 @@ def test_an_export_answers_with_the_tokenizer_beside_it(tool, expected, exported
     for flags, message in ((["--ckpt-step", "3"], "has no steps"), (["--no-verify-checkpoint"], "has no checksums")):
         status, out, err = tool(*flags, load=exported)
         assert (status, out) == (1, "") and message in err
+
+
+def test_the_checksums_of_an_export_can_be_passed_over(tool, expected, exported, monkeypatch):
+    from hrm_megatron.convert import hf_files
+
+    (exported / "conversion.json").touch()
+    monkeypatch.setattr(hf_files, "digests_of", lambda folder: {"lm_head.weight": "of others"})
+    try:
+        assert "lm_head.weight is not what was exported" in tool(load=exported)[2]
+        status, out, err = tool("--no-verify-checkpoint", load=exported)
+    finally:
+        (exported / "conversion.json").unlink()
+    assert (status, out) == (0, expected(QUESTIONS[:1])) and "was not verified" in err
 
 
 def test_another_tokenizer_of_the_same_size_is_refused_beside_an_export(tool, exported, tmp_path):

@@ -112,6 +112,7 @@ def test_the_tool_prints_prediction_and_measurement_side_by_side(tmp_path):
 
 @pytest.mark.parametrize("flags, said", [
     (["--resamples", "-1"], "--resamples -1: give a number of fits"),
+    (["--seed", "-1"], "--seed -1: must not be negative"),
     (["--predict", "0", "1e9"], "--predict 0 1e[+]09: parameters and tokens are numbers above 0"),
     (["--predict", "1e9", "nan"], "--predict 1e[+]09 nan: parameters"),
     (["--png", "law.pdf"], "--png law.pdf: the name of this file must end with .png"),

@@ -119,6 +119,25 @@ def test_a_table_compares_all_methods(tool, exported, store, capsys, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("names", [("nowhere", "STORE"), ("STORE", "nowhere"), ("nowhere", None)])
+def test_a_dataset_is_refused_before_the_model_is_read(tool, exported, store, capsys, monkeypatch, tmp_path, names):
+    monkeypatch.setattr("hrm_megatron.quantize.run.Quantizer", None)
+    data, valid = (store if name == "STORE" else name for name in names)
+    more = ["--compare", "--valid-data-path", valid] if valid else ["--save", str(tmp_path / "out"), "--no-verify"]
+    assert tool(["--load", str(exported), "--data-path", data, *more]) == 1
+    assert "error: nowhere.json missing; write the dataset" in capsys.readouterr().err
+
+
+def test_flags_without_effect_are_refused(tool, exported, store, capsys):
+    compare = ("--load", str(exported), "--data-path", store, "--compare", "--valid-data-path", store)
+    for flags in (["--method", "rtn"], ["--overwrite"], ["--no-verify"], ["--tokenizer-model", "x"]):
+        assert tool([*compare, *flags]) == 1
+        assert f"error: {flags[0].replace('no-', '')}: is about --save, which is not given" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool(["--sizes", "--scheme", "int8"])
+    assert "leave scheme out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     ((), "--data-path: --method recurrent calibrates"),
     (("--method", "tick0", "--data-path", "nowhere"), "nowhere.json missing"),
@@ -130,6 +149,11 @@ def test_a_table_compares_all_methods(tool, exported, store, capsys, tmp_path):
     (("--method", "rtn", "--scheme", "int8", "--group-size", "32"), "int8 has its own"),
     (("--data-path", "STORE", "--calibration-rows", "0"), "--calibration-rows 0: must be at least 1"),
     (("--data-path", "STORE", "--tuning-steps", "-1"), "--tuning-steps -1: must not be negative"),
+    (("--data-path", "STORE", "--seq-length", "0"), "--seq-length 0: must be at least 1"),
+    (("--data-path", "STORE", "--seed", "-1"), "--seed -1: must not be negative"),
+    (("--method", "rtn", "--seed", "1234"), "--seed: --method rtn reads no data; leave the flag out"),
+    (("--method", "tick0", "--data-path", "STORE", "--tuning-steps", "3"), "--tuning-steps: --method tick0 tunes "
+                                                                           "nothing"),
     (("--method", "rtn", "--ckpt-step", "3"), "--ckpt-step 3: a transformers folder has no steps"),
 ])
 def test_bad_settings_are_one_line_and_leave_nothing(tool, exported, store, tmp_path, capsys, flags, message):

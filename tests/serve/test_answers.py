@@ -2,6 +2,7 @@
 import asyncio
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
@@ -151,3 +152,20 @@ def test_without_a_seed_answers_differ(served):
         body = dict(prompt=QUESTIONS[0], max_tokens=20, temperature=2)
         return {(await server.client.post(COMPLETIONS, json=body)).json()["choices"][0]["text"] for _ in range(3)}
     assert len(served(work)) == 3
+
+
+def test_offsets_are_places_in_the_text_however_bytes_are_cut():
+    """Whole, halved and broken characters, in tokens of 0 to 3 bytes."""
+    from hrm_megatron.serve.spelled_tokens import TextOffsets
+
+    rng = np.random.default_rng(4)
+    alphabet = "aé€\U0001f600".encode()
+    for _ in range(200):
+        tokens = [bytes(rng.choice([*alphabet, *b"b\xe2\xf0\xff"], size=rng.integers(4))) for _ in range(6)]
+        tokens += ["€\U0001f600".encode()[place:place + 2] for place in range(0, 7, 2)]
+        data, offsets, start = b"".join(tokens), TextOffsets(), 0
+        for token in tokens:
+            place = offsets.take(token)
+            if token:
+                assert place == len(data[:start + 1].decode("utf-8", "replace")) - 1
+            start += len(token)

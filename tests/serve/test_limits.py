@@ -44,7 +44,7 @@ def error_of(reply, status=400):
     (COMPLETIONS, dict(prompt=["x"] * 99), "99 prompts at once; send at most 16"),
     (COMPLETIONS, dict(condition="loud"), "unknown tag 'loud'"),
     (COMPLETIONS, dict(n=0), "n: Input should be greater than or equal to 1"),
-    (COMPLETIONS, dict(stop=""), "stop."),
+    (COMPLETIONS, dict(stop=""), "stop: must be a text or a list of at most 16 texts, none of them empty"),
     (CHAT, dict(messages=[]), "messages: List should have at least 1 item"),
     (CHAT, dict(messages=[dict(role="tool", content="x")]), "messages.0.role: Input should be 'system'"),
     (CHAT, dict(messages=[dict(role="user", content=" ")]), "messages.0.content: empty"),
@@ -53,6 +53,24 @@ def error_of(reply, status=400):
 def test_a_body_is_refused_by_name(ask, path, change, message):
     error = error_of(ask(path, (GOOD if path == COMPLETIONS else GOOD_CHAT) | change))
     assert message in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_a_value_of_no_type_that_is_taken_is_told_the_types(served):
+    """By its own name: a union's errors name the types of ours that were tried."""
+    content = "messages.0.content: must be a text or a list of {"
+    image = dict(type="image_url", image_url=dict(url="x"))
+    bodies = [(COMPLETIONS, GOOD | change, message) for change, message in (
+        (dict(stop=["x"] * 17), "stop: must be a text or a list of at most 16 texts"),
+        (dict(prompt=[-1]), "prompt: must be a text, token ids (integers from 0 on), or a list of texts or"),
+        (dict(prompt=[[]]), "no list may be empty"),
+        (dict(max_tokens=0, echo=True), "max_tokens: 0 scores the answer that a prompt has begun"))]
+    bodies += [(CHAT, dict(messages=[dict(role="user", content=value)]), content) for value in (None, 3, [image])]
+
+    async def work(server):
+        return [await server.client.post(path, json=body) for path, body, _ in bodies]
+    for reply, (_, _, message) in zip(served(work), bodies, strict=True):
+        error = error_of(reply)
+        assert message in error["message"] and error["param"] == error["message"].split(":")[0]
 
 
 def test_values_that_ask_for_nothing_are_taken(ask):
@@ -129,9 +147,13 @@ def test_an_engine_that_fails_is_told_of(served, monkeypatch):
 
 def test_other_paths_and_methods_have_the_same_shape(served):
     async def work(server):
-        return await server.client.get("/v2/nothing"), await server.client.get(COMPLETIONS)
-    lost, method = served(work)
+        send = server.client.request
+        return [await send(*asked) for asked in (("GET", "/v2/nothing"), ("GET", COMPLETIONS), ("POST", COMPLETIONS),
+                                                 ("HEAD", COMPLETIONS), ("HEAD", "/health"), ("HEAD", "/"))]
+    lost, method, empty, *heads = served(work)
     assert error_of(lost, 404) and error_of(method, 405)
+    assert error_of(empty)["message"] == "the body is empty; send a JSON object"
+    assert [reply.status_code for reply in heads] == [405, 200, 200]  # as GET
 
 
 VALUES = (None, True, False, 0, -1, 1, 3.5, 1e308, -1e-320, 1e-320, 10**30, "", "x", "\x00", "\u202e<script>",

@@ -57,6 +57,16 @@ def metrics(process):
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
+def test_an_address_that_another_takes_meanwhile_is_named():
+    """Two servers that are started at once both get the address, until one of them listens."""
+    from hrm_megatron.serve.process import bind, listen
+
+    with bind("127.0.0.1", 0) as first, bind("127.0.0.1", first.getsockname()[1]) as second:
+        listen(first)
+        with pytest.raises(ConfigError, match=r"^--port \d+: 127.0.0.1 was taken while the model was read .*; choose"):
+            listen(second)
+
+
 def test_a_client_that_goes_away_frees_its_place(process):
     """One place alone: what is asked after a client has left is answered before its answer could have ended."""
     before = metrics(process)["hrm_completion_tokens_total"]
