@@ -51,16 +51,17 @@ class SaveLock:
         os.register_at_fork(after_in_child=self._close)  # a worker may outlive this process by seconds
 
     def _lock_of(self, folder: Path) -> int | None:
-        for waited in range(0, LEASE_SECONDS, WAIT_SECONDS):
+        waited = 0
+        while True:
             try:
                 return open_and_lock(folder / LOCK_FILE, f"--save {folder}", "choose another folder")
             except InUse as error:
-                if f" on {platform.node()} " in error.holder:
+                if f" on {platform.node()} " in error.holder or waited >= LEASE_SECONDS:
                     raise
                 if not waited:
                     log.info(f"checkpoint: {error}; or its machine has died, so this run waits up to {LEASE_SECONDS} s")
             self._wait(WAIT_SECONDS)
-        return open_and_lock(folder / LOCK_FILE, f"--save {folder}", "choose another folder")
+            waited += WAIT_SECONDS
 
     def _close(self) -> None:
         if self._file is not None:
