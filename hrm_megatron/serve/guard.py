@@ -83,8 +83,9 @@ class Guard:
         if self.draining:
             raise ApiError(503, "the server is ending; it takes no more requests")
         if self.api_key is not None and scope["path"] not in OPEN_PATHS:
-            given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1", "replace")
-            if not secrets.compare_digest(given, self.api_key.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not secrets.compare_digest(  # RFC 9110, 11.1: any case
+                    given.strip().encode("latin-1"), self.api_key.encode()):
                 raise ApiError(401, "Authorization: no or another API key; send it as 'Bearer KEY'",
                                code="invalid_api_key")
         declared = headers.get("content-length", "0")

@@ -1,20 +1,15 @@
 """Rows that are read as columns are what the reader of single rows makes of them, or are left to it."""
 import json
 import random
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hrm_megatron.data.condition_rules import ConditionRule
 from hrm_megatron.data.example import RowFormat
-from hrm_megatron.data.example_batch import BATCH_CHARACTERS, ExampleBatch
-from hrm_megatron.data.preprocess import encode_chunk
-from hrm_megatron.data.readers import pieces, read_piece
+from hrm_megatron.data.example_batch import BATCH_CHARACTERS
 from hrm_megatron.data.readers.lines import LinesPiece
-from tests.data.hostile import documents
+from tests.data.at_once import PAIRS, columns, hold_both_ways, is_read_at_once
 
 ROWS = RowFormat()
 GOOD = {"condition": "direct", "instruction": "2 + 3? \u4f60", "response": "5\n"}
@@ -25,20 +20,8 @@ def piece_of(text):
     return LinesPiece(Path("f"), len(text), 7, 0, text)
 
 
-def columns(batch):
-    places = [batch.place(i) for i in range(len(batch.conditions))]
-    return (places, batch.conditions, list(batch.texts), batch.texts.joined, batch.texts.ends.tolist(),
-            list(batch.defaulted), [(number, str(row)) for number, row in batch.bad_rows])
-
-
 def at_once(text, rows=ROWS):
-    """Say whether a piece is read as columns, which must then be those of its rows one by one."""
-    piece = piece_of(text)
-    batch = piece.read_columns(rows)
-    if batch is not None:
-        noted = Counter()
-        assert columns(batch) == columns(ExampleBatch.of(read_piece(piece, rows, noted))) and not noted, text
-    return batch is not None
+    return is_read_at_once(piece_of(text), rows)
 
 
 def line(**more):
@@ -174,22 +157,7 @@ def test_lines_that_were_changed_at_random(count, seed):
 
 
 def test_what_becomes_of_a_piece_does_not_depend_on_the_way(tokenizer, tmp_path, monkeypatch):
-    texts = [text for text in documents(600, 3) if text.strip()]
-    texts[40:45] = "\x0crac{1}", "lost \ufffd", "\u2060", "same", " same\n"
-    lines = [json.dumps(dict(condition="cot", instruction=q, response=a), ensure_ascii=False)
-             for q, a in pairwise(texts)]
-    lines[9] = json.dumps(dict(instruction="long " * 500, response="b"))
+    lines = [json.dumps(dict(condition="cot", instruction=q, response=a), ensure_ascii=False) for q, a in PAIRS]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    (piece,) = pieces(path)
-    rows = RowFormat(default_condition="synth")
-    assert piece.read_columns(rows)
-    at_once = encode_chunk(tokenizer, piece, rows, 300)
-    monkeypatch.setattr(LinesPiece, "read_columns", lambda *_: None)
-    one_by_one = encode_chunk(tokenizer, piece, rows, 300)
-    for name in ("ids", "lengths", "prompt_keys", "example_keys"):
-        assert np.array_equal(getattr(at_once, name), getattr(one_by_one, name))
-    assert [str(row) for row in at_once.bad_rows] == [str(row) for row in one_by_one.bad_rows] != []
-    assert at_once.lint == one_by_one.lint and {"latex", "echo", "special"} <= at_once.lint.counts.keys()
-    assert (at_once.truncated, at_once.defaulted, at_once.noted) == (
-        one_by_one.truncated, one_by_one.defaulted, one_by_one.noted)
+    hold_both_ways(tokenizer, path, RowFormat(default_condition="synth"), monkeypatch)

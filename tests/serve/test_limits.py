@@ -124,13 +124,13 @@ def test_a_key_opens_everything_but_page_and_health(served):
     async def work(server):
         get = server.client.get
         closed = [await get(path) for path in ("/v1/models", "/metrics", "/openapi.json")]
-        wrong = await get("/v1/models", headers={"Authorization": "Bearer sesam"})
-        right = await get("/v1/models", headers={"Authorization": "Bearer sesame"})
-        return [*closed, wrong], right, [await get("/"), await get("/health")]
+        given = [await get("/v1/models", headers={"Authorization": value})
+                 for value in ("Bearer sesam", "sesame", "Basic sesame", "Bearer sesame", "bearer  sesame")]
+        return [*closed, *given[:3]], given[3:], [await get("/"), await get("/health")]
     closed, right, opened = served(work, api_key="sesame")
     for reply in closed:
         assert error_of(reply, 401)["code"] == "invalid_api_key"
-    assert right.json()["data"][0]["id"] == "random"
+    assert [reply.json()["data"][0]["id"] for reply in right] == ["random"] * 2
     assert [reply.status_code for reply in opened] == [200, 200]
 
 

@@ -12,7 +12,9 @@ import pyarrow.compute as pc
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import BadRow, RowFormat
+from hrm_megatron.data.example_batch import ExampleBatch
 from hrm_megatron.data.readers.piece import Piece, Row, too_long
+from hrm_megatron.data.readers.plain_columns import plain_columns
 from hrm_megatron.data.row_shapes import fields_to_read
 from hrm_megatron.data.text_files import convert_from
 
@@ -54,6 +56,12 @@ class ColumnsPiece(Piece):
                 place = self._place(number)
                 yield place, row if isinstance(row, dict) else _not_utf8(place, row)
                 number += 1
+
+    def read_columns(self, rows: RowFormat) -> ExampleBatch | None:
+        if self.part.long_row_bytes:
+            return None
+        table = pa.ipc.open_stream(self.part.batches).read_all()
+        return plain_columns(table, lambda i: self._place(self.first_row + i), rows)
 
     def _place(self, number: int) -> str:
         return f"{self.path}:{self.group}, row {number}"

@@ -8,6 +8,7 @@ so, and all lines of the piece are read one by one, by the reader that defines w
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -39,30 +40,34 @@ def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) ->
     lengths = spans[:, 1] - spans[:, 0]  # in bytes of JSON, of which a character takes one at least
     if lengths.max() > rows.max_characters or lengths.sum() >= BATCH_CHARACTERS:
         return None
-    conditions = _conditions(text, found[:count, 0].tolist(), found[:count, 1].tolist(), rows)
-    if conditions is None:
+    given = [text[start:end] if start >= 0 else None for start, end in found[:count, :2].tolist()]
+    if any(b"\\" in condition for condition in {*given} if condition):
         return None
     joined, ends = np.empty(int(lengths.sum()) + len(spans), np.uint8), np.empty(len(spans), np.int64)
     texts = Texts(joined[:join_texts(octets, spans, joined, ends)].tobytes(), ends)
-    if (texts.stripped[:, 0] == texts.stripped[:, 1]).any():
-        return None
     numbers = (lines[:count] + first_line).tolist()
-    return ExampleBatch(lambda i: f"{file_name}:{numbers[i]}", conditions, texts, (found[:count, 0] < 0).tolist())
+    return good_rows(texts, given, lambda i: f"{file_name}:{numbers[i]}", rows)
 
 
-def _conditions(text: bytes, starts: list[int], ends: list[int], rows: RowFormat) -> list[str] | None:
+def good_rows(texts: Texts, given: Sequence[bytes | None], place: Callable[[int], str],
+              rows: RowFormat) -> ExampleBatch | None:
+    """Return the examples of texts and conditions (None: a row has none), in valid UTF-8; None unless all are good."""
+    conditions = _conditions(given, rows)
+    if conditions is None or (texts.stripped[:, 0] == texts.stripped[:, 1]).any():
+        return None
+    return ExampleBatch(place, conditions, texts, [condition is None for condition in given])
+
+
+def _conditions(given: Sequence[bytes | None], rows: RowFormat) -> list[str] | None:
     """Return the tags of every row, those by default where it has none; None if some are not good."""
-    given = [text[start:end] if start >= 0 else None for start, end in zip(starts, ends, strict=True)]
     known: dict[bytes | None, str] = {}
     for condition in set(given):
-        if condition is None:
-            if rows.default_condition is None or rows.condition_rules:
-                return None
-            known[None] = rows.default_condition
-        elif b"\\" in condition:
+        if condition is not None:
+            known[condition] = condition.decode()
+        elif rows.default_condition is None or rows.condition_rules:
             return None
         else:
-            known[condition] = condition.decode()
+            known[None] = rows.default_condition
     try:
         for tags in known.values():
             tags_of(tags, rows.tags)
