@@ -14,13 +14,15 @@ import numpy as np
 from numba.extending import overload, register_jitable
 
 from hrm_megatron.data.kernels import compiled
-from hrm_megatron.generate.vectors import LANES, load, multiply_add, store, zeros
+from hrm_megatron.generate.vectors import LANES, fetch, load, multiply_add, store, zeros
 
 # Sums in any order and fused multiply-adds; NaN and infinity keep their meaning.
 ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
 LOWEST = np.float32(np.finfo(np.float32).min)
 HALF = np.uint32(0x7FFF)
 LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
+LINE_BYTES = 64
+FETCHED_BYTES = 1 << 15  # a processor's first cache
 SMALLEST = np.float32(-87)  # its exponential is still a normal number
 # exp(x) = sum of x^n / n!: behind these terms less than 1e-8 of the whole for |x| <= ln(2) / 2
 C1, C2, C3, C4, C5, C6, C7 = (np.float32(1 / math.factorial(n)) for n in range(1, 8))
@@ -84,6 +86,13 @@ def sigmoid(x: Any) -> Any:
     return (np.float32(1) if x >= 0 else e) / (np.float32(1) + e)
 
 
+@register_jitable
+def fetch_all(array: Any, start: int, count: int) -> None:
+    """Have array[start : start + count] fetched."""
+    for i in range(0, count, LINE_BYTES // array.itemsize):
+        fetch(array, start + i)
+
+
 @_compiled
 def attend_rows(gqkv: Any, keys: Any, values: Any, tables: Any, lengths: Any, cos: Any, sin: Any, first: int,
                 last: int, out: Any) -> None:
@@ -94,11 +103,13 @@ def attend_rows(gqkv: Any, keys: Any, values: Any, tables: Any, lengths: Any, co
     out [b, h] gets `sigmoid(gate) * attention`.
 
     Scores are made for the 16 positions of a block at once, values weighed for 16 elements of a head at once; the
-    heads of a block lie side by side, and are read so.
+    heads of a block lie side by side, and are read so. While a small block is read the next is fetched: blocks lie
+    anywhere, and no processor guesses where. A large one would push out what is being read.
     """
     half, width = cos.shape[1], gqkv.shape[1] // 4
     d = 2 * half
-    heads, whole = width // d, d - d % LANES
+    heads, whole, size = width // d, d - d % LANES, width * LANES
+    ahead = d * LANES if size * keys.itemsize <= FETCHED_BYTES else 0
     scale = np.float32(1 / math.sqrt(d))
     query, total, sums = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(heads, np.float32)
     weights = np.empty((heads, tables.shape[1] * LANES), np.float32)
@@ -106,7 +117,7 @@ def attend_rows(gqkv: Any, keys: Any, values: Any, tables: Any, lengths: Any, co
     for row in range(first, last):
         position = lengths[row]
         place, blocks = position % LANES, position // LANES + 1
-        own = tables[row, position // LANES] * width * LANES
+        own = tables[row, position // LANES] * size
         for head in range(heads):
             for i in range(half):
                 c, s, at = cos[position, i], sin[position, i], head * d + i
@@ -119,8 +130,12 @@ def attend_rows(gqkv: Any, keys: Any, values: Any, tables: Any, lengths: Any, co
                 values[own + (head * LANES + place) * d + i] = stored(
                     values, widened(gqkv[row, 3 * width + head * d + i]))
         for number in range(blocks):
-            block = tables[row, number] * width * LANES
+            block = tables[row, number] * size
             for head in range(heads):
+                if number + 1 < blocks:
+                    fetch_all(keys, tables[row, number + 1] * size + head * d * LANES, ahead)
+                else:
+                    fetch_all(values, tables[row, 0] * size + head * d * LANES, ahead)
                 found = zeros()
                 for i in range(head * d, head * d + d):
                     found = multiply_add(query[i], load(keys, block + i * LANES), found)
@@ -136,9 +151,13 @@ def attend_rows(gqkv: Any, keys: Any, values: Any, tables: Any, lengths: Any, co
             sums[head] = weight
         total[:] = 0
         for number in range(blocks):
-            block, count = tables[row, number] * width * LANES, min(LANES, position + 1 - number * LANES)
+            block, count = tables[row, number] * size, min(LANES, position + 1 - number * LANES)
             for head in range(heads):
                 start = block + head * LANES * d
+                if number + 1 < blocks:
+                    fetch_all(values, tables[row, number + 1] * size + head * LANES * d, ahead)
+                elif row + 1 < last:
+                    fetch_all(keys, tables[row + 1, 0] * size + head * LANES * d, ahead)
                 for i in range(0, whole, LANES):
                     found = load(total, head * d + i)
                     for p in range(count):

@@ -15,7 +15,7 @@ from numba.extending import models, register_model
 # Its own type would ask callers for the first argument, which numba adds.
 intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = extending.intrinsic
 LANES = 16
-INDICES = ir.IntType(32)
+BYTE, INDICES = ir.IntType(8), ir.IntType(32)
 VECTOR, HALVES, WORDS = (ir.VectorType(each, LANES) for each in (ir.FloatType(), ir.IntType(16), INDICES))
 
 
@@ -72,6 +72,18 @@ def multiply_add(typing: Any, number: Any, values: Any, total: Any) -> Any:
         product = builder.fmul(everywhere, arguments[1], flags=["contract"])
         return builder.fadd(product, arguments[2], flags=["contract"])
     return vector(types.float32, vector, vector), make
+
+
+@intrinsic
+def fetch(typing: Any, array: Any, index: Any) -> Any:
+    """Have the cache line of array[index] fetched while other work goes on; the index may lie behind the end."""
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = _place(context, builder, arguments[0], arguments[1], signature.args[0], BYTE)
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], ir.FunctionType(
+            ir.VoidType(), [place.type, INDICES, INDICES, INDICES]))
+        builder.call(ask, [place, *(ir.Constant(INDICES, number) for number in (0, 3, 1))])  # to read, to keep, data
+        return context.get_dummy_value()
+    return types.void(array, types.intp), make
 
 
 @intrinsic
