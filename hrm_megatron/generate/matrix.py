@@ -8,14 +8,30 @@ out for them beforehand. Measured on one core of a Xeon with AMX, 768 x 3072, mi
 | 1 | 0.69 | 0.60 | 0.63 | 0.57 | 0.66 | 0.39 |
 | 8 | 1.71 | 1.60 | 0.96 | 0.53 | 0.65 | 0.38 |
 | 32 | 2.09 | 2.40 | 1.47 | 0.64 | 0.77 | 0.51 |
+
+On an AMD EPYC with AVX-512 (layers/processor.py) oneDNN's layout is the best for fp32 as well, but for products so
+small that its call weighs more. GFLOP/s:
+
+| rows | in x out | fp32 [in, out] | fp32 MKL, packed | fp32 oneDNN, packed |
+|---|---|---|---|---|
+| 1 | 768 x 3072 | 33 | 39 | 39 |
+| 2 | 768 x 3072 | 44 | 41 | 81 |
+| 8 | 768 x 3072 | 60 | 64 | 117 |
+| 3072 | 768 x 3072 | 95 | 97 | 195 |
+| 4 | 128 x 512 | 43 | 49 | 34 |
+| 32 | 128 x 512 | 95 | 95 | 148 |
 """
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from hrm_megatron.layers.processor import runs_faster_on_onednn
+
 PACKED_ROWS = 4  # from here on MKL's layout is faster
 PACKED_ELEMENTS = 1 << 18  # a smaller fp32 matrix stays in a core's own cache, and is read as fast without
+ON_ONEDNN = runs_faster_on_onednn()
+ONEDNN_MULTIPLICATIONS = 1 << 19  # of a product of a small fp32 matrix, from which on oneDNN's is faster
 
 
 class Matrix:
@@ -43,7 +59,7 @@ class Matrix:
 
 
 class OneDNNMatrix(Matrix):
-    """bf16 on a CPU: in oneDNN's own layout alone, which serves any number of rows."""
+    """On a CPU, bf16 and where MKL is slow fp32: in oneDNN's own layout alone, which serves any number of rows."""
 
     def keep(self, weight: torch.Tensor) -> None:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -53,6 +69,19 @@ class OneDNNMatrix(Matrix):
         found: torch.Tensor = (matmul(x, self.packed, None, "none", [], "") if added is None else
                                matmul.binary(x, added, self.packed, None, "add"))
         return found
+
+
+class SmallOneDNNMatrix(OneDNNMatrix):
+    """fp32: beside it as any other, for a few rows."""
+
+    def keep(self, weight: torch.Tensor) -> None:
+        super().keep(weight)
+        Matrix.keep(self, weight)
+
+    def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        if x.numel() * self.columns < ONEDNN_MULTIPLICATIONS:
+            return Matrix.__call__(self, x, added)
+        return super().__call__(x, added)
 
 
 class MKLMatrix(Matrix):
@@ -85,6 +114,9 @@ def matrix_of(weight: torch.Tensor) -> Matrix:
     if weight.device.type == "cpu":
         if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return OneDNNMatrix(weight)
-        if weight.dtype == torch.float32 and weight.numel() >= PACKED_ELEMENTS and torch.backends.mkl.is_available():
+        large = weight.numel() >= PACKED_ELEMENTS
+        if weight.dtype == torch.float32 and ON_ONEDNN:
+            return (OneDNNMatrix if large else SmallOneDNNMatrix)(weight)
+        if weight.dtype == torch.float32 and large and torch.backends.mkl.is_available():
             return MKLMatrix(weight)
     return Matrix(weight)

@@ -5,16 +5,14 @@ states carry none, that is a matmul of [s, h] by [h, 4 h] for every micro-batch,
 A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (layers/compiled.py). And
 where gradients are added there, Megatron's answers autograd with a whole tensor at every tick (parallel/main_grad.py).
 
-On a CPU the matmul is oneDNN's on processors on which that of MKL, torch's own choice, is slower. MKL leaves the
-widest instructions of other makers' processors unused. Measured in fp32 on one core of an AMD EPYC with AVX-512:
-2048 x 512 by 512 x 2048 ran at 100 to 106 GFLOP/s instead of 88 to 92, forward and for the gradient of the input; the
-gradient of the weight gained nothing, and small matmuls pay 12 us a call. On an Intel Xeon with AVX-512 both run the
-same matmul at 158 to 163 GFLOP/s, so MKL's stays.
+On a CPU the matmul is oneDNN's on processors on which that of MKL is slower (layers/processor.py). Measured in fp32
+on one core of an AMD EPYC with AVX-512: 2048 x 512 by 512 x 2048 ran at 100 to 106 GFLOP/s instead of 88 to 92,
+forward and for the gradient of the input; the gradient of the weight gained nothing, and small matmuls pay 12 us a
+call. On an Intel Xeon with AVX-512 both run the same matmul at 158 to 163 GFLOP/s, so MKL's stays.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,20 +20,13 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from hrm_megatron.layers.functions import run
+from hrm_megatron.layers.processor import runs_faster_on_onednn
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added, answer_once
 
 if TYPE_CHECKING:
     from hrm_megatron.layers.lora import Adapter
 
-CPU_FACTS = Path("/proc/cpuinfo")
 MIN_MULTIPLICATIONS = 1 << 24  # of a matmul, below which MKL is not slower
-
-
-def runs_faster_on_onednn() -> bool:
-    """Tell whether oneDNN's matmul is the faster one on this machine."""
-    return (torch.backends.mkldnn.is_available() and CPU_FACTS.exists() and "AuthenticAMD" in CPU_FACTS.read_text())
-
-
 ON_ONEDNN = runs_faster_on_onednn()
 
 

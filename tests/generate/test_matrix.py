@@ -4,13 +4,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hrm_megatron.generate.matrix import Matrix, MKLMatrix, OneDNNMatrix, matrix_of
+from hrm_megatron.generate import matrix as module
+from hrm_megatron.generate.matrix import Matrix, MKLMatrix, OneDNNMatrix, SmallOneDNNMatrix, matrix_of
 
 UNIT = {torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -8}
 HAS_MKL = torch.backends.mkl.is_available()
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 KINDS = [(Matrix, torch.float32), (Matrix, torch.bfloat16),
-         *[(MKLMatrix, torch.float32)] * HAS_MKL, *[(OneDNNMatrix, torch.bfloat16)] * HAS_BF16]
+         *[(MKLMatrix, torch.float32)] * HAS_MKL, *[(OneDNNMatrix, torch.bfloat16)] * HAS_BF16,
+         *[(OneDNNMatrix, torch.float32), (SmallOneDNNMatrix, torch.float32)] * HAS_ONEDNN]
 
 
 def drawn(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -20,7 +23,9 @@ def drawn(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, to
 
 @pytest.mark.parametrize("kind, dtype", KINDS, ids=lambda value: getattr(value, "__name__", str(value)))
 @pytest.mark.parametrize("rows", [1, 5, 8, 9])  # of a matrix prepared for 8: too few, filled up, all, too many
-def test_a_product_is_that_of_fp64(kind: type[Matrix], dtype: torch.dtype, rows: int) -> None:
+def test_a_product_is_that_of_fp64(kind: type[Matrix], dtype: torch.dtype, rows: int,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ONEDNN_MULTIPLICATIONS", 6 * 40 * 96)  # of 5 rows fewer, of 8 more
     weight, x, added = drawn(rows, dtype)
     matrix = kind(weight)
     matrix.prepare(8)
@@ -44,12 +49,17 @@ def test_what_is_added_stays_as_it_was() -> None:
         assert torch.equal(added, before)
 
 
-def test_the_layout_is_that_of_device_dtype_and_size() -> None:
+def test_the_layout_is_that_of_device_dtype_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = torch.ones(8, 8), torch.ones(512, 512)
+    monkeypatch.setattr(module, "ON_ONEDNN", False)
     assert type(matrix_of(small)) is Matrix
     assert type(matrix_of(large)) is (MKLMatrix if HAS_MKL else Matrix)
     assert type(matrix_of(small.bfloat16())) is (OneDNNMatrix if HAS_BF16 else Matrix)
     assert type(matrix_of(large.half())) is Matrix
+    if HAS_ONEDNN:
+        monkeypatch.setattr(module, "ON_ONEDNN", True)
+        assert [type(matrix_of(weight)) for weight in (small, large, large.half())] == [
+            SmallOneDNNMatrix, OneDNNMatrix, Matrix]
 
 
 @pytest.mark.skipif(not HAS_MKL, reason="torch without MKL")
@@ -71,6 +81,7 @@ def test_a_second_layout_that_does_not_fit_is_left_out_and_named(monkeypatch: py
     from hrm_megatron.generate import decoder
     from hrm_megatron.generate.weights import take_weights
 
+    monkeypatch.setattr(module, "ON_ONEDNN", False)
     architecture = Architecture(1, 256, 2, 512, 64)
     made = decoder.Decoder(take_weights(architecture, random_tensors(architecture).items()), 32)
     layouts = [matrix for matrix in made.weights.matrices if isinstance(matrix, MKLMatrix)]

@@ -18,7 +18,6 @@ from hrm_megatron.layers.linear import (  # noqa: E402
     OwnRowParallelLinear,
     linear,
     on_own_matmul,
-    runs_faster_on_onednn,
 )
 from hrm_megatron.model.head import LabelScores  # noqa: E402
 from hrm_megatron.parallel.main_grad import GradientsAdded  # noqa: E402
@@ -148,12 +147,3 @@ def test_every_local_linear_layer_is_ours(single_rank):
     layers = [module for name, module in HRMModel(hrm_config(Architecture(1, 24, 2, 40, 250)), 1).named_modules()
               if name.rpartition(".")[2].startswith("linear_")]
     assert {type(layer) for layer in layers} == {OwnColumnParallelLinear, OwnRowParallelLinear} and len(layers) == 8
-
-
-@pytest.mark.parametrize("facts, faster", [
-    ("vendor_id : AuthenticAMD\n", True), ("vendor_id : GenuineIntel\n", False), (None, False)])
-def test_which_machine_multiplies_with_onednn(monkeypatch, tmp_path, facts, faster):
-    if facts:
-        (tmp_path / "cpuinfo").write_text(facts)
-    monkeypatch.setattr(linear_module, "CPU_FACTS", tmp_path / "cpuinfo")
-    assert runs_faster_on_onednn() is (faster and torch.backends.mkldnn.is_available())
