@@ -11,6 +11,7 @@ EXPANSION = 4  # HRM-Text, config/arch: ffn = expansion * hidden * 2/3, rounded 
 VOCAB_MULTIPLE = 256  # HRM-Text pads the vocabulary to this, whatever the parallel layout
 DEFAULT_FIXED_STD = 0.02  # HRM-Text, init_type fixed_normal without an init_std
 PRESET_VOCAB_SIZE = 65_536  # HRM-Text's tokenizer
+MOST_LAYERS = 1_000_000  # that a token runs through, ticks counted: far beyond what is ever built
 INIT_SCHEMES = ("lecun_normal", "fixed_normal", "megatron")
 PREFIX_LM, CAUSAL = ATTENTION_MASKS = ("prefix-lm", "causal")
 NORM_PLACEMENTS = ("pre", "post")
@@ -104,6 +105,9 @@ class Architecture:
                      "h_cycles", "l_cycles"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if (layers := self.num_layers * self.h_cycles * (self.l_cycles + 1)) > MOST_LAYERS:  # a damaged file's
+            raise ConfigError(f"num_layers={self.num_layers}, h_cycles={self.h_cycles}, l_cycles={self.l_cycles}: "
+                              f"{layers:,} layers one after the other, of at most {MOST_LAYERS:,}; correct them")
         if not 0 <= self.norm_epsilon < math.inf:  # NaN too
             raise ConfigError(f"norm_epsilon={self.norm_epsilon}: must be a number from 0 on")
         for name in ("rope_theta", "init_std"):

@@ -188,8 +188,8 @@ def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
             raise ConfigError(f"--save {save}: exists; pass --overwrite to replace all of it, or choose another")
     try:
         with whole_folder(save) as partial:
-            if (free := shutil.disk_usage(partial).free) < size_bytes + RESERVE_BYTES:
-                raise ConfigError(f"--save {save}: needs {size_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free "
+            if (free := shutil.disk_usage(partial).free) < (needed := size_bytes + RESERVE_BYTES):
+                raise ConfigError(f"--save {save}: needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; free "
                                   "some space or choose another disk")
             try:
                 yield partial

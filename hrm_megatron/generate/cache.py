@@ -49,8 +49,8 @@ class CacheSize:
         said = (f"{self.bytes / 1e9:.2f} GB for {self.blocks * BLOCK_TOKENS} positions in {self.slots} ticks x layers, "
                 f"{free / 1e9:.2f} GB are free")
         if self.bytes + RESERVE_BYTES > free:
-            raise ConfigError(f"key-value cache: needs {said}; lower --batch-size or --max-new-tokens, or take --dtype "
-                              "bfloat16")
+            raise ConfigError(f"key-value cache: needs {said}, of which {RESERVE_BYTES / 1e9:.2f} GB are left for all "
+                              "else; lower --batch-size or --max-new-tokens, or take --dtype bfloat16")
         return f"key-value cache: {said}"
 
 

@@ -159,6 +159,8 @@ def test_post_norm_has_no_place_in_transformers(tmp_path, random_checkpoint):
     (dict(rope_parameters={"rope_type": "yarn"}), "rope_type: 'yarn' is not built here"),
     (dict(hidden_size="wide"), "odd one .*'wide'"),
     (dict(eos_token_id=[11, "end"]), r"config\.json: eos_token_id: .*'end'\] is no token id"),
+    (dict(num_layers_per_stack=10**9), "8,000,000,000 layers one after the other, of at most 1,000,000; correct them"),
+    (dict(L_cycles=10**9), "layers one after the other, of at most 1,000,000; correct them"),
     (dict(H_cycles=None), "lacks a setting or has an odd one"),
     (dict(max_position_embeddings=0), r"config\.json: seq_length=0: must be at least 1"),
     (dict(rope_parameters={"rope_theta": 0}), r"config\.json: rope_theta=0.0: must be a number above 0"),
@@ -174,8 +176,8 @@ def test_a_config_that_does_not_fit_is_refused_by_name(golden, tmp_path, change,
         read_hf(tmp_path)
 
 
-@pytest.mark.parametrize("value", [None, 0, -1, 2.5, "x", "", [1], {"a": 1}, True, math.nan, math.inf, -1e400],
-                         ids=str)
+@pytest.mark.parametrize("value", [None, 0, -1, 10**9, 10**30, 2.5, "x", "", [1], {"a": 1}, True, math.nan, math.inf,
+                                   -1e400], ids=str)
 def test_no_value_of_a_config_is_more_than_a_refusal(golden, tmp_path, value):
     shutil.copy(golden / "hf_export" / "ema" / "model.safetensors", tmp_path)
     config = json.loads((golden / "hf_export" / "ema" / "config.json").read_text())
