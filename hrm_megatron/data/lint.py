@@ -18,7 +18,7 @@ LINT = ("warn", "error", "off")
 # What is left of LaTeX commands of which JSON read the backslash and the first letter as one control character. A
 # backspace, a form feed or a lone carriage return stands before a letter nowhere else; after a tab or a line end these
 # are no words, or have a brace that no text has there.
-BROKEN_LATEX = tuple(control + rest for control, ends in (
+BROKEN_LATEX = tuple((control + rest).encode() for control, ends in (
     ("\x08", ("oxed", "egin", "eta", "ar", "inom", "mod", "ig", "f{", "oldsymbol", "ullet", "ot", "ackslash")),
     ("\x0c", ("rac", "orall", "box", "lat", "rown", "lushleft", "ootnote")),
     ("\t", ("imes", "ext{", "extbf{", "extit{", "extrm{", "heta", "riangle", "ilde{", "frac{", "herefore", "binom{",
@@ -28,7 +28,7 @@ BROKEN_LATEX = tuple(control + rest for control, ends in (
 ) for rest in ends)
 FIRST_CONTROL = min(map(ord, CONTROLS))
 _BEGINNINGS = np.zeros((max(map(ord, CONTROLS)) - FIRST_CONTROL + 1, 256, 256), bool)  # of parts, by three bytes
-for part in map(str.encode, BROKEN_LATEX):
+for part in BROKEN_LATEX:
     _BEGINNINGS[part[0] - FIRST_CONTROL, part[1], part[2]] = True
 CONSTANT_FROM = 8  # so many rows of a source and more with one response between them are suspicious
 LATEX, REPLACEMENT, ECHO, BLANK, TRUNCATED, SPECIAL, DECOMPOSED, COMPOSED = (
@@ -124,7 +124,7 @@ def broken_latex(texts: Texts) -> set[bytes]:
         return set()
     from hrm_megatron.data.character_kernels import places_of_triples  # late: numba takes half a second
     begun = places_of_triples(texts.octets, _BEGINNINGS, FIRST_CONTROL).tolist()
-    return {part for start in begun for part in map(str.encode, BROKEN_LATEX) if texts.joined.startswith(part, start)}
+    return {part for start in begun for part in BROKEN_LATEX if texts.joined.startswith(part, start)}
 
 
 def _echoes(texts: Texts) -> list[int]:
