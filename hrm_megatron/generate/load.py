@@ -61,6 +61,8 @@ def opened(load: Path, step: int | None = None, verify: bool = True) -> Iterator
         yield read_hf(load, verify)
     elif (load / NATIVE_CONFIG_FILE).exists():
         yield read_native(load, step, verify)
+    elif any(load.glob("*.gguf")):
+        raise ConfigError(f"--load {load}: GGUF, which llama.cpp reads; give the checkpoint that it was made of")
     else:
         iteration = find_iteration(load, step)
         with naming_another(iteration):

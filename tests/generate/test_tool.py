@@ -316,6 +316,12 @@ def test_another_tokenizer_of_the_same_size_is_refused_beside_an_export(tool, ex
     assert (status, out) == (1, "") and "is another tokenizer than" in err
 
 
+def test_a_folder_of_gguf_is_refused_as_what_it_is(tool, tmp_path):
+    (tmp_path / "model.gguf").touch()
+    assert tool(load=tmp_path) == (1, "", f"error: --load {tmp_path}: GGUF, which llama.cpp reads; give the checkpoint "
+                                          "that it was made of\n")
+
+
 def test_a_folder_of_hrm_text_answers_as_its_conversion(converted):
     from hrm_megatron.generate.load import opened
     from hrm_megatron.generate.weights import take_weights
