@@ -26,11 +26,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from hrm_megatron.layers.processor import runs_faster_on_onednn
+from hrm_megatron.layers.processor import ON_ONEDNN
 
 PACKED_ROWS = 4  # from here on MKL's layout is faster
 PACKED_ELEMENTS = 1 << 18  # a smaller fp32 matrix stays in a core's own cache, and is read as fast without
-ON_ONEDNN = runs_faster_on_onednn()
 ONEDNN_MULTIPLICATIONS = 1 << 19  # of a product of a small fp32 matrix, from which on oneDNN's is faster
 
 

@@ -20,14 +20,13 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from hrm_megatron.layers.functions import run
-from hrm_megatron.layers.processor import runs_faster_on_onednn
+from hrm_megatron.layers.processor import ON_ONEDNN
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added, answer_once
 
 if TYPE_CHECKING:
     from hrm_megatron.layers.lora import Adapter
 
 MIN_MULTIPLICATIONS = 1 << 24  # of a matmul, below which MKL is not slower
-ON_ONEDNN = runs_faster_on_onednn()
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -219,5 +219,6 @@ def test_a_cache_is_measured_before_it_is_taken(decoder, monkeypatch):
     assert size.check(decoder.device) == (
         f"key-value cache: 0.01 GB for 4800 positions in 8 ticks x layers, {free / 1e9:.2f} GB are free")
     free -= 1
-    with pytest.raises(ConfigError, match="cache: needs 0.01 GB .* which 0.27 GB are left for all else; lower --batch"):
+    with pytest.raises(ConfigError, match="key-value cache: needs 0.01 GB .* are free, of which 0.27 GB are "
+                                          "left for all else; lower --batch-size"):
         size.check(decoder.device)

@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from hrm_megatron.data.characters import Texts
 from hrm_megatron.data.example import RowFormat
-from hrm_megatron.data.example_batch import BATCH_CHARACTERS, ExampleBatch
-from hrm_megatron.data.readers.plain_rows import good_rows
+from hrm_megatron.data.example_batch import ExampleBatch
+from hrm_megatron.data.readers.plain_rows import good_rows, surely_short
 
 NOTHING, NUL = (pa.scalar(value, pa.large_binary()) for value in (b"", b"\0"))
 
@@ -28,7 +28,7 @@ def plain_columns(table: pa.Table, place: Callable[[int], str], rows: RowFormat)
     if any(column is None or column.null_count for column in texts):
         return None
     lengths = np.stack([pc.binary_length(column).to_numpy() for column in texts], 1).reshape(-1)
-    if lengths.max() > rows.max_characters or lengths.sum() >= BATCH_CHARACTERS:
+    if not surely_short(lengths, rows):
         return None
     # One row after the other, a NUL behind each text: what joins the columns keeps their bytes together.
     joined = pc.binary_join_element_wise(*texts, NOTHING, NUL)

@@ -37,8 +37,8 @@ def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) ->
     if count < 1:
         return None
     spans = found[:count, 2:].reshape(-1, 2)
-    lengths = spans[:, 1] - spans[:, 0]  # in bytes of JSON, of which a character takes one at least
-    if lengths.max() > rows.max_characters or lengths.sum() >= BATCH_CHARACTERS:
+    lengths = spans[:, 1] - spans[:, 0]  # in bytes of JSON
+    if not surely_short(lengths, rows):
         return None
     given = [text[start:end] if start >= 0 else None for start, end in found[:count, :2].tolist()]
     if any(b"\\" in condition for condition in {*given} if condition):
@@ -47,6 +47,11 @@ def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) ->
     texts = Texts(joined[:join_texts(octets, spans, joined, ends)].tobytes(), ends)
     numbers = (lines[:count] + first_line).tolist()
     return good_rows(texts, given, lambda i: f"{file_name}:{numbers[i]}", rows)
+
+
+def surely_short(lengths: np.ndarray, rows: RowFormat) -> bool:
+    """Say whether texts of so many bytes, of which a character takes one at least, are short enough for one batch."""
+    return bool(lengths.max() <= rows.max_characters and lengths.sum() < BATCH_CHARACTERS)
 
 
 def good_rows(texts: Texts, given: Sequence[bytes | None], place: Callable[[int], str],
