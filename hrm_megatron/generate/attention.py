@@ -17,6 +17,11 @@ from hrm_megatron.generate.cpu import Loops, numbers
 from hrm_megatron.layers.functions import gated
 
 
+def halves(gqkv: torch.Tensor, head_dim: int) -> np.ndarray:
+    """Show compiled loops gqkv [n, 4 h] as [n, 4, heads, 2, head_dim / 2]."""
+    return numbers(gqkv).reshape(len(gqkv), 4, -1, 2, head_dim // 2)
+
+
 class Prefill:
     """Whole prompts, packed one after the other: each position sees all of its own prompt, both ways, or in a `causal`
     model what is before it."""
@@ -44,6 +49,31 @@ class Prefill:
         found = [F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)[0].transpose(0, 1).flatten(1)
                  for q, k, v in prompts]
         return gated(torch.cat(found), gate)
+
+
+class PrefillInLoops:
+    """`Prefill` on a CPU; the gated attention is rounded once more than `Paged` rounds it."""
+
+    def __init__(self, cache: PagedCache, lengths: Sequence[int], tables: Sequence[np.ndarray], loops: Loops,
+                 causal: bool = False) -> None:
+        self.positions = np.concatenate([np.arange(length) for length in lengths])
+        self.blocks = np.concatenate([table[np.arange(length) // BLOCK_TOKENS]
+                                      for table, length in zip(tables, lengths, strict=True)])
+        self.lengths, self.loops, self.causal, self.size = list(lengths), loops, causal, cache.size
+        self.pool = numbers(cache.pool.flatten(2))  # [slot, key or value, all blocks]
+
+    def __call__(self, slot: int, gqkv: torch.Tensor) -> torch.Tensor:
+        loops, n, heads, d = self.loops, len(gqkv), self.size.heads, self.size.head_dim
+        qkv, out = gqkv.new_empty(3, heads, n, d), gqkv.new_empty(n, heads, d)
+        source, rotated, target = halves(gqkv, d), numbers(qkv).reshape(3, heads, n, 2, d // 2), numbers(out)
+        loops.divide(n, gqkv.nbytes, lambda first, last: loops.attention_kernels.enter_rows(
+            source, *self.pool[slot], self.blocks, self.positions, loops.cos, loops.sin, first, last, rotated))
+        prompts = (prompt.unbind() for prompt in qkv.unsqueeze(1).split(self.lengths, 3))
+        attended = torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=self.causal) for q, k, v in prompts], 2)
+        weighed = numbers(attended[0])
+        loops.divide(n, gqkv.nbytes, lambda first, last: loops.attention_kernels.gate_rows(
+            source, weighed, first, last, target))
+        return out.flatten(1)
 
 
 class Gathered:
@@ -85,8 +115,9 @@ class Paged:
 
     def __call__(self, slot: int, gqkv: torch.Tensor) -> torch.Tensor:
         out = gqkv.new_empty(len(gqkv), gqkv.shape[1] // 4)
-        arguments = numbers(gqkv), *self.pool[slot], self.tables, self.lengths, self.loops.cos, self.loops.sin
+        arguments = (halves(gqkv, self.loops.cos.shape[1] * 2), *self.pool[slot], self.tables, self.lengths,
+                     self.loops.cos, self.loops.sin)
         target = numbers(out)
-        self.loops.divide(len(gqkv), self.read_bytes, lambda first, last: self.loops.kernels.attend_rows(
+        self.loops.divide(len(gqkv), self.read_bytes, lambda first, last: self.loops.attention_kernels.attend_rows(
             *arguments, first, last, target))
         return out

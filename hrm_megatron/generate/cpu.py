@@ -23,9 +23,9 @@ class Loops:
     position."""
 
     def __init__(self, context_tokens: int, head_dim: int, theta: float) -> None:
-        from hrm_megatron.generate import kernels  # late: numba takes half a second
+        from hrm_megatron.generate import attention_kernels, kernels  # late: numba takes half a second
 
-        self.kernels = kernels
+        self.kernels, self.attention_kernels = kernels, attention_kernels
         rotation = Rotation.of(torch.arange(context_tokens)[None], head_dim, theta)
         self.cos = rotation.cos[:, 0, 0, :head_dim // 2].contiguous().numpy()
         self.sin = rotation.sin[:, 0, 0].contiguous().numpy()

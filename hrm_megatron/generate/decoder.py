@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.generate.attention import Gathered, Paged, Prefill
+from hrm_megatron.generate.attention import Gathered, Paged, Prefill, PrefillInLoops
 from hrm_megatron.generate.cache import RESERVE_BYTES, CacheSize, PagedCache
 from hrm_megatron.generate.cpu import Loops
 from hrm_megatron.generate.early_exit import ends_after, ends_below, run_cycles
@@ -78,8 +78,10 @@ class Decoder:
         tokens = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
 
         def attending(rows: np.ndarray) -> Attention:
-            return Prefill(cache, lengths[rows].tolist(), [tables[row] for row in rows], self.architecture.rope_theta,
-                           self.architecture.causal)
+            of_rows, own, causal = lengths[rows].tolist(), [tables[row] for row in rows], self.architecture.causal
+            if self.loops:
+                return PrefillInLoops(cache, of_rows, own, self.loops, causal)
+            return Prefill(cache, of_rows, own, self.architecture.rope_theta, causal)
         cycles = None
         if self.exit_threshold is None:
             states = self._states(tokens, attending(np.arange(len(lengths))))

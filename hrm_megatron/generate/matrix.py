@@ -19,6 +19,7 @@ small that its call weighs more. GFLOP/s:
 | 8 | 768 x 3072 | 60 | 64 | 117 |
 | 3072 | 768 x 3072 | 95 | 97 | 195 |
 | 4 | 128 x 512 | 43 | 49 | 34 |
+| 32 | 128 x 128 | 88 | | 77 |
 | 32 | 128 x 512 | 95 | 95 | 148 |
 """
 from __future__ import annotations
@@ -30,7 +31,7 @@ from hrm_megatron.layers.processor import ON_ONEDNN
 
 PACKED_ROWS = 4  # from here on MKL's layout is faster
 PACKED_ELEMENTS = 1 << 18  # a smaller fp32 matrix stays in a core's own cache, and is read as fast without
-ONEDNN_MULTIPLICATIONS = 1 << 19  # of a product of a small fp32 matrix, from which on oneDNN's is faster
+ONEDNN_MULTIPLICATIONS = 1 << 19  # of a product of a small fp32 matrix, beyond which oneDNN's is faster
 
 
 class Matrix:
@@ -78,7 +79,7 @@ class SmallOneDNNMatrix(OneDNNMatrix):
         Matrix.keep(self, weight)
 
     def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
-        if x.numel() * self.columns < ONEDNN_MULTIPLICATIONS:
+        if x.numel() * self.columns <= ONEDNN_MULTIPLICATIONS:
             return Matrix.__call__(self, x, added)
         return super().__call__(x, added)
 

@@ -75,6 +75,14 @@ def multiply_add(typing: Any, number: Any, values: Any, total: Any) -> Any:
 
 
 @intrinsic
+def larger(typing: Any, one: Any, other: Any) -> Any:
+    """Return the larger of each two numbers."""
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
+    return vector(vector, vector), make
+
+
+@intrinsic
 def fetch(typing: Any, array: Any, index: Any) -> Any:
     """Have the cache line of array[index] fetched while other work goes on; the index may lie behind the end."""
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
