@@ -262,8 +262,10 @@ def time_generation(args: argparse.Namespace) -> None:
     """Print how fast answers come."""
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
-    compare_generation(args.models, args.batches, args.dtypes, args.prompt_tokens, args.new_tokens, args.pairs,
-                       args.cpu_time)
+    if args.shortest is not None and not 0 < args.shortest <= args.new_tokens:
+        raise ConfigError(f"--shortest {args.shortest}: is from 1 to --new-tokens {args.new_tokens}")
+    compare_generation(args.models, args.batches, args.dtypes, args.prompt_tokens, args.new_tokens, args.shortest,
+                       args.pairs, args.cpu_time)
 
 
 def main() -> int:
@@ -300,7 +302,9 @@ def main() -> int:
     answers.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     answers.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     answers.add_argument("--prompt-tokens", type=int, default=128, help="of the longest prompt; the shortest has half")
-    answers.add_argument("--new-tokens", type=int, default=128)
+    answers.add_argument("--new-tokens", type=int, default=128, help="of every answer")
+    answers.add_argument("--shortest", type=int, metavar="TOKENS", help="answers of mixed length instead, from this to "
+                         "--new-tokens, and more prompts than a batch holds")
     answers.add_argument("--pairs", type=int, default=3, help="of a run of ours and one of transformers, in turns")
     answers.add_argument("--threads", type=int, default=1)
     answers.add_argument("--cpu-time", action="store_true",

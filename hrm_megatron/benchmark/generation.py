@@ -23,13 +23,33 @@ ARCHITECTURES = {
     "demo": Architecture(2, 128, 4, 256, 400),  # as examples/demo trains it
     "100M": Architecture(6, 768, 12, ffn_hidden_size(768), 8192),
 }
+ROUNDS = 3  # batches of answers of mixed length
 COPY_BYTES = 1 << 28  # far beyond every cache
 MATMUL_SIZE = 1024
 
 
 @dataclass(frozen=True)
+class Work:
+    """Prompts, how many tokens each answer has, and how many answers are made at once."""
+
+    prompts: list[list[int]]
+    new_tokens: list[int]
+    rows: int
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest prompt with the longest answer."""
+        return max(map(len, self.prompts)) + max(self.new_tokens)
+
+    def batches(self) -> list[Work]:
+        """Divide among batches in the order of the prompts."""
+        return [Work(self.prompts[start:start + self.rows], self.new_tokens[start:start + self.rows], self.rows)
+                for start in range(0, len(self.prompts), self.rows)]
+
+
+@dataclass(frozen=True)
 class Timed:
-    """Seconds to the end of the first token of all prompts and to the end of all, and what was generated."""
+    """Seconds to the end of the first token of a batch's prompts and to the end of all, and what was generated."""
 
     first_seconds: float
     seconds: float
@@ -43,28 +63,33 @@ def random_tensors(architecture: Architecture, seed: int = 0) -> dict[str, torch
             else 1.0) for entry in table(architecture)}
 
 
-def random_prompts(rows: int, longest: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """Draw prompts of mixed length, half to all of `longest`."""
-    rng = np.random.default_rng(seed)
-    return [rng.integers(14, vocab_size, length).tolist() for length in rng.integers(longest // 2, longest + 1, rows)]
+def random_work(rows: int, longest_prompt: int, new_tokens: int, shortest: int | None, vocab_size: int,
+                seed: int = 0) -> Work:
+    """Draw prompts of mixed length, half to all of `longest_prompt`: one batch with answers of `new_tokens`, or where
+    `shortest` is given ROUNDS batches with answers of that length to `new_tokens`, all of them equally likely."""
+    rng, count = np.random.default_rng(seed), rows if shortest is None else ROUNDS * rows
+    prompts = [rng.integers(14, vocab_size, length).tolist()
+               for length in rng.integers(longest_prompt // 2, longest_prompt + 1, count)]
+    lengths = [new_tokens] * count if shortest is None else rng.integers(shortest, new_tokens + 1, count).tolist()
+    return Work(prompts, lengths, rows)
 
 
-def our_generation(weights: Weights, prompts: Sequence[Sequence[int]], new_tokens: int,
-                   clock: Callable[[], float]) -> Callable[[], Timed]:
+def our_generation(weights: Weights, work: Work, clock: Callable[[], float]) -> Callable[[], Timed]:
     """Generate greedily with the engine."""
-    decoder = Decoder(weights, max(map(len, prompts)) + new_tokens)
-    cache = PagedCache(decoder.cache_size(sum(blocks_needed(len(prompt), new_tokens) for prompt in prompts)))
+    decoder, asked = Decoder(weights, work.longest), [*zip(work.prompts, work.new_tokens, strict=True)]
+    needed = sorted(blocks_needed(len(prompt), new_tokens) for prompt, new_tokens in asked)
+    cache = PagedCache(decoder.cache_size(sum(needed[-work.rows:])))
 
     def run() -> Timed:
-        engine = Engine(decoder, cache, len(prompts))
+        engine = Engine(decoder, cache, work.rows)
         start, begun, first_seconds = clock(), set(), 0.0
 
         def note(progress: Any) -> None:
             nonlocal first_seconds
             begun.add(progress.request)
-            if not first_seconds and len(begun) == len(prompts):
+            if not first_seconds and len(begun) == work.rows:
                 first_seconds = clock() - start
-        found = engine.answer([Request(prompt, new_tokens) for prompt in prompts], note)
+        found = engine.answer([Request(prompt, new_tokens) for prompt, new_tokens in asked], note)
         return Timed(first_seconds, clock() - start, [samples[0].tokens for samples in found])
     return run
 
@@ -92,33 +117,27 @@ def transformers_model(architecture: Architecture, tensors: dict[str, torch.Tens
     return model.to(dtype)
 
 
-def transformers_generation(model: HrmTextForCausalLM, prompts: Sequence[Sequence[int]], new_tokens: int,
-                            vocab_size: int, clock: Callable[[], float]) -> Callable[[], Timed]:
-    """Generate greedily with transformers: a batch padded on the left, prompts marked as prefixes."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    live = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    padding = [*range(vocab_size, model.config.vocab_size)]
+def transformers_generation(model: HrmTextForCausalLM, work: Work, vocab_size: int,
+                            clock: Callable[[], float]) -> Callable[[], Timed]:
+    """Generate greedily with transformers: batch after batch, padded on the left, prompts marked as prefixes. A batch
+    ends with its longest answer; of the others the tokens asked for are kept."""
+    padding = [*range(vocab_size, model.config.vocab_size)] or None
+
+    def answers(part: Work, new_tokens: int) -> list[list[int]]:
+        width = max(map(len, part.prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in part.prompts])
+        live = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in part.prompts])
+        out = model.generate(input_ids=ids, attention_mask=live, token_type_ids=live, max_new_tokens=new_tokens,
+                             do_sample=False, eos_token_id=None, suppress_tokens=padding)
+        return [row[:count] for row, count in zip(out[:, width:].tolist(), part.new_tokens, strict=True)]
 
     def run() -> Timed:
-        start, times = clock(), []
-
-        class Note:  # a streamer: is given the prompts, then the tokens of each step
-            def put(self, value: torch.Tensor) -> None:
-                times.append(clock() - start)
-
-            def end(self) -> None:
-                return None
-        out = model.generate(input_ids=ids, attention_mask=live, token_type_ids=live, max_new_tokens=new_tokens,
-                             do_sample=False, eos_token_id=None, suppress_tokens=padding or None,
-                             streamer=Note() if len(prompts) == 1 else None)
-        seconds = clock() - start
-        if len(times) < 2:  # transformers streams a single prompt only
-            start = clock()
-            model.generate(input_ids=ids, attention_mask=live, token_type_ids=live, max_new_tokens=1, do_sample=False,
-                           eos_token_id=None, suppress_tokens=padding or None)
-            times = [0.0, clock() - start]
-        return Timed(times[1], seconds, out[:, width:].tolist())
+        parts = work.batches()
+        start = clock()
+        found = [answer for part in parts for answer in answers(part, max(part.new_tokens))]
+        seconds, start = clock() - start, clock()
+        answers(parts[0], 1)  # it streams a single prompt only
+        return Timed(clock() - start, seconds, found)
     return run
 
 
@@ -151,11 +170,13 @@ def fastest_seconds(weights: Weights, prompts: Sequence[Sequence[int]], new_toke
 
 
 def compare_generation(names: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], prompt_tokens: int,
-                       new_tokens: int, pairs: int, cpu_time: bool) -> None:
+                       new_tokens: int, shortest: int | None, pairs: int, cpu_time: bool) -> None:
     """Print tokens/s and time to first token of both, medians and the median over the pairs of theirs over ours."""
     clock = time.process_time if cpu_time else time.perf_counter
     bandwidth = copied_bytes_per_second()
-    print(f"greedy, prompts of {prompt_tokens // 2} to {prompt_tokens} tokens, {new_tokens} new ones each, {pairs} "
+    answers = (f"{new_tokens} new ones each" if shortest is None else
+               f"{shortest} to {new_tokens} new ones, {ROUNDS} prompts for each place in a batch")
+    print(f"greedy, prompts of {prompt_tokens // 2} to {prompt_tokens} tokens, {answers}, {pairs} "
           f"pair(s), {torch.get_num_threads()} thread(s), {'CPU time of the process' if cpu_time else 'wall time'}; "
           f"memory copies {bandwidth / 1e9:.1f} GB/s")
     for name in names:
@@ -166,22 +187,36 @@ def compare_generation(names: Sequence[str], batches: Sequence[int], dtypes: Seq
             weights = take_weights(architecture, tensors.items(), dtype=getattr(torch, dtype))
             model = transformers_model(architecture, tensors, getattr(torch, dtype))
             for rows in batches:
-                prompts = random_prompts(rows, prompt_tokens, architecture.vocab_size)
-                runs = (our_generation(weights, prompts, new_tokens, clock),
-                        transformers_generation(model, prompts, new_tokens, architecture.vocab_size, clock))
+                work = random_work(rows, prompt_tokens, new_tokens, shortest, architecture.vocab_size)
+                runs = (our_generation(weights, work, clock),
+                        transformers_generation(model, work, architecture.vocab_size, clock))
                 for run in runs:
                     run()  # warms up
                 timed = [tuple(run() for run in runs) for _ in range(pairs)]
-                _print_row(f"{name} {dtype} batch {rows}", timed, rows * new_tokens, new_tokens * weights.tick_bytes,
-                           fastest_seconds(weights, prompts, new_tokens, rate, bandwidth))
+                said = _ratio(f"{name} {dtype} batch {rows}", timed, sum(work.new_tokens))
+                if shortest is None:
+                    fastest = fastest_seconds(weights, work.prompts, new_tokens, rate, bandwidth)
+                    said += _bounds(timed, new_tokens * weights.tick_bytes, len(work.prompts) * new_tokens / fastest)
+                print(f"{said}; same answers {_same(timed)} of {len(work.prompts)}", flush=True)
 
 
-def _print_row(what: str, timed: Sequence[tuple[Timed, ...]], tokens: int, weight_bytes: int, fastest: float) -> None:
-    ours, theirs = (statistics.median(pair[side].seconds for pair in timed) for side in (0, 1))
-    first, their_first = (statistics.median(pair[side].first_seconds for pair in timed) for side in (0, 1))
+def _medians(timed: Sequence[tuple[Timed, ...]], value: Callable[[Timed], float]) -> tuple[float, ...]:
+    """Medians over the pairs, ours and theirs."""
+    return tuple(statistics.median(value(pair[side]) for pair in timed) for side in (0, 1))
+
+
+def _ratio(what: str, timed: Sequence[tuple[Timed, ...]], tokens: int) -> str:
+    ours, theirs = _medians(timed, lambda each: tokens / each.seconds)
     ratio = statistics.median(pair[1].seconds / pair[0].seconds for pair in timed)
-    same = sum(a == b for a, b in zip(timed[0][0].tokens, timed[0][1].tokens, strict=True))
-    print(f"{what:24} {tokens / ours:8.1f} tokens/s against {tokens / theirs:8.1f}: {ratio:5.2f} times; first token "
-          f"{first:.3f} s against {their_first:.3f}; {weight_bytes / ours / 1e9:.1f} GB/s of weights read; "
-          f"matmuls and memory alone {tokens / fastest:.1f} tokens/s; same answers {same} of "
-          f"{len(timed[0][0].tokens)}", flush=True)
+    return f"{what:24} {ours:8.1f} tokens/s against {theirs:8.1f}: {ratio:5.2f} times"
+
+
+def _bounds(timed: Sequence[tuple[Timed, ...]], weight_bytes: int, most: float) -> str:
+    first, their_first = _medians(timed, lambda each: each.first_seconds)
+    seconds, _ = _medians(timed, lambda each: each.seconds)
+    return (f"; first token {first:.3f} s against {their_first:.3f}; {weight_bytes / seconds / 1e9:.1f} GB/s "
+            f"of weights read; matmuls and memory alone {most:.1f} tokens/s")
+
+
+def _same(timed: Sequence[tuple[Timed, ...]]) -> int:
+    return sum(a == b for a, b in zip(timed[0][0].tokens, timed[0][1].tokens, strict=True))

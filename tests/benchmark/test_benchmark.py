@@ -141,12 +141,25 @@ def test_steps_are_compared_pair_by_pair(monkeypatch, capsys):
 def test_generation_is_compared_on_the_same_weights_and_prompts(capsys):
     from hrm_megatron.benchmark.generation import compare_generation
 
-    compare_generation(["demo"], [1, 3], ["float32"], prompt_tokens=12, new_tokens=4, pairs=1, cpu_time=True)
+    compare_generation(["demo"], [1, 3], ["float32"], prompt_tokens=12, new_tokens=4, shortest=None, pairs=1,
+                       cpu_time=True)
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("greedy, prompts of 6 to 12 tokens, 4 new ones each, 1 pair(s), ") and " GB/s" in head
     assert [row.split(" tokens/s")[0].split()[:4] for row in rows] == [
         ["demo", "float32", "batch", "1"], ["demo", "float32", "batch", "3"]]
     assert rows[0].endswith("same answers 1 of 1") and rows[1].endswith("same answers 3 of 3")
+
+
+def test_answers_of_mixed_length_are_those_asked_for_on_both_sides(capsys):
+    from hrm_megatron.benchmark.generation import compare_generation, random_work
+
+    compare_generation(["demo"], [2], ["float32"], prompt_tokens=12, new_tokens=9, shortest=2, pairs=1, cpu_time=True)
+    head, row = capsys.readouterr().out.splitlines()
+    assert "2 to 9 new ones, 3 prompts for each place in a batch" in head
+    assert row.endswith("same answers 6 of 6") and "first token" not in row
+    work = random_work(2, 12, 9, 2, 400)
+    assert len(work.prompts) == 6 and len(set(work.new_tokens)) > 1 and set(work.new_tokens) <= {*range(2, 10)}
+    assert [tokens for part in work.batches() for tokens in part.new_tokens] == work.new_tokens
 
 
 def test_the_bound_of_generation_counts_what_a_cached_decoder_must_do():
