@@ -5,7 +5,12 @@ compiled once per process. All of them run without the GIL, so that a thread can
 """
 from __future__ import annotations
 
+import functools
+import hashlib
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import numba
@@ -19,10 +24,20 @@ LEAST_BITS = 8  # halves of one or two bits prefer some orders
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # steps of SplitMix64
 
 
+@functools.cache
+def _sources(module: str) -> bytes:
+    """Return the text of a module and of all of this package that it imports from."""
+    text = Path(str(sys.modules[module].__file__)).read_bytes()
+    imported = re.findall(rb"^from (hrm_megatron[.\w]*) import", text, re.MULTILINE)
+    return b"".join([text, *(_sources(name.decode()) for name in imported)])
+
+
 def compiled[Function: Callable[..., object]](function: Function, fastmath: bool | set[str] = False) -> Function:
     """Compile `function` at its first call; with `fastmath`, LLVM may change the order of its arithmetic, and divisions
     by zero raise nothing: a loop that may raise is not vectorized."""
     divisions: Literal["numpy", "python"] = "numpy" if fastmath else "python"
+    # numba looks at the loop's own file when it asks whether what it kept is still that, not at what the loop calls.
+    function.__qualname__ += "-" + hashlib.sha256(_sources(function.__module__)).hexdigest()[:16]
     try:
         return numba.njit(function, cache=True, nogil=True, fastmath=fastmath, error_model=divisions)
     except RuntimeError:  # numba's word for: no folder to keep it in
