@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from hrm_megatron.layers.linear import matmul
+from hrm_megatron.parallel.processor import matmul
 
 ROUNDS = 10
 SHORTEST_ROW = 2048

@@ -9,7 +9,7 @@ out for them beforehand. Measured on one core of a Xeon with AMX, 768 x 3072, mi
 | 8 | 1.71 | 1.60 | 0.96 | 0.53 | 0.65 | 0.38 |
 | 32 | 2.09 | 2.40 | 1.47 | 0.64 | 0.77 | 0.51 |
 
-On an AMD EPYC with AVX-512 (layers/processor.py) oneDNN's layout is the best for fp32 as well, but for products so
+On an AMD EPYC with AVX-512 (parallel/processor.py) oneDNN's layout is the best for fp32 as well, but for products so
 small that its call weighs more. GFLOP/s:
 
 | rows | in x out | fp32 [in, out] | fp32 MKL, packed | fp32 oneDNN, packed |
@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from hrm_megatron.layers.processor import ON_ONEDNN
+from hrm_megatron.parallel import processor
 
 PACKED_ROWS = 4  # from here on MKL's layout is faster
 PACKED_ELEMENTS = 1 << 18  # a smaller fp32 matrix stays in a core's own cache, and is read as fast without
@@ -115,7 +115,7 @@ def matrix_of(weight: torch.Tensor) -> Matrix:
         if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return OneDNNMatrix(weight)
         large = weight.numel() >= PACKED_ELEMENTS
-        if weight.dtype == torch.float32 and ON_ONEDNN:
+        if weight.dtype == torch.float32 and processor.ON_ONEDNN:
             return (OneDNNMatrix if large else SmallOneDNNMatrix)(weight)
         if weight.dtype == torch.float32 and large and torch.backends.mkl.is_available():
             return MKLMatrix(weight)

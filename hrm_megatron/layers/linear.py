@@ -4,11 +4,6 @@ Megatron's layer makes a gradient of its input even where it is not needed (of t
 states carry none, that is a matmul of [s, h] by [h, 4 h] for every micro-batch, and its reduction over the ranks).
 A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (layers/compiled.py). And
 where gradients are added there, Megatron's answers autograd with a whole tensor at every tick (parallel/main_grad.py).
-
-On a CPU the matmul is oneDNN's on processors on which that of MKL is slower (layers/processor.py). Measured in fp32
-on one core of an AMD EPYC with AVX-512: 2048 x 512 by 512 x 2048 ran at 100 to 106 GFLOP/s instead of 88 to 92,
-forward and for the gradient of the input; the gradient of the weight gained nothing, and small matmuls pay 12 us a
-call. On an Intel Xeon with AVX-512 both run the same matmul at 158 to 163 GFLOP/s, so MKL's stays.
 """
 from __future__ import annotations
 
@@ -20,21 +15,11 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from hrm_megatron.layers.functions import run
-from hrm_megatron.layers.processor import ON_ONEDNN
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added, answer_once
+from hrm_megatron.parallel.processor import matmul
 
 if TYPE_CHECKING:
     from hrm_megatron.layers.lora import Adapter
-
-MIN_MULTIPLICATIONS = 1 << 24  # of a matmul, below which MKL is not slower
-
-
-def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a b^T, [m, k] and [n, k] to [m, n]."""
-    if not ON_ONEDNN or a.is_cuda or a.dtype != torch.float32 or a.numel() * len(b) < MIN_MULTIPLICATIONS:
-        return a @ b.t()
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return out
 
 
 def whole(x: torch.Tensor, group: Any) -> torch.Tensor:
@@ -68,7 +53,7 @@ class LinearFunction(torch.autograd.Function):
             return dx, None, None, None
         x = whole(x, ctx.group)
         if ctx.main_grad is None:
-            return dx, grads[0].t() @ x, None, None
+            return dx, matmul(grads[0].t(), x.t()), None, None
         add_weight_gradient(ctx.main_grad, grads[0], x)
         if torch.compiler.is_compiling():  # which takes no notes on weights: a compiled layer does, behind its output
             return dx, None, None, None

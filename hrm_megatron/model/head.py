@@ -13,8 +13,8 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
-from hrm_megatron.layers.linear import matmul
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added
+from hrm_megatron.parallel.processor import matmul
 
 CHUNK_BYTES = 1 << 29  # of the logits of a chunk in fp32: 2,048 positions of 65,536 tokens
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hrm_megatron.parallel.processor import matmul, multiplies_on_onednn
+
 APEX = "fused_weight_gradient_mlp_cuda"  # Apex's module of kernels for this
 APEX_DEVICE = "cuda"
 NARROW = (torch.bfloat16, torch.float16)
@@ -35,8 +37,12 @@ def find_apex() -> Apex:
 def _add(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
     if main_grad.dtype != grad.dtype and main_grad.device.type == "cuda":  # a matmul into a wider type exists there
         torch.addmm(main_grad, grad.t(), x, out_dtype=main_grad.dtype, out=main_grad)
+        return
+    grad, x = grad.to(main_grad.dtype), x.to(main_grad.dtype)
+    if multiplies_on_onednn(grad.t(), x.t()):  # which cannot add in place
+        main_grad.add_(matmul(grad.t(), x.t()))
     else:
-        main_grad.addmm_(grad.t().to(main_grad.dtype), x.to(main_grad.dtype))
+        main_grad.addmm_(grad.t(), x)
 
 
 # To a compiler a single operation: it has no rule for a sum in place that is wider than its factors.

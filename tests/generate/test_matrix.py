@@ -6,6 +6,7 @@ import torch
 
 from hrm_megatron.generate import matrix as module
 from hrm_megatron.generate.matrix import Matrix, MKLMatrix, OneDNNMatrix, SmallOneDNNMatrix, matrix_of
+from hrm_megatron.parallel import processor
 
 UNIT = {torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -8}
 HAS_MKL = torch.backends.mkl.is_available()
@@ -51,13 +52,13 @@ def test_what_is_added_stays_as_it_was() -> None:
 
 def test_the_layout_is_that_of_device_dtype_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = torch.ones(8, 8), torch.ones(512, 512)
-    monkeypatch.setattr(module, "ON_ONEDNN", False)
+    monkeypatch.setattr(processor, "ON_ONEDNN", False)
     assert type(matrix_of(small)) is Matrix
     assert type(matrix_of(large)) is (MKLMatrix if HAS_MKL else Matrix)
     assert type(matrix_of(small.bfloat16())) is (OneDNNMatrix if HAS_BF16 else Matrix)
     assert type(matrix_of(large.half())) is Matrix
     if HAS_ONEDNN:
-        monkeypatch.setattr(module, "ON_ONEDNN", True)
+        monkeypatch.setattr(processor, "ON_ONEDNN", True)
         assert [type(matrix_of(weight)) for weight in (small, large, large.half())] == [
             SmallOneDNNMatrix, OneDNNMatrix, Matrix]
 
@@ -81,7 +82,7 @@ def test_a_second_layout_that_does_not_fit_is_left_out_and_named(monkeypatch: py
     from hrm_megatron.generate import decoder
     from hrm_megatron.generate.weights import take_weights
 
-    monkeypatch.setattr(module, "ON_ONEDNN", False)
+    monkeypatch.setattr(processor, "ON_ONEDNN", False)
     architecture = Architecture(1, 256, 2, 512, 64)
     made = decoder.Decoder(take_weights(architecture, random_tensors(architecture).items()), 32)
     layouts = [matrix for matrix in made.weights.matrices if isinstance(matrix, MKLMatrix)]

@@ -12,7 +12,6 @@ activate()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce  # noqa: E402
 
-from hrm_megatron.layers import linear as linear_module  # noqa: E402
 from hrm_megatron.layers.linear import (  # noqa: E402
     OwnColumnParallelLinear,
     OwnRowParallelLinear,
@@ -20,6 +19,7 @@ from hrm_megatron.layers.linear import (  # noqa: E402
     on_own_matmul,
 )
 from hrm_megatron.model.head import LabelScores  # noqa: E402
+from hrm_megatron.parallel import processor  # noqa: E402
 from hrm_megatron.parallel.main_grad import GradientsAdded  # noqa: E402
 from tests.model.small import Sums  # noqa: E402
 from tests.rounding import of_sums  # noqa: E402
@@ -28,8 +28,8 @@ from tests.rounding import of_sums  # noqa: E402
 @pytest.mark.parametrize("rows, k, n, on_onednn", [((7, 3), 12, 5, False), ((7, 3), 12, 5, True), ((1,), 4, 4, True),
                                                    ((130,), 33, 70, True)])
 def test_matmul_and_gradients_are_those_of_a_linear_layer(monkeypatch, rows, k, n, on_onednn):
-    monkeypatch.setattr(linear_module, "ON_ONEDNN", on_onednn)
-    monkeypatch.setattr(linear_module, "MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(processor, "ON_ONEDNN", on_onednn)
+    monkeypatch.setattr(processor, "MIN_MULTIPLICATIONS", 0)
     generator = torch.Generator().manual_seed(3)
     x, weight = (torch.randn(*shape, k, generator=generator).requires_grad_() for shape in (rows, (n,)))
     wanted_x, wanted_weight = (t.detach().double().requires_grad_() for t in (x, weight))
@@ -121,7 +121,7 @@ def test_what_is_no_plain_matmul_stays_stock():
 def test_no_gradient_is_made_that_is_not_needed(single_rank, monkeypatch, layout, wanted):
     from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as stock
 
-    monkeypatch.setattr(linear_module, "ON_ONEDNN", False)  # whose matmuls torch does not count
+    monkeypatch.setattr(processor, "ON_ONEDNN", False)  # whose matmuls torch does not count
     generator = torch.Generator().manual_seed(5)
     x, weight, g = (torch.randn(*shape, generator=generator) for shape in ((7, 2, 12), (5, 12), (7, 2, 5)))
     options = dict(bias=None, allreduce_dgrad=False, sequence_parallel=False, tp_group=torch.distributed.group.WORLD,

@@ -10,11 +10,11 @@ from hrm_megatron.parallel.cpu import activate
 activate()
 
 from hrm_megatron.generate import matrix  # noqa: E402
-from hrm_megatron.layers import linear  # noqa: E402
+from hrm_megatron.parallel import processor  # noqa: E402
 
 PRODUCTS = os.environ["PRODUCTS"]
 assert PRODUCTS in ("onednn", "mkl", "without onednn"), PRODUCTS
-linear.ON_ONEDNN = matrix.ON_ONEDNN = PRODUCTS == "onednn"
-linear.MIN_MULTIPLICATIONS = matrix.ONEDNN_MULTIPLICATIONS = 0  # the models of tests are small
+processor.ON_ONEDNN = PRODUCTS == "onednn"
+processor.MIN_MULTIPLICATIONS = matrix.ONEDNN_MULTIPLICATIONS = 0  # the models of tests are small
 if PRODUCTS == "without onednn":
     torch.backends.mkldnn.set_flags(False)

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from hrm_megatron.parallel import cpu, main_grad
+from hrm_megatron.parallel import cpu, main_grad, processor
 from hrm_megatron.parallel.main_grad import APEX, Apex, add_weight_gradient, find_apex
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -68,6 +68,24 @@ def test_each_kernel_gets_what_it_takes(apex, total, grad, kernel, layout):
     bits = {BF16: 8, FP16: 11}.get(total, 20)
     torch.testing.assert_close(buffer.double(), wanted, rtol=0, atol=8 * 2.0**-bits)
     assert apex.calls == kernel
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize(("total", "grad"), [(FP32, FP32), (FP32, BF16), (torch.float64, FP32)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_a_processor_of_onednn_adds_the_same(monkeypatch, total, grad, layout):
+    monkeypatch.setattr(processor, "ON_ONEDNN", True)
+    monkeypatch.setattr(processor, "MIN_MULTIPLICATIONS", 0)
+    m, n, k = 6, 5, 3
+    x, g = draw(m, k).to(grad), draw(m, n).to(grad)
+    if layout == "transposed":
+        x, g = x.t().contiguous().t(), g.t().contiguous().t()
+    elif layout == "expanded":
+        x, g = x[:, :1].expand(m, k), g[:1].expand(m, n)
+    buffer = torch.ones(n, k, dtype=total)
+    add_weight_gradient(buffer, g, x)
+    # Sums of six products, below 16.
+    torch.testing.assert_close(buffer.double(), 1 + g.double().t() @ x.double(), rtol=0, atol=16 * 2.0**-20)
 
 
 def test_a_linear_layer_of_ours_and_the_head_use_them(apex, single_rank, monkeypatch):

@@ -28,12 +28,12 @@ def test_pairs_are_those_of_the_mask(single_rank, lengths):
 def test_products_are_those_that_torch_counts(single_rank, monkeypatch, bp_steps, lora, gate):
     """Of a whole forward and backward, but for attention, which torch counts in no kernel of ours."""
     from hrm_megatron.data.batch import PackedBatch, assemble_row
-    from hrm_megatron.layers import linear
     from hrm_megatron.model.hrm import HRMModel
     from hrm_megatron.model.lora import adapt
+    from hrm_megatron.parallel import processor
     from hrm_megatron.transformer_config import hrm_config
 
-    monkeypatch.setattr(linear, "ON_ONEDNN", False)  # whose matmuls torch does not count
+    monkeypatch.setattr(processor, "ON_ONEDNN", False)  # whose matmuls torch does not count
     architecture = Architecture(3, 24, 2, 40, 250, attention_gate=gate)
     rng = np.random.default_rng(5)
     examples = [(rng.integers(1, 250, p), rng.integers(1, 250, r)) for p, r in ((5, 7), (9, 4))]

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from hrm_megatron.layers import processor
+from hrm_megatron.parallel import processor
 
 
 @pytest.mark.parametrize("facts, faster", [
