@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from hrm_megatron.layers.functions import run
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added, answer_once
-from hrm_megatron.parallel.processor import matmul
+from hrm_megatron.parallel.processor import matmul, weight_gradient
 
 if TYPE_CHECKING:
     from hrm_megatron.layers.lora import Adapter
@@ -53,7 +53,7 @@ class LinearFunction(torch.autograd.Function):
             return dx, None, None, None
         x = whole(x, ctx.group)
         if ctx.main_grad is None:
-            return dx, matmul(grads[0].t(), x.t()), None, None
+            return dx, weight_gradient(grads[0], x), None, None
         add_weight_gradient(ctx.main_grad, grads[0], x)
         if torch.compiler.is_compiling():  # which takes no notes on weights: a compiled layer does, behind its output
             return dx, None, None, None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hrm_megatron.parallel.processor import matmul, multiplies_on_onednn
+from hrm_megatron.parallel.processor import multiplies_on_onednn, weight_gradient
 
 APEX = "fused_weight_gradient_mlp_cuda"  # Apex's module of kernels for this
 APEX_DEVICE = "cuda"
@@ -40,7 +40,7 @@ def _add(main_grad: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
         return
     grad, x = grad.to(main_grad.dtype), x.to(main_grad.dtype)
     if multiplies_on_onednn(grad.t(), x.t()):  # which cannot add in place
-        main_grad.add_(matmul(grad.t(), x.t()))
+        main_grad.add_(weight_gradient(grad, x))
     else:
         main_grad.addmm_(grad.t(), x)
 

@@ -73,10 +73,11 @@ def test_each_kernel_gets_what_it_takes(apex, total, grad, kernel, layout):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 @pytest.mark.parametrize(("total", "grad"), [(FP32, FP32), (FP32, BF16), (torch.float64, FP32)])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
-def test_a_processor_of_onednn_adds_the_same(monkeypatch, total, grad, layout):
+@pytest.mark.parametrize("n, k", [(5, 3), (3, 5)])
+def test_a_processor_of_onednn_adds_the_same(monkeypatch, total, grad, layout, n, k):
     monkeypatch.setattr(processor, "ON_ONEDNN", True)
     monkeypatch.setattr(processor, "MIN_MULTIPLICATIONS", 0)
-    m, n, k = 6, 5, 3
+    m = 6
     x, g = draw(m, k).to(grad), draw(m, n).to(grad)
     if layout == "transposed":
         x, g = x.t().contiguous().t(), g.t().contiguous().t()
