@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from hrm_megatron.attention.rotary import Rotation
 from hrm_megatron.generate.cache import BLOCK_TOKENS, PagedCache
-from hrm_megatron.generate.cpu import Loops, numbers
+from hrm_megatron.generate.cpu import Loops
 from hrm_megatron.layers.functions import gated
+from hrm_megatron.layers.on_cpu import divide, numbers
 
 
 def halves(gqkv: torch.Tensor, head_dim: int) -> np.ndarray:
@@ -66,12 +67,12 @@ class PrefillInLoops:
         loops, n, heads, d = self.loops, len(gqkv), self.size.heads, self.size.head_dim
         qkv, out = gqkv.new_empty(3, heads, n, d), gqkv.new_empty(n, heads, d)
         source, rotated, target = halves(gqkv, d), numbers(qkv).reshape(3, heads, n, 2, d // 2), numbers(out)
-        loops.divide(n, gqkv.nbytes, lambda first, last: loops.attention_kernels.enter_rows(
+        divide(n, gqkv.nbytes, lambda first, last: loops.kernels.enter_rows(
             source, *self.pool[slot], self.blocks, self.positions, loops.cos, loops.sin, first, last, rotated))
         prompts = (prompt.unbind() for prompt in qkv.unsqueeze(1).split(self.lengths, 3))
         attended = torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=self.causal) for q, k, v in prompts], 2)
         weighed = numbers(attended[0])
-        loops.divide(n, gqkv.nbytes, lambda first, last: loops.attention_kernels.gate_rows(
+        divide(n, gqkv.nbytes, lambda first, last: loops.kernels.gate_rows(
             source, weighed, first, last, target))
         return out.flatten(1)
 
@@ -118,6 +119,6 @@ class Paged:
         arguments = (halves(gqkv, self.loops.cos.shape[1] * 2), *self.pool[slot], self.tables, self.lengths,
                      self.loops.cos, self.loops.sin)
         target = numbers(out)
-        self.loops.divide(len(gqkv), self.read_bytes, lambda first, last: self.loops.attention_kernels.attend_rows(
+        divide(len(gqkv), self.read_bytes, lambda first, last: self.loops.kernels.attend_rows(
             *arguments, first, last, target))
         return out

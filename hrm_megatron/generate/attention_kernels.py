@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from hrm_megatron.generate.kernels import exp_of_negative, loop, sigmoid, stored, widened
 from hrm_megatron.generate.vectors import LANES, fetch, larger, load, multiply_add, store, zeros
+from hrm_megatron.layers.loops import exp_of_negative, loop, sigmoid, stored, widened
 
 LOWEST = np.float32(np.finfo(np.float32).min)
 ONE = np.float32(1)

@@ -18,6 +18,7 @@ from hrm_megatron.generate.cpu import Loops
 from hrm_megatron.generate.early_exit import ends_after, ends_below, run_cycles
 from hrm_megatron.generate.weights import LayerWeights, Weights
 from hrm_megatron.layers.functions import normalize, swiglu
+from hrm_megatron.layers.on_cpu import norm_in_loops, swiglu_in_loops
 from hrm_megatron.model.recurrence import summed
 from hrm_megatron.model.schedule import ticks_of
 
@@ -142,10 +143,10 @@ class Decoder:
 
     def _norm(self, x: torch.Tensor) -> torch.Tensor:
         epsilon = self.architecture.norm_epsilon
-        return self.loops.norm(x, epsilon) if self.loops else normalize(x, epsilon)[0]
+        return norm_in_loops(x, epsilon) if self.loops else normalize(x, epsilon)[0]
 
     def _swiglu(self, x: torch.Tensor) -> torch.Tensor:
-        return self.loops.swiglu(x) if self.loops else swiglu(x)
+        return swiglu_in_loops(x) if self.loops else swiglu(x)
 
     def _pre_norm_layer(self, w: LayerWeights, x: torch.Tensor, slot: int, attend: Attention) -> torch.Tensor:
         x = w.attention_out(attend(slot, w.gqkv(self._norm(x))), x)

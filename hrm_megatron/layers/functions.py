@@ -2,8 +2,8 @@
 
 Each computes its formula in fp32 and rounds once to the dtype of its input. The formulas stand first, as plain
 functions: a compiler that sees a whole layer takes these and decides by itself what to keep. Without one the functions
-below them run: norm and rotation as one compiled kernel each on a GPU (of SwiGLU Megatron has its own), else as
-written.
+below them run: norm and rotation as one compiled kernel each on a GPU (of SwiGLU Megatron has its own), SwiGLU as one
+loop each way on a CPU (on_cpu.py), else as written.
 """
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any, Concatenate
 
 import torch
 import torch.nn.functional as F
+
+from hrm_megatron.layers.on_cpu import in_loops, swiglu_gradient_in_loops, swiglu_in_loops
 
 
 def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -140,30 +142,17 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """`swiglu` with its own backward.
-
-    Keeps silu(a) beside its input: on a CPU memory is plenty and exponentials are expensive.
-    """
+    """`swiglu` with its own backward, which keeps its input alone; on a CPU in one pass each."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        a, b = x.float().chunk(2, -1)
-        activated = F.silu(a)
-        if not ctx.needs_input_grad[0]:
-            return activated.mul_(b).to(x.dtype)
-        ctx.save_for_backward(x, activated)
-        return (activated * b).to(x.dtype)
+        ctx.save_for_backward(x)
+        return swiglu_in_loops(x) if in_loops(x) else swiglu(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        x, activated = ctx.saved_tensors
-        g = grads[0].float()
-        a, b = x.float().chunk(2, -1)
-        out = torch.empty(x.shape, dtype=a.dtype, device=x.device)
-        da, db = out.chunk(2, -1)
-        torch.ops.aten.silu_backward.grad_input(torch.mul(g, b, out=da), a, grad_input=da)
-        torch.mul(g, activated, out=db)
-        return out.to(x.dtype)
+        [x] = ctx.saved_tensors
+        return swiglu_gradient_in_loops(grads[0], x) if in_loops(x) else swiglu_gradient(grads[0], x)
 
 
 class RotateFunction(torch.autograd.Function):

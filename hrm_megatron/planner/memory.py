@@ -31,12 +31,11 @@ def kept_tensors(architecture: Architecture, gated_act: bool = False, context: i
             + ([] if gated_act else [*[1.0] * gated, ffn]))
 
 
-def kept_tensors_on_cpu(architecture: Architecture, rows: int, itemsize: int) -> list[float]:
+def kept_tensors_on_cpu(architecture: Architecture, rows: int) -> list[float]:
     """The same on a CPU, whose kernels keep other things: the fused queries, keys, values and gates, for the sake of
-    the values, beside rotated queries and keys; silu of the MLP's first half, in fp32. Several rows are stacked behind
-    attention."""
+    the values, beside rotated queries and keys. Several rows are stacked behind attention."""
     ffn, gated = architecture.ffn_hidden_size / architecture.hidden_size, architecture.gated
-    return [1.0] * (6 + gated + (rows > 1)) + [3.0 + gated] + [2 * ffn, ffn * FP32 / itemsize, ffn]
+    return [1.0] * (6 + gated + (rows > 1)) + [3.0 + gated] + [2 * ffn, ffn]
 
 
 def layer_states(architecture: Architecture, gated_act: bool = False, context: int = 1) -> float:
@@ -146,7 +145,7 @@ def activations_by_tick(architecture: Architecture, layout: Layout, layers: int,
     """
     state = layout.micro_batch_size * layout.row_tokens / layout.cuts * architecture.hidden_size * saving.itemsize
     if saving.on_cpu:
-        layer = sum(kept_tensors_on_cpu(architecture, layout.micro_batch_size, saving.itemsize))
+        layer = sum(kept_tensors_on_cpu(architecture, layout.micro_batch_size))
     else:
         layer = layer_states(architecture, saving.gated_act, layout.context)
         if not layout.sequence_parallel:  # both norms and the sum behind attention are whole on every rank

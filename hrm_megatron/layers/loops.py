@@ -1,5 +1,5 @@
-"""Norm and SwiGLU compiled by numba for the CPU, and elements of what they and attention read: bfloat16 comes as its
-bits, uint16."""
+"""Norm and SwiGLU compiled by numba for the CPU, and what loops over numbers are made of: bfloat16 comes as its bits,
+uint16."""
 from __future__ import annotations
 
 import math
@@ -81,10 +81,10 @@ def sigmoid(x: Any) -> Any:
 
 
 @loop
-def norm_rows(x: Any, epsilon: Any, out: Any) -> None:
-    """Write `x / sqrt(mean(x^2) + epsilon)` over the last axis of x [n, h] to out."""
-    n, h = x.shape
-    for row in range(n):
+def norm_rows(x: Any, epsilon: Any, first: int, last: int, out: Any) -> None:
+    """Write `x / sqrt(mean(x^2) + epsilon)` over the last axis of rows [first, last) of x [n, h] to out."""
+    h = x.shape[1]
+    for row in range(first, last):
         squares = np.float32(0)
         for i in range(h):
             squares += widened(x[row, i]) * widened(x[row, i])
@@ -94,10 +94,22 @@ def norm_rows(x: Any, epsilon: Any, out: Any) -> None:
 
 
 @loop
-def swiglu_rows(x: Any, out: Any) -> None:
-    """Write `silu(a) * b` of the halves [a | b] of x [n, 2 ffn] to out [n, ffn]."""
-    n, ffn = out.shape
-    for row in range(n):
-        for i in range(ffn):
-            a = widened(x[row, i])
-            out[row, i] = stored(out, a * sigmoid(a) * widened(x[row, ffn + i]))
+def swiglu_rows(x: Any, first: int, last: int, out: Any) -> None:
+    """Write `silu(a) * b` of the halves [a | b] of rows [first, last) of x [n, 2 ffn] to out [n, ffn]."""
+    halves = x.reshape(-1, 2, out.shape[1])
+    for row in range(first, last):
+        for i in range(out.shape[1]):
+            a = widened(halves[row, 0, i])
+            out[row, i] = stored(out, a * sigmoid(a) * widened(halves[row, 1, i]))
+
+
+@loop
+def swiglu_gradient_rows(grad: Any, x: Any, first: int, last: int, out: Any) -> None:
+    """Write the gradients of the halves [a | b] of x [n, 2 ffn] to out, from those of `silu(a) * b`, grad [n, ffn]."""
+    halves, gradients = x.reshape(-1, 2, grad.shape[1]), out.reshape(-1, 2, grad.shape[1])
+    for row in range(first, last):
+        for i in range(grad.shape[1]):
+            g, a, b = widened(grad[row, i]), widened(halves[row, 0, i]), widened(halves[row, 1, i])
+            s = sigmoid(a)
+            gradients[row, 0, i] = stored(out, g * b * s * (np.float32(1) + a * (np.float32(1) - s)))
+            gradients[row, 1, i] = stored(out, g * a * s)
