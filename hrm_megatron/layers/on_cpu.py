@@ -42,12 +42,12 @@ def numbers(x: torch.Tensor) -> np.ndarray:
 
 def divide(rows: int, read_bytes: int, run: Callable[[int, int], object]) -> None:
     """Call run(first, last) for parts of the rows, on as many threads as the bytes are worth."""
-    parts = max(1, min(torch.get_num_threads(), rows, read_bytes // THREAD_BYTES))
+    parts = 1 if read_bytes < 2 * THREAD_BYTES else min(torch.get_num_threads(), rows, read_bytes // THREAD_BYTES)
     if parts == 1:
         run(0, rows)
-    else:
-        ends = [rows * part // parts for part in range(parts + 1)]
-        list(_pool(torch.get_num_threads()).map(run, ends[:-1], ends[1:]))
+        return
+    ends = [rows * part // parts for part in range(parts + 1)]
+    list(_pool(torch.get_num_threads()).map(run, ends[:-1], ends[1:]))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
