@@ -48,15 +48,13 @@ def bp_list(h_cycles: int, l_cycles: int, bp_steps: int) -> list[int]:
     return [min(l_cycles, max(0, l_bp - l_cycles * (h_cycles - 1 - cycle))) for cycle in range(h_cycles)]
 
 
-def refuse_others(checkpoint: Checkpoint, program: str) -> None:
+def refuse_others(checkpoint: Checkpoint, program: str, way_out: str = "save as megatron or native") -> None:
     """Refuse a model that this program does not have."""
     if checkpoint.architecture.model_type != HRM:
         raise ConfigError(f"{checkpoint.path}: a {checkpoint.architecture.kind.title}, which {program} does not have "
-                          "(gated PrefixLM layers with norms without weights, in its recurrence); save as megatron or "
-                          "native")
+                          f"(gated PrefixLM layers with norms without weights, in its recurrence); {way_out}")
     if "post" in (checkpoint.architecture.norm_placement, checkpoint.architecture.h_norm_placement):
-        raise ConfigError(f"{checkpoint.path}: post-norm layers, which {program} does not have; save as megatron or "
-                          "native")
+        raise ConfigError(f"{checkpoint.path}: post-norm layers, which {program} does not have; {way_out}")
 
 
 def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: Mapping[str, TokenIds]) -> dict[str, Any]:

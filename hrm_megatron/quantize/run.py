@@ -84,7 +84,7 @@ def quantize(job: Job, say: Say = lambda line: None) -> list[str]:
     with opened(job.load, job.ckpt_step, job.verify_checkpoint) as checkpoint:
         kind = weights_kind(checkpoint, job.weights)
         job.quantization.check(table(checkpoint.architecture))
-        refuse_others(checkpoint, "transformers' HrmText")
+        refuse_others(checkpoint, "transformers' HrmText", "quantize an HRM with pre-norm layers")
         if not checkpoint.architecture.gated:
             raise ConfigError(f"{checkpoint.path}: trained without a gate (--attention-gate); pass it through tools/"
                               "convert_checkpoint.py --save-format hf first, which gives it a gate of 1/2")

@@ -16,6 +16,7 @@ from hrm_megatron.data.batch import PackedBatch, assemble_row
 from hrm_megatron.generate.load import load_model
 from hrm_megatron.model_types import MODEL_TYPES
 from hrm_megatron.parallel.single import single_rank
+from hrm_megatron.quantize.run import Job, quantize
 
 AS_HRM = {"ut": (1, 3), "trm": (2, 1), "trm_match_recurrence": (2, 3)}  # cycles of H and of L
 
@@ -65,5 +66,8 @@ def test_what_no_hrm_computes_is_refused(random_checkpoint, tmp_path, model_type
         checkpoint = dataclasses.replace(checkpoint, training=dataclasses.replace(
             checkpoint.training, bp_min_steps=1, bp_max_steps=1))
     write_megatron(checkpoint, tmp_path / "megatron")
-    with pytest.raises(ConfigError, match=f"a {MODEL_TYPES[model_type].title}, which transformers' HrmText does not"):
+    with pytest.raises(ConfigError, match=f"a {MODEL_TYPES[model_type].title}, which transformers' HrmText does not"
+                                          ".*; save as megatron or native$"):
         convert(Conversion(tmp_path / "megatron", "megatron", tmp_path / "hf", "hf"))
+    with pytest.raises(ConfigError, match="does not have .*; quantize an HRM with pre-norm layers$"):
+        quantize(Job(tmp_path / "megatron", tmp_path / "small", "int8", method="rtn"))
