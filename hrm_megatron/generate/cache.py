@@ -46,10 +46,10 @@ class CacheSize:
     def check(self, device: torch.device) -> str:
         """Say what the cache takes of the free memory; raise ConfigError if it cannot fit."""
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        said = (f"{self.bytes / 1e9:.2f} GB for {self.blocks * BLOCK_TOKENS} positions in {self.slots} ticks x layers, "
-                f"{free / 1e9:.2f} GB are free")
+        said = (f"{self.bytes / 1e6:,.1f} MB for {self.blocks * BLOCK_TOKENS} positions in {self.slots} ticks x "
+                f"layers, {free / 1e6:,.1f} MB are free")
         if self.bytes + RESERVE_BYTES > free:
-            raise ConfigError(f"key-value cache: needs {said}, of which {RESERVE_BYTES / 1e9:.2f} GB are left for all "
+            raise ConfigError(f"key-value cache: needs {said}, of which {RESERVE_BYTES / 1e6:,.1f} MB are left for all "
                               "else; lower --batch-size or --max-new-tokens, or take --dtype bfloat16")
         return f"key-value cache: {said}"
 

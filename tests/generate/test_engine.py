@@ -232,8 +232,8 @@ def test_a_cache_is_measured_before_it_is_taken(decoder, monkeypatch):
     free = size.bytes + RESERVE_BYTES
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": free}))
     assert size.check(decoder.device) == (
-        f"key-value cache: 0.01 GB for 4800 positions in 8 ticks x layers, {free / 1e9:.2f} GB are free")
+        f"key-value cache: 7.4 MB for 4800 positions in 8 ticks x layers, {free / 1e6:,.1f} MB are free")
     free -= 1
-    with pytest.raises(ConfigError, match="key-value cache: needs 0.01 GB .* are free, of which 0.27 GB are "
+    with pytest.raises(ConfigError, match="key-value cache: needs 7.4 MB .* are free, of which 268.4 MB are "
                                           "left for all else; lower --batch-size"):
         size.check(decoder.device)
