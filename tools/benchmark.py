@@ -302,7 +302,7 @@ def main() -> int:
     answers.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     answers.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     answers.add_argument("--prompt-tokens", type=int, default=128, help="of the longest prompt; the shortest has half")
-    answers.add_argument("--new-tokens", type=int, default=128, help="of every answer")
+    answers.add_argument("--new-tokens", type=int, default=128, help="of every answer, with --shortest of the longest")
     answers.add_argument("--shortest", type=int, metavar="TOKENS", help="answers of mixed length instead, from this to "
                          "--new-tokens, and more prompts than a batch holds")
     answers.add_argument("--pairs", type=int, default=3, help="of a run of ours and one of transformers, in turns")

@@ -49,7 +49,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds to the end of the first token of a batch's prompts and to the end of all, and what was generated."""
+    """Seconds to the end of the first token of all prompts (0, not measured, where they take several batches) and to
+    the end of all, and what was generated."""
 
     first_seconds: float
     seconds: float
@@ -87,7 +88,7 @@ def our_generation(weights: Weights, work: Work, clock: Callable[[], float]) -> 
         def note(progress: Any) -> None:
             nonlocal first_seconds
             begun.add(progress.request)
-            if not first_seconds and len(begun) == work.rows:
+            if not first_seconds and len(begun) == len(asked) == work.rows:
                 first_seconds = clock() - start
         found = engine.answer([Request(prompt, new_tokens) for prompt, new_tokens in asked], note)
         return Timed(first_seconds, clock() - start, [samples[0].tokens for samples in found])
@@ -136,7 +137,9 @@ def transformers_generation(model: HrmTextForCausalLM, work: Work, vocab_size: i
         start = clock()
         found = [answer for part in parts for answer in answers(part, max(part.new_tokens))]
         seconds, start = clock() - start, clock()
-        answers(parts[0], 1)  # it streams a single prompt only
+        if len(parts) > 1:
+            return Timed(0.0, seconds, found)
+        answers(work, 1)  # it streams a single prompt only
         return Timed(clock() - start, seconds, found)
     return run
 

@@ -23,6 +23,14 @@ def halves(gqkv: torch.Tensor, head_dim: int) -> np.ndarray:
     return numbers(gqkv).reshape(len(gqkv), 4, -1, 2, head_dim // 2)
 
 
+def positions_of(lengths: Sequence[int], tables: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return position [n] and block [n] of each token of whole prompts, one after the other."""
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    blocks = np.concatenate([table[np.arange(length) // BLOCK_TOKENS]
+                             for table, length in zip(tables, lengths, strict=True)])
+    return positions, blocks
+
+
 class Prefill:
     """Whole prompts, packed one after the other: each position sees all of its own prompt, both ways, or in a `causal`
     model what is before it."""
@@ -30,9 +38,7 @@ class Prefill:
     def __init__(self, cache: PagedCache, lengths: Sequence[int], tables: Sequence[np.ndarray], theta: float,
                  causal: bool = False) -> None:
         device = cache.pool.device
-        positions = np.concatenate([np.arange(length) for length in lengths])
-        blocks = np.concatenate([table[np.arange(length) // BLOCK_TOKENS]
-                                 for table, length in zip(tables, lengths, strict=True)])
+        positions, blocks = positions_of(lengths, tables)
         self.cache, self.lengths, self.causal = cache, list(lengths), causal
         self.blocks = torch.as_tensor(blocks, dtype=torch.long, device=device)
         self.places = torch.as_tensor(positions % BLOCK_TOKENS, device=device)
@@ -57,9 +63,7 @@ class PrefillInLoops:
 
     def __init__(self, cache: PagedCache, lengths: Sequence[int], tables: Sequence[np.ndarray], loops: Loops,
                  causal: bool = False) -> None:
-        self.positions = np.concatenate([np.arange(length) for length in lengths])
-        self.blocks = np.concatenate([table[np.arange(length) // BLOCK_TOKENS]
-                                      for table, length in zip(tables, lengths, strict=True)])
+        self.positions, self.blocks = positions_of(lengths, tables)
         self.lengths, self.loops, self.causal, self.size = list(lengths), loops, causal, cache.size
         self.pool = numbers(cache.pool.flatten(2))  # [slot, key or value, all blocks]
 
@@ -72,8 +76,7 @@ class PrefillInLoops:
         prompts = (prompt.unbind() for prompt in qkv.unsqueeze(1).split(self.lengths, 3))
         attended = torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=self.causal) for q, k, v in prompts], 2)
         weighed = numbers(attended[0])
-        divide(n, gqkv.nbytes, lambda first, last: loops.kernels.gate_rows(
-            source, weighed, first, last, target))
+        divide(n, gqkv.nbytes, lambda first, last: loops.kernels.gate_rows(source, weighed, first, last, target))
         return out.flatten(1)
 
 

@@ -32,10 +32,7 @@ def multiplies_on_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return a b^T, [m, k] and [n, k] to [m, n]."""
-    if not multiplies_on_onednn(a, b):
-        return a @ b.t()
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return out
+    return _on_onednn(a, b) if multiplies_on_onednn(a, b) else a @ b.t()
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -43,4 +40,9 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if not multiplies_on_onednn(grad.t(), x.t()):
         return grad.t() @ x
     # A first factor that is transposed is copied, at a third of its memory's speed where m is a power of two.
-    return matmul(grad.t(), x.t()) if grad.shape[1] <= x.shape[1] else matmul(x.t(), grad.t()).t()
+    return _on_onednn(grad.t(), x.t()) if grad.shape[1] <= x.shape[1] else _on_onednn(x.t(), grad.t()).t()
+
+
+def _on_onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return out
