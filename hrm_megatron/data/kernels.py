@@ -11,12 +11,15 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numba
 import numpy as np
+from numba import extending
 
 Ints = np.ndarray  # [n] integers
+# Its own type would ask callers for the first argument, which numba adds.
+intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = extending.intrinsic
 
 ROUNDS = 8  # 4 look random on large ranges
 CACHED_VALUES = 1 << 10  # go through the rounds together, in the fastest cache

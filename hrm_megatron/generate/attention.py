@@ -15,7 +15,7 @@ from hrm_megatron.attention.rotary import Rotation
 from hrm_megatron.generate.cache import BLOCK_TOKENS, PagedCache
 from hrm_megatron.generate.cpu import Loops
 from hrm_megatron.layers.functions import gated
-from hrm_megatron.layers.on_cpu import divide, numbers
+from hrm_megatron.layers.on_cpu import numbers, threads_for
 
 
 def halves(gqkv: torch.Tensor, head_dim: int) -> np.ndarray:
@@ -70,13 +70,13 @@ class PrefillInLoops:
     def __call__(self, slot: int, gqkv: torch.Tensor) -> torch.Tensor:
         loops, n, heads, d = self.loops, len(gqkv), self.size.heads, self.size.head_dim
         qkv, out = gqkv.new_empty(3, heads, n, d), gqkv.new_empty(n, heads, d)
-        source, rotated, target = halves(gqkv, d), numbers(qkv).reshape(3, heads, n, 2, d // 2), numbers(out)
-        divide(n, gqkv.nbytes, lambda first, last: loops.kernels.enter_rows(
-            source, *self.pool[slot], self.blocks, self.positions, loops.cos, loops.sin, first, last, rotated))
+        source, rotated = halves(gqkv, d), numbers(qkv).reshape(3, heads, n, 2, d // 2)
+        threads = threads_for(gqkv.nbytes)
+        loops.kernels.enter_rows(threads, source, *self.pool[slot], self.blocks, self.positions, loops.cos, loops.sin,
+                                 rotated)
         prompts = (prompt.unbind() for prompt in qkv.unsqueeze(1).split(self.lengths, 3))
         attended = torch.cat([F.scaled_dot_product_attention(q, k, v, is_causal=self.causal) for q, k, v in prompts], 2)
-        weighed = numbers(attended[0])
-        divide(n, gqkv.nbytes, lambda first, last: loops.kernels.gate_rows(source, weighed, first, last, target))
+        loops.kernels.gate_rows(threads, source, numbers(attended[0]), numbers(out))
         return out.flatten(1)
 
 
@@ -119,9 +119,8 @@ class Paged:
 
     def __call__(self, slot: int, gqkv: torch.Tensor) -> torch.Tensor:
         out = gqkv.new_empty(len(gqkv), gqkv.shape[1] // 4)
-        arguments = (halves(gqkv, self.loops.cos.shape[1] * 2), *self.pool[slot], self.tables, self.lengths,
-                     self.loops.cos, self.loops.sin)
-        target = numbers(out)
-        divide(len(gqkv), self.read_bytes, lambda first, last: self.loops.kernels.attend_rows(
-            *arguments, first, last, target))
+        loops = self.loops
+        loops.kernels.attend_rows(
+            threads_for(self.read_bytes), halves(gqkv, loops.cos.shape[1] * 2), *self.pool[slot], self.tables,
+            self.lengths, loops.cos, loops.sin, numbers(out))
         return out

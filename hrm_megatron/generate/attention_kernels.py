@@ -15,6 +15,7 @@ from numba.extending import register_jitable
 
 from hrm_megatron.generate.vectors import LANES, fetch, larger, load, multiply_add, store, zeros
 from hrm_megatron.layers.loops import exp_of_negative, loop, sigmoid, stored, widened
+from hrm_megatron.layers.threads import on_threads
 
 LOWEST = np.float32(np.finfo(np.float32).min)
 ONE = np.float32(1)
@@ -52,13 +53,9 @@ def store_value(gqkv: Any, row: int, values: Any, block: int, place: int) -> Non
 
 
 @loop
-def enter_rows(gqkv: Any, keys: Any, values: Any, blocks: Any, positions: Any, cos: Any, sin: Any, first: int,
-               last: int, qkv: Any) -> None:
-    """Rotate queries and keys of rows [first, last) of whole prompts and write them and values to qkv [3, heads, n, 2,
-    d/2], keys and values to the cache too.
-
-    Row r is position positions[r] of a prompt, in blocks[r]; all else as in `attend_rows`.
-    """
+def enter_part(first: int, last: int, gqkv: Any, keys: Any, values: Any, blocks: Any, positions: Any, cos: Any, sin: Any,
+               qkv: Any) -> None:
+    """`enter_rows` for rows [first, last)."""
     heads, half = qkv.shape[1], qkv.shape[4]
     all_keys, all_values = keys.reshape(-1, heads, 2, half, LANES), values.reshape(-1, heads, LANES, 2, half)
     for row in range(first, last):
@@ -72,9 +69,19 @@ def enter_rows(gqkv: Any, keys: Any, values: Any, blocks: Any, positions: Any, c
 
 
 @loop
-def gate_rows(gqkv: Any, attended: Any, first: int, last: int, out: Any) -> None:
-    """Write `sigmoid(gate) * attention` of rows [first, last) to out [n, heads, d]; attended is [heads, n, d], gqkv as
-    in `attend_rows`."""
+def enter_rows(threads: int, gqkv: Any, keys: Any, values: Any, blocks: Any, positions: Any, cos: Any, sin: Any,
+               qkv: Any) -> None:
+    """Rotate queries and keys of whole prompts and write them and values to qkv [3, heads, n, 2, d/2], keys and values
+    to the cache too.
+
+    Row r is position positions[r] of a prompt, in blocks[r]; all else as in `attend_rows`.
+    """
+    on_threads(enter_part, threads, len(gqkv), (gqkv, keys, values, blocks, positions, cos, sin, qkv))
+
+
+@loop
+def gate_part(first: int, last: int, gqkv: Any, attended: Any, out: Any) -> None:
+    """`gate_rows` for rows [first, last)."""
     _, heads, d = out.shape
     gates = gqkv.reshape(-1, 4, heads, d)
     for row in range(first, last):
@@ -82,6 +89,12 @@ def gate_rows(gqkv: Any, attended: Any, first: int, last: int, out: Any) -> None
             for i in range(d):
                 gate = sigmoid(widened(gates[row, 0, head, i]))
                 out[row, head, i] = stored(out, widened(attended[head, row, i]) * gate)
+
+
+@loop
+def gate_rows(threads: int, gqkv: Any, attended: Any, out: Any) -> None:
+    """Write `sigmoid(gate) * attention` to out [n, heads, d]; attended is [heads, n, d], gqkv as in `attend_rows`."""
+    on_threads(gate_part, threads, len(gqkv), (gqkv, attended, out))
 
 
 @register_jitable(inline="always")
@@ -193,22 +206,9 @@ def weigh_row(weights: Any, gqkv: Any, row: int, values: Any, keys: Any, table: 
 
 
 @loop
-def attend_rows(gqkv: Any, keys: Any, values: Any, tables: Any, lengths: Any, cos: Any, sin: Any, first: int,
-                last: int, out: Any) -> None:
-    """Attend from one new position of each row in [first, last), whose key and value are added to the cache.
-
-    gqkv [b, 4, heads, 2, d/2] are [gate | query | key | value], not rotated, in halves of a head; keys [blocks, heads,
-    d, 16] and values [blocks, heads, 16, d], both flat; tables [b, n] the blocks of each row, lengths [b] its positions
-    so far; cos, sin [context, d/2]; out [b, heads * d] gets `sigmoid(gate) * attention`.
-
-    Scores are made for the 16 positions of a block at once, values weighed for 16 elements of a head at once; the
-    heads of a block lie side by side, and are read so. While a block is read the next is fetched line by line: blocks
-    lie anywhere, and no processor guesses where. The new position is written once its block has come, since a
-    processor that waits for what it writes to soon waits with all that it reads.
-
-    Only indices that a `range` or a constant gives are known not to count from the end: others are not vectorized. A
-    row's parts are functions of their own, because one that holds them all is compiled worse.
-    """
+def attend_part(first: int, last: int, gqkv: Any, keys: Any, values: Any, tables: Any, lengths: Any, cos: Any, sin: Any,
+                out: Any) -> None:
+    """`attend_rows` for rows [first, last)."""
     _, _, heads, _, half = gqkv.shape
     scale = np.float32(1 / math.sqrt(2 * half))
     rotated, total = np.empty((2, heads, 1, 2, half), np.float32), np.empty(heads * 2 * half, np.float32)
@@ -224,3 +224,23 @@ def attend_rows(gqkv: Any, keys: Any, values: Any, tables: Any, lengths: Any, co
                 totals[head, i] /= sums[head]
         for i in range(out.shape[1]):
             out[row, i] = stored(out, total[i] * sigmoid(widened(gates[row, 0, i])))
+
+
+@loop
+def attend_rows(threads: int, gqkv: Any, keys: Any, values: Any, tables: Any, lengths: Any, cos: Any, sin: Any,
+                out: Any) -> None:
+    """Attend from one new position of each row, whose key and value are added to the cache.
+
+    gqkv [b, 4, heads, 2, d/2] are [gate | query | key | value], not rotated, in halves of a head; keys [blocks, heads,
+    d, 16] and values [blocks, heads, 16, d], both flat; tables [b, n] the blocks of each row, lengths [b] its positions
+    so far; cos, sin [context, d/2]; out [b, heads * d] gets `sigmoid(gate) * attention`.
+
+    Scores are made for the 16 positions of a block at once, values weighed for 16 elements of a head at once; the
+    heads of a block lie side by side, and are read so. While a block is read the next is fetched line by line: blocks
+    lie anywhere, and no processor guesses where. The new position is written once its block has come, since a
+    processor that waits for what it writes to soon waits with all that it reads.
+
+    Only indices that a `range` or a constant gives are known not to count from the end: others are not vectorized. A
+    row's parts are functions of their own, because one that holds them all is compiled worse.
+    """
+    on_threads(attend_part, threads, len(gqkv), (gqkv, keys, values, tables, lengths, cos, sin, out))

@@ -5,15 +5,14 @@ states with them is the order in which they are made.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import extending, types
+from numba import types
 from numba.extending import models, register_model
 
-# Its own type would ask callers for the first argument, which numba adds.
-intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = extending.intrinsic
+from hrm_megatron.data.kernels import intrinsic
+
 LANES = 16
 BYTE, INDICES = ir.IntType(8), ir.IntType(32)
 VECTOR, HALVES, WORDS = (ir.VectorType(each, LANES) for each in (ir.FloatType(), ir.IntType(16), INDICES))

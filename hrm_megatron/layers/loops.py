@@ -11,6 +11,7 @@ import numpy as np
 from numba.extending import overload, register_jitable
 
 from hrm_megatron.data.kernels import compiled
+from hrm_megatron.layers.threads import on_threads
 
 # Sums in any order and fused multiply-adds; NaN and infinity keep their meaning.
 ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
@@ -81,8 +82,8 @@ def sigmoid(x: Any) -> Any:
 
 
 @loop
-def norm_rows(x: Any, epsilon: Any, first: int, last: int, out: Any) -> None:
-    """Write `x / sqrt(mean(x^2) + epsilon)` over the last axis of rows [first, last) of x [n, h] to out."""
+def norm_part(first: int, last: int, x: Any, epsilon: Any, out: Any) -> None:
+    """`norm_rows` for rows [first, last)."""
     h = x.shape[1]
     for row in range(first, last):
         squares = np.float32(0)
@@ -94,8 +95,14 @@ def norm_rows(x: Any, epsilon: Any, first: int, last: int, out: Any) -> None:
 
 
 @loop
-def swiglu_rows(x: Any, first: int, last: int, out: Any) -> None:
-    """Write `silu(a) * b` of the halves [a | b] of rows [first, last) of x [n, 2 ffn] to out [n, ffn]."""
+def norm_rows(threads: int, x: Any, epsilon: Any, out: Any) -> None:
+    """Write `x / sqrt(mean(x^2) + epsilon)` over the last axis of x [n, h] to out."""
+    on_threads(norm_part, threads, len(x), (x, epsilon, out))
+
+
+@loop
+def swiglu_part(first: int, last: int, x: Any, out: Any) -> None:
+    """`swiglu_rows` for rows [first, last)."""
     halves = x.reshape(-1, 2, out.shape[1])
     for row in range(first, last):
         for i in range(out.shape[1]):
@@ -104,8 +111,14 @@ def swiglu_rows(x: Any, first: int, last: int, out: Any) -> None:
 
 
 @loop
-def swiglu_gradient_rows(grad: Any, x: Any, first: int, last: int, out: Any) -> None:
-    """Write the gradients of the halves [a | b] of x [n, 2 ffn] to out, from those of `silu(a) * b`, grad [n, ffn]."""
+def swiglu_rows(threads: int, x: Any, out: Any) -> None:
+    """Write `silu(a) * b` of the halves [a | b] of x [n, 2 ffn] to out [n, ffn]."""
+    on_threads(swiglu_part, threads, len(x), (x, out))
+
+
+@loop
+def swiglu_gradient_part(first: int, last: int, grad: Any, x: Any, out: Any) -> None:
+    """`swiglu_gradient_rows` for rows [first, last)."""
     halves, gradients = x.reshape(-1, 2, grad.shape[1]), out.reshape(-1, 2, grad.shape[1])
     for row in range(first, last):
         for i in range(grad.shape[1]):
@@ -113,3 +126,9 @@ def swiglu_gradient_rows(grad: Any, x: Any, first: int, last: int, out: Any) -> 
             s = sigmoid(a)
             gradients[row, 0, i] = stored(out, g * b * s * (np.float32(1) + a * (np.float32(1) - s)))
             gradients[row, 1, i] = stored(out, g * a * s)
+
+
+@loop
+def swiglu_gradient_rows(threads: int, grad: Any, x: Any, out: Any) -> None:
+    """Write the gradients of the halves [a | b] of x [n, 2 ffn] to out, from those of `silu(a) * b`, grad [n, ffn]."""
+    on_threads(swiglu_gradient_part, threads, len(x), (grad, x, out))
