@@ -53,8 +53,8 @@ def store_value(gqkv: Any, row: int, values: Any, block: int, place: int) -> Non
 
 
 @loop
-def enter_part(first: int, last: int, gqkv: Any, keys: Any, values: Any, blocks: Any, positions: Any, cos: Any, sin: Any,
-               qkv: Any) -> None:
+def enter_part(first: int, last: int, gqkv: Any, keys: Any, values: Any, blocks: Any, positions: Any, cos: Any,
+               sin: Any, qkv: Any) -> None:
     """`enter_rows` for rows [first, last)."""
     heads, half = qkv.shape[1], qkv.shape[4]
     all_keys, all_values = keys.reshape(-1, heads, 2, half, LANES), values.reshape(-1, heads, LANES, 2, half)

@@ -19,7 +19,8 @@ from hrm_megatron.generate.decoder import Decoder
 from hrm_megatron.generate.sampling import Sampling, choose, random_numbers
 from hrm_megatron.generate.transcript import Decode, TokenLogprob, Transcript
 
-PREFILL_TOKENS = 4096  # of prompts that are read at once; a longer one is read alone
+# Of prompts that are read at once; a longer one is read alone. A CPU reads so many as its caches hold states of.
+PREFILL_TOKENS = {"cuda": 4096, "cpu": 1024}
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,11 @@ class Engine:
     """Answers requests, `max_rows` at once, in the order of `submit`; call `step` until it is `idle`."""
 
     def __init__(self, decoder: Decoder, cache: PagedCache, max_rows: int, decode_text: Decode | None = None,
-                 prefill_tokens: int = PREFILL_TOKENS) -> None:
+                 prefill_tokens: int | None = None) -> None:
         if max_rows < 1:
             raise ConfigError(f"batch size {max_rows}: must be at least 1")
         self.decoder, self.cache, self.max_rows = decoder, cache, max_rows
-        self.decode_text, self.prefill_tokens = decode_text, prefill_tokens
+        self.decode_text, self.prefill_tokens = decode_text, prefill_tokens or PREFILL_TOKENS[decoder.device.type]
         self.waiting: deque[_Waiting] = deque()
         self.running: list[_Running] = []
         self._promised, self._submitted = 0, 0

@@ -19,7 +19,7 @@ from hrm_megatron.data.kernels import intrinsic
 DATA = ctypes.c_void_p
 BODY = ctypes.CFUNCTYPE(None, DATA)
 NUMBER = ctypes.CFUNCTYPE(ctypes.c_int)
-# Without OpenMP (torch for a Mac has none of these names) one thread does all parts.
+# Without it (torch for a Mac has none of these names) one thread does all parts.
 ALONE = {"GOMP_parallel": ctypes.CFUNCTYPE(None, BODY, DATA, ctypes.c_uint, ctypes.c_uint)(
              lambda body, data, threads, flags: body(data)),
          "omp_get_thread_num": NUMBER(lambda: 0), "omp_get_num_threads": NUMBER(lambda: 1)}
