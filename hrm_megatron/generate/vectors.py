@@ -92,7 +92,7 @@ def fetch(typing: Any, array: Any, index: Any) -> Any:
         place = _place(context, builder, arguments[0], arguments[1], signature.args[0], BYTE)
         ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], ir.FunctionType(
             ir.VoidType(), [place.type, INDICES, INDICES, INDICES]))
-        builder.call(ask, [place, *(ir.Constant(INDICES, number) for number in (0, 2, 1))])  # to read, level, data
+        builder.call(ask, [place, *(ir.Constant(INDICES, number) for number in (0, 2, 1))])  # read, level 2, data
         return context.get_dummy_value()
     return types.void(array, types.intp), make
 
