@@ -52,13 +52,13 @@ def on_threads(typing: Any, loop: Any, threads: Any, rows: Any, arguments: Any) 
     def make(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         compiled = loop.dispatcher.get_compile_result(called)
         context.add_linking_libs([compiled.library])
-        intp, failed = context.get_value_type(types.intp), ir.IntType(8)
+        intp, flag = context.get_value_type(types.intp), ir.IntType(8)
         shared = cgutils.alloca_once(builder, ir.LiteralStructType(
-            [intp, intp, context.get_value_type(arguments), failed]))
+            [intp, intp, context.get_value_type(arguments), flag]))
 
         def field(builder: Any, data: Any, number: int) -> Any:
             return builder.gep(data, [I32(0), I32(number)])
-        for number, value in enumerate([*values[1:], failed(0)]):
+        for number, value in enumerate([*values[1:], flag(0)]):
             builder.store(value, field(builder, shared, number))
 
         body = ir.Function(builder.module, BODY_TYPE, builder.module.get_unique_name("body"))
@@ -73,7 +73,7 @@ def on_threads(typing: Any, loop: Any, threads: Any, rows: Any, arguments: Any) 
             status, _ = context.call_internal_no_propagate(
                 inner, compiled.fndesc, called, [first, last, *cgutils.unpack_tuple(inner, packed)])
             with inner.if_then(status.is_error):
-                inner.store(failed(1), field(inner, data, 3))
+                inner.store(flag(1), field(inner, data, 3))
         inner.ret_void()
 
         builder.call(_declared(builder, "GOMP_parallel"), [
