@@ -1,4 +1,4 @@
-"""Norm and SwiGLU in one pass over memory each, by loops compiled for the CPU, on as many threads as torch's.
+"""Norm and SwiGLU in one pass over memory each, by loops compiled for the CPU.
 
 torch writes what each of its operations gives to memory and reads it again: of SwiGLU and its gradient that is twice
 the traffic.
@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-THREAD_BYTES = 1 << 16  # of memory read that is worth a thread
+DIVIDED_BYTES = 1 << 17  # of memory read, from which on a loop is divided among threads
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -34,8 +34,8 @@ def numbers(x: torch.Tensor) -> np.ndarray:
 
 
 def threads_for(read_bytes: int) -> int:
-    """Return on how many threads a loop is to read so many bytes."""
-    return 1 if read_bytes < 2 * THREAD_BYTES else torch.get_num_threads()
+    """Return on how many threads a loop is to read so many bytes: all of torch's, or one."""
+    return 1 if read_bytes < DIVIDED_BYTES else torch.get_num_threads()
 
 
 def _rows(x: torch.Tensor) -> np.ndarray:

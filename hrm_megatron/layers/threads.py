@@ -32,7 +32,10 @@ PREFIX = "hrm_megatron_"
 
 def functions_of(library: ctypes.CDLL) -> dict[str, Any]:
     """Return the functions of OpenMP that a library was linked with, whatever that file is called, or `ALONE`."""
-    return {name: getattr(library, name) for name in ALONE} if all(hasattr(library, name) for name in ALONE) else ALONE
+    try:
+        return {name: getattr(library, name) for name in ALONE}
+    except AttributeError:
+        return ALONE
 
 
 for _name, _function in functions_of(ctypes.CDLL(torch._C.__file__)).items():
@@ -46,7 +49,11 @@ def _declared(builder: ir.IRBuilder, name: str) -> ir.Function:
 @intrinsic
 def on_threads(typing: Any, loop: Any, threads: Any, rows: Any, arguments: Any) -> Any:
     """Call loop(first, last, *arguments) for as many equal parts of range(rows) as there are threads, one on each; a
-    MemoryError of any is raised when all have ended. It must raise nothing else."""
+    MemoryError of any is raised when all have ended. It must raise nothing else.
+
+    A loop is a function of the module and its caller another one: what closes over a compiled function, as a decorator
+    that made both would, numba compiles anew in each process.
+    """
     called = loop.get_call_type(typing, (types.intp, types.intp, *arguments.types), {})
 
     def make(context: Any, builder: Any, signature: Any, values: Any) -> Any:

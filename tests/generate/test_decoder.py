@@ -129,7 +129,7 @@ def test_threads_divide_the_rows(untrained, monkeypatch):
 
     model = untrained(*SIZES)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(on_cpu, "THREAD_BYTES", 1)
+    monkeypatch.setattr(on_cpu, "DIVIDED_BYTES", 1)
     given, stock = [], attention_kernels.attend_rows
     monkeypatch.setattr(attention_kernels, "attend_rows",
                         lambda threads, *arrays: given.append(threads) or stock(threads, *arrays))

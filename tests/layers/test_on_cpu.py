@@ -14,7 +14,7 @@ from hrm_megatron.layers.on_cpu import norm_in_loops, swiglu_gradient_in_loops, 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_each_is_its_formula(monkeypatch: pytest.MonkeyPatch, layout: str, threads: int) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(on_cpu, "THREAD_BYTES", 1)
+    monkeypatch.setattr(on_cpu, "DIVIDED_BYTES", 1)
     generator = torch.Generator().manual_seed(4)
     x, grad = (torch.randn(7, 2, width, generator=generator) * 3 for width in (44, 22))
     if layout == "transposed":
