@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.indexed_examples import IndexedExamples
+from hrm_megatron.program import whole_file
 
 BITS, FACTS = "kept.npy", "kept.json"  # one bit per example, and what the list was made for
 HASHED_BYTES = 1 << 24  # at a time
@@ -27,19 +26,14 @@ def kept_files(prefix: str | Path) -> tuple[Path, Path]:
 def write_kept(store: IndexedExamples, kept: np.ndarray, facts: dict[str, Any]) -> None:
     """Keep which examples [n] are kept; the facts, written last, make the list valid."""
     bits, described = kept_files(store.prefix)
-    temporary = [path.with_name(f"{path.name}.partial-{uuid.uuid4().hex}") for path in (bits, described)]
     try:
-        with open(temporary[0], "wb") as file:
-            np.save(file, np.packbits(kept), allow_pickle=False)
-        temporary[1].write_text(json.dumps(facts | {"dataset": dataset_digest(store)}, indent=1), encoding="utf-8")
-        described.unlink(missing_ok=True)
-        for path, place in zip(temporary, (bits, described), strict=True):
-            os.replace(path, place)
+        with whole_file(described) as partial:
+            partial.write_text(json.dumps(facts | {"dataset": dataset_digest(store)}, indent=1), encoding="utf-8")
+            with whole_file(bits) as packed:
+                np.save(packed, np.packbits(kept), allow_pickle=False)
+                described.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{bits}: cannot write ({error.strerror}); free some space") from error
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
 
 
 def kept_mask(store: IndexedExamples) -> np.ndarray | None:

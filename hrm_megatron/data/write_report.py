@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.report import DatasetReport, markdown
+from hrm_megatron.program import whole_file
 
 WITHOUT_PICTURE = "matplotlib is not installed: no picture (pip install matplotlib)"
 
@@ -19,19 +19,15 @@ def write_report(report: DatasetReport) -> list[str]:
     """Write the report, with a picture where matplotlib is; return lines that say what was written."""
     text, picture = Path(f"{report.prefix}.report.md"), Path(f"{report.prefix}.report.png")
     draws = can_draw()
-    partial = {path: path.with_name(f".{path.stem}.partial{path.suffix}") for path in (text, picture)}
     try:
-        if draws:
-            from hrm_megatron.data.report_picture import draw_report
-            draw_report(report, partial[picture])
-        partial[text].write_text(markdown(report, picture if draws else None), encoding="utf-8")
-        for path in (picture, text) if draws else (text,):
-            os.replace(partial[path], path)
-        if not draws:
-            picture.unlink(missing_ok=True)  # of an earlier run
+        with whole_file(text) as partial:
+            partial.write_text(markdown(report, picture if draws else None), encoding="utf-8")
+            if draws:
+                from hrm_megatron.data.report_picture import draw_report
+                with whole_file(picture) as drawn:
+                    draw_report(report, drawn)
+            else:
+                picture.unlink(missing_ok=True)  # of an earlier run
     except OSError as error:
         raise ConfigError(f"{text}: cannot write ({error.strerror}); the dataset itself is complete") from error
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
     return [f"report: {text}, {picture}"] if draws else [f"report: {text}", WITHOUT_PICTURE]
