@@ -15,6 +15,12 @@ def batch(seed):
     return PackedBatch.from_rows({name: t[None] for name, t in assemble_row([(prefix, target)], 17).items()})
 
 
+def assert_equal(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_the_model_computes_with_the_ema_and_every_bit_comes_back(trainer):
     from hrm_megatron.model.hrm import HRMModel
     from hrm_megatron.transformer_config import hrm_config
@@ -29,18 +35,21 @@ def test_the_model_computes_with_the_ema_and_every_bit_comes_back(trainer):
     def weights(run):
         return {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
 
+    def state_of(run):
+        return {name: tensor.clone() for name, tensor in run.state().items()}
+
     run = trained(3)
     (part,) = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
-    before, state = weights(run), {name: tensor.clone() for name, tensor in run.state().items()}
+    before, state = weights(run), state_of(run)
     with averaged_weights(run.optimizer, part.model_chunks):
         inside = weights(run)
     for name, weight in inside.items():
         assert torch.equal(weight, state[f"ema.{name}"].view_as(weight)), name
         assert not torch.equal(weight, before[name])
-    assert all(torch.equal(weight, before[name]) for name, weight in weights(run).items())
-    assert all(torch.equal(tensor, state[name]) for name, tensor in run.state().items())
+    assert_equal(weights(run), before)
+    assert_equal(state_of(run), state)
 
     undisturbed = trained(3)
     losses = [each.step([batch(9)], 4) for each in (run, undisturbed)]
     assert losses[0] == losses[1]
-    assert all(torch.equal(tensor, undisturbed.state()[name]) for name, tensor in run.state().items())
+    assert_equal(state_of(run), state_of(undisturbed))
