@@ -37,6 +37,7 @@ from hrm_megatron.program import write_aside
 from hrm_megatron.training.early_stopping import delete_older, stopped_early
 from hrm_megatron.training.finetune import choose_source, go_on
 from hrm_megatron.training.lora import check_adapters, lora_of, saved_bytes
+from hrm_megatron.training.loss_spikes import take_losses
 from hrm_megatron.training.restarts import end_helpers_with_their_rank
 from hrm_megatron.training.resume import changes, check_model, check_plan, nothing_left, settle_schedule
 from hrm_megatron.training.verification import check_verification_flags, record_save
@@ -156,6 +157,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
             log.info(schedule)
         if changed := changes(common["args"], args):
             log.info(f"checkpoint: {changed}")
+        take_losses(args, common["args"], bool(changed))
     return True
 
 

@@ -3,8 +3,8 @@
 A loss is a spike if it lies seven standard deviations above what came before, as OLMo 2 counts them (arXiv 2501.00656,
 spike score). Its mean and deviation would themselves be moved by a spike, so both are robust here: the median of the
 losses before, and 1.4826 times the median distance from it (Rousseeuw and Croux 1993), which is the standard deviation
-where losses are normal. Both hold while less than half of the losses before are spikes; a level that stays is none. A
-start knows no losses before, so that it sees no spike in its first 32 steps.
+where losses are normal. Both hold while less than half of the losses before are spikes; a level that stays is none. The
+losses before are among the arguments that a checkpoint holds, so that a start on the same data goes on with them.
 """
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import functools
 import logging
 import math
 import statistics
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -25,17 +24,23 @@ from hrm_megatron.training.bad_steps import IGNORE, ROLLBACK, go_back
 DEVIATIONS = 7  # OLMo 2
 WINDOW, FEWEST = 128, 32  # losses before: of few enough steps that the trend of a run is small beside its noise
 NORMAL = 1.4826  # standard deviations in a median distance, 1 / 0.6745
+DATA = ("data_path", "train_data_path", "sampled_data_path")
 LEAST = 0.01  # deviation as a share of the median: a rise below 7 % is no spike, however quiet the losses before
 
 log = logging.getLogger(__name__)
 
 
 class Spikes:
-    """The losses before, and the steps in a row that are spikes."""
+    """The losses before, those of `args.losses_before`, and the steps in a row that are spikes."""
 
-    def __init__(self) -> None:
-        self.before: deque[float] = deque(maxlen=WINDOW)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
         self.in_a_row: list[int] = []
+
+    @property
+    def before(self) -> list[float]:
+        found: list[float] = getattr(self.args, "losses_before", [])
+        return found
 
     def bound(self) -> float:
         """Return the largest loss that is no spike."""
@@ -50,8 +55,8 @@ class Spikes:
         if not math.isfinite(loss):
             self.in_a_row.append(step)
             return f"loss {loss} is no finite number ({len(self.in_a_row)} in a row)"
-        bound, before = self.bound(), list(self.before)
-        self.before.append(loss)
+        bound, before = self.bound(), self.before
+        self.args.losses_before = [*before, loss][-WINDOW:]
         if loss <= bound:
             self.in_a_row = []
             return None
@@ -59,6 +64,13 @@ class Spikes:
         return (f"loss {loss:.4f} is a spike: above {bound:.4f}, {DEVIATIONS} robust deviations over the median "
                 f"{statistics.median(before):.4f} of {len(before)} steps before ({len(self.in_a_row)} in a "
                 "row)")
+
+
+def take_losses(args: argparse.Namespace, stored: argparse.Namespace, changed: bool) -> None:
+    """Go on with the losses that a checkpoint was saved behind, if its rows are (others may have another level) and a
+    policy asks for them."""
+    same = not changed and all(getattr(stored, name, None) == getattr(args, name) for name in DATA)
+    args.losses_before = getattr(stored, "losses_before", []) if same and args.on_loss_spike != IGNORE else []
 
 
 def loss_of_step(losses: dict[str, torch.Tensor]) -> float:
@@ -74,7 +86,7 @@ def install_loss_spikes(args: argparse.Namespace) -> None:
     """Look at the loss of each step that was taken, where a policy asks for it."""
     if args.on_loss_spike == IGNORE:
         return
-    spikes, stock = Spikes(), megatron_training.training_log
+    spikes, stock = Spikes(args), megatron_training.training_log
 
     @functools.wraps(stock)
     def training_log(losses: dict[str, torch.Tensor], totals: dict[str, Any], lr: float | None, iteration: int,

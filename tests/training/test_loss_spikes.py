@@ -1,4 +1,5 @@
 """Losses that jump: which those are, and that a run goes back from them."""
+import argparse
 import json
 import random
 
@@ -6,7 +7,7 @@ import pytest
 
 from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.training.bad_steps import RECORD
-from hrm_megatron.training.loss_spikes import DEVIATIONS, FEWEST, LEAST, NORMAL, WINDOW, Spikes
+from hrm_megatron.training.loss_spikes import DEVIATIONS, FEWEST, LEAST, NORMAL, WINDOW, Spikes, take_losses
 from tests.training.test_resume import tensors_that_differ
 
 # What the last stage reports of these steps is a hundred times their loss; updates stay what they are.
@@ -25,7 +26,7 @@ TrainingStep.loss = loss
 
 
 def noted(losses):
-    spikes = Spikes()
+    spikes = Spikes(argparse.Namespace())
     return spikes, [bool(spikes.note(step, loss)) for step, loss in enumerate(losses, 1)]
 
 
@@ -91,9 +92,32 @@ def test_a_run_goes_back_and_leaves_the_rows_of_spikes_out(launch, fullbatch_arg
 
 
 def test_a_spike_is_only_named_where_nothing_else_is_asked(launch, fullbatch_arguments, uninterrupted, tmp_path):
+    """In the first step of a start too, which goes on with the losses that its checkpoint holds."""
     folder = tmp_path / "checkpoints"
-    run = launch(*fullbatch_arguments, "--load", uninterrupted / "checkpoints", "--save", folder, "--ckpt-step", 12,
-                 "--exit-interval", 18, "--on-loss-spike", "warn", prelude=REPORTED.format(steps={16, 17}))
-    assert run.code == 0, run.output
-    named = [line for line in run.output.splitlines() if "is a spike" in line]
-    assert len(named) == 2 and "step 16: loss" in named[0] and "step 17: loss" in named[1], run.output
+    options = dict(prelude=REPORTED.format(steps={16, 17}))
+    arguments = [*fullbatch_arguments, "--save", folder, "--on-loss-spike", "warn"]
+    runs = [launch(*arguments, "--load", uninterrupted / "checkpoints", "--ckpt-step", 12, "--exit-interval", 16,
+                   **options), launch(*arguments, "--load", folder, "--exit-interval", 18, **options)]
+    for run, step in zip(runs, (16, 17), strict=True):
+        assert run.code == 0, run.output
+        named, = [line for line in run.output.splitlines() if "is a spike" in line]
+        assert f"step {step}: loss" in named and f"of {step - 13} steps before" in named
+
+
+@pytest.mark.parametrize("flags, taken", [
+    (dict(), True), (dict(on_loss_spike="rollback"), True), (dict(on_loss_spike="ignore"), False),
+    (dict(data_path=["b"]), False), (dict(sampled_data_path="b"), False)])
+def test_losses_before_are_taken_where_rows_are_the_same(flags, taken):
+    same = dict(data_path=["a"], train_data_path=None, sampled_data_path=None, on_loss_spike="warn")
+    stored = argparse.Namespace(**same, losses_before=[2.0, 3.0])
+    for changed in (False, True):
+        args = argparse.Namespace(**same | flags)
+        take_losses(args, stored, changed)
+        assert args.losses_before == ([2.0, 3.0] if taken and not changed else [])
+
+
+def test_a_checkpoint_of_before_has_no_losses():
+    same = dict(data_path=["a"], train_data_path=None, on_loss_spike="warn")  # nor does it know every flag
+    args = argparse.Namespace(**same, sampled_data_path=None)
+    take_losses(args, argparse.Namespace(**same), changed=False)
+    assert args.losses_before == []
