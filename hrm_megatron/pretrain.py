@@ -32,7 +32,7 @@ from hrm_megatron.planner.flops import rows_flops  # noqa: E402
 from hrm_megatron.planner.presets import describe_preset  # noqa: E402
 from hrm_megatron.program import write_aside  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
-from hrm_megatron.training.arguments import given_by_hand, no_rows, parse_arguments  # noqa: E402
+from hrm_megatron.training.arguments import no_rows, parse_arguments  # noqa: E402
 from hrm_megatron.training.bad_steps import install_bad_steps  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
 from hrm_megatron.training.console import Console  # noqa: E402
@@ -51,6 +51,7 @@ from hrm_megatron.training.loss_spikes import install_loss_spikes  # noqa: E402
 from hrm_megatron.training.match_flops import match_flops  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
+from hrm_megatron.training.own_flags import given_by_hand  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.restarts import check_launch, check_restarts  # noqa: E402
 from hrm_megatron.training.save_lock import SaveLock  # noqa: E402

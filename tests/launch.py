@@ -132,7 +132,7 @@ def _prepare() -> None:
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     from hrm_megatron.data.plan import warm_up
-    from hrm_megatron.training.flags.parser import full_parser
+    from hrm_megatron.training.own_flags import full_parser
 
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # of pyarrow, which extensions of numba may import
     warm_up(np.dtype(np.uint32))

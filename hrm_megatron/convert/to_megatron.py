@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.training import arguments as megatron_arguments
 
 from hrm_megatron.checkpoint.folders import CONFIG_FILE
 from hrm_megatron.checkpoint.fsdp_folder import COMMON
@@ -28,7 +27,8 @@ from hrm_megatron.optim.adam_atan2 import UPDATES
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.optim.sharded import BY_NAME, EMBEDDING
 from hrm_megatron.parallel.single import single_rank
-from hrm_megatron.training.arguments import FORCED, add_hrm_arguments, fill_from_preset
+from hrm_megatron.training.arguments import fill_from_preset
+from hrm_megatron.training.own_flags import FORCED, full_parser
 from hrm_megatron.transformer_config import hrm_config
 
 # `--dist-ckpt-optim-fully-reshardable`: optimizer state by the names of the weights, for any layout.
@@ -54,8 +54,7 @@ def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
         "adam-beta1": t.beta1, "adam-beta2": t.beta2, "ema-decay": t.ema_decay, "bp-min-steps": t.bp_min_steps,
         "bp-max-steps": t.bp_max_steps, "bp-warmup-fraction": t.bp_warmup_fraction, "seed": t.seed,
     }
-    parser = add_hrm_arguments(megatron_arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    args = parser.parse_args([f"--{name}={value}" for name, value in flags.items() if value is not None])
+    args = full_parser().parse_args([f"--{name}={value}" for name, value in flags.items() if value is not None])
     fill_from_preset(args)
     values = dict(
         FORCED, rotary_base=a.rope_theta, vocab_size=a.vocab_size, padded_vocab_size=a.padded_vocab_size, rank=0,

@@ -21,9 +21,10 @@ from hrm_megatron.model import hrm  # noqa: E402
 from hrm_megatron.model_types import HRM, MODEL_TYPES  # noqa: E402
 from hrm_megatron.parallel.patching import temporarily  # noqa: E402
 from hrm_megatron.planner.layout import Layout, check, stage_parameters  # noqa: E402
-from hrm_megatron.training.arguments import checked, complete, parse_arguments  # noqa: E402
+from hrm_megatron.training.arguments import complete, parse_arguments  # noqa: E402
 from hrm_megatron.training.dry_run import build, describe_dry_run, first_rank_of  # noqa: E402
 from hrm_megatron.training.layout import layers_of_stages  # noqa: E402
+from hrm_megatron.training.own_flags import checked  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
 from tests.conftest import GOLDEN  # noqa: E402
 

@@ -227,7 +227,7 @@ def test_an_architecture_is_made_of_the_arguments_that_a_checkpoint_gives():
 def test_the_command_line_tells_what_was_given_by_hand(monkeypatch):
     from megatron.training.arguments import parse_args
 
-    from hrm_megatron.training.arguments import add_hrm_arguments, given_by_hand
+    from hrm_megatron.training.own_flags import add_hrm_arguments, given_by_hand
 
     # A value that is the default, a list, a switch and one of ours.
     monkeypatch.setattr("sys.argv", ["pretrain", "--num-layers", "2", "--h-cycles", "2", "--data-path", "a", "b",

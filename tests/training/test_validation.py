@@ -1,19 +1,17 @@
 """Training over a store with a held-out part: what is logged is what an independent model computes."""
-import argparse
 import re
 
 import pytest
 import torch
-from megatron.training import arguments as megatron_arguments
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
-from hrm_megatron.training.arguments import add_hrm_arguments
 from hrm_megatron.training.data import open_sources
 from hrm_megatron.training.evaluation import settle_evaluation
+from hrm_megatron.training.own_flags import full_parser
 from tests.stores import split_examples
 from tests.training.conftest import GOLDEN, scalars
 
@@ -205,8 +203,7 @@ def test_a_run_that_was_evaluated_more_often_goes_on(launch, trained, store):
 
 def open_run(*flags):
     """Sources and settled evaluation of a command line."""
-    parser = add_hrm_arguments(megatron_arguments.add_megatron_arguments(argparse.ArgumentParser()))
-    args = parser.parse_args([str(flag) for flag in flags])
+    args = full_parser().parse_args([str(flag) for flag in flags])
     sources = open_sources(args)
     return args, settle_evaluation(args, *sources.held_out(), sources.why_no_validation(args.split))
 

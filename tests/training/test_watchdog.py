@@ -95,8 +95,8 @@ def test_torchrun_kills_a_rank_0_that_was_stopped_and_starts_again(launch, fullb
 ])
 def test_times_that_would_do_nothing_are_refused(flags, said):
     from hrm_megatron.config import ConfigError
-    from hrm_megatron.training.flags.parser import full_parser
     from hrm_megatron.training.flags.values import check_values
+    from hrm_megatron.training.own_flags import full_parser
 
     args = full_parser().parse_args(["--hang-timeout-minutes", "2", *map(str, flags)])
     with pytest.raises(ConfigError) as refused:

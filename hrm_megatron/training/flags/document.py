@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -26,12 +27,12 @@ Defaults are those that `--help` shows; `--help-hrm` shows our group alone. This
 |---|---|---|"""
 
 
-def document(parser: argparse.ArgumentParser, version: str) -> str:
-    """Write the page for Megatron-Core `version`, whose parser with our group is `parser`."""
+def document(parser: argparse.ArgumentParser) -> str:
+    """Write the page for the installed Megatron-Core, whose parser with our group is `parser`."""
     names = {action.option_strings[0]: action.option_strings for action in parser._actions if action.option_strings}
     counts = Counter(type(verdict) for group in GROUPS.values() for verdict in group for _ in verdict.flags.split())
-    lines = [HEAD.format(version=version, total=counts.total(), used=counts[Used], harmless=counts[Harmless],
-                         refused=counts[Refused], command=COMMAND)]
+    lines = [HEAD.format(version=importlib.metadata.version("megatron-core"), total=counts.total(), used=counts[Used],
+                         harmless=counts[Harmless], refused=counts[Refused], command=COMMAND)]
     lines += [_our_row(parser, action) for action in ours(parser)._group_actions]
     for title, group in GROUPS.items():
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", "| flags | here | how, or why not |", "|---|---|---|"]

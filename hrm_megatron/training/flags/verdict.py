@@ -33,7 +33,7 @@ class Harmless:
 class Refused:
     """A run ends before it begins where one of the flags has another value than its default, or than one of `same`.
 
-    The defaults are ours (training.arguments): what makes a model an HRM is the default of its flag.
+    The defaults are ours (training.own_flags): what makes a model an HRM is the default of its flag.
     """
 
     why: str
