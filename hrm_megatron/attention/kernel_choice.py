@@ -44,8 +44,11 @@ def refusal(kernel: str, dtype: torch.dtype, head_dim: int, machine: Machine,
         return "this torch was built without FlashAttention"
     if dtype not in NARROW:
         return f"it takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
-    if machine.capability < AMPERE:
-        return "it needs a GPU of compute capability 8.0 or more, and this one has {}.{}".format(*machine.capability)
+    # cuDNN has variable lengths from Hopper on; before it Transformer Engine could only call flash-attn.
+    oldest = HOPPER if kernel == "te" else AMPERE
+    if machine.capability < oldest:
+        return "it needs a GPU of compute capability {}.{} or more, and this one has {}.{}".format(
+            *oldest, *machine.capability)
     largest = 128 if kernel == "te" and machine.capability != HOPPER else 256
     if head_dim % 8 or head_dim > largest:
         return f"it takes heads of a multiple of 8 up to {largest}, not {head_dim}"

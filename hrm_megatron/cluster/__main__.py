@@ -13,7 +13,6 @@ from pathlib import Path
 from hrm_megatron.cluster.attempts import (
     BAD_NODE,
     CANCELLED,
-    FAILED,
     GO,
     STOP,
     Attempt,
@@ -21,9 +20,10 @@ from hrm_megatron.cluster.attempts import (
     Verdict,
     decide,
     how_it_ended,
+    is_done,
     saved_step,
 )
-from hrm_megatron.cluster.failures import SUMMARY_FILE, read_failures, refusal, summarize
+from hrm_megatron.cluster.failures import FAILED, SUMMARY_FILE, first_cause, read_failures, summarize
 from hrm_megatron.cluster.node_check import Limits, find_bad_nodes, read_reports
 from hrm_megatron.cluster.record import describe_start
 from hrm_megatron.program import one_line, write_aside
@@ -50,10 +50,11 @@ def begin(arguments: argparse.Namespace, history: History) -> Verdict:
 def judge(arguments: argparse.Namespace, history: History) -> Verdict:
     """Name the bad nodes of this start by their reports, and remember them."""
     reports = read_reports(arguments.reports)
-    if not reports:  # not all nodes at once: to avoid them would only empty the cluster
-        return Verdict(GO, f"the check has not ended on any node ({arguments.reports}), so it blames none")
     bad = find_bad_nodes(reports, history.attempts[-1].nodes, Limits(**{
-        name: value for name, value in vars(arguments).items() if name in Limits.__dataclass_fields__}))
+        name: value for name, value in vars(arguments).items() if name in Limits.__dataclass_fields__})) \
+        if reports else {}  # not all nodes at once: to avoid them would only empty the cluster
+    if not bad and all(report.error for report in reports):
+        return Verdict(GO, f"the check has not ended on any node ({arguments.reports}), so it blames none")
     if bad:
         history.exclude(bad)
     return _avoid(history, bad, saved_step(arguments.checkpoints), arguments.max_failures)
@@ -64,8 +65,9 @@ def end(arguments: argparse.Namespace, history: History) -> Verdict:
     attempt, step = history.attempts[-1], saved_step(arguments.checkpoints)
     logs = history.folder / f"{attempt.job}.{attempt.restart}"
     failures = read_failures(logs)
-    how = how_it_ended(arguments.code, step, arguments.train_iters, arguments.signalled, refusal(failures))
-    why = ""
+    outcome, why = first_cause(failures, arguments.code)
+    how = how_it_ended(arguments.code, outcome, is_done(arguments.checkpoints, step, arguments.train_iters),
+                       arguments.signalled)
     if arguments.cancelled:
         how = CANCELLED
     elif arguments.code:
@@ -73,8 +75,7 @@ def end(arguments: argparse.Namespace, history: History) -> Verdict:
         write_aside(logs / SUMMARY_FILE, summary)
         shown = summary.splitlines()
         print(*shown[:SUMMARY_LINES], f"all of it, and the log of each rank: {logs}", sep="\n", file=sys.stderr)
-        why = refusal(failures) or (failures[0].last_line if failures else f"exit code {arguments.code}, no trace")
-    history.end(how, step, why)
+    history.end(how, step, why if arguments.code and not arguments.cancelled else "")
     return decide(history.attempts, arguments.max_failures)
 
 

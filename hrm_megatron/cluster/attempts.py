@@ -2,20 +2,25 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hrm_megatron.checkpoint.manifest import TRACKER_FILE
+from hrm_megatron.cluster.failures import FAILED, REFUSED, WENT_BACK
 from hrm_megatron.config import ConfigError
 from hrm_megatron.program import write_aside
 
 ATTEMPTS_FILE, EXCLUDED_FILE = "attempts.json", "excluded.json"
+ARGUMENTS_FILE, EARLY_STOPPING_FILE = "arguments.txt", "early_stopping.json"  # of training
+MATCHED = re.compile(r"^match_flops_of \.+ (?!None$).*^train_iters \.+ (\d+)$", re.MULTILINE | re.DOTALL)  # sorted
 
-# How an attempt ended. LOST: nobody wrote down its end, as when the node of the batch script dies. CANCELLED: also
-# preempted, or another node was lost; if Slurm queues the job once more, that is its own doing.
-RUNNING, FINISHED, LIMIT, ENDED, FAILED, REFUSED, BAD_NODE, LOST, CANCELLED = (
-    "running", "finished", "time limit", "ended early", "failed", "refused", "bad node", "lost", "stopped by Slurm")
+# How an attempt ended, beside the outcomes of a launch that failed. LOST: nobody wrote down its end, as when the node
+# of the batch script dies. CANCELLED: also preempted, or another node was lost; if Slurm queues the job once more, that
+# is its own doing.
+RUNNING, FINISHED, LIMIT, ENDED, BAD_NODE, LOST, CANCELLED = (
+    "running", "finished", "time limit", "ended early", "bad node", "lost", "stopped by Slurm")
 FAILURES = (FAILED, BAD_NODE, LOST)
 
 
@@ -53,7 +58,8 @@ def decide(attempts: list[Attempt], most_failures: int) -> Verdict:
         return Verdict(STOP, f"{last.end}{f': {last.why}' if last.why else ''}")
     # An attempt that a bad node kept from training says nothing about the run.
     trained = [attempt for attempt in mine if attempt.end != BAD_NODE]
-    if last.end != BAD_NODE and len(trained) > 1 and last.last_step <= trained[-2].last_step:
+    # One that went back leaves out more rows than the one before, and bounds by itself how often.
+    if last.end not in (BAD_NODE, WENT_BACK) and len(trained) > 1 and last.last_step <= trained[-2].last_step:
         return Verdict(STOP, f"no progress: step {last.last_step} was the last one saved when attempt "
                              f"{trained[-2].restart} ended ({trained[-2].end}), and still is after attempt "
                              f"{last.restart} ({last.end})")
@@ -64,13 +70,26 @@ def decide(attempts: list[Attempt], most_failures: int) -> Verdict:
     return Verdict(REQUEUE, f"{last.end}, goes on after step {last.last_step}")
 
 
-def how_it_ended(code: int, last_step: int, train_iters: int, signalled: bool, refusal: str | None) -> str:
-    """Name the end of a launch that returned `code`; `signalled`: it was told of the limit before."""
+def how_it_ended(code: int, outcome: str, done: bool, signalled: bool) -> str:
+    """Name the end of a launch that returned `code`; `outcome` is of one that failed, `signalled`: it was told of the
+    limit before."""
     if code == 0:
-        return FINISHED if last_step >= train_iters else LIMIT if signalled else ENDED
-    if refusal is not None:
-        return REFUSED
-    return LIMIT if signalled else FAILED
+        return FINISHED if done else LIMIT if signalled else ENDED
+    return LIMIT if signalled and outcome == FAILED else outcome
+
+
+def is_done(checkpoints: Path, last_step: int, train_iters: int) -> bool:
+    """Say whether a run that has ended in peace behind `last_step` has come to its end: `train_iters`, the number of
+    steps that --match-flops-of makes of it, or where it was stopped early."""
+    try:
+        stopped = json.loads((checkpoints / EARLY_STOPPING_FILE).read_text(encoding="utf-8")).get("stopped")
+    except (FileNotFoundError, ValueError, AttributeError):  # a damaged one, training has refused
+        stopped = None
+    try:
+        matched = MATCHED.search((checkpoints / ARGUMENTS_FILE).read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        matched = None
+    return last_step == stopped or last_step >= (int(matched[1]) if matched else train_iters)
 
 
 def saved_step(checkpoints: Path) -> int:

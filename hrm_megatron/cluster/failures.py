@@ -11,7 +11,8 @@ ERROR_FILE, SUMMARY_FILE = "error.json", "errors.txt"  # the first is torchrun's
 LOST_A_PEER = re.compile(r"Connection (?:closed|reset) by peer|NCCL (?:communicator was aborted|remote process exited)"
                          r"|Broken pipe|Timed? ?out|ncclRemoteError|DistNetworkError|SignalException|recvValue failed",
                          re.IGNORECASE)
-REFUSED = "error: "  # begins the one line of an input that training refuses
+ONE_LINE = "error: "  # how training begins what one line says
+FAILED, REFUSED, WENT_BACK = "failed", "refused", "went back"  # how a launch may end, as training/error_file.py says
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Failure:
     place: str
     written_ns: int
     trace: str
+    outcome: str = FAILED
 
     @property
     def last_line(self) -> str:
@@ -36,15 +38,16 @@ def read_failures(logs: Path) -> list[Failure]:
     found = []
     for path in logs.rglob(ERROR_FILE):
         node, *_, local_rank = path.parent.relative_to(logs).parts
-        found.append(Failure(f"node {node}, local rank {local_rank}", path.stat().st_mtime_ns, _trace(path)))
+        found.append(Failure(f"node {node}, local rank {local_rank}", path.stat().st_mtime_ns, *_read(path)))
     return sorted(found, key=lambda failure: (failure.lost_a_peer, failure.written_ns, failure.place))
 
 
-def refusal(failures: list[Failure]) -> str | None:
-    """Return the line of a run whose input was refused: to start it again would not help."""
-    if failures and failures[0].trace.startswith(REFUSED) and not failures[0].trace.startswith(f"{REFUSED}rank "):
-        return failures[0].trace.removeprefix(REFUSED).strip()
-    return None
+def first_cause(failures: list[Failure], code: int) -> tuple[str, str]:
+    """Return the outcome of a launch that failed, and why in one line."""
+    if not failures:
+        return FAILED, f"exit code {code}, no trace"
+    first = failures[0]
+    return first.outcome, first.last_line if first.outcome == FAILED else first.trace.removeprefix(ONE_LINE).strip()
 
 
 def summarize(failures: list[Failure], code: int) -> str:
@@ -60,11 +63,13 @@ def summarize(failures: list[Failure], code: int) -> str:
     return text + "".join(f"then {other.place}: {other.last_line}\n" for other in others)
 
 
-def _trace(path: Path) -> str:
+def _read(path: Path) -> tuple[str, str]:
+    """Return the trace in an error file, and the outcome; torch's own say none."""
     try:
         message = json.loads(path.read_text(encoding="utf-8"))["message"]
         if isinstance(message, str):
-            return message
-        return str(message.get("extraInfo", {}).get("py_callstack") or message["message"])
+            return message, FAILED
+        extra = message.get("extraInfo", {})
+        return str(extra.get("py_callstack") or message["message"]), str(extra.get("outcome", FAILED))
     except (ValueError, KeyError, AttributeError) as error:
-        return f"{path}: damaged ({error})"
+        return f"{path}: damaged ({error})", FAILED

@@ -11,6 +11,8 @@ from pathlib import Path
 from hrm_megatron.config import ConfigError
 from hrm_megatron.program import write_aside
 
+NOT_DONE = "the nodes were not done after"  # begins the error of one that waited for others in vain
+
 
 @dataclass
 class Report:
@@ -90,7 +92,9 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
             bad[node].append(f"clock {seconds - middle:+.1f} s from the other nodes")
     for node, reason in _slow_links(present, limits).items():
         bad[node].append(reason)
-    if not any(bad.values()):  # an error follows from another node's fault, where there is one
+    waited = [report for report in present if report.error and report.error.startswith(NOT_DONE)]
+    # An error follows from another node's fault, where there is one. That all waited in vain is no node's.
+    if not any(bad.values()) and len(waited) < len(nodes):
         for report in present:
             if report.error:
                 bad[report.node].append(report.error)

@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from hrm_megatron.cluster.node import node_name
-from hrm_megatron.cluster.node_check import Report
+from hrm_megatron.cluster.node_check import NOT_DONE, Report
 
 MATMUL_SIZE, ALL_REDUCE_BYTES, STORAGE_BYTES = 8192, 256 << 20, 256 << 20
 CPU_MATMUL_SIZE, CPU_ALL_REDUCE_BYTES = 512, 4 << 20
-ROUNDS = 5
+WARMUP_ROUNDS, ROUNDS = 3, 5  # the first connects
 WARMUP_SECONDS = 0.5  # clocks of an idle GPU rise within that
 # Of nvidia-smi (`--help-query-gpu`); what an older driver or a GPU does not know it calls N/A or not supported.
 FAULTS = {
@@ -79,19 +79,17 @@ def storage_gbs(folder: Path, size_bytes: int = STORAGE_BYTES) -> tuple[float, f
     return blocks * len(block) / (written - begun) / 1e9, blocks * len(block) / (read - reading) / 1e9
 
 
-def _best_seconds(run: Callable[[], object]) -> float:
-    def timed() -> float:
-        begun = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun
+def _timed(run: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
-    warm = time.perf_counter() + WARMUP_SECONDS
-    timed()
-    while torch.cuda.is_available() and time.perf_counter() < warm:
-        timed()
-    return min(timed() for _ in range(ROUNDS))
+
+def _best_seconds(run: Callable[[], object]) -> float:
+    """Time `run` as often as every other process does: it may be a collective."""
+    return min(_timed(run) for _ in range(WARMUP_ROUNDS + ROUNDS))
 
 
 def matmul_tflops() -> float:
@@ -100,6 +98,9 @@ def matmul_tflops() -> float:
     size = MATMUL_SIZE if cuda else CPU_MATMUL_SIZE
     a, b = (torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
             for _ in range(2))
+    warm = time.perf_counter() + WARMUP_SECONDS
+    while cuda and time.perf_counter() < warm:  # clocks rise under load
+        _timed(lambda: a @ b)
     return 2 * size ** 3 / _best_seconds(lambda: a @ b) / 1e12
 
 
@@ -112,7 +113,6 @@ def all_reduce_gbs(group: dist.ProcessGroup) -> float:
     def reduce() -> None:
         dist.all_reduce(buffer, group=group)
 
-    reduce()  # connects
     return 2 * (n - 1) / n * size / _best_seconds(reduce) / 1e9
 
 
@@ -196,7 +196,7 @@ def measure_node(options: argparse.Namespace) -> Report:
         report.write(options.output)
         while not running.join(timeout=max(0.0, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
-                raise TimeoutError(f"the nodes were not done after {options.timeout_seconds:g} s")
+                raise TimeoutError(f"{NOT_DONE} {options.timeout_seconds:g} s")
     except Exception as error:  # whatever ended it: the report says so, and who is to blame is found out from all
         report.error = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         for process in running.processes:

@@ -24,6 +24,7 @@ from megatron.training import training as megatron_training
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.program import write_aside
+from hrm_megatron.training.error_file import WentBackError
 
 ABORT, SKIP, ROLLBACK = POLICIES = ("abort", "skip", "rollback")
 IGNORE, WARN, _ = SPIKE_POLICIES = ("ignore", "warn", ROLLBACK)
@@ -149,7 +150,7 @@ def go_back(args: argparse.Namespace, steps: list[int], why: str) -> NoReturn:
     if again:
         raise ConfigError(f"{what}, and this run has gone back to step {start} {MOST_RETURNS} times: its rows are "
                           "not the reason; look at the data, the rate and the device, or load an older step")
-    raise ConfigError(f"{what}; the same command goes on from the last checkpoint and leaves their rows out ({file})")
+    raise WentBackError(f"{what}; the same command goes on from the last checkpoint and leaves their rows out ({file})")
 
 
 def pass_over(data_iterator: Iterator[Any] | list[Iterator[Any]]) -> None:

@@ -17,6 +17,18 @@ from hrm_megatron.training.memory import LESS_MEMORY
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\)")  # torch's words, in which its process id is
 
 
+class RestartableError(ConfigError):
+    """Ends a run that goes on when a launcher starts the same command again; other ConfigErrors refuse the command."""
+
+    outcome = "failed"
+
+
+class WentBackError(RestartableError):
+    """The next start goes on from an earlier step, and leaves rows out."""
+
+    outcome = "went back"
+
+
 def one_line(error: BaseException, rank: int) -> str | None:
     """The line that says all about an error; None for one that needs its traceback."""
     if isinstance(error, ConfigError):
@@ -37,6 +49,11 @@ def _reads_from_workers(error: BaseException) -> bool:
                for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
+def outcome(error: BaseException) -> str:
+    """Say what a launcher has to know of an error, in the words of cluster/failures.py."""
+    return getattr(error, "outcome", "refused" if isinstance(error, ConfigError) else RestartableError.outcome)
+
+
 class OneLineErrors(ErrorHandler):
     """Writes torchrun's error file: one line where that says all, else the traceback."""
 
@@ -49,6 +66,6 @@ class OneLineErrors(ErrorHandler):
             super().record_exception(e)
             return
         # torchrun prints the call stack where there is one, else the message (ChildFailedError._format_failure).
-        extra = dict(py_callstack=line, timestamp=str(int(time.time())))
+        extra = dict(py_callstack=line, timestamp=str(int(time.time())), outcome=outcome(e))
         with open(file, "w", encoding="utf-8") as stream:
             json.dump(dict(message=dict(message=line, extraInfo=extra)), stream)

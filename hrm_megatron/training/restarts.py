@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_
 from hrm_megatron.config import ConfigError
 
 NOT_SHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -37,7 +38,10 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when the one that made it ends, however it does."""
+    """Let the kernel kill this process when the one that made it ends, however it does, and no signal before: torchrun
+    sends SIGTERM to all processes of a rank, which still needs this one for the save with which it ends."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

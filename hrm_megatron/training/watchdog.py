@@ -23,11 +23,10 @@ from typing import Any, NoReturn
 import torch
 from megatron.training import training as megatron_training
 
-from hrm_megatron.config import ConfigError
 from hrm_megatron.parallel.patching import around
 from hrm_megatron.program import write_aside
 from hrm_megatron.training import heartbeats
-from hrm_megatron.training.error_file import OneLineErrors
+from hrm_megatron.training.error_file import OneLineErrors, RestartableError
 from hrm_megatron.training.heartbeats import BACKSTOP, Beat, answers, describe_hang, read_beats, write_beat
 from hrm_megatron.training.step import TrainingStep
 
@@ -39,7 +38,7 @@ EXIT_CODE = 1
 log = logging.getLogger(__name__)
 
 
-class HangError(ConfigError):
+class HangError(RestartableError):
     """What torchrun repeats when a run has ended for a hang."""
 
 

@@ -13,7 +13,8 @@ from hrm_megatron.parallel.machine import INSTALL_TE, Machine
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = Machine()
 BARE = Machine((9, 0))
-H100, A100, B200 = (Machine(capability, transformer_engine="2.16.1") for capability in ((9, 0), (8, 0), (10, 0)))
+H100, A100, L40, B200 = (Machine(capability, transformer_engine="2.16.1")
+                         for capability in ((9, 0), (8, 0), (8, 9), (10, 0)))
 T4 = Machine((7, 5), transformer_engine="2.16.1")
 OLD = Machine((9, 0), transformer_engine="2.1")
 WITHOUT_FLASH = Machine((9, 0), flash=False)
@@ -21,6 +22,7 @@ FA2, FA3, FA4 = (FlashAttn(*found) for found in ((2, "2.8.3"), (3, "3.0.0"), (4,
 NO_FLASH = "not flash: flash-attn is not installed (docs/gpu.md says how)"
 NOT_INSTALLED = f"Transformer Engine is not installed ({INSTALL_TE})"
 NO_TE = f"not te: {NOT_INSTALLED}"
+NO_TE_BEFORE_HOPPER = "not te: it needs a GPU of compute capability 9.0 or more, and this one has {}"
 WIDE = "it takes bf16 and fp16, not float32"
 OTHER_SIZE = "it takes heads of a multiple of 8 up to {}, not {}"
 
@@ -29,10 +31,13 @@ OTHER_SIZE = "it takes heads of a multiple of 8 up to {}, not {}"
     ("auto", FP32, 64, CPU, "cpu", "the fastest that runs here"),
     ("auto", BF16, 64, CPU, "cpu", "the fastest that runs here"),
     ("auto", BF16, 128, H100, "te", f"the fastest that runs here; {NO_FLASH}"),
-    ("auto", FP16, 128, A100, "te", "the fastest that runs here"),
+    ("auto", FP16, 128, A100, "varlen", f"the fastest that runs here; {NO_TE_BEFORE_HOPPER.format('8.0')}"),
+    ("auto", BF16, 128, L40, "varlen", f"the fastest that runs here; {NO_TE_BEFORE_HOPPER.format('8.9')}"),
+    ("auto", BF16, 128, replace(A100, flash_attn=(FA2,)), "varlen", NO_TE_BEFORE_HOPPER.format("8.0")),
+    ("auto", BF16, 128, B200, "te", "the fastest that runs here"),
     ("auto", BF16, 128, BARE, "varlen", f"the fastest that runs here; {NO_FLASH}; {NO_TE}"),
     ("auto", BF16, 256, H100, "te", f"the fastest that runs here; {NO_FLASH}"),
-    ("auto", BF16, 256, A100, "varlen", f"not te: {OTHER_SIZE.format(128, 256)}"),
+    ("auto", BF16, 256, A100, "varlen", NO_TE_BEFORE_HOPPER.format("8.0")),
     ("auto", BF16, 192, B200, "varlen", f"not te: {OTHER_SIZE.format(128, 192)}; {NO_FLASH}"),
     ("auto", BF16, 128, replace(H100, flash_attn=(FA2, FA3)), "flash", "the fastest that runs here"),
     ("auto", BF16, 128, replace(H100, flash_attn=(FA2,)), "te", "the fastest that runs here"),
@@ -67,7 +72,8 @@ def test_the_choice(asked, dtype, head_dim, facts, kernel, why):
     ("varlen", FP32, 128, BARE, f"{WIDE}; --attention-kernel sdpa works here"),
     ("te", FP32, 128, H100, f"{WIDE}; --attention-kernel sdpa works here"),
     ("te", BF16, 128, BARE, f"{NOT_INSTALLED}; --attention-kernel varlen works here"),
-    ("te", BF16, 256, A100, f"{OTHER_SIZE.format(128, 256)}; --attention-kernel varlen works here"),
+    ("te", BF16, 256, B200, f"{OTHER_SIZE.format(128, 256)}; --attention-kernel varlen works here"),
+    ("te", BF16, 128, A100, f"{NO_TE_BEFORE_HOPPER.format('8.0')[8:]}; --attention-kernel varlen works here"),
     ("varlen", BF16, 20, H100, f"{OTHER_SIZE.format(256, 20)}; --attention-kernel sdpa works here"),
     ("varlen", FP16, 64, T4,
      "it needs a GPU of compute capability 8.0 or more, and this one has 7.5; --attention-kernel sdpa works here"),

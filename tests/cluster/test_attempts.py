@@ -16,10 +16,12 @@ from hrm_megatron.cluster.attempts import (
     REFUSED,
     REQUEUE,
     STOP,
+    WENT_BACK,
     Attempt,
     History,
     decide,
     how_it_ended,
+    is_done,
     saved_step,
 )
 from hrm_megatron.config import ConfigError
@@ -28,20 +30,36 @@ from hrm_megatron.parallel.cpu import activate
 STEPS = 100
 
 
-@pytest.mark.parametrize("code, step, signalled, refusal, end", [
-    (0, STEPS, False, None, FINISHED),
-    (0, STEPS, True, None, FINISHED),
-    (0, STEPS + 1, False, None, FINISHED),  # --train-iters was lowered
-    (0, 40, True, None, LIMIT),
-    (0, 40, False, None, ENDED),  # --exit-interval and the like
-    (1, 40, True, None, LIMIT),  # the limit came before the save was done
-    (1, 40, False, None, FAILED),
-    (137, STEPS, False, None, FAILED),  # saved its last step, and failed behind it: it must show that it can end
-    (1, 0, False, "--lr: ...", REFUSED),
-    (1, 0, True, "--lr: ...", REFUSED),
+@pytest.mark.parametrize("code, outcome, done, signalled, end", [
+    (0, FAILED, True, False, FINISHED),
+    (0, FAILED, True, True, FINISHED),
+    (0, FAILED, False, True, LIMIT),
+    (0, FAILED, False, False, ENDED),  # --exit-interval and the like
+    (1, FAILED, False, True, LIMIT),  # the limit came before the save was done
+    (1, FAILED, False, False, FAILED),
+    (137, FAILED, True, False, FAILED),  # saved its last step, and failed behind it: it must show that it can end
+    (1, REFUSED, False, False, REFUSED),
+    (1, REFUSED, False, True, REFUSED),
+    (1, WENT_BACK, False, False, WENT_BACK),
+    (1, WENT_BACK, False, True, WENT_BACK),
 ])
-def test_an_end_has_a_name(code, step, signalled, refusal, end):
-    assert how_it_ended(code, step, STEPS, signalled, refusal) == end
+def test_an_end_has_a_name(code, outcome, done, signalled, end):
+    assert how_it_ended(code, outcome, done, signalled) == end
+
+
+def test_a_run_is_done_at_its_last_step(tmp_path):
+    assert [is_done(tmp_path, step, STEPS) for step in (40, STEPS, STEPS + 1)] == [False, True, True]  # it was lowered
+    (tmp_path / attempts.ARGUMENTS_FILE).write_text("match_flops_of ... None\nseed ... 1\ntrain_iters ... 180\n")
+    assert is_done(tmp_path, STEPS, STEPS)
+    (tmp_path / attempts.ARGUMENTS_FILE).write_text("match_flops_of ... XL\nseed ... 1\ntrain_iters ... 180\n")
+    assert [is_done(tmp_path, step, STEPS) for step in (STEPS, 179, 180)] == [False, False, True]
+
+
+def test_a_run_that_was_stopped_early_is_done(tmp_path):
+    (tmp_path / attempts.EARLY_STOPPING_FILE).write_text('{"evaluations": {"40": 0.5}, "stopped": null}')
+    assert not is_done(tmp_path, 40, STEPS)
+    (tmp_path / attempts.EARLY_STOPPING_FILE).write_text('{"evaluations": {"40": 0.5}, "stopped": 40}')
+    assert is_done(tmp_path, 40, STEPS) and not is_done(tmp_path, 60, STEPS)  # it went on since
 
 
 def history(*ends, job="7"):
@@ -69,6 +87,8 @@ def history(*ends, job="7"):
     ([(LIMIT, 40), (BAD_NODE, 40), (LIMIT, 60)], REQUEUE, "goes on after step 60"),
     ([(FAILED, 40), (BAD_NODE, 40), (FAILED, 40)], STOP, "no progress"),
     ([(REFUSED, 0)], STOP, "refused: why"),
+    ([(WENT_BACK, 40)] * 3, REQUEUE, "went back, goes on after step 40"),  # three times to one step, then it is refused
+    ([(WENT_BACK, 40), (FAILED, 40)], STOP, "no progress"),
     ([(CANCELLED, 40)], STOP, "stopped by Slurm"),
 ])
 def test_the_table_of_rules(ends, action, why):
@@ -102,8 +122,11 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_progress_is_what_megatron_says_is_saved(tmp_path):
     activate()  # folders imports Megatron
     from hrm_megatron.checkpoint.folders import TRACKER_FILE
+    from hrm_megatron.training.console import ARGUMENTS_FILE
+    from hrm_megatron.training.early_stopping import RECORD_FILE
 
-    assert attempts.TRACKER_FILE == TRACKER_FILE
+    assert (attempts.TRACKER_FILE, attempts.ARGUMENTS_FILE, attempts.EARLY_STOPPING_FILE) == (
+        TRACKER_FILE, ARGUMENTS_FILE, RECORD_FILE)
     assert saved_step(tmp_path) == 0
     (tmp_path / TRACKER_FILE).write_text("120")
     assert saved_step(tmp_path) == 120

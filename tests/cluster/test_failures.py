@@ -1,10 +1,16 @@
 """One summary of what many ranks left: the first cause on top, whatever was written first."""
 from __future__ import annotations
 
+import argparse
 import json
 import os
 
-from hrm_megatron.cluster.failures import read_failures, refusal, summarize
+import pytest
+import torch
+
+from hrm_megatron.cluster.failures import FAILED, REFUSED, WENT_BACK, first_cause, read_failures, summarize
+from hrm_megatron.config import ConfigError
+from hrm_megatron.parallel.cpu import activate
 
 
 def leave(logs, node, rank, text, seconds):
@@ -32,12 +38,39 @@ def test_a_killed_rank_is_not_taken_for_the_one_that_lost_it(tmp_path):
     assert "no rank left a trace" in summarize([], 137)
 
 
-def test_a_refused_input_is_told_from_a_failure(tmp_path):
-    leave(tmp_path, "n1", 0, "error: --lr -1: must be positive", 99)
-    assert refusal(read_failures(tmp_path)) == "--lr -1: must be positive"
-    memory = tmp_path / "memory"
-    leave(memory, "n1", 0, "error: rank 3: CUDA out of memory.", 99)  # may pass on another node
-    assert refusal(read_failures(memory)) is None
+def test_what_training_writes_is_understood(tmp_path, monkeypatch):
+    """Refused is what it would refuse again; memory may suffice on another node."""
+    activate()
+    from hrm_megatron.training.bad_steps import MOST_RETURNS, go_back
+    from hrm_megatron.training.error_file import OneLineErrors
+    from hrm_megatron.training.watchdog import HangError
+
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    args = argparse.Namespace(save=tmp_path / "run", iteration=6)
+
+    def went_back():
+        with pytest.raises(ConfigError) as ended:
+            go_back(args, [7, 8], "gradients are not finite")
+        return ended.value
+
+    back = "steps 7, 8: gradients are not finite, 2 in a row"
+    for number, (error, outcome, why) in enumerate([
+            (ConfigError("--lr -1: must be positive"), REFUSED, "--lr -1: must be positive"),
+            (torch.OutOfMemoryError("CUDA out of memory."), FAILED, "error: rank 0: CUDA out of memory."),
+            (HangError("hang: rank 3"), FAILED, "error: hang: rank 3"),
+            (ZeroDivisionError("by zero"), FAILED, "ZeroDivisionError: by zero"),
+            *[(went_back(), WENT_BACK, back) for _ in range(MOST_RETURNS)], (went_back(), REFUSED, back)]):
+        file = tmp_path / str(number) / "n1" / "0" / "error.json"
+        file.parent.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        try:
+            raise error
+        except Exception as raised:
+            OneLineErrors(0).record_exception(raised)
+        found = first_cause(read_failures(file.parents[2]), 1)
+        assert found[0] == outcome and found[1].startswith(why), found
+    assert first_cause([], 137) == (FAILED, "exit code 137, no trace")
 
 
 def test_a_damaged_error_file_is_said(tmp_path):

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from hrm_megatron.cluster.node_check import Limits, Report, find_bad_nodes, read_reports
+from hrm_megatron.cluster.node_check import NOT_DONE, Limits, Report, find_bad_nodes, read_reports
 from hrm_megatron.cluster.preflight import pairs_of
 
 NODES = ("n1", "n2", "n3", "n4")
@@ -57,6 +57,14 @@ def test_the_first_node_is_blamed_for_a_clock_from_which_all_others_differ():
 def test_who_waited_for_a_dead_node_is_not_blamed():
     waited = dict(error="all-reduce: timed out", clock_ahead_seconds=None, pair_all_reduce_gbs={})
     assert list(judge({"n1": waited, "n2": waited, "n4": waited, "n3": "silent"})) == ["n3"]
+
+
+def test_nobody_is_blamed_where_all_waited_for_each_other():
+    waited = dict(error=f"{NOT_DONE} 60 s", pair_all_reduce_gbs={})
+    assert not judge(dict.fromkeys(NODES, waited))
+    assert not judge({"n1": waited}, nodes=NODES[:1])
+    assert list(judge(dict.fromkeys(NODES, waited) | {"n3": dict(waited, gpus=7)})) == ["n3"]
+    assert list(judge(dict.fromkeys(NODES, waited) | {"n3": dict(error="NCCL: no such device")})) == [*NODES]
 
 
 def test_a_limit_holds_where_all_nodes_are_equally_slow():

@@ -1,6 +1,7 @@
 """What a node measures of itself: two nodes of one process each on this CPU, and what nvidia-smi may say."""
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -38,6 +39,25 @@ def test_nodes_measure_all_that_a_cpu_has(reports):
         assert report.node_all_reduce_gbs is None  # one process
     good = Limits(matmul_share=0, all_reduce_share=0, storage_share=0, clock_seconds=reports[0].seconds)
     assert not find_bad_nodes(reports, NODES, good)
+
+
+@pytest.mark.parametrize("seconds_of_a_call", [1e-6, 10.0])
+def test_every_process_of_a_collective_calls_it_as_often(monkeypatch, seconds_of_a_call):
+    """On GPUs too: one that called it once more would wait for the others for ever."""
+    clock, calls = itertools.count(step=seconds_of_a_call), []
+    monkeypatch.setattr(preflight.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(preflight.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(preflight.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(preflight.dist, "all_reduce", lambda buffer, group: calls.append(len(buffer)))
+    stock = preflight.torch.ones
+    monkeypatch.setattr(preflight.torch, "ones", lambda size, device: stock(8))
+
+    class Group:
+        def size(self):
+            return 2
+
+    assert preflight.all_reduce_gbs(Group()) == pytest.approx(preflight.ALL_REDUCE_BYTES / seconds_of_a_call / 1e9)
+    assert len(calls) == preflight.WARMUP_ROUNDS + preflight.ROUNDS
 
 
 def test_what_nvidia_smi_knows_is_a_fault(tmp_path, monkeypatch):

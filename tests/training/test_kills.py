@@ -138,3 +138,23 @@ def test_no_process_outlives_a_rank_that_is_killed(launch):
     """The pipe is closed when the last process that holds it has ended: without the end of the helper this waits."""
     run = launch(prelude=SAVES_AND_DIES, timeout_seconds=60)
     assert run.code == 0 and re.fullmatch(r"ended by 9\nhelper \d+\n", run.output), run.output
+
+
+TOLD_TO_STOP = """
+import os, signal
+from hrm_megatron.training.restarts import STOPPING, results_queue
+queue = results_queue("{mode}")
+for number in STOPPING:
+    os.kill(queue._manager._process.pid, number)
+queue.put("a save")
+print("helper still gives", queue.get())
+raise SystemExit
+"""
+
+
+@pytest.mark.parametrize("mode", ["fork", "spawn"])  # without a GPU, and with one
+def test_the_save_with_which_a_rank_ends_finds_its_helper(launch, mode):
+    """torchrun and Slurm tell all processes of a rank to stop, also what the rank needs to save; a signal is delivered
+    before the helper can answer."""
+    run = launch(prelude=TOLD_TO_STOP.format(mode=mode), timeout_seconds=60)
+    assert run.code == 0 and "helper still gives a save" in run.output, run.output
