@@ -125,7 +125,7 @@ def train(console: Console, saves: SaveLock) -> None:
         if not vp_stage:  # the first call, and the first moment at which there is a process group
             if watchdog:
                 watchdog.begin()
-            check_agreement(data.files)
+            check_agreement(data.files, start)
             if args.verify_data:
                 verify_data(data.stores)
             verify_start(args, start, fits)

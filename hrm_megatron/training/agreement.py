@@ -1,4 +1,5 @@
-"""At the start: do all ranks run the same code over the same data? Else they would train nonsense without an error."""
+"""At the start: do all ranks run the same code over the same data, from one checkpoint? Else they would train nonsense
+without an error."""
 from __future__ import annotations
 
 import hashlib
@@ -16,7 +17,8 @@ from hrm_megatron.config import ConfigError
 PACKAGES = ("torch", "megatron-core")  # whose version is part of the code
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a large file
 WAYS_OUT = {"code": "install the same version of hrm_megatron, megatron-core and torch on every node",
-            "data": "let every node read the same files"}
+            "data": "let every node read the same files",
+            "checkpoint": "let every node see one --load, and no other run save there; then start again"}
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -33,17 +35,17 @@ def digest(paths: Iterable[Path]) -> str:
     return hashed.hexdigest()
 
 
-def fingerprint(data_files: Iterable[Path]) -> dict[str, str]:
-    """Describe this process: its node, and a digest of its code and of its data."""
+def fingerprint(data_files: Iterable[Path], start: Path | None) -> dict[str, str]:
+    """Describe this process: its node, a digest of its code and of its data, and the iteration it goes on from."""
     root = Path(hrm_megatron.__file__).parent
     versions = " ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
-    return dict(node=platform.node(), data=digest(data_files),
+    return dict(node=platform.node(), data=digest(data_files), checkpoint=start.name if start else "",
                 code=f"{versions} python {sys.version_info[:2]} {digest(root.rglob('*.py'))}")
 
 
-def check_agreement(data_files: Iterable[Path]) -> None:
+def check_agreement(data_files: Iterable[Path], start: Path | None) -> None:
     """Compare all ranks with rank 0; raise ConfigError on each of them if one differs."""
-    mine = fingerprint(data_files)
+    mine = fingerprint(data_files, start)
     everyone: list[dict[str, str]] = [mine] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     compare(everyone)

@@ -131,6 +131,7 @@ class EarlyStopping:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.save = args, Path(args.save)
         self.measured = math.nan
+        self.out_of_time = False
         self.saved = 0
         self.kept: int | None = None
 
@@ -142,14 +143,14 @@ class EarlyStopping:
         return record
 
     def evaluate(self, stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
-        found = means, _, _ = stock(*rest, **options)
+        found = means, _, self.out_of_time = stock(*rest, **options)
         self.measured = float(means[MEASURE]) if means and MEASURE in means else math.nan
         return found
 
     def evaluate_and_print_results(self, stock: Callable[..., None], prefix: str, forward_step_func: Any,
                                    data_iterator: Any, model: Any, iteration: int, *rest: Any, **options: Any) -> None:
         stock(prefix, forward_step_func, data_iterator, model, iteration, *rest, **options)
-        if prefix.endswith(ON_TEST_SET):
+        if prefix.endswith(ON_TEST_SET) or self.out_of_time:  # by --exit-duration-in-mins, on all ranks alike
             return
         if iteration not in self.record.evaluations:  # the last one of a run may be measured twice
             # Of a pipeline only the last stage knows, to which the last rank belongs in every layout.

@@ -114,6 +114,7 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
         if not (tests or evaluation.validates):
             return
         part, iters = ("test", evaluation.test_iters) if tests else ("validation", args.eval_iters)
+        before = args.consumed_valid_samples
         if evaluation.weights != EMA:
             if not tests:
                 validate(prefix, forward_step_func, data_iterator, model, iteration, process_non_loss_data_func, config,
@@ -125,6 +126,8 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
             with averaged_weights(evaluation.optimizer, model):
                 evaluate(part + OF_EMA, iters)
             evaluation.suffix = ""
+        if not tests and args.consumed_valid_samples - before < iters * args.eval_global_batch_size * evaluation.passes:
+            args.consumed_valid_samples = before  # out of time: the run ends, and the next start reads all rows of one
 
     megatron_training.evaluate_and_print_results = evaluate_and_print_results
 

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.folder_lock import InUse, open_and_lock
+from hrm_megatron.training.error_file import RestartableError
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,12 @@ class SaveLock:
                 folder.mkdir(parents=True, exist_ok=True)
             elif not folder.is_dir():
                 return
+            before = _tracked(folder)
             self._file = self._lock_of(folder)
+            # The other ranks have not waited, and may have seen what was there before.
+            if _tracked(folder) != before and args.world_size > 1:
+                raise RestartableError(f"--save {folder}: the run that had it has saved another step while this one "
+                                       "waited; start it again")
         except OSError as error:
             raise ConfigError(f"--save {folder}: cannot write to {folder} ({error.strerror}); choose another folder"
                               ) from error
@@ -67,3 +74,9 @@ class SaveLock:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _tracked(folder: Path) -> str | None:
+    """Return what the folder says of its last save."""
+    place = folder / TRACKER_FILE
+    return place.read_text() if place.exists() else None

@@ -35,13 +35,15 @@ def test_a_large_file_is_sampled_from_its_first_byte_to_its_last(tmp_path, place
 
 
 def test_the_first_difference_is_named():
-    rank = dict(node="n0", code="c", data="d")
+    rank = dict(node="n0", code="c", data="d", checkpoint="iter_0000004")
     compare([rank] * 4)
     with pytest.raises(ConfigError, match=r"the data of 2 of 4 ranks, the first of them 2 \(on n1\), is not that of "
                                           r"rank 0 \(on n0\): let every node read the same files"):
         compare([rank, rank, {**rank, "node": "n1", "data": "x"}, {**rank, "node": "n1", "data": "y"}])
     with pytest.raises(ConfigError, match=r"the code of 1 of 2 ranks, .* on every node"):
         compare([rank, {**rank, "code": "x"}])
+    with pytest.raises(ConfigError, match=r"the checkpoint of 1 of 2 ranks, .* start again"):
+        compare([rank, {**rank, "checkpoint": "iter_0000006"}])
 
 
 OTHER_DATA = """
@@ -57,8 +59,18 @@ if os.environ["RANK"] == "1":
 """
 
 
-@pytest.mark.parametrize("prelude, words", [(OTHER_DATA, "the data of 1 of 2 ranks"),
-                                            (OTHER_CODE, "the code of 1 of 2 ranks")])
+OTHER_CHECKPOINT = """
+import os
+from pathlib import Path
+from hrm_megatron import pretrain
+if os.environ["RANK"] == "1":
+    pretrain.check_checkpoint = lambda args: (Path("iter_0000006"), True)
+"""
+
+
+@pytest.mark.parametrize("prelude, words", [
+    (OTHER_DATA, "the data of 1 of 2 ranks"), (OTHER_CODE, "the code of 1 of 2 ranks"),
+    (OTHER_CHECKPOINT, "the checkpoint of 1 of 2 ranks")])
 def test_a_run_does_not_begin(launch, fullbatch_arguments, tmp_path, prelude, words):
     for name in ("data", "data_of_rank_1"):
         shutil.copytree(FULLBATCH / "sampled", tmp_path / name)

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from hrm_megatron.checkpoint.archive import DamagedError
-from hrm_megatron.checkpoint.folders import complete_iterations, find_iteration
+from hrm_megatron.checkpoint.folders import complete_iterations, find_iteration, read_run
+from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import ConfigError
 from hrm_megatron.training.early_stopping import RECORD_FILE, Record, install_early_stopping, stopped_early
 from tests.training.conftest import GOLDEN, scalars
@@ -33,12 +34,12 @@ STOPPED = "the best is iteration 4 with 30.0% exact: "
 
 @pytest.fixture
 def train(launch, store):  # noqa: F811
-    def train(folder, *flags, ranks=1):
+    def train(folder, *flags, ranks=1, prelude=MEASURED):
         run = launch("--data-path", store, "--split", SPLIT, "--tokenizer-model", GOLDEN / "tokenizer", "--seed", SEED,
                      "--num-layers", 2, "--hidden-size", 16, "--num-attention-heads", 2, "--seq-length", 64,
                      "--global-batch-size", 4, "--micro-batch-size", 2, "--train-iters", 12, "--lr", 2e-2,
                      "--eval-interval", 2, "--eval-iters", 1, "--log-interval", 1, "--early-stopping", 3,
-                     "--save", folder, "--load", folder, *flags, prelude=MEASURED, ranks=ranks)
+                     "--save", folder, "--load", folder, *flags, prelude=prelude, ranks=ranks)
         assert run.code == 0, run.output[-3000:]
         return run.output
     return train
@@ -69,6 +70,28 @@ def test_it_stops_and_a_resumed_run_stops_where_the_other_did(train, tmp_path):
     more = train(halves, "--early-stopping", 9)  # who asks for more gets it
     assert f"early stopping: the best is iteration 12 with 90.0% exact: {halves}" in more
     assert record(halves)[:2] == (12, None)
+
+
+OUT_OF_TIME = MEASURED + """
+measured = training.evaluate
+def evaluate(*rest, **options):
+    if get_args().curr_iteration + 1 == 4:
+        training._TRAIN_START_TIME = 0.0
+    return measured(*rest, **options)
+training.evaluate = evaluate
+"""
+
+
+def test_an_evaluation_without_time_for_its_end_is_none(train, tmp_path):
+    """Neither a result that is no better, nor rows that the next one does not begin with."""
+    limit = "--exit-duration-in-mins", 1_000_000, "--eval-iters", 2
+    train(tmp_path, *limit, prelude=OUT_OF_TIME)
+    assert record(tmp_path) == (2, None, {2: VALUES[2]})
+    assert find_iteration(tmp_path).name == "iter_0000004"
+    args = read_run(open_run(find_iteration(tmp_path)))[0]["args"]
+    assert args.consumed_valid_samples == 2 * 4  # iterations, rows: the evaluation behind step 2
+    train(tmp_path, *limit)
+    assert record(tmp_path) == (12, None, {i: value for i, value in VALUES.items() if i != 4})
 
 
 @pytest.mark.ranks

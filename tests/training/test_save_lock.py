@@ -1,18 +1,21 @@
 """A --save folder has one run at a time, and a run that is gone holds nothing."""
 import argparse
+import contextlib
 import errno
 import logging
 import os
 
 import pytest
 
+from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data import folder_lock
+from hrm_megatron.training.error_file import RestartableError
 from hrm_megatron.training.save_lock import LEASE_SECONDS, LOCK_FILE, WAIT_SECONDS, SaveLock
 
 
 def of_run(save, rank=0, skip_train=False):
-    return argparse.Namespace(save=str(save), rank=rank, skip_train=skip_train)
+    return argparse.Namespace(save=str(save), rank=rank, skip_train=skip_train, world_size=2)
 
 
 def no_wait(seconds):
@@ -86,6 +89,24 @@ def test_what_a_dead_machine_held_is_waited_for(tmp_path, gives_back, caplog):
             assert sum(waits) == LEASE_SECONDS
             os.close(file)
     assert len(caplog.messages) == 1 and "or its machine has died" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_that_is_saved_while_rank_0_waits_is_seen_by_it_alone(tmp_path, ranks):
+    """Ranks that did not wait may go on from the step before."""
+    (tmp_path / TRACKER_FILE).write_text("4")
+    file = os.open(tmp_path / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+    folder_lock.locked_in_place(file, tmp_path / LOCK_FILE)
+    os.write(file, b"process 7 on another-machine since noon")
+
+    def wait(seconds):
+        (tmp_path / TRACKER_FILE).write_text("6")
+        os.close(file)
+    args = of_run(tmp_path)
+    args.world_size = ranks
+    refused = pytest.raises(RestartableError, match="has saved another step while this one waited; start it again")
+    with SaveLock(wait) as saves, refused if ranks > 1 else contextlib.nullcontext():
+        saves.hold(args)
 
 
 def test_without_locks_a_line_says_so(tmp_path, monkeypatch, caplog):
