@@ -141,6 +141,7 @@ class TextTokenizer:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
+        self._check_that_text_stays_text()
         lost = sum(self.tokenizer.token_to_id(byte) is None for byte in pre_tokenizers.ByteLevel.alphabet()) \
             if isinstance(self.tokenizer.decoder, decoders.ByteLevel) else 0
         if lost:
@@ -168,6 +169,22 @@ class TextTokenizer:
         for token in config["added_tokens"]:
             token["special"] = special[token["id"]]
         return Tokenizer.from_str(json.dumps(config))
+
+    def _check_that_text_stays_text(self) -> None:
+        """Refuse a model that has a special token among its own pieces, as Unigram and WordLevel may: it spells that
+        token for any text which holds its string."""
+        special = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        texts = [(i, text) for i, token in special.items() for text in (token, f"a{token}a", f"a {token} a")]
+        spelled = self.tokenizer.encode_batch([text for _, text in texts], add_special_tokens=False)
+        taken = {special[i]: None for (i, _), found in zip(texts, spelled, strict=True) if i in found.ids}
+        if taken:  # for what it does not know it has a token on purpose
+            model = json.loads(self.tokenizer.to_str())["model"]
+            unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
+            taken.pop(unknown, None)
+        if taken:
+            raise ConfigError(f"{self.path}: its model, {type(self.tokenizer.model).__name__}, makes the special token "
+                              f"of any text that holds {', '.join([*taken][:3])}{' ...' * (len(taken) > 3)}; take a "
+                              f"tokenizer whose model has no such piece, or train one with {TRAIN_COMMAND}")
 
     def encode_examples(self, conditions: Sequence[str], texts: Sequence[str]) -> Ragged:
         """Spell examples, whose texts are instruction, response, instruction, ..., as prefix, target, prefix, ...: boq,

@@ -2,7 +2,7 @@ import json
 import shutil
 
 import pytest
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from hrm_megatron.config import ConfigError
@@ -135,6 +135,40 @@ def test_our_tokens_stay_text_where_a_tokenizer_does_not_call_them_special(token
     theirs = TextTokenizer(tmp_path)
     for token in SPECIAL_TOKENS:
         assert theirs.encode_response(f"a {token}") == tokenizer.encode_response(f"a {token}")
+
+
+def of_model(model, tmp_path):
+    """A tokenizer whose special tokens are ours and <unk>."""
+    made = Tokenizer(model)
+    words = isinstance(model, models.WordLevel)
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if words else pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", *SPECIAL_TOKENS)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+LETTERS = [*"\u2581abcdefghijklmnopqrstuvwxyz"]
+
+
+@pytest.mark.parametrize("model", [
+    models.Unigram([("<unk>", 0.0), *((token, 0.0) for token in SPECIAL_TOKENS), *((one, -2.0) for one in LETTERS)], 0),
+    models.WordLevel({token: i for i, token in enumerate(["<unk>", *SPECIAL_TOKENS, "a"])}, unk_token="<unk>"),
+])
+def test_a_model_that_makes_special_tokens_of_text_is_refused(tmp_path, model):
+    with pytest.raises(ConfigError, match=rf"its model, {type(model).__name__}, makes the special token of any text "):
+        made = TextTokenizer(of_model(model, tmp_path))
+        raise AssertionError(made.encode_response(f"a {EOA}"))
+
+
+@pytest.mark.parametrize("model", [
+    models.Unigram([("<unk>", 0.0), *((one, -2.0) for one in LETTERS)], 0),
+    models.BPE({one: i for i, one in enumerate(["<unk>", *LETTERS])}, [], unk_token="<unk>"),
+])
+def test_what_a_model_does_not_know_may_become_its_token(tmp_path, model):
+    made = TextTokenizer(of_model(model, tmp_path))
+    *ids, eoa = made.encode_response(f"a{EOA}")
+    assert eoa == made.eoa and made.eoa not in ids and made.special_ids["<unk>"] in ids
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere/tokenizer.json", "."])
