@@ -33,6 +33,7 @@ class Transcript:
     h_cycles: int | None = None  # that its tokens run, where early exit decides it
     finish: Finish | None = None
     _decoded: int = 0  # tokens whose text is in `_pending` or out
+    _context: int = 0  # of these the first that is decoded with those behind it
     _pending: str = ""  # decoded, and perhaps the beginning of a stop string
 
     def push(self, token: int) -> str:
@@ -45,13 +46,24 @@ class Transcript:
             self.finish = "length"
         if self.decode is None:
             return ""
-        text = self.decode(self.tokens[self._decoded:])
+        text = self._text_behind(self.decode)
         if not text.endswith(UNFINISHED) or self.finish:
+            if text:
+                self._context = self._decoded
             self._decoded, self._pending = len(self.tokens), self._pending + text
         return self._release()
 
+    def _text_behind(self, decode: Decode) -> str:
+        """Decode what has not been. A token of SentencePiece has no space at the beginning of a text, so that one with
+        text goes before it."""
+        before = decode(self.tokens[self._context:self._decoded])
+        if before.endswith(UNFINISHED):  # a token that was given ends in half a character
+            self._context, before = self._decoded, ""
+        return decode(self.tokens[self._context:])[len(before):]
+
     def give(self, token: int) -> str:
         """Add a token that was not chosen: it ends nothing but the room there is, and its text is not the answer's."""
+        self._context = len(self.tokens)
         self.tokens.append(token)
         self._decoded = len(self.tokens)
         if len(self.tokens) >= self.max_new_tokens:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from tokenizers import decoders, pre_tokenizers
 
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.generate.transcript import TokenLogprob
+
+FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # how SentencePiece calls a byte of a character that is no token
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -46,14 +49,22 @@ class TokenSpelling:
         byte_level = isinstance(tokenizer.tokenizer.decoder, decoders.ByteLevel)
         self.alphabet = byte_alphabet() if byte_level else {}
         self.added = {token.content for token in tokenizer.tokenizer.get_added_tokens_decoder().values()}
+        # Others may decode a token to another text where it is the first, so that one with text is put before it.
+        ids = () if byte_level else range(tokenizer.vocab_size)
+        self.before = next(([i] for i in ids if tokenizer.decode([i]).isalnum()), [])
 
     def bytes_of(self, token: int) -> bytes:
         name = self.tokenizer.tokenizer.id_to_token(token)
         if name is None:
             return b""  # a row of the embedding that no token has
-        if name in self.added or not self.alphabet or any(character not in self.alphabet for character in name):
+        if name in self.added:
             return str(name).encode()
-        return bytes(self.alphabet[character] for character in name)
+        if self.alphabet:
+            known = all(character in self.alphabet for character in name)
+            return bytes(self.alphabet[character] for character in name) if known else str(name).encode()
+        if byte := FALLBACK.fullmatch(name):
+            return bytes.fromhex(byte[1])
+        return self.tokenizer.decode([*self.before, token])[len(self.tokenizer.decode(self.before)):].encode()
 
     def text_of(self, token: int) -> str:
         """The token's text; bytes that are none are written as OpenAI's API does."""

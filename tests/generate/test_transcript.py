@@ -1,7 +1,9 @@
 """Text while it grows: whole characters, nothing of a stop string, and in the end what a whole decode gives."""
+import itertools
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from hrm_megatron.generate.transcript import Transcript
 
@@ -37,6 +39,34 @@ def test_pieces_of_any_bytes_add_up_to_the_whole():
         tokens = rng.choices(alphabet, k=12)
         pieces, transcript = grown(tokens, max_new_tokens=12)
         assert "".join(pieces) == transcript.text == decode(tokens) and transcript.finish == "length"
+
+
+DECODERS = {
+    "Metaspace": decoders.Metaspace(),
+    "Llama 2": decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                  decoders.Strip(" ", 1, 0)]),
+    "WordPiece": decoders.WordPiece(cleanup=False),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_spaces_that_a_decoder_takes_from_the_beginning_of_a_text_are_there_within_it(name):
+    """Pieces of all kinds in any order, also a special token, which has no text. One that was given is not the answer's
+    but goes before it."""
+    pieces = ["\u2581a", "\u2581", "b", "##c", "d!", "<0xE4>", "<0xBD>", "<0xA0>", "\u4f60", "<s>"]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.decoder = DECODERS[name]
+    rng = random.Random(5)
+    for count in range(200):
+        tokens = [*itertools.chain(*rng.choices([[0], [1], [2], [3], [4], [5, 6, 7], [8], [9]], k=8))]
+        given = tokens[:1] if count % 2 and tokens[0] in (0, 2) else []  # with text
+        transcript = Transcript(frozenset({END}), len(tokens), (), tokenizer.decode)
+        for token in given:
+            transcript.give(token)
+        for token in tokens[len(given):]:
+            transcript.push(token)
+        assert tokenizer.decode(given) + transcript.text == tokenizer.decode(tokens), tokens
 
 
 @pytest.mark.parametrize(("text", "stop", "want"), [

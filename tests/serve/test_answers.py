@@ -4,6 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models
+
+from hrm_megatron.data.spelling import SPECIAL_TOKENS
+from hrm_megatron.data.tokenizer import TextTokenizer
 
 pytest.importorskip("fastapi")
 
@@ -169,3 +173,19 @@ def test_offsets_are_places_in_the_text_however_bytes_are_cut():
             if token:
                 assert place == len(data[:start + 1].decode("utf-8", "replace")) - 1
             start += len(token)
+
+
+def test_tokens_of_sentencepiece_are_named_by_their_text_within_an_answer(tmp_path):
+    """Also where an answer would not begin with its space; half a character is its bytes."""
+    from hrm_megatron.serve.spelled_tokens import TokenSpelling
+
+    pieces = ["\u2581the", "\u2581end", "s", "<0xE4>", "\u4f60"]
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(" ", 1, 0)])
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    made.save(str(tmp_path / "tokenizer.json"))
+    spelling = TokenSpelling(TextTokenizer(tmp_path))
+    assert [spelling.text_of(token) for token in range(6)] == [
+        " the", " end", "s", "bytes:\\xe4", "\u4f60", SPECIAL_TOKENS[0]]
+    assert [spelling.bytes_of(token) for token in (1, 3, 4)] == [b" end", b"\xe4", "\u4f60".encode()]
