@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ from hrm_megatron.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 
 if TYPE_CHECKING:
     from hrm_megatron.model.hrm import HRMModel
+
+FINGERPRINT_VALUES = 1024  # of a tensor
 
 
 @torch.no_grad()
@@ -74,6 +77,24 @@ def weights_kind(checkpoint: Checkpoint, asked: str | None) -> str:
     kind = asked or (EMA if EMA in checkpoint.parts else RAW)
     checkpoint.require(kind)
     return kind
+
+
+class Fingerprint:
+    """Tells models of one architecture apart by the first values of each tensor, all of which every step of training
+    changes. Checksums of files would not: they differ between formats and shards, and foreign folders have none."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def taking(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the same tensors."""
+        for name, tensor in tensors:
+            self._digest.update(name.encode())
+            self._digest.update(tensor.detach().flatten()[:FINGERPRINT_VALUES].float().cpu().numpy().tobytes())
+            yield name, tensor
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()[:16]
 
 
 def open_tokenizer(path: Path | None, load: Path) -> TextTokenizer:

@@ -17,7 +17,7 @@ from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.generate.cache import PagedCache
 from hrm_megatron.generate.decoder import Decoder
 from hrm_megatron.generate.engine import Engine, Progress, Request, blocks_needed
-from hrm_megatron.generate.load import check_tokenizer, open_tokenizer, opened, weights_kind
+from hrm_megatron.generate.load import Fingerprint, check_tokenizer, open_tokenizer, opened, weights_kind
 from hrm_megatron.generate.questions import Question
 from hrm_megatron.generate.sampling import Sampling
 from hrm_megatron.generate.transcript import Transcript
@@ -65,14 +65,15 @@ class Session:
         with opened(load, step, verify) as checkpoint:
             check_tokenizer(self.tokenizer, checkpoint)
             kind = weights_kind(checkpoint, weights)
-            found = take_weights(checkpoint.architecture, checkpoint.weights(kind), self.tokenizer.vocab_size,
-                                 DTYPES[answering.dtype], device)
+            fingerprint = Fingerprint()
+            found = take_weights(checkpoint.architecture, fingerprint.taking(checkpoint.weights(kind)),
+                                 self.tokenizer.vocab_size, DTYPES[answering.dtype], device)
         self.remark = f"{checkpoint.path} {checkpoint.remark}" if checkpoint.remark else ""
         ends = checkpoint.token_ids.get("eos_token_id", [])
         self.stop_tokens = frozenset([self.tokenizer.eoa, *(ends if isinstance(ends, list) else [ends])])
         self._model: dict[str, Any] = dict(
             checkpoint=str(checkpoint.path.resolve()), weights=kind, iteration=checkpoint.iteration,
-            tokenizer=self.tokenizer.fingerprint)
+            fingerprint=str(fingerprint), tokenizer=self.tokenizer.fingerprint)
         self._answer_as(answering, found, checkpoint.training.seq_length)
 
     @classmethod

@@ -81,6 +81,23 @@ def test_an_interrupted_run_goes_on_and_other_settings_are_refused(tool, tmp_pat
     assert list(found["metrics"]) == ["acc", "acc_mean"] and found["samples"] == 3
 
 
+def test_answers_of_other_weights_in_the_same_folder_are_no_answers_of_these(tool, tmp_path, monkeypatch):
+    from hrm_megatron.convert.checkpoint import Checkpoint
+
+    command = "--output", tmp_path, "--limit", "2", "--shots=boolq=0"
+    assert tool(*command, tasks=["boolq"])[0] == 0
+    answers, stock = (tmp_path / "boolq.jsonl").read_bytes(), Checkpoint.weights
+
+    def trained_on(self, kind):
+        for number, (name, tensor) in enumerate(stock(self, kind)):
+            yield name, tensor * (1.001 if number == 3 else 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "weights", trained_on)
+        status, _, [error] = tool(*command, tasks=["boolq"])
+    assert status == 1 and "boolq.settings.json: was begun with fingerprint='" in error
+    assert tool(*command, tasks=["boolq"])[0] == 0 and (tmp_path / "boolq.jsonl").read_bytes() == answers
+
+
 def test_prompts_that_do_not_fit_lose_shots_then_count_as_invalid(tool, data, tmp_path):
     rows = tmp_path / "data"
     (rows / "mmlu").mkdir(parents=True)
