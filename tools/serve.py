@@ -101,7 +101,7 @@ def serve(args: argparse.Namespace) -> None:
         say(session.remark)
     decoder = session.decoder
     # One block more for each: a prompt's last, unfilled one is copied.
-    blocks = blocks_of(args.cache_tokens) if args.cache_tokens else \
+    blocks = blocks_of(args.cache_tokens) + 1 if args.cache_tokens else \
         args.batch_size * (blocks_of(decoder.context_tokens) + 1)
     size = decoder.cache_size(blocks)
     say(size.check(decoder.device))

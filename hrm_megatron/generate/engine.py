@@ -127,6 +127,11 @@ class Engine:
                               f"value cache, which has {self.cache.size.blocks}; lower max_new_tokens")
         return limit
 
+    def longest_answer(self, prompt_tokens: int) -> int:
+        """Return how many tokens, given ones too, the context and the whole cache leave an answer; below 1: none."""
+        blocks = self.cache.size.blocks - bool(prompt_tokens % BLOCK_TOKENS)
+        return min(self.decoder.context_tokens, blocks * BLOCK_TOKENS + 1) - prompt_tokens
+
     def submit(self, request: Request) -> int:
         """Queue a request and return its number; raise ConfigError if it can never be answered."""
         self.waiting.append(_Waiting(self._submitted, request, self.check(request)))

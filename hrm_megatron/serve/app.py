@@ -31,6 +31,7 @@ from hrm_megatron.serve.metrics import metrics_text
 from hrm_megatron.serve.prompts import chat_request, completion_requests
 from hrm_megatron.serve.spelled_tokens import TokenSpelling
 
+MOST_LOGPROBS = 1 << 19  # in a body, which the memory holds whole: some 40 MB of JSON
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -59,6 +60,7 @@ class Service:
         """Answer a body, as one JSON object or as a stream; free its places however that ends."""
         self.check_model(body.model)
         chat = isinstance(body, ChatBody)
+        self.live.check_places(1 if isinstance(body, ChatBody) else len(body.prompts))  # before any is spelled
         try:
             # Spelling takes time by the length of the text; the event loop serves others meanwhile.
             requests = await asyncio.to_thread(self._requests, body)
@@ -73,12 +75,19 @@ class Service:
             await self._while_there(http, self._collect(ticket, answers))
         finally:
             self.live.release(ticket)
-        return JSONResponse(answers.whole())
+        return await asyncio.to_thread(lambda: JSONResponse(answers.whole()))  # which takes time by its size
 
     def _requests(self, body: CompletionBody | ChatBody) -> list[engine.Request]:
+        longest = self.live.engine.longest_answer
         with self._tokenizer_lock:
-            return [chat_request(body, self.session)] if isinstance(body, ChatBody) else \
-                completion_requests(body, self.session)
+            requests = [chat_request(body, self.session, longest)] if isinstance(body, ChatBody) else \
+                completion_requests(body, self.session, longest)
+        numbers = sum(request.samples * (request.max_new_tokens + len(request.given)) * (1 + request.logprobs)
+                      for request in requests if request.logprobs is not None)
+        if numbers > MOST_LOGPROBS and not body.stream:
+            raise ApiError(400, f"logprobs: up to {numbers} of them in one body; ask for at most {MOST_LOGPROBS} by "
+                                "fewer tokens, choices or likely ones, or for a stream", "logprobs")
+        return requests
 
     async def _collect(self, ticket: Ticket, answers: Answers) -> None:
         async for event in ticket:

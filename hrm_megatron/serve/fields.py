@@ -95,6 +95,13 @@ class CompletionBody(Common):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool = False
 
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, also a single one."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        found: Any = [self.prompt] if one else self.prompt
+        return found
+
     @model_validator(mode="after")
     def writes_something(self) -> CompletionBody:
         if not self.max_tokens and not self.echo:

@@ -71,17 +71,21 @@ class LiveEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def open(self, requests: list[Request], timeout_seconds: float) -> Ticket:
-        """Queue requests; raise ConfigError if one can never be answered, ApiError if there is no place now."""
+    def check_places(self, prompts: int) -> None:
+        """Raise ApiError if so many prompts find no place now."""
         if self.failure:
             raise ApiError(500, self.failure)
-        if len(requests) > self.max_prompts:
-            raise ApiError(400, f"prompt: {len(requests)} prompts at once; send at most {self.max_prompts}", "prompt")
-        for request in requests:
-            self.engine.check(request)
-        if self.prompts + len(requests) > self.max_prompts:
+        if prompts > self.max_prompts:
+            raise ApiError(400, f"prompt: {prompts} prompts at once; send at most {self.max_prompts}", "prompt")
+        if self.prompts + prompts > self.max_prompts:
             raise ApiError(429, f"{self.prompts} prompts are being answered or wait, of at most {self.max_prompts}; "
                                 "try again later")
+
+    def open(self, requests: list[Request], timeout_seconds: float) -> Ticket:
+        """Queue requests; raise ConfigError if one can never be answered, ApiError if there is no place now."""
+        for request in requests:
+            self.engine.check(request)
+        self.check_places(len(requests))
         ticket = Ticket(requests, asyncio.get_running_loop(), timeout_seconds)
         self._open.add(ticket)
         self.prompts += len(requests)

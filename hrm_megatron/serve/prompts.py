@@ -8,7 +8,7 @@ prefix.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hrm_megatron.config import ConfigError
@@ -21,9 +21,11 @@ from hrm_megatron.generate.session import Session
 from hrm_megatron.serve.errors import ApiError
 from hrm_megatron.serve.fields import ChatBody, Common, CompletionBody, Message
 
+Longest = Callable[[int], int]  # prompt tokens > tokens of the longest answer that there is room for
 
-def completion_requests(body: CompletionBody, session: Session) -> list[Request]:
-    prompts: Any = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
+
+def completion_requests(body: CompletionBody, session: Session, longest: Longest) -> list[Request]:
+    prompts: Any = body.prompts
     parts: list[tuple[list[int], list[int]]]
     if isinstance(prompts[0], str):
         parts = [(prefix, []) for prefix in _questions(prompts, body.condition, session, "prompt")]
@@ -40,16 +42,15 @@ def completion_requests(body: CompletionBody, session: Session) -> list[Request]
     if not body.max_tokens and not all(given for _, given in parts):
         raise ApiError(400, "max_tokens: 0 scores the answer that a prompt has begun, and this one is a question "
                             "alone; give at least 1", "max_tokens")
-    return [_request(body, session, prefix, body.max_tokens, body.logprobs, stream, given)
+    return [_request(body, session, longest, prefix, body.max_tokens, body.logprobs, stream, given)
             for stream, (prefix, given) in enumerate(parts)]
 
 
-def chat_request(body: ChatBody, session: Session) -> Request:
+def chat_request(body: ChatBody, session: Session, longest: Longest) -> Request:
     [prefix] = _questions([_conversation(body.messages)], body.condition, session, "messages")
-    room = session.decoder.context_tokens - len(prefix)
     asked = body.max_completion_tokens or body.max_tokens
     top = (body.top_logprobs or 0) if body.logprobs else None
-    return _request(body, session, prefix, asked or max(room, 1), top, 0, [])
+    return _request(body, session, longest, prefix, asked or max(longest(len(prefix)), 1), top, 0, [])
 
 
 def _conversation(messages: Sequence[Message]) -> str:
@@ -90,13 +91,17 @@ def _split(ids: Sequence[int], session: Session) -> tuple[list[int], list[int]]:
     return list(ids[:end]), list(ids[end:])
 
 
-def _request(body: Common, session: Session, prefix: list[int], max_tokens: int, logprobs: int | None, stream: int,
-             given: list[int]) -> Request:
+def _request(body: Common, session: Session, longest: Longest, prefix: list[int], max_tokens: int,
+             logprobs: int | None, stream: int, given: list[int]) -> Request:
     known, context = len(prefix) + len(given), session.decoder.context_tokens
     if known + max_tokens > context:
         raise ApiError(400, f"max_tokens: the prompt's {known} tokens and {max_tokens} more exceed the model's context "
                             f"of {context}; shorten the prompt or ask for fewer", "max_tokens",
                        "context_length_exceeded")
+    if (room := longest(len(prefix)) - len(given)) < max_tokens:
+        raise ApiError(400, f"max_tokens: the prompt's {known} tokens and {max_tokens} more exceed the server's key-"
+                            f"value cache (--cache-tokens), which leaves room for {max(room, 0)}; shorten the prompt "
+                            "or ask for fewer", "max_tokens")
     seed = secrets.randbits(62) if body.seed is None else body.seed
     try:
         sampling = Sampling(body.temperature, body.top_p, seed, body.top_k, body.min_p)

@@ -79,6 +79,39 @@ def test_values_that_ask_for_nothing_are_taken(ask):
     assert ask(CHAT, GOOD_CHAT | dict(tools=[], response_format=dict(type="text"))).status_code == 200
 
 
+def test_a_chat_that_names_no_length_gets_what_the_cache_leaves(ask):
+    blocks, block = 4, 16
+    body = dict(messages=GOOD_CHAT["messages"], temperature=0)
+    reply = ask(CHAT, body, blocks=blocks)
+    assert reply.status_code == 200, reply.text
+    prompt, answer = (reply.json()["usage"][name] for name in ("prompt_tokens", "completion_tokens"))
+    room = (blocks - 1) * block + 1 - prompt  # the prompt's last block is copied, the last token is never written
+    assert prompt % block and reply.json()["choices"][0]["finish_reason"] == "length" and answer == room
+    for more, status in ((0, 200), (1, 400)):
+        reply = ask(CHAT, dict(body, max_tokens=room + more), blocks=blocks)
+        assert reply.status_code == status, reply.text
+    error = error_of(reply)
+    assert error["param"] == "max_tokens" and f"key-value cache (--cache-tokens), which leaves room for {room};" in \
+        error["message"]
+
+
+def test_prompts_are_counted_before_they_are_spelled(served, session, monkeypatch):
+    def spelled(*_):
+        raise AssertionError("spelled")
+    monkeypatch.setattr(type(session.tokenizer), "encode_prefixes", spelled)
+
+    async def work(server):
+        return await server.client.post(COMPLETIONS, json=GOOD | dict(prompt=["x"] * 17))
+    assert "17 prompts at once; send at most 16" in error_of(served(work))["message"]
+
+
+def test_a_body_of_too_many_logprobs_is_refused(ask):
+    """128 answers of 196 tokens, each with 20 others."""
+    body = GOOD | dict(n=128, logprobs=20)
+    error = error_of(ask(COMPLETIONS, body | dict(max_tokens=196)))
+    assert error["param"] == "logprobs" and "up to 526848 of them in one body" in error["message"]
+
+
 def test_another_model_is_not_found(ask):
     error = error_of(ask(COMPLETIONS, GOOD | dict(model="gpt-5")), 404)
     assert error["code"] == "model_not_found" and "this is 'random'" in error["message"]
