@@ -100,6 +100,15 @@ def our_step(row: dict[str, torch.Tensor], a: Architecture = ARCHITECTURE) -> Ca
     return step
 
 
+def peer_bp_steps(a: Architecture, bp_steps: int) -> int:
+    """Return the L ticks with gradient of so many ticks; raise ConfigError where transformers has no such step."""
+    h_bp, l_bp = split_bp_steps(a.h_cycles, a.l_cycles, bp_steps)
+    if h_bp != a.h_cycles:
+        raise ConfigError(f"bp steps {bp_steps}: transformers' HrmText trains all {a.h_cycles} H ticks; give more "
+                          "--bp-steps, or leave --peer out")
+    return l_bp
+
+
 def transformers_step(row: dict[str, torch.Tensor], a: Architecture = ARCHITECTURE, bp_steps: int = BP_STEPS,
                       device: str = "cpu", dtype: torch.dtype = torch.float32) -> Callable[[], float]:
     """Forward and backward of transformers' HrmText on the same row, with the row's mask (its only exact way).
@@ -107,8 +116,7 @@ def transformers_step(row: dict[str, torch.Tensor], a: Architecture = ARCHITECTU
     On a GPU the model is compiled.
     """
     row_tokens = row["tokens"].shape[1]
-    h_bp, l_bp = split_bp_steps(a.h_cycles, a.l_cycles, bp_steps)
-    assert h_bp == a.h_cycles, "transformers always trains all H ticks"
+    l_bp = peer_bp_steps(a, bp_steps)
     model = HrmTextForCausalLM(HrmTextConfig(
         vocab_size=a.vocab_size, hidden_size=a.hidden_size, intermediate_size=a.ffn_hidden_size,
         num_hidden_layers=a.num_layers, num_attention_heads=a.num_attention_heads, head_dim=a.head_dim,
@@ -160,6 +168,8 @@ def measure_training(args: argparse.Namespace) -> None:
     preset = PRESETS[args.hrm_preset] if args.hrm_preset else Preset(*args.sizes)
     if args.record:
         check_table(args.record, COLUMNS)
+    if args.peer:
+        peer_bp_steps(preset.architecture(), args.bp_steps)
     cells = [device_name(), versions(), f"`python {' '.join(sys.argv)}`"]
     print("; ".join(cells))
     folder = output_folder(args.output)

@@ -11,7 +11,7 @@ from hrm_megatron.program import listen, one_line
 if __name__ == "__main__":
     listen()
 
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.report import markdown, report_on
 from hrm_megatron.data.sampling_rules import read_rules
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
             block.verify()
         print(f"{args.prefix}: {sum(block.length for block in blocks):,} bytes are what was written")
     if args.row is not None:
+        refuse_beside(f"--row {args.row}", {"--sampling-rules": args.sampling_rules, "--epochs": args.epochs})
         show_row(args, store)
         return
     for flag, given in (("--picture", args.picture), ("--tokenizer-model", args.tokenizer_model)):

@@ -21,10 +21,11 @@ if __name__ == "__main__":
 from hrm_megatron.config import PRESET_VOCAB_SIZE, PRESETS, Architecture, ConfigError, ffn_hidden_size
 from hrm_megatron.planner import calibration, goodput, report
 from hrm_megatron.planner.goodput import GPU_MTTF_HOURS
-from hrm_megatron.planner.machines import GPUS, Cluster
+from hrm_megatron.planner.machines import DEVICE_NAMES, GPUS, Cluster
 from hrm_megatron.planner.search import Question, search
 from hrm_megatron.planner.speed import EXAMPLE
 
+BF16_BYTES = 2
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv 2203.15556
 PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "auto": ("bf16", "fp8")}
 
@@ -67,9 +68,12 @@ def parser() -> argparse.ArgumentParser:
 def question(args: argparse.Namespace) -> Question:
     """Read what is asked off the arguments."""
     for name in ("gpus", "gpus_per_node", "seq_length", "tokens", "tokens_per_step", "vocab_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("gpu_mttf_hours", *(f"{part}_seconds" for part in goodput.Measured.__annotations__)):
+        if (value := getattr(args, name)) is not None and not 1 <= value < math.inf:  # NaN too
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1, and finite")
+    if args.example[0] < 0 or args.example[1] < 1:
+        raise ConfigError(f"--example {' '.join(map(str, args.example))}: a prefix has at least 0 tokens, a response 1")
+    for name in ("memory_gb", "nvlink_gb", "network_gb", "price", "gpu_mttf_hours",
+                 *(f"{part}_seconds" for part in goodput.Measured.__annotations__)):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0")
     if args.hrm_preset:
@@ -90,6 +94,12 @@ def question(args: argparse.Namespace) -> Question:
         if measured.on_cpu:
             raise ConfigError(f"--calibrate {args.calibrate}: was measured on a CPU ({measured.device}); measure on a "
                               f"{args.gpu}")
+        if (known := DEVICE_NAMES.get(measured.device)) not in (None, args.gpu):
+            raise ConfigError(f"--calibrate {args.calibrate}: was measured on a {known}, and --gpu is {args.gpu}; "
+                              "measure on one of those, or plan for the other")
+        if measured.itemsize != BF16_BYTES:
+            raise ConfigError(f"--calibrate {args.calibrate}: was measured in fp32, and plans are for bf16; measure "
+                              "in that")
         speeds = measured.speeds
     cluster = Cluster.of(args.gpu, args.gpus, args.gpus_per_node, args.memory_gb, args.nvlink_gb, args.network_gb,
                          speeds)

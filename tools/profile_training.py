@@ -18,6 +18,9 @@ if __name__ == "__main__":
 from hrm_megatron.benchmark.kernels import breakdown
 from hrm_megatron.config import ConfigError
 
+OWN_FLAGS = ("--tensorboard-dir", "--profile", "--use-pytorch-profiler", "--profile-ranks", "--profile-step-start",
+             "--profile-step-end", "--exit-interval")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,6 +34,9 @@ def main() -> int:
 
 
 def profile(args: argparse.Namespace) -> None:
+    clashing = {flag.partition("=")[0] for flag in args.flags} & {*OWN_FLAGS}
+    if clashing:
+        raise ConfigError(f"{min(clashing)}: this tool gives it, by --output, --first-step and --steps; leave it out")
     trace = args.output / "torch_profile" / "rank-0.json.gz"
     if trace.exists():
         raise ConfigError(f"{trace} exists; give another --output, or remove it")

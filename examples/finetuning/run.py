@@ -86,6 +86,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def example(demo: Path, folder: Path, scale: Scale, old_questions: int | None, judged: bool) -> None:
     """Do all steps and print what came out."""
     began = time.monotonic()
+    if old_questions is not None and old_questions < 0:
+        raise ConfigError(f"--old-questions {old_questions}: must be at least 0")
     wanted = scale.old_questions if old_questions is None else old_questions
     prepare(demo, folder)
     log, tokenizer = folder / "commands.log", TextTokenizer(demo / "tokenizer")
@@ -93,9 +95,10 @@ def example(demo: Path, folder: Path, scale: Scale, old_questions: int | None, j
     new = questions_of(write_chats(folder / "questions", counts)["test"])
     old = read_rows(demo / "questions" / "test.jsonl")
     with open(demo / "questions" / "train.jsonl", encoding="utf-8") as lines:
-        (folder / "questions" / "old.jsonl").write_text("".join(itertools.islice(lines, wanted)))
-    print(f"{scale.train_chats:,} chats of a new kind and {wanted:,} of the demo's training questions; {len(new)} new "
-          f"and {len(old)} old questions to test with, none of them trained on", flush=True)
+        mixed_in = [*itertools.islice(lines, wanted)]
+    (folder / "questions" / "old.jsonl").write_text("".join(mixed_in))
+    print(f"{scale.train_chats:,} chats of a new kind and {len(mixed_in):,} of the demo's training questions; "
+          f"{len(new)} new and {len(old)} old questions to test with, none of them trained on", flush=True)
     names = ["train", "held_out", *(["old"] if wanted else [])]
     for name in names:
         run(python(tool("preprocess_data.py"), "--input", folder / "questions" / f"{name}.jsonl", "--output-prefix",

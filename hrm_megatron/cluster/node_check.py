@@ -92,12 +92,12 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
             bad[node].append(f"clock {seconds - middle:+.1f} s from the other nodes")
     for node, reason in _slow_links(present, limits).items():
         bad[node].append(reason)
-    waited = [report for report in present if report.error and report.error.startswith(NOT_DONE)]
+    failed = {report.node: report.error for report in present if report.error}
+    own = {node: error for node, error in failed.items() if not error.startswith(NOT_DONE)}
     # An error follows from another node's fault, where there is one. That all waited in vain is no node's.
-    if not any(bad.values()) and len(waited) < len(nodes):
-        for report in present:
-            if report.error:
-                bad[report.node].append(report.error)
+    if not any(bad.values()) and (own or len(failed) < len(nodes)):
+        for node, error in (own or failed).items():
+            bad[node].append(error)
     return {node: ", ".join(reasons) for node, reasons in bad.items() if reasons}
 
 

@@ -52,17 +52,29 @@ class LiveTasks:
     context_tokens: int  # of the model
 
     def results(self, model: HRMModel) -> list[Result]:
-        """Let this model answer all questions, the ranks sharing them; every rank gets every result."""
+        """Let this model answer all questions, the ranks sharing them; every rank gets every result.
+
+        Tasks for which a rank has no memory are left out, with a warning.
+        """
         decoder = decoder_of(model, self.context_tokens, self.tokenizer.vocab_size)
         session = Session.of_decoder(decoder, self.tokenizer, Answering())
-        return [summarize(live.task, live.asked, _records(live, session), 1, live.context_tokens)
-                for live in self.tasks]
+        answered = [(live, _records(live, session)) for live in self.tasks]
+        return [summarize(live.task, live.asked, records, 1, live.context_tokens) for live, records in answered
+                if records is not None]
 
 
-def _records(live: LiveTask, session: Session) -> list[dict[str, Any]]:
+def _records(live: LiveTask, session: Session) -> list[dict[str, Any]] | None:
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     requests = list(requests_of(live.task, live.asked, session, live.context_tokens))[rank::ranks]
-    found = session.answer([request for request in requests if request], MAX_ROWS, lambda line: None)
+    wanted = [request for request in requests if request]
+    rows: list[int] = [0] * ranks
+    torch.distributed.all_gather_object(rows, session.rows_that_fit(wanted, MAX_ROWS))
+    if not all(rows):
+        log.warning(f"tasks: {live.task.title}: not answered: on rank {rows.index(0)} the memory that training leaves "
+                    "free holds no key-value cache for one answer; lower --eval-tasks-new-tokens or "
+                    "--micro-batch-size, or evaluate the checkpoints with tools/evaluate.py")
+        return None
+    found = session.answer(wanted, rows[rank], lambda line: None)
     answers = [next(found)[0] if request else None for request in requests]
     own = [dict(responses=[answer.text if answer else ""], finish=[answer.finish if answer else TOO_LONG])
            for answer in answers]

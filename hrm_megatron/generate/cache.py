@@ -18,6 +18,14 @@ def blocks_of(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that a cache may take."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    torch.cuda.empty_cache()  # what torch's allocator keeps of former caches, or of training, is free too
+    return torch.cuda.mem_get_info(device)[0]
+
+
 @dataclass(frozen=True)
 class CacheSize:
     """Sizes of a cache. `slots` counts ticks times layers: each tick of a stack has its own keys and values, although
@@ -43,12 +51,16 @@ class CacheSize:
     def bytes(self) -> int:
         return self.slots * 2 * self.blocks * self.heads * BLOCK_TOKENS * self.head_dim * self.dtype.itemsize
 
+    def fits(self, free: int) -> bool:
+        """Tell whether so much free memory holds it beside all else."""
+        return self.bytes + RESERVE_BYTES <= free
+
     def check(self, device: torch.device) -> str:
         """Say what the cache takes of the free memory; raise ConfigError if it cannot fit."""
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = free_bytes(device)
         said = (f"{self.bytes / 1e6:,.1f} MB for {self.blocks * BLOCK_TOKENS} positions in {self.slots} ticks x "
                 f"layers, {free / 1e6:,.1f} MB are free")
-        if self.bytes + RESERVE_BYTES > free:
+        if not self.fits(free):
             raise ConfigError(f"key-value cache: needs {said}, of which {RESERVE_BYTES / 1e6:,.1f} MB are left for all "
                               "else; lower --batch-size or --max-new-tokens, or take --dtype bfloat16")
         return f"key-value cache: {said}"

@@ -14,7 +14,7 @@ import torch
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.spelling import tags_of
 from hrm_megatron.data.tokenizer import TextTokenizer
-from hrm_megatron.generate.cache import PagedCache
+from hrm_megatron.generate.cache import CacheSize, PagedCache, free_bytes
 from hrm_megatron.generate.decoder import Decoder
 from hrm_megatron.generate.engine import Engine, Progress, Request, blocks_needed
 from hrm_megatron.generate.load import Fingerprint, check_tokenizer, open_tokenizer, opened, weights_kind
@@ -128,12 +128,22 @@ class Session:
         """
         if max_rows < 1:
             raise ConfigError(f"--batch-size {max_rows}: must be at least 1")
+        size = self._cache_size(requests, max_rows)
+        say(size.check(self.decoder.device))
+        return Engine(self.decoder, PagedCache(size, self.decoder.device), max_rows, self.text)
+
+    def _cache_size(self, requests: Sequence[Request], max_rows: int) -> CacheSize:
         context = self.decoder.context_tokens
         needed = sorted((blocks_needed(len(request.prompt), min(request.max_new_tokens, context - len(request.prompt)))
                          for request in requests for _ in range(min(request.samples, max_rows))), reverse=True)
-        size = self.decoder.cache_size(sum(needed[:max_rows]))
-        say(size.check(self.decoder.device))
-        return Engine(self.decoder, PagedCache(size, self.decoder.device), max_rows, self.text)
+        return self.decoder.cache_size(sum(needed[:max_rows]))
+
+    def rows_that_fit(self, requests: Sequence[Request], most: int) -> int:
+        """Return how many answers at once the free memory holds a cache for: `most`, halved until it does; 0: none."""
+        free = free_bytes(self.decoder.device)
+        while requests and most and not self._cache_size(requests, most).fits(free):
+            most //= 2
+        return most
 
     def answer(self, requests: Sequence[Request], max_rows: int, say: Callable[[str], object],
                on_progress: Callable[[Progress], object] = lambda progress: None) -> Iterator[list[Transcript]]:

@@ -63,7 +63,6 @@ class Transcript:
 
     def give(self, token: int) -> str:
         """Add a token that was not chosen: it ends nothing but the room there is, and its text is not the answer's."""
-        self._context = len(self.tokens)
         self.tokens.append(token)
         self._decoded = len(self.tokens)
         if len(self.tokens) >= self.max_new_tokens:

@@ -16,7 +16,7 @@ from hrm_megatron.monitoring.status import Progress, evaluations, last, sparklin
 from hrm_megatron.training.console_lines import duration, thousands
 
 LAST_SAVES = 5
-QUIET_STEPS = 10  # so many steps' time without a line is too long
+QUIET_STEPS, QUIET_INTERVALS = 10, 3  # so many steps' time, and such as lie between lines, without a line is too long
 Curves = Mapping[str, Curve]
 
 
@@ -26,7 +26,7 @@ def frame(run: RunFolder, log: Log | None, now: float, width: int) -> Renderable
     curves = log.curves() if log else {}
     if LOSS in curves:
         progress = Progress.of(curves[LOSS], run.train_iters)
-        parts += [_progress(progress, now, width), _numbers(curves, width)]
+        parts += [_progress(progress, now, width, run.steps_between_lines), _numbers(curves, width)]
     else:
         parts.append(Text("no step is logged yet"))
     if found := evaluations(curves):
@@ -41,14 +41,15 @@ def frame(run: RunFolder, log: Log | None, now: float, width: int) -> Renderable
     return Panel(Group(*parts), title=Text(str(run.folder)), title_align="left", width=width)
 
 
-def _progress(progress: Progress, now: float, width: int) -> RenderableType:
+def _progress(progress: Progress, now: float, width: int, steps_between: int) -> RenderableType:
     silence = max(0, now - progress.logged)  # another machine's clock may be ahead
     line = Text(f"step {progress.step:,}{f' of {progress.steps:,}' if progress.steps else ''}", "bold")
     if progress.done:
         line.append(", done", "green")
     else:
         line.append(f", {duration(progress.seconds_left)} left" if progress.steps else "", "default")
-        late = progress.seconds_per_step is not None and silence > QUIET_STEPS * progress.seconds_per_step
+        quiet_steps = max(QUIET_STEPS, QUIET_INTERVALS * steps_between)
+        late = progress.seconds_per_step is not None and silence > quiet_steps * progress.seconds_per_step
         line.append(f", last line {duration(silence)} ago", "bold red" if late else "default")
     if not progress.steps:
         return line

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from hrm_megatron.config import ConfigError
 from hrm_megatron.monitoring.scalars import Curve, in_groups
 from hrm_megatron.monitoring.status import OF_TASKS, tasks_of
 
@@ -55,7 +56,7 @@ GROUPS = {"loss by source": "loss per token by source (nats)",
 def panels(runs: Mapping[str, Curves]) -> list[Panel]:
     """Choose the panels for which there is something to draw."""
     found = [panel for panel in ONE_CURVE if any(name in curves for curves in runs.values()
-                                                 for name in (panel.curve, f"{panel.curve} validation"))]
+                                                 for name in (panel.curve, *_held_out(panel)))]
     groups = [(title, run, in_groups(curves, [prefix])) for prefix, title in GROUPS.items()
               for run, curves in runs.items()]
     groups += [("tasks, answered by the EMA (share)", run, [f"{name}{OF_TASKS}" for name in tasks_of(curves)])
@@ -64,9 +65,15 @@ def panels(runs: Mapping[str, Curves]) -> list[Panel]:
                     for title, run, names in groups if names]
 
 
+def _held_out(panel: Panel) -> list[str]:
+    return [panel.curve + suffix for suffix in MARKERS]
+
+
 def draw(runs: Mapping[str, Curves], title: str) -> bytes:
-    """Draw all curves of these runs as a PNG."""
-    chosen = panels(runs)
+    """Draw all curves of these runs as a PNG; raises ConfigError if there is none."""
+    if not (chosen := panels(runs)):
+        raise ConfigError(f"{', '.join(runs)}: no curve in the log that is drawn; train for longer, or with a smaller "
+                          "--tensorboard-log-interval")
     rows = -(-len(chosen) // PANELS_IN_A_ROW)
     figure = Figure(figsize=(WIDTH * PANELS_IN_A_ROW, HEIGHT * rows + 0.4), layout="constrained")
     figure.suptitle(title, parse_math=False)
@@ -101,7 +108,7 @@ def draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Curves]) -> None:
 
 def missing_steps(panel: Panel, runs: Mapping[str, Curves]) -> list[int]:
     """List the steps at which a curve of this panel is NaN or infinite, which no line shows."""
-    names = panel.group or [panel.curve, *(panel.curve + suffix for suffix in MARKERS)]
+    names = panel.group or [panel.curve, *_held_out(panel)]
     shown = [curves[name] for run, curves in runs.items() if panel.run in ("", run) for name in names if name in curves]
     return sorted({step for curve in shown for step, value in zip(curve.steps, curve.values, strict=True)
                    if not math.isfinite(value)})

@@ -69,6 +69,12 @@ class RunFolder:
         value = self.arguments.get("train_iters", "")
         return int(value) if value.isdecimal() else None
 
+    @property
+    def steps_between_lines(self) -> int:
+        """Steps after which a healthy run has written to its log: those of its intervals, 1 where nobody knows."""
+        values = [self.arguments.get(name, "") for name in ("log_interval", "tensorboard_log_interval")]
+        return max((int(value) for value in values if value.isdecimal()), default=1)
+
     def saves(self) -> list[Save]:
         """List the iterations by step."""
         folders = self.checkpoints.iterdir() if self.checkpoints else ()

@@ -79,6 +79,10 @@ def command(plan: Plan, question: Question, preset: str | None) -> str:
     if preset is None:
         flags += ["--num-layers", str(a.num_layers), "--hidden-size", str(a.hidden_size), "--num-attention-heads",
                   str(a.num_attention_heads), "--ffn-hidden-size", str(a.ffn_hidden_size), "--lr", "RATE"]
+    for flag, value, default in zip(("--bp-min-steps", "--bp-max-steps", "--bp-warmup-fraction"), question.bp,
+                                    Question.bp, strict=True):
+        if value != default:
+            flags += [flag, str(value)]
     if plan.saving.gated_act:
         flags += ["--recompute-granularity", "selective", "--recompute-modules", "gated_act"]
     if plan.saving.recompute_ticks:
@@ -87,6 +91,8 @@ def command(plan: Plan, question: Question, preset: str | None) -> str:
         flags += ["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"]
     nodes = -(-layout.ranks // question.cluster.gpus_per_node)
     sizes = f"PRESET={preset or 'B'} TP={layout.tensor} PP={layout.pipeline} CP={layout.context}"
+    if nodes == 1:  # which may have more GPUs
+        sizes += f" DP={layout.replicas}"
     start = ("launch_scripts/train_node.sh" if nodes == 1 else
              f"sbatch --nodes {nodes} --gpus-per-node {question.cluster.gpus_per_node} launch_scripts/train_slurm.sh")
     return f"{sizes} {start} {shlex.join(flags)}"

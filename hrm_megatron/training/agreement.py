@@ -13,6 +13,7 @@ import torch
 
 import hrm_megatron
 from hrm_megatron.config import ConfigError
+from hrm_megatron.training.error_file import RestartableError
 
 PACKAGES = ("torch", "megatron-core")  # whose version is part of the code
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16  # of a large file
@@ -39,7 +40,7 @@ def fingerprint(data_files: Iterable[Path], start: Path | None) -> dict[str, str
     """Describe this process: its node, a digest of its code and of its data, and the iteration it goes on from."""
     root = Path(hrm_megatron.__file__).parent
     versions = " ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
-    return dict(node=platform.node(), data=digest(data_files), checkpoint=start.name if start else "",
+    return dict(node=platform.node(), data=digest(data_files), checkpoint=str(start or ""),
                 code=f"{versions} python {sys.version_info[:2]} {digest(root.rglob('*.py'))}")
 
 
@@ -52,12 +53,13 @@ def check_agreement(data_files: Iterable[Path], start: Path | None) -> None:
 
 
 def compare(everyone: Sequence[dict[str, str]]) -> None:
-    """Raise ConfigError that names the ranks whose code or data is not rank 0's."""
+    """Raise ConfigError that names the ranks whose code, data or checkpoint is not rank 0's."""
     first = everyone[0]
     for what, way_out in WAYS_OUT.items():
         others = [rank for rank, theirs in enumerate(everyone) if theirs[what] != first[what]]
         if others:
             nodes = sorted({everyone[rank]["node"] for rank in others})
-            raise ConfigError(f"the {what} of {len(others)} of {len(everyone)} ranks, the first of them {others[0]} "
+            kind = RestartableError if what == "checkpoint" else ConfigError
+            raise kind(f"the {what} of {len(others)} of {len(everyone)} ranks, the first of them {others[0]} "
                               f"(on {', '.join(nodes[:8])}{' ...' * (len(nodes) > 8)}), is not that of rank 0 (on "
                               f"{first['node']}): {way_out}")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import logging
 import os
@@ -35,6 +36,7 @@ from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.parallel.patching import temporarily
 from hrm_megatron.program import write_aside
 from hrm_megatron.training.early_stopping import delete_older, stopped_early
+from hrm_megatron.training.error_file import RestartableError
 from hrm_megatron.training.finetune import choose_source, go_on
 from hrm_megatron.training.lora import check_adapters, lora_of, saved_bytes
 from hrm_megatron.training.loss_spikes import take_losses
@@ -46,6 +48,8 @@ from hrm_megatron.transformer_config import architecture_of
 log = logging.getLogger(__name__)
 
 RESERVE_BYTES = 1 << 20
+NO_SPACE = "no space left on the disk"
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # a start would fail as this one did
 FOREIGN_FORMATS = {"config.json": "hf", "all_config.yaml": "native"}  # by a file of theirs
 
 
@@ -157,7 +161,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
             log.info(schedule)
         if changed := changes(common["args"], args):
             log.info(f"checkpoint: {changed}")
-        take_losses(args, common["args"], bool(changed))
+        take_losses(args, common["args"])
     return True
 
 
@@ -172,7 +176,7 @@ def guard_saves(args: argparse.Namespace) -> None:
 
     A save in the background fails when its end is waited for.
     """
-    end_helpers_with_their_rank()
+    end_helpers_with_their_rank(args.async_save)
     stock: Callable[..., None] = megatron_training.save_checkpoint
     stock_schedule: Callable[[Any], None] = checkpointing.schedule_async_save
     stock_end: Callable[..., None] = megatron_training.maybe_finalize_async_save
@@ -197,8 +201,10 @@ def guard_saves(args: argparse.Namespace) -> None:
 
     def refuse(iteration: int, error: OSError | CheckpointException) -> ConfigError:
         reason = _reason(error, Path(args.save))
+        lasts = reason == NO_SPACE or (isinstance(error, OSError) and error.errno in LASTING)
         shutil.rmtree(Path(args.save) / f"iter_{iteration:07d}", ignore_errors=True)  # give its space back
-        return ConfigError(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start "
+        kind = ConfigError if lasts else RestartableError
+        return kind(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start "
                            f"again with --load {args.save}{listed(Path(args.save))}")
 
     @functools.wraps(stock)
@@ -236,7 +242,7 @@ def guard_saves(args: argparse.Namespace) -> None:
 def _reason(error: Exception | CheckpointException, save: Path) -> str:
     """Say why a save failed; Megatron's writer hands on no more than the class of what happened to it."""
     if shutil.disk_usage(save).free < RESERVE_BYTES:
-        return "no space left on the disk"
+        return NO_SPACE
     if isinstance(error, CheckpointException):
         causes = [str(cause[0]) for cause in error.failures.values()]
         return f"see the lines above; {causes[0]}" if causes else "another rank could not"

@@ -24,7 +24,7 @@ from hrm_megatron.training.bad_steps import IGNORE, ROLLBACK, go_back
 DEVIATIONS = 7  # OLMo 2
 WINDOW, FEWEST = 128, 32  # losses before: of few enough steps that the trend of a run is small beside its noise
 NORMAL = 1.4826  # standard deviations in a median distance, 1 / 0.6745
-DATA = ("data_path", "train_data_path", "sampled_data_path")
+DATA = ("data_path", "train_data_path", "sampled_data_path", "sampling_rules", "loss_on_prefix")
 LEAST = 0.01  # deviation as a share of the median: a rise below 7 % is no spike, however quiet the losses before
 
 log = logging.getLogger(__name__)
@@ -66,10 +66,10 @@ class Spikes:
                 "row)")
 
 
-def take_losses(args: argparse.Namespace, stored: argparse.Namespace, changed: bool) -> None:
-    """Go on with the losses that a checkpoint was saved behind, if its rows are (others may have another level) and a
-    policy asks for them."""
-    same = not changed and all(getattr(stored, name, None) == getattr(args, name) for name in DATA)
+def take_losses(args: argparse.Namespace, stored: argparse.Namespace) -> None:
+    """Go on with the losses that a checkpoint was saved behind, where a policy asks for them and they are of the same
+    data: others may have another level."""
+    same = all(getattr(stored, name, None) == getattr(args, name) for name in DATA)
     args.losses_before = getattr(stored, "losses_before", []) if same and args.on_loss_spike != IGNORE else []
 
 

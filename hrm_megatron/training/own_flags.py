@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = dict(
     layernorm_epsilon=1e-6,  # HRM-Text, norm_eps
     ckpt_format="torch_dist", use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True,
     data_parallel_sharding_strategy="optim_grads_params", megatron_fsdp_main_grads_dtype="fp32",
+    async_strategy="mcore",  # Megatron's would be nvrx, of a package of its own
     log_interval=10, eval_interval=1000, eval_iters=10, save_interval=1000, num_workers=2,
     split="97,3,0",  # for validation three in a hundred, and no test; Megatron's would be 969,30,1
 )

@@ -1,6 +1,7 @@
 """Starts by a launcher, again too: what they need, and no process that outlives its rank."""
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import multiprocessing
@@ -8,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from multiprocessing import forkserver
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -65,8 +67,29 @@ def save_in_background(*arguments: Any) -> None:
 _stock_loop = async_utils.PersistentAsyncCaller.async_loop
 
 
-def end_helpers_with_their_rank() -> None:
-    """Let Megatron's checkpointing make its processes so that they end with the rank."""
+def start_fork_server() -> None:
+    """Start the process from which Megatron forks the one that writes in the background, so that it ignores what its
+    children ignore: exec keeps that, and they would end with it."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
+    try:
+        forkserver.ensure_running()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def kill_writer() -> None:
+    """End the process that writes in the background where the rank ends without it: multiprocessing would wait for it,
+    having sent a signal that it ignores."""
+    if writer := async_utils.PersistentAsyncCaller._persistent_process:
+        writer.kill()
+
+
+def end_helpers_with_their_rank(in_background: bool) -> None:
+    """Let Megatron's checkpointing make its processes so that they end with the rank, and not before."""
+    if in_background:
+        start_fork_server()
+        atexit.register(kill_writer)  # goes before multiprocessing's, which is older
     stock = filesystem_async.get_write_results_queue
     mode = stock.keywords["mp_mode"] if isinstance(stock, functools.partial) else "spawn"  # parallel/cpu.py forks it
     filesystem_async.get_write_results_queue = functools.partial(results_queue, mp_mode=mode)

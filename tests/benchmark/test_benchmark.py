@@ -18,6 +18,7 @@ from hrm_megatron.benchmark.record import add_row, output_folder
 from hrm_megatron.benchmark.rows import write_random_examples
 from hrm_megatron.config import Architecture, ConfigError
 from tests.modes import wrong_modes
+from tests.tools import load_tool
 from tests.training.conftest import fullbatch_arguments  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,23 @@ def test_random_examples_fill_the_rows_that_were_asked_for(tmp_path, row_tokens)
     assert (prefix + response).sum() > 6 * row_tokens and (prefix + response).max() <= row_tokens / 2
     rows = PackedRows(folder, row_tokens, 0, 6)
     assert all(rows[i]["tokens"].max() < 300 for i in range(6))
+
+
+@pytest.mark.parametrize("flag", ["--tensorboard-dir=x", "--exit-interval"])
+def test_flags_of_the_profile_are_not_overridden_in_silence(tmp_path, monkeypatch, capsys, flag):
+    tool = load_tool("profile_training")
+    monkeypatch.setattr(sys, "argv", ["profile_training.py", "--output", str(tmp_path / "out"), "--", flag, "3"])
+    assert tool.main() == 1
+    assert capsys.readouterr().err.startswith(f"error: {flag.partition('=')[0]}: this tool gives it, by --output")
+
+
+def test_ticks_that_transformers_does_not_train_are_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    tool = load_tool("benchmark")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "gpu", "--hrm-preset", "B", "--bp-steps", "2", "--peer",
+                                      "--output", str(tmp_path / "out")])
+    assert tool.main() == 1
+    assert "bp steps 2: transformers' HrmText trains all 2 H ticks" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

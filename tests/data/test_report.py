@@ -125,6 +125,8 @@ def test_a_row_is_shown_with_its_borders_and_labels(prefix, tokenizer, tool, cap
     (["--epochs", "-1"], "--epochs -1: must be at least 0"),
     (["--seed", "-1"], "--seed -1: must be at least 0"),
     (["--picture", "x.png"], "--picture: only --row K reads it"),
+    (["--row", "0", "--seq-length", "40", "--epochs", "5"], "--row 0 is incompatible with --epochs"),
+    (["--row", "0", "--sampling-rules", "nowhere.yaml"], "--row 0 is incompatible with --sampling-rules"),
     (["--row", "999", "--seq-length", "40", "--tokenizer-model", "{tokenizer}"], "--row 999: there are "),
 ])
 def test_bad_flags_are_one_line(prefix, tokenizer, tool, capsys, flags, message):

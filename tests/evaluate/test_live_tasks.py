@@ -32,6 +32,30 @@ def test_a_live_model_answers_as_its_checkpoint_does(tool, checkpoint, data, tmp
     assert want["boolq"]["metrics"]["acc"]["value"] > 0  # an invalid answer counts half
 
 
+def test_memory_decides_how_many_answers_there_are_at_once_and_training_goes_on_without(
+        single_rank, checkpoint, data, monkeypatch, caplog):
+    from hrm_megatron.evaluate import live_tasks
+    from hrm_megatron.generate import cache, session
+    from hrm_megatron.generate.load import load_model, open_checkpoint
+
+    model, tasks = load_model(open_checkpoint(checkpoint)), live_tasks.open_tasks(arguments(data), True)
+    want, rows, stock = tasks.results(model), [], session.Session.answer
+
+    def answer(self, requests, max_rows, *rest):
+        rows.append(max_rows)
+        return stock(self, requests, max_rows, *rest)
+    monkeypatch.setattr(session.Session, "answer", answer)
+
+    def results(fits):
+        rows.clear()
+        monkeypatch.setattr(cache.CacheSize, "fits", fits)
+        return tasks.results(model)
+    asked = iter(range(100))
+    assert results(lambda self, free: next(asked) >= 3) == want and rows == [4, 32]  # 32, 16 and 8 at once do not fit
+    assert results(lambda self, free: False) == [] and not rows
+    assert caplog.text.count("not answered: on rank 0 the memory that training leaves free") == 2
+
+
 @pytest.mark.parametrize(("changes", "validates", "message"), [
     (dict(eval_tasks=None), True, "--eval-tasks-data .*: has no effect without --eval-tasks"),
     (dict(eval_tasks=["gsm9k"]), True, "task 'gsm9k': unknown; choose from gsm8k"),

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from examples.finetuning.chats import questions_of, write_chats
-from examples.finetuning.run import MARKER, Failed, judge, prepare
+from examples.finetuning.run import MARKER, Failed, judge, main, prepare
 from hrm_megatron.config import ConfigError
 
 COUNTS = {"train": 300, "held_out": 40, "test": 50}
@@ -55,6 +55,15 @@ def test_nothing_of_others_is_replaced(tmp_path):
     (folder / "mine").touch()
     prepare(demo, folder)
     assert {path.name for path in folder.iterdir()} == {MARKER, "mine"}
+
+
+def test_an_impossible_number_of_old_questions_loses_nothing(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARKER).touch()
+    (tmp_path / "out" / "stores").mkdir()
+    assert main(["--output", str(tmp_path / "out"), "--old-questions", "-1"]) == 1
+    assert "error: --old-questions -1: must be at least 0" in capsys.readouterr().err
+    assert (tmp_path / "out" / "stores").is_dir()
 
 
 def test_a_rate_by_ticks_only_divides(single_rank):

@@ -51,16 +51,16 @@ DECODERS = {
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_spaces_that_a_decoder_takes_from_the_beginning_of_a_text_are_there_within_it(name):
-    """Pieces of all kinds in any order, also a special token, which has no text. One that was given is not the answer's
-    but goes before it."""
+    """Pieces of all kinds in any order, also a special token, which has no text. Those that were given are not
+    the answer's, but go before it."""
     pieces = ["\u2581a", "\u2581", "b", "##c", "d!", "<0xE4>", "<0xBD>", "<0xA0>", "\u4f60", "<s>"]
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
     tokenizer.add_special_tokens(["<s>"])
     tokenizer.decoder = DECODERS[name]
     rng = random.Random(5)
     for count in range(200):
-        tokens = [*itertools.chain(*rng.choices([[0], [1], [2], [3], [4], [5, 6, 7], [8], [9]], k=8))]
-        given = tokens[:1] if count % 2 and tokens[0] in (0, 2) else []  # with text
+        groups = rng.choices([[0], [1], [2], [3], [4], [5, 6, 7], [8], [9]], k=8)
+        tokens, given = ([*itertools.chain(*some)] for some in (groups, groups[:count % 4]))
         transcript = Transcript(frozenset({END}), len(tokens), (), tokenizer.decode)
         for token in given:
             transcript.give(token)

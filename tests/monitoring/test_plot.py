@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from hrm_megatron.config import ConfigError
 from hrm_megatron.monitoring import picture, report
 from hrm_megatron.monitoring.run_folder import RunFolder
 from hrm_megatron.monitoring.scalars import Curve, read_log
@@ -25,6 +26,14 @@ def test_there_is_a_panel_for_each_kind_of_curve(curves):
                       f"residual RMS/{TICKS[0]}"}
     two = [panel for panel in picture.panels({"a": curves, "b": curves}) if panel.group]
     assert [panel.title.rpartition(", ")[2] for panel in two] == ["a", "b"]
+
+
+def test_a_run_that_was_only_tested_has_its_panels_and_one_without_curves_is_refused(curves):
+    tested = {"lm loss test": curves["lm loss"], "exact accuracy test EMA": curves["lm loss"]}
+    assert [panel.curve for panel in picture.panels({"XL": tested})] == ["lm loss", "exact accuracy"]
+    assert picture.draw({"XL": tested}, "XL").startswith(PNG_SIGNATURE)
+    with pytest.raises(ConfigError, match="XL: no curve in the log that is drawn"):
+        picture.draw({"XL": {"grad-norm vs samples": curves["lm loss"]}}, "XL")
 
 
 def test_lines_are_the_curves(curves):

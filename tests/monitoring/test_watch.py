@@ -3,6 +3,7 @@ import io
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def test_a_frame_says_where_the_run_stands(written):
     assert [line.split("B ", 1)[1][:len(state)] == state for line, state in zip(
         saves, (WHOLE, "damaged: __0_0.distcp.note: 999 bytes long, ", WHOLE, PARTIAL), strict=False)] == [True] * 4
     assert "starts: 2; bad steps: 7, 8" in lines
+
+
+@pytest.mark.parametrize("interval, quiet_steps", [(1, 10), (50, 150)])
+def test_a_run_is_late_by_its_own_intervals(written, interval, quiet_steps):
+    """Steps take two seconds, and a log is written once in so many of them."""
+    found = RunFolder.find(written.folder)
+    run = replace(found, arguments={**found.arguments, "log_interval": str(interval)})
+    for silence, late in ((2 * quiet_steps - 1, False), (2 * quiet_steps + 1, True)):
+        console = Console(file=io.StringIO(), width=WIDTH, color_system="standard", force_terminal=True)
+        console.print(frame(run, Log(run.log), written.now + silence, WIDTH))
+        assert ("\x1b[1;31m, last line" in console.file.getvalue()) == late
 
 
 def test_a_step_that_was_run_twice_counts_once(written):

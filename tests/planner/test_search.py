@@ -2,6 +2,7 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,11 @@ def test_the_tool_answers_in_text_data_and_a_picture(monkeypatch, capsys, tmp_pa
     (("--sizes", 4, 512, 4, "--gpus", 8), "--tokens-per-step is not set"),
     (("--hrm-preset", "XL", "--gpus", 8, "--seq-length", 4000), "--seq-length 4000: does not divide the 196608"),
     (("--hrm-preset", "32B", "--gpus", 1), "32B fits no layout; give more GPUs"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--tokens", "inf"), "--tokens inf: must be at least 1, and finite"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--tokens", "nan"), "--tokens nan: must be at least 1, and finite"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--example", 0, 0), "--example 0 0: a prefix has at least 0 tokens, a resp"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--memory-gb", -3), "--memory-gb -3.0: must be above 0"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--network-gb", 0), "--network-gb 0.0: must be above 0"),
 ])
 def test_the_tool_refuses_in_one_line(monkeypatch, capsys, words, says):
     assert run_tool(monkeypatch, *words) != 0
@@ -154,10 +160,26 @@ def test_speeds_of_a_cpu_are_none_of_a_gpu(monkeypatch, capsys, tmp_path):
     assert "Times are predictions: measured there" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("device, itemsize, gpu, says", [
+    ("NVIDIA B200", 2, "a100-80gb", "was measured on a b200-180gb, and --gpu is a100-80gb"),
+    ("NVIDIA H200", 4, "h200-141gb", "was measured in fp32, and plans are for bf16"),
+])
+def test_speeds_of_another_gpu_or_number_format_are_refused(monkeypatch, capsys, tmp_path, device, itemsize, gpu, says):
+    Calibration(device, itemsize, False, Speeds(1e13, 1e13, 1e12, 1e12, 0), (), ()).write(tmp_path / "c.json")
+    assert run_tool(monkeypatch, "--hrm-preset", "B", "--gpus", 8, "--gpu", gpu, "--calibrate", tmp_path / "c.json")
+    assert says in capsys.readouterr().err
+
+
 def test_the_command_starts_the_plan():
     question = ask()
     plan = search(question)[0][0]
     line = report.command(plan, question, "B")
     assert line.startswith(f"PRESET=B TP={plan.layout.tensor} PP={plan.layout.pipeline} CP={plan.layout.context} "
-                           "launch_scripts/train_node.sh ")
-    assert f"--global-batch-size 24 --train-iters {question.steps}" in line
+                           f"DP={plan.layout.replicas} launch_scripts/train_node.sh ")
+    assert f"--global-batch-size 24 --train-iters {question.steps}" in line and "--bp-" not in line
+
+
+def test_the_command_trains_as_many_ticks_as_were_planned_for():
+    question = replace(ask(), bp=(3, 4, 0.5))
+    line = report.command(search(question)[0][0], question, "B")
+    assert "--bp-min-steps 3 --bp-max-steps 4 --bp-warmup-fraction 0.5" in line

@@ -5,6 +5,7 @@ import pytest
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.training.agreement import SAMPLE_BYTES, SAMPLES, compare, digest
+from hrm_megatron.training.error_file import RestartableError
 from tests.training.conftest import FULLBATCH
 
 
@@ -35,15 +36,16 @@ def test_a_large_file_is_sampled_from_its_first_byte_to_its_last(tmp_path, place
 
 
 def test_the_first_difference_is_named():
-    rank = dict(node="n0", code="c", data="d", checkpoint="iter_0000004")
+    rank = dict(node="n0", code="c", data="d", checkpoint="run/iter_0000004")
     compare([rank] * 4)
     with pytest.raises(ConfigError, match=r"the data of 2 of 4 ranks, the first of them 2 \(on n1\), is not that of "
                                           r"rank 0 \(on n0\): let every node read the same files"):
         compare([rank, rank, {**rank, "node": "n1", "data": "x"}, {**rank, "node": "n1", "data": "y"}])
     with pytest.raises(ConfigError, match=r"the code of 1 of 2 ranks, .* on every node"):
         compare([rank, {**rank, "code": "x"}])
-    with pytest.raises(ConfigError, match=r"the checkpoint of 1 of 2 ranks, .* start again"):
-        compare([rank, {**rank, "checkpoint": "iter_0000006"}])
+    for other in ("run/iter_0000006", "pretrained/iter_0000004"):
+        with pytest.raises(RestartableError, match=r"the checkpoint of 1 of 2 ranks, .* start again"):
+            compare([rank, {**rank, "checkpoint": other}])
 
 
 OTHER_DATA = """

@@ -163,7 +163,7 @@ def test_what_an_hrm_is_anyway_may_be_said(words):
     (["--loss-scale", 128], "--loss-scale 128.0: has no effect without --fp16"),
     (["--profile", "--use-pytorch-profiler"], "--use-pytorch-profiler: has no effect without --tensorboard-dir"),
     (["--async-save"], "--async-save: has no effect without --use-persistent-ckpt-worker"),
-    (["--async-save", "--use-persistent-ckpt-worker"],
+    (["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "nvrx"],
      "--async-strategy nvrx needs the Python package nvidia-resiliency-ext"),
     (["--enable-ft-package"], "needs the Python package nvidia_resiliency_ext, which is not installed"),
     (["--wandb-project", "x"], "--wandb-project x: needs the Python package wandb, which is not installed; install it"),

@@ -123,7 +123,7 @@ rank = os.fork()
 if not rank:
     os.dup2(pipe, 1)  # which every process inherits, however it is started
     os.closerange(said, pipe + 1)
-    end_helpers_with_their_rank()
+    end_helpers_with_their_rank(in_background=False)
     os.write(1, str(filesystem_async.get_write_results_queue()._manager._process.pid).encode())
     os.kill(os.getpid(), signal.SIGKILL)
 os.close(pipe)
@@ -158,3 +158,13 @@ def test_the_save_with_which_a_rank_ends_finds_its_helper(launch, mode):
     before the helper can answer."""
     run = launch(prelude=TOLD_TO_STOP.format(mode=mode), timeout_seconds=60)
     assert run.code == 0 and "helper still gives a save" in run.output, run.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_the_writer_in_the_background_outlives_a_signal_and_not_its_rank(tmp_path):
+    """Megatron's own process and the server that forks it, as on a GPU; a rank that waits for it does not end."""
+    rank = subprocess.run([sys.executable, "-m", "tests.training.background_writer", tmp_path], cwd=ROOT,
+                          capture_output=True, text=True, start_new_session=True, timeout=250)
+    assert rank.returncode == 3, rank.stdout + rank.stderr[-3000:]
+    assert rank.stdout.split() == ["first", "SIGTERM", "second", "fails"], rank.stdout
+    assert {"first", "second"} <= {path.name for path in tmp_path.iterdir()}

@@ -104,20 +104,20 @@ def test_a_spike_is_only_named_where_nothing_else_is_asked(launch, fullbatch_arg
         assert f"step {step}: loss" in named and f"of {step - 13} steps before" in named
 
 
+SAME = dict(data_path=["a"], train_data_path=None, sampled_data_path=None, sampling_rules=None, loss_on_prefix=False,
+            on_loss_spike="warn")
+
+
 @pytest.mark.parametrize("flags, taken", [
     (dict(), True), (dict(on_loss_spike="rollback"), True), (dict(on_loss_spike="ignore"), False),
-    (dict(data_path=["b"]), False), (dict(sampled_data_path="b"), False)])
-def test_losses_before_are_taken_where_rows_are_the_same(flags, taken):
-    same = dict(data_path=["a"], train_data_path=None, sampled_data_path=None, on_loss_spike="warn")
-    stored = argparse.Namespace(**same, losses_before=[2.0, 3.0])
-    for changed in (False, True):
-        args = argparse.Namespace(**same | flags)
-        take_losses(args, stored, changed)
-        assert args.losses_before == ([2.0, 3.0] if taken and not changed else [])
+    (dict(data_path=["b"]), False), (dict(sampled_data_path="b"), False), (dict(loss_on_prefix=True), False)])
+def test_losses_before_are_taken_where_data_are_the_same(flags, taken):
+    args = argparse.Namespace(**SAME | flags)
+    take_losses(args, argparse.Namespace(**SAME, losses_before=[2.0, 3.0]))
+    assert args.losses_before == ([2.0, 3.0] if taken else [])
 
 
 def test_a_checkpoint_of_before_has_no_losses():
-    same = dict(data_path=["a"], train_data_path=None, on_loss_spike="warn")  # nor does it know every flag
-    args = argparse.Namespace(**same, sampled_data_path=None)
-    take_losses(args, argparse.Namespace(**same), changed=False)
+    args = argparse.Namespace(**SAME)
+    take_losses(args, argparse.Namespace(data_path=["a"]))  # nor does it know every flag
     assert args.losses_before == []

@@ -42,7 +42,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(launch, fullbatch_argume
     assert tensors_that_differ(ends[0], stopped / "iter_0000012")  # it has trained
 
 
-IN_BACKGROUND = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+IN_BACKGROUND = ["--async-save", "--use-persistent-ckpt-worker"]
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
