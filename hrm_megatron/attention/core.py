@@ -131,9 +131,9 @@ class VarlenAttention(PrefixLMAttention):
 class TransformerEngineAttention(VarlenAttention):
     """Transformer Engine's kernels, called twice for all rows."""
 
-    # Transformer Engine selects a backend, and cuDNN before 9.6 builds a plan, for each number of sequences and each
-    # longest length that it meets; of later ones token counts are rounded instead (DotProductAttention.forward, the
-    # note on max_seqlen). Empty sequences at the end and generous bounds change nothing else.
+    # cuDNN before 9.6 builds a plan for each number of sequences and each longest length that it meets; for later ones
+    # token counts are rounded instead (DotProductAttention.forward, the note on max_seqlen). Empty sequences at the end
+    # and generous bounds change nothing else.
     bucketed = True
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:

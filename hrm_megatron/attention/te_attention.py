@@ -1,6 +1,10 @@
 """Transformer Engine's DotProductAttention as a variable-length primitive. Needs Transformer Engine to be built."""
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,11 +44,25 @@ class TransformerEngineVarlen:
         if config.attention_backend != AttnBackend.unfused:
             for module in self.modules.values():
                 module.unfused_attention = NoFusedKernel()
+        self.region = _without_fp8() if config.fp8 else contextlib.nullcontext
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: VarlenCall,
                  scale: float | None) -> torch.Tensor:
         """Run one call; the modules know the scale."""
-        out: torch.Tensor = self.modules[call.causal](
-            q, k, v, cu_seqlens_q=call.cu_queries, cu_seqlens_kv=call.cu_keys, max_seqlen_q=call.max_queries,
-            max_seqlen_kv=call.max_keys)
+        with self.region():
+            out: torch.Tensor = self.modules[call.causal](
+                q, k, v, cu_seqlens_q=call.cu_queries, cu_seqlens_kv=call.cu_keys, max_seqlen_q=call.max_queries,
+                max_seqlen_kv=call.max_keys)
         return out.view(q.shape)
+
+
+def _without_fp8() -> Callable[[], AbstractContextManager[None]]:
+    """Return a region of bf16, in which attention computes anyway.
+
+    In one of FP8 its modules would take part, when first called, in the exchange of delayed scaling's maxima; and a
+    rank whose examples need one of the two calls alone would exchange fewer than the others, or in another order.
+    """
+    from transformer_engine import pytorch
+
+    autocast = getattr(pytorch, "autocast", None) or pytorch.fp8_autocast  # as older versions call it
+    return functools.partial(autocast, enabled=False)

@@ -66,7 +66,8 @@ def activation_bytes(architecture: Architecture, positions: int, bp_steps: int, 
 @dataclass(frozen=True)
 class Saving:
     """What a step keeps: gradient ticks, what is recomputed, bytes of a number, labels per position (at most 1),
-    what FSDP shards beside the optimizer's state, and the adapters that train alone."""
+    what FSDP shards beside the optimizer's state, the adapters that train alone, and whether layers keep their weights
+    in FP8 too (a byte for a weight and, before Blackwell, one for its transpose)."""
 
     bp_steps: int = 5
     recompute_ticks: int = 0
@@ -76,6 +77,7 @@ class Saving:
     on_cpu: bool = False
     sharded: tuple[str, ...] = ()
     lora: LoRA | None = None
+    fp8_copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ def _stage(architecture: Architecture, layout: Layout, layers: Sequence[int], st
     each = weight_bytes(saving.itemsize, layout.replicas * layout.context, saving.sharded)
     parts = {"weights": weights * each.weights, "gradients": trained * each.gradients,
              "masters": trained * each.masters, "moments": trained * each.moments, "EMA": trained * each.ema}
+    if saving.fp8_copies:
+        of_layers = len(architecture.kind.stacks) * layers[stage] * architecture.layer_parameters / layout.tensor
+        parts["FP8 weights"] = 2 * of_layers
     # Bytes of a state [s, b, h] on a rank.
     positions = layout.micro_batch_size * layout.row_tokens
     state = positions / layout.cuts * architecture.hidden_size * saving.itemsize

@@ -186,13 +186,11 @@ def _memory(question: Question, layout: Layout, layers: list[int], saving: Savin
     """The most that any number of gradient ticks of the run needs, and the schedule with the most of them."""
     found = []
     for bp_steps in sorted({question.bp[0], question.bp[1]}):
-        one = replace(saving, bp_steps=bp_steps, recompute_ticks=min(saving.recompute_ticks, bp_steps))
+        one = replace(saving, bp_steps=bp_steps, recompute_ticks=min(saving.recompute_ticks, bp_steps),
+                      fp8_copies=precision == "fp8")
         plan = _pipeline(question, layout, bp_steps)
         found.append(fullest(question.architecture, layout, layers, one, plan))
-    memory = max(found, key=lambda memory: memory.total)
-    if precision == "fp8":  # a byte for a weight and one for its transpose
-        memory.parts["FP8 weights"] = memory.parts["weights"] / BF16 * 2
-    return memory, plan
+    return max(found, key=lambda memory: memory.total), plan
 
 
 def _pipeline(question: Question, layout: Layout, bp_steps: int) -> PipelinePlan | None:

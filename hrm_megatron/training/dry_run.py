@@ -102,7 +102,9 @@ def first_rank_of(args: argparse.Namespace, stage: int) -> int:
 def saving_of(args: argparse.Namespace) -> Saving:
     """Read off the arguments what a step keeps, with a label at every position."""
     return Saving(args.bp_max_steps, args.recompute_ticks, args.recompute_gated_act, args.params_dtype.itemsize,
-                  sharded=sharded_by_fsdp(args), lora=lora_of(args))
+                  sharded=sharded_by_fsdp(args), lora=lora_of(args),
+                  # FSDP2's layers keep none, and parameters of FP8 are the weights themselves
+                  fp8_copies=bool(args.fp8) and not (args.use_torch_fsdp2 or args.fp8_param_gather))
 
 
 def predicted_memory(args: argparse.Namespace) -> list[Memory]:

@@ -80,6 +80,9 @@ def test_little_memory_recomputes_and_too_little_is_refused():
 def test_fp8_is_faster_and_has_its_own_divisions():
     bf16, fp8 = (search(ask(precisions=(kind,)))[0][0] for kind in ("bf16", "fp8"))
     assert fp8.seconds < bf16.seconds and "FP8" in fp8.name and not fp8.saving.gated_act
+    layers = 2 * fp8.layers[fp8.memory.stage]
+    assert fp8.memory.parts["FP8 weights"] == 2 * layers * ask().architecture.layer_parameters / fp8.layout.tensor
+    assert "FP8 weights" not in bf16.memory.parts
     odd = Architecture(6, 520, 4, 1536, 4096)
     plans, rejected = search(ask(architecture=odd, precisions=("fp8",)))
     assert not plans and any("520 hidden channels on a rank are no multiple of 16" in one.reason for one in rejected)

@@ -33,9 +33,13 @@ stub.install((major, minor))
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: E402
+from transformer_engine.common.recipe import DelayedScaling  # noqa: E402
+from transformer_engine.pytorch import DotProductAttention, autocast  # noqa: E402
 from transformer_engine.pytorch.constants import FP8FwdTensorIdx  # noqa: E402
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noqa: E402
 
+from hrm_megatron.attention.te_attention import TransformerEngineVarlen  # noqa: E402
+from hrm_megatron.attention.varlen import VarlenCall  # noqa: E402
 from hrm_megatron.config import PRESETS, Architecture  # noqa: E402
 from hrm_megatron.layers import te_linear  # noqa: E402
 from hrm_megatron.model import hrm  # noqa: E402
@@ -225,6 +229,31 @@ def delayed() -> dict[str, Any]:
             part.set_is_first_microbatch()
         found["scores after"] = float((model(batch=batch)[0] - again(batch=batch)[0]).abs().max())
     found["scale"] = scales["scaling_fwd.scale"].tolist()
+    return found
+
+
+def attention() -> dict[str, Any]:
+    """What attention's modules add to the exchange of maxima by each kind of call, in a region of FP8 and out of it;
+    and whether the region goes on behind them."""
+    def forward(self: Any, q: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        self.prepare_forward(q, num_gemms=3, allow_non_contiguous=True)
+        self.end_forward()
+        return q
+
+    config, found = hrm_config(ARCHITECTURE, **FP8), {}
+    q, bounds = torch.zeros(8, 4, 16, dtype=torch.bfloat16), torch.tensor([0, 8], dtype=torch.int32)
+    for name, region in (("as it is", None), ("in the region", contextlib.nullcontext)):
+        FP8GlobalStateManager.reset()
+        varlen = TransformerEngineVarlen(config)
+        varlen.region = region or varlen.region
+        with mock.patch.object(DotProductAttention, "forward", forward), torch.no_grad(), autocast(
+                enabled=True, recipe=DelayedScaling()):
+            sizes = []
+            for causal in (True, False):
+                varlen(q, q, q, VarlenCall(None, None, bounds, bounds, 8, 8, causal), None)
+                buffers = FP8GlobalStateManager.quantization_state.global_amax_buffer.values()
+                sizes.append(sum(tensor.numel() for buffer in buffers for tensor in buffer))
+            found[name] = [*sizes, FP8GlobalStateManager.is_fp8_enabled()]
     return found
 
 

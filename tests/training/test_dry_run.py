@@ -22,7 +22,7 @@ from hrm_megatron.model_types import HRM, MODEL_TYPES  # noqa: E402
 from hrm_megatron.parallel.patching import temporarily  # noqa: E402
 from hrm_megatron.planner.layout import Layout, check, stage_parameters  # noqa: E402
 from hrm_megatron.training.arguments import complete, parse_arguments  # noqa: E402
-from hrm_megatron.training.dry_run import build, describe_dry_run, first_rank_of  # noqa: E402
+from hrm_megatron.training.dry_run import build, describe_dry_run, first_rank_of, saving_of  # noqa: E402
 from hrm_megatron.training.layout import layers_of_stages  # noqa: E402
 from hrm_megatron.training.own_flags import checked  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
@@ -110,6 +110,15 @@ def test_all_is_told_and_nothing_is_written(monkeypatch, tmp_path):
     table = {line.split()[0]: line.split("[")[1].split("]")[0] for line in lines[where + 1:]}
     assert table["output_layer.weight"] == "256, 48" and "embedding.word_embeddings.weight" not in table
     assert not [*tmp_path.iterdir()] and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("flags, kept", [
+    (dict(), True), (dict(fp8=None), False), (dict(use_torch_fsdp2=True), False), (dict(fp8_param_gather=True), False)])
+def test_weights_are_kept_in_fp8_too_where_layers_do_so(flags, kept):
+    args = argparse.Namespace(**dict(bp_max_steps=5, recompute_ticks=0, recompute_gated_act=False, lora_rank=None,
+                                     params_dtype=torch.bfloat16, use_torch_fsdp2=False, use_megatron_fsdp=False,
+                                     fp8="hybrid", fp8_param_gather=False) | flags)
+    assert saving_of(args).fp8_copies == kept
 
 
 @pytest.mark.parametrize("name", PRESETS)
