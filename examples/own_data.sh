@@ -90,4 +90,5 @@ run "$PYTHON" "$root/tools/convert_checkpoint.py" --load "$OUT/checkpoints" --lo
     --save "$OUT/hf" --save-format hf --tokenizer-model "$OUT/tokenizer" --overwrite
 
 echo "The model is in $OUT/hf. Ask it something:"
-echo "  $PYTHON $root/tools/generate.py --load $OUT/checkpoints --tokenizer-model $OUT/tokenizer --prompt '...'"
+printf '  %q %q --load %q --tokenizer-model %q --prompt "..."\n' "$PYTHON" "$root/tools/generate.py" "$OUT/checkpoints" \
+    "$OUT/tokenizer"

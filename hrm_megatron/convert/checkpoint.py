@@ -60,6 +60,7 @@ class Checkpoint:
     read: Callable[[str, Rename], torch.Tensor]
     token_ids: Mapping[str, TokenIds] = field(default_factory=dict)
     remark: str = ""  # what could not be verified of it, as the rest of a sentence
+    vocabulary: str | None = None  # hash of its tokens (data/tokenizer.py), where training was given them
     merged: bool = False  # weights are read with adapters merged into them, which have the state that is stored
 
     def part_of(self, kind: str, entry: Rename) -> torch.Tensor:

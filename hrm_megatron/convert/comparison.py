@@ -107,9 +107,7 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    quantization = Quantization.of_config(read_json(loaded.folder / CONFIG_FILE))
-    # compressed-tensors makes bfloat16 of 4-bit floats, whatever else the model is in, when it is first called.
-    in_bfloat16 = quantization is not None and quantization.linear.is_float
+    in_bfloat16 = computes_in_bfloat16(loaded.folder)
     model, info = HrmTextForCausalLM.from_pretrained(
         loaded.folder, dtype=torch.bfloat16 if in_bfloat16 else torch.float32, output_loading_info=True)
     if lost := [name for names in info.values() for name in names]:
@@ -124,6 +122,13 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
         types = torch.tensor([[1] * len(prefix) + [0] * (len(target) - 1)])
         logits.append(model.eval()(tokens, **({"token_type_ids": types} if model.config.prefix_lm else {})).logits[0])
     return torch.cat(logits)
+
+
+def computes_in_bfloat16(folder: Path) -> bool:
+    """Tell whether transformers has weights of this folder in bfloat16 alone: compressed-tensors makes that of 4-bit
+    floats, whatever else the model is in, when it is first called."""
+    quantization = Quantization.of_config(read_json(folder / CONFIG_FILE))
+    return quantization is not None and quantization.linear.is_float
 
 
 def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:

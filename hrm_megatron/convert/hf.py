@@ -18,7 +18,7 @@ from hrm_megatron.convert import prefix_generate
 from hrm_megatron.convert.card import CARD_FILE, NO_SECTIONS, Sections, model_card
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, TokenIds, Training
 from hrm_megatron.convert.hf_files import FLOATS, INDEX_FILE, LOW_BIT, HFFiles, read_json
-from hrm_megatron.convert.hf_tokenizer import ExportTokenizer
+from hrm_megatron.convert.hf_tokenizer import ExportTokenizer, check_vocabulary
 from hrm_megatron.convert.ledger import Ledger
 from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization, Quantized
 from hrm_megatron.convert.safetensors_file import write_safetensors
@@ -125,6 +125,8 @@ def token_ids_of(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict
     """Return the ids of the tokens that transformers asks for by role, all of them rows of the model."""
     architecture = checkpoint.architecture
     # A vocabulary of as many tokens as there are rows may be one that was padded.
+    if beside:
+        check_vocabulary(beside.text, checkpoint)
     rows_alone = architecture.vocab_size == architecture.padded_vocab_size
     if beside and architecture.vocab_size != (
             padded_vocab_size(beside.text.vocab_size) if rows_alone else beside.text.vocab_size):

@@ -10,7 +10,15 @@ from tokenizers import Tokenizer, processors
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.chat_template import chat_template
+from hrm_megatron.convert.checkpoint import Checkpoint
 from hrm_megatron.data.tokenizer import CONFIG_FILE, PAD_TOKENS, TextTokenizer, tokenizer_files
+
+
+def check_vocabulary(tokenizer: TextTokenizer, checkpoint: Checkpoint) -> None:
+    """Refuse a tokenizer whose tokens are not those that a checkpoint says it was trained with."""
+    if checkpoint.vocabulary not in (None, tokenizer.vocabulary):
+        raise ConfigError(f"{tokenizer.path}: has other tokens than the tokenizer that {checkpoint.path} was trained "
+                          "with; give that one as --tokenizer-model")
 
 
 @dataclass(frozen=True)

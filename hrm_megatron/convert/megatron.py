@@ -35,6 +35,7 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
         training, iteration = _training_of(common["args"], common), int(common["iteration"])
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise not_of_an_hrm(path, error) from error
+    vocabulary = getattr(common["args"], "vocabulary", None)
     entries, lora = table(architecture), lora_of(common["args"])
     adapters = Adapters(lora) if lora else None
     factors = [*adapters.factors(entries)] if adapters else []
@@ -55,9 +56,9 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
 
     if adapters:
         return Checkpoint(path, architecture, training, iteration, 0, frozenset({RAW} | parts & {EMA}),
-                          partial(adapters.merged, read), remark=remark, merged=True)
+                          partial(adapters.merged, read), remark=remark, vocabulary=vocabulary, merged=True)
     return Checkpoint(path, architecture, training, iteration, embedding_updates, frozenset({RAW} | parts), read,
-                      remark=remark)
+                      remark=remark, vocabulary=vocabulary)
 
 
 def _training_of(args: argparse.Namespace, common: dict[str, Any]) -> Training:

@@ -16,7 +16,7 @@ from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.card import Sections
 from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint
-from hrm_megatron.convert.comparison import Loaded, compare
+from hrm_megatron.convert.comparison import Loaded, compare, computes_in_bfloat16
 from hrm_megatron.convert.gguf_file import BYTES_OF_WEIGHT, GGUF_FILE, Q8_0, check_gguf, library, read_back, write_gguf
 from hrm_megatron.convert.gguf_names import NESTED
 from hrm_megatron.convert.hf import CONFIG_FILE, MAX_SHARD_SIZE, read_hf, write_hf
@@ -161,7 +161,9 @@ def _compare(job: Conversion, original: Checkpoint, checkpoint: Checkpoint, kind
     if ledger.not_finite:
         return f"{skipped}, which are NaN"
     kind = kind if job.save_format in WEIGHTS_ALONE else RAW
-    source = Loaded(job.load, job.load_format, None if job.load_format == "hf" else original, kind, job.dtype)
+    loads_itself = job.load_format == "hf" and not computes_in_bfloat16(job.load)
+    source = Loaded(job.load, job.load_format if loads_itself else "read", None if loads_itself else original, kind,
+                    job.dtype)
     target = Loaded(folder, "gguf", read_back(folder, checkpoint)) if job.save_format == "gguf" else \
         Loaded(folder, job.save_format, dtype=job.dtype)
     return compare(source, target, checkpoint.architecture, checkpoint.training.seq_length)

@@ -9,6 +9,7 @@ import numpy as np
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.indexed_examples import IndexedExamples
+from hrm_megatron.data.kept_examples import kept_count, kept_files
 from hrm_megatron.data.mixture import Mixture, Selection
 from hrm_megatron.data.plan import RowPlan
 from hrm_megatron.data.run_report import Report
@@ -85,6 +86,7 @@ class DatasetReport:
     run: Report | None
     fill: Fill | None
     epochs: int
+    kept: int | None = None  # of the examples, where duplicates were left out
 
 
 def report_on(store: IndexedExamples, row_tokens: int | None = None, run: Report | None = None,
@@ -102,7 +104,7 @@ def report_on(store: IndexedExamples, row_tokens: int | None = None, run: Report
         raise ConfigError("--sampling-rules: say over how many epochs with --epochs")
     return DatasetReport(store.prefix, len(store), int(store.metadata["tokens"]), Lengths.of(prefixes),
                          Lengths.of(responses), lines, run, _fill(store, row_tokens, seed) if row_tokens else None,
-                         epochs)
+                         epochs, kept_count(store))
 
 
 def _source_lines(store: IndexedExamples, responses: np.ndarray, prefixes: np.ndarray) -> list[SourceLine]:
@@ -148,6 +150,9 @@ def markdown(report: DatasetReport, picture: Path | None = None) -> str:
              f"{report.examples:,} examples, {report.tokens:,} tokens"
              + (f", {report.run.truncated:,} responses truncated, {report.run.skipped.total():,} rows skipped"
                 if report.run else ""), ""]
+    if report.kept is not None:
+        lines += [f"{report.kept:,} of these examples are trained on, the others are duplicates of some "
+                  f"({kept_files(report.prefix)[1].name}); lengths and shares below are of all.", ""]
     if picture:
         lines += [f"![lengths, sources and what was left out]({picture.name})", ""]
     lines += ["| tokens | mean | " + " | ".join(f"{share:.0%}" for share in QUANTILES) + " | longest |",

@@ -1,6 +1,7 @@
 """Text to ids: the byte-level BPE of HRM-Text, its special tokens, and how a prefix and a response are spelled."""
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -224,6 +225,11 @@ class TextTokenizer:
 
     def encode_response(self, response: str) -> list[int]:
         return self.encode_responses([response])[0]
+
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """Hash all tokens and their ids: exports may differ from the trained tokenizer in settings, not in these."""
+        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; special tokens have none."""

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from hrm_megatron.checkpoint.folders import find_iteration
+from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint
 from hrm_megatron.convert.hf import CONFIG_FILE as HF_CONFIG_FILE
 from hrm_megatron.convert.hf import read_hf
+from hrm_megatron.convert.hf_tokenizer import check_vocabulary
 from hrm_megatron.convert.ledger import EXPORT_FILE
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
@@ -55,6 +57,11 @@ def opened(load: Path, step: int | None = None, verify: bool = True) -> Iterator
 
     In the block, damage that is found while tensors are read names the newest iteration that is whole.
     """
+    formats = [name for name, file in (("transformers", HF_CONFIG_FILE), ("HRM-Text", NATIVE_CONFIG_FILE),
+                                       ("Megatron", TRACKER_FILE)) if (load / file).exists()]
+    if len(formats) > 1:
+        raise ConfigError(f"--load {load}: holds models of {' and '.join(formats)}; give an iteration in it, or move "
+                          "one of them to a folder of its own")
     if (load / HF_CONFIG_FILE).exists():
         if step is not None:
             raise ConfigError(f"--ckpt-step {step}: a transformers folder has no steps; leave the flag out")
@@ -118,8 +125,9 @@ def check_tokenizer(tokenizer: TextTokenizer, checkpoint: Checkpoint) -> None:
     if tokenizer.vocab_size > a.vocab_size or (tokenizer.vocab_size < a.vocab_size and not rows_only):
         raise ConfigError(f"{tokenizer.path}: {tokenizer.vocab_size} entries, the checkpoint has {a.vocab_size}; give "
                           "the tokenizer of its training data")
+    check_vocabulary(tokenizer, checkpoint)
     beside = checkpoint.path / TOKENIZER_FILE
-    if beside.exists() and vocabulary(TextTokenizer(checkpoint.path)) != vocabulary(tokenizer):
+    if beside.exists() and TextTokenizer(checkpoint.path).vocabulary != tokenizer.vocabulary:
         raise ConfigError(f"{tokenizer.path}: is another tokenizer than {beside}, the model's own; give that one, or "
                           "leave --tokenizer-model out")
 
@@ -127,9 +135,3 @@ def check_tokenizer(tokenizer: TextTokenizer, checkpoint: Checkpoint) -> None:
 def _knows_its_tokens(checkpoint: Checkpoint) -> bool:
     """Say whether the format keeps the tokenizer's size beside the rows of the embedding: Megatron's alone."""
     return not (checkpoint.path / HF_CONFIG_FILE).exists() and not (checkpoint.path / NATIVE_CONFIG_FILE).exists()
-
-
-def vocabulary(tokenizer: TextTokenizer) -> dict[str, int]:
-    """All tokens and their ids: exports may differ from the trained tokenizer in settings, not in these."""
-    found: dict[str, int] = tokenizer.tokenizer.get_vocab()
-    return found

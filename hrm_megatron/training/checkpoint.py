@@ -6,6 +6,8 @@ import errno
 import functools
 import logging
 import os
+import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from hrm_megatron.checkpoint.folders import (
     COMPLETE_FILES,
     complete_iterations,
     find_iteration,
+    is_complete,
     last_saved_first,
     listed,
     read_run,
@@ -41,7 +44,14 @@ from hrm_megatron.training.finetune import choose_source, go_on
 from hrm_megatron.training.lora import check_adapters, lora_of, saved_bytes
 from hrm_megatron.training.loss_spikes import take_losses
 from hrm_megatron.training.restarts import end_helpers_with_their_rank
-from hrm_megatron.training.resume import changes, check_model, check_plan, nothing_left, settle_schedule
+from hrm_megatron.training.resume import (
+    changes,
+    check_model,
+    check_plan,
+    check_vocabulary,
+    nothing_left,
+    settle_schedule,
+)
 from hrm_megatron.training.verification import check_verification_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
 
@@ -74,17 +84,25 @@ def starting_point(args: argparse.Namespace) -> Path | None:
                 log.info(f"checkpoint: {error}; going on from {complete[0]}, the latest that is complete")
                 write_aside(tracker, str(int(complete[0].removeprefix("iter_"))))
                 return find_iteration(load)
+        if form := _foreign_format(Path(load)):
+            converted = f"{Path(load)}_megatron"
+            command = shlex.join(["python", "tools/convert_checkpoint.py", "--load", load, "--load-format", form,
+                                  "--save", converted, "--save-format", "megatron"])
+            raise ConfigError(f"{flag} {load}: a folder of the format {form}; convert it once, by `{command}`, and "
+                              f"give {converted}")
+        if re.fullmatch(r"iter_\d{7,}", Path(load).name) and is_complete(Path(load)):
+            raise ConfigError(f"{flag} {load}: is one iteration; give {flag} {Path(load).parent} --ckpt-step "
+                              f"{iteration_of(Path(load).name)}")
         begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
         if not begins_here or args.exit_on_missing_checkpoint:
-            for file, form in FOREIGN_FORMATS.items():
-                if (Path(load) / file).is_file():
-                    converted = f"{Path(load)}_megatron"
-                    raise ConfigError(f"{flag} {load}: a folder of the format {form}; convert it once, by `python "
-                                      f"tools/convert_checkpoint.py --load {load} --load-format {form} --save "
-                                      f"{converted} --save-format megatron`, and give {converted}")
             raise ConfigError(f"{flag} {load}: no checkpoint there; correct the path, or leave the flag out to begin "
                               "with new weights")
     return None
+
+
+def _foreign_format(folder: Path) -> str | None:
+    """Name the format of an export in this folder."""
+    return next((form for file, form in FOREIGN_FORMATS.items() if (folder / file).is_file()), None)
 
 
 def check_checkpoint(args: argparse.Namespace) -> tuple[Path | None, bool]:
@@ -98,6 +116,9 @@ def check_checkpoint(args: argparse.Namespace) -> tuple[Path | None, bool]:
     if args.save and args.save != args.load and (found := complete_iterations(Path(args.save))):
         raise ConfigError(f"--save {args.save}: holds {found[-1]} of another run; give --load {args.save} to go on "
                           "with that, or another --save")
+    if args.save and (form := _foreign_format(Path(args.save))) and not complete_iterations(Path(args.save)):
+        raise ConfigError(f"--save {args.save}: holds a model of the format {form}, for which other tools would take "
+                          "the folder; choose another")
     folder = starting_point(args)
     if folder is None and args.skip_train:
         raise ConfigError("--skip-train: no checkpoint to evaluate; give one with --load")
@@ -129,6 +150,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
                              "convert_checkpoint.py --load-format megatron --save-format megatron"))
     common, theirs = read_run(stored)
     check_model(folder, theirs, ours)
+    check_vocabulary(folder, common["args"], args)
     check_adapters(folder, lora_of(common["args"]), lora_of(args), args.skip_train or starts_new(args, folder))
     if args.skip_train:
         return True

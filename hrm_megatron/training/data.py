@@ -87,7 +87,9 @@ def open_sources(args: argparse.Namespace) -> Sources:
     if args.sampling_rules and train and train.weights:
         raise ConfigError(f"--sampling-rules: is incompatible with the weights of {train.flag}: leave them out, and "
                           "let max_per_file and repeat decide")
-    fingerprint = TextTokenizer(args.tokenizer_model).fingerprint if args.tokenizer_model else None
+    tokenizer = TextTokenizer(args.tokenizer_model) if args.tokenizer_model else None
+    fingerprint = tokenizer and tokenizer.fingerprint
+    args.vocabulary = tokenizer and tokenizer.vocabulary  # for the checkpoints
     stores: dict[str, IndexedExamples] = {}
     given = [blend for blend in (train, blends["valid"], blends["test"]) if blend]
     for path in [path for blend in given for path in blend.paths]:

@@ -46,6 +46,18 @@ def check_model(folder: Path, theirs: Architecture, ours: Architecture) -> None:
                               "from there), or give another --load")
 
 
+def check_vocabulary(folder: Path, theirs: argparse.Namespace, ours: argparse.Namespace) -> None:
+    """Refuse data of another tokenizer, whose ids mean other rows of the embedding; as far as a checkpoint knows them:
+    other formats tell rows only."""
+    of_rows = any(args.vocab_size == args.padded_vocab_size for args in (theirs, ours))
+    have, want = (getattr(args, "vocabulary", None) for args in (theirs, ours))
+    if (theirs.vocab_size != ours.vocab_size and not of_rows) or (have and want and have != want):
+        other = "others" if theirs.vocab_size == ours.vocab_size else str(ours.vocab_size)
+        raise ConfigError(f"{folder}: was trained with the {theirs.vocab_size} tokens of its tokenizer, and the data "
+                          f"are of one with {other}; preprocess them with its own")
+    ours.vocabulary = want or have
+
+
 def check_plan(folder: Path, theirs: argparse.Namespace, ours: argparse.Namespace) -> None:
     """Refuse to go on in the middle of an order of rows that this version does not plan any more."""
     have = getattr(theirs, "plan_version", FIRST_PLAN_VERSION)
@@ -68,9 +80,10 @@ def nothing_left(iteration: int, train_iters: int) -> str | None:
 def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
     """Say in one line which rows or averages are others than in the run that wrote the checkpoint."""
     def value(args: argparse.Namespace, name: str) -> object:
-        if name in ("data_path", "train_data_path"):  # one dataset may have moved; of several the weights count
+        if name in ("data_path", "train_data_path"):
             paths = getattr(args, name, None) or []
-            return " ".join(paths) if len(paths) > 1 else None
+            both = getattr(theirs, name, None) and getattr(ours, name, None)
+            return " ".join(paths) if both or len(paths) > 1 else None
         if name != "split":
             return getattr(args, name, None) or None  # a checkpoint of an older version does not know every flag
         # Of the examples of --data-path; Megatron's default has blanks in it.

@@ -12,6 +12,7 @@ from hrm_megatron.data.deduplicate import deduplicate
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.kept_examples import kept_mask
 from hrm_megatron.data.mixture import Mixture, Selection
+from hrm_megatron.data.report import markdown, report_on
 from tests.stores import files_of, write_single
 
 
@@ -57,6 +58,8 @@ def test_the_first_of_equal_rows_is_kept_and_nothing_else_changes(made, tmp_path
                for start, stop in ((0, 1), (149, 151), (150, 300), (0, 300), (151, 299)))
     assert np.flatnonzero(kept_mask(store)).tolist() == first
     assert f"{300 - len(first)} of 300 examples are duplicates" in said.out
+    line = f"\n{len(first)} of these examples are trained on, the others are duplicates of some (x.kept.json)"
+    assert line in markdown(report_on(store))
     facts = json.loads((tmp_path / "x.kept.json").read_text())
     assert (facts["examples"], facts["duplicates"]) == (300, 300 - len(first))
     loaded = Mixture([store], 64, Selection(seed=1)).epoch(0)

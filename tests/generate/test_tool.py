@@ -1,7 +1,9 @@
 """tools/generate.py as a user calls it: answers on stdout, one line on stderr for everything that is wrong."""
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -314,6 +316,23 @@ def test_another_tokenizer_of_the_same_size_is_refused_beside_an_export(tool, ex
     (tmp_path / "tokenizer.json").write_text(json.dumps(swapped))
     status, out, err = tool(load=exported, tokenizer=tmp_path)
     assert (status, out) == (1, "") and "is another tokenizer than" in err
+
+
+def test_another_tokenizer_than_the_checkpoint_was_trained_with_is_refused(checkpoints):
+    from hrm_megatron.data.tokenizer import TextTokenizer
+    from hrm_megatron.generate.load import check_tokenizer, open_checkpoint
+
+    checkpoint, tokenizer = open_checkpoint(checkpoints), TextTokenizer(TOKENIZER)
+    check_tokenizer(tokenizer, replace(checkpoint, vocabulary=tokenizer.vocabulary))
+    with pytest.raises(ConfigError, match="has other tokens than the tokenizer that .* was trained with"):
+        check_tokenizer(tokenizer, replace(checkpoint, vocabulary="another"))
+
+
+def test_a_folder_of_two_formats_is_refused(tool, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "both")
+    (tmp_path / "both" / "latest_checkpointed_iteration.txt").write_text("2")
+    status, out, err = tool(load=tmp_path / "both")
+    assert (status, out) == (1, "") and "holds models of transformers and Megatron; give an iteration in it" in err
 
 
 def test_a_folder_of_gguf_is_refused_as_what_it_is(tool, tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.hf import read_hf, write_hf
 from hrm_megatron.convert.low_bit import Scheme
 from hrm_megatron.convert.quantization import Quantization
+from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.convert.table import table
 from hrm_megatron.generate.load import opened
 from hrm_megatron.generate.weights import take_weights
@@ -77,6 +79,15 @@ def test_generation_takes_what_the_codes_stand_for(quantized, weights, architect
     expected = round_plainly(weights[HEAD], Scheme("mxfp4", 32)).dequantized()
     assert torch.equal(found.head.dense.t(), expected[:architecture.vocab_size])
     assert torch.equal(found.embedding, weights["model.embed_tokens.weight"].bfloat16().float())
+
+
+@pytest.mark.parametrize("save_format", ["megatron", "hf"])
+def test_codes_that_transformers_computes_in_bfloat16_are_converted_as_what_they_stand_for(quantized, tmp_path,
+                                                                                          single_rank, save_format):
+    folder = quantized("--method", "rtn", "--no-verify", "--scheme", "mxfp4")
+    said = convert(Conversion(folder, "hf", tmp_path / "converted", save_format, verify=True))
+    difference = float(re.search("within (.*) of their norm", said)[1])
+    assert difference < 1e-5  # of fp32 sums of 64 over 8 ticks; bfloat16 has 4e-3
 
 
 @needs_the_extra

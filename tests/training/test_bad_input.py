@@ -3,6 +3,7 @@ import dataclasses
 import fcntl
 import pickle
 import platform
+import shlex
 import shutil
 
 import numpy as np
@@ -33,6 +34,19 @@ def refused(launch, tmp_path):
         assert "step " not in run.output.replace(run.errors[0], "")
         assert written(tmp_path) == before
     return check
+
+
+@pytest.mark.parametrize("file, form", [("config.json", "hf"), ("all_config.yaml", "native")])
+def test_an_export_is_neither_gone_on_from_nor_saved_into(refused, tmp_path, file, form):
+    """Tools would take the folder for that model, whatever is saved there."""
+    folder = tmp_path / "it's an export"
+    folder.mkdir()
+    (folder / file).touch()
+    there = ["--save", folder]
+    refused(*SIZES, *SAMPLED, *there, parts=[f"--save {folder}: holds a model of the format {form}"])
+    refused(*SIZES, *SAMPLED, *there, "--load", folder, parts=[f"holds a model of the format {form}"])
+    refused(*SIZES, *SAMPLED, "--load", folder, parts=[
+        f"--load {folder}: a folder of the format {form}; convert it once", shlex.quote(str(folder))])
 
 
 @pytest.mark.parametrize("flags, parts", [

@@ -10,6 +10,7 @@ from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import complete_iterations, find_iteration, read_run
 from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.training.early_stopping import RECORD_FILE, Record, install_early_stopping, stopped_early
 from tests.training.conftest import GOLDEN, scalars
 from tests.training.test_resume import tensors_that_differ
@@ -90,6 +91,7 @@ def test_an_evaluation_without_time_for_its_end_is_none(train, tmp_path):
     assert find_iteration(tmp_path).name == "iter_0000004"
     args = read_run(open_run(find_iteration(tmp_path)))[0]["args"]
     assert args.consumed_valid_samples == 2 * 4  # iterations, rows: the evaluation behind step 2
+    assert args.vocabulary == TextTokenizer(GOLDEN / "tokenizer").vocabulary
     train(tmp_path, *limit)
     assert record(tmp_path) == (12, None, {i: value for i, value in VALUES.items() if i != 4})
 

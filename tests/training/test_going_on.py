@@ -18,6 +18,7 @@ from hrm_megatron.training.resume import (
     changes,
     check_model,
     check_plan,
+    check_vocabulary,
     differences,
     nothing_left,
     schedule_settings,
@@ -152,6 +153,24 @@ def test_every_setting_of_the_schedule_can_be_kept():
     assert schedule_settings(again) == before
 
 
+@pytest.mark.parametrize("theirs, ours, agree", [
+    (dict(), dict(), True), (dict(), dict(vocab_size=290), False),
+    (dict(vocabulary="a"), dict(vocabulary="a"), True), (dict(vocabulary="a"), dict(vocabulary="b"), False),
+    (dict(vocabulary="a"), dict(), True),  # data without --tokenizer-model
+    (dict(vocab_size=512), dict(), True), (dict(), dict(vocab_size=512), True),  # of a format that tells rows only
+    (dict(vocab_size=512, vocabulary="a"), dict(vocabulary="b"), False),
+])
+def test_tokens_of_the_data_are_those_of_the_checkpoint(theirs, ours, agree):
+    base = dict(vocab_size=293, padded_vocab_size=512)
+    theirs, ours = (argparse.Namespace(**base | one) for one in (theirs, ours))
+    if agree:
+        check_vocabulary(FOLDER, theirs, ours)
+        assert ours.vocabulary == getattr(theirs, "vocabulary", None)  # what is known stays so
+    else:
+        with pytest.raises(ConfigError, match=f"{FOLDER}: was trained with the .* tokens of its tokenizer, and the "):
+            check_vocabulary(FOLDER, theirs, ours)
+
+
 def test_every_setting_of_the_schedule_can_be_overridden():
     ours = arguments(**EVERY_CHANGE, override_opt_param_scheduler=True, global_batch_size=2)
     want = schedule_settings(ours)
@@ -167,7 +186,8 @@ def test_every_setting_of_the_schedule_can_be_overridden():
     (dict(split="97,3,0", data_path=None), None),
     (dict(seq_length=128), "--seq-length from 64 to 128"),
     (dict(data_path=["0.3", "a", "0.7", "b"]), "--data-path from store to 0.3 a 0.7 b"),
-    (dict(data_path=["moved/store"]), None), (dict(sampling_rules="r.yaml"), "--sampling-rules from None to r.yaml"),
+    (dict(data_path=["moved/store"]), "--data-path from store to moved/store"),
+    (dict(sampling_rules="r.yaml"), "--sampling-rules from None to r.yaml"),
     (dict(adam_beta1=0.8, adam_beta2=0.9), "--adam-beta1 from 0.9 to 0.8, --adam-beta2 from 0.95 to 0.9"),
     (dict(loss_on_prefix=True, adamw=True), "--loss-on-prefix from False to True, --adamw from False to True"),
 ])

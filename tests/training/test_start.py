@@ -1,10 +1,12 @@
 """Runs that are started again, go on by another schedule, or take their sizes from a checkpoint."""
+import argparse
 import json
 import re
 
 import pytest
 
 from hrm_megatron.checkpoint.folders import complete_iterations
+from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule, as_fp32
 from tests.training.conftest import FULLBATCH, scalars, written
 
@@ -114,6 +116,15 @@ def test_without_validation_data_the_default_flags_train_whole(launch, tmp_path)
     assert run.code == 0, run.output[-3000:]
     assert run.output.count("validation: off, there is nothing to validate on; give --valid-data-path") == 1
     assert complete_iterations(tmp_path) == ["iter_0000002", "iter_0000004"] and "loss at" not in run.last_output
+
+
+def test_an_iteration_is_named_by_the_folder_around_it_and_its_step(tmp_path, monkeypatch):
+    from hrm_megatron.training import checkpoint
+
+    monkeypatch.setattr(checkpoint, "is_complete", lambda folder: True)
+    args = argparse.Namespace(load=str(tmp_path / "iter_0000040"), pretrained_checkpoint=None, ckpt_step=None)
+    with pytest.raises(ConfigError, match=f"is one iteration; give --load {tmp_path} --ckpt-step 40"):
+        checkpoint.starting_point(args)
 
 
 def test_a_checkpoint_that_is_not_there_gives_no_model(launch, tmp_path):
