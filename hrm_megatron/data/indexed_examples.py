@@ -58,6 +58,8 @@ class IndexedExamples:
         self.prefix = str(prefix)
         path = manifest_path(prefix)
         folder = shard_folder(prefix)
+        if not path.is_file() and Path(prefix).suffix == path.suffix and Path(prefix).is_file():
+            raise ConfigError(f"{prefix}: a dataset is named by its prefix; give {Path(prefix).with_suffix('')}")
         if not path.is_file():
             raise ConfigError(f"{path} missing; " + (
                 f"{folder} is not finished: run {PREPROCESS} again, or its --shard tasks with --merge at the end"

@@ -205,6 +205,11 @@ def test_a_missing_shard_is_named(prefix, part):
         IndexedExamples(prefix)
 
 
+def test_the_file_of_a_dataset_is_not_its_prefix(prefix):
+    with pytest.raises(ConfigError, match=f"{prefix}.json: a dataset is named by its prefix; give {prefix}$"):
+        IndexedExamples(f"{prefix}.json")
+
+
 def test_a_dataset_that_is_not_finished_says_so(prefix):
     (prefix.parent / f"{prefix.name}.json").unlink()
     with pytest.raises(ConfigError, match="v1.2 data.json missing; .*shards is not finished: run .*--merge"):
