@@ -59,6 +59,7 @@ def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
     values = dict(
         FORCED, rotary_base=a.rope_theta, vocab_size=a.vocab_size, padded_vocab_size=a.padded_vocab_size, rank=0,
         world_size=1, data_parallel_size=1, loss_on_prefix=t.loss_on_prefix, adamw=t.adamw,
+        vocabulary=checkpoint.vocabulary,
         no_save_rng=True,  # there is none; Megatron looks for it unless told so
         # Megatron replaces a count of 0 by iteration * rows per step of the run that resumes.
         consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0)

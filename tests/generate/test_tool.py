@@ -318,7 +318,8 @@ def test_another_tokenizer_of_the_same_size_is_refused_beside_an_export(tool, ex
     assert (status, out) == (1, "") and "is another tokenizer than" in err
 
 
-def test_another_tokenizer_than_the_checkpoint_was_trained_with_is_refused(checkpoints):
+def test_another_tokenizer_than_the_checkpoint_was_trained_with_is_refused(checkpoints, tmp_path):
+    from hrm_megatron.convert.to_megatron import write_megatron
     from hrm_megatron.data.tokenizer import TextTokenizer
     from hrm_megatron.generate.load import check_tokenizer, open_checkpoint
 
@@ -326,6 +327,8 @@ def test_another_tokenizer_than_the_checkpoint_was_trained_with_is_refused(check
     check_tokenizer(tokenizer, replace(checkpoint, vocabulary=tokenizer.vocabulary))
     with pytest.raises(ConfigError, match="has other tokens than the tokenizer that .* was trained with"):
         check_tokenizer(tokenizer, replace(checkpoint, vocabulary="another"))
+    write_megatron(replace(checkpoint, vocabulary="another"), tmp_path / "written")
+    assert open_checkpoint(tmp_path / "written").vocabulary == "another"
 
 
 def test_a_folder_of_two_formats_is_refused(tool, exported, tmp_path):
