@@ -22,10 +22,10 @@ from hrm_megatron.config import PRESET_VOCAB_SIZE, PRESETS, Architecture, Config
 from hrm_megatron.planner import calibration, goodput, report
 from hrm_megatron.planner.goodput import GPU_MTTF_HOURS
 from hrm_megatron.planner.machines import DEVICE_NAMES, GPUS, Cluster
+from hrm_megatron.planner.memory import BF16
 from hrm_megatron.planner.search import Question, search
 from hrm_megatron.planner.speed import EXAMPLE
 
-BF16_BYTES = 2
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv 2203.15556
 PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "auto": ("bf16", "fp8")}
 
@@ -97,7 +97,7 @@ def question(args: argparse.Namespace) -> Question:
         if (known := DEVICE_NAMES.get(measured.device)) not in (None, args.gpu):
             raise ConfigError(f"--calibrate {args.calibrate}: was measured on a {known}, and --gpu is {args.gpu}; "
                               "measure on one of those, or plan for the other")
-        if measured.itemsize != BF16_BYTES:
+        if measured.itemsize != BF16:
             raise ConfigError(f"--calibrate {args.calibrate}: was measured in fp32, and plans are for bf16; measure "
                               "in that")
         speeds = measured.speeds

@@ -50,11 +50,13 @@ def begin(arguments: argparse.Namespace, history: History) -> Verdict:
 def judge(arguments: argparse.Namespace, history: History) -> Verdict:
     """Name the bad nodes of this start by their reports, and remember them."""
     reports = read_reports(arguments.reports)
+    not_ended = Verdict(GO, f"the check has not ended on any node ({arguments.reports}), so it blames none")
+    if not reports:  # not all nodes at once: to avoid them would only empty the cluster
+        return not_ended
     bad = find_bad_nodes(reports, history.attempts[-1].nodes, Limits(**{
-        name: value for name, value in vars(arguments).items() if name in Limits.__dataclass_fields__})) \
-        if reports else {}  # not all nodes at once: to avoid them would only empty the cluster
+        name: value for name, value in vars(arguments).items() if name in Limits.__dataclass_fields__}))
     if not bad and all(report.error for report in reports):
-        return Verdict(GO, f"the check has not ended on any node ({arguments.reports}), so it blames none")
+        return not_ended
     if bad:
         history.exclude(bad)
     return _avoid(history, bad, saved_step(arguments.checkpoints), arguments.max_failures)

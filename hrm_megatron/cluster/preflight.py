@@ -98,10 +98,14 @@ def matmul_tflops() -> float:
     size = MATMUL_SIZE if cuda else CPU_MATMUL_SIZE
     a, b = (torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
             for _ in range(2))
+
+    def multiply() -> torch.Tensor:
+        return a @ b
+
     warm = time.perf_counter() + WARMUP_SECONDS
     while cuda and time.perf_counter() < warm:  # clocks rise under load
-        _timed(lambda: a @ b)
-    return 2 * size ** 3 / _best_seconds(lambda: a @ b) / 1e12
+        _timed(multiply)
+    return 2 * size ** 3 / _best_seconds(multiply) / 1e12
 
 
 def all_reduce_gbs(group: dist.ProcessGroup) -> float:

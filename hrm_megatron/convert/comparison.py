@@ -98,7 +98,8 @@ def native_tensors(architecture: Architecture) -> dict[str, tuple[tuple[int, ...
 @torch.no_grad()
 def logits_of(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:
     """Logits [positions of all rows, v] in fp32 on the CPU, without the rows of the head that stand for no token."""
-    logits = _of_transformers(loaded, rows) if loaded.format == "hf" else _of_ours(loaded, architecture, rows)
+    by_transformers = loaded.format == "hf" and loaded.checkpoint is None
+    logits = _of_transformers(loaded, rows) if by_transformers else _of_ours(loaded, architecture, rows)
     return logits[:, :architecture.vocab_size].float().cpu()
 
 

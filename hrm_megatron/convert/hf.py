@@ -124,9 +124,9 @@ def _exported(checkpoint: Checkpoint, kind: str, entry: Rename, dtype: torch.dty
 def token_ids_of(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict[str, TokenIds]:
     """Return the ids of the tokens that transformers asks for by role, all of them rows of the model."""
     architecture = checkpoint.architecture
-    # A vocabulary of as many tokens as there are rows may be one that was padded.
     if beside:
         check_vocabulary(beside.text, checkpoint)
+    # A vocabulary of as many tokens as there are rows may be one that was padded.
     rows_alone = architecture.vocab_size == architecture.padded_vocab_size
     if beside and architecture.vocab_size != (
             padded_vocab_size(beside.text.vocab_size) if rows_alone else beside.text.vocab_size):

@@ -161,9 +161,8 @@ def _compare(job: Conversion, original: Checkpoint, checkpoint: Checkpoint, kind
     if ledger.not_finite:
         return f"{skipped}, which are NaN"
     kind = kind if job.save_format in WEIGHTS_ALONE else RAW
-    loads_itself = job.load_format == "hf" and not computes_in_bfloat16(job.load)
-    source = Loaded(job.load, job.load_format if loads_itself else "read", None if loads_itself else original, kind,
-                    job.dtype)
+    by_transformers = job.load_format == "hf" and not computes_in_bfloat16(job.load)
+    source = Loaded(job.load, job.load_format, None if by_transformers else original, kind, job.dtype)
     target = Loaded(folder, "gguf", read_back(folder, checkpoint)) if job.save_format == "gguf" else \
         Loaded(folder, job.save_format, dtype=job.dtype)
     return compare(source, target, checkpoint.architecture, checkpoint.training.seq_length)

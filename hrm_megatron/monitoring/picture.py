@@ -55,8 +55,8 @@ GROUPS = {"loss by source": "loss per token by source (nats)",
 
 def panels(runs: Mapping[str, Curves]) -> list[Panel]:
     """Choose the panels for which there is something to draw."""
-    found = [panel for panel in ONE_CURVE if any(name in curves for curves in runs.values()
-                                                 for name in (panel.curve, *_held_out(panel)))]
+    logged = {name for curves in runs.values() for name in curves}
+    found = [panel for panel in ONE_CURVE if not logged.isdisjoint(names_of(panel))]
     groups = [(title, run, in_groups(curves, [prefix])) for prefix, title in GROUPS.items()
               for run, curves in runs.items()]
     groups += [("tasks, answered by the EMA (share)", run, [f"{name}{OF_TASKS}" for name in tasks_of(curves)])
@@ -65,8 +65,9 @@ def panels(runs: Mapping[str, Curves]) -> list[Panel]:
                     for title, run, names in groups if names]
 
 
-def _held_out(panel: Panel) -> list[str]:
-    return [panel.curve + suffix for suffix in MARKERS]
+def names_of(panel: Panel) -> list[str]:
+    """List the curves of a panel, those of held-out parts too."""
+    return [*panel.group] or [panel.curve, *(panel.curve + suffix for suffix in MARKERS)]
 
 
 def draw(runs: Mapping[str, Curves], title: str) -> bytes:
@@ -108,8 +109,8 @@ def draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Curves]) -> None:
 
 def missing_steps(panel: Panel, runs: Mapping[str, Curves]) -> list[int]:
     """List the steps at which a curve of this panel is NaN or infinite, which no line shows."""
-    names = panel.group or [panel.curve, *_held_out(panel)]
-    shown = [curves[name] for run, curves in runs.items() if panel.run in ("", run) for name in names if name in curves]
+    shown = [curves[name] for run, curves in runs.items() if panel.run in ("", run) for name in names_of(panel)
+             if name in curves]
     return sorted({step for curve in shown for step, value in zip(curve.steps, curve.values, strict=True)
                    if not math.isfinite(value)})
 

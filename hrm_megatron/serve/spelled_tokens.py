@@ -52,6 +52,7 @@ class TokenSpelling:
         # Others may decode a token to another text where it is the first, so that one with text is put before it.
         ids = () if byte_level else range(tokenizer.vocab_size)
         self.before = next(([i] for i in ids if tokenizer.decode([i]).isalnum()), [])
+        self.characters_before = len(tokenizer.decode(self.before))
 
     def bytes_of(self, token: int) -> bytes:
         name = self.tokenizer.tokenizer.id_to_token(token)
@@ -64,7 +65,7 @@ class TokenSpelling:
             return bytes(self.alphabet[character] for character in name) if known else str(name).encode()
         if byte := FALLBACK.fullmatch(name):
             return bytes.fromhex(byte[1])
-        return self.tokenizer.decode([*self.before, token])[len(self.tokenizer.decode(self.before)):].encode()
+        return self.tokenizer.decode([*self.before, token])[self.characters_before:].encode()
 
     def text_of(self, token: int) -> str:
         """The token's text; bytes that are none are written as OpenAI's API does."""

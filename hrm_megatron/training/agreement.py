@@ -60,6 +60,6 @@ def compare(everyone: Sequence[dict[str, str]]) -> None:
         if others:
             nodes = sorted({everyone[rank]["node"] for rank in others})
             kind = RestartableError if what == "checkpoint" else ConfigError
-            raise kind(f"the {what} of {len(others)} of {len(everyone)} ranks, the first of them {others[0]} "
-                              f"(on {', '.join(nodes[:8])}{' ...' * (len(nodes) > 8)}), is not that of rank 0 (on "
-                              f"{first['node']}): {way_out}")
+            raise kind(f"the {what} of {len(others)} of {len(everyone)} ranks, the first of them {others[0]} (on "
+                       f"{', '.join(nodes[:8])}{' ...' * (len(nodes) > 8)}), is not that of rank 0 (on "
+                       f"{first['node']}): {way_out}")

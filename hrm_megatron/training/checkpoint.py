@@ -113,10 +113,11 @@ def check_checkpoint(args: argparse.Namespace) -> tuple[Path | None, bool]:
     """
     check_verification_flags(args)
     ours = architecture_of(args, args.vocab_size)
-    if args.save and args.save != args.load and (found := complete_iterations(Path(args.save))):
+    found = complete_iterations(Path(args.save)) if args.save else []
+    if found and args.save != args.load:
         raise ConfigError(f"--save {args.save}: holds {found[-1]} of another run; give --load {args.save} to go on "
                           "with that, or another --save")
-    if args.save and (form := _foreign_format(Path(args.save))) and not complete_iterations(Path(args.save)):
+    if args.save and not found and (form := _foreign_format(Path(args.save))):
         raise ConfigError(f"--save {args.save}: holds a model of the format {form}, for which other tools would take "
                           "the folder; choose another")
     folder = starting_point(args)
@@ -226,8 +227,8 @@ def guard_saves(args: argparse.Namespace) -> None:
         lasts = reason == NO_SPACE or (isinstance(error, OSError) and error.errno in LASTING)
         shutil.rmtree(Path(args.save) / f"iter_{iteration:07d}", ignore_errors=True)  # give its space back
         kind = ConfigError if lasts else RestartableError
-        return kind(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start "
-                           f"again with --load {args.save}{listed(Path(args.save))}")
+        return kind(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start again "
+                    f"with --load {args.save}{listed(Path(args.save))}")
 
     @functools.wraps(stock)
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> None:

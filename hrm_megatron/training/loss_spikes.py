@@ -24,8 +24,8 @@ from hrm_megatron.training.bad_steps import IGNORE, ROLLBACK, go_back
 DEVIATIONS = 7  # OLMo 2
 WINDOW, FEWEST = 128, 32  # losses before: of few enough steps that the trend of a run is small beside its noise
 NORMAL = 1.4826  # standard deviations in a median distance, 1 / 0.6745
-DATA = ("data_path", "train_data_path", "sampled_data_path", "sampling_rules", "loss_on_prefix")
 LEAST = 0.01  # deviation as a share of the median: a rise below 7 % is no spike, however quiet the losses before
+DATA = ("data_path", "train_data_path", "sampled_data_path", "sampling_rules", "loss_on_prefix")  # by argument
 
 log = logging.getLogger(__name__)
 
