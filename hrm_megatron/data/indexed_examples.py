@@ -4,9 +4,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +35,7 @@ from hrm_megatron.data.shards import EXAMPLE_KEYS, KEY, PARTS, PROMPT_KEYS, Bloc
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.data.vocabulary import SCANNED_BYTES, BadTokenId, positions_outside
 
-OPEN_SHARDS = 64  # mapped at once: a dataset may have more files than a process may open
+OPEN_SHARDS = 64  # mapped at once, of all datasets of a blend: they may have more files than a process may open
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,18 @@ class IndexedExamples:
         self._first = [0, *accumulate(shard.examples for shard in self._shards)]
         self.sources = tuple(SourceRange(name, first, shard.examples)
                              for name, first, shard in zip(names, self._first[:-1], self._shards, strict=True))
-        self._open: OrderedDict[ShardFiles, OpenShard] = OrderedDict()
         if not self.manifest or sum(shard.bin.stat().st_size for shard in self._shards) <= SCANNED_BYTES:
             self._look_through()
 
     def __len__(self) -> int:
         return self._first[-1]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}  # a map would travel as the whole file
-
     def __getitem__(self, i: int) -> tuple[Ids, Ids]:
         i = int(i)
         if not 0 <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
         shard = int(np.searchsorted(self._first, i, side="right")) - 1
-        return self._opened(self._shards[shard]).example(i - self._first[shard])
+        return _opened(self, self._shards[shard]).example(i - self._first[shard])
 
     @property
     def files(self) -> list[Path]:
@@ -109,12 +105,32 @@ class IndexedExamples:
 
     def lengths(self, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Prefix and target lengths of examples `start` to `stop` - 1, int32 [n] each: of one shard the file itself."""
-        both = _joined([OpenShard(shard).lengths[rows] for shard, rows in self._between(start, stop)])
+        both = self._joined(lambda shard: OpenShard(shard).lengths, start, stop)
         return both[:, 0], both[:, 1]
 
-    def _between(self, start: int, stop: int | None) -> list[tuple[ShardFiles, slice]]:
-        """Say which examples of which shards are the examples `start` to `stop` - 1."""
+    def _joined(self, read: Callable[[ShardFiles], np.ndarray], start: int, stop: int | None) -> np.ndarray:
+        """Put what `read` maps of each shard together, of examples `start` to `stop` - 1; of one shard the map itself.
+
+        Each of several is closed before the next is opened: a map keeps a file open, of which a process may have few.
+        """
         stop = len(self) if stop is None else stop
+        between = self._between(start, stop)
+        (shard, rows), rest = between[0], between[1:]
+        first = read(shard)[rows]
+        if not rest:
+            return first
+        found = np.empty((stop - start, *first.shape[1:]), first.dtype)
+        found[:len(first)] = first
+        at = len(first)
+        del first
+        for shard, rows in rest:
+            part = read(shard)[rows]
+            found[at:at + len(part)] = part
+            at += len(part)
+        return found
+
+    def _between(self, start: int, stop: int) -> list[tuple[ShardFiles, slice]]:
+        """Say which examples of which shards are the examples `start` to `stop` - 1."""
         first = int(np.searchsorted(self._first, start, side="right")) - 1
         return [(shard, slice(max(0, start - begin), stop - begin))
                 for shard, begin in zip(self._shards[first:], self._first[first:], strict=False) if begin < stop]
@@ -146,15 +162,7 @@ class IndexedExamples:
     def _keys(self, part: str, start: int = 0, stop: int | None = None) -> np.ndarray | None:
         if not self.manifest:
             return None
-        return _joined([shard.keys(part)[rows] for shard, rows in self._between(start, stop)])
-
-    def _opened(self, shard: ShardFiles) -> OpenShard:
-        if shard not in self._open:
-            self._open[shard] = OpenShard(shard)
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(shard)
-        return self._open[shard]
+        return self._joined(lambda shard: shard.keys(part), start, stop)
 
     def _listed(self, manifest: Manifest, folder: Path) -> list[ShardFiles]:
         for shard in {shard.name: shard for shard in manifest.shards}.values():
@@ -195,8 +203,10 @@ class IndexedExamples:
                                 int(shard.ids[at]), self.vocab_size)
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+@lru_cache(OPEN_SHARDS)
+def _opened(dataset: IndexedExamples, shard: ShardFiles) -> OpenShard:
+    """Map a shard for a dataset: one that is opened anew looks at its files anew."""
+    return OpenShard(shard)
 
 
 class IndexedExamplesWriter:

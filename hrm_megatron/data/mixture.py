@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Mixture:
         self.sources = [[*store.sources] if selection.rules else [SourceRange(store.prefix, 0, len(store))]
                         for store in stores]  # without rules it does not matter what a dataset was made from
         names = [source.name for sources in self.sources for source in sources]
-        self._rules = selection.rules.assign(names) if selection.rules else [Rule()] * len(names)
+        self._rules = selection.rules.assign(names, part == "train") if selection.rules else [Rule()] * len(names)
         self._identity: str | None = None
 
     @property
@@ -111,8 +112,8 @@ class Mixture:
 
     def source_names(self, most: int) -> SourceNames:
         """Name what the datasets were made from; the datasets themselves where that would be more than `most` names."""
-        datasets = [(Path(store.prefix).name, int(first))
-                    for store, first in zip(self.stores, self.first, strict=False)]
+        prefixes = [Path(os.path.abspath(store.prefix)) for store in self.stores]
+        datasets = [(name, int(first)) for name, first in zip(distinct_tails(prefixes), self.first, strict=False)]
         found = SourceNames([(source.name if len(datasets) == 1 else f"{dataset}/{source.name}", first + source.first)
                              for store, (dataset, first) in zip(self.stores, datasets, strict=True)
                              for source in store.sources])
@@ -132,6 +133,19 @@ class Mixture:
         if kept is not None:
             parts[~kept] = len(PARTS)
         return parts
+
+    def unfit(self) -> dict[str, tuple[int, int]]:
+        """Count the examples of this part that rules leave out for their lengths, and all, of each source with some."""
+        found = {}
+        rules = iter(self._rules)
+        for k, sources in enumerate(self.sources if self.selection.rules else ()):
+            parts = self.parts_of(k) == PARTS.index(self.part)
+            for source, rule in zip(sources, rules, strict=False):
+                own = parts[source.first:source.first + source.count]
+                lengths = self.stores[k].lengths(source.first, source.first + source.count)
+                if left_out := int(np.count_nonzero(own & ~rule.eligible(*lengths, self.row_tokens + 1))):
+                    found[source.name] = left_out, int(own.sum())
+        return found
 
     def streams(self) -> Iterator[tuple[Rule, Iterator[Ints]]]:
         """Yield of each source of examples its rule, and its examples of this part block by block: `packed`."""
@@ -163,10 +177,19 @@ class SourceNames:
     def __init__(self, begins: Sequence[tuple[str, int]]) -> None:
         self.names = tuple(dict.fromkeys(name for name, _ in begins))
         self._first = [first for _, first in begins]
-        self._number = [self.names.index(name) for name, _ in begins]
+        numbers = {name: number for number, name in enumerate(self.names)}
+        self._number = [numbers[name] for name, _ in begins]
 
     def __call__(self, i: int) -> int:
         return self._number[bisect.bisect_right(self._first, i) - 1]
+
+
+def distinct_tails(paths: Sequence[Path]) -> list[str]:
+    """Shorten paths to as few of their last parts as tell different ones apart."""
+    def tails(parts: int) -> list[str]:
+        return ["/".join(path.parts[-parts:]) for path in paths]
+    deepest, different = max(len(path.parts) for path in paths), len({*paths})
+    return next((tails(parts) for parts in range(1, deepest) if len({*tails(parts)}) == different), [*map(str, paths)])
 
 
 class MixedEpoch:
@@ -189,6 +212,8 @@ class MixedEpoch:
             tokens.append(positions)
         self.examples = examples[:firsts[-1]]
         sizes = np.diff(firsts).tolist()
+        if selection.rules and mixture.part == "train":
+            selection.rules.check_sizes(rules, sizes, mixture.row_tokens)
         quotas = sizes
         if mixture.part == "train":
             quotas = [rule.per_epoch(size) for rule, size in zip(rules, sizes, strict=True)]
@@ -197,7 +222,7 @@ class MixedEpoch:
         streams = [(quota, size, first, stream_key(selection.seed, WALK_STREAM, k)) for k, (quota, size, first) in
                    enumerate(zip(quotas, sizes, firsts, strict=False)) if quota]
         if not streams:
-            raise ConfigError("no examples to pack; check the input and --split")
+            raise ConfigError("no examples to pack; check the input, --split and --seq-length")
         self.begins = np.cumsum([0, *(quota for quota, *_ in streams)])
         self.sizes, self.firsts = (np.array([stream[i] for stream in streams], np.int64) for i in (1, 2))
         self.keys = np.array([key for *_, key in streams], np.uint64)

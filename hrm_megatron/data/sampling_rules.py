@@ -48,8 +48,9 @@ class Rules:
     path: Path
     rules: tuple[Rule, ...]
 
-    def assign(self, names: Sequence[str]) -> list[Rule]:
-        """Return the rule of each source; one without any takes part as it is. Refuses a rule without effect."""
+    def assign(self, names: Sequence[str], each_has_effect: bool = True) -> list[Rule]:
+        """Return the rule of each source; one without any takes part as it is. Refuses a rule without effect, unless
+        it may have one elsewhere."""
         chosen: list[Rule] = []
         shadowed: dict[Rule, Rule] = {}
         for name in names:
@@ -57,13 +58,22 @@ class Rules:
             chosen.append(fitting[0] if fitting else Rule())
             shadowed |= {rule: fitting[0] for rule in fitting[1:]}
         for number, rule in enumerate(self.rules, start=1):
-            if rule not in chosen:
+            if each_has_effect and rule not in chosen:
                 if rule in shadowed:
                     raise ConfigError(f"{self.path}: rule {number}, prefix {rule.prefix!r}: all its sources are taken "
                                       f"by the rule of prefix {shadowed[rule].prefix!r} before it; put it first")
                 raise ConfigError(f"{self.path}: rule {number}, prefix {rule.prefix!r} matches none of the sources "
                                   f"{_listed(names)}; correct or remove it")
         return chosen
+
+
+    def check_sizes(self, chosen: Sequence[Rule], sizes: Sequence[int], row_tokens: int) -> None:
+        """Refuse a rule whose sources have no example to take; `chosen` and `sizes` are by source."""
+        for number, rule in enumerate(self.rules, start=1):
+            if not sum(size for one, size in zip(chosen, sizes, strict=True) if one == rule):
+                raise ConfigError(f"{self.path}: rule {number}, prefix {rule.prefix!r}: none of its examples is left to "
+                                  f"train on: prefixes fill rows of {row_tokens} tokens, or --split takes all of them; "
+                                  "raise --seq-length, or remove the rule and its sources")
 
 
 def _listed(names: Sequence[str], shown: int = 8) -> str:

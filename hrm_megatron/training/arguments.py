@@ -209,13 +209,15 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
 
 def settle_epochs(args: argparse.Namespace, rows_of_epoch: Callable[[argparse.Namespace], int]) -> None:
     """Turn --epochs into steps of whole batches, by the rows of the first epoch."""
+    args.rows_of_epochs = None
     if args.epochs is None:
         return
     refuse_beside(f"--epochs {args.epochs}", {"--train-iters": args.train_iters, "--train-samples": args.train_samples,
                                               "--skip-train": args.skip_train})
     if not args.global_batch_size:
         raise ConfigError(f"--epochs {args.epochs}: --global-batch-size is not set: say how many rows a step has")
-    args.train_iters = math.ceil(args.epochs * rows_of_epoch(args) / args.global_batch_size)
+    args.rows_of_epochs = args.epochs * rows_of_epoch(args)
+    args.train_iters = math.ceil(args.rows_of_epochs / args.global_batch_size)
 
 
 def microbatches_of(args: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import training as megatron_training
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.parallel.patching import around
 from hrm_megatron.program import write_aside
 from hrm_megatron.training.error_file import WentBackError
 
@@ -31,6 +32,8 @@ IGNORE, WARN, _ = SPIKE_POLICIES = ("ignore", "warn", ROLLBACK)
 RECORD = "bad_steps.json"  # beside the checkpoints
 ROLLBACK_AFTER = 3  # steps in a row
 MOST_RETURNS = 3  # to one checkpoint
+# Of Megatron's train_step: losses, skipped, save now, end now, exit code, norm of gradients, zeros in them, logit.
+NOT_TAKEN: tuple[Any, ...] = {}, 1, False, False, 0, None, None, None
 
 log = logging.getLogger(__name__)
 
@@ -138,25 +141,25 @@ class BadSteps:
 
 def go_back(args: argparse.Namespace, steps: list[int], why: str) -> NoReturn:
     """Write down these steps in a row and end: a start of the same command goes on from the last checkpoint."""
-    file = Path(args.save) / RECORD
-    record, start = Record.read(file), str(args.iteration)
-    returns = record.returns.get(start, 0) + 1
-    again = returns > MOST_RETURNS
-    if not again and torch.distributed.get_rank() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Record(sorted({*record.steps, *steps}), {**record.returns, start: returns}).write(file)
+    file, start = Path(args.save) / RECORD, str(args.iteration)
+    returns = torch.zeros(1, dtype=torch.int64, device=f"cuda:{torch.cuda.current_device()}")
+    if torch.distributed.get_rank() == 0:
+        record = Record.read(file)
+        returns += record.returns.get(start, 0) + 1
+        if returns <= MOST_RETURNS:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Record(sorted({*record.steps, *steps}), {**record.returns, start: int(returns)}).write(file)
+    torch.distributed.broadcast(returns, 0)  # the file has changed since: one rank tells all
     torch.distributed.barrier()  # a launcher ends all ranks when the first has ended
     what = f"{named(steps)}: {why}, {len(steps)} in a row"
-    if again:
+    if returns > MOST_RETURNS:
         raise ConfigError(f"{what}, and this run has gone back to step {start} {MOST_RETURNS} times: its rows are "
                           "not the reason; look at the data, the rate and the device, or load an older step")
     raise WentBackError(f"{what}; the same command goes on from the last checkpoint and leaves their rows out ({file})")
 
 
 def pass_over(data_iterator: Iterator[Any] | list[Iterator[Any]]) -> None:
-    """Read the rows of a step and nothing else (in place of Megatron's `dummy_train_step`, which knows only its own
-    batches and reads on the first tensor parallel rank; here each rank reads for itself, in a pipeline its first
-    chunk)."""
+    """Read the rows of a step and nothing else: each rank for itself, in a pipeline its first chunk."""
     iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
     machine = get_rerun_state_machine()
     while machine.should_run_forward_backward(data_iterator):
@@ -165,8 +168,24 @@ def pass_over(data_iterator: Iterator[Any] | list[Iterator[Any]]) -> None:
 
 
 def install_bad_steps(args: argparse.Namespace, running_step: Callable[[], int]) -> BadSteps | None:
-    """Let the loop pass over steps; return what judges gradients and guards an optimizer, unless the run aborts."""
-    megatron_training.dummy_train_step = pass_over
+    """Let the loop pass over steps; return what judges gradients and guards an optimizer, unless the run aborts.
+
+    Stock code goes past the evaluation, the save and the end that are due at a step to skip, and a run whose last step
+    it is ends without a save. Here it counts as a step that was not taken, behind which all of that comes.
+    """
+    left_out, args.iterations_to_skip = {*args.iterations_to_skip}, []
+
+    def train_step(stock: Callable[..., Any], forward_step: Any, data_iterator: Any, *rest: Any, iteration: int,
+                   **options: Any) -> Any:
+        if iteration + 1 not in left_out:
+            return stock(forward_step, data_iterator, *rest, iteration=iteration, **options)
+        pass_over(data_iterator)
+        args.skipped_train_samples += args.global_batch_size
+        log.info(f"step {iteration + 1}: left out, its rows are passed over")
+        return NOT_TAKEN
+
+    if left_out:
+        megatron_training.train_step = around(megatron_training.train_step, train_step)
     if args.on_nonfinite == ABORT:
         return None
     return BadSteps(args, running_step)

@@ -50,6 +50,7 @@ from hrm_megatron.training.resume import (
     check_plan,
     check_vocabulary,
     nothing_left,
+    settle_length,
     settle_schedule,
 )
 from hrm_megatron.training.verification import check_verification_flags, record_save
@@ -163,6 +164,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
     if args.finetune:
         go_on(args, folder, common["args"])
     iteration = int(common["iteration"])
+    settle_length(args, common["args"], iteration)
     if done := nothing_left(iteration, args.train_iters) or stopped_early(args, iteration):
         log.info(f"checkpoint: {folder}: {done}")
         return False
@@ -190,7 +192,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
 
 def starts_new(args: argparse.Namespace, folder: Path) -> bool:
     """Tell whether Megatron will take nothing but weights from `folder`: for fine-tuning, and from a release."""
-    of_pretrained = args.load is None or not folder.resolve().is_relative_to(Path(args.load).resolve())
+    of_pretrained = args.load is None or folder.resolve().parent != Path(args.load).resolve()
     return of_pretrained or folder.name == "release"
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from hrm_megatron.training.evaluation import Evaluation
 log = logging.getLogger(__name__)
 
 CACHED_EXAMPLES = 1 << 20  # planned in a fraction of a second
+NAMED_SOURCES = 5
 MEASURED_ROWS = 64  # whose examples stand for all, in FLOPs and in the shares of context parallel ranks
 
 BLENDS = {"whole": "data_path", "train": "train_data_path", "valid": "valid_data_path", "test": "test_data_path"}
@@ -120,13 +122,20 @@ def open_sources(args: argparse.Namespace) -> Sources:
     def mixture(blend: Blend | None, part: str) -> Mixture | None:
         if not blend:
             return None
-        selection = Selection(args.split if whole else None, args.seed, rules, blend.weights)
+        split = args.split.replace(" ", "") if whole else None  # Megatron's default has blanks in it
+        selection = Selection(split, args.seed, rules, blend.weights)
         return Mixture([stores[path] for path in blend.paths], args.seq_length, selection, part)
 
     walk = folder or mixture(train, "train")
     assert walk
-    return Sources(walk, mixture(whole or blends["valid"], "valid"), mixture(whole or blends["test"], "test"),
-                   bool(whole), tuple(stores.values()))
+    valid = mixture(whole or blends["valid"], "valid")
+    args.data_digests = {"train": digest_of(walk), "valid": valid and digest_of(valid)}  # for the checkpoints
+    return Sources(walk, valid, mixture(whole or blends["test"], "test"), bool(whole), tuple(stores.values()))
+
+
+def digest_of(walk: Walk) -> str:
+    """Hash which examples a part has, and in which mixture."""
+    return hashlib.sha256(walk.identity(0).encode()).hexdigest()
 
 
 def first_rows(rows: PackedRows) -> tuple[list[Sequence[tuple[int, int]]], int]:
@@ -134,6 +143,16 @@ def first_rows(rows: PackedRows) -> tuple[list[Sequence[tuple[int, int]]], int]:
     same on every rank."""
     batches = [PackedBatch.from_row(rows[i]) for i in range(min(len(rows), MEASURED_ROWS))]
     return [batch.lengths[0] for batch in batches], sum(len(batch.label_index) for batch in batches)
+
+
+def describe_unfit(walk: Mixture) -> str | None:
+    """Say which examples are left out because rules have no room for them."""
+    if not (unfit := walk.unfit()):
+        return None
+    named = [f"{count} of {of} of {name}" for name, (count, of) in unfit.items()]
+    more = f" and {len(named) - NAMED_SOURCES} more sources" if len(named) > NAMED_SOURCES else ""
+    return (f"{sum(count for count, _ in unfit.values())} examples do not fit rows of {walk.row_tokens} tokens, or "
+            f"have no response, and are left out: {', '.join(named[:NAMED_SOURCES])}{more}")
 
 
 def describe_loads(rows: PackedRows, row_tokens: int, ranks: int) -> str:
@@ -144,12 +163,18 @@ def describe_loads(rows: PackedRows, row_tokens: int, ranks: int) -> str:
             f"of the attention's (query, key) pairs, over {len(lengths)} rows")
 
 
+def count_evaluations(args: argparse.Namespace) -> int:
+    """Count the evaluations of a run, at most: at its intervals and at its end (Megatron leaves out one too many for
+    --start-eval-at-iter)."""
+    return 1 + (0 if args.skip_train else args.train_iters // args.eval_interval)
+
+
 def plan_evaluations(args: argparse.Namespace, evaluation: Evaluation, valid: PackedRows | None,
                      test: PackedRows | None) -> None:
     """Give the held-out parts as many rows as evaluations will read, now that their rows are counted."""
     rows = args.eval_global_batch_size
     if valid:
-        evaluations = valid.num_rows // (args.eval_iters * rows)
+        evaluations = count_evaluations(args)
         if evaluation.whole:
             args.eval_iters = evaluation.cover(valid, rows)
         # A checkpoint of a run with other intervals may have read more of them than this run ever will.
@@ -196,6 +221,8 @@ def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Ev
         if name == "training":
             dataset.source_of = source_of
         log.info("data: %s: %s", name, dataset.describe())
+        if name == "training" and isinstance(walk, Mixture) and not args.rank and (unfit := describe_unfit(walk)):
+            log.info("data: %s: %s", name, unfit)
         if name == "training" and args.context_parallel_size > 1:
             log.info("data: %s", describe_loads(dataset, args.seq_length, args.context_parallel_size))
         return dataset
@@ -206,7 +233,8 @@ def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Ev
         # Rows per step may have been others before: what was read is counted in rows, what is left in steps.
         left = args.consumed_train_samples + (args.train_iters - args.iteration) * args.global_batch_size
         train = 0 if args.skip_train else max(num_samples[0], left)
-        valid, test = num_samples[1] * evaluation.validates, num_samples[2] * evaluation.tests
+        valid = count_evaluations(args) * args.eval_iters * args.eval_global_batch_size * evaluation.validates
+        test = num_samples[2] * evaluation.tests
         found = (rows("training", sources.train, train), rows("validation", sources.valid, valid, fixed=True),
                  rows("test", sources.test, test, fixed=True))
         plan_evaluations(args, evaluation, found[1], found[2])

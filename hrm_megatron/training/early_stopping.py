@@ -23,6 +23,7 @@ from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.patching import around
 from hrm_megatron.program import write_aside
 from hrm_megatron.training.evaluation import EMA, ON_TEST_SET, RAW
+from hrm_megatron.training.resume import digest_of_data
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Record:
     """Exact accuracy by iteration, and the iteration behind which the run was ended, if it was."""
 
     weights: str  # that were measured: RAW or EMA
+    data: str | None  # digest of the examples that they were measured on
     evaluations: dict[int, float] = field(default_factory=dict)
     stopped: int | None = None
 
@@ -44,12 +46,13 @@ class Record:
         """Read what was measured in --save up to an iteration, from which the run goes on."""
         path = Path(args.save) / RECORD_FILE
         weights = RAW if args.eval_weights == RAW else EMA  # of both the EMA, which is evaluated behind them
+        data = digest_of_data(args, "valid")
         if not path.exists():
-            return cls(weights)
+            return cls(weights, data)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             evaluations = {int(iteration): float(value) for iteration, value in found["evaluations"].items()}
-            stopped, measured = found["stopped"], found["weights"]
+            stopped, measured, examples = found["stopped"], found["weights"], found.get("data")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(f"{path}: cannot read what was measured ({error}); remove it to begin to count "
                                "anew") from error
@@ -57,13 +60,16 @@ class Record:
             raise ConfigError(f"--eval-weights {args.eval_weights}: early stopping judges by the {weights} weights, "
                               f"but {path} has accuracies of the {measured} ones; give --eval-weights {measured}, or "
                               "remove the file to begin to count anew")
-        return cls(weights, {i: value for i, value in evaluations.items() if i <= until},
+        if examples and examples != data and evaluations:
+            raise ConfigError(f"{path}: has accuracies on other examples than those to validate on now; give the same "
+                              "data, or remove the file to begin to count anew")
+        return cls(weights, data, {i: value for i, value in evaluations.items() if i <= until},
                    stopped if stopped == until else None)
 
     def write(self, save: Path) -> None:
         best = self.best
         found = {"measure": f"{MEASURE} of the validation set", "weights": self.weights, "best_iteration": best,
-                 "evaluations": self.evaluations, "stopped": self.stopped}
+                 "data": self.data, "evaluations": self.evaluations, "stopped": self.stopped}
         write_aside(save / RECORD_FILE, json.dumps(found, indent=2) + "\n")
 
     @property
@@ -167,8 +173,11 @@ class EarlyStopping:
 
     def checkpoint_and_decide_exit(self, stock: Callable[..., bool], model: Any, optimizer: Any, scheduler: Any,
                                    iteration: int, *rest: Any) -> bool:
+        measured = iteration in self.record.evaluations
+        if measured:  # before it is saved: a start that goes on from there knows
+            self.write()
         ends = stock(model, optimizer, scheduler, iteration, *rest)
-        if iteration not in self.record.evaluations:
+        if not measured:
             return ends
         tired = self.record.evaluations_since_best >= self.args.early_stopping
         if (tired or self.record.best == iteration) and self.saved != iteration:
@@ -185,8 +194,10 @@ class EarlyStopping:
     def keep(self, iteration: int) -> None:
         """Write down what was measured; the best iteration of before may go where others do."""
         former, self.kept = self.kept, self.record.best
-        if torch.distributed.get_rank():
-            return
-        self.record.write(self.save)
-        if former != self.kept and self.saved:
+        self.write()
+        if former != self.kept and self.saved and not torch.distributed.get_rank():
             delete_older(self.args, self.saved)
+
+    def write(self) -> None:
+        if not torch.distributed.get_rank():
+            self.record.write(self.save)

@@ -23,8 +23,9 @@ def lora_of(args: argparse.Namespace) -> LoRA | None:
     rank = getattr(args, "lora_rank", None)
     if not rank:
         return None
+    targets = args.lora_target_modules or LORA_TARGETS
     return LoRA(rank, rank if args.lora_alpha is None else args.lora_alpha,
-                tuple(args.lora_target_modules or LORA_TARGETS))
+                tuple(target for target in LORA_TARGETS if target in targets))
 
 
 def settle_lora(args: argparse.Namespace) -> None:

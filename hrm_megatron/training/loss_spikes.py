@@ -20,12 +20,13 @@ import torch
 from megatron.training import training as megatron_training
 
 from hrm_megatron.training.bad_steps import IGNORE, ROLLBACK, go_back
+from hrm_megatron.training.resume import digest_of_data
 
 DEVIATIONS = 7  # OLMo 2
 WINDOW, FEWEST = 128, 32  # losses before: of few enough steps that the trend of a run is small beside its noise
 NORMAL = 1.4826  # standard deviations in a median distance, 1 / 0.6745
 LEAST = 0.01  # deviation as a share of the median: a rise below 7 % is no spike, however quiet the losses before
-DATA = ("data_path", "train_data_path", "sampled_data_path", "sampling_rules", "loss_on_prefix")  # by argument
+DATA = ("data_path", "train_data_path", "sampled_data_path", "sampling_rules")  # of checkpoints without digests
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,10 @@ class Spikes:
 def take_losses(args: argparse.Namespace, stored: argparse.Namespace) -> None:
     """Go on with the losses that a checkpoint was saved behind, where a policy asks for them and they are of the same
     data: others may have another level."""
-    same = all(getattr(stored, name, None) == getattr(args, name) for name in DATA)
+    digests, named = zip(*((digest_of_data(run), [getattr(run, name, None) for name in DATA])
+                           for run in (stored, args)), strict=True)
+    same_data = digests[0] == digests[1] if all(digests) else named[0] == named[1]
+    same = same_data and getattr(stored, "loss_on_prefix", None) == args.loss_on_prefix
     args.losses_before = getattr(stored, "losses_before", []) if same and args.on_loss_spike != IGNORE else []
 
 

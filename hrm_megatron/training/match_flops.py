@@ -7,7 +7,7 @@ from hrm_megatron.config import CAUSAL, PRESETS, ConfigError
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model_types import HRM, MODEL_TYPES
 from hrm_megatron.planner.match_flops import Recipe, matched_steps, run_flops
-from hrm_megatron.training.data import Sources, first_rows
+from hrm_megatron.training.data import Sources, first_rows, plan_folder
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 from hrm_megatron.transformer_config import architecture_of
 
@@ -22,7 +22,8 @@ def match_flops(args: argparse.Namespace, data: Sources | None) -> list[str]:
     if data is None:
         raise ConfigError(f"{flag}: FLOPs depend on the lengths of examples; give the data too (--data-path)")
     first = PackedRows(data.train, args.seq_length, args.seed, args.global_batch_size,
-                       causal=args.attention_mask == CAUSAL, loss_on_prefix=args.loss_on_prefix)
+                       cache_folder=plan_folder(args, data.train), causal=args.attention_mask == CAUSAL,
+                       loss_on_prefix=args.loss_on_prefix)
     hrm = Recipe(PRESETS[preset].architecture(args.vocab_size), (*MODEL_TYPES[HRM].bp_steps, args.bp_warmup_fraction))
     ours = Recipe(architecture_of(args, args.vocab_size),
                   (args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction))

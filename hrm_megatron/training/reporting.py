@@ -98,10 +98,11 @@ class Reporter:
         if not skipped:
             self.means.add(losses)
         if iteration % self.args.log_interval == 0 or is_first_iteration:
-            report = self.report(iteration, self.means.take(), lr)
-            self.console.line(step_line(report, self.console.width))
-            if report.tflops and self.peak and not is_first_iteration:
-                write_scalars({MFU: report.tflops * TERA / self.peak}, iteration)
+            if self.means.steps:  # else what became of them is said already
+                report = self.report(iteration, self.means.take(), lr)
+                self.console.line(step_line(report, self.console.width))
+                if report.tflops and self.peak and not is_first_iteration:
+                    write_scalars({MFU: report.tflops * TERA / self.peak}, iteration)
             flush_scalars()
         if is_first_iteration:  # it took longer than the others will
             self.time_left.start(iteration)

@@ -6,6 +6,7 @@ built.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from hrm_megatron.config import Architecture, ConfigError
@@ -68,6 +69,15 @@ def check_plan(folder: Path, theirs: argparse.Namespace, ours: argparse.Namespac
                           "then partly read twice, partly not at all)")
 
 
+def settle_length(args: argparse.Namespace, theirs: argparse.Namespace, iteration: int) -> None:
+    """Let a run over --epochs or --train-samples end when their rows are read, whatever rows its steps had before."""
+    if args.match_flops_of or not (args.epochs or args.train_samples):
+        return
+    left = (args.rows_of_epochs or args.train_samples) - theirs.consumed_train_samples
+    whole = math.ceil if args.epochs else math.floor
+    args.train_iters = iteration + max(0, whole(left / args.global_batch_size))
+
+
 def nothing_left(iteration: int, train_iters: int) -> str | None:
     """Say in one line that a run which has come this far is done; None where it has iterations left."""
     if iteration < train_iters:
@@ -75,6 +85,12 @@ def nothing_left(iteration: int, train_iters: int) -> str | None:
     if iteration == train_iters:
         return f"iteration {iteration} of {train_iters} is done, nothing to train"
     return f"iteration {iteration} is done, nothing to train: --train-iters {train_iters} asks for fewer"
+
+
+def digest_of_data(args: argparse.Namespace, part: str = "train") -> str | None:
+    """Return what tells the data of a run, or of one that wrote a checkpoint, from others; None where nobody knows."""
+    found: str | None = getattr(args, "data_digests", {}).get(part)
+    return found
 
 
 def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
@@ -93,9 +109,15 @@ def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
         given = getattr(args, name, None)
         return " ".join(given) if isinstance(given, list) else given
 
+    digests = [digest_of_data(args) for args in (theirs, ours)]
     found = [f"{flag} from {shown(theirs, name)} to {shown(ours, name)}" for name, flag in CHANGEABLE.items()
              if value(theirs, name) != value(ours, name)]
-    return f"the command line changes {', '.join(found)}" if found else None
+    if found:
+        return f"the command line changes {', '.join(found)}"
+    if all(digests) and digests[0] != digests[1]:
+        return ("the data are not those it was trained on: their examples, or how they are mixed, have changed, and so "
+                "has the order of rows")
+    return None
 
 
 def schedule_settings(args: argparse.Namespace) -> dict[str, float]:

@@ -1,6 +1,11 @@
 import json
+import os
 import pickle
+import resource
 import shutil
+from dataclasses import replace
+from functools import lru_cache
+from itertools import count, islice
 
 import numpy as np
 import pytest
@@ -65,11 +70,34 @@ def test_many_shards_are_one_sequence(many):
 
 
 def test_more_shards_than_may_be_open(many, monkeypatch):
-    monkeypatch.setattr(indexed_examples, "OPEN_SHARDS", 1)
+    one_open = lru_cache(1)(indexed_examples._opened.__wrapped__)
+    monkeypatch.setattr(indexed_examples, "_opened", one_open)
+    blend = IndexedExamples(many), IndexedExamples(many)
+    for read, i in enumerate((0, 6, 3, 0, 3, 5)):
+        assert tuple(part.tolist() for part in blend[read % 2][i]) == [*EXAMPLES, *EXAMPLES[:3]][i]
+        assert one_open.cache_info().currsize == 1
+
+
+@pytest.fixture
+def few_files():
+    """Let this process open 16 more files and no more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = {int(number) for number in os.listdir("/proc/self/fd")}
+    limit = list(islice((number for number in count() if number not in taken), 17))[-1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_lengths_and_keys_of_more_shards_than_files_may_be_open(many, few_files):
+    manifest = IndexedExamples(many).manifest
+    sources = [replace(source, name=f"{source.name}{i}") for i in range(20) for source in manifest.sources]
+    write_manifest(many, replace(manifest, sources=tuple(sources)), many.parent)
     store = IndexedExamples(many)
-    for i in (0, 6, 3, 0, 3, 5):
-        assert tuple(part.tolist() for part in store[i]) == [*EXAMPLES, *EXAMPLES[:3]][i]
-        assert len(store._open) == 1
+    assert [lengths.tolist() for lengths in store.lengths(1, 139)] == [
+        ([4, 2, 4, 3, 4, 2, 4] * 20)[1:139], ([3, 1, 2, 4, 3, 1, 2] * 20)[1:139]]
+    assert len({*store.prompt_keys().tolist()}) == 4
+    assert store.example_keys(2, 138).shape == (136, 2)
 
 
 def test_a_store_travels_to_another_process_without_its_files(prefix):

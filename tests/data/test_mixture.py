@@ -1,5 +1,6 @@
 """What an epoch holds: parts, weights, rules and kept examples, by plain counting."""
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data import walk
 from hrm_megatron.data.kept_examples import kept_files, write_kept
-from hrm_megatron.data.mixture import MAX_ROW_TOKENS, WALK_STREAM, Mixture, Selection
+from hrm_megatron.data.mixture import MAX_ROW_TOKENS, WALK_STREAM, Mixture, Selection, distinct_tails
 from hrm_megatron.data.plan import RowPlan
 from hrm_megatron.data.sampling_rules import Rule, Rules, read_rules
 from hrm_megatron.data.shuffle import stream_key
@@ -157,6 +158,35 @@ def test_rules_truncate_or_drop_what_is_longer_than_a_row(tmp_path):
             assert len(prefix_ids) == data.prefixes[i] and len(prefix_ids) + len(target_ids) - 1 == length
     with pytest.raises(ConfigError, match="x, example 7 takes 304 positions, more than a row of 20"):
         Mixture([data], ROW_TOKENS).check(ROW_TOKENS)
+
+
+def test_what_rules_leave_out_for_its_length_is_counted_and_a_rule_of_nothing_else_refused(tmp_path):
+    data = ListedStore(tmp_path, ["p"] * 8, [5, 5, 20, 21, 20, 5, 5, 5], [16, 17, 2, 2, 1, 2, 1, 300],
+                       [("cut__a", 4), ("drop__a", 4)])
+    for mode, unfit in (("truncate", {"cut__a": (1, 4), "drop__a": (2, 4)}),
+                        ("drop", {"cut__a": (3, 4), "drop__a": (2, 4)})):
+        rules = Rules(tmp_path / "r", (Rule("cut", long_context=mode),))
+        assert Mixture([data], ROW_TOKENS, Selection(rules=rules)).unfit() == unfit
+    assert Mixture([data], ROW_TOKENS).unfit() == {}
+    rules = read_rules(rules_file(tmp_path, "- {prefix: drop}\n- {prefix: cut, repeat: 2}"))
+    short = ListedStore(tmp_path, ["p"] * 3, [9, 9, 2], [2, 2, 2], [("cut__a", 2), ("drop__a", 1)])
+    Mixture([short], 9, Selection(rules=rules)).epoch(0)
+    with pytest.raises(ConfigError, match="rules.yaml: rule 2, prefix 'cut': none of its examples is left .* of 8 tok"):
+        Mixture([short], 8, Selection(rules=rules)).epoch(0)
+
+
+def test_rules_are_of_training_and_need_no_source_of_held_out_data(tmp_path):
+    rules = read_rules(rules_file(tmp_path, RULES))
+    valid = Mixture([store(tmp_path / "v", 9, [("held_out", 9)])], ROW_TOKENS, Selection(rules=rules), "valid")
+    assert sorted(drawn(valid, 0)[0]) == [*range(9)]
+
+
+def test_datasets_of_one_name_are_told_apart_by_their_folders():
+    paths = [Path(path) for path in ("/x/en/data", "/x/de/data", "/x/de/more")]
+    assert distinct_tails(paths[:1]) == ["data"] and distinct_tails(paths[1:]) == ["data", "more"]
+    assert distinct_tails(paths) == ["en/data", "de/data", "de/more"]
+    assert distinct_tails([paths[0], paths[0]]) == ["data", "data"]  # the same one twice
+    assert distinct_tails([Path("/a"), Path("/")]) == ["a", "/"]
 
 
 @pytest.mark.parametrize("text, said", [

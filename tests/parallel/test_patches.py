@@ -69,7 +69,9 @@ STOCK = [
     ("megatron.core.optimizer_param_scheduler", "OptimizerParamScheduler.load_state_dict", "(self, state_dict)"),
     ("megatron.core.optimizer.clip_grads", "l2_norm_impl", "(chunk_size, noop_flag, tensor_lists, per_tensor, *args)"),
     # hrm_megatron/training
-    ("megatron.training.training", "dummy_train_step", "(data_iterator)"),
+    ("megatron.training.training", "train_step",
+     "(forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, forward_backward_func, "
+     "iteration=None, pg_collection=None, p2p_communicator=None)"),
     ("megatron.core.dist_checkpointing.strategies.async_utils", "PersistentAsyncCaller.async_loop", ...),
     ("megatron.training.training", "finalize_model_grads", ...),
     ("megatron.core.distributed.param_and_grad_buffer", "_ParamAndGradBucketGroup.check_grads",

@@ -75,6 +75,21 @@ def test_a_run_without_bad_steps_is_the_same_under_every_policy(train, tmp_path,
     assert not tensors_that_differ(end_of(tmp_path / "checkpoints"), uninterrupted / "checkpoints" / "iter_0000012")
 
 
+def test_what_is_due_at_a_step_that_is_left_out_comes_all_the_same(train, tmp_path, native_start):
+    """Its save, also where it is the last, and the end of the run."""
+    folder = tmp_path / "checkpoints"
+    run = train(tmp_path, "--iterations-to-skip", 4, 7, 8, "--save-interval", 4)
+    assert run.code == 0, run.output
+    assert {path.name for path in folder.glob("iter_*")} == {"iter_0000004", "iter_0000008"}
+    assert [line for line in run.output.splitlines() if "its rows are passed over" in line] == [
+        f"step {step}: left out, its rows are passed over" for step in (4, 7, 8)]
+    assert not [line for line in run.output.splitlines() if "loss" in line and "nan" in line]
+    again = train(tmp_path / "b", "--iterations-to-skip", 7, 8, load=folder)
+    assert again.code == 0 and tensors_that_differ(end_of(folder), folder / "iter_0000004")
+    again = train(tmp_path / "c", "--iterations-to-skip", 7, 8, "--ckpt-step", 4, load=folder)
+    assert again.code == 0 and not tensors_that_differ(end_of(folder), end_of(tmp_path / "c" / "checkpoints"))
+
+
 @pytest.mark.survives("steps without a number: rollback", "1 process")
 def test_a_run_goes_back_and_leaves_the_rows_out(train, tmp_path, native_start):
     """Two bad steps in a row behind the checkpoint of step 4; one by itself before it is only not taken."""

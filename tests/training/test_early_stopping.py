@@ -73,6 +73,43 @@ def test_it_stops_and_a_resumed_run_stops_where_the_other_did(train, tmp_path):
     assert record(halves)[:2] == (12, None)
 
 
+KILLED_BEHIND_THE_SAVE = MEASURED + """
+import os
+from hrm_megatron.training import checkpoint
+deleting = checkpoint.delete_older
+def delete_older(args, latest):
+    deleting(args, latest)
+    if latest == 4:
+        os._exit(9)
+checkpoint.delete_older = delete_older
+"""
+
+
+def test_a_kill_right_behind_a_save_forgets_no_evaluation(train, tmp_path):
+    """The save of the best is the last thing; a start goes on as if nothing had happened, and keeps it."""
+    saves = "--save-interval", 2, "--most-recent-k", 1
+    train(tmp_path / "whole", *saves)
+    with pytest.raises(AssertionError):
+        train(tmp_path / "killed", *saves, prelude=KILLED_BEHIND_THE_SAVE)
+    assert find_iteration(tmp_path / "killed").name == "iter_0000004"
+    assert record(tmp_path / "killed") == (4, None, {i: VALUES[i] for i in (2, 4)})
+    train(tmp_path / "killed", *saves)
+    assert record(tmp_path / "killed") == record(tmp_path / "whole")
+    assert complete_iterations(tmp_path / "killed") == ["iter_0000004", "iter_0000010"]
+
+
+def test_accuracies_on_other_examples_are_not_compared(tmp_path):
+    args = argparse.Namespace(save=str(tmp_path), eval_weights="raw", data_digests=dict(train="a", valid="b"))
+    measured = Record.read(args, 0)
+    measured.evaluations[1] = 0.5
+    measured.write(tmp_path)
+    args.data_digests = dict(train="c", valid="b")
+    assert Record.read(args, 1) == measured
+    args.data_digests["valid"] = "c"
+    with pytest.raises(ConfigError, match=f"{RECORD_FILE}: has accuracies on other examples than those to validate on"):
+        Record.read(args, 1)
+
+
 OUT_OF_TIME = MEASURED + """
 measured = training.evaluate
 def evaluate(*rest, **options):
@@ -111,7 +148,7 @@ def test_retention_keeps_the_best_and_no_former_best(train, tmp_path):
 
 def test_what_was_measured_behind_the_iteration_that_is_resumed_does_not_count(tmp_path):
     args = argparse.Namespace(save=tmp_path, eval_weights="raw")
-    Record("raw", {1: 0.5, 2: float("nan"), 3: 0.7}, stopped=3).write(tmp_path)
+    Record("raw", None, {1: 0.5, 2: float("nan"), 3: 0.7}, stopped=3).write(tmp_path)
     assert Record.read(args, 3).best == 3 and Record.read(args, 3).stopped == 3
     earlier = Record.read(args, 2)
     assert (earlier.best, earlier.evaluations_since_best, earlier.stopped) == (1, 1, None)

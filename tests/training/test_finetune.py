@@ -15,6 +15,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.convert.table import table
+from hrm_megatron.training.checkpoint import starts_new
 from hrm_megatron.training.finetune import fill_settings, settle_folders
 from tests.training.conftest import FULLBATCH, scalars
 from tests.training.test_resume import tensors_that_differ
@@ -164,6 +165,13 @@ def test_what_is_given_wins():
     args.global_batch_size, args.seq_length = None, 96
     with pytest.raises(ConfigError, match="--seq-length 96 does not divide the 32768 tokens per step"):
         fill_settings(args, {"lr"})
+
+
+def test_it_begins_from_a_folder_within_its_own(tmp_path):
+    args = argparse.Namespace(load=str(tmp_path / "sft"), pretrained_checkpoint=str(tmp_path / "sft" / "base"))
+    own, base = tmp_path / "sft" / "iter_0000004", tmp_path / "sft" / "base" / "iter_0000004"
+    assert starts_new(args, base) and not starts_new(args, own)
+    assert starts_new(args, tmp_path / "sft" / "release")
 
 
 @pytest.mark.parametrize("form", ["native", "hf"])

@@ -22,6 +22,7 @@ from hrm_megatron.training.resume import (
     differences,
     nothing_left,
     schedule_settings,
+    settle_length,
     settle_schedule,
 )
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
@@ -171,6 +172,22 @@ def test_tokens_of_the_data_are_those_of_the_checkpoint(theirs, ours, agree):
             check_vocabulary(FOLDER, theirs, ours)
 
 
+@pytest.mark.parametrize("given, consumed, iteration, train_iters", [
+    (dict(), 200, 100, 7), (dict(epochs=2, rows_of_epochs=282), 200, 100, 141),
+    (dict(epochs=2, rows_of_epochs=282, global_batch_size=1), 200, 100, 182),
+    (dict(epochs=2, rows_of_epochs=282, global_batch_size=4), 200, 100, 121),
+    (dict(train_samples=282, global_batch_size=4), 200, 100, 120),
+    (dict(train_samples=282, global_batch_size=4), 284, 71, 71),
+    (dict(train_samples=282, global_batch_size=4, match_flops_of="B"), 200, 100, 7),
+])
+def test_a_run_over_epochs_or_rows_reads_what_is_left_of_them(given, consumed, iteration, train_iters):
+    args = argparse.Namespace(**dict(epochs=None, rows_of_epochs=None, train_samples=None, match_flops_of=None,
+                                     global_batch_size=2, train_iters=7) | given)
+    for _ in range(2):  # a start settles it twice
+        settle_length(args, argparse.Namespace(consumed_train_samples=consumed), iteration)
+        assert args.train_iters == train_iters
+
+
 def test_every_setting_of_the_schedule_can_be_overridden():
     ours = arguments(**EVERY_CHANGE, override_opt_param_scheduler=True, global_batch_size=2)
     want = schedule_settings(ours)
@@ -178,6 +195,10 @@ def test_every_setting_of_the_schedule_can_be_overridden():
     rate, ticks = LRSchedule(1e-3, 1e-4, 9, 40).at(13), BPSchedule(3, 4, 0.5, 48).at(13)
     assert f"iteration 13 has rate {rate:g} and {ticks} gradient ticks" in line
     assert schedule_settings(ours) == want
+
+
+OTHER_DATA = ("the data are not those it was trained on: their examples, or how they are mixed, have changed, and so "
+              "has the order of rows")
 
 
 @pytest.mark.parametrize("changed, line", [
@@ -196,6 +217,10 @@ def test_other_rows_and_averages_are_named(changed, line):
                adam_beta2=0.95, train_data_path=None, sampling_rules=None, loss_on_prefix=False, adamw=False)
     assert run.keys() == CHANGEABLE.keys()
     theirs, ours = argparse.Namespace(**run), argparse.Namespace(**run | changed)
+    assert changes(theirs, ours) == (line and f"the command line changes {line}")
+    theirs.data_digests, ours.data_digests = dict(train="a", valid="b"), dict(train="c", valid="b")
+    assert changes(theirs, ours) == (f"the command line changes {line}" if line else OTHER_DATA)
+    ours.data_digests["train"] = "a"
     assert changes(theirs, ours) == (line and f"the command line changes {line}")
     del theirs.adamw  # a checkpoint of an older version
     assert ("--adamw from None" in (changes(theirs, ours) or "")) == ours.adamw

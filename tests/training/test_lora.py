@@ -171,6 +171,9 @@ def test_settings_are_kept_and_held_against_those_of_a_checkpoint(tmp_path):
     settle_lora(args)
     assert args.transformer_impl == "local" and lora_of(args) == LoRA(4, 4.0)
     assert lora_of(arguments(lora_rank=None)) is None is lora_of(argparse.Namespace())
+    targets = [arguments(lora_target_modules=names) for names in (["linear_fc1", "linear_qkv"], ["linear_qkv"] * 2 + [
+        "linear_fc1"])]
+    assert lora_of(targets[0]) == lora_of(targets[1]) == LoRA(4, 4.0, ("linear_qkv", "linear_fc1"))
     ours, folder = lora_of(args), tmp_path / "iter_0000004"
     check_adapters(folder, ours, ours, begins=False)
     check_adapters(folder, None, ours, begins=True)

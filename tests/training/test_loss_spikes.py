@@ -117,6 +117,14 @@ def test_losses_before_are_taken_where_data_are_the_same(flags, taken):
     assert args.losses_before == ([2.0, 3.0] if taken else [])
 
 
+@pytest.mark.parametrize("digests, taken", [(("a", "a"), True), (("a", "b"), False)])
+def test_the_same_paths_may_hold_other_data_and_other_paths_the_same(digests, taken):
+    stored, args = (argparse.Namespace(**SAME | dict(data_path=[path]), data_digests=dict(train=digest), losses_before=[
+        2.0]) for path, digest in zip("xy", digests, strict=True))
+    take_losses(args, stored)
+    assert args.losses_before == ([2.0] if taken else [])
+
+
 def test_a_checkpoint_of_before_has_no_losses():
     args = argparse.Namespace(**SAME)
     take_losses(args, argparse.Namespace(data_path=["a"]))  # nor does it know every flag

@@ -13,6 +13,7 @@ from hrm_megatron.data.mixture import Mixture, Selection, SourceNames
 from hrm_megatron.parallel.context import context_positions
 from hrm_megatron.training import source_losses
 from hrm_megatron.training.source_losses import SourceLosses
+from tests.data.listed_store import ListedStore
 from tests.stores import FakeTokenizer, write_store
 from tests.training.conftest import open_log, scalars
 from tests.training.test_layouts import CP, PP, TP
@@ -72,6 +73,8 @@ def test_sources_are_named_until_they_are_too_many(prefixes):
     mixture = Mixture([IndexedExamples(prefix) for prefix in prefixes], ROW_TOKENS)
     assert [mixture.source_names(most=1)(i) for i in (0, 39, 40, 79)] == [0, 0, 1, 1]
     assert mixture.source_names(most=1).names == ("a", "b")
+    twins = [ListedStore(prefixes[0].parent / name / "data", ["p"], [3], [2]) for name in ("en", "de")]
+    assert Mixture(twins, ROW_TOKENS).source_names(most=1).names == ("en/data/x", "de/data/x")
     alone = Mixture([IndexedExamples(prefixes[1])], ROW_TOKENS)
     assert alone.source_names(most=9).names == ("b",)
     names = SourceNames([("x", 0), ("empty", 5), ("y", 5), ("x", 9)])  # two files of one name are one source

@@ -4,6 +4,8 @@ import re
 import pytest
 import torch
 
+from hrm_megatron.checkpoint.dcp import DCPFolder
+from hrm_megatron.checkpoint.folders import find_iteration, read_run
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.data.dataset import PackedRows
@@ -190,6 +192,31 @@ def test_an_evaluation_of_nothing_is_refused(launch, evaluated, store, tmp_path)
                         "--skip-train: no checkpoint to evaluate")):
         run = launch(*flags, *more)
         assert run.code == 2 and len(run.errors) == 1 and part in run.errors[0], run.output
+
+
+@pytest.mark.parametrize("start", [2, 9])
+def test_a_run_that_is_evaluated_late_is_so_to_its_end(launch, store, tmp_path, start):
+    run = launch("--data-path", store, "--split", SPLIT, "--seed", SEED, *MODEL, "--seq-length", 64,
+                 "--global-batch-size", 2, "--train-iters", 6, "--lr", 2e-2, "--eval-interval", 2, "--eval-iters", 1,
+                 "--start-eval-at-iter", start, "--tensorboard-dir", tmp_path)
+    assert run.code == 0, run.output[-3000:]
+    assert [*scalars(tmp_path, "lm loss validation")] == [*range(start, 6, 2), 6]
+
+
+def test_epochs_are_whole_where_steps_come_to_have_other_rows(launch, store, tmp_path):
+    def train(rows, *flags):
+        run = launch("--data-path", store, "--split", SPLIT, "--seed", SEED, *MODEL, "--seq-length", 24, "--lr", 2e-2,
+                     "--epochs", 2, "--eval-iters", 0, "--micro-batch-size", 1, "--global-batch-size", rows,
+                     "--save", tmp_path, "--load", tmp_path, *flags)
+        assert run.code == 0, run.output[-3000:]
+        return run.output
+    rows = PackedRows(IndexedExamples(store), 24, SEED, 1, example_ids=parts_of(store, SPLIT).train).rows_per_epoch
+    train(2, "--exit-interval", 3)
+    train(4, "--override-opt-param-scheduler")
+    args = read_run(DCPFolder(find_iteration(tmp_path)))[0]["args"]
+    assert 0 <= args.consumed_train_samples - 2 * rows < 4
+    steps = int(find_iteration(tmp_path).name.removeprefix("iter_"))
+    assert f"iteration {steps} of {steps} is done, nothing to train" in train(1)
 
 
 def test_a_run_that_was_evaluated_more_often_goes_on(launch, trained, store):

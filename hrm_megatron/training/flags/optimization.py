@@ -24,7 +24,7 @@ LEARNING_RATE: Group = (
          "--lr --min-lr --lr-warmup-iters --lr-warmup-fraction --lr-decay-iters"),
     Used("hrm_megatron.training.step_schedules", "--lr-warmup-samples", needs="--train-samples"),
     Used("hrm_megatron.training.resume", "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
-         needs="--load"),
+         needs="--load --pretrained-checkpoint"),
     Refused("only cosine is built", "--lr-decay-style",
             "leave it out; for a constant rate give --min-lr the value of --lr"),
     Refused("only cosine is built", "--lr-wsd-decay-style --lr-wsd-decay-iters --lr-wsd-decay-samples"),

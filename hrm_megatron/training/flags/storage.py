@@ -56,8 +56,9 @@ CHECKPOINTING: Group = (
             "give --ckpt-step, or --finetune to begin at step 0"),
 )
 DATA: Group = (
-    Used("hrm_megatron.training.data", "--data-path --train-data-path --valid-data-path --test-data-path --split "
+    Used("hrm_megatron.training.data", "--data-path --train-data-path --valid-data-path --test-data-path "
          "--data-cache-path --seq-length"),
+    Used("hrm_megatron.training.data", "--split", needs="--data-path"),
     Used("megatron.training.datasets.data_samplers", "--num-workers"),
     Harmless("an HRM's attention needs no mask from the loader", "--no-create-attention-mask-in-dataloader"),
     Refused(EXAMPLES, "--reset-position-ids --reset-attention-mask --dataloader-inter-document-masking "
