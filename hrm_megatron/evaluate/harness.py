@@ -60,7 +60,9 @@ class HrmMegatron(LM):  # type: ignore[misc]
         prompts = self._prompts([context.strip() if self.strip else context for context in contexts])
         pairs = [Pair(prompt, self._answer_tokens(text.lstrip() if self.strip else text))
                  for prompt, text in zip(prompts, continuations, strict=True)]
-        return [(each.logprob, each.greedy) for each in likelihoods(self.session.decoder, pairs)]
+        with tqdm(total=len(pairs), desc="log-likelihoods") as bar:
+            return [(each.logprob, each.greedy)
+                    for each in likelihoods(self.session.decoder, pairs, on_scored=bar.update)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         found = []

@@ -1,7 +1,7 @@
 """Log-likelihoods of given answers: the prompt seen as in training, the answer causal."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,15 +68,20 @@ class PairAttention:
         return gated(torch.cat(found), gate)
 
 
-def likelihoods(decoder: Decoder, pairs: Sequence[Pair], batch_tokens: int = BATCH_TOKENS) -> list[Likelihood]:
-    """Score all pairs, in their order."""
+def likelihoods(decoder: Decoder, pairs: Sequence[Pair], batch_tokens: int = BATCH_TOKENS,
+                on_scored: Callable[[int], object] = lambda count: None) -> list[Likelihood]:
+    """Score all pairs, in their order; `on_scored` is told how many more are."""
     for pair in pairs:
         if not pair.prompt or not 0 <= pair.first < len(pair.answer):
             raise ConfigError("empty prompt or answer: give each at least one token")
         if pair.positions > decoder.context_tokens:
             raise ConfigError(f"prompt of {len(pair.prompt)} and answer of {len(pair.answer)} tokens are longer than "
                               f"the model's context of {decoder.context_tokens}; shorten them")
-    return [found for batch in _batches(pairs, batch_tokens) for found in _score(decoder, batch)]
+    found: list[Likelihood] = []
+    for batch in _batches(pairs, batch_tokens):
+        found += _score(decoder, batch)
+        on_scored(len(batch))
+    return found
 
 
 def _batches(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[list[Pair]]:

@@ -50,7 +50,9 @@ def test_a_hundred_pairs_equal_transformers(both):
     pairs = random_pairs(99)
     best = by_argmax(theirs, pairs[0].prompt)
     pairs.append(Pair(pairs[0].prompt, [best]))
-    found = likelihoods(decoder, pairs, batch_tokens=100)
+    scored = []
+    found = likelihoods(decoder, pairs, batch_tokens=100, on_scored=scored.append)
+    assert sum(scored) == len(found) == len(pairs) and len(scored) > 2
     for pair, have in zip(pairs, found, strict=True):
         chosen, greedy = by_transformers(theirs, pair)
         assert abs(have.logprob - chosen.sum().item()) < min(1e-4, within(len(pair.answer))), pair
