@@ -135,15 +135,40 @@ def check_outputs(outputs: Mapping[str, Path | None], suffixes: tuple[str, ...] 
             raise ConfigError(f"{flag} {path}: the name of this file must end with {' or '.join(wanted)}")
         if path.is_dir():
             raise ConfigError(f"{flag} {path}: is a folder; name a file in it")
-        around = next(folder for folder in path.absolute().parents if folder.exists())
-        if not (around.is_dir() and os.access(around, os.W_OK | os.X_OK)):
-            raise ConfigError(f"{flag} {path}: nothing can be written in {around}; choose another place")
+        _check_around(flag, path)
         for other in [*given][:number]:
-            if given[other].absolute() == path.absolute():
+            if followed(given[other]) == followed(path):
                 raise ConfigError(f"{flag} {path}: is what {other} names too; give another file")
         for other, read in (inputs or {}).items():
             if read is not None and path.exists() and read.exists() and path.samefile(read):
                 raise ConfigError(f"{flag} {path}: is what {other} reads, and would be lost; give another file")
+
+
+def check_folder(flag: str, folder: Path, inputs: Mapping[str, Path | None] | None = None) -> None:
+    """Refuse, by its flag, a folder that no other could replace in the end, or that holds what is read; call it before
+    the work."""
+    place = followed(folder)
+    if os.path.ismount(place):
+        raise ConfigError(f"{flag} {folder}: is a mount point, which no folder replaces; name a folder in it")
+    if Path.cwd().is_relative_to(place):
+        raise ConfigError(f"{flag} {folder}: is the current folder, or around it, and another would take its place; "
+                          "name a folder in it, or start elsewhere")
+    _check_around(flag, folder)
+    for other, read in (inputs or {}).items():
+        if read is not None and followed(read).is_relative_to(place):
+            raise ConfigError(f"{flag} {folder}: holds what {other} reads ({read}), which would be lost; choose a "
+                              "folder apart")
+
+
+def _check_around(flag: str, path: Path) -> None:
+    around = next(folder for folder in followed(path).parents if folder.exists())
+    if not (around.is_dir() and os.access(around, os.W_OK | os.X_OK)):
+        raise ConfigError(f"{flag} {path}: nothing can be written in {around}; choose another place")
+
+
+def followed(path: Path) -> Path:
+    """The place that a path leads to; of `Path.resolve`, which is the same, loops of links are a RuntimeError."""
+    return Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager
@@ -151,18 +176,19 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give a name beside `path`; the file that the block writes there replaces `path` if the block ends well.
 
     Whatever ends the program or the machine, `path` is there whole or as it was before. The folder around it is made;
-    the mode is that of the file that is replaced, else what the umask says.
+    the mode is that of the file that is replaced, else what the umask says. Of a link it is what that leads to.
     """
-    partial = path.with_name(f".{path.stem}.partial-{uuid.uuid4().hex}{path.suffix}")
+    place = followed(path)
+    partial = place.with_name(f".{place.stem}.partial-{uuid.uuid4().hex}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())  # a name may reach the disk before what it names
-            if path.exists():
-                shutil.copymode(path, partial)
-            partial.replace(path)
+            if place.exists():
+                shutil.copymode(place, partial)
+            partial.replace(place)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
@@ -181,8 +207,10 @@ def write_aside(path: Path, content: str | bytes) -> None:
 def whole_folder(place: Path) -> Iterator[Path]:
     """Give an empty folder beside `place` that replaces it when the block ends well, and vanishes otherwise.
 
-    What kill -9 left beside it is named: hidden, it may fill a disk, or be all that is left of what was replaced.
+    A link stays, and what it leads to is replaced. What kill -9 left beside that is named: hidden, it may fill a disk,
+    or be all that is left of what was replaced.
     """
+    place = followed(place)
     for state, what in (("partial", "half-written; remove it"), ("replaced", "what was there before; move it back, or "
                                                                              "remove it")):
         for left in sorted(place.parent.glob(f".{glob.escape(place.name)}.{state}-*")):

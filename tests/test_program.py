@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.program import Stopped, check_outputs, whole_file, whole_folder, write_aside
+from hrm_megatron.data.tokenizer import check_output_folder
+from hrm_megatron.program import Stopped, check_folder, check_outputs, whole_file, whole_folder, write_aside
 from tests.stores import files_of
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +152,24 @@ def test_what_a_killed_run_left_beside_a_folder_is_named_and_kept(tmp_path, capl
     assert {*left, tmp_path / "[a]"} < {*tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, there):
+    places = [tmp_path / "far" / name for name in ("folder", "file")]
+    links = [tmp_path / place.name for place in places]
+    if there:
+        (places[0] / "old").mkdir(parents=True)
+        places[1].write_text("old")
+    for link, place in zip(links, places, strict=True):
+        link.symlink_to(place)
+    with whole_folder(links[0]) as partial:
+        assert partial.parent == places[0].parent
+        (partial / "new").touch()
+    write_aside(links[1], "new")
+    assert [link.readlink() for link in links] == places
+    assert [path.name for path in places[0].iterdir()] == ["new"] and places[1].read_text() == "new"
+    assert {*tmp_path.iterdir()} == {*links, tmp_path / "far"} and {*(tmp_path / "far").iterdir()} == {*places}
+
+
 def test_what_stops_the_writer_leaves_nothing_half_written(tmp_path):
     with pytest.raises(Stopped), whole_file(tmp_path / "a.png") as partial:
         partial.write_text("half")
@@ -187,11 +206,13 @@ def test_what_cannot_be_written_is_named_by_its_own_name(tmp_path, place):
     ({"--json": "folder"}, "--json folder: is a folder; name a file in it"),
     ({"--json": "file/a/b.json"}, "--json file/a/b.json: nothing can be written in .*/file;"),
     ({"--png": "a.png", "--json": "./a.png"}, "--json a.png: is what --png names too"),
+    ({"--png": "a.png", "--json": "link"}, "--json link: is what --png names too"),
 ])
 def test_what_could_not_be_written_is_refused_before_the_work(tmp_path, monkeypatch, outputs, said):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     Path("file").touch()
+    Path("link").symlink_to("a.png")
     check_outputs({"--png": Path("new/a.png"), "--json": Path("file"), "--text": None})
     with pytest.raises(ConfigError, match=f"^{said}"):
         check_outputs({flag: Path(path) for flag, path in outputs.items()})
@@ -205,6 +226,34 @@ def test_what_is_read_is_not_written_over(tmp_path):
     check_outputs({"--json": tmp_path / "c.jsonl", "--png": tmp_path / "missing.png"}, inputs=inputs)
     with pytest.raises(ConfigError, match=r"^--json .*b.jsonl: is what --input reads, and would be lost; give another"):
         check_outputs({"--json": link}, inputs=inputs)
+
+
+@pytest.mark.parametrize("folder, said", [
+    ("/proc", "is a mount point, which no folder replaces; name a folder in it"),
+    (".", "is the current folder, or around it, and another would take its place"),
+    ("..", "is the current folder, or around it"),
+    ("file/new", "nothing can be written in .*/file; choose another place"),
+])
+def test_a_folder_that_could_not_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch, folder, said):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("file").touch()
+    Path("link").symlink_to(folder)
+    for name in (folder, "link"):
+        with pytest.raises(ConfigError, match=f"^--save {re.escape(name)}: {said}"):
+            check_folder("--save", Path(name))
+        with pytest.raises(ConfigError, match=f"^--output {re.escape(name)}: {said}"):
+            check_output_folder(Path(name), overwrite=True)
+
+
+def test_a_folder_of_what_is_read_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    Path("link").symlink_to("out")
+    check_folder("--save", Path("out"), {"--rows": Path("output"), "--other": None, "--third": Path("out/..")})
+    for read in ("out", "link", "out/new/rows.json"):
+        with pytest.raises(ConfigError, match=f"^--save link: holds what --rows reads .{read}., which would be lost"):
+            check_folder("--save", Path("link"), {"--other": Path("file"), "--rows": Path(read)})
 
 
 # Stops at the first import that may take long, of whatever a program needs besides listening.

@@ -64,7 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> Job | None:
     source.add_argument("--no-verify-checkpoint", dest="verify_checkpoint", action="store_false",
                         help="quantize what can be read of a damaged checkpoint")
     source.add_argument("--tokenizer-model", type=Path, metavar="PATH",
-                        help="tokenizer to put beside the model (default: the one beside --load)")
+                        help="tokenizer of the data, to put beside the model (default: the one beside --load)")
     source.add_argument("--dtype", choices=[*DTYPES],
                         help=f"of what is not quantized, and of the computation (default: {Job.dtype})")
     source.add_argument("--max-shard-size", metavar="SIZE",

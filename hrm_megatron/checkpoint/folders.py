@@ -13,6 +13,7 @@ from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.fsdp_folder import COMMON, is_megatron_fsdp
 from hrm_megatron.checkpoint.manifest import MANIFEST_FILE, METADATA_FILE, TRACKER_FILE, read_manifest
 from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.program import followed
 from hrm_megatron.transformer_config import architecture_of
 
 CONFIG_FILE = "metadata.json"
@@ -64,8 +65,9 @@ def _save(folder: Path) -> int:
 def find_iteration(load: str | Path, step: int | None = None) -> Path:
     """Return the folder of one iteration: `load` itself if it is one, else that of `step`, else the latest."""
     load = Path(load)
-    if re.fullmatch(r"iter_\d{7,}|release", load.name) and step is None:
-        folder, load = load, load.parent
+    named = next((path for path in (load, followed(load)) if re.fullmatch(r"iter_\d{7,}|release", path.name)), None)
+    if named and step is None and not (load / TRACKER_FILE).exists():
+        folder, load = named, named.parent
     elif step is not None:
         folder = load / f"iter_{step:07d}"
     else:

@@ -51,8 +51,10 @@ def compare(source: Loaded, target: Loaded, architecture: Architecture, max_toke
     """
     check_keys(target, architecture)
     rows = examples(architecture, max_tokens)
-    expected, found = (logits_of(loaded, architecture, rows) for loaded in (source, target))
-    difference = float((found - expected).norm() / expected.norm())
+    expected = logits_of(source, architecture, rows).double()
+    if not expected.isfinite().all():
+        return "its logits were not compared with the source's, which are NaN or infinite"
+    difference = float((logits_of(target, architecture, rows) - expected).norm() / expected.norm())
     if not difference <= TOLERANCE:  # NaN too
         raise ConfigError(f"{target.folder}: computes other logits than {source.folder} on {len(rows)} PrefixLM rows "
                           f"({difference:.1e} of their norm, at most {TOLERANCE:.0e}); nothing was left there: "
@@ -108,7 +110,9 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    in_bfloat16 = computes_in_bfloat16(loaded.folder)
+    quantization = quantization_of(loaded.folder)
+    # compressed-tensors makes that of 4-bit floats, whatever else the model is in, when it is first called.
+    in_bfloat16 = quantization is not None and quantization.linear.is_float
     model, info = HrmTextForCausalLM.from_pretrained(
         loaded.folder, dtype=torch.bfloat16 if in_bfloat16 else torch.float32, output_loading_info=True)
     if lost := [name for names in info.values() for name in names]:
@@ -125,11 +129,9 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
     return torch.cat(logits)
 
 
-def computes_in_bfloat16(folder: Path) -> bool:
-    """Tell whether transformers has weights of this folder in bfloat16 alone: compressed-tensors makes that of 4-bit
-    floats, whatever else the model is in, when it is first called."""
-    quantization = Quantization.of_config(read_json(folder / CONFIG_FILE))
-    return quantization is not None and quantization.linear.is_float
+def quantization_of(folder: Path) -> Quantization | None:
+    """Which tensors of a transformers folder are codes; None: it is not quantized."""
+    return Quantization.of_config(read_json(folder / CONFIG_FILE))
 
 
 def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:

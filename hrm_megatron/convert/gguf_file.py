@@ -14,6 +14,7 @@ import torch
 
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.card import CARD_FILE, NO_SECTIONS, Sections, gguf_card
+from hrm_megatron.convert.casts import rounded
 from hrm_megatron.convert.checkpoint import EMA, Checkpoint
 from hrm_megatron.convert.gguf_names import (
     ARCHITECTURE,
@@ -157,7 +158,7 @@ def as_stored(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     if dtype == "float32":
         return tensor
     if dtype != Q8_0:
-        return tensor.to(torch.bfloat16).view(torch.uint8)
+        return rounded(name, tensor, torch.bfloat16).view(torch.uint8)
     from gguf import GGMLQuantizationType, quantize
 
     if not (largest := float(tensor.abs().max())) <= LARGEST:  # NaN too

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +17,7 @@ from hrm_megatron.checkpoint.verify import UNVERIFIED
 from hrm_megatron.config import CAUSAL, PREFIX_LM, Architecture, ConfigError, padded_vocab_size
 from hrm_megatron.convert import prefix_generate
 from hrm_megatron.convert.card import CARD_FILE, NO_SECTIONS, Sections, model_card
+from hrm_megatron.convert.casts import as_start, rounded
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, TokenIds, Training
 from hrm_megatron.convert.hf_files import FLOATS, INDEX_FILE, LOW_BIT, HFFiles, read_json
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer, check_vocabulary
@@ -70,7 +72,7 @@ def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: Mapping[str, Token
 
 
 def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str = "float32",
-             tokenizer: str | Path | None = None, max_shard_size: int | str = MAX_SHARD_SIZE,
+             tokenizer: str | Path | None = None, max_shard_size: str = MAX_SHARD_SIZE,
              ledger: Ledger | None = None, sections: Sections = NO_SECTIONS,
              quantized: Quantized | None = None) -> None:
     """Write the weights of this kind so that unmodified transformers computes the same logits.
@@ -79,6 +81,7 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     in training. One tensor is in memory at a time; `ledger` notes them. `quantized` has the matrices of few bits.
     """
     ledger = ledger or Ledger()
+    check_shard_size(max_shard_size)
     checkpoint.require(kind)
     architecture, max_tokens = checkpoint.architecture, checkpoint.training.seq_length
     beside = None if tokenizer is None else ExportTokenizer.open(tokenizer)
@@ -93,12 +96,9 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     for entry in table(architecture):
         tensors |= (quantized.tensors(entry) if quantized else {}) or {
             entry.hf: _exported(checkpoint, kind, entry, DTYPES[dtype])}
-    try:
-        plan = split_torch_state_dict_into_shards(
-            {name: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for name, lazy in tensors.items()},
-            max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise ConfigError(f"--max-shard-size {max_shard_size}: {error}; write for example 5GB") from error
+    plan = split_torch_state_dict_into_shards(
+        {name: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for name, lazy in tensors.items()},
+        max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         write_safetensors(folder / file, {name: ledger.noting(name, tensors[name]) for name in names})
     tokens = min(architecture.vocab_size, beside.text.vocab_size if beside else architecture.vocab_size)
@@ -116,9 +116,16 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
         shutil.copyfile(prefix_generate.__file__, folder / GENERATE_FILE)
 
 
+def check_shard_size(spelled: str) -> None:
+    """Refuse what is no size of a file of weights."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[KMGT]B\s*", spelled, re.IGNORECASE)
+    if found is None or float(found[1]) * 1000 < 1:  # less than a byte, or few
+        raise ConfigError(f"--max-shard-size {spelled}: no size of a file; write for example 5GB")
+
+
 def _exported(checkpoint: Checkpoint, kind: str, entry: Rename, dtype: torch.dtype) -> LazyTensor:
-    return LazyTensor(entry.foreign_shape, dtype,
-                      lambda: entry.from_megatron(checkpoint.part_of(kind, entry)).to(dtype))
+    return LazyTensor(entry.foreign_shape, dtype, lambda: rounded(
+        entry.hf, entry.from_megatron(checkpoint.part_of(kind, entry)), dtype))
 
 
 def token_ids_of(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict[str, TokenIds]:
@@ -146,9 +153,10 @@ def _architecture(config: dict[str, Any]) -> Architecture:
             raise ConfigError(f"{name}: {found!r} is not the HRM that is built here ({value!r})")
     if not isinstance(prefix_lm := config.get(PREFIX, True), bool):
         raise ConfigError(f"{PREFIX}: {prefix_lm!r} is neither true nor false")
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_type: {rope['rope_type']!r} is not built here ('default')")
+    # The first is the older name, which transformers takes before the other, as it takes "type".
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise ConfigError(f"rope_type: {rope_type!r} is not built here ('default')")
     h = int(config["hidden_size"])
     scale = float(config.get("embedding_scale") or 1 / float(config["initializer_range"]))
     # transformers keeps the scale alone; it says what the initial weights' standard deviation was.
@@ -199,8 +207,7 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
 
     def read(part: str, entry: Rename) -> torch.Tensor:
         tensor = quantization.read(entry, files.tensor) if quantization else files.tensor(entry)
-        # HRM-Text's start of z_L is bf16 in every run.
-        return entry.to_megatron(tensor.float() if entry.trained else tensor.to(torch.bfloat16))
+        return entry.to_megatron(tensor.float() if entry.trained else as_start(f"{folder}: {entry.hf}", tensor))
 
     return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read, token_ids,
                       UNVERIFIED if not verify else "" if files.has_digests else WITHOUT_CHECKSUMS)

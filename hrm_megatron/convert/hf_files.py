@@ -104,9 +104,11 @@ class HFFiles:
     def _index(self) -> dict[str, Path] | None:
         """Read which file each tensor should be in; None where there is one file. All are files of the folder."""
         place = self.folder / INDEX_FILE
+        if (self.folder / WEIGHTS_FILE).exists():  # which transformers takes, whatever an index beside it says
+            return None
         if not place.exists():
             pickled = [path.name for pattern in PICKLES for path in sorted(self.folder.glob(pattern))]
-            if pickled and not (self.folder / WEIGHTS_FILE).exists():
+            if pickled:
                 raise ConfigError(f"{self.folder / pickled[0]}: a pickle, which can run code when it is read, and no "
                                   f"{WEIGHTS_FILE} beside it; let whoever made it save it as safetensors")
             return None

@@ -12,6 +12,7 @@ from hrm_megatron.checkpoint.folders import not_of_an_hrm, read_run
 from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.convert.adapters import Adapters
+from hrm_megatron.convert.casts import as_start
 from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint, Training
 from hrm_megatron.convert.table import Rename, check, table
 from hrm_megatron.optim.adam_atan2 import UPDATES
@@ -52,7 +53,7 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
     def read(part: str, entry: Rename) -> torch.Tensor:
         plain = not entry.trained or (part == RAW and entry.megatron not in stateful)
         tensor = stored.tensor(entry.megatron if plain else f"optimizer.state.{STATE_NAMES[part]}.{entry.megatron}")
-        return tensor.float() if entry.trained else tensor
+        return tensor.float() if entry.trained else as_start(f"{path}: {entry.megatron}", tensor)
 
     if adapters:
         return Checkpoint(path, architecture, training, iteration, 0, frozenset({RAW} | parts & {EMA}),

@@ -14,6 +14,7 @@ from hrm_megatron.checkpoint.manifest import describe_folder, write_manifest
 from hrm_megatron.checkpoint.stream import LazyTensor, save_lazily
 from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.config import CAUSAL, PREFIX_LM, Architecture, ConfigError, ffn_hidden_size
+from hrm_megatron.convert.casts import as_start
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
 from hrm_megatron.convert.ledger import Ledger
 from hrm_megatron.convert.native_recurrence import read_recurrence, write_recurrence
@@ -123,7 +124,8 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
 
     def read(part: str, entry: Rename) -> torch.Tensor:
         key = model_key(entry) if part == RAW else state_key(entry, PART_NAMES[part])
-        return entry.to_megatron(stored.tensor(key))
+        tensor = stored.tensor(key)
+        return entry.to_megatron(tensor if entry.trained else as_start(f"{stored.path}: {key}", tensor))
 
     return Checkpoint(folder, architecture, training, iteration, embedding_updates,
                       frozenset({RAW, *(PART_NAMES if has_optimizer else ())}), read, remark=remark)

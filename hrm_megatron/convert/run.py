@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,23 +16,23 @@ from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.card import Sections
 from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint
-from hrm_megatron.convert.comparison import Loaded, compare, computes_in_bfloat16
-from hrm_megatron.convert.gguf_file import BYTES_OF_WEIGHT, GGUF_FILE, Q8_0, check_gguf, library, read_back, write_gguf
+from hrm_megatron.convert.comparison import Loaded, compare, quantization_of
+from hrm_megatron.convert.gguf_file import BYTES_OF_WEIGHT, Q8_0, check_gguf, library, read_back, write_gguf
 from hrm_megatron.convert.gguf_names import NESTED
-from hrm_megatron.convert.hf import CONFIG_FILE, MAX_SHARD_SIZE, read_hf, write_hf
-from hrm_megatron.convert.ledger import Ledger, progress
+from hrm_megatron.convert.hf import CONFIG_FILE, FIXED, MAX_SHARD_SIZE, read_hf, write_hf
+from hrm_megatron.convert.hf_files import read_json
+from hrm_megatron.convert.ledger import EXPORT_FILE, Ledger, progress
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
 from hrm_megatron.convert.native import read_native, write_native
 from hrm_megatron.convert.shared_stack import as_hrm
 from hrm_megatron.convert.table import table
 from hrm_megatron.convert.to_megatron import write_megatron
-from hrm_megatron.program import whole_folder
+from hrm_megatron.program import check_folder, followed, whole_folder
 
 FORMATS = ("megatron", "hf", "native")
 SAVE_FORMATS = (*FORMATS, "gguf")
 WEIGHTS_ALONE = ("hf", "gguf")  # formats without optimizer state
-SIGNATURES = (TRACKER_FILE, CONFIG_FILE, NATIVE_CONFIG_FILE, GGUF_FILE)  # one of them is in every folder written here
 RESERVE_BYTES = 1 << 20
 VERIFIED_PARAMETERS = 2e9  # fp32 models of that size and above do not fit the memory of many machines
 
@@ -79,9 +79,8 @@ def convert(job: Conversion) -> str:
             raise ConfigError(f"{flag} {path}: is for the README.md of --save-format hf and gguf; leave it out")
     if job.save_format == "gguf":
         library()
-    save, load = job.save.resolve(), job.load.resolve()
-    if save == load or save in load.parents or load in save.parents:
-        raise ConfigError(f"--save {job.save}: overlaps --load {job.load}; choose a folder apart")
+    check_save(job.save, job.load, {"--tokenizer-model": job.tokenizer_model, "--data-report": job.data_report,
+                                    "--evaluation": job.evaluation})
     if job.load_format != "megatron":
         return _convert(job, read_native(job.load, job.ckpt_step, job.verify_checkpoint)
                         if job.load_format == "native" else read_hf(job.load, job.verify_checkpoint))
@@ -161,7 +160,7 @@ def _compare(job: Conversion, original: Checkpoint, checkpoint: Checkpoint, kind
     if ledger.not_finite:
         return f"{skipped}, which are NaN"
     kind = kind if job.save_format in WEIGHTS_ALONE else RAW
-    by_transformers = job.load_format == "hf" and not computes_in_bfloat16(job.load)
+    by_transformers = job.load_format == "hf" and quantization_of(job.load) is None
     source = Loaded(job.load, job.load_format, None if by_transformers else original, kind, job.dtype)
     target = Loaded(folder, "gguf", read_back(folder, checkpoint)) if job.save_format == "gguf" else \
         Loaded(folder, job.save_format, dtype=job.dtype)
@@ -179,11 +178,31 @@ def output_bytes(job: Conversion, checkpoint: Checkpoint) -> int:
     return elements * copies * 4
 
 
+def check_save(save: Path, load: Path, inputs: Mapping[str, Path | None]) -> None:
+    """Refuse an output folder that could not be written in the end, or whose place is that of what is read."""
+    place, source = followed(save), followed(load)
+    if place.is_relative_to(source) or source.is_relative_to(place):
+        raise ConfigError(f"--save {save}: overlaps --load {load}; choose a folder apart")
+    check_folder("--save", save, inputs)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder is an export from here, or a checkpoint of an HRM of any format."""
+    if any((folder / name).exists() for name in (EXPORT_FILE, TRACKER_FILE)):
+        return True
+    if (folder / NATIVE_CONFIG_FILE).exists():
+        return any(folder.glob("fsdp2_epoch_*"))
+    try:
+        return read_json(folder / CONFIG_FILE).get("model_type") == FIXED["model_type"]
+    except ConfigError:
+        return False
+
+
 @contextlib.contextmanager
 def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
     """Give an empty folder that becomes `save` when the block ends well, and vanishes otherwise."""
     if save.exists():
-        if not save.is_dir() or (any(save.iterdir()) and not any((save / name).exists() for name in SIGNATURES)):
+        if not save.is_dir() or (any(save.iterdir()) and not is_checkpoint(save)):
             raise ConfigError(f"--save {save}: exists and is no checkpoint; choose another")
         if not overwrite and any(save.iterdir()):
             raise ConfigError(f"--save {save}: exists; pass --overwrite to replace all of it, or choose another")
@@ -194,8 +213,12 @@ def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
                                   "some space or choose another disk")
             try:
                 yield partial
+            except ConfigError as error:  # which may be about the hidden folder
+                if (hidden := str(partial)) not in str(error):
+                    raise
+                raise ConfigError(str(error).replace(hidden, str(save))) from error
             except Exception as error:  # torch reports a full disk in a class of its own
-                if isinstance(error, ConfigError) or shutil.disk_usage(partial).free >= RESERVE_BYTES:
+                if shutil.disk_usage(partial).free >= RESERVE_BYTES:
                     raise
                 raise OSError(errno.ENOSPC, "no space left on device") from error
     except OSError as error:

@@ -1,6 +1,7 @@
 """Quantize a checkpoint into a folder of compressed-tensors: what tools/quantize_checkpoint.py does."""
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -12,16 +13,18 @@ import torch
 from hrm_megatron.config import PRESETS, Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
 from hrm_megatron.convert.comparison import Loaded, compare
-from hrm_megatron.convert.hf import CONFIG_FILE, DTYPES, refuse_others, write_hf
+from hrm_megatron.convert.hf import CONFIG_FILE, DTYPES, check_shard_size, refuse_others, write_hf
 from hrm_megatron.convert.hf_files import read_json
+from hrm_megatron.convert.hf_tokenizer import check_vocabulary
 from hrm_megatron.convert.ledger import Ledger, progress
 from hrm_megatron.convert.low_bit import LowBit, Scheme
 from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization, Quantized
-from hrm_megatron.convert.run import VERIFIED_PARAMETERS, new_folder
+from hrm_megatron.convert.run import VERIFIED_PARAMETERS, check_save, new_folder
 from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples
-from hrm_megatron.data.tokenizer import TOKENIZER_FILE
+from hrm_megatron.data.manifest import manifest_path
+from hrm_megatron.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from hrm_megatron.generate.load import opened, weights_kind
 from hrm_megatron.quantize.methods import FIRST_TICK, PLAIN, RECURRENT, Calibration, Quantizer, Say
 from hrm_megatron.quantize.recurrence import Rows, batches
@@ -31,10 +34,11 @@ from hrm_megatron.quantize.scores import table as table_of
 from hrm_megatron.quantize.tuning import Tuning
 
 CALIBRATION = ("calibration_rows", "seq_length", "micro_batch_size", "tuning_steps", "seed")  # fields of a Job
-OF_OUTPUT = ("method", "tokenizer_model", "max_shard_size", "verify", "overwrite")  # likewise
+OF_OUTPUT = ("method", "max_shard_size", "verify", "overwrite")  # likewise
 GROUP_SIZES = {"int4": 64, "int8": 0, "mxfp4": 32}  # 0: a scale for each row; 32 is what MX prescribes
 EMBEDDINGS = {"int8": Scheme("int8", 0), "keep": None}
 EXTRA = "compressed_tensors"
+LARGEST = 2.0 ** 126  # weight, which no scheme rounds up beyond what fp32 and bfloat16 have
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,9 @@ def _check(job: Job) -> None:
         raise ConfigError(f"--load {job.load}: is quantized already; give the checkpoint that it was made from")
     if job.group_size is not None and job.scheme != "int4":
         raise ConfigError(f"--group-size {job.group_size}: {job.scheme} has its own; leave the flag out")
+    if job.quantization.linear.is_float and job.dtype == "float32":
+        raise ConfigError(f"--dtype {job.dtype}: transformers computes {job.scheme} in bfloat16 alone; leave the flag "
+                          "out")
     if job.calibrates and job.data_path is None:
         raise ConfigError(f"--data-path: {'--compare' if job.compare else f'--method {job.method}'} calibrates with "
                           "rows of a dataset; name one that tools/preprocess_data.py made, or choose --method rtn")
@@ -132,9 +139,10 @@ def _check(job: Job) -> None:
         raise ConfigError("the package compressed-tensors is missing, by which transformers loads what is written; "
                           "pip install 'hrm_megatron[quantize]', or pass --no-verify to write without a look")
     if job.save:
-        save, load = job.save.resolve(), job.load.resolve()
-        if save == load or save in load.parents or load in save.parents:
-            raise ConfigError(f"--save {job.save}: overlaps --load {job.load}; choose a folder apart")
+        check_shard_size(job.max_shard_size)
+        data = {"--data-path": job.data_path, "--valid-data-path": job.valid_data_path}
+        check_save(job.save, job.load, {"--tokenizer-model": job.tokenizer_model} | {
+            flag: manifest_path(prefix) if prefix else None for flag, prefix in data.items()})
 
 
 def _refuse_given(job: Job, names: Iterable[str], why: str) -> None:
@@ -160,7 +168,19 @@ class Work:
         if bad := int((~tensor.isfinite()).sum()):
             raise ConfigError(f"{self.checkpoint.path}: {bad} numbers of {entry.hf} are NaN or infinite; choose an "
                               "earlier checkpoint")
+        if (largest := float(tensor.abs().max())) > LARGEST:
+            raise ConfigError(f"{self.checkpoint.path}: {entry.hf} holds {largest:.3g}, too much to be rounded; choose "
+                              "an earlier checkpoint")
         return tensor
+
+    @functools.cached_property
+    def tokenizer(self) -> TextTokenizer | None:
+        """The tokenizer that was named, refused where the model was trained with other tokens."""
+        if self.job.tokenizer_model is None:
+            return None
+        tokenizer = TextTokenizer(self.job.tokenizer_model)
+        check_vocabulary(tokenizer, self.checkpoint)
+        return tokenizer
 
     @property
     def quantizer(self) -> Quantizer:
@@ -254,11 +274,14 @@ class Work:
                        self.checkpoint.training.seq_length)
 
     def _rows(self, prefix: str, count: int | None) -> PackedRows:
-        """Rows of a dataset, refused where it was written for another vocabulary; None: each of its rows once."""
-        store, architecture = IndexedExamples(prefix), self.architecture
-        if store.vocab_size > architecture.vocab_size:
+        """Rows of a dataset, refused where it was written with other tokens than the model's; None: each row once."""
+        store, tokens = IndexedExamples(prefix), self.architecture.vocab_size
+        rows_alone = tokens == self.architecture.padded_vocab_size  # of which some may stand for no token
+        if store.vocab_size > tokens or (store.vocab_size < tokens and not rows_alone):
             raise ConfigError(f"{prefix}: written with a tokenizer of {store.vocab_size} entries, the model has "
-                              f"{architecture.vocab_size}; write it again with the tokenizer of the training data")
+                              f"{tokens}; write it again with the tokenizer of the training data")
+        if self.tokenizer:
+            store.check_tokenizer(self.tokenizer.fingerprint)
         if count is not None:
             return PackedRows(store, self.row_tokens, self.job.seed, count)
         rows = PackedRows(store, self.row_tokens, self.job.seed, 0, fixed=True)

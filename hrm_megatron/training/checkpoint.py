@@ -37,7 +37,7 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.parallel.patching import temporarily
-from hrm_megatron.program import write_aside
+from hrm_megatron.program import followed, write_aside
 from hrm_megatron.training.early_stopping import delete_older, stopped_early
 from hrm_megatron.training.error_file import RestartableError
 from hrm_megatron.training.finetune import choose_source, go_on
@@ -91,9 +91,10 @@ def starting_point(args: argparse.Namespace) -> Path | None:
                                   "--save", converted, "--save-format", "megatron"])
             raise ConfigError(f"{flag} {load}: a folder of the format {form}; convert it once, by `{command}`, and "
                               f"give {converted}")
-        if re.fullmatch(r"iter_\d{7,}", Path(load).name) and is_complete(Path(load)):
-            raise ConfigError(f"{flag} {load}: is one iteration; give {flag} {Path(load).parent} --ckpt-step "
-                              f"{iteration_of(Path(load).name)}")
+        place = followed(Path(load))
+        if re.fullmatch(r"iter_\d{7,}", place.name) and is_complete(place):
+            raise ConfigError(f"{flag} {load}: is one iteration; give {flag} {place.parent} --ckpt-step "
+                              f"{iteration_of(place.name)}")
         begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
         if not begins_here or args.exit_on_missing_checkpoint:
             raise ConfigError(f"{flag} {load}: no checkpoint there; correct the path, or leave the flag out to begin "

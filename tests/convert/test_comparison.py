@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -56,10 +57,23 @@ def test_wrong_weights_are_found_by_their_logits(job, tmp_path, monkeypatch, sav
         write(wrong, *arguments)
 
     monkeypatch.setattr(run, writer, write_swapped)
-    with pytest.raises(ConfigError, match=r"computes other logits than .*native_ckpt on 4 PrefixLM rows \(\d"):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(tmp_path / 'out'))}: computes other logits than "
+                                          r".*native_ckpt on 4 PrefixLM rows \(\d"):
         convert(job(save_format=save_format))
     assert not [*tmp_path.iterdir()]
     assert "were not compared with the source's (--no-verify)" in convert(job(save_format=save_format, verify=False))
+
+
+def test_logits_of_a_source_that_has_none_are_not_compared(job, monkeypatch):
+    stock = run.read_native
+
+    def diverged(*arguments):
+        source = stock(*arguments)
+        return dataclasses.replace(source, read=lambda part, entry: source.read(part, entry).sign() * 3e38
+                                   if entry.hf == "lm_head.weight" else source.read(part, entry))
+
+    monkeypatch.setattr(run, "read_native", diverged)
+    assert "were not compared with the source's, which are NaN or infinite" in convert(job(save_format="megatron"))
 
 
 def test_large_models_are_compared_on_demand(job, monkeypatch):

@@ -297,6 +297,14 @@ def test_numbers_that_are_none_are_named_and_never_in_blocks(checkpoint, tmp_pat
         write_gguf(broken, tmp_path / "blocks", dtype=Q8_0, ledger=Ledger(allow_nonfinite=True))
 
 
+def test_a_weight_that_bfloat16_does_not_reach_is_named(checkpoint, tmp_path):
+    huge = dataclasses.replace(checkpoint, read=lambda part, entry: checkpoint.read(part, entry).sign() * 3.4e38
+                               if entry.hf == "lm_head.weight" else checkpoint.read(part, entry))
+    write_gguf(huge, tmp_path / "float32")
+    with pytest.raises(ConfigError, match=r"^output\.weight: holds -?3\.4e\+38, which bfloat16 does not reach; choose"):
+        write_gguf(huge, tmp_path / "bfloat16", dtype="bfloat16")
+
+
 def test_post_norm_is_refused(random_checkpoint, tmp_path):
     post = random_checkpoint(Architecture(1, 24, 3, 40, 250, norm_placement="post"))
     with pytest.raises(ConfigError, match=r"post-norm layers, which llama\.cpp does not have"):

@@ -90,8 +90,9 @@ def test_shards_and_bfloat16(tmp_path, random_checkpoint):
     again, expected = dict(read_hf(tmp_path).weights("raw")), dict(checkpoint.weights("ema"))
     assert all(torch.equal(again[name].float(), expected[name].bfloat16().float()) for name in expected)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
-    with pytest.raises(ConfigError, match="--max-shard-size much: .*5GB"):
-        write_hf(checkpoint, tmp_path, max_shard_size="much")
+    for size in ("much", "GB", "0GB", "0.0KB", "-1GB", "nanGB", "1GBs"):
+        with pytest.raises(ConfigError, match=f"--max-shard-size {size}: .*5GB"):
+            write_hf(checkpoint, tmp_path, max_shard_size=size)
 
 
 def test_weights_and_architecture_survive(tmp_path, random_checkpoint):
@@ -157,6 +158,8 @@ def test_post_norm_has_no_place_in_transformers(tmp_path, random_checkpoint):
     (dict(vocab_size=255), "vocab_size: 255 is no multiple of 256"),
     (dict(tie_word_embeddings=True), "tie_word_embeddings: True"),
     (dict(rope_parameters={"rope_type": "yarn"}), "rope_type: 'yarn' is not built here"),
+    (dict(rope_scaling={"type": "linear", "factor": 4.0}), "rope_type: 'linear' is not built here"),
+    (dict(rope_scaling=[4]), "odd one"),
     (dict(hidden_size="wide"), "odd one .*'wide'"),
     (dict(eos_token_id=[11, "end"]), r"config\.json: eos_token_id: .*'end'\] is no token id"),
     (dict(num_layers_per_stack=10**9), "8,000,000,000 layers one after the other, of at most 1,000,000; correct them"),
@@ -216,6 +219,33 @@ def sharded(tmp_path, random_checkpoint):
     """An export in several files."""
     write_hf(random_checkpoint(), tmp_path / "hf", "raw", max_shard_size="30KB")
     return tmp_path / "hf"
+
+
+def test_one_file_of_all_weights_goes_before_an_index_as_in_transformers(sharded):
+    model = AutoModelForCausalLM.from_pretrained(sharded)
+    model.lm_head.weight.data.mul_(2)
+    model.save_pretrained(sharded)  # which leaves the old index
+    assert (sharded / "model.safetensors.index.json").exists()
+    head = dict(read_hf(sharded, verify=False).weights("raw"))["output_layer.weight"]
+    assert torch.equal(head, AutoModelForCausalLM.from_pretrained(sharded).lm_head.weight)
+
+
+def test_the_start_of_z_l_is_not_rounded(tmp_path, random_checkpoint):
+    write_hf(random_checkpoint(), tmp_path, "raw")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.z_L_init"][3] = 1.001
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model\.z_L_init: holds 1\.001\d*, which bfloat16 does not have"):
+        dict(read_hf(tmp_path, verify=False).weights("raw"))
+
+
+def test_a_weight_that_bfloat16_does_not_reach_is_named(tmp_path, random_checkpoint):
+    checkpoint = random_checkpoint()
+    huge = dataclasses.replace(checkpoint, read=lambda part, entry: checkpoint.read(part, entry).sign() * 3.4e38
+                               if entry.hf == "lm_head.weight" else checkpoint.read(part, entry))
+    write_hf(huge, tmp_path / "float32")
+    with pytest.raises(ConfigError, match=r"^lm_head\.weight: holds -?3\.4e\+38, which bfloat16 does not reach;"):
+        write_hf(huge, tmp_path / "bfloat16", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("file", ["../model-00001-of-00002.safetensors", "/etc/passwd", "pytorch_model.bin",

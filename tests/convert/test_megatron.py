@@ -107,12 +107,17 @@ def test_a_norm_without_a_flag_is_refused(tmp_path, random_checkpoint):
         write_megatron(random_checkpoint(architecture), tmp_path)
 
 
-def test_the_iteration_is_found(converted, tmp_path):
+def test_the_iteration_is_found(converted, tmp_path, monkeypatch):
     folder = shutil.copytree(converted, tmp_path / "copy")
     shutil.copytree(folder / "iter_0000010", folder / "iter_0000020")
     assert find_iteration(folder).name == "iter_0000010"
     assert find_iteration(folder, 20).name == "iter_0000020"
     assert find_iteration(folder / "iter_0000020").name == "iter_0000020"
+    (tmp_path / "best").symlink_to(folder / "iter_0000020")
+    (tmp_path / "iter_0000007").symlink_to(folder)
+    monkeypatch.chdir(folder / "iter_0000020")
+    assert {find_iteration(named) for named in (".", tmp_path / "best")} == {folder / "iter_0000020"}
+    assert find_iteration(tmp_path / "iter_0000007") == tmp_path / "iter_0000007" / "iter_0000010"
     with pytest.raises(ConfigError, match=r"iter_0000030: not there; .*complete: iter_0000010, iter_0000020\)"):
         find_iteration(folder, 30)
     for name in (MANIFEST_FILE, "metadata.json"):

@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint import FileSystemReader
 
+from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.native import read_native, write_native
 from hrm_megatron.convert.table import table
@@ -115,6 +116,20 @@ def test_a_folder_that_does_not_fit_is_refused_by_place_and_value(golden, tmp_pa
     with pytest.raises(ConfigError, match=message) as error:
         read_native(folder)
     assert "\n" not in str(error.value)
+
+
+def test_the_start_of_z_l_may_be_stored_in_fp32(golden, monkeypatch, random_checkpoint):
+    stock = DCPFolder.tensor
+    rounded = dict(read_native(golden / "native_ckpt").weights("raw"))["zL_init"]
+    for change in (0, 1e-3):
+        monkeypatch.setattr(DCPFolder, "tensor", lambda self, key, change=change: stock(self, key).float() + change)
+        weights = read_native(golden / "native_ckpt").weights("raw")
+        if change:
+            with pytest.raises(ConfigError, match=r"model\.zL_init: holds .*, which bfloat16 does not have"):
+                dict(weights)
+        else:
+            start = dict(weights)["zL_init"]
+            assert start.dtype == torch.bfloat16 and torch.equal(start, rounded)
 
 
 def test_an_epoch_can_be_chosen(golden):

@@ -75,11 +75,32 @@ def test_an_existing_output_stays_unless_told(command, tmp_path):
     assert _entries(tmp_path) == ["out"]
 
 
-def test_a_folder_of_something_else_is_never_replaced(command, tmp_path):
+@pytest.mark.parametrize("name, content", [
+    ("thesis.tex", ""), ("config.json", '{"name": "x"}'), ("config.json", '{"model_type": "llama"}'),
+    ("config.json", "["), ("model.gguf", ""), ("all_config.yaml", "")])
+def test_a_folder_of_something_else_is_never_replaced(command, tmp_path, name, content):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").touch()
+    (tmp_path / "out" / name).write_text(content)
     status, _, err = command("--overwrite")
-    assert status == 1 and "exists and is no checkpoint" in err and (tmp_path / "out" / "thesis.tex").exists()
+    assert status == 1 and "exists and is no checkpoint" in err and (tmp_path / "out" / name).exists()
+
+
+@pytest.mark.parametrize("save_format, own", [("hf", "config.json"), ("native", "all_config.yaml"),
+                                              ("megatron", "latest_checkpointed_iteration.txt")])
+def test_a_checkpoint_of_any_format_is_one_without_our_manifest(command, tmp_path, save_format, own):
+    assert command("--no-verify", save_format=save_format)[0] == 0
+    (tmp_path / "out" / EXPORT_FILE).unlink()
+    assert run.is_checkpoint(tmp_path / "out")
+    (tmp_path / "out" / own).unlink()
+    assert not run.is_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("flag", ["--tokenizer-model", "--data-report", "--evaluation"])
+def test_no_input_vanishes_with_the_old_output(command, tmp_path, flag):
+    assert command("--no-verify")[0] == 0
+    (tmp_path / "out" / "input").touch()
+    status, _, err = command("--overwrite", flag, str(tmp_path / "out" / "input"))
+    assert status == 1 and f"holds what {flag} reads (" in err and (tmp_path / "out" / "input").exists()
 
 
 @pytest.mark.parametrize("failure, message", [

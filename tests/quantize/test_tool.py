@@ -24,6 +24,7 @@ from hrm_megatron.generate.load import opened
 from hrm_megatron.generate.weights import take_weights
 from hrm_megatron.quantize.recurrence import HEAD
 from hrm_megatron.quantize.rounding import round_plainly
+from hrm_megatron.quantize.run import Job, Work
 from tests.stores import FakeTokenizer, write_store
 
 needs_the_extra = pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None,
@@ -90,9 +91,17 @@ def test_codes_that_transformers_computes_in_bfloat16_are_converted_as_what_they
     assert difference < 1e-5  # of fp32 sums of 64 over 8 ticks; bfloat16 has 4e-3
 
 
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+def test_codes_are_converted_without_the_program_that_transformers_reads_them_by(quantized, tmp_path, monkeypatch,
+                                                                                 single_rank, scheme):
+    folder = quantized("--method", "rtn", "--no-verify", "--scheme", scheme)
+    monkeypatch.setattr("hrm_megatron.convert.comparison._of_transformers", None)
+    said = convert(Conversion(folder, "hf", tmp_path / "converted", "megatron", verify=True))
+    assert float(re.search("within (.*) of their norm", said)[1]) < 1e-5  # of fp32 sums of 64 over 8 ticks
+
+
 @needs_the_extra
 @pytest.mark.parametrize("flags", [("--scheme", "int8"), ("--scheme", "int4", "--embedding", "keep"),
-                                   ("--scheme", "mxfp4", "--dtype", "float32"),
                                    ("--scheme", "mxfp4", "--embedding", "keep")], ids=" ".join)
 def test_transformers_computes_the_logits_of_what_the_codes_stand_for(quantized, capsys, flags):
     quantized("--method", "rtn", *flags)
@@ -141,7 +150,7 @@ def test_a_dataset_is_refused_before_the_model_is_read(tool, exported, store, ca
 
 def test_flags_without_effect_are_refused(tool, exported, store, capsys):
     compare = ("--load", str(exported), "--data-path", store, "--compare", "--valid-data-path", store)
-    for flags in (["--method", "rtn"], ["--overwrite"], ["--no-verify"], ["--tokenizer-model", "x"]):
+    for flags in (["--method", "rtn"], ["--overwrite"], ["--no-verify"], ["--max-shard-size", "1GB"]):
         assert tool([*compare, *flags]) == 1
         assert f"error: {flags[0].replace('no-', '')}: is about --save, which is not given" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -155,6 +164,10 @@ def test_flags_without_effect_are_refused(tool, exported, store, capsys):
     (("--method", "rtn", "--data-path", "STORE"), "--method rtn reads no data"),
     (("--data-path", "STORE", "--compare"), "--compare and --valid-data-path belong together"),
     (("--data-path", "OTHER"), "written with a tokenizer of 9000 entries, the model has"),
+    (("--data-path", "FEWER"), "written with a tokenizer of 200 entries, the model has"),
+    (("--data-path", "ALIKE", "--tokenizer-model", "TOKENIZER"), "was written with tokenizer ffffffffffff, not with "),
+    (("--method", "rtn", "--scheme", "mxfp4", "--dtype", "float32"), "transformers computes mxfp4 in bfloat16 alone"),
+    (("--method", "rtn", "--max-shard-size", "0GB"), "--max-shard-size 0GB: no size of a file; write for example 5GB"),
     (("--method", "rtn", "--group-size", "128"), "rows of 64 weights are no multiple of the group size 128; choose "
                                                  "--group-size from [32, 64]"),
     (("--method", "rtn", "--scheme", "int8", "--group-size", "32"), "int8 has its own"),
@@ -167,15 +180,42 @@ def test_flags_without_effect_are_refused(tool, exported, store, capsys):
                                                                            "nothing"),
     (("--method", "rtn", "--ckpt-step", "3"), "--ckpt-step 3: a transformers folder has no steps"),
 ])
-def test_bad_settings_are_one_line_and_leave_nothing(tool, exported, store, tmp_path, capsys, flags, message):
-    write_store(tmp_path / "other", [([8999], [1])], FakeTokenizer(9000))
+def test_bad_settings_are_one_line_and_leave_nothing(tool, exported, store, tokenizer, tmp_path, capsys, flags,
+                                                     message):
+    named = dict(STORE=store, TOKENIZER=str(tokenizer.path))
+    for name, tokens in (("OTHER", 9000), ("FEWER", 200), ("ALIKE", tokenizer.vocab_size)):
+        named[name] = str(tmp_path / name)
+        write_store(tmp_path / name, [([tokens - 1], [1])], FakeTokenizer(tokens))
     before = sorted(tmp_path.iterdir())
-    named = dict(STORE=store, OTHER=str(tmp_path / "other"))
     assert tool(["--load", str(exported), "--save", str(tmp_path / "out"), "--no-verify",
                  *(named.get(flag, flag) for flag in flags)]) == 1
     error = capsys.readouterr().err
     assert message in error and error.splitlines()[-1].startswith("error: ")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tokenizer_of_other_tokens_than_the_checkpoint_knows_is_refused(checkpoint_of, weights, tokenizer, exported):
+    job = Job(exported, tokenizer_model=tokenizer.path)
+    known = replace(checkpoint_of(weights), vocabulary=tokenizer.vocabulary)
+    assert Work(job, known, "raw", print).tokenizer.path == tokenizer.path
+    with pytest.raises(ConfigError, match="has other tokens than the tokenizer that random was trained with"):
+        _ = Work(job, replace(known, vocabulary="others"), "raw", print).tokenizer
+
+
+@pytest.mark.parametrize("flag", ["--tokenizer-model", "--data-path", "--valid-data-path"])
+def test_no_input_vanishes_with_the_old_output(tool, quantized, exported, store, capsys, flag):
+    folder = quantized("--method", "rtn", "--no-verify")
+    given = {"--data-path": store, "--valid-data-path": store, flag: str(folder / "input")}
+    assert tool(["--load", str(exported), "--save", str(folder), "--overwrite", "--compare", "--no-verify",
+                 *(word for pair in given.items() for word in pair)]) == 1
+    assert f"holds what {flag} reads ({folder / 'input'}" in capsys.readouterr().err
+
+
+def test_a_comparison_knows_data_of_another_tokenizer(tool, exported, tokenizer, store, tmp_path, capsys):
+    write_store(tmp_path / "other", [([1], [2])], FakeTokenizer(tokenizer.vocab_size))
+    assert tool(["--load", str(exported), "--data-path", store, "--compare", "--valid-data-path",
+                 str(tmp_path / "other"), "--tokenizer-model", str(tokenizer.path)]) == 1
+    assert f"{tmp_path / 'other'} was written with tokenizer ffff" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_the_extra(tool, exported, tmp_path, capsys, monkeypatch):
@@ -196,11 +236,15 @@ def test_existing_output_stays_and_quantized_input_is_refused(tool, quantized, e
     assert not (tmp_path / "twice").exists()
 
 
+@pytest.mark.parametrize("value, said", [
+    (float("nan"), "1 numbers of {} are NaN or infinite; choose an earlier checkpoint"),
+    (-3.4e38, "{} holds 3.4e+38, too much to be rounded; choose an earlier checkpoint")], ids=["nan", "huge"])
 @pytest.mark.parametrize("method", ["rtn", "recurrent"])
-def test_nan_is_refused_by_name(tool, checkpoint_of, weights, store, tmp_path, capsys, method):
+def test_numbers_that_no_code_stands_for_are_refused_by_name(tool, checkpoint_of, weights, store, tmp_path, capsys,
+                                                            method, value, said):
     name = "model.L_module.layers.1.mlp.down_proj.weight"
     bad = weights[name].clone()
-    bad[3, 5] = float("nan")
+    bad[3, 5] = value
     write_hf(checkpoint_of(weights), tmp_path / "hf", "raw")
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     save_file({**tensors, name: bad}, tmp_path / "hf" / "model.safetensors")
@@ -208,7 +252,7 @@ def test_nan_is_refused_by_name(tool, checkpoint_of, weights, store, tmp_path, c
     data = () if method == "rtn" else ("--data-path", store)
     assert tool(["--load", str(tmp_path / "hf"), "--save", str(tmp_path / "out"), "--method", method, "--no-verify",
                  *data]) == 1
-    assert f"1 numbers of {name} are NaN or infinite; choose an earlier checkpoint" in capsys.readouterr().err
+    assert said.format(name) in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 

@@ -122,9 +122,11 @@ def test_an_iteration_is_named_by_the_folder_around_it_and_its_step(tmp_path, mo
     from hrm_megatron.training import checkpoint
 
     monkeypatch.setattr(checkpoint, "is_complete", lambda folder: True)
-    args = argparse.Namespace(load=str(tmp_path / "iter_0000040"), pretrained_checkpoint=None, ckpt_step=None)
-    with pytest.raises(ConfigError, match=f"is one iteration; give --load {tmp_path} --ckpt-step 40"):
-        checkpoint.starting_point(args)
+    (tmp_path / "best").symlink_to(tmp_path / "iter_0000040")
+    for load in ("iter_0000040", "best"):
+        args = argparse.Namespace(load=str(tmp_path / load), pretrained_checkpoint=None, ckpt_step=None)
+        with pytest.raises(ConfigError, match=f"{load}: is one iteration; give --load {tmp_path} --ckpt-step 40"):
+            checkpoint.starting_point(args)
 
 
 def test_a_checkpoint_that_is_not_there_gives_no_model(launch, tmp_path):
