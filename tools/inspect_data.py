@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import check_outputs, listen, one_line, whole_file
 
 if __name__ == "__main__":
     listen()
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
             block.verify()
         print(f"{args.prefix}: {sum(block.length for block in blocks):,} bytes are what was written")
     if args.row is not None:
+        check_outputs({"--picture": args.picture}, (".png",))
         refuse_beside(f"--row {args.row}", {"--sampling-rules": args.sampling_rules, "--epochs": args.epochs})
         show_row(args, store)
         return
@@ -84,13 +85,16 @@ def show_row(args: argparse.Namespace, store: IndexedExamples) -> None:
     if not can_draw():
         print(WITHOUT_PICTURE)
         return
-    from hrm_megatron.data.report_picture import draw_row
+    from hrm_megatron.data.report_picture import draw_row, shown_positions
 
-    sequences = PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, 2, 1e4), args.seq_length)
+    pairs = batch.lengths[0]
+    sequences = PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, 2, 1e4),
+                                shown_positions(args.seq_length, pairs))
     path = args.picture or Path(f"{args.prefix}.row{args.row}.png")
-    draw_row(view.texts, view.labels, batch.lengths[0], sequences.dense_mask(0).numpy(),
-             f"{Path(args.prefix).name}, row {args.row}: {len(batch.lengths[0])} examples in {args.seq_length} "
-             "positions", path)
+    with whole_file(path) as drawn:
+        draw_row(view.texts, view.labels, pairs, sequences.dense_mask(0).numpy(),
+                 f"{Path(args.prefix).name}, row {args.row}: {len(pairs)} examples in {args.seq_length} positions",
+                 drawn)
     print(f"picture: {path}")
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from hrm_megatron.data.kept_examples import forget_kept_of_another
 from hrm_megatron.data.lint import LINT
 from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.report import report_on
+from hrm_megatron.data.respelled import Respelled
 from hrm_megatron.data.source_names import source_names
 from hrm_megatron.data.spelling import add_spelling_flags, chosen_spelling
-from hrm_megatron.data.tokenizer import TextTokenizer, respelled, tokenizer_file
+from hrm_megatron.data.tokenizer import TextTokenizer, tokenizer_file
 from hrm_megatron.data.write_report import write_report
 
 
@@ -59,37 +61,43 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def open_tokenizer(args: argparse.Namespace) -> TextTokenizer:
-    """Open the tokenizer; one with another spelling is written beside the output, for what is trained on it."""
-    path = args.tokenizer_model
-    if spelling := chosen_spelling(args, tokenizer_file(path)):
-        path = respelled(path, spelling, Path(f"{args.output_prefix}.tokenizer"), args.overwrite)
-        print(f"{path}: the tokenizer as these flags spell; give it as --tokenizer-model from here on")
-    return TextTokenizer(path, args.tokenizer_engine)
-
-
 def run(args: argparse.Namespace) -> None:
     task = Task.of(args.shard) if args.shard else None
     if args.deduplicate:
         check_duckdb()
         refuse_beside("--deduplicate", {"--shard (give it with --merge)": args.shard})
-    tokenizer = open_tokenizer(args)
+    path = args.tokenizer_model
+    spelling = chosen_spelling(args, tokenizer_file(path))
+    if spelling is None:
+        make(args, TextTokenizer(path, args.tokenizer_engine), task)
+        return
+    respelled = Respelled.of(path, spelling, Path(f"{args.output_prefix}.tokenizer"), args.overwrite)
+    with tempfile.TemporaryDirectory() as aside:
+        make(args, TextTokenizer(respelled.write_aside(Path(aside)), args.tokenizer_engine), task, respelled)
+
+
+def make(args: argparse.Namespace, tokenizer: TextTokenizer, task: Task | None,
+         respelled: Respelled | None = None) -> None:
+    """Make the dataset, or a share of it, and say what came of it; `respelled`: the tokenizer that goes beside it."""
     paths, rows = inputs_of(args, tokenizer.spelling.tags)
     report = preprocess(paths, args.output_prefix, tokenizer, args.workers, rows,
                         args.context_size, args.on_bad_row == "skip", args.overwrite,
-                        names=source_names(args.input, paths), task=task, merge=args.merge, lint=args.lint)
+                        names=source_names(args.input, paths), task=task, merge=args.merge, lint=args.lint,
+                        beside=respelled.write if respelled else lambda: None)
     if report is None:
         print(f"{args.output_prefix}: the share of --shard {args.shard} is done; others are not")
-    else:
-        print(f"{args.output_prefix}: {report.summary()}", *report.lines(), *report.work(), sep="\n")
-        store = IndexedExamples(args.output_prefix)
-        if args.deduplicate:
-            print(f"{args.output_prefix}: {deduplicate(store, args.workers)}")
-        elif forget_kept_of_another(store):
-            print(f"{args.output_prefix}: has changed, and its duplicates are not left out any more; --deduplicate "
-                  "finds them again")
-        shown = report_on(IndexedExamples(args.output_prefix), args.context_size, report)
-        print("\n".join(write_report(shown)))
+        return
+    if respelled:
+        print(f"{respelled.folder}: the tokenizer as these flags spell; give it as --tokenizer-model from here on")
+    print(f"{args.output_prefix}: {report.summary()}", *report.lines(), *report.work(), sep="\n")
+    store = IndexedExamples(args.output_prefix)
+    if args.deduplicate:
+        print(f"{args.output_prefix}: {deduplicate(store, args.workers)}")
+    elif forget_kept_of_another(store):
+        print(f"{args.output_prefix}: has changed, and its duplicates are not left out any more; --deduplicate "
+              "finds them again")
+    shown = report_on(IndexedExamples(args.output_prefix), args.context_size, report)
+    print("\n".join(write_report(shown)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

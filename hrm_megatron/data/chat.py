@@ -19,6 +19,7 @@ SPEAKERS = {  # the roles of OpenAI's and of ShareGPT's format
     "gpt": "Assistant", "tool": "Tool", "function": "Tool", "ipython": "Tool", "observation": "Tool",
 }
 CALLS = ("tool_calls", "function_call")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 REPEATS = 10  # --max-characters so often is what the prefixes of a chat may have together
 
 
@@ -90,6 +91,9 @@ def _turn(turn: Any, place: str) -> Turn:
         raise BadRow("unknown role", f"{place}: {role_key}={shown(role)}; use one of {', '.join(SPEAKERS)}")
     if calls := next((key for key in CALLS if turn.get(key)), None):
         raise BadRow("tool call", f"{place}: {calls} would be lost; write the call into the text of the turn")
+    if thoughts := next((key for key in THOUGHTS if turn.get(key)), None):
+        raise BadRow("thought", f"{place}: {thoughts} would be lost; write the thought into the text of the turn, or "
+                                "drop the field")
     text = _text(turn, text_key, place)
     if not text.strip() and speaker in ("User", "Assistant"):
         raise BadRow("empty turn", f"{place}: {text_key}={shown(text)} is empty; fill it or drop the row")

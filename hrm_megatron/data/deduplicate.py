@@ -1,21 +1,20 @@
 """Exact deduplication of a dataset in bounded memory: a list of the examples that are kept, written beside it."""
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.dataset_folder import DatasetFolder
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.kept_examples import write_kept
-from hrm_megatron.program import signals_held
 
-MEMORY = "1GB"  # of duckdb; what does not fit goes to a folder beside the dataset
+MEMORY = "1GB"  # of duckdb; what does not fit goes to a folder among the shards
 BLOCK_EXAMPLES = 1 << 20
 FETCHED_EXAMPLES = 1 << 16
 # Of the examples that have the same keys, all but the first.
@@ -38,16 +37,19 @@ class Deduplicated:
 def deduplicate(store: IndexedExamples, threads: int = 1) -> Deduplicated:
     """Keep the first of all examples with the same condition, instruction and response, by 128 bits of BLAKE2b.
 
-    Replaces an earlier list. Nothing is copied.
+    Replaces an earlier list. Nothing is copied. Nobody changes the dataset meanwhile.
     """
     if store.manifest is None:
         raise ConfigError(f"{store.prefix}: written by an older version, without the keys of its examples; preprocess "
                           "it again to deduplicate")
     kept = np.ones(len(store), bool)
-    for ids in _later_ones(store, threads):
-        kept[ids] = False
-    found = Deduplicated(len(store), int(len(store) - kept.sum()))
-    write_kept(store, kept, {"examples": found.examples, "duplicates": found.duplicates})
+    folder = DatasetFolder(store.prefix)
+    with folder.held():
+        with contextlib.closing(_later_ones(store, threads, folder.scratch / "deduplicate")) as later:
+            for ids in later:
+                kept[ids] = False
+        found = Deduplicated(len(store), int(len(store) - kept.sum()))
+        write_kept(store, kept, {"examples": found.examples, "duplicates": found.duplicates})
     return found
 
 
@@ -57,13 +59,12 @@ def check_duckdb() -> None:
         raise ConfigError("--deduplicate needs duckdb, which is not installed; pip install 'hrm-megatron[deduplicate]'")
 
 
-def _later_ones(store: IndexedExamples, threads: int) -> Iterator[np.ndarray]:
-    """Yield ids of examples whose two keys an earlier one has."""
+def _later_ones(store: IndexedExamples, threads: int, folder: Path) -> Generator[np.ndarray]:
+    """Yield ids of examples whose two keys an earlier one has; `folder` is made, and holds what memory does not."""
     check_duckdb()
     import duckdb
     import pyarrow
 
-    folder = Path(f"{store.prefix}.deduplicate-{uuid.uuid4().hex}")
     try:
         folder.mkdir()
         with duckdb.connect(folder / "keys", config={"memory_limit": MEMORY, "threads": threads,
@@ -84,6 +85,3 @@ def _later_ones(store: IndexedExamples, threads: int) -> Iterator[np.ndarray]:
     except (OSError, duckdb.Error) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{folder}: cannot deduplicate ({reason}); free some space") from error
-    finally:
-        with signals_held():
-            shutil.rmtree(folder, ignore_errors=True)

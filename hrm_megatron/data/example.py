@@ -14,6 +14,7 @@ from hrm_megatron.data.spelling import TAG_TOKENS, tags_of
 from hrm_megatron.data.text_files import convert_from, shown
 
 FIELDS = ("condition", "instruction", "response")
+JSON_KEYS = "--json-keys"  # which names them otherwise
 MAX_CHARACTERS = 2_000_000  # of one text: a long book has more, no context has
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _DECODER = json.JSONDecoder()
@@ -105,7 +106,7 @@ class RowFormat:
             settings |= {"prefix_fraction": list(self.raw.prefix_fraction), "cut_seed": self.raw.seed,
                          "sentence_model": self.raw.fingerprint, "text_key": self.raw.key}
         if self.condition_rules:
-            settings["condition_rules"] = [astuple(rule) for rule in self.condition_rules]
+            settings["condition_rules"] = [list(astuple(rule)) for rule in self.condition_rules]  # as JSON has it
         return settings
 
 
@@ -127,7 +128,7 @@ def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: 
         by_rule = condition_by_rule(rows.condition_rules, instruction, response)
         other = rows.default_condition if by_rule is None else by_rule
     defaulted = row.get(key) is None and other is not None
-    condition = other if defaulted else text_of(row, key, place, ", or give --default-condition")
+    condition = other if defaulted else text_of(row, key, place, JSON_KEYS, ", or give --default-condition")
     example = Example(condition or "", instruction, response, defaulted)
     try:
         if example.condition not in rows.tags:  # most have one
@@ -191,14 +192,15 @@ def parse_object(line: bytes, place: str) -> dict[str, Any]:
     return row
 
 
-def text_of(row: dict[str, Any], key: str, place: str, or_else: str = "") -> str:
-    """Take a text out of a row, if it is there and is one; `or_else` is one more way out. Raises BadRow."""
+def text_of(row: dict[str, Any], key: str, place: str, flag: str = "", or_else: str = "") -> str:
+    """Take a text out of a row, if it is there and is one. `flag`: what names the field, if any does; `or_else` is one
+    more way out. Raises BadRow."""
     value = row.get(key)
     if type(value) is str:
         return value
     if key not in row:
-        raise BadRow("missing field", f"{place}: no field {key!r} (there are {shown(sorted(row))}); add it or name "
-                                      f"yours with --json-keys{or_else}")
+        raise BadRow("missing field", f"{place}: no field {key!r} (there are {shown(sorted(row))}); add it"
+                                      f"{f' or name yours with {flag}' if flag else ''}{or_else}")
     if value is None:
         raise BadRow("null field", f"{place}: {key} is null; fill it or drop the row{or_else}")
     if not isinstance(value, str):
@@ -210,9 +212,9 @@ def text_of(row: dict[str, Any], key: str, place: str, or_else: str = "") -> str
                                     f"{value.at + 1}; correct the text")
 
 
-def filled_text_of(row: dict[str, Any], key: str, place: str) -> str:
+def filled_text_of(row: dict[str, Any], key: str, place: str, flag: str = "") -> str:
     """Take a text that is not empty. Raises BadRow."""
-    text = text_of(row, key, place)
+    text = text_of(row, key, place, flag)
     if not text or text.isspace():
         raise BadRow("empty field", f"{place}: {key}={shown(text)} is empty; fill it or drop the row")
     return text

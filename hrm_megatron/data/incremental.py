@@ -73,13 +73,24 @@ def share_of(inputs: Sequence[Input], task: Task) -> list[Input]:
 
 @dataclass
 class Changes:
-    """Names of the sources by what became of them."""
+    """Names of the sources by what became of them since the manifest that is there."""
 
     kept: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     mended: list[str] = field(default_factory=list)  # their shard was damaged, or they had bad rows
     removed: list[str] = field(default_factory=list)
+
+    def add(self, given: Input, before: Source | None, now: Source | None, made: bool) -> None:
+        """Note a source that the manifest has as `before`; `made`: what it is `now` is not from there."""
+        if before is None:
+            self.added.append(given.name)
+        elif now and not made:
+            self.kept.append(given.name)
+        elif (before.num_bytes, before.modified_ns) == (given.num_bytes, given.modified_ns):
+            self.mended.append(given.name)
+        else:
+            (self.kept if now and now.sha256 == before.sha256 else self.changed).append(given.name)
 
     def __bool__(self) -> bool:
         return any(vars(self).values())
@@ -97,12 +108,14 @@ class Changes:
 class Update:
     """One run over the sources of a dataset, inside `folder.held()`.
 
-    `tokenizer` and `settings` are those of the manifest. Raises ConfigError if the dataset is of other settings, or
-    shares no source with `inputs`, unless `overwrite`.
+    `tokenizer` and `settings` are those of the manifest. Of sources whose time alone has changed, the contents of
+    `compared` are read, and others are taken to have changed. Raises ConfigError if the dataset is of other settings,
+    or shares no source with `inputs`, unless `overwrite`.
     """
 
-    def __init__(self, folder: DatasetFolder, inputs: Sequence[Input], tokenizer: Mapping[str, Any],
-                 settings: Mapping[str, Any], skip_bad_rows: bool, overwrite: bool, lint: str) -> None:
+    def __init__(self, folder: DatasetFolder, inputs: Sequence[Input], compared: Iterable[Input],
+                 tokenizer: Mapping[str, Any], settings: Mapping[str, Any], skip_bad_rows: bool, overwrite: bool,
+                 lint: str) -> None:
         self.folder = folder
         self.inputs = inputs
         self.tokenizer = tokenizer
@@ -112,16 +125,13 @@ class Update:
         self.known = self._read_known(overwrite)
         self.done: dict[str, Source] = {}
         self.changes = Changes()
+        self._compared = {given.name for given in compared}
         before = {source.name: source for source in self.known.sources} if self.known else {}
         for given in inputs:
-            old = folder.recorded(given.name, settings) or before.get(given.name)
-            if kept := self._unchanged(given, old):
+            known, recorded = before.get(given.name), folder.recorded(given.name, settings)
+            if kept := self._unchanged(given, recorded or known):
                 self.done[given.name] = kept
-                self.changes.kept.append(given.name)
-            else:
-                same = old and (old.num_bytes, old.modified_ns) == (given.num_bytes, given.modified_ns)
-                (self.changes.added if not old else self.changes.mended if same else self.changes.changed
-                 ).append(given.name)
+            self.changes.add(given, known, kept, made=recorded is not None)
         self.changes.removed += sorted(before.keys() - {given.name for given in inputs})
 
     def make(self, inputs: Iterable[Input], encode: Encode, advance: Callable[[int, int], object]) -> None:
@@ -139,16 +149,18 @@ class Update:
         """List the sources that are not finished."""
         return [given for given in self.inputs if given.name not in self.done]
 
-    def complete(self) -> Manifest:
-        """Write the manifest over all sources, and remove what it does not name."""
+    def complete(self, beside: Callable[[], object]) -> Manifest:
+        """Write the manifest over all sources, after what `beside` writes, and remove what it does not name."""
         manifest = Manifest(self.tokenizer, self.settings, tuple(self.done[given.name] for given in self.inputs))
         if self.lint == "error":
             manifest.lint.refuse()
         if not manifest.shards:
             if self.known is None:
                 self.folder.prune(set())
-            raise ConfigError(f"{self.folder.prefix}: no example to write; check the input")
+            left = "".join(f"; {line}" for line in manifest.left_out())
+            raise ConfigError(f"{self.folder.prefix}: no example to write{left}; check the input")
         with signals_held(), self.folder.writing():
+            beside()
             if manifest != self.known:
                 write_manifest(self.folder.prefix, manifest, self.folder.scratch)
             self.folder.prune({shard.name for shard in manifest.shards})
@@ -182,7 +194,13 @@ class Update:
             return None
         if source.modified_ns == given.modified_ns:
             return source
-        return replace(source, modified_ns=given.modified_ns) if sha256_of(given.path) == source.sha256 else None
+        if given.name not in self._compared or sha256_of(given.path) != source.sha256:
+            return None
+        touched = replace(source, modified_ns=given.modified_ns)
+        if self.folder.task:  # the last of the tasks compares nothing again
+            with self.folder.writing():
+                self.folder.record(touched, self.settings)
+        return touched
 
     def _finish(self, given: Input, chunks: Iterable[tuple[Piece, Encoded]], digests: Mapping[str, Future[str]],
                 advance: Callable[[int, int], object]) -> None:

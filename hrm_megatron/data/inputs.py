@@ -5,6 +5,7 @@ import argparse
 import glob
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from pathlib import Path
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.data.condition_rules import read_condition_rules
 from hrm_megatron.data.example import FIELDS, MAX_CHARACTERS, RawText, RowFormat
+from hrm_megatron.data.manifest import REPORT, shard_folder
 from hrm_megatron.data.readers import is_blank, sample_documents, with_shape
 from hrm_megatron.data.readers.documents import SUFFIXES as DOCUMENT_SUFFIXES
 from hrm_megatron.data.readers.saved_dataset import ITS_OWN_FILES, row_files
 from hrm_megatron.data.row_shapes import SHAPES
-from hrm_megatron.data.sentences import SAMPLE_CHARACTERS, fingerprint, save_sentences, train_sentences
+from hrm_megatron.data.sentences import FILES, SAMPLE_CHARACTERS, fingerprint, save_sentences, train_sentences
 from hrm_megatron.data.spelling import TAG_TOKENS
 
 PACKED = (".gz", ".zst")
@@ -26,6 +28,7 @@ KINDS = "jsonl, plain or in .gz or .zst, Parquet, Arrow, or datasets saved to di
 FRACTION = (0.1, 0.5)  # of --prefix-fraction
 TEXT_FLAGS = ("sentence_model", "prefix_fraction", "cut_seed", "text_key")
 SHOWN_NAMES = 5
+HALF_WRITTEN = re.compile(r"\..+\.(partial|replaced)-[0-9a-f]{32}.*")  # of program.py, by one part of the path
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +115,7 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
         path = Path(name)
         if path.is_dir():
             candidates = sorted(_walk(path))
-            files = [file for file in candidates if file.name.endswith(suffixes) and file.is_file()]
+            files = [file for file in candidates if file.name.endswith(suffixes) and file.is_file() and not _ours(file)]
             files, candidates = _without_rests(files, candidates)
         elif path.exists():
             candidates = files = [path]
@@ -120,14 +123,16 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
                 raise ConfigError(f"--input {name} is no file that can be read twice; write it to one first")
         else:
             matches = [Path(match) for match in glob.glob(name, recursive=True)]
-            files = sorted(match for match in matches if match.is_file())
+            files = sorted(match for match in matches if match.is_file() and not _ours(match))
             # a.jsonl.gz beside b.jsonl, for *.jsonl
             candidates = [*matches, *map(Path, glob.glob(f"{name}.*", recursive=True))]
-        unread.update(dict.fromkeys(file for file in candidates if file not in files))
+        read_here = set(files)
+        unread.update(dict.fromkeys(file for file in candidates if file not in read_here))
         if not files:
             what = "has no file to read" if path.is_dir() else "matches no file"
             raise ConfigError(f"--input {name} {what}{_beside(unread)}; give files, globs or folders of {KINDS}")
         for file in files:
+            _check_name(file)
             found.setdefault(os.path.abspath(file), file)
     read = {path for file in found.values() for path in (file.absolute(), *file.absolute().parents)}
     if names := [path for path in unread if path.absolute() not in read]:
@@ -144,6 +149,21 @@ def _without_rests(files: list[Path], candidates: list[Path]) -> tuple[list[Path
     rows_of = {folder: row_files(folder) for folder in {file.parent for file in files}}
     kept = [file for file in files if (rows := rows_of[file.parent]) is None or file in rows]
     return kept, [file for file in candidates if rows_of.get(file.parent) is None or file.name not in ITS_OWN_FILES]
+
+
+def _check_name(file: Path) -> None:
+    """Refuse a name that no message and no manifest could hold."""
+    name = os.fsencode(file).decode("utf-8", "backslashreplace")
+    if name != str(file):
+        raise ConfigError(f"--input {name}: the name is not UTF-8; rename the file, or the folder that is called so")
+
+
+def _ours(file: Path) -> bool:
+    """Say whether a file was written here and is no text of a corpus: the report of a dataset, or a model of sentences.
+    Read, they would change the dataset with every run."""
+    return ((file.name.endswith(REPORT) and shard_folder(str(file).removesuffix(REPORT)).is_dir())
+            or (file.name in FILES and all((file.parent / name).is_file() for name in FILES))
+            or any(map(HALF_WRITTEN.fullmatch, file.parts)))
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -4,8 +4,10 @@ Nothing is copied: the plan of rows passes over the others.
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.program import whole_file
 
 BITS, FACTS = "kept.npy", "kept.json"  # one bit per example, and what the list was made for
+WAY_OUT = "deduplicate again, or delete it to train on all examples"
 HASHED_BYTES = 1 << 24  # at a time
 
 
@@ -59,23 +62,37 @@ def _kept_bits(store: IndexedExamples) -> np.ndarray | None:
     bits, described = kept_files(store.prefix)
     if not described.exists():
         return None
-    try:
-        facts = json.loads(described.read_text(encoding="utf-8"))
-        if facts["dataset"] != dataset_digest(store):
+    with _damage_named(described):
+        if _made_for(described) != dataset_digest(store):
             raise ValueError("made for another dataset")
         found = np.load(bits, allow_pickle=False)
         if found.dtype != np.uint8 or found.shape != (-(-len(store) // 8),):
             raise ValueError(f"{bits.name} holds {found.dtype} of shape {found.shape}")
         return np.asarray(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{described}: {error}; deduplicate again, or delete it to train on all examples") from error
+
+
+def _made_for(described: Path) -> str:
+    return str(json.loads(described.read_text(encoding="utf-8"))["dataset"])
+
+
+@contextlib.contextmanager
+def _damage_named(described: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:
+        raise ConfigError(f"{described}: does not say of which dataset it is; {WAY_OUT}") from error
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ConfigError(f"{described}: {error}; {WAY_OUT}") from error
 
 
 def forget_kept_of_another(store: IndexedExamples) -> bool:
-    """Remove a list that was made for what the dataset was before; say whether there was one."""
+    """Remove a list that was made for what the dataset was before; say whether there was one. Refuses a damaged one."""
     bits, described = kept_files(store.prefix)
-    if not described.exists() or json.loads(described.read_text(encoding="utf-8"))["dataset"] == dataset_digest(store):
+    if not described.exists():
         return False
+    with _damage_named(described):
+        if _made_for(described) == dataset_digest(store):
+            return False
     described.unlink()
     bits.unlink(missing_ok=True)
     return True

@@ -64,7 +64,8 @@ class Lint:
         self._add_texts(REPLACEMENT, batch, (texts.kinds & LOST) != 0)
         if special and special.search(texts.joined):
             self._add_texts(SPECIAL, batch, (bool(special.search(text)) for text in texts.utf8))
-        self._add_texts(BLANK, batch, (texts.kinds & VISIBLE) == 0)
+        some = np.diff(texts.ends, prepend=0) > 1  # the empty prefix of a document is none, and an empty text a bad row
+        self._add_texts(BLANK, batch, some & ((texts.kinds & VISIBLE) == 0))
         for i in _echoes(texts):
             self.add(ECHO, batch.place(i))
         self._add_texts(DECOMPOSED, batch, texts.not_nfc)

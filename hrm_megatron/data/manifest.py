@@ -15,6 +15,7 @@ from hrm_megatron.data.shards import Shard
 from hrm_megatron.data.tokenizer import TextTokenizer
 
 FORMAT = 2  # 1 was PREFIX.bin and PREFIX.idx, without "format"
+REPORT = ".report.md"
 PREPROCESS = "python tools/preprocess_data.py"
 TOKENIZER = ("tokenizer_fingerprint", "vocab_size", "boq", "eoq", "eoa")
 TOTALS = ("examples", "tokens", "max_row_length")
@@ -80,6 +81,20 @@ class Manifest:
         return found
 
     @property
+    def bad_rows(self) -> dict[str, Left]:
+        """The rows of all sources that were left out, by kind."""
+        found: dict[str, Left] = {}
+        for source in self.sources:
+            for kind, left in source.bad_rows.items():
+                before = found.get(kind, Left(0, left.first))
+                found[kind] = Left(before.count + left.count, before.first)
+        return dict(sorted(found.items()))
+
+    def left_out(self) -> list[str]:
+        """Say of each kind of bad rows how many were left out, and which first."""
+        return [f"skipped {left.count}: {kind}, first {left.first}" for kind, left in self.bad_rows.items()]
+
+    @property
     def totals(self) -> dict[str, int]:
         shards = self.shards
         return dict(examples=sum(shard.examples for shard in shards), tokens=sum(shard.tokens for shard in shards),
@@ -99,6 +114,10 @@ def manifest_path(prefix: str | Path) -> Path:
 
 def shard_folder(prefix: str | Path) -> Path:
     return Path(f"{prefix}.shards")
+
+
+def report_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}{REPORT}")
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest, scratch: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
@@ -23,7 +23,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.dataset_folder import DatasetFolder, Task
 from hrm_megatron.data.encoded import Encoded
 from hrm_megatron.data.example import BadRow, RowFormat
-from hrm_megatron.data.incremental import Update, list_inputs, share_of
+from hrm_megatron.data.incremental import Input, Update, list_inputs, share_of
 from hrm_megatron.data.lint import TRUNCATED
 from hrm_megatron.data.manifest import facts_of
 from hrm_megatron.data.raw_text import Sizes
@@ -139,13 +139,14 @@ def encode_all(chunks: Iterable[Piece], tokenizer: TextTokenizer, workers: int, 
 def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: TextTokenizer, workers: int = 1,
                rows: RowFormat = ROWS, context_size: int = 4096, skip_bad_rows: bool = False,
                overwrite: bool = False, chunk_bytes: int = PIECE_BYTES, names: Sequence[str] | None = None,
-               task: Task | None = None, merge: bool = False,
-               lint: str = "warn") -> Report | None:
+               task: Task | None = None, merge: bool = False, lint: str = "warn",
+               beside: Callable[[], object] = lambda: None) -> Report | None:
     """Bring the dataset at `output_prefix` up to the examples of `paths`, in order: a shard for each, by its name.
 
     A bad row raises BadRow unless they are skipped. The files do not depend on `workers`. Whatever is raised, finished
     sources stay and nothing else, and the dataset is the one that was there before. As one `task` of several this makes
     the shards of its share, and returns None unless it is the last; `merge` refuses to make any. `lint`: one of `LINT`.
+    `beside` writes what belongs to the dataset; it is called when all shards are there, before PREFIX.json changes.
     """
     for name, value in (("workers", workers), ("context-size", context_size)):
         if value < 1:
@@ -159,22 +160,25 @@ def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: Text
         chunks = chain.from_iterable(pieces(path, chunk_bytes, rows, readers) for path in paths)
         return encode_all(chunks, tokenizer, workers, rows, context_size, lint != "off")
 
-    def look() -> Update:
-        return Update(folder, inputs, facts_of(tokenizer), settings, skip_bad_rows, overwrite, lint)
+    def look(compared: Sequence[Input]) -> Update:
+        return Update(folder, inputs, compared, facts_of(tokenizer), settings, skip_bad_rows, overwrite, lint)
+
+    def report(update: Update) -> Report:
+        return Report(update.complete(beside), update.changes, progress.seconds, progress.read_bytes, progress.tokens)
 
     mine = share_of(inputs, task) if task else inputs
     with folder.held(), Progress() as progress:
-        update = look()
+        update = look(compared=mine)
         if merge and (missing := update.missing()):
             raise ConfigError(f"{len(missing)} of {len(inputs)} sources have no shard in {folder.shards} yet, the "
                               f"first {missing[0].name}; run the --shard tasks that make them, or leave out --merge")
-        progress.begin(sum(given.num_bytes for given in update.missing() if given in mine))
+        progress.begin(sum(given.num_bytes for given in mine if given.name not in update.done))
         update.make(mine, encode, progress.advance)
         if task is None:
-            return Report(update.complete(), update.changes, progress.seconds, progress.read_bytes, progress.tokens)
+            return report(update)
     with folder.held_by_last() as last:
-        if last and not (update := look()).missing():
-            return Report(update.complete(), update.changes, progress.seconds, progress.read_bytes, progress.tokens)
+        if last and not (update := look(compared=())).missing():
+            return report(update)
     return None
 
 

@@ -40,7 +40,7 @@ class Window(NamedTuple):
 def document_examples(row: dict[str, Any], place: str, rows: RowFormat, raw: RawText, noted: Counter[str],
                       sizes: Sizes) -> list[Example]:
     """Cut a document into examples. A document without a condition, or without a default one, has no tags."""
-    text = text_of(row, raw.key, place).strip()
+    text = text_of(row, raw.key, place, "--text-key").strip()
     if not text:
         noted["empty documents, passed over"] += 1
         return []

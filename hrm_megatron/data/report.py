@@ -1,6 +1,7 @@
 """What is in a dataset, in numbers: how much, how long, from where, what is not in it, and how well it fills rows."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,14 +172,21 @@ def markdown(report: DatasetReport, picture: Path | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _coverage(line: SourceLine) -> tuple[str, str]:
+    """Which share is seen and how often; of a source without examples, or of which none is seen, there is no such
+    number."""
+    return ("-" if math.isnan(line.seen) else f"{line.seen:.1%}",
+            "-" if math.isnan(line.repeats) else f"{line.repeats:.2f}")
+
+
 def _source_table(report: DatasetReport) -> list[str]:
     coverage = [f"seen in {report.epochs} epochs", "times each"] if report.epochs else []
     heads = ["source", "examples", "share of tokens", "truncated", "rows skipped", *coverage]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     largest = sorted(report.sources, key=lambda line: -line.tokens)
     for line in largest[:SHOWN_SOURCES]:
-        shown = [line.name, f"{line.examples:,}", f"{line.tokens / report.tokens:.1%}", f"{line.truncated:,}",
-                 f"{line.skipped:,}", *([f"{line.seen:.1%}", f"{line.repeats:.2f}"] if report.epochs else [])]
+        shown = [line.name.replace("|", "\\|"), f"{line.examples:,}", f"{line.tokens / report.tokens:.1%}",
+                 f"{line.truncated:,}", f"{line.skipped:,}", *(_coverage(line) if report.epochs else [])]
         lines.append(f"| {' | '.join(shown)} |")
     if len(largest) > SHOWN_SOURCES:
         rest = largest[SHOWN_SOURCES:]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -19,6 +20,7 @@ BLUE, ORANGE, GREY, RED = "#1f77b4", "#d95f02", "#888888", "#c0392b"
 BINS = 40
 SHOWN_SOURCES = 12
 NAME_CHARACTERS = 36
+MASK_PIXELS = 2048  # a side: a picture shows no more
 TOKENS: dict[str, Any] = dict(fontsize=6.5, family="monospace", parse_math=False)  # a $ is no formula
 NAMED_POSITIONS = 110  # whose tokens fit beside the picture of a mask
 MASK_COLOURS = ListedColormap(["#f7f7f7", "#9ecae1", "#fdae6b"])  # not seen, seen of a prefix, seen of a response
@@ -65,10 +67,9 @@ def _draw_sources(axes: Axes, report: DatasetReport) -> None:
         rest = lines[SHOWN_SOURCES - 1:]
         lines = [*lines[:SHOWN_SOURCES - 1], SourceLine(f"{len(rest):,} more", *(
             sum(getattr(line, name) for line in rest) for name in ("examples", "tokens", "truncated", "skipped")))]
-    bars = axes.barh([_shortened(line.name) for line in lines], [line.tokens for line in lines], color=BLUE)
+    bars = _draw_bars(axes, [line.name for line in lines], [line.tokens for line in lines], BLUE)
     axes.bar_label(bars, [f" {line.tokens / report.tokens:.1%}" + (f", {line.seen:.0%} seen" if line.seen == line.seen
                                                                    else "") for line in lines], fontsize="small")
-    axes.invert_yaxis()
     axes.margins(x=0.4)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.tick_params(axis="x", labelrotation=20)
@@ -87,38 +88,54 @@ def _draw_left_out(axes: Axes, report: DatasetReport) -> None:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "every row is in it, as it stood", ha="center")
         return
-    bars = axes.barh([_shortened(name) for name in counts], [*counts.values()], color=RED)
+    bars = _draw_bars(axes, [*counts], [*counts.values()], RED)
     axes.bar_label(bars, [f" {count:,}" for count in counts.values()], fontsize="small")
-    axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(left=0)
     axes.set_xlabel("rows and examples that are not as they stood")
 
 
+def _draw_bars(axes: Axes, names: Sequence[str], lengths: Sequence[int], colour: str) -> BarContainer:
+    """Draw a bar for each name, the first on top; names may look alike where they are shortened."""
+    bars = axes.barh(range(len(names)), lengths, color=colour)
+    axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
+    axes.invert_yaxis()
+    return bars
+
+
 def _shortened(name: str) -> str:
-    name = name if len(name) <= NAME_CHARACTERS else f"{name[:NAME_CHARACTERS - 1]}…"
+    half = (NAME_CHARACTERS - 1) // 2  # ends of names tell files of a folder apart
+    name = name if len(name) <= NAME_CHARACTERS else f"{name[:half]}…{name[-half:]}"
     return name.replace("$", r"\$")  # else the beginning of a formula
+
+
+def shown_positions(row_tokens: int, pairs: Sequence[tuple[int, int]]) -> int:
+    """Count the positions of a row that a picture shows: all of its examples, and one of the padding if there is any.
+    """
+    return min(row_tokens, max(sum(p + r for p, r in pairs) + 1, 8))
 
 
 def draw_row(texts: Sequence[str], labels: Sequence[str], pairs: Sequence[tuple[int, int]], mask: np.ndarray,
              title: str, path: Path) -> None:
-    """Draw one packed row: `texts` of its positions [s] with their `labels` ("" for none), and its mask [s, s] (True:
-    the query in this row of the picture sees the key in this column). `pairs` are (prefix, response) positions."""
-    used = sum(p + r for p, r in pairs)
-    shown = min(len(texts), max(used + 1, 8))  # one of the padding, if there is any
-    prefix_keys = np.zeros(len(texts), bool)
+    """Draw one packed row: `texts` of its positions [s] with their `labels` ("" for none), and the mask [n, n] of its
+    `shown_positions` (True: the query in this row of the picture sees the key in this column). `pairs` are (prefix,
+    response) positions."""
+    shown = len(mask)
+    key_colours = np.full(shown, 2, np.uint8)
     borders, start = [], 0
     for p, r in pairs:
-        prefix_keys[start:start + p] = True
+        key_colours[start:start + p] = 1
         start += p + r
         borders.append(start)
-    colours = np.where(mask, np.where(prefix_keys[None, :], 1, 2), 0)[:shown, :shown]
+    step = -(-shown // MASK_PIXELS)
+    colours = mask[::step, ::step] * key_colours[::step]
     named = shown <= NAMED_POSITIONS
     size = max(7.0, 0.15 * shown + 3) if named else 9.0
     figure = Figure(figsize=(size + 1.5, size), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(colours, cmap=MASK_COLOURS, vmin=0, vmax=2, interpolation="nearest")
+    axes.imshow(colours, cmap=MASK_COLOURS, vmin=0, vmax=2, interpolation="nearest",
+                extent=(-0.5, shown - 0.5, shown - 0.5, -0.5))
     for end, (p, r) in zip(borders, pairs, strict=True):
         axes.add_patch(Rectangle((end - p - r - 0.5, end - p - r - 0.5), p + r, p + r, fill=False, edgecolor="black",
                                  linewidth=1.4))

@@ -8,8 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from hrm_megatron.data.chat import TURN_LISTS, chat_examples
-from hrm_megatron.data.example import BadRow, Example, RowFormat, filled_text_of, make_example, text_of
+from hrm_megatron.data.example import JSON_KEYS, BadRow, Example, RowFormat, filled_text_of, make_example, text_of
 from hrm_megatron.data.raw_text import BY_CHARACTERS, Sizes, document_examples
+from hrm_megatron.data.text_files import shown
 
 Row = dict[str, Any]
 
@@ -36,7 +37,7 @@ def _has_all(names: tuple[str, ...], fields: tuple[tuple[str, ...], ...]) -> boo
 
 
 def _from_fields(row: Row, place: str, rows: RowFormat, noted: Counter[str]) -> list[Example]:
-    instruction, response = (filled_text_of(row, key, place) for key in rows.keys[1:])
+    instruction, response = (filled_text_of(row, key, place, JSON_KEYS) for key in rows.keys[1:])
     return [make_example(row, place, rows, instruction, response)]
 
 
@@ -85,9 +86,9 @@ def examples_of(row: Row, place: str, rows: RowFormat, noted: Counter[str] | Non
     shape = SHAPES[rows.shape]
     if not shape.fits(row, rows):
         if other := shape_of(row, rows):
-            raise BadRow("mixed row shapes", f"{place}: a row of shape {other} ({', '.join(sorted(row))}) among rows "
+            raise BadRow("mixed row shapes", f"{place}: a row of shape {other} ({shown(sorted(row))}) among rows "
                          f"of shape {rows.shape}; read them in two runs, each with its --row-shape, or make them alike")
         if "text" in row:
-            raise BadRow("plain text", f"{place}: a document (its fields: {', '.join(sorted(row))}); --split-sentences "
+            raise BadRow("plain text", f"{place}: a document (its fields: {shown(sorted(row))}); --split-sentences "
                                        "makes examples of such")
     return shape.examples(row, place, rows, noted)

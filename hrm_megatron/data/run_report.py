@@ -37,9 +37,7 @@ class Report:
     @property
     def skipped(self) -> Counter[str]:
         """Count by kind the rows that were left out."""
-        return Counter({kind: sum(source.bad_rows[kind].count for source in self.manifest.sources
-                                  if kind in source.bad_rows)
-                        for kind in {kind for source in self.manifest.sources for kind in source.bad_rows}})
+        return Counter({kind: left.count for kind, left in self.manifest.bad_rows.items()})
 
     @property
     def lint(self) -> Lint:
@@ -53,15 +51,10 @@ class Report:
 
     def lines(self) -> list[str]:
         """Say what was not taken as it stands in the rows."""
-        first: dict[str, str] = {}
-        for source in self.manifest.sources:
-            for kind, left in source.bad_rows.items():
-                first.setdefault(kind, left.first)
         defaulted = f"{self.defaulted} rows have no condition and took the default, or that of a rule"
         return [*([defaulted] if self.defaulted else []),
                 *(f"{count} {what}" for what, count in sorted(self.noted.items())),
-                *(f"skipped {self.skipped[kind]}: {kind}, first {first[kind]}" for kind in sorted(first)),
-                *self.lint.lines()]
+                *self.manifest.left_out(), *self.lint.lines()]
 
     def work(self) -> list[str]:
         """Say what this run has done."""

@@ -66,13 +66,12 @@ class Rules:
                                   f"{_listed(names)}; correct or remove it")
         return chosen
 
-
     def check_sizes(self, chosen: Sequence[Rule], sizes: Sequence[int], row_tokens: int) -> None:
         """Refuse a rule whose sources have no example to take; `chosen` and `sizes` are by source."""
         for number, rule in enumerate(self.rules, start=1):
             if not sum(size for one, size in zip(chosen, sizes, strict=True) if one == rule):
-                raise ConfigError(f"{self.path}: rule {number}, prefix {rule.prefix!r}: none of its examples is left to "
-                                  f"train on: prefixes fill rows of {row_tokens} tokens, or --split takes all of them; "
+                raise ConfigError(f"{self.path}: rule {number}, prefix {rule.prefix!r}: none of its examples is left "
+                                  f"to train on: prefixes fill rows of {row_tokens} tokens, or --split takes all of them; "
                                   "raise --seq-length, or remove the rule and its sources")
 
 

@@ -69,14 +69,19 @@ def train_sentences(texts: Iterable[str]) -> dict[str, str]:
 
 
 def save_sentences(files: dict[str, str], folder: Path) -> None:
-    """Write a folder that `sentence_starts` reads, all of it or nothing."""
+    """Write a folder that `sentence_starts` reads, all of it or nothing. One that is there by now stays: tasks of a job
+    array learn the same from the same input."""
     partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex}")
     try:
         partial.mkdir(parents=True)
         for name, contents in files.items():
             (partial / name).write_text(contents, encoding="utf-8", newline="")
         with signals_held():
-            partial.rename(folder)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

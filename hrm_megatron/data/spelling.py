@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.text_files import shown
 
 INFO_FILE = "tokenizer_info.json"
 SPECIAL_TOKENS = (  # ids 0 to 30, in this order; HRM-Text, data_io tokenizer
@@ -81,7 +82,7 @@ def tags_of(condition: str, known: Iterable[str] = TAG_TOKENS) -> list[str]:
     tags = [tag.strip() for tag in condition.split(",")] if condition.strip() else []
     for tag in tags:
         if tag not in known:
-            raise ConfigError(f"unknown tag {tag!r} in condition {condition!r}; use {', '.join(known)}")
+            raise ConfigError(f"unknown tag {shown(tag)} in condition {shown(condition)}; use {', '.join(known)}")
     return tags
 
 

@@ -15,7 +15,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.engine import SPLIT_PATTERN, Ragged, TokenizersEngine, open_engine
 from hrm_megatron.data.provenance import Provenance
 from hrm_megatron.data.spelling import INFO_FILE, PAD, SPECIAL_TOKENS, Spelling, strings_of, tags_of
-from hrm_megatron.program import whole_folder
+from hrm_megatron.program import check_folder, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +75,10 @@ def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, spell
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = False,
-                   provenance: Provenance | None = None, spelling: Spelling | None = None,
-                   pad_token: str = PAD) -> None:
+                   provenance: Provenance | None = None) -> None:
     """Write a folder that `TextTokenizer` and transformers' AutoTokenizer load, all of it or nothing."""
     folder = Path(folder)
-    files = tokenizer_files(tokenizer, folder.name, pad_token, spelling)
+    files = tokenizer_files(tokenizer, folder.name)
     if provenance:
         files[MADE_FROM_FILE] = json.dumps(provenance.to_json(), indent=1)
     check_output_folder(folder, overwrite)
@@ -100,16 +99,18 @@ def already_trained(folder: Path, provenance: Provenance) -> bool:
     return True
 
 
-def check_output_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder whose contents would be lost: a tokenizer without `overwrite`, anything else always."""
+def check_output_folder(folder: Path, overwrite: bool, flag: str = "--output") -> None:
+    """Refuse a folder, which `flag` names, that could not be written, or whose contents would be lost: a tokenizer
+    without `overwrite`, anything else always."""
+    check_folder(flag, folder)
     if not folder.exists():
         return
     foreign = {path.name for path in folder.iterdir()} - {TOKENIZER_FILE, CONFIG_FILE, INFO_FILE, MADE_FROM_FILE} \
         if folder.is_dir() else {folder.name}
     if foreign:
-        raise ConfigError(f"{folder} holds something else than a tokenizer ({min(foreign)}); choose another --output")
+        raise ConfigError(f"{folder} holds something else than a tokenizer ({min(foreign)}); choose another {flag}")
     if not overwrite and any(folder.iterdir()):
-        raise ConfigError(f"{folder} already holds a tokenizer; pass --overwrite or choose another --output")
+        raise ConfigError(f"{folder} already holds a tokenizer; pass --overwrite or choose another {flag}")
 
 
 class TextTokenizer:
@@ -240,15 +241,3 @@ def tokenizer_file(path: str | Path) -> Path:
     """The tokenizer.json of a folder, or the file itself."""
     path = Path(path)
     return path / TOKENIZER_FILE if path.is_dir() else path
-
-
-def respelled(path: str | Path, spelling: Spelling, folder: Path, overwrite: bool = False) -> Path:
-    """Write the tokenizer of `path` with another spelling to `folder`, unless it is there, and return that."""
-    tokenizer = TextTokenizer(path, spelling=spelling)
-    pad = next(token for token in (*PAD_TOKENS, spelling.eoa) if token in tokenizer.special_ids)
-    files = tokenizer_files(tokenizer.tokenizer, folder.name, pad, spelling)
-    if all((folder / name).is_file() and (folder / name).read_text(encoding="utf-8") == text
-           for name, text in files.items()):
-        return folder
-    save_tokenizer(tokenizer.tokenizer, folder, overwrite, spelling=spelling, pad_token=pad)
-    return folder

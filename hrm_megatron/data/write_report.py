@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.manifest import report_path
 from hrm_megatron.data.report import DatasetReport, markdown
 from hrm_megatron.program import whole_file
 
@@ -17,7 +18,7 @@ def can_draw() -> bool:
 
 def write_report(report: DatasetReport) -> list[str]:
     """Write the report, with a picture where matplotlib is; return lines that say what was written."""
-    text, picture = Path(f"{report.prefix}.report.md"), Path(f"{report.prefix}.report.png")
+    text, picture = report_path(report.prefix), Path(f"{report.prefix}.report.png")
     draws = can_draw()
     try:
         with whole_file(text) as partial:

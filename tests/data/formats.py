@@ -36,7 +36,7 @@ def write_parquet(**options):
 
 
 def arrow(make, rows, path, rows_per_batch=5):
-    data = table(rows)
+    data = rows if isinstance(rows, pa.Table) else table(rows)
     with pa.OSFile(str(path), "wb") as sink, make(sink, data.schema) as writer:
         for batch in data.to_batches(max_chunksize=rows_per_batch):
             writer.write_batch(batch)
@@ -64,6 +64,21 @@ def wide(rows, path):
     feather.write_feather(data, path, compression="zstd", chunksize=4)
 
 
+def viewed(kind):
+    """The type with texts behind views."""
+    if pa.types.is_list(kind):
+        return pa.list_(viewed(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(viewed(field.type)) for field in kind])
+    return pa.string_view() if pa.types.is_string(kind) else kind
+
+
+def views(rows, path):
+    """As newer writers keep texts."""
+    schema = pa.schema([field.with_type(viewed(field.type)) for field in table(rows).schema])
+    arrow(pa.ipc.new_file, pa.Table.from_pylist(rows, schema), path)
+
+
 FLAT = {  # name: write rows of texts to a path
     "plain.jsonl": lambda rows, path: path.write_bytes(lines(rows)),
     "one.jsonl.gz": lambda rows, path: path.write_bytes(gzip.compress(lines(rows))),
@@ -75,8 +90,9 @@ FLAT = {  # name: write rows of texts to a path
                                    column_encoding="DELTA_BYTE_ARRAY", data_page_version="2.0"),
     "file.arrow": lambda rows, path: arrow(pa.ipc.new_file, rows, path),
     "stream.arrow": lambda rows, path: arrow(pa.ipc.new_stream, rows, path),
+    "views.arrow": views,
     "wide.feather": wide,
     "saved": save_dataset,
 }
 NESTED = {name: FLAT[name] for name in ("plain.jsonl", "one.jsonl.zst", "groups.parquet", "file.arrow",
-                                        "stream.arrow", "saved")}
+                                        "stream.arrow", "views.arrow", "saved")}

@@ -9,9 +9,11 @@ import yaml
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.condition_rules import ConditionRule, read_condition_rules
+from hrm_megatron.data.dataset_folder import DatasetFolder, Task
 from hrm_megatron.data.example import BadRow, RowFormat
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.row_shapes import examples_of
+from tests.stores import files_of
 
 TAGS = ("direct", "cot", "noisy", "synth")
 RULES = [{"condition": "synth,cot", "instruction": "(?i)step by step", "response": "(?s)<think>.*</think>"},
@@ -56,6 +58,25 @@ def test_every_answer_of_a_chat_is_held_against_the_rules_by_itself(write, write
     prefixes = [("direct", "1 + 1?"), ("cot", "User: 1 + 1?\n\nAssistant: 2\n\nUser: why?")]
     assert [store[i][0].tolist() for i in range(len(store))] == [tokenizer.encode_prefix(*one) for one in prefixes]
     assert tool("preprocess_data")(arguments) == 1  # other rules are other data
+
+
+def test_the_same_command_again_and_tasks_find_what_was_made_by_the_same_rules(write, write_jsonl, tmp_path, tokenizer,
+                                                                               tool, capsys):
+    inputs = [write_jsonl(f"in/{name}.jsonl", [{"instruction": f"{name}?", "response": LONG}]) for name in "ab"]
+    flags = ["--input", *map(str, inputs), "--tokenizer-model", str(tokenizer.path), "--condition-rules",
+             str(write(RULES))]
+    one, array = (["--output-prefix", str(tmp_path / name / "x")] for name in ("one", "array"))
+    assert [tool("preprocess_data")([*flags, *one]) for _ in range(2)] == [0, 0]
+    assert "sources: 2 kept" in capsys.readouterr().out
+    assert [tool("preprocess_data")([*flags, *array, "--shard", f"{i}/2"]) for i in range(2)] == [0, 0]
+    assert files_of(tmp_path / "array" / "x") == files_of(tmp_path / "one" / "x")
+    (tmp_path / "array" / "x.json").unlink()
+    assert [tool("preprocess_data")([*flags, *array, *more]) for more in (["--shard", "0/2"], ["--merge"])] == [0, 1]
+    assert "1 of 2 sources have no shard" in capsys.readouterr().err
+    with DatasetFolder(tmp_path / "array" / "x", Task(5, 9)).held():  # so that the last does not complete it
+        assert tool("preprocess_data")([*flags, *array, "--shard", "1/2"]) == 0
+    assert tool("preprocess_data")([*flags, *array, "--merge"]) == 0
+    assert files_of(tmp_path / "array" / "x") == files_of(tmp_path / "one" / "x")
 
 
 @pytest.mark.parametrize("content, said", [

@@ -3,11 +3,13 @@ import importlib.util
 import json
 from collections import Counter
 
+import duckdb
 import numpy as np
 import pytest
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data import deduplicate as module
+from hrm_megatron.data.dataset_folder import DatasetFolder, Task
 from hrm_megatron.data.deduplicate import deduplicate
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.kept_examples import kept_mask
@@ -82,6 +84,37 @@ def test_the_list_of_a_dataset_that_has_changed_is_not_used(made, tmp_path):
         kept_mask(IndexedExamples(tmp_path / "x"))
     assert made(changed, "--deduplicate")[0] == 0
     assert len(kept_mask(IndexedExamples(tmp_path / "x"))) == 299
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[", "[]", "7", b"\xff"])
+def test_a_damaged_list_is_one_line_until_it_is_made_again(made, tmp_path, content):
+    assert made(ROWS, "--deduplicate")[0] == 0
+    described = tmp_path / "x.kept.json"
+    before = described.read_bytes()
+    described.write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, said = made(ROWS)
+    assert status == 1 and said.err.startswith(f"error: {described}: ") and said.err.count("\n") == 1
+    assert said.err.endswith("; deduplicate again, or delete it to train on all examples\n")
+    with pytest.raises(ConfigError, match="x.kept.json: .*deduplicate again"):
+        kept_mask(IndexedExamples(tmp_path / "x"))
+    assert made(ROWS, "--deduplicate")[0] == 0 and described.read_bytes() == before
+
+
+def test_what_does_not_fit_in_memory_is_cleared_away_with_all_else_of_a_run(made, tmp_path, monkeypatch):
+    assert made(ROWS)[0] == 0
+    dead = tmp_path / "x.shards" / "partial-0-of-1" / "deduplicate"
+    dead.mkdir(parents=True)
+    (dead / "keys").write_bytes(b"of a run that was killed")
+    with DatasetFolder(tmp_path / "x", Task(1, 2)).held(), pytest.raises(ConfigError, match="in use by another run"):
+        deduplicate(IndexedExamples(tmp_path / "x"))
+    connected, connect = [], duckdb.connect
+    monkeypatch.setattr(duckdb, "connect", lambda path, **options: connected.append(path) or connect(path, **options))
+    deduplicate(IndexedExamples(tmp_path / "x"))
+    assert connected == [dead / "keys"] and not dead.parent.exists()
+    monkeypatch.setattr(module, "LATER_ONES", "SELECT nothing FROM nowhere")
+    with pytest.raises(ConfigError, match=f"{dead}: cannot deduplicate .*nowhere.*; free some space"):
+        deduplicate(IndexedExamples(tmp_path / "x"))
+    assert not dead.parent.exists()
 
 
 def test_what_cannot_be_deduplicated_is_refused(made, tmp_path, monkeypatch):

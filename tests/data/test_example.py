@@ -1,10 +1,12 @@
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.example import BadRow, BadRows, Example, RowFormat, parse_object
+from hrm_megatron.data.condition_rules import ConditionRule
+from hrm_megatron.data.example import BadRow, BadRows, Example, RawText, RowFormat, parse_object
 from hrm_megatron.data.readers import read_examples
 from hrm_megatron.data.row_shapes import examples_of
 
@@ -25,6 +27,15 @@ def test_keys_can_be_named(write_jsonl):
         (f"{path}:1", Example("cot,synth", "why?", "so"))]
 
 
+@pytest.mark.parametrize("raw", [None, RawText((0.1, 0.5), 7, Path("punkt"), "a1", "body")])
+def test_every_setting_is_what_json_makes_of_it(raw):
+    """Else a dataset that was written with it would be one of other settings."""
+    rows = RowFormat(("tags", "q", "a"), "cot", 99, ("cot", "direct"), "fields", raw,
+                     (ConditionRule("direct", "x", "y"), ConditionRule("cot")))
+    assert len(rows.settings()) == (9 if raw else 5)
+    assert json.loads(json.dumps(rows.settings())) == rows.settings()
+
+
 BAD_ROWS = [
     ('{"condition": "direct" 1', "broken JSON", ["column 24", "correct the line"]),
     (b'{"condition": "\xff"}', "not UTF-8", ["invalid start byte at byte 15", "correct the line", "iconv -f LATIN1"]),
@@ -40,6 +51,7 @@ BAD_ROWS = [
     ({**GOOD, "instruction": ["x"] * 99}, "field is no string", ["instruction=['x', 'x'", "...", "one text"]),
     ({**GOOD, "condition": "direct,Cot"}, "unknown tag", ["'Cot'", "direct, cot, noisy, synth"]),
     ({**GOOD, "condition": "direct,"}, "unknown tag", ["''"]),
+    ({**GOOD, "condition": "loud" * 100_000}, "unknown tag", ["'loudloud", "...", "direct, cot, noisy, synth"]),
     ({**GOOD, "instruction": ""}, "empty field", ["instruction=''", "drop the row"]),
     ({**GOOD, "response": " \n"}, "empty field", [r"response=' \n'"]),
     ({**GOOD, "response": "a\ud800"}, "invalid Unicode", ["response", "character 2"]),

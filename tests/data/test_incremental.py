@@ -77,6 +77,13 @@ def test_times_and_sizes_tell_changes_and_contents_have_the_last_word(update, so
     update(sources)  # times are known again: nothing is read
 
 
+def test_many_sources_are_not_held_against_each_other(update, write_jsonl, monkeypatch):
+    paths = [write_jsonl(f"in/{i}.jsonl", rows(f"{i}", 1)) for i in range(40)]
+    compared, equal = [], Input.__eq__
+    monkeypatch.setattr(Input, "__eq__", lambda one, other: compared.append(one) or equal(one, other))
+    assert len(update(paths).changes.added) == 40 and len(compared) < 3 * 40
+
+
 def test_a_damaged_shard_is_made_again(update, sources, encoded, tmp_path):
     update(sources)
     before = files_of(tmp_path / "x" / "x")
@@ -226,6 +233,42 @@ def test_tasks_in_any_order_give_the_bytes_of_one_run(update, sources, tmp_path,
     assert files_of(tmp_path / "x" / "x") == files_of(tmp_path / "alone" / "x")
 
 
+def test_the_last_task_says_what_became_of_each_source(update, sources, write_jsonl, tmp_path):
+    update(sources)
+    os.utime(sources[0], ns=(1, 1))
+    write_jsonl("in/b.jsonl", rows("other", 9))
+    damaged = json.loads((tmp_path / "x" / "x.json").read_text())["sources"][2]["shard"]["name"]
+    (tmp_path / "x" / "x.shards" / f"{damaged}.bin").unlink()
+    paths = [*sources, write_jsonl("in/d.jsonl", rows("d", 3))]
+    for number in range(3):
+        report = update(paths, task=Task(number, 3))
+    assert str(report.changes) == "sources: 1 kept, 1 added (d.jsonl), 1 changed (b.jsonl), 1 mended (c.jsonl)"
+
+
+def test_tasks_compare_the_contents_of_their_own_share_once(update, sources, tmp_path, monkeypatch, encoded):
+    update(sources)
+    for path in sources:
+        os.utime(path, ns=(1, 1))
+    hashed, read = [], incremental.sha256_of
+    monkeypatch.setattr(incremental, "sha256_of", lambda path, *stop: hashed.append(path.name) or read(path, *stop))
+    encoded.clear()
+    reports = [update(sources, task=Task(number, 3)) for number in (2, 0)]
+    assert sorted(hashed) == sorted(given.name for number in (2, 0) for given in share_of(
+        incremental.list_inputs(sources), Task(number, 3)))
+    reports.append(update(sources, task=Task(1, 3)))
+    assert sorted(hashed) == ["a.jsonl", "b.jsonl", "c.jsonl"] and not encoded
+    assert reports[:2] == [None, None] and str(reports[2].changes) == "sources: 3 kept"
+
+
+def test_where_all_rows_are_bad_they_are_told(update, write_jsonl, tmp_path):
+    paths = [write_jsonl("in/a.jsonl", ["{", "["]), write_jsonl("in/b.jsonl", [dict(response="c"), "{"])]
+    with pytest.raises(ConfigError) as refused:
+        update(paths, skip_bad_rows=True)
+    said = str(refused.value)
+    assert f"no example to write; skipped 3: broken JSON, first {paths[0]}:1: " in said and "\n" not in said
+    assert f"; skipped 1: missing field, first {paths[1]}:1: " in said and said.endswith("; check the input")
+
+
 def test_a_merge_makes_nothing(update, sources, tmp_path, encoded):
     update(sources, task=Task(1, 3))
     first = files_of_shards(tmp_path / "x" / "x")
@@ -237,7 +280,7 @@ def test_a_merge_makes_nothing(update, sources, tmp_path, encoded):
         assert update(sources, task=Task(2, 3)) is None
     count = len(encoded)
     stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "x" / "x.shards").glob("*.bin")}
-    assert update(sources, merge=True).changes.kept == ["a.jsonl", "b.jsonl", "c.jsonl"] and len(encoded) == count
+    assert update(sources, merge=True).changes.added == ["a.jsonl", "b.jsonl", "c.jsonl"] and len(encoded) == count
     assert stamps == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "x" / "x.shards").glob("*.bin")}
     update(sources, "alone")
     assert files_of(tmp_path / "x" / "x") == files_of(tmp_path / "alone" / "x")

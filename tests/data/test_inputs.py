@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import zipfile
+from pathlib import PurePath
 
 import numpy as np
 import pytest
@@ -72,10 +73,28 @@ def test_many_unread_files_are_counted(write_jsonl, tmp_path, caplog):
     assert f"{tmp_path}/{SHOWN_NAMES - 1}.txt and 3 more" in caplog.text and f"{SHOWN_NAMES}.txt" not in caplog.text
 
 
+def test_many_files_are_not_held_against_each_other(write_jsonl, tmp_path, monkeypatch):
+    for i in range(120):
+        write_jsonl(f"{i}.jsonl", [GOOD])
+        write_jsonl(f"{i}.csv", ["a,b"])
+    compared, equal = [], PurePath.__eq__
+    monkeypatch.setattr(PurePath, "__eq__", lambda one, other: compared.append(one) or equal(one, other))
+    assert len(find_inputs([str(tmp_path)])) == len(find_inputs([f"{tmp_path}/*.jsonl"])) == 120
+    assert len(compared) < 10 * 240
+
+
 def test_a_file_named_twice_is_read_once(write_jsonl, tmp_path, monkeypatch):
     path = write_jsonl("a.jsonl", [GOOD])
     monkeypatch.chdir(tmp_path)
     assert [file.name for file in find_inputs(["a.jsonl", str(path), "."])] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9/a.jsonl", b"caf\xe9.jsonl"])
+def test_a_name_that_is_not_utf8_is_refused(tmp_path, write_jsonl, name):
+    path = write_jsonl(os.fsdecode(name), [GOOD])
+    for given in (tmp_path, tmp_path / "**/*.jsonl", path):
+        with pytest.raises(ConfigError, match=r"--input .*/caf\\xe9.*: the name is not UTF-8; rename the file"):
+            find_inputs([str(given)])
 
 
 def test_a_file_without_a_row_is_named(write_jsonl, tmp_path, caplog):

@@ -71,6 +71,11 @@ def test_each_kind_is_counted_with_its_first_place(tokenizer, row, kind, place):
         lint.refuse()
 
 
+def test_the_empty_prefix_of_a_document_is_no_blank_text():
+    assert not found([("f:1", Example("", "", "It rained."))]).lines()
+    assert found([("f:1", Example("", "\u200b", "It rained."))]).counts["blank"] == 1
+
+
 def test_one_normal_form_alone_is_no_mixture():
     assert found(rows_of(["e\u0301 only", "ascii"])).lines() == []
     assert found(rows_of(["\u00e9 only", "ascii"])).lines() == []

@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from hrm_megatron.data import readers
+from hrm_megatron.data import inputs, readers
 from hrm_megatron.data.example import BadRow, RawText, RowFormat
+from hrm_megatron.data.inputs import find_inputs
 from hrm_megatron.data.raw_text import Sizes
 from hrm_megatron.data.row_shapes import examples_of
 from hrm_megatron.data.sentences import FILES, fingerprint, save_sentences, sentence_starts, train_sentences
@@ -201,12 +202,37 @@ def test_the_tool_trains_a_model_once_and_cuts_a_folder(corpus, tmp_path, tokeni
                                     "--split-sentences", "--sentence-model", str(tmp_path / "punkt")]) == 0
 
 
+def test_raw_text_without_prefixes_passes_lint(corpus, tmp_path, tokenizer, tool):
+    assert tool("preprocess_data")(flags(corpus, tmp_path, tokenizer, "--prefix-fraction", "0", "0", "--lint",
+                                         "error")) == 0
+
+
+def test_what_the_tool_writes_below_its_input_is_no_book(corpus, tokenizer, tool, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(inputs, "SHOWN_NAMES", 99)
+    given = flags(corpus, corpus / "made", tokenizer)
+    (corpus / ".made.partial-0123456789abcdef0123456789abcdef").mkdir()
+    (corpus / ".made.partial-0123456789abcdef0123456789abcdef" / FILES[1]).write_text("it")
+    (corpus / "notes.report.md").write_text("A report of one's own.")
+    assert [tool("preprocess_data")(given) for _ in range(2)] == [0, 0]
+    assert "sources: 4 kept" in capsys.readouterr().out and "not read: " in caplog.text
+    assert f"{corpus}/made/x.report.md" in caplog.text and f"{corpus}/made/punkt/{FILES[1]}" in caplog.text
+    assert find_inputs([f"{corpus}/**/*.report.md"], documents=True) == [corpus / "notes.report.md"]
+
+
+def test_a_model_that_another_task_has_saved_by_now_is_taken(model, tmp_path):
+    files = {path.name: path.read_text() for path in model.iterdir()}
+    save_sentences(files, tmp_path / "punkt")
+    before = (tmp_path / "punkt").stat().st_ino
+    save_sentences(files, tmp_path / "punkt")
+    assert (tmp_path / "punkt").stat().st_ino == before and [path.name for path in tmp_path.iterdir()] == ["punkt"]
+
+
 @pytest.mark.parametrize("change, message", [
     (["--prefix-fraction", "0.5", "0.1"], "--prefix-fraction 0.5 0.1: two numbers of 0 to 1"),
     (["--row-shape", "alpaca"], "--row-shape rows; leave one out"),
     (["--json-keys", "condition", "q", "a"], "--json-keys rows; leave one out"),
     (["--sentence-model", "{corpus}"], "no Punkt model in nltk's punkt_tab format"),
-    (["--text-key", "body"], "c.jsonl:1: no field 'body'")])
+    (["--text-key", "body"], "c.jsonl:1: no field 'body' (there are ['text']); add it or name yours with --text-key")])
 def test_flags_of_documents_are_refused_in_one_line(corpus, tmp_path, tokenizer, tool, capsys, change, message):
     given = flags(corpus, tmp_path, tokenizer, *(part.format(corpus=corpus) for part in change))
     assert tool("preprocess_data")(given) == 1
@@ -222,7 +248,7 @@ def test_flags_of_documents_without_documents_and_documents_without_flags_are_re
     assert "--sentence-model has no effect without --split-sentences" in capsys.readouterr().err
     given = [flag for flag in given if flag not in ("--sentence-model", str(tmp_path / "punkt"))]
     assert tool("preprocess_data")(given) == 1
-    assert "c.jsonl:1: a document (its fields: text); --split-sentences makes" in capsys.readouterr().err
+    assert "c.jsonl:1: a document (its fields: ['text']); --split-sentences makes" in capsys.readouterr().err
     given[:] = flags(corpus, tmp_path, tokenizer)
     del given[given.index("--sentence-model"):][:2]
     given = [flag for flag in given if flag not in ("--sentence-model", str(tmp_path / "punkt"))]

@@ -12,10 +12,11 @@ import zstandard
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import BadRow, Example, RowFormat
-from hrm_megatron.data.readers import arrow, parquet, pieces, read_piece
+from hrm_megatron.data.readers import arrow, column_values, parquet, pieces, read_piece
 from hrm_megatron.data.readers.arrow_bodies import unpacked_bytes
 from hrm_megatron.data.readers.parquet_pages import pages
 from tests.data.formats import FLAT
+from tests.data.formats import arrow as arrow_file
 
 GOOD = {"condition": "direct", "instruction": "2 + 3?", "response": "5"}
 
@@ -102,6 +103,45 @@ def test_one_text_that_is_used_often_is_not_in_memory_as_often(tmp_path, monkeyp
     monkeypatch.setattr(parquet, "EXPANDED_BYTES", 4_000_000)
     found, columns, python = kinds(path, RowFormat())
     assert found == ["good"] * 600 and columns < 25_000_000 and python < 12_000_000
+
+
+TEXTS = [f"{i} " + "w" * 2_000 for i in range(300)]
+TURNS = pa.list_(pa.struct([("role", pa.string_view()), ("content", pa.string_view())]))
+SHARED = {  # what keeps a text apart from the rows that hold it
+    "views": pa.array(TEXTS, pa.string_view()),
+    "large dictionary": pa.array(TEXTS, pa.large_string()).dictionary_encode(),
+    "dictionary of views": pa.DictionaryArray.from_arrays(np.arange(300), pa.array(TEXTS, pa.string_view())),
+    "chats of views": pa.array([[dict(role="user", content="q"), dict(role="assistant", content=text)]
+                                for text in TEXTS], TURNS)}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_slice_is_as_long_as_its_own_texts(tmp_path, monkeypatch, name):
+    """And a dictionary is looked through once, whatever the number of batches."""
+    looked, check = [], column_values._check
+    monkeypatch.setattr(column_values, "_check", lambda column: looked.append(column.nbytes) or check(column))
+    chat = name.startswith("chats")
+    rows = RowFormat(max_characters=2_500, default_condition="", shape="messages" if chat else "fields")
+    data = pa.table({"messages": SHARED[name]}) if chat else table(["a"] * 300).set_column(1, "instruction",
+                                                                                            SHARED[name])
+    arrow_file(pa.ipc.new_stream, data, tmp_path / "a.arrow", 100)
+    found = list(pieces(tmp_path / "a.arrow", 50_000, rows))
+    assert 12 <= len(found) <= 24 and max(len(piece.part.batches) for piece in found) < 60_000
+    read = [example for piece in found for _, example in read_piece(piece, rows)]
+    assert [example.response if chat else example.instruction for example in read] == TEXTS
+    assert "dictionary" not in name or sum(size > 500_000 for size in looked) == 1
+
+
+def test_a_dictionary_that_parquet_keeps_is_read_seldom(tmp_path, monkeypatch):
+    """Every batch of it has a copy."""
+    monkeypatch.setattr(parquet, "EXPANDED_BYTES", 10_000)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 10)
+    pq.write_table(table(["a"] * 300).set_column(1, "instruction", pa.array(TEXTS).dictionary_encode()),
+                   tmp_path / "a.parquet")
+    file = pq.ParquetFile(tmp_path / "a.parquet")
+    assert len(list(parquet._batches(tmp_path / "a.parquet", file, 0, [*GOOD]))) == 1
+    assert [example.instruction for piece in pieces(tmp_path / "a.parquet", 50_000)
+            for _, example in read_piece(piece)] == TEXTS
 
 
 WRITTEN = {"plain": dict(use_dictionary=False), "dictionary": dict(), "v2": dict(data_page_version="2.0"),

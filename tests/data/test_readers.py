@@ -6,6 +6,7 @@ import random
 import threading
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +19,9 @@ from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.inputs import find_inputs
 from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.readers import ahead, is_blank, pieces, read_piece
-from tests.data.formats import FLAT, NESTED, checked_zstd, lines, save_dataset, table
+from hrm_megatron.data.readers.column_values import Checks
+from hrm_megatron.data.readers.columns import _slices
+from tests.data.formats import FLAT, NESTED, checked_zstd, lines, save_dataset, table, viewed
 
 GOOD = {"condition": "direct", "instruction": "2 + 3?", "response": "5"}
 ROWS = RowFormat()
@@ -119,7 +122,7 @@ def test_places_count_as_the_kind_of_file_does(tmp_path):
     assert places == {
         **dict.fromkeys(("plain.jsonl", "one.jsonl.gz", "members.json.gz", "one.jsonl.zst", "members.ndjson.zst"), "9"),
         "groups.parquet": "row group 1, row 2", "delta.parquet": "row group 0, row 8",
-        "file.arrow": "record batch 1, row 3", "stream.arrow": "record batch 1, row 3",
+        **dict.fromkeys(("file.arrow", "stream.arrow", "views.arrow"), "record batch 1, row 3"),
         "wide.feather": "record batch 2, row 0", "data-00001-of-00002.arrow": "record batch 0, row 1"}
     group = pq.ParquetFile(tmp_path / "groups.parquet").read_row_group(1)
     assert group.slice(2, 1).to_pylist() == [rows[8]]
@@ -241,10 +244,12 @@ def test_packed_lines_are_damaged_behind_a_place(tmp_path):
         is_blank(path)
 
 
-@pytest.mark.parametrize("name", ["file.arrow", "groups.parquet"])
+@pytest.mark.parametrize("name", ["file.arrow", "groups.parquet", "views.arrow", "dictionary.arrow"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_columns_that_are_not_utf8_are_bad_rows(tmp_path, name, nested):
     texts = pa.array([b"ok", b"caf\xe9", b"fine"]).view(pa.string())
+    if name == "dictionary.arrow" and not nested:
+        texts = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), texts)
     if nested:
         turns = [pa.array(["user"] * 3), texts]
         answers = [pa.array(["assistant"] * 3), pa.array(["a"] * 3)]
@@ -253,8 +258,10 @@ def test_columns_that_are_not_utf8_are_bad_rows(tmp_path, name, nested):
         data = pa.table({"messages": pa.ListArray.from_arrays([0, 2, 4, 6], pairs)})
     else:
         data = pa.table({"condition": [""] * 3, "instruction": texts, "response": ["a"] * 3})
+    if name == "views.arrow":
+        data = data.cast(pa.schema([field.with_type(viewed(field.type)) for field in data.schema]))
     path = tmp_path / name
-    if name == "file.arrow":
+    if name.endswith(".arrow"):
         with pa.ipc.new_file(path, data.schema) as writer:
             writer.write_table(data)
     else:
@@ -264,6 +271,16 @@ def test_columns_that_are_not_utf8_are_bad_rows(tmp_path, name, nested):
     (place, bad), = [(place, example) for place, example in found if isinstance(example, BadRow)]
     assert place.endswith(" 0, row 1") and bad.kind == "not UTF-8"
     assert str(bad).startswith(f"{place}: not UTF-8 (unexpected end of data at byte 3 of a text); correct the row")
+
+
+@pytest.mark.parametrize("column", [
+    pa.DictionaryArray.from_arrays(pa.array([0, 2, 1]), pa.array(["a", "b"]), safe=False),
+    pa.Array.from_buffers(pa.string_view(), 3, [None, pa.py_buffer(np.array(
+        [[1, 97, 0, 0], [20, 97, 0, 5], [1, 98, 0, 0]], np.int32).tobytes()), pa.py_buffer(b"a" * 24)])])
+def test_what_leads_out_of_the_texts_is_damage(column):
+    batch = pa.RecordBatch.from_arrays([pa.array([""] * 3), column, pa.array(["b"] * 3)], [*GOOD])
+    with pytest.raises(pa.ArrowException):
+        list(_slices([batch], 1 << 20, Checks()))
 
 
 def test_columns_of_other_types_are_bad_rows_that_name_their_values(tmp_path):

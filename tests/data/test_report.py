@@ -1,6 +1,7 @@
 """What is shown of a dataset is what is in it."""
 import importlib.util
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data import write_report as written
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.preprocess import preprocess
-from hrm_megatron.data.report import Lengths, markdown, report_on
+from hrm_megatron.data.report import Lengths, SourceLine, markdown, report_on
 from hrm_megatron.data.sampling_rules import read_rules
 from tests.stores import write_single, write_store
 
@@ -74,6 +75,48 @@ def test_coverage_follows_the_rules(prefix, tmp_path):
         report_on(IndexedExamples(prefix), 40, rules=read_rules(tmp_path / "rules.yaml"))
 
 
+def test_a_table_holds_names_and_sources_of_any_kind(tmp_path, tokenizer, write_jsonl):
+    empty, odd = write_jsonl("in/empty.jsonl", []), write_jsonl("in/a|b.jsonl", [
+        dict(condition="", instruction="a", response="b")])
+    preprocess([empty, odd], tmp_path / "x", tokenizer)
+    lines = markdown(report_on(IndexedExamples(tmp_path / "x"), 40, epochs=2)).splitlines()
+    assert "| a\\|b.jsonl | 1 | 100.0% | 0 | 0 | 100.0% | 2.00 |" in lines
+    assert "| empty.jsonl | 0 | 0.0% | 0 | 0 | - | - |" in lines
+
+
+@needs_matplotlib
+def test_sources_whose_names_look_alike_have_bars_of_their_own(prefix, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from hrm_megatron.data.report_picture import draw_report
+    begin = "a/name/that/many/sources/begin/with/"
+    sources = tuple(SourceLine(f"{begin}{end}.jsonl", 1, tokens, 0, 0) for end, tokens in (("one", 5), ("another", 3)))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes[2]))
+    draw_report(replace(report_on(IndexedExamples(prefix)), sources=sources), tmp_path / "x.png")
+    axes, = drawn
+    assert [(bar.get_width(), round(bar.get_y() + bar.get_height() / 2)) for bar in axes.patches] == [(5, 0), (3, 1)]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names[0].endswith("one.jsonl") and names[1].endswith("another.jsonl") and max(map(len, names)) <= 36
+
+
+@needs_matplotlib
+def test_a_picture_of_a_row_grows_with_its_examples_alone(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    from hrm_megatron.data import report_picture
+    pairs = [(3, 2), (4, 0)]
+    assert [report_picture.shown_positions(n, pairs) for n in (9, 10, 1 << 14)] == [9, 10, 10]
+    assert report_picture.shown_positions(1 << 14, [(1, 1)]) == 8
+    monkeypatch.setattr(report_picture, "MASK_PIXELS", 4)
+    shown, imshow = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda axes, colours, **options: shown.append(colours) or imshow(
+        axes, colours, **options))
+    mask = np.tri(10, dtype=bool)
+    report_picture.draw_row(["t"] * 99, [""] * 99, pairs, mask, "a row", tmp_path / "x.png")
+    assert shown[0].tolist() == [[1, 0, 0, 0], [1, 2, 0, 0], [1, 2, 1, 0], [1, 2, 1, 2]]
+
+
 @needs_matplotlib
 def test_the_tool_writes_text_and_picture(prefix, tool, capsys):
     assert tool("inspect_data")([str(prefix), "--seq-length", "40", "--epochs", "2", "--verify"]) == 0
@@ -125,6 +168,8 @@ def test_a_row_is_shown_with_its_borders_and_labels(prefix, tokenizer, tool, cap
     (["--epochs", "-1"], "--epochs -1: must be at least 0"),
     (["--seed", "-1"], "--seed -1: must be at least 0"),
     (["--picture", "x.png"], "--picture: only --row K reads it"),
+    (["--row", "0", "--picture", "x.foo"], "--picture x.foo: the name of this file must end with .png"),
+    (["--row", "0", "--picture", "x"], "--picture x: the name of this file must end with .png"),
     (["--row", "0", "--seq-length", "40", "--epochs", "5"], "--row 0 is incompatible with --epochs"),
     (["--row", "0", "--sampling-rules", "nowhere.yaml"], "--row 0 is incompatible with --sampling-rules"),
     (["--row", "999", "--seq-length", "40", "--tokenizer-model", "{tokenizer}"], "--row 999: there are "),

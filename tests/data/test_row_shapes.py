@@ -81,6 +81,8 @@ BAD_CHATS = [
     ([Q, turn("assistant", None)], "null field", "content is null"),
     ([{"role": "user"}, A], "missing field", "content"),
     ([Q, turn("assistant", "", tool_calls=[{"name": "f"}])], "tool call", "tool_calls would be lost"),
+    ([Q, turn("assistant", "5", reasoning_content="2, then 3")], "thought", "reasoning_content would be lost; write"),
+    ([Q, turn("assistant", "5", thinking=["2"])], "thought", "messages[1]: thinking would be lost; write the thought"),
     ([turn("user", [{"type": "image", "url": "u"}]), A], "turn is no text", "image"),
     ([turn("user", "a\ud800"), A], "invalid Unicode", "half a surrogate pair"),
     ([turn("user", "a" * 101), A], "row too long", "a text of 101 characters"),
@@ -130,20 +132,38 @@ def test_the_first_row_tells_the_shape_and_rows_of_another_are_named(write_jsonl
     path = write_jsonl("a.jsonl", ["{", {"messages": [Q, A]}, ALPACA_ROW, {"what": 1}])
     status, said = call("--input", path, "--default-condition", "", "--on-bad-row", "skip")
     assert status == 0 and f"row shape: messages, as in {path}:2" in caplog.text
-    assert (f"skipped 1: mixed row shapes, first {path}:3: a row of shape alpaca (instruction, output) among rows of "
-            "shape messages; read them in two runs") in said
+    assert (f"skipped 1: mixed row shapes, first {path}:3: a row of shape alpaca (['instruction', 'output']) among "
+            "rows of shape messages; read them in two runs") in said
     assert f"skipped 1: missing field, first {path}:4: no field 'messages' or 'conversations' (there are ['wha" in said
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--row-shape", "alpaca"], "a.jsonl:1: a row of shape fields (condition, instruction, response) among rows of "
-                                "shape alpaca"),
+    (["--row-shape", "alpaca"], "a.jsonl:1: a row of shape fields (['condition', 'instruction', 'response']) among "
+                                "rows of shape alpaca"),
     (["--row-shape", "alpaca", "--json-keys", "a", "b", "c"], "--json-keys names fields that --row-shape alpaca does"),
     (["--json-keys", "a", "instruction", "output"], "no field 'output'")])
 def test_a_shape_that_is_named_is_held_to(write_jsonl, call, flags, message):
     path = write_jsonl("a.jsonl", [FIELDS_ROW, ALPACA_ROW])
     status, said = call("--input", path, "--default-condition", "", *flags)
     assert status == 1 and message in said and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"text": "a"}, "a document"), (ALPACA_ROW, "a row of shape alpaca"), ({}, "no field 'messages'")])
+def test_names_of_fields_can_be_written_wherever_a_message_goes(row, said):
+    row = parse_object(json.dumps({**row, "\ud800\n": 1, "z" * 3_000: 2}).encode(), "x:1")
+    with pytest.raises(BadRow, match=said) as refused:
+        examples_of(row, "x:1", CHAT)
+    assert "\n" not in str(refused.value) and len(str(refused.value).encode()) < 300
+
+
+@pytest.mark.parametrize("shape, row, way_out", [
+    ("alpaca", {"instruction": "a"}, "add it"), ("messages", {"messages": [{"role": "user"}]}, "add it"),
+    ("fields", {"instruction": "a"}, "add it or name yours with --json-keys")])
+def test_a_flag_is_named_only_where_it_names_the_field(shape, row, way_out):
+    with pytest.raises(BadRow) as refused:
+        examples_of(row, "x:1", RowFormat(default_condition="", shape=shape))
+    assert str(refused.value).endswith(f"; {way_out}")
 
 
 def test_handled_turns_are_in_the_report(write_jsonl, tmp_path, tokenizer, tool, capsys):

@@ -10,9 +10,11 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.card import NO_SECTIONS, model_card
 from hrm_megatron.convert.checkpoint import Checkpoint, Training
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer
+from hrm_megatron.data.dataset_folder import DatasetFolder
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.spelling import INFO_FILE, Spelling
 from hrm_megatron.data.tokenizer import TextTokenizer
+from tests.stores import files_of
 
 TEXTS = ["\u0915\u0916 what is three", "wie viel ist drei <think>nothing</think>", "e\u0301 \u4f60\u597d 12"]
 FLAGS = ["--boq", "<ask>", "--eoq", "<asked>", "--eoa", "<end>", "--tag", "kurz=<short>", "--tag", "direct=<plain>"]
@@ -121,7 +123,33 @@ def test_a_repeated_command_keeps_its_tokenizer_and_refuses_another(foreign, wri
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "x.tokenizer").iterdir()} == before
     capsys.readouterr()
     assert preprocess([*arguments, "--eoq", "<plain>"]) == 1
-    assert "x.tokenizer already holds a tokenizer" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "x.tokenizer already holds a tokenizer; pass --overwrite or choose another --output-prefix\n" in error
+
+
+def test_a_dataset_keeps_its_tokenizer_until_another_dataset_is_there(tokenizer, write_jsonl, tmp_path, tool, capsys):
+    def folder():
+        return {path.name: path.read_bytes() for path in (tmp_path / "x.tokenizer").iterdir()}
+
+    def run(*more):
+        return tool("preprocess_data")(["--input", str(tmp_path / "rows.jsonl"), "--output-prefix", str(tmp_path / "x"),
+                                        "--tokenizer-model", str(tokenizer.path), *more])
+    row = dict(condition="", instruction="a", response="b")
+    write_jsonl("rows.jsonl", [row])
+    assert run("--eoa", "<|PAD|>") == 0
+    before, dataset = folder(), files_of(tmp_path / "x")
+    other = ["--overwrite", "--eoa", "<|quad_end|>", "--tag", "direct=<|cot|>"]
+    with DatasetFolder(tmp_path / "x").held():
+        assert run(*other) == 1
+    assert run(*other, "--shard", "1/2") == 0 and folder() == before
+    write_jsonl("rows.jsonl", ["{", row])
+    assert run(*other) == 1 and "rows.jsonl:1: broken JSON" in capsys.readouterr().err
+    assert folder() == before and files_of(tmp_path / "x") == dataset
+    TextTokenizer(tmp_path / "x.tokenizer")
+    write_jsonl("rows.jsonl", [row])
+    assert run(*other, "--shard", "0/2") == 0 and folder() != before
+    IndexedExamples(tmp_path / "x").check_tokenizer(TextTokenizer(tmp_path / "x.tokenizer").fingerprint)
+    assert sorted(path.name for path in tmp_path.iterdir() if "tokenizer" in path.name) == ["x.tokenizer"]
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import BadRow, RowFormat
 from hrm_megatron.data.example_batch import ExampleBatch
+from hrm_megatron.data.readers.column_values import Checks, check_slice, num_bytes, plain
 from hrm_megatron.data.readers.piece import Piece, Row, too_long
 from hrm_megatron.data.readers.plain_columns import plain_columns
 from hrm_megatron.data.row_shapes import fields_to_read
@@ -104,9 +104,10 @@ def columns_of(path: Path, schema: pa.Schema, rows: RowFormat) -> list[str]:
 
 def column_pieces(path: Path, chunk_bytes: int, rows: RowFormat, groups: Iterable[Group]) -> Iterator[ColumnsPiece]:
     """Cut groups into pieces of about `chunk_bytes`. Damage is a ConfigError that names file and group."""
+    checks = Checks()
     for group in groups:
         first = done = 0
-        parts = _parts(group.batches, chunk_bytes, rows.max_row_bytes)
+        parts = _parts(_slices(group.batches, chunk_bytes, checks), chunk_bytes, rows.max_row_bytes)
         while True:
             with damage_named(path, group.name):
                 part = next(parts, None)
@@ -116,80 +117,47 @@ def column_pieces(path: Path, chunk_bytes: int, rows: RowFormat, groups: Iterabl
             first, done = first + part.num_rows, group.num_bytes
 
 
-def _parts(batches: Iterable[pa.RecordBatch], chunk_bytes: int, max_row_bytes: int) -> Iterator[Part]:
+def _parts(slices: Iterable[pa.RecordBatch], chunk_bytes: int, max_row_bytes: int) -> Iterator[Part]:
     waiting: list[pa.RecordBatch] = []
     waiting_bytes = 0
-    for batch in _slices(batches, chunk_bytes):
-        num_bytes = sum(map(_num_bytes, batch.columns))
-        long = batch.num_rows == 1 and num_bytes > max_row_bytes
-        if waiting and (long or waiting_bytes + num_bytes > chunk_bytes):
+    for batch in slices:
+        batch_bytes = sum(map(num_bytes, batch.columns))
+        long = batch.num_rows == 1 and batch_bytes > max_row_bytes
+        if waiting and (long or waiting_bytes + batch_bytes > chunk_bytes):
             yield _part(waiting)
             waiting, waiting_bytes = [], 0
         if long:
-            yield Part(1, b"", num_bytes)
+            yield Part(1, b"", batch_bytes)
         else:
             waiting.append(batch)
-            waiting_bytes += num_bytes
+            waiting_bytes += batch_bytes
     if waiting:
         yield _part(waiting)
 
 
 def _part(batches: Sequence[pa.RecordBatch]) -> Part:
-    plain = [pa.RecordBatch.from_arrays([column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-                                         for column in batch.columns], batch.schema.names) for batch in batches]
+    rows = [pa.RecordBatch.from_arrays(list(map(plain, batch.columns)), batch.schema.names) for batch in batches]
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, plain[0].schema) as writer:
-        for batch in plain:
+    with pa.ipc.new_stream(sink, rows[0].schema) as writer:
+        for batch in rows:
             writer.write_batch(batch)
     return Part(sum(batch.num_rows for batch in batches), sink.getvalue().to_pybytes())
 
 
-def _slices(batches: Iterable[pa.RecordBatch], chunk_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Cut batches until they have `chunk_bytes` or one row. Where offsets lead astray an ArrowInvalid is raised."""
+def _slices(batches: Iterable[pa.RecordBatch], chunk_bytes: int, checks: Checks) -> Iterator[pa.RecordBatch]:
+    """Cut batches until they have `chunk_bytes` or one row. Where offsets lead astray an ArrowException is raised."""
     for batch in batches:
-        batch.validate()
-        for column in batch.columns:
-            if pa.types.is_nested(column.type):
-                _check_offsets(column)
+        sound = checks.checked(batch)
         for start in range(0, batch.num_rows, SLICE_ROWS):
-            part = batch.slice(start, SLICE_ROWS)
-            for column in part.columns:
-                if not pa.types.is_nested(column.type):
-                    _check_offsets(column)
+            part = sound.slice(start, SLICE_ROWS)
+            check_slice(part)
             yield from _halves(part, chunk_bytes)
 
 
 def _halves(batch: pa.RecordBatch, chunk_bytes: int) -> Iterator[pa.RecordBatch]:
-    if batch.num_rows < 2 or sum(map(_num_bytes, batch.columns)) <= chunk_bytes:
+    if batch.num_rows < 2 or sum(map(num_bytes, batch.columns)) <= chunk_bytes:
         yield batch
         return
     middle = batch.num_rows // 2
     yield from _halves(batch.slice(0, middle), chunk_bytes)
     yield from _halves(batch.slice(middle), chunk_bytes)
-
-
-def _num_bytes(column: pa.Array) -> int:
-    """Bytes of a column's values, those of a dictionary as often as they are used."""
-    if isinstance(column, pa.DictionaryArray) and pa.types.is_string(column.dictionary.type):
-        return int(pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0)
-    return int(column.nbytes)
-
-
-def _check_offsets(column: pa.Array) -> None:
-    """Hold offsets against the bytes that they lead to. Whether these are UTF-8 is a question for each row."""
-    column.view(_as_bytes(column.type)).validate(full=True)
-
-
-def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """The type of the same layout whose texts are bytes."""
-    if pa.types.is_string(kind):
-        return pa.binary()
-    if pa.types.is_large_string(kind):
-        return pa.large_binary()
-    if pa.types.is_list(kind):
-        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
-    if pa.types.is_large_list(kind):
-        return pa.large_list(kind.value_field.with_type(_as_bytes(kind.value_type)))
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(_as_bytes(field.type)) for field in kind])
-    return kind

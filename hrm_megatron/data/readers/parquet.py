@@ -14,6 +14,7 @@ from hrm_megatron.data.readers.parquet_pages import pages
 
 MARK = b"PAR1"
 BATCH_ROWS = 1024
+DICTIONARY_BATCH_ROWS = 1 << 16  # where a column stays a dictionary: every batch has a copy of it
 BATCH_BYTES = 1 << 24  # of a batch, as rows of the group are on the average
 EXPANDED_BYTES = 1 << 28  # of a batch, where every row were the longest that a dictionary or a page allows
 PAGE_BYTES = 1 << 27  # usual ones have 1 MB, DuckDB's up to 100 MB
@@ -51,17 +52,19 @@ def _group(path: Path, file: pq.ParquetFile, number: int, columns: list[str]) ->
 
 
 def _batches(path: Path, file: pq.ParquetFile, number: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    batch_rows = _batch_rows(path, file.metadata.row_group(number), columns)
+    dictionaries = {field.name for field in file.schema_arrow if pa.types.is_dictionary(field.type)}
+    batch_rows = _batch_rows(path, file.metadata.row_group(number), columns, dictionaries)
     yield from file.iter_batches(batch_rows, row_groups=[number], columns=columns)
 
 
-def _batch_rows(path: Path, group: pq.RowGroupMetaData, columns: list[str]) -> int:
-    """Choose rows of a batch so that it fits in memory, whatever is packed how tightly. Raises ArrowInvalid where it
-    never does."""
-    rows = BATCH_ROWS
+def _batch_rows(path: Path, group: pq.RowGroupMetaData, columns: list[str], dictionaries: set[str]) -> int:
+    """Choose rows of a batch so that it fits in memory, whatever is packed how tightly, and so that `dictionaries`, the
+    columns that stay some, are not copied too often. Raises ArrowInvalid where it never fits."""
+    rows = DICTIONARY_BATCH_ROWS if dictionaries.intersection(columns) else BATCH_ROWS
     with open(path, "rb") as file:
         for column in map(group.column, range(group.num_columns)):
-            if not group.num_rows or column.path_in_schema.split(".")[0] not in columns:
+            name = column.path_in_schema.split(".")[0]
+            if not group.num_rows or name not in columns:
                 continue
             rows = min(rows, BATCH_BYTES * group.num_rows // max(1, column.total_uncompressed_size))
             values_per_row = -(-column.num_values // group.num_rows)
@@ -70,6 +73,7 @@ def _batch_rows(path: Path, group: pq.RowGroupMetaData, columns: list[str]) -> i
                     raise pa.ArrowInvalid(
                         f"{column.path_in_schema} has a page of {page.num_bytes:,} bytes, {page.num_values:,} values, "
                         f"more than {PAGE_BYTES:,} or {PAGE_VALUES:,}: leave out rows that long, or use smaller pages")
-                if page.is_dictionary or "DELTA_BYTE_ARRAY" in column.encodings:
+                expanded = (page.is_dictionary and name not in dictionaries) or "DELTA_BYTE_ARRAY" in column.encodings
+                if expanded:
                     rows = min(rows, EXPANDED_BYTES // max(1, page.num_bytes * values_per_row))
     return max(1, rows)
