@@ -71,7 +71,7 @@ class Rules:
         for number, rule in enumerate(self.rules, start=1):
             if not sum(size for one, size in zip(chosen, sizes, strict=True) if one == rule):
                 raise ConfigError(f"{self.path}: rule {number}, prefix {rule.prefix!r}: none of its examples is left "
-                                  f"to train on: prefixes fill rows of {row_tokens} tokens, or --split takes all of them; "
+                                  f"to train on: prefixes fill rows of {row_tokens} tokens, or --split takes all; "
                                   "raise --seq-length, or remove the rule and its sources")
 
 
