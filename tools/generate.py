@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hrm_megatron.program import check_outputs, listen, one_line
@@ -115,8 +116,9 @@ def converse(session: Session, condition: str) -> None:
         if not (instruction := line.rstrip("\r\n")).strip():
             continue
         try:
-            asked = [Question(f"line {number}", condition, instruction)]
-            list(session.answer(session.requests(asked), 1, next(tell_once, lambda _: None), print_piece))
+            [request] = session.requests([Question(f"line {number}", condition, instruction)])
+            asked = [replace(request, stream=number - 1)]
+            list(session.answer(asked, 1, next(tell_once, lambda _: None), print_piece))
         except ConfigError as error:
             say(f"error: {error}")
 

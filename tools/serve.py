@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from hrm_megatron.program import listen, one_line
+from hrm_megatron.program import Stopped, listen, one_line
 
 if __name__ == "__main__":
     listen()
@@ -113,7 +113,9 @@ def serve(args: argparse.Namespace) -> None:
         say(f"warning: --host {args.host} lets other machines in, and there is no --api-key, nor {API_KEY}")
     listen_at(place)
     say(f"serving {service.model} at {url_of(place)}")
-    serve_at(guard, place)
+    if cut := serve_at(guard, place):
+        say(f"stopped by a second signal, {cut.signal.name}; requests without their answer: {cut.requests}")
+        raise Stopped(128 + cut.signal)
     say("all requests answered; ended")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -42,6 +43,13 @@ class Training:
             raise ConfigError(f"seq_length={self.seq_length}: must be at least 1")
 
 
+class Origin(NamedTuple):
+    """Which weights a folder of one kind has, and of which iteration of their run; None and 0 where it does not say."""
+
+    kind: str | None
+    iteration: int
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model and its optimizer's state, read from a folder of any format.
@@ -61,6 +69,7 @@ class Checkpoint:
     token_ids: Mapping[str, TokenIds] = field(default_factory=dict)
     remark: str = ""  # what could not be verified of it, as the rest of a sentence
     vocabulary: str | None = None  # hash of its tokens (data/tokenizer.py), where training was given them
+    origin: Origin | None = None  # of a format with weights alone, whose own `iteration` is 0
     merged: bool = False  # weights are read with adapters merged into them, which have the state that is stored
 
     def part_of(self, kind: str, entry: Rename) -> torch.Tensor:
@@ -70,6 +79,9 @@ class Checkpoint:
 
     def require(self, kind: str) -> None:
         """Refuse a kind of weights that is not stored; before the first step the EMA is the weights."""
+        if self.origin and self.origin.kind not in (None, kind):
+            raise ConfigError(f"{self.path}: holds the {str(self.origin.kind).upper()} weights of iteration "
+                              f"{self.origin.iteration} alone; leave --weights {kind} out")
         if kind not in self.parts and (kind != EMA or self.iteration):
             raise ConfigError(f"{self.path}: holds no {kind.upper()} weights, only {', '.join(sorted(self.parts))}; "
                               f"choose --weights {RAW if kind == EMA else EMA}")
@@ -85,6 +97,19 @@ class Checkpoint:
         self.require(kind)
         return replace(self, iteration=0, embedding_updates=0, parts=frozenset({RAW}),
                        read=lambda _, entry: self.part_of(kind, entry))
+
+    @property
+    def step(self) -> int:
+        """The iteration that its weights are of."""
+        return self.origin.iteration if self.origin else self.iteration
+
+    def named(self, kind: str) -> str | None:
+        """Name the weights that are read as this kind; None where nobody knows."""
+        return self.origin.kind if self.origin else kind
+
+    def default_kind(self) -> str:
+        """Return the kind that is read unless another is asked for: the EMA where there is one."""
+        return (self.origin and self.origin.kind) or (EMA if EMA in self.parts else RAW)
 
     @property
     def has_state(self) -> bool:

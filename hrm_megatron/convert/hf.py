@@ -21,7 +21,7 @@ from hrm_megatron.convert.casts import as_start, rounded
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, TokenIds, Training
 from hrm_megatron.convert.hf_files import FLOATS, INDEX_FILE, LOW_BIT, HFFiles, read_json
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer, check_vocabulary
-from hrm_megatron.convert.ledger import Ledger
+from hrm_megatron.convert.ledger import Ledger, origin_of
 from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization, Quantized
 from hrm_megatron.convert.safetensors_file import write_safetensors
 from hrm_megatron.convert.table import Rename, table
@@ -210,7 +210,8 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
         return entry.to_megatron(tensor.float() if entry.trained else as_start(f"{folder}: {entry.hf}", tensor))
 
     return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read, token_ids,
-                      UNVERIFIED if not verify else "" if files.has_digests else WITHOUT_CHECKSUMS)
+                      UNVERIFIED if not verify else "" if files.has_digests else WITHOUT_CHECKSUMS,
+                      origin=origin_of(folder, verify))
 
 
 def _tokens_of(folder: Path, rows: int) -> int:

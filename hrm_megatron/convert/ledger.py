@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from hrm_megatron.checkpoint.stream import LazyTensor
 from hrm_megatron.config import ConfigError
+from hrm_megatron.convert.checkpoint import EMA, RAW, Origin
 from hrm_megatron.convert.safetensors_file import tensor_bytes
 from hrm_megatron.program import write_aside
 
@@ -69,12 +70,28 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 def digests_of(folder: Path) -> Mapping[str, str]:
     """Read the checksums of an export's tensors; none if it has no manifest."""
+    return _read(folder, lambda found: {name: str(facts["sha256"]) for name, facts in found["tensors"].items()}) or {}
+
+
+def origin_of(folder: Path, verify: bool) -> Origin:
+    """Read which weights an export holds, as far as it has a manifest that says so; a damaged one says nothing, and is
+    refused unless nothing is to be verified."""
+    try:
+        found = _read(folder, lambda found: Origin(found.get("settings", {}).get("weights"),
+                                                   int(found.get("iteration", 0))))
+    except ConfigError:
+        if verify:
+            raise
+        found = None
+    return found if found and found.kind in (EMA, RAW) else Origin(None, 0)
+
+
+def _read[T](folder: Path, take: Callable[[Any], T]) -> T | None:
     path = folder / EXPORT_FILE
     try:
-        tensors = json.loads(path.read_text(encoding="utf-8"))["tensors"]
-        return {name: str(facts["sha256"]) for name, facts in tensors.items()}
+        return take(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        return {}
+        return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: cannot read ({error!r}); copy the folder again, or remove this file to take the "
                           "tensors as they are") from error

@@ -90,8 +90,8 @@ def convert(job: Conversion) -> str:
 
 
 def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
-    step = checkpoint.iteration
-    kind = job.weights or (EMA if EMA in checkpoint.parts or checkpoint.iteration else RAW)
+    step = checkpoint.step
+    kind = job.weights or (EMA if checkpoint.iteration else checkpoint.default_kind())
     if (job.weights or checkpoint.merged) and job.save_format not in WEIGHTS_ALONE:
         checkpoint = checkpoint.only_weights(kind)
     source = checkpoint
@@ -114,13 +114,13 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
             else:
                 write_megatron(checkpoint, folder, ledger)
         settings = dataclasses.asdict(checkpoint.architecture) | (
-            dict(dtype=job.dtype, weights=kind) if job.save_format in WEIGHTS_ALONE else {})
+            dict(dtype=job.dtype, weights=checkpoint.named(kind)) if job.save_format in WEIGHTS_ALONE else {})
         ledger.write(folder, source=str(job.load), source_format=job.load_format, format=job.save_format,
                      iteration=step, settings=settings)
         compared = _compare(job, source, checkpoint, kind, ledger, folder)
     content = "weights and optimizer state" if job.save_format not in WEIGHTS_ALONE and checkpoint.has_state \
-        else f"{kind} weights"
-    said = (f"{job.save}: {content} of iteration {checkpoint.iteration}, {len(table(checkpoint.architecture))} "
+        else f"{checkpoint.named(kind) or 'the'} weights"
+    said = (f"{job.save}: {content} of iteration {step}, {len(table(checkpoint.architecture))} "
             f"tensors, from {checkpoint.path}")
     if not checkpoint.architecture.gated and job.save_format != "megatron":
         said += ", as those of a gate of 1/2 with twice the output projections, which is the same function"

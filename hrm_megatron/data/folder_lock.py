@@ -14,6 +14,8 @@ from hrm_megatron.config import ConfigError
 
 log = logging.getLogger(__name__)
 
+WITHOUT_LOCKS = "%s: the file system has no locks (%s); see that no other run writes there"
+
 
 class InUse(ConfigError):
     """Another run holds the lock; `holder` is what it has written of itself."""
@@ -67,8 +69,7 @@ def open_and_lock(path: Path, what: str, way_out: str, shared: bool = False) -> 
             raise InUse(what, holder, way_out) from error
         except OSError as error:
             os.close(file)
-            log.warning("%s: the file system has no locks (%s); see that no other run writes there", path.parent,
-                        error.strerror)
+            log.warning(WITHOUT_LOCKS, path.parent, error.strerror)
             return None
     if not shared:
         holder = f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"

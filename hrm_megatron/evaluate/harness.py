@@ -84,9 +84,9 @@ class HrmMegatron(LM):  # type: ignore[misc]
             raise ConfigError(f"generation setting {unknown[0]!r}: unknown; use {', '.join(sorted(KNOWN_SETTINGS))}")
         until = settings.get("until") or []
         stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-        temperature = float(settings.get("temperature", 0.0))
-        sampled = settings.get("do_sample", temperature > 0)
-        sampling = Sampling(temperature or 1.0, settings.get("top_p", 1.0), settings.get("seed", 1234),
+        temperature = float(settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0))
+        sampled = settings.get("do_sample", True) and temperature > 0  # a task may ask for samples of temperature 0
+        sampling = Sampling(temperature, settings.get("top_p", 1.0), settings.get("seed", 1234),
                             settings.get("top_k", 0), settings.get("min_p", 0.0)) if sampled else Sampling()
         new_tokens = settings.get("max_gen_toks", settings.get("max_tokens", NEW_TOKENS))
         return Request(prompt, new_tokens, sampling, self.session.stop_tokens, 1, stop, None, stream)

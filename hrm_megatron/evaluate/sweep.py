@@ -60,9 +60,9 @@ def exact_questions(path: Path, condition: str, session: Session) -> Questions:
     for question in questions:
         if not isinstance(question.others.get(REFERENCE), str):
             raise ConfigError(f"{question.place}: no field 'response' with the right answer; give it as a string")
-    right = [question.others[REFERENCE] for question in questions]
-    # What goes on beyond the longest right answer is wrong anyway.
-    longest = max(map(len, session.tokenizer.encode_responses(right)))
+    spelled = session.tokenizer.encode_responses([question.others[REFERENCE] for question in questions])
+    right = [session.text(ids) for ids in spelled]  # in the form that an answer has, whose characters are composed
+    longest = max(map(len, spelled))  # what goes on beyond the longest right answer is wrong anyway
     requests = [Request(request.prompt, longest, request.sampling, request.stop_tokens)
                 for request in session.requests(questions)]
     return Questions(requests, [""] * len(right), lambda texts: [

@@ -2,15 +2,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.data.folder_lock import locked_in_place
-from hrm_megatron.program import signals_held, write_aside
+from hrm_megatron.data.folder_lock import WITHOUT_LOCKS, locked_in_place
+from hrm_megatron.program import followed, signals_held, write_aside
+
+log = logging.getLogger(__name__)
 
 
 def write_settings(note: Path, settings: Mapping[str, Any]) -> None:
@@ -37,8 +41,8 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-        self.path, self.partial = path, path.with_name(f"{path.name}.partial")
-        self.note = path.with_name(f"{path.name}.partial.json")
+        self.path = place = followed(path)
+        self.partial, self.note = (place.with_name(f"{place.name}.{end}") for end in ("partial", "partial.json"))
         if path.exists() and (not overwrite or not path.is_file()):
             raise ConfigError(f"--output {path}: exists; choose another" + ", or pass --overwrite" * path.is_file())
         self._settings = json.loads(json.dumps(settings))
@@ -62,6 +66,8 @@ class AnswerFile:
                 raise in_use  # it was, and has given the file its name since
         except BlockingIOError as error:
             raise in_use from error
+        except OSError as error:
+            log.warning(WITHOUT_LOCKS, self.path.parent, error.strerror)
         if self.partial.stat().st_size == 0:
             write_settings(self.note, self._settings)  # also over a note whose file was removed: it is of no answer
             return
@@ -88,6 +94,8 @@ class AnswerFile:
     def finish(self) -> None:
         """Give the file its name."""
         os.fsync(self._file.fileno())
+        if self.path.exists():
+            shutil.copymode(self.path, self.partial)
         with signals_held():
             self.partial.rename(self.path)
             self.note.unlink()

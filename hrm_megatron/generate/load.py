@@ -13,7 +13,7 @@ from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
-from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint
+from hrm_megatron.convert.checkpoint import EMA, Checkpoint
 from hrm_megatron.convert.hf import CONFIG_FILE as HF_CONFIG_FILE
 from hrm_megatron.convert.hf import read_hf
 from hrm_megatron.convert.hf_tokenizer import check_vocabulary
@@ -81,7 +81,10 @@ def opened(load: Path, step: int | None = None, verify: bool = True) -> Iterator
 
 def weights_kind(checkpoint: Checkpoint, asked: str | None) -> str:
     """Choose the weights: what was asked for, else the EMA where there is one."""
-    kind = asked or (EMA if EMA in checkpoint.parts else RAW)
+    if asked and checkpoint.origin and checkpoint.origin.kind is None:
+        raise ConfigError(f"--weights {asked}: {checkpoint.path} holds weights of one kind and does not say of which; "
+                          "leave the flag out")
+    kind = asked or checkpoint.default_kind()
     checkpoint.require(kind)
     return kind
 

@@ -11,7 +11,8 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.text_files import read_lines, shown
 
 REFERENCE = "reference"  # what an answer file calls the response that a row came with
-ANSWER_FIELDS = ("condition", "instruction", "response", "responses", "finish", "logprobs", "h_cycles")
+WRITTEN_ANEW = ("condition", "instruction", "response", "finish")
+OF_SOME_ANSWERS = ("responses", "logprobs", "h_cycles")  # which those of this run need not have
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ def _rows(path: Path, condition: str) -> Iterator[Question]:
         for name in ("condition", "instruction"):
             if not isinstance(texts.get(name), str):
                 raise ConfigError(f"{place}: {name}={shown(texts.get(name))} is not a string; write one")
-        others = {name: value for name, value in row.items() if name not in ANSWER_FIELDS}
+        if taken := [name for name in OF_SOME_ANSWERS if name in row]:
+            raise ConfigError(f"{place}: has {taken[0]!r}, which would stand beside another answer; rename it, or "
+                              "leave it out")
+        others = {name: value for name, value in row.items() if name not in WRITTEN_ANEW}
         if "response" in row:
             if REFERENCE in row:
                 raise ConfigError(f"{place}: has both 'response' and '{REFERENCE}', and the answer file keeps the "

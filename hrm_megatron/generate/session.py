@@ -72,7 +72,7 @@ class Session:
         ends = checkpoint.token_ids.get("eos_token_id", [])
         self.stop_tokens = frozenset([self.tokenizer.eoa, *(ends if isinstance(ends, list) else [ends])])
         self._model: dict[str, Any] = dict(
-            checkpoint=str(checkpoint.path.resolve()), weights=kind, iteration=checkpoint.iteration,
+            checkpoint=str(checkpoint.path.resolve()), weights=checkpoint.named(kind), iteration=checkpoint.step,
             fingerprint=str(fingerprint), tokenizer=self.tokenizer.fingerprint)
         self._answer_as(answering, found, checkpoint.training.seq_length)
 

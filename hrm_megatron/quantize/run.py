@@ -234,12 +234,13 @@ class Work:
             ledger = Ledger(passed=passed)
             write_hf(checkpoint, folder, self.kind, job.dtype, beside, job.max_shard_size, ledger,
                      quantized=Quantized(job.quantization, self._matrix, method))
-        ledger.write(folder, source=str(job.load), format="hf", iteration=checkpoint.iteration,
+        kind = checkpoint.named(self.kind)
+        ledger.write(folder, source=str(job.load), format="hf", iteration=checkpoint.step,
                      settings=asdict(self.architecture) | dict(
-                         dtype=job.dtype, weights=self.kind, scheme=job.quantization.spelled, method=method))
+                         dtype=job.dtype, weights=kind, scheme=job.quantization.spelled, method=method))
         said = (f"{save}: {job.quantization.spelled}, {size_bytes:,} bytes for "
-                f"{self.architecture.num_parameters:,} parameters, by {method}; {self.kind} weights of iteration "
-                f"{checkpoint.iteration} from {checkpoint.path}")
+                f"{self.architecture.num_parameters:,} parameters, by {method}; {kind or 'the'} weights of iteration "
+                f"{checkpoint.step} from {checkpoint.path}")
         if checkpoint.remark:
             said += f", which {checkpoint.remark}"
         if beside is None:

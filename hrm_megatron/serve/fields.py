@@ -115,9 +115,18 @@ class TextPart(Strict):
 
 
 class Message(Strict):
+    """A turn. One that this server or another has answered comes back with fields that say nothing."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | list[TextPart], _one_of(
         'a text or a list of {"type": "text", "text": ...}; there is nothing else that the model reads')]
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_what_says_nothing(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        return {name: value for name, value in message.items() if name in cls.model_fields or value not in (None, [])}
 
     @property
     def text(self) -> str:

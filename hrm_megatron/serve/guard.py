@@ -52,13 +52,15 @@ class Guard:
             await self.app(scope, receive, send)
             return
         status: int | None = None
+        whole = False
         self.in_flight += 1
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
         try:
             async with asyncio.timeout(self.limits.timeout_seconds + UNREAD_SECONDS):
                 body = await self._admit(scope, receive)
@@ -73,7 +75,7 @@ class Guard:
         finally:
             self.in_flight -= 1
             path = scope["path"] if scope["path"] in ANSWERS else "other"
-            self.statuses[path, status or GONE] += 1
+            self.statuses[path, status if status and whole else GONE] += 1
             if self.draining and not self.in_flight:
                 self.on_drained()
 

@@ -2,15 +2,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import signal
 import socket
+from collections.abc import Iterator
 from types import FrameType
+from typing import NamedTuple
 
 import uvicorn
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.program import STOP_SIGNALS
 from hrm_megatron.serve.guard import Guard
 
 KEEP_ALIVE_SECONDS = 5
@@ -55,23 +59,51 @@ def url_of(place: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class Cut(NamedTuple):
+    """A second signal, and the requests that it left without their answers."""
+
+    signal: signal.Signals
+    requests: int
+
+
 class _Server(uvicorn.Server):
-    """Drains at the first signal: answers in flight end, new requests are told 503. The second ends at once."""
+    """Drains at the first signal: answers in flight end, new requests are told 503. The second ends at once: clients
+    see their connections go, and what answers them ends as if they had gone."""
 
     def __init__(self, config: uvicorn.Config, guard: Guard) -> None:
         super().__init__(config)
         self.guard = guard
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.signals = 0
+        self.cut: Cut | None = None
         guard.on_drained = self._end
 
     def _end(self) -> None:
         self.should_exit = True
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take the signals that end a program, but those that the caller ignores."""
+        before = {number: signal.signal(number, self.handle_exit) for number in STOP_SIGNALS
+                  if signal.getsignal(number) is not signal.SIG_IGN}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.loop is None or self.guard.draining:
-            self.should_exit = self.force_exit = True
+        self.signals += 1
+        if self.loop is None:
+            self.should_exit = True
         else:
-            self.loop.call_soon_threadsafe(self._drain, sig)
+            self.loop.call_soon_threadsafe(self._drain if self.signals == 1 else self._cut, sig)
+
+    def _cut(self, sig: int) -> None:
+        self.cut = self.cut or Cut(signal.Signals(sig), self.guard.in_flight)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        self._end()
 
     def _drain(self, sig: int) -> None:
         log.warning("%s: %d requests in flight are answered, new ones refused", signal.Signals(sig).name,
@@ -83,9 +115,11 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
 
-def serve(guard: Guard, place: socket.socket) -> None:
-    """Serve until a signal."""
+def serve(guard: Guard, place: socket.socket) -> Cut | None:
+    """Serve until a signal, and say what a second one has cut off."""
     config = uvicorn.Config(guard, log_level="warning", access_log=False, server_header=False,
                             timeout_keep_alive=KEEP_ALIVE_SECONDS, limit_concurrency=CONNECTIONS,
                             timeout_graceful_shutdown=KEEP_ALIVE_SECONDS)
-    _Server(config, guard).run(sockets=[place])
+    server = _Server(config, guard)
+    server.run(sockets=[place])
+    return server.cut

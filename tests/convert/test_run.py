@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from hrm_megatron.checkpoint.folders import find_iteration
+from hrm_megatron.config import ConfigError
 from hrm_megatron.convert import run
 from hrm_megatron.convert.hf import read_hf
 from hrm_megatron.convert.ledger import EXPORT_FILE
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import read_native
+from hrm_megatron.generate.load import opened, weights_kind
 from tests.damage import flip_bit_of_tensor
 
 
@@ -56,12 +58,27 @@ def test_every_format_leads_to_every_other(command, tmp_path, golden, same_state
     assert imported.parts == {"raw"}
     for number, flags in enumerate(([], ["--weights", "ema"])):  # before a first step the EMA is the weights
         assert command(*flags, load=tmp_path / "m2", load_format="megatron", save=f"h{number}")[0] == 0
-        assert all(torch.equal(tensor, ema[name])
-                   for name, tensor in read_hf(tmp_path / f"h{number}").weights("raw"))
+        exported = read_hf(tmp_path / f"h{number}")
+        assert all(torch.equal(tensor, ema[name]) for name, tensor in exported.weights(exported.default_kind()))
     assert all(torch.equal(tensor, ema[name]) for name, tensor in imported.weights("raw"))
     assert command("--weights", "ema", save_format="native", save="fresh")[0] == 0
     fresh = read_native(tmp_path / "fresh")
     assert fresh.iteration == 0 and all(torch.equal(tensor, ema[name]) for name, tensor in fresh.weights("raw"))
+
+
+def test_an_export_says_which_weights_it_holds(command, tmp_path):
+    """Through another export of it too."""
+    for kind in ("ema", "raw"):
+        assert command("--weights", kind, save=kind)[0] == 0
+        assert command(load=tmp_path / kind, load_format="hf", save=f"{kind}2")[0] == 0
+        for folder in (tmp_path / kind, tmp_path / f"{kind}2"):
+            with opened(folder) as checkpoint:
+                assert (checkpoint.named(weights_kind(checkpoint, None)), checkpoint.step) == (kind, 10)
+                assert weights_kind(checkpoint, kind) == kind
+                other = {"ema": "raw", "raw": "ema"}[kind]
+                with pytest.raises(ConfigError, match=f"{folder}: holds the {kind.upper()} weights of iteration 10 "
+                                                      f"alone; leave --weights {other} out"):
+                    weights_kind(checkpoint, other)
 
 
 def test_an_existing_output_stays_unless_told(command, tmp_path):

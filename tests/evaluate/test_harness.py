@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.generate.sampling import Sampling
 from tests.evaluate.conftest import CONTEXT, TOKENIZER
 
 pytest.importorskip("lm_eval", reason="needs lm_eval, extra lm-eval")
@@ -50,5 +51,8 @@ def test_answers_end_where_the_harness_wants_it(model):
     assert len(whole) > 4 and len(other) <= len(whole)
     [cut] = model.generate_until(asked(("What is 1?", dict(max_gen_toks=12, until=[whole[2:4]]))))
     assert cut == whole[:whole.index(whole[2:4])]
+    [greedy, cold, warm, stated] = [model._request(0, [1], settings).sampling for settings in (
+        {}, dict(do_sample=True, temperature=0.0), dict(do_sample=True), dict(do_sample=False, temperature=2.0))]
+    assert greedy == cold == stated == Sampling() and warm == Sampling(1.0)
     with pytest.raises(ConfigError, match="generation setting 'beams': unknown"):
         model.generate_until(asked(("What is 1?", dict(beams=2))))

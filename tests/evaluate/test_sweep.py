@@ -37,6 +37,16 @@ def answers_at(checkpoint, h_cycles, exit_threshold=None):
     return [samples[0] for samples in session.answer(session.requests(asked), 32, lambda line: None)]
 
 
+def test_a_right_answer_is_in_the_form_that_answers_have(checkpoint, tmp_path):
+    from hrm_megatron.evaluate.sweep import exact_questions
+    from hrm_megatron.generate.session import Answering, Session
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(dict(instruction="q", response="cafe\u0301")) + "\n")
+    questions = exact_questions(rows, "direct", Session(checkpoint, Answering(8), TOKENIZER))
+    assert questions.scores(["caf\u00e9"]) == [1.0] and questions.scores(["cafe"]) == [0.0]
+
+
 def test_exact_answers_at_every_depth(swept, checkpoint, tmp_path):
     """Right answers are those of one H cycle, so that depth 1 is right always and others where they say the same."""
     one = [answer.text for answer in answers_at(checkpoint, 1)]

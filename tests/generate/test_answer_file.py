@@ -1,4 +1,6 @@
 """An answer file is whole or not there, goes on where a run stopped, and never mixes two runs."""
+import errno
+import fcntl
 import json
 import resource
 
@@ -83,6 +85,27 @@ def test_an_existing_file_is_replaced_only_when_told_and_whole(tmp_path):
     assert len(path.read_text().splitlines()) == 4
     with pytest.raises(ConfigError, match="exists; choose another$"):
         write(tmp_path, RECORDS, overwrite=True)
+
+
+def test_a_link_stays_and_so_does_the_mode_of_what_it_leads_to(tmp_path):
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "a", tmp_path / "link"
+    target.write_text("mine")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    write(link, RECORDS, overwrite=True)
+    assert link.is_symlink() and len(target.read_text().splitlines()) == 4
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert [*(tmp_path / "real").iterdir()] == [target]
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert write(tmp_path / "a", RECORDS) == 0 and len((tmp_path / "a").read_text().splitlines()) == 4
+    assert caplog.messages == [f"{tmp_path}: the file system has no locks (No locks available); see that no other run "
+                               "writes there"]
 
 
 def test_a_full_disk_is_told_by_the_name_of_the_file_and_loses_no_answer(tmp_path):

@@ -218,6 +218,7 @@ def test_an_interrupted_run_goes_on_and_answers_nothing_twice(tool, tmp_path, mo
     (dict(instruction="x", condition="loud"), "rows.jsonl:2: unknown tag 'loud'"),
     (dict(instruction="x", condition=None), "rows.jsonl:2: condition=None is not a string"),
     (dict(instruction="x", response="1", reference="2"), "rows.jsonl:2: has both 'response' and 'reference'"),
+    (dict(instruction="x", logprobs=[1]), "rows.jsonl:2: has 'logprobs', which would stand beside another answer"),
     (dict(instruction="much " * 30), "rows.jsonl:2: 153 tokens, which leave no room"),
 ])
 def test_a_bad_row_is_named_before_anything_is_answered(tool, tmp_path, row, message):
@@ -245,6 +246,17 @@ def test_lines_are_answered_as_they_come(tool, expected, monkeypatch):
     status, out, err = tool(prompt=("--interactive",))
     assert (status, out) == (0, expected(QUESTIONS))
     assert "error: line 3: 103 tokens, which leave no room" in err and err.count("key-value cache") == 1
+
+
+def test_a_line_has_the_random_numbers_of_its_place(tool, monkeypatch, tmp_path):
+    import io
+
+    lines = f"{QUESTIONS[0]}\n" * 3
+    (tmp_path / "lines").write_text(lines)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    said = tool("--temperature", "3", prompt=("--interactive",))[1]
+    assert said == tool("--temperature", "3", prompt=("--prompt-file", tmp_path / "lines"))[1]
+    assert len({*said.split("\n")}) > 2
 
 
 def test_input_that_is_no_text_is_one_line(tool, monkeypatch):
@@ -287,20 +299,19 @@ def exported(checkpoints, tmp_path_factory):
 def test_an_export_answers_with_the_tokenizer_beside_it(tool, expected, exported):
     assert tool(load=exported, tokenizer=None)[:2] == (0, expected(QUESTIONS[:1]))
     assert tool(load=exported)[:2] == (0, expected(QUESTIONS[:1]))
-    # Before a first step the EMA is the weights.
-    assert tool("--weights", "ema", load=exported)[:2] == (0, expected(QUESTIONS[:1]))
-    for flags, message in ((["--ckpt-step", "3"], "has no steps"), (["--no-verify-checkpoint"], "has no checksums")):
+    for flags, message in ((["--ckpt-step", "3"], "has no steps"), (["--no-verify-checkpoint"], "has no checksums"),
+                           (["--weights", "ema"], "one kind and does not say of which; leave the flag out")):
         status, out, err = tool(*flags, load=exported)
         assert (status, out) == (1, "") and message in err
 
 
-def test_the_checksums_of_an_export_can_be_passed_over(tool, expected, exported, monkeypatch):
-    from hrm_megatron.convert import hf_files
-
-    (exported / "conversion.json").touch()
-    monkeypatch.setattr(hf_files, "digests_of", lambda folder: {"lm_head.weight": "of others"})
+@pytest.mark.parametrize("manifest, said", [
+    ('{"tensors": {"lm_head.weight": {"sha256": "of others"}}}', "lm_head.weight is not what was exported"),
+    ("{", "conversion.json: cannot read")])
+def test_the_checksums_of_an_export_can_be_passed_over(tool, expected, exported, manifest, said):
+    (exported / "conversion.json").write_text(manifest)
     try:
-        assert "lm_head.weight is not what was exported" in tool(load=exported)[2]
+        assert said in tool(load=exported)[2]
         status, out, err = tool("--no-verify-checkpoint", load=exported)
     finally:
         (exported / "conversion.json").unlink()

@@ -1,4 +1,5 @@
 """tools/serve.py as a process: clients of other makers, a browser, clients that go away, and its end."""
+import contextlib
 import http.client
 import json
 import os
@@ -24,10 +25,10 @@ LONG_TOKENS = 1000
 MARKUP = "<img src=x onerror=\"document.title='run'\">"
 
 
-@pytest.fixture(scope="module")
-def process(checkpoints, tmp_path_factory):
+@contextlib.contextmanager
+def serving(checkpoints, folder):
     """The server at a free port, which answers one at a time."""
-    log = tmp_path_factory.mktemp("server") / "log"
+    log = folder / "log"
     with log.open("w") as file:
         started = subprocess.Popen([sys.executable, ROOT / "tools" / "serve.py", "--load", checkpoints,
                                     "--tokenizer-model", TOKENIZER, "--port", "0", "--batch-size", "1"],
@@ -40,6 +41,12 @@ def process(checkpoints, tmp_path_factory):
     finally:
         started.kill()
         started.wait()
+
+
+@pytest.fixture(scope="module")
+def process(checkpoints, tmp_path_factory):
+    with serving(checkpoints, tmp_path_factory.mktemp("server")) as process:
+        yield process
 
 
 def begin(process, **body):
@@ -69,7 +76,8 @@ def test_an_address_that_another_takes_meanwhile_is_named():
 
 def test_a_client_that_goes_away_frees_its_place(process):
     """One place alone: what is asked after a client has left is answered before its answer could have ended."""
-    before = metrics(process)["hrm_completion_tokens_total"]
+    first = metrics(process)
+    before, gone = first["hrm_completion_tokens_total"], 'hrm_requests_total{path="/v1/completions",status="499"}'
     for stream in (True, False):
         connection = http.client.HTTPConnection("127.0.0.1", process.port)
         connection.request("POST", "/v1/completions", json.dumps(dict(
@@ -83,6 +91,7 @@ def test_a_client_that_goes_away_frees_its_place(process):
         assert json.loads(reply.read())["usage"]["completion_tokens"] == 3
     after = metrics(process)
     assert after["hrm_completion_tokens_total"] - before < LONG_TOKENS
+    assert after[gone] - first.get(gone, 0) == 2
     assert after["hrm_cache_blocks_free"] == after["hrm_cache_blocks"] and after["hrm_answers_running"] == 0
 
 
@@ -165,6 +174,30 @@ def test_a_signal_lets_answers_end_and_refuses_new_ones(process):
     assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("stop", "length")
     assert process.popen.wait() == 0
     assert process.log.read_text().endswith("all requests answered; ended\n")
+
+
+def test_a_second_signal_ends_at_once(checkpoints, tmp_path):
+    """Whichever they are, with a client that reads a stream and one that waits for its place."""
+    with serving(checkpoints, tmp_path) as process:
+        _, reply = begin(process, max_tokens=3000, stream=True)
+        assert reply.readline().startswith(b"data: {")
+        waiting = http.client.HTTPConnection("127.0.0.1", process.port)
+        waiting.request("POST", "/v1/completions", json.dumps(dict(prompt=QUESTION, max_tokens=3000)),
+                        {"Content-Type": "application/json"})
+        while metrics(process)["hrm_prompts_open"] < 2:
+            assert process.popen.poll() is None
+        process.popen.send_signal(signal.SIGHUP)
+        while "SIGHUP: 2 requests in flight" not in process.log.read_text():
+            assert process.popen.poll() is None
+        process.popen.send_signal(signal.SIGTERM)
+        with pytest.raises(http.client.IncompleteRead):
+            reply.read()
+        with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
+            waiting.getresponse()
+        assert process.popen.wait() == 128 + signal.SIGTERM
+    said = process.log.read_text()
+    assert said.endswith("stopped by a second signal, SIGTERM; requests without their answer: 2\n")
+    assert "Traceback" not in said
 
 
 @pytest.fixture
