@@ -40,7 +40,8 @@ def main() -> int:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--bp-steps", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("docs/pipeline.png"))
+    parser.add_argument("--output", type=Path, default=Path("pipeline.png"), metavar="PNG",
+                        help="(default: %(default)s)")
     args = parser.parse_args()
 
     def run() -> None:

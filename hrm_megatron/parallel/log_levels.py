@@ -23,6 +23,7 @@ _OPTIONAL = ("not installed, and nothing of it is used: AdamATan2, the norms and
              "Megatron's local ones, and the start of a run names them")
 _PINNED = "concerns later releases of megatron-core; this one is pinned"
 _THEIR_MODEL = "about a class of Megatron that an HRM does not use"
+_BY_MEGATRON = "each rank reads the common part of a checkpoint by itself, as Megatron calls torch"
 
 UNACTIONABLE = (
     Remark(WARNINGS, "Transformer Engine and Apex are not installed", _OPTIONAL),
@@ -37,6 +38,14 @@ UNACTIONABLE = (
     Remark("megatron.core.rerun_state_machine", "Result validation enabled", "the default mode"),
     Remark("megatron.core.rerun_state_machine", "Setting RerunStateMachine mode", "off and on again for an evaluation"),
     Remark("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated", _PINNED),
+    Remark("megatron.core.rerun_state_machine", "RerunStateMachine checkpoints ONLY SUPPORTED",
+           "there is no rerun to save, which is off"),
+    Remark(WARNINGS, "torch.distributed is disabled, unavailable or uninitialized, assuming", _BY_MEGATRON),
+    Remark(WARNINGS, "The argument order of load has been changed", _BY_MEGATRON),
+    Remark(WARNINGS, "`load_state_dict` is deprecated and will be removed", _BY_MEGATRON),
+    Remark(PRINTED, "could not find arguments in the checkpoint", "they are there: a fine-tuning takes weights alone"),
+    Remark(PRINTED, "WARNING: could not find the metadata file", "a run that begins, and says so"),
+    Remark(PRINTED, "    will not load any checkpoints and will start from random", "the same"),
     Remark(PRINTED, "WARNING: one_logger package is required", "a service inside NVIDIA"),
 )
 

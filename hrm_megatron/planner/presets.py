@@ -32,6 +32,9 @@ def default_layout(name: str, gpus: int) -> DefaultLayout:
     if name not in PRESETS:
         raise ConfigError(f"preset {name}: choose one of {', '.join(PRESETS)}")
     layouts = PRESETS[name].layouts
+    if gpus < 1:
+        raise ConfigError(f"preset {name}: has a default layout for {', '.join(map(str, layouts))} GPUs, and there are "
+                          "none; leave LAYOUT out")
     if gpus not in layouts:
         raise ConfigError(f"preset {name}: has no default layout for {gpus} GPUs, but for "
                           f"{', '.join(map(str, layouts))}; python tools/plan.py --hrm-preset {name} --gpus {gpus} "

@@ -19,8 +19,8 @@ def add_curves(group: argparse._ArgumentGroup) -> None:
     group.add_argument(BY_SOURCE, action="store_true",
                        help="likewise the loss of the labels of each source, of each dataset if they have many")
     group.add_argument(REPORT, metavar="FILE",
-                       help="write what became of the run as one HTML file when training ends, also by a "
-                            "signal or an interval to exit at")
+                       help="with --tensorboard-dir, write what became of the run as one HTML file when training "
+                            "ends, also by a signal that it takes or an interval to exit at")
 
 
 def check_curves(args: argparse.Namespace) -> None:

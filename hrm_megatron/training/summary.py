@@ -39,7 +39,7 @@ def describe_checkpoint(args: argparse.Namespace) -> str:
 def describe_schedule(args: argparse.Namespace, bp: BPSchedule) -> str:
     lr = lr_schedule(args)
     decay = "constant" if lr.min_lr == lr.lr else f"cosine to {lr.min_lr:g} at step {lr.total_steps}"
-    tokens = args.global_batch_size * args.seq_length
-    return (f"schedule: steps {args.iteration + 1} to {args.train_iters} of {tokens:,} tokens; lr {lr.lr:g} after "
-            f"{lr.warmup_steps} steps of warm-up, {decay}; bp_steps {bp.at(1)} to {bp.at(args.train_iters)}; EMA decay "
-            f"{args.ema_decay:g}")
+    tokens, first = args.global_batch_size * args.seq_length, args.iteration + 1
+    return (f"schedule: steps {first} to {args.train_iters} of {tokens:,} tokens; lr {lr.lr:g} after "
+            f"{lr.warmup_steps} steps of warm-up, {decay}; bp_steps {bp.at(first)} to {bp.at(args.train_iters)}; EMA "
+            f"decay {args.ema_decay:g}")

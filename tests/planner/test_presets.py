@@ -60,6 +60,13 @@ def test_default_layouts_fit_as_they_stand(name, gpus):
     assert (plan.saving.recompute_ticks, plan.saving.gated_act) == (chosen.recompute_ticks, chosen.gated_act)
 
 
+@pytest.mark.parametrize("gpus, said", [(2, "for 2 GPUs, but for 8, 64, 512; python tools/plan.py .*--gpus 2 finds"),
+                                        (0, "for 8, 64, 512 GPUs, and there are none; leave LAYOUT out")])
+def test_a_number_of_gpus_without_a_layout_has_a_way_out(gpus, said):
+    with pytest.raises(ConfigError, match=f"preset XL: has (no|a) default layout {said}"):
+        default_layout("XL", gpus)
+
+
 def same(name, gpus):
     best = search(asked(name, gpus))[0][0]
     chosen = PRESETS[name].layouts[gpus]

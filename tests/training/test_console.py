@@ -273,10 +273,10 @@ def test_no_bar_where_there_is_no_terminal(capsys):
 
 
 def test_what_asks_for_attention_is_shown_and_the_rest_kept(tmp_path, capsys):
-    shown = ["WARNING: could not find the metadata file x", "[exiting program at iteration 3] datetime: now",
+    shown = ["WARNING: could not find x", "[exiting program at iteration 3] datetime: now",
              "--x is deprecated and has no effect", "Exiting during evaluation, timelimit reached"]
     kept = ["  ckpt_save_deprecated ..... False", "  error_injection_rate ..... 0", " iteration 1/2 | lm loss: 3",
-            "WARNING: one_logger package is required"]
+            "WARNING: one_logger package is required", "WARNING: could not find the metadata file x"]
     with Console(0, 2) as console:
         print(shown[0])
         print(kept[0])

@@ -15,6 +15,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.convert.table import table
+from hrm_megatron.parallel.log_levels import UNACTIONABLE
 from hrm_megatron.training.checkpoint import starts_new
 from hrm_megatron.training.finetune import fill_settings, settle_folders
 from tests.training.conftest import FULLBATCH, scalars
@@ -115,10 +116,13 @@ def test_the_same_command_again_goes_on_bitwise(launch, trained, tmp_path):
         assert done.code == 0, done.output[-3000:]
         return done.output
 
-    run("whole")
-    run("stopped", "--exit-interval", 2)
+    outputs = [run("whole"), run("stopped", "--exit-interval", 2)]
     shutil.rmtree(tmp_path / "stopped" / "log")
-    assert f"goes on after step 2, loaded from {tmp_path / 'stopped'}" in run("stopped")
+    outputs.append(run("stopped"))
+    assert f"goes on after step 2, loaded from {tmp_path / 'stopped'}" in outputs[-1]
+    assert "schedule: steps 3 to 4 of" in outputs[-1] and "bp_steps 5 to 5;" in outputs[-1]
+    assert not [line for output in outputs for line in output.splitlines()
+                if "Warning:" in line or any(re.search(remark.text, line) for remark in UNACTIONABLE)]
     whole, rest = scalars(tmp_path / "whole" / "log"), scalars(tmp_path / "stopped" / "log")
     assert rest == {step: whole[step] for step in (3, 4)} and set(whole) == {1, 2, 3, 4}
     assert not tensors_that_differ(*(find_iteration(tmp_path / name) for name in ("whole", "stopped")))
