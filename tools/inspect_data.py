@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
             block.verify()
         print(f"{args.prefix}: {sum(block.length for block in blocks):,} bytes are what was written")
     if args.row is not None:
-        check_outputs({"--picture": args.picture}, (".png",))
+        check_outputs({"--picture": args.picture}, (".png", ".pdf", ".svg"))
         refuse_beside(f"--row {args.row}", {"--sampling-rules": args.sampling_rules, "--epochs": args.epochs})
         show_row(args, store)
         return

@@ -19,6 +19,12 @@ from hrm_megatron.planner.flops import rows_flops
 from hrm_megatron.program import run_command
 
 WARMUP_STEPS, PROFILED_STEPS = 5, 2
+# What a run may not be given by hand: FLOPs are counted of an HRM of the stated shape, and data and log are ours.
+COUNTED = {f"--{name}" for name in (
+    "num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size", "seq-length", "global-batch-size",
+    "train-iters", "bp-min-steps", "bp-max-steps", "hrm-preset", "model-type", "h-cycles", "l-cycles", "attention-gate",
+    "attention-mask", "loss-on-prefix", "lora-rank", "finetune", "sampled-data-path", "data-path", "tensorboard-dir",
+    "profile-step-start", "profile-step-end")}
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,12 @@ def measure(preset: Preset, row_tokens: int, rows: int, steps: int, vocab_size: 
             flags: Sequence[str] = ()) -> Measured:
     """Train `steps` steps of `rows` rows after a warm-up; `flags` are more of Megatron's or ours.
 
-    Raises ConfigError with the first error of the run if it fails; its whole output is in `folder`/output.
+    Raises ConfigError for flags that would make the counted FLOPs those of another run, and with the first error of the
+    run if it fails; its whole output is in `folder`/output.
     """
+    if counted := sorted({flag.partition("=")[0] for flag in flags} & COUNTED):
+        raise ConfigError(f"{counted[0]}: the FLOPs of this run are counted without it; choose sizes, rows and "
+                          "gradient ticks by this tool's own flags, in front of --, and leave it out")
     data = folder / "data"
     total = WARMUP_STEPS + steps + PROFILED_STEPS
     write_random_examples(data, row_tokens, rows * (total + 1), vocab_size)

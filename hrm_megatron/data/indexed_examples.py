@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import resource
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,7 +36,10 @@ from hrm_megatron.data.shards import EXAMPLE_KEYS, KEY, PARTS, PROMPT_KEYS, Bloc
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.data.vocabulary import SCANNED_BYTES, BadTokenId, positions_outside
 
-OPEN_SHARDS = 64  # mapped at once, of all datasets of a blend: they may have more files than a process may open
+# Mapped at once, of all datasets of a blend, which may have more files than a process may open: half of those, three
+# to a shard.
+FILES, MOST_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 14
+OPEN_SHARDS = max(16, (MOST_FILES if FILES == resource.RLIM_INFINITY else min(FILES, MOST_FILES)) // 6)
 
 
 @dataclass(frozen=True)

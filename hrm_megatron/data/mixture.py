@@ -78,11 +78,21 @@ class Mixture:
 
     def identity(self, epoch: int) -> str:
         if self._identity is None:
-            chosen = None if self.example_ids is None else hashlib.sha256(self.example_ids).hexdigest()
-            data = [(dataset_digest(store), kept_digest(store)) for store in self.stores]
-            self._identity = repr((data, chosen, self.part, self.selection.split, self.selection.seed,
+            self._identity = repr((*self._examples_of, self.part, self.selection.split, self.selection.seed,
                                    self.selection.weights, self._rules if self.selection.rules else None))
         return self._identity
+
+    @property
+    def contents(self) -> str:
+        """Tell the examples of a held-out part from others, in whatever order: each of them is taken once."""
+        seed = self.selection.seed if self.selection.split else None
+        cut = [rule.long_context for rule in self._rules] if self.selection.rules else None
+        return repr((*self._examples_of, self.part, self.selection.split, seed, cut))
+
+    @property
+    def _examples_of(self) -> tuple[object, str | None]:
+        chosen = None if self.example_ids is None else hashlib.sha256(self.example_ids).hexdigest()
+        return [(dataset_digest(store), kept_digest(store)) for store in self.stores], chosen
 
     @property
     def folder(self) -> Path:

@@ -62,6 +62,13 @@ def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module]
     return optimizer
 
 
+def make_states(optimizer: MegatronOptimizer) -> None:
+    """Make the state that a first step makes: a save may come before it, behind steps that are not taken."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not part.is_stub_optimizer:
+            init_states(part.optimizer)
+
+
 class StepScheduler(OptimizerParamScheduler):  # type: ignore[misc]
     """Megatron's scheduler with HRM-Text's learning rate, a function of the step that is running alone.
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.config import Architecture, ConfigError, LoRA
 from hrm_megatron.model.schedule import states_between, ticks_of
 from hrm_megatron.parallel.simulate import AUTO, Estimate, second_phase, stock, two_phase
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
@@ -100,6 +100,18 @@ def check_pipeline(layout: Layout, window: int | None = None) -> None:
         microbatch_windows(layout.microbatches, layout.pipeline, window)
 
 
+def check_stages(num_layers: int, stages: int, first: int | None, last: int | None) -> None:
+    """Refuse layers of the first and the last stage (None: as many as the others) that leave the others no equal
+    shares."""
+    given = {flag: layers for flag, layers in (("--decoder-first-pipeline-num-layers", first),
+                                               ("--decoder-last-pipeline-num-layers", last)) if layers is not None}
+    others, left = stages - len(given), num_layers - sum(given.values())
+    if given and (min(given.values()) < 1 or (left % others or left < others if others else left)):
+        raise ConfigError(f"{' '.join(f'{flag} {layers}' for flag, layers in given.items())}: leaves {left} of "
+                          f"{num_layers} layers of each stack for the other {others} stages, each of which has as many "
+                          "as the next and one at least; give others, or leave both flags out")
+
+
 def check(architecture: Architecture, layout: Layout, most_bp_steps: int) -> list[int]:
     """Refuse a layout for any of the reasons above; return the layers per stack of each stage."""
     check_division(architecture, layout)
@@ -122,6 +134,16 @@ def stage_parameters(architecture: Architecture, layers: Sequence[int]) -> list[
     counts[0] += table
     counts[-1] += table
     return counts
+
+
+def counted(architecture: Architecture, layers: Sequence[int], lora: LoRA | None) -> list[tuple[int, int]]:
+    """Count the weights of each pipeline stage, and those of them that train, over all its tensor parallel ranks; whole
+    factors of adapters, which are not cut, are taken to be."""
+    found = []
+    for n, weights in zip(layers, stage_parameters(architecture, layers), strict=True):
+        adapters = len(architecture.kind.stacks) * n * lora.layer_parameters(architecture) if lora else 0
+        found.append((weights + adapters, adapters if lora else weights))
+    return found
 
 
 @dataclass(frozen=True)

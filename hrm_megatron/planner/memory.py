@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hrm_megatron.config import Architecture, LoRA
 from hrm_megatron.model.schedule import ticks_of
-from hrm_megatron.planner.layout import Layout, PipelinePlan, stage_parameters, weight_bytes
+from hrm_megatron.planner.layout import GRADIENT_BYTES, Layout, PipelinePlan, counted, weight_bytes
 
 BF16, FP32 = 2, 4  # bytes of a number
 CHUNK_BYTES = 1 << 29  # model/head.py: of the logits of a chunk in fp32
@@ -66,8 +66,8 @@ def activation_bytes(architecture: Architecture, positions: int, bp_steps: int, 
 @dataclass(frozen=True)
 class Saving:
     """What a step keeps: gradient ticks, what is recomputed, bytes of a number, labels per position (at most 1),
-    what FSDP shards beside the optimizer's state, the adapters that train alone, and whether layers keep their weights
-    in FP8 too (a byte for a weight and, before Blackwell, one for its transpose)."""
+    what FSDP shards beside the optimizer's state, the adapters that train alone, whether layers keep their weights
+    in FP8 too (a byte for a weight and, before Blackwell, one for its transpose), and bytes of a gradient."""
 
     bp_steps: int = 5
     recompute_ticks: int = 0
@@ -78,6 +78,7 @@ class Saving:
     sharded: tuple[str, ...] = ()
     lora: LoRA | None = None
     fp8_copies: bool = False
+    gradient_itemsize: int = GRADIENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,8 @@ def fullest(architecture: Architecture, layout: Layout, layers: Sequence[int], s
 
 def _stage(architecture: Architecture, layout: Layout, layers: Sequence[int], stage: int, saving: Saving,
            plan: PipelinePlan | None) -> Memory:
-    weights = trained = stage_parameters(architecture, layers)[stage] / layout.tensor
-    if saving.lora:  # whose whole factors are not cut; they are taken to be
-        stacks = len(architecture.kind.stacks)
-        trained = stacks * layers[stage] * saving.lora.layer_parameters(architecture) / layout.tensor
-        weights += trained
-    each = weight_bytes(saving.itemsize, layout.replicas * layout.context, saving.sharded)
+    weights, trained = (count / layout.tensor for count in counted(architecture, layers, saving.lora)[stage])
+    each = weight_bytes(saving.itemsize, layout.replicas * layout.context, saving.sharded, saving.gradient_itemsize)
     parts = {"weights": weights * each.weights, "gradients": trained * each.gradients,
              "masters": trained * each.masters, "moments": trained * each.moments, "EMA": trained * each.ema}
     if saving.fp8_copies:

@@ -20,13 +20,13 @@ from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.model_types import MODEL_TYPES
 from hrm_megatron.parallel.machine import Machine
 from hrm_megatron.parallel.stages import microbatch_group
-from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, cut_layers
+from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, check_stages, cut_layers
 from hrm_megatron.training.ablations import check_ablations
 from hrm_megatron.training.bad_steps import check_policy
 from hrm_megatron.training.checkpoint_args import take_model
 from hrm_megatron.training.curve_flags import check_curves
 from hrm_megatron.training.finetune import fill_settings, settle_folders
-from hrm_megatron.training.flags.values import check_batch, check_values
+from hrm_megatron.training.flags.values import check_batch, check_evaluation, check_pipeline_flags, check_values
 from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import check_compilation, check_precision, choose_layers
 from hrm_megatron.training.lora import settle_lora
@@ -97,10 +97,13 @@ def layout_of(args: argparse.Namespace) -> Layout:
 def set_pipeline(args: argparse.Namespace, architecture: Architecture) -> None:
     """Make every tick a virtual chunk, and share the layers; Megatron's flags for the first and last stage win."""
     check_pipeline(layout_of(args), args.pipeline_window)
+    check_stages(args.num_layers, args.pipeline_model_parallel_size, args.decoder_first_pipeline_num_layers,
+                 args.decoder_last_pipeline_num_layers)
     if architecture.num_ticks == 1 and args.pipeline_window:
         raise ConfigError(f"--pipeline-window {args.pipeline_window}: has no effect on a {architecture.kind.title}, "
                           "whose single tick has no second phase; leave it out")
     if architecture.num_ticks > 1:
+        check_evaluation(args)
         args.num_virtual_stages_per_pipeline_rank = architecture.num_ticks
     if args.decoder_first_pipeline_num_layers is None and args.decoder_last_pipeline_num_layers is None:
         layers = cut_layers(architecture, args.pipeline_model_parallel_size, args.bp_max_steps)
@@ -179,6 +182,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
     choose_fsdp(args, architecture)
     for bp_steps in (args.bp_min_steps, args.bp_max_steps):
         ticks_of(architecture, bp_steps)  # refuses impossible ones
+    check_pipeline_flags(args)
     if args.pipeline_model_parallel_size > 1:
         set_pipeline(args, architecture)
     args.plan_version = PLAN_VERSION  # a checkpoint says which order its rows have
@@ -228,8 +232,11 @@ def microbatches_of(args: argparse.Namespace) -> int:
 def model_config(args: argparse.Namespace) -> HRMConfig:
     """Build the TransformerConfig of a run."""
     # Megatron would demand that the chunks divide the layers; here each chunk runs all of its stage's.
-    config: HRMConfig = core_transformer_config_from_args(
-        argparse.Namespace(**{**vars(args), "virtual_pipeline_model_parallel_size": None}), HRMConfig)
+    whole = argparse.Namespace(**{**vars(args), "virtual_pipeline_model_parallel_size": None})
+    try:
+        config: HRMConfig = core_transformer_config_from_args(whole, HRMConfig)
+    except ValueError as error:
+        raise ConfigError(f"command line: {' '.join(str(error).split())}") from error
     architecture = architecture_of(args, args.vocab_size)
     own: dict[str, Any] = dict(architecture=architecture, attention_output_gate=architecture.gated,
                                **swiglu_settings(args.compile_layers or args.recompute_gated_act))

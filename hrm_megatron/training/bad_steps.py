@@ -23,6 +23,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import training as megatron_training
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.optim.builder import make_states
 from hrm_megatron.parallel.patching import around
 from hrm_megatron.program import write_aside
 from hrm_megatron.training.error_file import WentBackError
@@ -128,12 +129,13 @@ class BadSteps:
 
     def guard(self, optimizer: Any) -> None:
         """Let this optimizer take no bad step."""
-        optimizer.step = functools.partial(self.step, optimizer.step)
+        optimizer.step = functools.partial(self.step, optimizer, optimizer.step)
 
-    def step(self, stock: Callable[[], tuple[bool, Any, Any]]) -> tuple[bool, Any, Any]:
+    def step(self, optimizer: Any, stock: Callable[[], tuple[bool, Any, Any]]) -> tuple[bool, Any, Any]:
         """Let the optimizer update, or not: Megatron then counts a skipped iteration."""
         if not self.bad:
             return stock()
+        make_states(optimizer)
         if self.args.on_nonfinite == ROLLBACK and len(self.in_a_row) >= self.args.rollback_after:
             go_back(self.args, self.in_a_row, "gradients are not finite")
         return False, None, None
@@ -173,18 +175,19 @@ def install_bad_steps(args: argparse.Namespace, running_step: Callable[[], int])
     Stock code goes past the evaluation, the save and the end that are due at a step to skip, and a run whose last step
     it is ends without a save. Here it counts as a step that was not taken, behind which all of that comes.
     """
-    left_out, args.iterations_to_skip = {*args.iterations_to_skip}, []
+    args.steps_left_out, args.iterations_to_skip = args.iterations_to_skip, []  # the first is for the checkpoints
 
-    def train_step(stock: Callable[..., Any], forward_step: Any, data_iterator: Any, *rest: Any, iteration: int,
-                   **options: Any) -> Any:
-        if iteration + 1 not in left_out:
-            return stock(forward_step, data_iterator, *rest, iteration=iteration, **options)
+    def train_step(stock: Callable[..., Any], forward_step: Any, data_iterator: Any, model: Any, optimizer: Any,
+                   *rest: Any, iteration: int, **options: Any) -> Any:
+        if iteration + 1 not in args.steps_left_out:
+            return stock(forward_step, data_iterator, model, optimizer, *rest, iteration=iteration, **options)
         pass_over(data_iterator)
+        make_states(optimizer)
         args.skipped_train_samples += args.global_batch_size
         log.info(f"step {iteration + 1}: left out, its rows are passed over")
         return NOT_TAKEN
 
-    if left_out:
+    if args.steps_left_out:
         megatron_training.train_step = around(megatron_training.train_step, train_step)
     if args.on_nonfinite == ABORT:
         return None

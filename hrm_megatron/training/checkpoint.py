@@ -193,7 +193,7 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
 
 def starts_new(args: argparse.Namespace, folder: Path) -> bool:
     """Tell whether Megatron will take nothing but weights from `folder`: for fine-tuning, and from a release."""
-    of_pretrained = args.load is None or folder.resolve().parent != Path(args.load).resolve()
+    of_pretrained = args.load is None or folder.parent.resolve() != Path(args.load).resolve()
     return of_pretrained or folder.name == "release"
 
 
@@ -207,11 +207,13 @@ def guard_saves(args: argparse.Namespace) -> None:
     stock_schedule: Callable[[Any], None] = checkpointing.schedule_async_save
     stock_end: Callable[..., None] = megatron_training.maybe_finalize_async_save
     begun: list[int] = []
+    retain_interval = args.save_retain_interval
 
     def record(folder: Path) -> None:
         record_save(args, folder)
         if not torch.distributed.get_rank():
-            delete_older(args, iteration_of(folder.name))
+            with temporarily(args, save_retain_interval=retain_interval):  # ours, within Megatron's save or behind it
+                delete_older(args, iteration_of(folder.name))
 
     def without_megatrons_deletion() -> AbstractContextManager[None]:  # it comes before the manifest of what stays
         return temporarily(args, save_retain_interval=None)

@@ -129,13 +129,13 @@ def open_sources(args: argparse.Namespace) -> Sources:
     walk = folder or mixture(train, "train")
     assert walk
     valid = mixture(whole or blends["valid"], "valid")
-    args.data_digests = {"train": digest_of(walk), "valid": valid and digest_of(valid)}  # for the checkpoints
+    args.data_digests = {"train": digest_of(walk.identity(0)), "valid": valid and digest_of(valid.contents)}
     return Sources(walk, valid, mixture(whole or blends["test"], "test"), bool(whole), tuple(stores.values()))
 
 
-def digest_of(walk: Walk) -> str:
-    """Hash which examples a part has, and in which mixture."""
-    return hashlib.sha256(walk.identity(0).encode()).hexdigest()
+def digest_of(described: str) -> str:
+    """Hash what tells data from others, for checkpoints to keep."""
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def first_rows(rows: PackedRows) -> tuple[list[Sequence[tuple[int, int]]], int]:

@@ -25,7 +25,7 @@ from hrm_megatron.planner.memory import Memory, Saving, memory_of_stages
 from hrm_megatron.training.arguments import layout_of, microbatches_of
 from hrm_megatron.training.data import Sources
 from hrm_megatron.training.fsdp import sharded_by_fsdp
-from hrm_megatron.training.layout import describe, layers_of_stages
+from hrm_megatron.training.layout import describe, gradient_itemsize, layers_of_stages
 from hrm_megatron.training.lora import lora_of, saved_bytes
 from hrm_megatron.training.step import TrainingStep, innermost
 from hrm_megatron.training.summary import describe_model
@@ -102,7 +102,7 @@ def first_rank_of(args: argparse.Namespace, stage: int) -> int:
 def saving_of(args: argparse.Namespace) -> Saving:
     """Read off the arguments what a step keeps, with a label at every position."""
     return Saving(args.bp_max_steps, args.recompute_ticks, args.recompute_gated_act, args.params_dtype.itemsize,
-                  sharded=sharded_by_fsdp(args), lora=lora_of(args),
+                  sharded=sharded_by_fsdp(args), lora=lora_of(args), gradient_itemsize=gradient_itemsize(args),
                   # FSDP2's layers keep none, and parameters of FP8 are the weights themselves
                   fp8_copies=bool(args.fp8) and not (args.use_torch_fsdp2 or args.fp8_param_gather))
 

@@ -7,10 +7,11 @@ import torch
 
 from hrm_megatron.attention.core import explain_kernel
 from hrm_megatron.parallel.main_grad import find_apex
-from hrm_megatron.planner.layout import GRADIENT_BYTES, plan_pipeline, stage_parameters, weight_bytes
+from hrm_megatron.planner.layout import GRADIENT_BYTES, counted, plan_pipeline, weight_bytes
 from hrm_megatron.training.arguments import microbatches_of
 from hrm_megatron.training.fsdp import sharded_by_fsdp
 from hrm_megatron.training.hardware import TRANSFORMER_ENGINE
+from hrm_megatron.training.lora import lora_of
 from hrm_megatron.transformer_config import architecture_of
 
 
@@ -26,6 +27,12 @@ def layers_of_stages(args: argparse.Namespace) -> list[int]:
     return [first, *[between] * (stages - 2), last]
 
 
+def gradient_itemsize(args: argparse.Namespace) -> int:
+    """Bytes of a gradient that is reduced."""
+    reduced_in_fp32 = args.accumulate_allreduce_grads_in_fp32 and not args.use_torch_fsdp2
+    return GRADIENT_BYTES if reduced_in_fp32 else int(args.params_dtype.itemsize)
+
+
 def describe(args: argparse.Namespace) -> str:
     """Describe the layout of a run in a few lines."""
     tp, pp, cp, dp = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size,
@@ -36,13 +43,12 @@ def describe(args: argparse.Namespace) -> str:
              f"{args.micro_batch_size} x {args.seq_length} tokens on each replica"]
     architecture = architecture_of(args, args.vocab_size)
     layers = layers_of_stages(args)
-    itemsize = args.params_dtype.itemsize
-    each = weight_bytes(itemsize, dp * cp, sharded_by_fsdp(args), itemsize if args.use_torch_fsdp2 else GRADIENT_BYTES)
-    for stage, (n, count) in enumerate(zip(layers, stage_parameters(architecture, layers), strict=True)):
-        rank = count / tp
-        lines.append(f"  stage {stage}: {n} layers of each stack, {rank / 1e6:.2f} M parameters a rank; weights "
-                     f"{rank * each.weights / 2**30:.3f}, gradients {rank * each.gradients / 2**30:.3f}, "
-                     f"optimizer {rank * each.optimizer / 2**30:.3f} GiB")
+    each = weight_bytes(args.params_dtype.itemsize, dp * cp, sharded_by_fsdp(args), gradient_itemsize(args))
+    for stage, (n, counts) in enumerate(zip(layers, counted(architecture, layers, lora_of(args)), strict=True)):
+        weights, trained = (count / tp for count in counts)
+        lines.append(f"  stage {stage}: {n} layers of each stack, {weights / 1e6:.2f} M parameters a rank; weights "
+                     f"{weights * each.weights / 2**30:.3f}, gradients {trained * each.gradients / 2**30:.3f}, "
+                     f"optimizer {trained * each.optimizer / 2**30:.3f} GiB")
     if pp > 1:
         lines += [describe_pipeline(args, bp) for bp in sorted({args.bp_min_steps, args.bp_max_steps})]
     lines.append(f"weight gradients: {explain_weight_gradients(args)}")

@@ -73,7 +73,9 @@ def settle_length(args: argparse.Namespace, theirs: argparse.Namespace, iteratio
     """Let a run over --epochs or --train-samples end when their rows are read, whatever rows its steps had before."""
     if args.match_flops_of or not (args.epochs or args.train_samples):
         return
-    left = (args.rows_of_epochs or args.train_samples) - theirs.consumed_train_samples
+    # Of a converted checkpoint the count is 0, which Megatron takes for steps of the command line's rows.
+    read = theirs.consumed_train_samples or iteration * args.global_batch_size
+    left = (args.rows_of_epochs or args.train_samples) - read
     whole = math.ceil if args.epochs else math.floor
     args.train_iters = iteration + max(0, whole(left / args.global_batch_size))
 

@@ -86,6 +86,15 @@ def test_ticks_that_transformers_does_not_train_are_refused_before_anything_is_m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["--num-layers", "--bp-max-steps=2", "--model-type", "--h-cycles"])
+def test_a_run_whose_flops_would_be_others_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys, flag):
+    tool = load_tool("benchmark")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "gpu", "--sizes", "1", "32", "2", "--output",
+                                      str(tmp_path / "out"), "--", flag, "1"])
+    assert tool.main() == 1
+    assert f"{flag.partition('=')[0]}: the FLOPs of this run are counted without it" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_is_profiled(tmp_path, fullbatch_arguments):  # noqa: F811
     def run(*flags):

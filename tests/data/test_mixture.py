@@ -276,6 +276,21 @@ def test_what_changes_an_epoch_changes_its_identity(tmp_path, change):
     assert base.identity(0) == moved.identity(0) != changed.identity(0)
 
 
+def test_held_out_examples_are_the_same_whatever_the_mixture_of_training(tmp_path):
+    """Of data of their own also with another seed."""
+    stores = [store(tmp_path / "a", 31), store(tmp_path / "b", 12)]
+
+    def contents(**options):
+        return Mixture(stores, ROW_TOKENS, Selection(**options), "valid").contents
+    assert contents() == contents(seed=3) == contents(weights=(1.0, 2.0))
+    twice, few = (Rules("r", (rule,)) for rule in (Rule("x", repeat=2), Rule("x", max_per_file=9)))
+    assert contents(rules=twice) == contents(rules=few)
+    split = dict(split="80,20,0")
+    assert len({contents(), contents(**split), contents(**split, seed=3), contents(rules=Rules("r", (
+        Rule("x", long_context="drop"),)))}) == 4
+    assert Mixture(stores[:1], ROW_TOKENS, Selection(), "valid").contents != contents()
+
+
 def test_rows_of_a_mixture_are_the_same_for_any_reader(tmp_path):
     stores = [store(tmp_path / "a", 310), store(tmp_path / "b", 120)]
     selection = Selection("90,10,0", 7, weights=(1.0, 2.0))

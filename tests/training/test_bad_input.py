@@ -98,6 +98,9 @@ def test_an_export_is_neither_gone_on_from_nor_saved_into(refused, tmp_path, fil
     (["--cpu-offloading-num-layers", 1], ["--cpu-offloading-num-layers 1: Transformer Engine needs a CUDA device",
                                           "--recompute-ticks saves activations anywhere"]),
     (["--attention-kernel", "varlen"], ["--attention-kernel varlen: it ", "works here"]),  # in fp32 on any machine
+    (["--pipeline-schedule", "two-phase"], ["--pipeline-schedule two-phase: has no effect without a pipeline"]),
+    (["--pipeline-window", 3], ["--pipeline-window 3: has no effect without a pipeline"]),
+    (["--decoder-last-pipeline-num-layers", 1], ["--decoder-last-pipeline-num-layers 1: has no effect without a pip"]),
     (["--load-newest-valid"], ["--load-newest-valid: there is no checkpoint to load; give --load"]),
     (["--no-verify-checkpoint"], ["--no-verify-checkpoint: there is no checkpoint to load"]),
     (["--load-newest-valid", "--no-verify-checkpoint"], ["is incompatible with --no-verify-checkpoint"]),
@@ -111,9 +114,21 @@ def test_settings(refused, flags, parts):
     ([], ["--pipeline-model-parallel-size 2 leaves stages without one of the 1 layers", "choose at most 1"]),
     (["--num-layers", 2, "--global-batch-size", 1], ["1 micro-batches per step are fewer than the 2 pipeline stages",
                                                      "raise --global-batch-size to 2"]),
+    (["--num-layers", 2, "--decoder-first-pipeline-num-layers", 3],
+     ["--decoder-first-pipeline-num-layers 3: leaves -1 of 2 layers of each stack for the other 1 stages"]),
+    (["--num-layers", 2, "--eval-iters", 1, "--eval-global-batch-size", 1],
+     ["--eval-global-batch-size 1: its 1 micro-batches on each replica are fewer than the 2 pipeline stages"]),
+    (["--num-layers", 2, "--pipeline-window", 2, "--pipeline-schedule", "stock"],
+     ["--pipeline-window 2: has no effect with --pipeline-schedule stock"]),
 ])
 def test_a_pipeline_that_cannot_be(refused, flags, parts):
     refused(*SIZES, *SAMPLED, "--pipeline-model-parallel-size", 2, *flags, parts=parts, ranks=2)
+
+
+def test_what_megatron_refuses_by_itself_is_one_line_too(refused):
+    refused(*SIZES, *SAMPLED, "--tensor-model-parallel-size", 2, "--sequence-parallel", "--recompute-granularity",
+            "full", "--recompute-method", "uniform", "--recompute-num-layers", 1, "--distribute-saved-activations",
+            parts=["command line: distribute_saved_activations: True must be false when sequence parallel"], ranks=2)
 
 
 @pytest.mark.parametrize("flags, ranks, parts", [

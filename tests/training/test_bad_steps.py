@@ -4,7 +4,7 @@ import json
 import pytest
 
 from hrm_megatron.checkpoint.dcp import DCPFolder
-from hrm_megatron.checkpoint.folders import find_iteration
+from hrm_megatron.checkpoint.folders import find_iteration, read_run
 from hrm_megatron.config import ConfigError
 from hrm_megatron.training.bad_steps import MOST_RETURNS, RECORD, Record
 from tests.training.conftest import scalars
@@ -88,6 +88,21 @@ def test_what_is_due_at_a_step_that_is_left_out_comes_all_the_same(train, tmp_pa
     assert again.code == 0 and tensors_that_differ(end_of(folder), folder / "iter_0000004")
     again = train(tmp_path / "c", "--iterations-to-skip", 7, 8, "--ckpt-step", 4, load=folder)
     assert again.code == 0 and not tensors_that_differ(end_of(folder), end_of(tmp_path / "c" / "checkpoints"))
+
+
+@pytest.mark.parametrize("why", ["left out", "bad"])
+def test_a_save_may_come_before_the_first_step_that_is_taken(launch, fullbatch_arguments, train, tmp_path, why):
+    """It holds what the run began with; the checkpoint says which steps were left out."""
+    prelude, flags = ("", ["--iterations-to-skip", 1, 2]) if why == "left out" else (poison(1, 2), [
+        "--on-nonfinite", "skip"])
+    folders = tmp_path / "early", tmp_path / "whole"
+    for folder, every in zip(folders, (2, 4), strict=True):
+        run = launch(*fullbatch_arguments, *flags, "--save", folder, "--load", folder, "--save-interval", every,
+                     "--exit-interval", 4, prelude=prelude)
+        assert run.code == 0, run.output[-3000:]
+    assert (folders[0] / "iter_0000002").is_dir() and not tensors_that_differ(*map(end_of, folders))
+    args = read_run(DCPFolder(end_of(folders[0])))[0]["args"]
+    assert args.steps_left_out == ([1, 2] if why == "left out" else [])
 
 
 @pytest.mark.survives("steps without a number: rollback", "1 process")

@@ -117,8 +117,9 @@ def test_all_is_told_and_nothing_is_written(monkeypatch, tmp_path):
 def test_weights_are_kept_in_fp8_too_where_layers_do_so(flags, kept):
     args = argparse.Namespace(**dict(bp_max_steps=5, recompute_ticks=0, recompute_gated_act=False, lora_rank=None,
                                      params_dtype=torch.bfloat16, use_torch_fsdp2=False, use_megatron_fsdp=False,
-                                     fp8="hybrid", fp8_param_gather=False) | flags)
-    assert saving_of(args).fp8_copies == kept
+                                     fp8="hybrid", fp8_param_gather=False,
+                                     accumulate_allreduce_grads_in_fp32=not flags) | flags)
+    assert saving_of(args).fp8_copies == kept and saving_of(args).gradient_itemsize == (2 if flags else 4)
 
 
 @pytest.mark.parametrize("name", PRESETS)

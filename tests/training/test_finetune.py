@@ -175,6 +175,10 @@ def test_it_begins_from_a_folder_within_its_own(tmp_path):
     args = argparse.Namespace(load=str(tmp_path / "sft"), pretrained_checkpoint=str(tmp_path / "sft" / "base"))
     own, base = tmp_path / "sft" / "iter_0000004", tmp_path / "sft" / "base" / "iter_0000004"
     assert starts_new(args, base) and not starts_new(args, own)
+    (tmp_path / "archive" / "iter_0000008").mkdir(parents=True)
+    own.parent.mkdir()
+    (own.parent / "iter_0000008").symlink_to(tmp_path / "archive" / "iter_0000008")
+    assert not starts_new(args, own.parent / "iter_0000008")  # an iteration that lies on another disk
     assert starts_new(args, tmp_path / "sft" / "release")
 
 

@@ -160,6 +160,8 @@ def test_what_an_hrm_is_anyway_may_be_said(words):
     (["--fp8-param-gather"], "--fp8-param-gather: has no effect without --fp8-format; give that too"),
     (["--recompute-modules", "mlp"], "has no effect without --recompute-granularity or --recompute-activations"),
     (["--overlap-param-gather"], "--overlap-param-gather: has no effect without --overlap-grad-reduce"),
+    (["--ddp-bucket-size", 4], "--ddp-bucket-size 4: has no effect without --overlap-grad-reduce"),
+    (["--split", "1,1,0"], "--split 1,1,0: has no effect without --data-path"),
     (["--loss-scale", 128], "--loss-scale 128.0: has no effect without --fp16"),
     (["--profile", "--use-pytorch-profiler"], "--use-pytorch-profiler: has no effect without --tensorboard-dir"),
     (["--async-save"], "--async-save: has no effect without --use-persistent-ckpt-worker"),

@@ -178,6 +178,7 @@ def test_tokens_of_the_data_are_those_of_the_checkpoint(theirs, ours, agree):
     (dict(epochs=2, rows_of_epochs=282, global_batch_size=4), 200, 100, 121),
     (dict(train_samples=282, global_batch_size=4), 200, 100, 120),
     (dict(train_samples=282, global_batch_size=4), 284, 71, 71),
+    (dict(epochs=2, rows_of_epochs=282), 0, 100, 141),  # a converted checkpoint
     (dict(train_samples=282, global_batch_size=4, match_flops_of="B"), 200, 100, 7),
 ])
 def test_a_run_over_epochs_or_rows_reads_what_is_left_of_them(given, consumed, iteration, train_iters):

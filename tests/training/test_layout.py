@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from hrm_megatron.config import Architecture
+from hrm_megatron.config import Architecture, ConfigError, LoRA
 from hrm_megatron.parallel.main_grad import Apex
-from hrm_megatron.planner.layout import stage_parameters
+from hrm_megatron.planner.layout import check_stages, stage_parameters
 from hrm_megatron.training import layout
 from hrm_megatron.training.layout import describe, describe_pipeline, explain_weight_gradients
 
@@ -19,7 +19,8 @@ ARGUMENTS = dict(
     bp_min_steps=2, bp_max_steps=5, pipeline_schedule="auto", pipeline_window=None, attention_kernel="sdpa",
     decoder_first_pipeline_num_layers=2, decoder_last_pipeline_num_layers=1, params_dtype=torch.bfloat16,
     gradient_accumulation_fusion=False, compile_layers=False, transformer_impl="local", use_torch_fsdp2=False,
-    use_megatron_fsdp=False, data_parallel_sharding_strategy="optim_grads_params")
+    use_megatron_fsdp=False, data_parallel_sharding_strategy="optim_grads_params", lora_rank=None,
+    accumulate_allreduce_grads_in_fp32=True)
 
 
 def test_stages_hold_together_what_one_model_holds(single_rank):
@@ -106,3 +107,33 @@ def test_fsdp_shares_weights_and_gradients_out():
             (dict(use_megatron_fsdp=True, data_parallel_sharding_strategy="optim"), (weights, gradients))):
         assert sizes(**options) == pytest.approx([*expected, optimizer], abs=1e-3)
     assert gradients == pytest.approx(2 * weights, abs=2e-3)
+
+
+@pytest.mark.parametrize("options, weights, trained, itemsize", [
+    (dict(), 0, 1, 4), (dict(accumulate_allreduce_grads_in_fp32=False), 0, 1, 2),
+    (dict(lora_rank=64, lora_alpha=None, lora_target_modules=None), 1, 0, 4)])
+def test_what_trains_has_gradients_and_state(options, weights, trained, itemsize):
+    large = dict(hidden_size=2048, num_attention_heads=16, ffn_hidden_size=4096, pipeline_model_parallel_size=1,
+                 decoder_first_pipeline_num_layers=None, decoder_last_pipeline_num_layers=None)
+    line = describe(argparse.Namespace(**ARGUMENTS | large | options)).splitlines()[1]
+    found = [float(part.split()[1]) * 2**30 for part in line.split("; ")[1].split(", ")]
+    a = Architecture(7, 2048, 16, 4096, 250)
+    adapters = LoRA(64, 64).num_parameters(a) / 2
+    counted = a.num_parameters / 2
+    trains = counted if trained else adapters
+    # As printed, to three digits of GiB. On two replicas: masters, moments and EMA.
+    assert found == pytest.approx([2 * (counted + weights * adapters), itemsize * trains, 16 * trains / 2],
+                                  abs=0.5e-3 * 2**30)
+
+
+@pytest.mark.parametrize("num_layers, stages, first, last", [
+    (5, 2, 6, None), (5, 2, 5, None), (5, 2, 0, None), (5, 2, 1, 1), (8, 4, 2, 3), (7, 4, 2, 2), (4, 3, 1, 3)])
+def test_layers_that_cannot_be_shared_are_refused(num_layers, stages, first, last):
+    with pytest.raises(ConfigError, match=f"leaves -?\\d+ of {num_layers} layers of each stack for the other"):
+        check_stages(num_layers, stages, first, last)
+
+
+def test_layers_that_can_be_shared_are_taken():
+    for num_layers, stages, first, last in ((5, 2, 3, None), (5, 2, 3, 2), (5, 2, None, 1), (8, 4, 2, 2), (5, 1, None,
+                                                                                                         None)):
+        check_stages(num_layers, stages, first, last)

@@ -24,7 +24,8 @@ DISTRIBUTED: Group = (
     Used("megatron.core.pipeline_parallel.schedules", "--no-overlap-p2p-communication",
          needs="--pipeline-model-parallel-size"),
     Used("megatron.core.distributed.distributed_data_parallel", "--overlap-grad-reduce"),
-    Used("megatron.training.training", "--ddp-num-buckets --ddp-bucket-size --ddp-pad-buckets-for-high-nccl-busbw "
+    Used("megatron.training.training", "--ddp-num-buckets --ddp-bucket-size", needs="--overlap-grad-reduce"),
+    Used("megatron.training.training", "--ddp-pad-buckets-for-high-nccl-busbw "
          "--ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-for-fp32-local-accumulation"),
     Used("megatron.core.distributed.distributed_data_parallel", "--overlap-param-gather --no-align-param-gather",
          needs="--overlap-grad-reduce"),

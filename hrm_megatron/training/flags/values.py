@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from hrm_megatron.config import ConfigError, refuse_beside
+from hrm_megatron.parallel.simulate import AUTO, STOCK
 from hrm_megatron.planner.layout import check_rows
 from hrm_megatron.training.heartbeats import BACKSTOP
 
@@ -87,6 +88,35 @@ def check_batch(args: argparse.Namespace) -> None:
     if args.train_samples and args.train_samples < step:
         raise ConfigError(f"--train-samples {args.train_samples}: is less than one step of {step} rows "
                           f"(--global-batch-size); give at least {step}")
+
+
+def check_pipeline_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of a pipeline that have no effect on the one that there is."""
+    given = {"--pipeline-window": args.pipeline_window,
+             "--pipeline-schedule": None if args.pipeline_schedule == AUTO else args.pipeline_schedule,
+             "--decoder-first-pipeline-num-layers": args.decoder_first_pipeline_num_layers,
+             "--decoder-last-pipeline-num-layers": args.decoder_last_pipeline_num_layers}
+    for flag, value in given.items():
+        if value is not None and args.pipeline_model_parallel_size == 1:
+            raise ConfigError(f"{flag} {value}: has no effect without a pipeline; give "
+                              "--pipeline-model-parallel-size, or leave it out")
+    if args.pipeline_window and args.pipeline_schedule == STOCK:
+        raise ConfigError(f"--pipeline-window {args.pipeline_window}: has no effect with --pipeline-schedule {STOCK}, "
+                          "which has one phase; leave one of them out")
+
+
+def check_evaluation(args: argparse.Namespace) -> None:
+    """Refuse evaluations of fewer micro-batches than a pipeline of several ticks has stages."""
+    if not (args.eval_iters or args.full_validation):
+        return
+    stages = args.pipeline_model_parallel_size
+    replicas = args.world_size // (args.tensor_model_parallel_size * stages * args.context_parallel_size)
+    unit = (args.eval_micro_batch_size or args.micro_batch_size) * replicas
+    rows = args.eval_global_batch_size or args.global_batch_size or unit
+    if rows // unit < stages:
+        raise ConfigError(f"--eval-global-batch-size {rows}: its {rows // unit} micro-batches on each replica are "
+                          f"fewer than the {stages} pipeline stages; give at least {stages * unit}, a smaller "
+                          "--eval-micro-batch-size, or --eval-iters 0")
 
 
 def _flag(name: str) -> str:
