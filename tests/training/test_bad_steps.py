@@ -90,19 +90,19 @@ def test_what_is_due_at_a_step_that_is_left_out_comes_all_the_same(train, tmp_pa
     assert again.code == 0 and not tensors_that_differ(end_of(folder), end_of(tmp_path / "c" / "checkpoints"))
 
 
-@pytest.mark.parametrize("why", ["left out", "bad"])
-def test_a_save_may_come_before_the_first_step_that_is_taken(launch, fullbatch_arguments, train, tmp_path, why):
-    """It holds what the run began with; the checkpoint says which steps were left out."""
-    prelude, flags = ("", ["--iterations-to-skip", 1, 2]) if why == "left out" else (poison(1, 2), [
-        "--on-nonfinite", "skip"])
-    folders = tmp_path / "early", tmp_path / "whole"
-    for folder, every in zip(folders, (2, 4), strict=True):
-        run = launch(*fullbatch_arguments, *flags, "--save", folder, "--load", folder, "--save-interval", every,
-                     "--exit-interval", 4, prelude=prelude)
+def test_a_save_may_come_before_the_first_step_that_is_taken(launch, fullbatch_arguments, tmp_path):
+    """The checkpoints say which steps were left out."""
+    def train(name, *flags, **options):
+        run = launch(*fullbatch_arguments, "--save", tmp_path / name, "--load", tmp_path / name, "--exit-interval", 3,
+                     *flags, **options)
         assert run.code == 0, run.output[-3000:]
-    assert (folders[0] / "iter_0000002").is_dir() and not tensors_that_differ(*map(end_of, folders))
-    args = read_run(DCPFolder(end_of(folders[0])))[0]["args"]
-    assert args.steps_left_out == ([1, 2] if why == "left out" else [])
+        return end_of(tmp_path / name)
+    early, whole = (train(name, "--iterations-to-skip", 1, 2, "--save-interval", every)
+                    for name, every in (("early", 1), ("whole", 3)))
+    bad = train("bad", "--on-nonfinite", "skip", "--save-interval", 2, prelude=poison(1, 2))
+    assert not tensors_that_differ(early, whole) and not tensors_that_differ(bad, whole)
+    assert (tmp_path / "early" / "iter_0000001").is_dir() and (tmp_path / "bad" / "iter_0000002").is_dir()
+    assert [read_run(DCPFolder(folder))[0]["args"].steps_left_out for folder in (early, bad)] == [[1, 2], []]
 
 
 @pytest.mark.survives("steps without a number: rollback", "1 process")
