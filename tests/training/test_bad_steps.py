@@ -84,10 +84,9 @@ def test_what_is_due_at_a_step_that_is_left_out_comes_all_the_same(train, tmp_pa
     assert [line for line in run.output.splitlines() if "its rows are passed over" in line] == [
         f"step {step}: left out, its rows are passed over" for step in (4, 7, 8)]
     assert not [line for line in run.output.splitlines() if "loss" in line and "nan" in line]
-    again = train(tmp_path / "b", "--iterations-to-skip", 7, 8, load=folder)
-    assert again.code == 0 and tensors_that_differ(end_of(folder), folder / "iter_0000004")
-    again = train(tmp_path / "c", "--iterations-to-skip", 7, 8, "--ckpt-step", 4, load=folder)
-    assert again.code == 0 and not tensors_that_differ(end_of(folder), end_of(tmp_path / "c" / "checkpoints"))
+    assert tensors_that_differ(end_of(folder), folder / "iter_0000004")
+    again = train(tmp_path / "b", "--iterations-to-skip", 7, 8, "--ckpt-step", 4, load=folder)
+    assert again.code == 0 and not tensors_that_differ(end_of(folder), end_of(tmp_path / "b" / "checkpoints"))
 
 
 def test_a_save_may_come_before_the_first_step_that_is_taken(launch, fullbatch_arguments, tmp_path):
