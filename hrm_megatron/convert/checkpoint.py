@@ -86,6 +86,12 @@ class Checkpoint:
             raise ConfigError(f"{self.path}: holds no {kind.upper()} weights, only {', '.join(sorted(self.parts))}; "
                               f"choose --weights {RAW if kind == EMA else EMA}")
 
+    def check_asked(self, kind: str | None) -> None:
+        """Refuse to be asked for weights of a kind by a folder of one kind that does not say which."""
+        if kind and self.origin and self.origin.kind is None:
+            raise ConfigError(f"--weights {kind}: {self.path} holds weights of one kind and does not say of which; "
+                              "leave the flag out")
+
     def weights(self, kind: str = EMA) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Megatron's name, full tensor), one at a time; `kind` is "ema" or "raw" (fp32 masters)."""
         self.require(kind)

@@ -83,7 +83,8 @@ def origin_of(folder: Path, verify: bool) -> Origin:
         if verify:
             raise
         found = None
-    return found if found and found.kind in (EMA, RAW) else Origin(None, 0)
+    # At iteration 0 both kinds are one, or the source did not say either.
+    return found if found and found.kind in (EMA, RAW) and found.iteration else Origin(None, 0)
 
 
 def _read[T](folder: Path, take: Callable[[Any], T]) -> T | None:

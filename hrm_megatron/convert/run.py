@@ -90,6 +90,7 @@ def convert(job: Conversion) -> str:
 
 
 def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
+    checkpoint.check_asked(job.weights)
     step = checkpoint.step
     kind = job.weights or (EMA if checkpoint.iteration else checkpoint.default_kind())
     if (job.weights or checkpoint.merged) and job.save_format not in WEIGHTS_ALONE:

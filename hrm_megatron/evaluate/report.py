@@ -20,8 +20,10 @@ def percent(estimate: Estimate) -> str:
 
 
 def markdown(results: Sequence[Result], identity: Mapping[str, Any]) -> str:
+    of = (f"{identity['weights']}, iteration {identity['iteration']}" if identity["weights"] else
+          "of one kind, the folder does not say which")
     lines = [f"# Evaluation of {identity['checkpoint']}", "",
-             f"Weights: {identity['weights']}, iteration {identity['iteration']}, {identity['dtype']}. Percent ± "
+             f"Weights: {of}, {identity['dtype']}. Percent ± "
              f"standard error. The last column was {PUBLISHED}.", "",
              "| task | metric | this model | questions | condition | shots | context | invalid | too long | XL, "
              "published |", "|---|---|---|---|---|---|---|---|---|---|"]

@@ -56,7 +56,7 @@ class Questions:
 
 def exact_questions(path: Path, condition: str, session: Session) -> Questions:
     """Ask the rows of a jsonl file; an answer is right if it is the row's response to the letter."""
-    questions = of_jsonl(path, condition)
+    questions = of_jsonl(path, condition, kept=False)
     for question in questions:
         if not isinstance(question.others.get(REFERENCE), str):
             raise ConfigError(f"{question.place}: no field 'response' with the right answer; give it as a string")

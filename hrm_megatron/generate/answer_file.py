@@ -16,6 +16,8 @@ from hrm_megatron.program import followed, signals_held, write_aside
 
 log = logging.getLogger(__name__)
 
+OF_WEIGHTS = ("weights", "iteration")  # names of what their fingerprint tells, which an older version had wrong
+
 
 def write_settings(note: Path, settings: Mapping[str, Any]) -> None:
     """Write down what decides the answers beside it."""
@@ -28,8 +30,9 @@ def check_settings(note: Path, settings: Mapping[str, Any], files: str, begun: P
         before = json.loads(note.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{note}: not JSON ({error}); remove it and {files} to begin again") from error
+    same_weights = before.get("fingerprint") == settings.get("fingerprint") is not None
     for name, value in settings.items():
-        if before.get(name) != value:
+        if before.get(name) != value and not (same_weights and name in OF_WEIGHTS):
             raise ConfigError(f"{begun}: was begun with {name}={before.get(name)!r}, not {value!r}; go on with that"
                               f"{way_out}")
 

@@ -81,9 +81,7 @@ def opened(load: Path, step: int | None = None, verify: bool = True) -> Iterator
 
 def weights_kind(checkpoint: Checkpoint, asked: str | None) -> str:
     """Choose the weights: what was asked for, else the EMA where there is one."""
-    if asked and checkpoint.origin and checkpoint.origin.kind is None:
-        raise ConfigError(f"--weights {asked}: {checkpoint.path} holds weights of one kind and does not say of which; "
-                          "leave the flag out")
+    checkpoint.check_asked(asked)
     kind = asked or checkpoint.default_kind()
     checkpoint.require(kind)
     return kind

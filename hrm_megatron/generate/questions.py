@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,15 @@ def of_lines(path: Path, condition: str) -> list[Question]:
     return questions
 
 
-def of_jsonl(path: Path, condition: str) -> list[Question]:
-    """Read one question per row; `condition` is that of rows without one."""
-    questions = list(_rows(path, condition))
+def of_jsonl(path: Path, condition: str, kept: bool = True) -> list[Question]:
+    """Read one question per row; `condition` is that of rows without one. `kept`: answers will keep other fields."""
+    questions = list(_rows(path, condition, OF_SOME_ANSWERS if kept else ()))
     if not questions:
         raise ConfigError(f"--input {path}: empty; write one JSON object per line, with a field 'instruction'")
     return questions
 
 
-def _rows(path: Path, condition: str) -> Iterator[Question]:
+def _rows(path: Path, condition: str, refused: Sequence[str]) -> Iterator[Question]:
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
@@ -66,7 +66,7 @@ def _rows(path: Path, condition: str) -> Iterator[Question]:
         for name in ("condition", "instruction"):
             if not isinstance(texts.get(name), str):
                 raise ConfigError(f"{place}: {name}={shown(texts.get(name))} is not a string; write one")
-        if taken := [name for name in OF_SOME_ANSWERS if name in row]:
+        if taken := [name for name in refused if name in row]:
             raise ConfigError(f"{place}: has {taken[0]!r}, which would stand beside another answer; rename it, or "
                               "leave it out")
         others = {name: value for name, value in row.items() if name not in WRITTEN_ANEW}

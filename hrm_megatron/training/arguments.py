@@ -19,6 +19,7 @@ from hrm_megatron.data.plan import PLAN_VERSION
 from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.model_types import MODEL_TYPES
 from hrm_megatron.parallel.machine import Machine
+from hrm_megatron.parallel.simulate import TWO_PHASE
 from hrm_megatron.parallel.stages import microbatch_group
 from hrm_megatron.planner.layout import Layout, check_division, check_pipeline, check_stages, cut_layers
 from hrm_megatron.training.ablations import check_ablations
@@ -99,9 +100,11 @@ def set_pipeline(args: argparse.Namespace, architecture: Architecture) -> None:
     check_pipeline(layout_of(args), args.pipeline_window)
     check_stages(args.num_layers, args.pipeline_model_parallel_size, args.decoder_first_pipeline_num_layers,
                  args.decoder_last_pipeline_num_layers)
-    if architecture.num_ticks == 1 and args.pipeline_window:
-        raise ConfigError(f"--pipeline-window {args.pipeline_window}: has no effect on a {architecture.kind.title}, "
-                          "whose single tick has no second phase; leave it out")
+    for flag, given in ((f"--pipeline-window {args.pipeline_window}", args.pipeline_window),
+                        (f"--pipeline-schedule {TWO_PHASE}", args.pipeline_schedule == TWO_PHASE)):
+        if architecture.num_ticks == 1 and given:
+            raise ConfigError(f"{flag}: has no effect on a {architecture.kind.title}, whose single tick has no second "
+                              "phase; leave it out")
     if architecture.num_ticks > 1:
         check_evaluation(args)
         args.num_virtual_stages_per_pipeline_rank = architecture.num_ticks

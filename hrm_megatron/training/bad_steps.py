@@ -34,6 +34,7 @@ RECORD = "bad_steps.json"  # beside the checkpoints
 ROLLBACK_AFTER = 3  # steps in a row
 MOST_RETURNS = 3  # to one checkpoint
 # Of Megatron's train_step: losses, skipped, save now, end now, exit code, norm of gradients, zeros in them, logit.
+SKIPPED = 1
 NOT_TAKEN: tuple[Any, ...] = {}, 1, False, False, 0, None, None, None
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,12 @@ def named(steps: list[int]) -> str:
     return f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"
 
 
+def warn_once(what: str) -> None:
+    """Warn of what all ranks know alike: a console shows the warnings of each."""
+    if not torch.distributed.get_rank():
+        log.warning(what)
+
+
 class BadSteps:
     """What --on-nonfinite skip and rollback do; all ranks decide alike."""
 
@@ -124,18 +131,17 @@ class BadSteps:
             return
         self.count += 1
         self.in_a_row.append(self.running_step())
-        log.warning(f"step {self.running_step()}: not taken: gradients on rank {found - 1} are not finite "
-                    f"({len(self.in_a_row)} in a row, {self.count} since the start)")
+        warn_once(f"step {self.running_step()}: not taken: gradients on rank {found - 1} are not finite "
+                  f"({len(self.in_a_row)} in a row, {self.count} since the start)")
 
     def guard(self, optimizer: Any) -> None:
         """Let this optimizer take no bad step."""
-        optimizer.step = functools.partial(self.step, optimizer, optimizer.step)
+        optimizer.step = functools.partial(self.step, optimizer.step)
 
-    def step(self, optimizer: Any, stock: Callable[[], tuple[bool, Any, Any]]) -> tuple[bool, Any, Any]:
+    def step(self, stock: Callable[[], tuple[bool, Any, Any]]) -> tuple[bool, Any, Any]:
         """Let the optimizer update, or not: Megatron then counts a skipped iteration."""
         if not self.bad:
             return stock()
-        make_states(optimizer)
         if self.args.on_nonfinite == ROLLBACK and len(self.in_a_row) >= self.args.rollback_after:
             go_back(self.args, self.in_a_row, "gradients are not finite")
         return False, None, None
@@ -178,16 +184,21 @@ def install_bad_steps(args: argparse.Namespace, running_step: Callable[[], int])
     args.steps_left_out, args.iterations_to_skip = args.iterations_to_skip, []  # the first is for the checkpoints
 
     def train_step(stock: Callable[..., Any], forward_step: Any, data_iterator: Any, model: Any, optimizer: Any,
-                   *rest: Any, iteration: int, **options: Any) -> Any:
-        if iteration + 1 not in args.steps_left_out:
-            return stock(forward_step, data_iterator, model, optimizer, *rest, iteration=iteration, **options)
-        pass_over(data_iterator)
-        make_states(optimizer)
-        args.skipped_train_samples += args.global_batch_size
-        log.info(f"step {iteration + 1}: left out, its rows are passed over")
-        return NOT_TAKEN
+                   scheduler: Any, *rest: Any, iteration: int, **options: Any) -> Any:
+        if iteration + 1 in args.steps_left_out:
+            pass_over(data_iterator)
+            args.skipped_train_samples += args.global_batch_size
+            log.info(f"step {iteration + 1}: left out, its rows are passed over")
+            done = NOT_TAKEN
+        else:
+            done = stock(forward_step, data_iterator, model, optimizer, scheduler, *rest, iteration=iteration,
+                         **options)
+        if done[SKIPPED]:  # what the optimizer's step would have done besides
+            make_states(optimizer)
+            scheduler.step(0)
+        return done
 
-    if args.steps_left_out:
+    if args.steps_left_out or args.on_nonfinite != ABORT:
         megatron_training.train_step = around(megatron_training.train_step, train_step)
     if args.on_nonfinite == ABORT:
         return None

@@ -173,18 +173,18 @@ class EarlyStopping:
 
     def checkpoint_and_decide_exit(self, stock: Callable[..., bool], model: Any, optimizer: Any, scheduler: Any,
                                    iteration: int, *rest: Any) -> bool:
-        measured = iteration in self.record.evaluations
-        if measured:  # before it is saved: a start that goes on from there knows
-            self.write()
-        ends = stock(model, optimizer, scheduler, iteration, *rest)
-        if not measured:
-            return ends
+        if iteration not in self.record.evaluations:
+            return stock(model, optimizer, scheduler, iteration, *rest)
         tired = self.record.evaluations_since_best >= self.args.early_stopping
+        self.record.stopped = iteration if tired else None
+        self.write()  # before it is saved: a start that goes on from there knows
+        ends = stock(model, optimizer, scheduler, iteration, *rest)
+        if iteration == self.args.train_iters and not (ends or tired):
+            return ends  # Megatron saves it behind its loop, and a second time would put the first at stake
         if (tired or self.record.best == iteration) and self.saved != iteration:
             flops, context, rows = rest
             megatron_training.save_checkpoint_and_time(iteration, model, optimizer, scheduler, flops, context,
                                                        train_data_iterator=rows)
-        self.record.stopped = iteration if tired else None
         self.keep(iteration)
         if tired:
             log.info(f"early stopping: {self.args.early_stopping} evaluations without a better one, stopped at step "

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from megatron.training import training as megatron_training
 
-from hrm_megatron.training.bad_steps import IGNORE, ROLLBACK, go_back
+from hrm_megatron.training.bad_steps import IGNORE, ROLLBACK, go_back, warn_once
 from hrm_megatron.training.resume import digest_of_data
 
 DEVIATIONS = 7  # OLMo 2
@@ -98,7 +98,7 @@ def install_loss_spikes(args: argparse.Namespace) -> None:
         logged: Callable[..., bool] = stock
         report_memory = logged(losses, totals, lr, iteration, loss_scale, report_memory, skipped, *rest, **options)
         if not skipped and (spike := spikes.note(iteration, loss_of_step(losses))):
-            log.warning(f"step {iteration}: {spike}")
+            warn_once(f"step {iteration}: {spike}")
             if args.on_loss_spike == ROLLBACK and len(spikes.in_a_row) >= args.rollback_after:
                 go_back(args, spikes.in_a_row, "the loss is a spike")
         return report_memory

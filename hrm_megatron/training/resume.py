@@ -78,6 +78,8 @@ def settle_length(args: argparse.Namespace, theirs: argparse.Namespace, iteratio
     left = (args.rows_of_epochs or args.train_samples) - read
     whole = math.ceil if args.epochs else math.floor
     args.train_iters = iteration + max(0, whole(left / args.global_batch_size))
+    if not theirs.consumed_train_samples:
+        args.train_samples = None  # without a count of rows Megatron takes nothing but steps
 
 
 def nothing_left(iteration: int, train_iters: int) -> str | None:
@@ -85,7 +87,7 @@ def nothing_left(iteration: int, train_iters: int) -> str | None:
     if iteration < train_iters:
         return None
     if iteration == train_iters:
-        return f"iteration {iteration} of {train_iters} is done, nothing to train"
+        return f"iteration {iteration} of {train_iters} is done, nothing to train (--skip-train evaluates it)"
     return f"iteration {iteration} is done, nothing to train: --train-iters {train_iters} asks for fewer"
 
 

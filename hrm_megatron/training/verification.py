@@ -25,6 +25,7 @@ from hrm_megatron.checkpoint.manifest import (
 )
 from hrm_megatron.checkpoint.verify import UNVERIFIED, WITHOUT_MANIFEST, iteration_of, verify
 from hrm_megatron.config import ConfigError, refuse_beside
+from hrm_megatron.training.early_stopping import delete_older
 from hrm_megatron.transformer_config import architecture_of
 
 log = logging.getLogger(__name__)
@@ -70,8 +71,11 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
     if not args.verify_checkpoint:
         log.info(f"checkpoint: {folder} {UNVERIFIED}")
         return False
+    has_manifest = (folder / MANIFEST_FILE).exists()  # asked before the ranks meet, behind which one is written
     damage = _verify_together(folder)
     if damage is None:
+        if args.save and not args.skip_train and folder.parent.resolve() == Path(args.save).resolve():
+            _complete_save(args, folder, has_manifest)
         return False
     # Megatron cannot be told to load iteration 0, a model before its first step.
     others = (name for name in last_saved_first(folder.parent) if name != folder.name and iteration_of(name))
@@ -84,6 +88,14 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
     args.ckpt_step = iteration_of(other)
     log.info(f"checkpoint: {damage}; going on from {other}, the newest that verifies")
     return check_fit(folder.parent / other)
+
+
+def _complete_save(args: argparse.Namespace, folder: Path, has_manifest: bool) -> None:
+    """Do what a kill has kept the save of this iteration from, behind all of its files."""
+    if not has_manifest:
+        record_save(args, folder)
+    if not torch.distributed.get_rank():
+        delete_older(args, iteration_of(folder.name))
 
 
 def _verify_together(folder: Path) -> str | None:

@@ -79,6 +79,12 @@ def test_an_export_says_which_weights_it_holds(command, tmp_path):
                 with pytest.raises(ConfigError, match=f"{folder}: holds the {kind.upper()} weights of iteration 10 "
                                                       f"alone; leave --weights {other} out"):
                     weights_kind(checkpoint, other)
+    manifest = tmp_path / "raw2" / EXPORT_FILE
+    manifest.write_text(manifest.read_text().replace('"iteration": 10', '"iteration": 0'))  # of an older version
+    with opened(tmp_path / "raw2") as checkpoint:
+        assert checkpoint.named(weights_kind(checkpoint, None)) is None
+    status, _, err = command("--weights", "ema", load=tmp_path / "raw2", load_format="hf", save="raw3")
+    assert status == 1 and "holds weights of one kind and does not say of which; leave the flag out" in err
 
 
 def test_an_existing_output_stays_unless_told(command, tmp_path):

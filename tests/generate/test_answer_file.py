@@ -74,6 +74,16 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_the_same_weights_under_another_name_are_gone_on_with(tmp_path):
+    weights = dict(SETTINGS, fingerprint="a", weights="raw", iteration=0)
+    write(tmp_path / "a", RECORDS[:2], weights, killed=True)
+    with pytest.raises(ConfigError, match="was begun with fingerprint='a', not 'b'"):
+        write(tmp_path / "a", RECORDS, weights | dict(fingerprint="b"))
+    with pytest.raises(ConfigError, match="was begun with seed=1, not 2"):
+        write(tmp_path / "a", RECORDS, weights | dict(weights="ema", seed=2))
+    assert write(tmp_path / "a", RECORDS, weights | dict(weights="ema", iteration=7)) == 2
+
+
 def test_an_existing_file_is_replaced_only_when_told_and_whole(tmp_path):
     path = tmp_path / "a"
     path.write_text("mine")

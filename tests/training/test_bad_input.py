@@ -117,7 +117,7 @@ def test_settings(refused, flags, parts):
     (["--num-layers", 2, "--decoder-first-pipeline-num-layers", 3],
      ["--decoder-first-pipeline-num-layers 3: leaves -1 of 2 layers of each stack for the other 1 stages"]),
     (["--num-layers", 2, "--eval-iters", 1, "--eval-global-batch-size", 1],
-     ["--eval-global-batch-size 1: its 1 micro-batches on each replica are fewer than the 2 pipeline stages"]),
+     ["evaluations of 1 rows: 1 micro-batches on each replica are fewer than the 2 pipeline stages"]),
     (["--num-layers", 2, "--pipeline-window", 2, "--pipeline-schedule", "stock"],
      ["--pipeline-window 2: has no effect with --pipeline-schedule stock"]),
 ])

@@ -6,6 +6,7 @@ import pytest
 from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.folders import find_iteration, read_run
 from hrm_megatron.config import ConfigError
+from hrm_megatron.optim.schedule import LRSchedule
 from hrm_megatron.training.bad_steps import MOST_RETURNS, RECORD, Record
 from tests.training.conftest import scalars
 from tests.training.test_resume import tensors_that_differ
@@ -67,6 +68,10 @@ def test_a_step_that_is_not_taken_is_one_that_never_was(train, tmp_path, ranks, 
     assert set(losses[0]) == set(range(1, 9)) and losses[1] == {step: losses[0][step] for step in (2, 3, 5, 6, 8)}
     said = [line for line in skipped.output.splitlines() if "not taken" in line]
     assert len(said) == len(bad) and all("are not finite (1 in a row, " in line for line in said)
+    assert "not taken" not in skipped.last_output
+    schedule = LRSchedule(4e-3, 4e-4, 4, 24)
+    for name in "ab":  # of every step its own
+        assert scalars(tmp_path / name / "log", "learning-rate") == {step: schedule.at(step) for step in range(1, 9)}
 
 
 def test_a_run_without_bad_steps_is_the_same_under_every_policy(train, tmp_path, uninterrupted):

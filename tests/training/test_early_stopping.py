@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 
 import pytest
 
@@ -70,6 +71,7 @@ def test_it_stops_and_a_resumed_run_stops_where_the_other_did(train, tmp_path):
     assert f"stopped early at iteration 10, nothing to train; {STOPPED}{halves}" in train(halves)
     more = train(halves, "--early-stopping", 9)  # who asks for more gets it
     assert f"early stopping: the best is iteration 12 with 90.0% exact: {halves}" in more
+    assert len(re.findall(r"step 12/12 +saved in", more)) == 1  # a second save would begin by breaking the first
     assert record(halves)[:2] == (12, None)
 
 
@@ -79,21 +81,22 @@ from hrm_megatron.training import checkpoint
 deleting = checkpoint.delete_older
 def delete_older(args, latest):
     deleting(args, latest)
-    if latest == 4:
+    if latest == LATEST:
         os._exit(9)
 checkpoint.delete_older = delete_older
 """
 
 
 def test_a_kill_right_behind_a_save_forgets_no_evaluation(train, tmp_path):
-    """The save of the best is the last thing; a start goes on as if nothing had happened, and keeps it."""
+    """The save of the best, and then that of the end, is the last thing; a start goes on as if nothing had happened."""
     saves = "--save-interval", 2, "--most-recent-k", 1
     train(tmp_path / "whole", *saves)
-    with pytest.raises(AssertionError):
-        train(tmp_path / "killed", *saves, prelude=KILLED_BEHIND_THE_SAVE)
-    assert find_iteration(tmp_path / "killed").name == "iter_0000004"
-    assert record(tmp_path / "killed") == (4, None, {i: VALUES[i] for i in (2, 4)})
-    train(tmp_path / "killed", *saves)
+    for latest, stopped in ((4, None), (10, 10)):
+        with pytest.raises(AssertionError):
+            train(tmp_path / "killed", *saves, prelude=KILLED_BEHIND_THE_SAVE.replace("LATEST", str(latest)))
+        assert find_iteration(tmp_path / "killed").name == f"iter_{latest:07d}"
+        assert record(tmp_path / "killed") == (4, stopped, {i: VALUES[i] for i in VALUES if i <= latest})
+    assert "stopped early at iteration 10, nothing to train" in train(tmp_path / "killed", *saves)
     assert record(tmp_path / "killed") == record(tmp_path / "whole")
     assert complete_iterations(tmp_path / "killed") == ["iter_0000004", "iter_0000010"]
 

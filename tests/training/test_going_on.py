@@ -92,7 +92,7 @@ def test_the_scale_of_the_embedding_is_refused_with_the_flags_that_make_it():
 
 
 @pytest.mark.parametrize("iteration, train_iters, line", [
-    (19, 20, None), (0, 1, None), (20, 20, "iteration 20 of 20 is done, nothing to train"),
+    (19, 20, None), (0, 1, None), (20, 20, "iteration 20 of 20 is done, nothing to train (--skip-train evaluates it)"),
     (20, 12, "iteration 20 is done, nothing to train: --train-iters 12 asks for fewer")])
 def test_a_finished_run_is_said_to_be_done(iteration, train_iters, line):
     assert nothing_left(iteration, train_iters) == line
@@ -179,6 +179,7 @@ def test_tokens_of_the_data_are_those_of_the_checkpoint(theirs, ours, agree):
     (dict(train_samples=282, global_batch_size=4), 200, 100, 120),
     (dict(train_samples=282, global_batch_size=4), 284, 71, 71),
     (dict(epochs=2, rows_of_epochs=282), 0, 100, 141),  # a converted checkpoint
+    (dict(train_samples=282), 0, 100, 141),
     (dict(train_samples=282, global_batch_size=4, match_flops_of="B"), 200, 100, 7),
 ])
 def test_a_run_over_epochs_or_rows_reads_what_is_left_of_them(given, consumed, iteration, train_iters):
@@ -187,6 +188,7 @@ def test_a_run_over_epochs_or_rows_reads_what_is_left_of_them(given, consumed, i
     for _ in range(2):  # a start settles it twice
         settle_length(args, argparse.Namespace(consumed_train_samples=consumed), iteration)
         assert args.train_iters == train_iters
+    assert args.train_samples == (given.get("train_samples") if consumed else None)  # Megatron counts steps, or rows
 
 
 def test_every_setting_of_the_schedule_can_be_overridden():

@@ -8,7 +8,7 @@ import torch
 
 from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.folders import TRACKER_FILE, complete_iterations, find_iteration
-from hrm_megatron.checkpoint.manifest import read_manifest
+from hrm_megatron.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from hrm_megatron.checkpoint.verify import verify
 from tests.training.conftest import scalars
 
@@ -78,6 +78,16 @@ def test_saves_in_the_background_leave_what_others_leave(launch, fullbatch_argum
                  "--save-retain-interval", 2, *flags, "--exit-interval", 3)
     assert run.code == 0, run.output[-3000:]
     assert complete_iterations(tmp_path) == ["iter_0000002", "iter_0000003"]
+
+
+def test_a_start_completes_the_save_that_it_goes_on_from(launch, fullbatch_arguments, tmp_path):
+    """One without a manifest would be deleted by nobody."""
+    arguments = [*fullbatch_arguments, "--save", tmp_path, "--load", tmp_path, "--save-interval", 1]
+    assert launch(*arguments, "--exit-interval", 2).code == 0
+    (tmp_path / "iter_0000002" / MANIFEST_FILE).unlink()
+    run = launch(*arguments, "--most-recent-k", 1, "--exit-interval", 3)
+    assert run.code == 0 and "it has no manifest.json" in run.output
+    assert complete_iterations(tmp_path) == ["iter_0000003"]
 
 
 # Where the process dies, as Python that arms it.

@@ -114,9 +114,10 @@ def check_evaluation(args: argparse.Namespace) -> None:
     unit = (args.eval_micro_batch_size or args.micro_batch_size) * replicas
     rows = args.eval_global_batch_size or args.global_batch_size or unit
     if rows // unit < stages:
-        raise ConfigError(f"--eval-global-batch-size {rows}: its {rows // unit} micro-batches on each replica are "
-                          f"fewer than the {stages} pipeline stages; give at least {stages * unit}, a smaller "
-                          "--eval-micro-batch-size, or --eval-iters 0")
+        whole = "no --full-validation" if args.full_validation else "--eval-iters 0"
+        raise ConfigError(f"evaluations of {rows} rows: {rows // unit} micro-batches on each replica are fewer than "
+                          f"the {stages} pipeline stages; give --eval-global-batch-size {stages * unit} or more, a "
+                          f"smaller --eval-micro-batch-size, or {whole}")
 
 
 def _flag(name: str) -> str:
