@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ class Mixture:
         cut = [rule.long_context for rule in self._rules] if self.selection.rules else None
         return repr((*self._examples_of, self.part, self.selection.split, seed, cut))
 
-    @property
+    @cached_property
     def _examples_of(self) -> tuple[object, str | None]:
         chosen = None if self.example_ids is None else hashlib.sha256(self.example_ids).hexdigest()
         return [(dataset_digest(store), kept_digest(store)) for store in self.stores], chosen

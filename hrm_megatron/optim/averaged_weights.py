@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hrm_megatron.optim.sharded import parts_of
+
 
 @contextlib.contextmanager
 def averaged_weights(optimizer: Any, model_chunks: Sequence[Any]) -> Iterator[None]:
@@ -23,7 +25,7 @@ def averaged_weights(optimizer: Any, model_chunks: Sequence[Any]) -> Iterator[No
 
 @torch.no_grad()
 def _exchange(optimizer: Any, model_chunks: Sequence[Any]) -> None:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         if part.is_stub_optimizer:  # this rank has no weights of its kind
             continue
         for group in part.optimizer.param_groups:

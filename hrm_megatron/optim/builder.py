@@ -18,7 +18,13 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 
 from hrm_megatron.optim.adam_atan2 import AdamATan2, atan2_of, init_states, quotient_of
 from hrm_megatron.optim.schedule import LRSchedule
-from hrm_megatron.optim.sharded import EMBEDDING, EMADistributedOptimizer, NamedBF16Optimizer, NamedFP32Optimizer
+from hrm_megatron.optim.sharded import (
+    EMBEDDING,
+    EMADistributedOptimizer,
+    NamedBF16Optimizer,
+    NamedFP32Optimizer,
+    parts_of,
+)
 from hrm_megatron.parallel.patching import temporarily
 
 # What a converted checkpoint holds in place of a schedule.
@@ -57,14 +63,14 @@ def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module]
     with temporarily(megatron_optimizer, **replaced):
         optimizer = megatron_optimizer.get_megatron_optimizer(
             config, model_chunks, config_overrides={**(config_overrides or {}), **EMBEDDING_GROUP}, **stock_arguments)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         part.init_state_fn = init_states
     return optimizer
 
 
 def make_states(optimizer: MegatronOptimizer) -> None:
     """Make the state that a first step makes: a save may come before it, behind steps that are not taken."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         if not part.is_stub_optimizer:
             init_states(part.optimizer)
 
@@ -86,7 +92,7 @@ class StepScheduler(OptimizerParamScheduler):  # type: ignore[misc]
             optimizer, init_lr=0.0, max_lr=schedule.lr, min_lr=schedule.min_lr,
             lr_warmup_steps=schedule.warmup_steps * rows_per_step, lr_decay_steps=samples, lr_decay_style="cosine",
             start_wd=weight_decay, end_wd=weight_decay, wd_incr_steps=samples, wd_incr_style="constant")
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for part in parts_of(optimizer):
             part.optimizer.register_step_pre_hook(lambda *_: self.step(0))
 
     def step(self, increment: int) -> None:

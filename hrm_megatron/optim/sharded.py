@@ -19,6 +19,12 @@ BY_NAME = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fu
 EMBEDDING = "is_embedding"
 
 
+def parts_of(optimizer: Any) -> list[Any]:
+    """List the optimizers of which Megatron's is made: of one, itself."""
+    found: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return found
+
+
 def set_updates(optimizer: torch.optim.Optimizer, saved_groups: Iterable[dict[str, Any]]) -> None:
     """Take the counts of updates, the embedding's and all others', from the groups in a checkpoint."""
     updates = {bool(group.get(EMBEDDING)): group[UPDATES] for group in saved_groups}

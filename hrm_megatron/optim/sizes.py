@@ -8,6 +8,7 @@ import torch
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from hrm_megatron.optim.adam_atan2 import AdamATan2, factors_of
+from hrm_megatron.optim.sharded import parts_of
 
 SLICE_ELEMENTS = 1 << 22  # at a time, so that temporary tensors stay small
 SIZES = ("update", "weights", "EMA distance")
@@ -55,7 +56,7 @@ def _change(weight: torch.Tensor, m: torch.Tensor, v: torch.Tensor, *, direction
 def sizes(optimizer: Any, tensor_parallel: Any) -> dict[str, float]:
     """Norms over all ranks, by SIZES, of Megatron's optimizer around one AdamATan2 or several; all ranks call it."""
     total: torch.Tensor | None = None
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         mine = nothing() if part.is_stub_optimizer else squares(part.optimizer, tensor_parallel)
         # The ranks whose shards, put together, are all the weights: it is over these that Megatron sums gradients too.
         torch.distributed.all_reduce(mine, group=part.get_grad_stats_parallel_group())

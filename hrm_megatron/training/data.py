@@ -233,10 +233,9 @@ def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Ev
         # Rows per step may have been others before: what was read is counted in rows, what is left in steps.
         left = args.consumed_train_samples + (args.train_iters - args.iteration) * args.global_batch_size
         train = 0 if args.skip_train else max(num_samples[0], left)
-        valid = count_evaluations(args) * args.eval_iters * args.eval_global_batch_size * evaluation.validates
-        test = num_samples[2] * evaluation.tests
-        found = (rows("training", sources.train, train), rows("validation", sources.valid, valid, fixed=True),
-                 rows("test", sources.test, test, fixed=True))
+        found = (rows("training", sources.train, train),  # how many of the others is for plan_evaluations to say
+                 rows("validation", sources.valid, int(evaluation.validates), fixed=True),
+                 rows("test", sources.test, int(evaluation.tests), fixed=True))
         plan_evaluations(args, evaluation, found[1], found[2])
         on_ready(found[0])
         return found
