@@ -52,6 +52,7 @@ from hrm_megatron.training.match_flops import match_flops  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
 from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.own_flags import given_by_hand  # noqa: E402
+from hrm_megatron.training.params_norm import install_params_norm  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.restarts import check_launch, check_restarts  # noqa: E402
 from hrm_megatron.training.save_lock import SaveLock  # noqa: E402
@@ -114,6 +115,7 @@ def train(console: Console, saves: SaveLock) -> None:
     install_evaluation(args, evaluation)
     install_eval_tasks()
     install_curves(args, step)
+    install_params_norm(args)
     install_source_losses(args, step, sources_by_name)
     guard_saves(args)
     install_loss_spikes(args)

@@ -16,6 +16,7 @@ from hrm_megatron.convert.casts import as_start
 from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint, Training
 from hrm_megatron.convert.table import Rename, check, table
 from hrm_megatron.optim.adam_atan2 import UPDATES
+from hrm_megatron.optim.schedule import lr_steps_of
 from hrm_megatron.optim.sharded import EMBEDDING
 from hrm_megatron.training.lora import lora_of
 
@@ -64,10 +65,7 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
 
 def _training_of(args: argparse.Namespace, common: dict[str, Any]) -> Training:
     groups = common.get("optimizer", {}).get("optimizer", {}).get("param_groups", [])
-    warmup_steps = args.lr_warmup_iters or (args.lr_warmup_samples or 0) // args.global_batch_size
-    total_steps = args.lr_decay_iters or args.train_iters or 1
-    if args.lr_warmup_fraction:
-        warmup_steps = int(args.lr_warmup_fraction * total_steps)
+    warmup_steps, total_steps = lr_steps_of(args)
     return Training(
         seq_length=args.seq_length, tokens_per_step=args.seq_length * args.global_batch_size, total_steps=total_steps,
         lr=args.lr, min_lr=args.min_lr, last_lr=float(groups[0]["lr"]) if groups else 0.0, warmup_steps=warmup_steps,

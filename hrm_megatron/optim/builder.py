@@ -5,6 +5,7 @@ Sharding, fp32 masters, overlap and checkpoints stay stock.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,8 @@ def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module]
             config, model_chunks, config_overrides={**(config_overrides or {}), **EMBEDDING_GROUP}, **stock_arguments)
     for part in parts_of(optimizer):
         part.init_state_fn = init_states
+        if part is optimizer and not config.clip_grad:  # Megatron-FSDP's, which takes the norm only in order to clip
+            config.clip_grad = math.inf
     return optimizer
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 from hrm_megatron.config import ConfigError
 
@@ -12,6 +14,14 @@ def as_fp32(value: float) -> float:
     """Round to the nearest fp32 number."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
+
+
+def lr_steps_of(args: Any) -> tuple[int, int]:
+    """Return the steps of the warm-up, and all until the rate stays, by the arguments of a run or of a checkpoint."""
+    total_steps = args.lr_decay_iters or args.train_iters or 1
+    if args.lr_warmup_fraction:  # as it is written: 0.29 of 100 steps are 29, and 28.999... in binary
+        return int(Fraction(str(args.lr_warmup_fraction)) * total_steps), total_steps
+    return args.lr_warmup_iters or (args.lr_warmup_samples or 0) // args.global_batch_size, total_steps
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ def choose_fsdp(args: argparse.Namespace, architecture: Architecture) -> None:
         "--use-megatron-fsdp": len(chosen) > 1,
         "--pipeline-model-parallel-size": args.pipeline_model_parallel_size > 1,
         "--fp16": args.fp16,
+        "--check-weight-hash-across-dp-replicas-interval (no two ranks hold the same)":
+            args.check_weight_hash_across_dp_replicas_interval,
         **(_megatron_fsdp_refuses(args) if args.use_megatron_fsdp else {}),
     })
     if os.environ.get(CONNECTIONS) == "1":

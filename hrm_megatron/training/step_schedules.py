@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 
-from hrm_megatron.optim.schedule import BPSchedule, LRSchedule
+from hrm_megatron.optim.schedule import BPSchedule, LRSchedule, lr_steps_of
 
 
 def bp_schedule(args: argparse.Namespace) -> BPSchedule:
@@ -13,8 +13,4 @@ def bp_schedule(args: argparse.Namespace) -> BPSchedule:
 
 
 def lr_schedule(args: argparse.Namespace) -> LRSchedule:
-    warmup_steps = args.lr_warmup_iters or (args.lr_warmup_samples or 0) // args.global_batch_size
-    total_steps = args.lr_decay_iters or args.train_iters
-    if args.lr_warmup_fraction:
-        warmup_steps = int(args.lr_warmup_fraction * total_steps)
-    return LRSchedule(args.lr, args.min_lr, warmup_steps, total_steps)
+    return LRSchedule(args.lr, args.min_lr, *lr_steps_of(args))

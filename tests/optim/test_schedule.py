@@ -1,10 +1,11 @@
 """Learning rate and gradient ticks of every step against the reference's own tables, without a tolerance."""
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.optim.schedule import BPSchedule, LRSchedule, as_fp32
+from hrm_megatron.optim.schedule import BPSchedule, LRSchedule, as_fp32, lr_steps_of
 
 
 def test_learning_rates_equal_the_reference(golden_case):
@@ -61,6 +62,13 @@ def test_the_rate_holds_its_minimum_after_the_end_and_never_rises(schedule):
     assert after == sorted(after, reverse=True)
     beyond = {schedule.at(step) for step in range(schedule.total_steps + 1, 4 * schedule.total_steps)}
     assert beyond == {as_fp32(schedule.min_lr)}
+
+
+@pytest.mark.parametrize("fraction, iterations, steps", [(0.29, 100, 29), (0.57, 100, 57), (0.25, 10, 2), (0.1, 7, 0),
+                                                         (1.0, 7, 7), (1e-3, 5000, 5)])
+def test_a_fraction_of_warm_up_is_taken_as_it_is_written(fraction, iterations, steps):
+    given = SimpleNamespace(lr_decay_iters=None, train_iters=iterations, lr_warmup_fraction=fraction)
+    assert lr_steps_of(given) == (steps, iterations)
 
 
 def test_rounding_to_fp32_is_that_of_the_hardware():

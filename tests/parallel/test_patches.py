@@ -119,6 +119,9 @@ STOCK = [
     ("megatron.training.training", "torch_FSDP", ...),
     ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup.post_backward", "(self, *unused)"),
     ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._pre_forward", "(self, module, args, kwargs)"),
+    # hrm_megatron/training/params_norm.py
+    ("megatron.training.training", "calc_params_l2_norm", "(model, force_create_fp32_copy=False)"),
+    ("megatron.training.training", "force_param_sync", "(model_chunks, optimizer=None)"),
     # hrm_megatron/training/reporting.py and console.py
     ("megatron.training.training", "training_log",
      "(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter, grad_norm, "

@@ -63,6 +63,7 @@ def uninterrupted(launch, fullbatch_arguments, native_start, tmp_path_factory):
     """24 steps of one process that saved at 12 and at 24: the folder with `checkpoints` and `log`."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run = launch(*fullbatch_arguments, "--load", native_start, "--save", folder / "checkpoints", "--save-interval", 12,
-                 "--tensorboard-dir", folder / "log", "--log-hrm-norms", prelude="import os; os.umask(0o022)")
+                 "--tensorboard-dir", folder / "log", "--log-hrm-norms", "--log-params-norm",
+                 prelude="import os; os.umask(0o022)")
     assert run.code == 0, run.output
     return folder

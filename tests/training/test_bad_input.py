@@ -57,6 +57,8 @@ def test_an_export_is_neither_gone_on_from_nor_saved_into(refused, tmp_path, fil
     (["--context-parallel-size", 2, "--seq-length", 98], ["--context-parallel-size 2 cuts a row into 4 pieces", "98"]),
     (["--use-torch-fsdp2", "--use-megatron-fsdp"], ["--use-torch-fsdp2 is incompatible with --use-megatron-fsdp"]),
     (["--use-torch-fsdp2", "--fp16"], ["--use-torch-fsdp2 is incompatible with --fp16: leave one of them out"]),
+    (["--use-megatron-fsdp", "--check-weight-hash-across-dp-replicas-interval", 2],
+     ["--use-megatron-fsdp is incompatible with --check-weight-hash-across-dp-replicas-interval (no two"]),
     (["--use-megatron-fsdp", "--data-parallel-sharding-strategy", "no_shard"],
      ["--use-megatron-fsdp is incompatible with --data-parallel-sharding-strategy no_shard"]),
     (["--use-megatron-fsdp", "--recompute-ticks", 2], ["--use-megatron-fsdp is incompatible with --recompute-ticks"]),

@@ -43,6 +43,9 @@ def test_megatron_fsdp_trains_as_one_process(from_seed, parity):
     ours, one = from_seed("Megatron-FSDP"), from_seed("1 process")
     losses = [scalars(folder / "log") for folder in (ours, one)]
     assert losses[0].keys() == losses[1].keys() == set(range(1, 25))
+    norms = [scalars(folder / "log", "grad-norm") for folder in (ours, one)]
+    parity("Megatron-FSDP: norms of gradients", max(abs(norms[0][step] / norms[1][step] - 1) for step in losses[0]),
+           AVERAGE_TOLERANCE)
     parity("Megatron-FSDP: 24 losses", max(abs(losses[0][step] - losses[1][step]) for step in losses[0]),
            LOSS_TOLERANCE)
     ends = [read_megatron(find_iteration(folder / "checkpoints")) for folder in (ours, one)]

@@ -81,7 +81,7 @@ def trained(launch, fullbatch_arguments, native_start, uninterrupted, tmp_path_f
             ranks, flags = LAYOUTS[layout]
             folder = tmp_path_factory.mktemp("layout")
             run = launch(*fullbatch_arguments, "--load", native_start, "--save", folder / "checkpoints",
-                         "--save-interval", 12, "--tensorboard-dir", folder / "log", *flags,
+                         "--save-interval", 12, "--tensorboard-dir", folder / "log", "--log-params-norm", *flags,
                          *([] if FSDP2 in flags else ["--log-hrm-norms"]), ranks=ranks)
             assert run.code == 0, run.output[-5000:]
             done[layout] = folder
@@ -112,6 +112,14 @@ def test_a_layout_logs_the_norms_of_one_process(trained, uninterrupted, parity, 
     # Those of the last step have 24 steps of rounding behind them, as the averages of weights have.
     parity(f"{layout}: norms and updates", max(abs(ours[name][step] / value - 1) for name, values in one.items()
                                               for step, value in values.items()), AVERAGE_TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", some(LAYOUTS, ALWAYS))
+@pytest.mark.parametrize("name", ["grad-norm", "params-norm"])
+def test_a_layout_logs_the_norms_of_whole_gradients_and_weights(trained, uninterrupted, parity, layout, name):
+    ours, one = scalars(trained(layout) / "log", name), scalars(uninterrupted / "log", name)
+    assert ours.keys() == one.keys() == set(range(1, 25))
+    parity(f"{layout}: {name}", max(abs(ours[step] / one[step] - 1) for step in one), AVERAGE_TOLERANCE)
 
 
 @pytest.mark.parametrize("pair", some(PAIRS, PAIRS[:3]))

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 Bounds = tuple[float, float]
 ANY_LARGER = float("inf")
+BELOW = ("--adam-beta1", "--adam-beta2")  # the largest value is none: AdamATan2 divides by 1 - beta^t
 
 
 def _at_least(least: float, flags: str) -> Iterable[tuple[str, Bounds]]:

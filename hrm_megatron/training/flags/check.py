@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.training.flags.bounds import BOUNDS
+from hrm_megatron.training.flags.bounds import BELOW, BOUNDS
 from hrm_megatron.training.flags.table import by_flag
 from hrm_megatron.training.flags.verdict import Refused, Used
 
@@ -73,6 +73,7 @@ def _check_bounds(flag: str, written: str, value: object) -> None:
         return
     least, most = bounds
     for number in value if isinstance(value, list) else [value]:
-        if not least <= float(number) <= most:  # type: ignore[arg-type]  # nan is not
-            most_too = f" and at most {most:g}" if most < float("inf") else ""
+        within = float(number) < most if flag in BELOW else float(number) <= most  # type: ignore[arg-type]
+        if not (within and least <= float(number)):  # type: ignore[arg-type]  # nan is not
+            most_too = f" and {'less than' if flag in BELOW else 'at most'} {most:g}" if most < float("inf") else ""
             raise ConfigError(f"{written}: must be at least {least:g}{most_too}")

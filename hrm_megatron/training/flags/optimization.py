@@ -20,9 +20,9 @@ REGULARIZATION: Group = (
             "--muon-extra-scale-factor --muon-scalar-optimizer --lion-beta1 --lion-beta2"),
 )
 LEARNING_RATE: Group = (
-    Used("hrm_megatron.training.step_schedules",
-         "--lr --min-lr --lr-warmup-iters --lr-warmup-fraction --lr-decay-iters"),
-    Used("hrm_megatron.training.step_schedules", "--lr-warmup-samples", needs="--train-samples"),
+    Used("hrm_megatron.training.step_schedules", "--lr --min-lr"),
+    Used("hrm_megatron.optim.schedule", "--lr-warmup-iters --lr-warmup-fraction --lr-decay-iters"),
+    Used("hrm_megatron.optim.schedule", "--lr-warmup-samples", needs="--train-samples"),
     Used("hrm_megatron.training.resume", "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
          needs="--load --pretrained-checkpoint"),
     Refused("only cosine is built", "--lr-decay-style",
