@@ -26,7 +26,7 @@ from tqdm import tqdm  # noqa: E402
 
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.evaluate.ask import TaskAnswers, prepare  # noqa: E402
-from hrm_megatron.evaluate.report import percent, write_reports  # noqa: E402
+from hrm_megatron.evaluate.report import earlier_results, percent, write_reports  # noqa: E402
 from hrm_megatron.evaluate.rows import read_items  # noqa: E402
 from hrm_megatron.evaluate.scoring import equal_math  # noqa: E402
 from hrm_megatron.evaluate.summary import Result, summarize  # noqa: E402
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add_model_flags(p, "evaluate")
     p.add_argument("--output", type=Path, required=True, metavar="DIR",
                    help="answers and results; the same command goes on where it was interrupted")
-    p.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
+    p.add_argument("--tasks", nargs="+", action="extend", metavar="TASK", help=f"of {', '.join(TASKS)} (all)")
     p.add_argument("--data", type=Path, metavar="DIR",
                    help="rows as DIR/TASK/SPLIT.jsonl or .parquet (default: from the hub, by datasets)")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
@@ -66,18 +66,20 @@ def say(line: str) -> None:
 
 
 def pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for each in given:
         name, equals, value = each.partition("=")
         if not equals:
             raise ConfigError(f"{flag} {each}: write TASK=VALUE")
+        if name in found:
+            raise ConfigError(f"{flag} {each}: {flag} {name}={found[name]} is given too; leave one of them out")
         found[name] = value
     return found
 
 
 def tasks_of(args: argparse.Namespace) -> list[Task]:
     shots = pairs("--shots", args.shots)
-    found = chosen(args.tasks, pairs("--condition", args.condition))
+    found = chosen(args.tasks or list(TASKS), pairs("--condition", args.condition))
     by_name = {task.name: task for task in found}
     for name, number in shots.items():
         if name not in by_name:
@@ -87,7 +89,7 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
     found = [with_shots(task, int(shots[task.name])) if task.name in shots else task for task in found]
     if args.max_new_tokens is not None:
         if all(task.new_tokens for task in found):
-            raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: no task of {', '.join(args.tasks)} has free "
+            raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: no task of {', '.join(by_name)} has free "
                               "answers; leave it out")
         found = [replace(task, new_tokens=task.new_tokens or args.max_new_tokens) for task in found]
     return found
@@ -103,10 +105,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if any(task.name == "math" for task in tasks):
         equal_math("1", "1")  # refused now, not after hours
     rows = {task.name: read_items(task, args.data, args.limit) for task in tasks}
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
     session = Session(args.load, Answering(
-        sampling=Sampling(args.temperature, args.top_p, args.seed), samples=args.samples, h_cycles=args.h_cycles,
-        l_cycles=args.l_cycles, exit_threshold=args.exit_threshold, dtype=args.dtype), args.tokenizer_model,
-        args.weights, args.ckpt_step, args.verify_checkpoint)
+        sampling=sampling if args.temperature else Sampling(),  # no seed decides a greedy answer
+        samples=args.samples, h_cycles=args.h_cycles, l_cycles=args.l_cycles, exit_threshold=args.exit_threshold,
+        dtype=args.dtype), args.tokenizer_model, args.weights, args.ckpt_step, args.verify_checkpoint)
     if session.remark:
         say(session.remark)
     prepared = []
@@ -114,7 +117,12 @@ def evaluate(args: argparse.Namespace) -> None:
         context = min(task.context_tokens, session.decoder.context_tokens)
         asked = prepare(task, *rows[task.name], session.tokenizer, context)
         prepared.append(TaskAnswers(args.output, task, session, asked, context))
-    results = [measured(answers, args) for answers in prepared]
+    earlier_results(args.output, session.identity, tasks)  # refused now, not after hours
+    results = [replace(measured(answers, args), limit=args.limit) for answers in prepared]
+    kept = earlier_results(args.output, session.identity, tasks)  # also of a call that has ended meanwhile
+    if kept:
+        say(f"{args.output}: the reports keep {', '.join(each.task.title for each in kept)} of an earlier call")
+    results = sorted([*kept, *results], key=lambda each: list(TASKS).index(each.task.name))
     for line in write_reports(results, session.identity, args.output):
         say(line)
 

@@ -57,9 +57,9 @@ def parser() -> argparse.ArgumentParser:
                                                             "(default: from the hub, by datasets)")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N questions of --task")
     depths = p.add_argument_group("depths")
-    depths.add_argument("--h-cycles", type=int, nargs="+", metavar="N", help="(default: as in training)")
-    depths.add_argument("--l-cycles", type=int, nargs="+", metavar="N", help="(default: as in training)")
-    depths.add_argument("--exit-threshold", type=float, nargs="+", default=[], metavar="X",
+    for flag in ("--h-cycles", "--l-cycles"):
+        depths.add_argument(flag, type=int, nargs="+", action="extend", metavar="N", help="(default: as in training)")
+    depths.add_argument("--exit-threshold", type=float, nargs="+", action="extend", default=[], metavar="X",
                         help="also end an answer's H cycles with the first that changes z_H of its prompt by less than "
                              "X times its norm")
     how = p.add_argument_group("how to measure")

@@ -9,7 +9,7 @@ from typing import Any
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.spelling import tags_of
-from hrm_megatron.data.text_files import read_lines
+from hrm_megatron.data.text_files import read_lines, shown
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.evaluate.prompts import Item
 from hrm_megatron.evaluate.rows import PlacedItem
@@ -103,11 +103,33 @@ class TaskAnswers:
         elif not self.note.exists():
             raise ConfigError(f"{self.path}: has no {self.note.name} beside it that says what it was made with; choose "
                               "another --output")
-        records = [json.loads(line) for line in read_lines(self.path)]
-        if len(records) != len(self.asked):
-            raise ConfigError(f"{self.path}: {len(records)} answers to {len(self.asked)} questions; it was changed, "
+        lines = list(read_lines(self.path))
+        if len(lines) != len(self.asked):
+            raise ConfigError(f"{self.path}: {len(lines)} answers to {len(self.asked)} questions; it was changed, "
                               "remove it to answer them again")
-        return records
+        return [self._record(f"{self.path}:{number}", line, one)
+                for number, (line, one) in enumerate(zip(lines, self.asked, strict=True), start=1)]
+
+    def _record(self, place: str, line: str, one: Asked) -> dict[str, Any]:
+        """Read a line of the file; raise ConfigError if that is no answer to this question."""
+        samples = self.session.answering.samples
+        try:
+            record: dict[str, Any] = json.loads(line)
+            for name, value in self._about(one).items():
+                if name != "place" and record[name] != value:  # rows may have moved since
+                    raise ValueError(f"{name} is {shown(record[name])}, not {value!r}")
+            for name in ("responses", "finish"):
+                if not (isinstance(record[name], list) and len(record[name]) == samples
+                        and all(isinstance(each, str) for each in record[name])):
+                    raise ValueError(f"{name} is {shown(record[name])}, not {samples} text{'s' * (samples > 1)}")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ConfigError(f"{place}: is not the answer to {one.place} ({error!r}); it was changed, remove "
+                              f"{self.path} to answer again") from error
+        return record
+
+    @staticmethod
+    def _about(one: Asked) -> dict[str, Any]:
+        return dict(place=one.place, group=one.item.group, shots=one.shots, prompt_tokens=len(one.prompt or ()))
 
     def _answer(self, max_rows: int, say: Callable[[str], object], on_progress: Callable[[Progress], object]) -> None:
         with AnswerFile(self.path, self.settings) as file:
@@ -118,8 +140,7 @@ class TaskAnswers:
             samples = self.session.answering.samples
             for one, request in zip(self.asked[file.done:], wanted, strict=True):
                 answers = [] if request is None else next(found)
-                file.write(dict(
-                    place=one.place, group=one.item.group, shots=one.shots, prompt_tokens=len(one.prompt or ()),
-                    responses=[answer.text for answer in answers] or [""] * samples,
-                    finish=[answer.finish for answer in answers] or [TOO_LONG] * samples))
+                finish: list[str | None] = [answer.finish for answer in answers]
+                file.write(dict(self._about(one), responses=[answer.text for answer in answers] or [""] * samples,
+                                finish=finish or [TOO_LONG] * samples))
             file.finish()

@@ -5,6 +5,8 @@ both ways; its continuation is the answer, which begins without the space that s
 """
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,68 +16,103 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.spelling import tags_of
 from hrm_megatron.evaluate.likelihood import Pair, likelihoods, rolling
 from hrm_megatron.generate.engine import Request
 from hrm_megatron.generate.questions import Question
 from hrm_megatron.generate.sampling import Sampling
-from hrm_megatron.generate.session import Answering, Session
+from hrm_megatron.generate.session import DTYPES, Answering, Session
+
+log = logging.getLogger(__name__)
 
 NEW_TOKENS = 256  # the harness's own default
 TAG_SEPARATOR = "+"  # the harness ends an argument at a comma
 KNOWN_SETTINGS = {"until", "max_gen_toks", "max_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "seed"}
+ARGUMENTS = ("load", "condition", "tokenizer", "weights", "dtype", "h_cycles", "l_cycles", "strip")
 
 
 @register_model("hrm_megatron")
 class HrmMegatron(LM):  # type: ignore[misc]
     """Answer and score with one checkpoint of any format."""
 
-    def __init__(self, load: str, condition: str = "direct", tokenizer: str | None = None, weights: str | None = None,
-                 dtype: str = "float32", batch_size: str | int = 32, h_cycles: int | None = None,
-                 l_cycles: int | None = None, strip: bool = True, device: str | None = None,
-                 max_batch_size: int | None = None) -> None:
+    def __init__(self, load: str | None = None, condition: str = "direct", tokenizer: str | None = None,
+                 weights: str | None = None, dtype: str = "float32", batch_size: str | int = 32,
+                 h_cycles: int | None = None, l_cycles: int | None = None, strip: bool = True,
+                 device: str | None = None, max_batch_size: int | None = None, **unknown: object) -> None:
         super().__init__()
+        if unknown or load is None:
+            wrong = " ".join(f"{name}={value}: unknown" for name, value in unknown.items()) or "load is missing"
+            raise ConfigError(f"--model_args: {wrong}; give {', '.join(ARGUMENTS)}")
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype={dtype}: choose from {', '.join(DTYPES)}")
+        if not isinstance(strip, bool):
+            raise ConfigError(f"strip={strip}: give True or False")
+        for name, cycles in (("h_cycles", h_cycles), ("l_cycles", l_cycles)):
+            if cycles is not None and type(cycles) is not int:
+                raise ConfigError(f"{name}={cycles}: give a number of cycles")
         if not str(batch_size).isdecimal():
             raise ConfigError(f"batch_size={batch_size}: give a number of answers at once")
         if device not in (None, "", "cuda", "cuda:0"):  # the last is what the harness gives where none is asked for
             raise ConfigError(f"device={device}: the first GPU is taken where there is one, else the CPU; leave it "
                               "out, and choose with CUDA_VISIBLE_DEVICES")
-        self.session = Session(Path(load), Answering(dtype=dtype, h_cycles=h_cycles, l_cycles=l_cycles),
-                               Path(tokenizer) if tokenizer else None, weights)
+        self.session = Session(Path(str(load)), Answering(dtype=dtype, h_cycles=h_cycles, l_cycles=l_cycles),
+                               Path(str(tokenizer)) if tokenizer else None, weights)
         self.condition, self.strip = str(condition).replace(TAG_SEPARATOR, ","), strip
+        tags_of(self.condition, self.session.tokenizer.tag_ids)  # refuses others
+        self.empty = self.session.tokenizer.encode_prefix(self.condition, "")
         self.max_rows = min(int(batch_size), max_batch_size or int(batch_size))
 
-    def _prompts(self, contexts: Sequence[str]) -> list[Sequence[int]]:
-        """Spell contexts; the prompt of an empty one is its tags alone."""
-        asked = [Question(f"request {number}", self.condition, context) for number, context in enumerate(contexts)
-                 if context.strip()]
-        found = iter([request.prompt for request in self.session.requests(asked)])
-        empty = self.session.tokenizer.encode_prefix(self.condition, "")
-        return [next(found) if context.strip() else empty for context in contexts]
+    def _prompts(self, requests: Sequence[Any], rooms: Sequence[int]) -> list[Sequence[int]]:
+        """Spell contexts; that of a prompt longer than its room, in tokens, loses its beginning, as in the harness's
+        own models."""
+        context_tokens = self.session.decoder.context_tokens
+        contexts = [request.args[0].strip() if self.strip else request.args[0] for request in requests]
+        contexts = [context if context.strip() else "" for context in contexts]  # whose prompt is its tags alone
+        for request, context in zip(requests, contexts, strict=True):
+            if context:
+                Question(_place(request), self.condition, context)  # refuses what no tokenizer takes
+        prompts: list[Sequence[int]] = []
+        spelled = self.session.tokenizer.encode_prefixes([self.condition] * len(contexts), contexts)
+        for request, prompt, room in zip(requests, spelled, rooms, strict=True):
+            if room < len(self.empty):
+                raise ConfigError(f"{_place(request)}: its answer leaves no room for a prompt in the model's context "
+                                  f"of {context_tokens} tokens; leave the task out")
+            begin, over = len(self.empty) - 1, max(0, len(prompt) - room)  # the last of `empty` ends a prompt
+            prompts.append([*prompt[:begin], *prompt[begin + over:]])
+        if cut := sum(len(prompt) > room for prompt, room in zip(spelled, rooms, strict=True)):
+            log.warning("%d of %d contexts do not fit the model's %d tokens beside their answers: their beginnings are "
+                        "cut off", cut, len(spelled), context_tokens)
+        return prompts
 
     def _answer_tokens(self, text: str) -> list[int]:
         return self.session.tokenizer.encode_response(text)[:-1]  # without its end
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        contexts, continuations = zip(*(request.args for request in requests), strict=True) if requests else ((), ())
-        prompts = self._prompts([context.strip() if self.strip else context for context in contexts])
-        pairs = [Pair(prompt, self._answer_tokens(text.lstrip() if self.strip else text))
-                 for prompt, text in zip(prompts, continuations, strict=True)]
+        texts = [request.args[1] for request in requests]
+        answers = [self._answer_tokens(text.lstrip() if self.strip else text) for text in texts]
+        # The last token of an answer is only predicted.
+        rooms = [self.session.decoder.context_tokens + 1 - len(answer) for answer in answers]
+        pairs = list(map(Pair, self._prompts(requests, rooms), answers))
         with tqdm(total=len(pairs), desc="log-likelihoods") as bar:
             return [(each.logprob, each.greedy)
                     for each in likelihoods(self.session.decoder, pairs, on_scored=bar.update)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         found = []
-        [prompt] = self._prompts([""])
         for request in tqdm(requests, desc="rolling log-likelihood"):
-            parts = rolling(prompt, self._answer_tokens(request.args[0]), self.session.decoder.context_tokens)
+            parts = rolling(self.empty, self._answer_tokens(request.args[0]), self.session.decoder.context_tokens)
             found.append(sum(each.logprob for each in likelihoods(self.session.decoder, parts)))
         return found
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        prompts = self._prompts([request.args[0].strip() if self.strip else request.args[0] for request in requests])
-        wanted = [self._request(stream, prompt, request.args[1])
-                  for stream, (prompt, request) in enumerate(zip(prompts, requests, strict=True))]
+        context_tokens, again = self.session.decoder.context_tokens, Counter[tuple[str, int]]()
+        rooms = [context_tokens - min(_new_tokens(request.args[1]), context_tokens // 2) for request in requests]
+        wanted = []
+        for prompt, request in zip(self._prompts(requests, rooms), requests, strict=True):
+            # By its own number and not its place here: the harness leaves out what its cache has.
+            stream = request.doc_id * request.repeats + again[request.task_name, request.doc_id]
+            again[request.task_name, request.doc_id] += 1
+            wanted.append(self._request(stream, prompt, request.args[1]))
         answers = self.session.answer(wanted, self.max_rows, print)
         return [samples[0].text for samples in tqdm(answers, total=len(wanted), desc="answers")]
 
@@ -88,9 +125,16 @@ class HrmMegatron(LM):  # type: ignore[misc]
         sampled = settings.get("do_sample", True) and temperature > 0  # a task may ask for samples of temperature 0
         sampling = Sampling(temperature, settings.get("top_p", 1.0), settings.get("seed", 1234),
                             settings.get("top_k", 0), settings.get("min_p", 0.0)) if sampled else Sampling()
-        new_tokens = settings.get("max_gen_toks", settings.get("max_tokens", NEW_TOKENS))
-        return Request(prompt, new_tokens, sampling, self.session.stop_tokens, 1, stop, None, stream)
+        return Request(prompt, _new_tokens(settings), sampling, self.session.stop_tokens, 1, stop, None, stream)
 
     @property
     def tokenizer_name(self) -> str:
         return str(self.session.tokenizer.path)
+
+
+def _place(request: Any) -> str:
+    return f"task {request.task_name}, document {request.doc_id}"
+
+
+def _new_tokens(settings: Mapping[str, Any]) -> int:
+    return int(settings.get("max_gen_toks", settings.get("max_tokens", NEW_TOKENS)))

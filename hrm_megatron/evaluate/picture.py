@@ -15,7 +15,7 @@ OURS, THEIRS = "#1f77b4", "#cccccc"
 WIDTH = 0.4
 
 
-def draw_results(results: Sequence[Result], published: str, path: Path) -> None:
+def draw_results(results: Sequence[Result], published: str, title: str, path: Path) -> None:
     """Draw the first metric of each task with its standard error."""
     figure = Figure(figsize=(max(5, 1.2 * len(results)), 4), layout="constrained")
     axes = figure.subplots()
@@ -30,6 +30,7 @@ def draw_results(results: Sequence[Result], published: str, path: Path) -> None:
                                           in zip(results, firsts, strict=True)], fontsize="small")
     axes.set_ylabel("percent")
     axes.set_ylim(0, 100)
+    figure.suptitle(title, fontsize="small", wrap=True)
     figure.legend(loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=110)
 

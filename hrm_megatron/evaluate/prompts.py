@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hrm_megatron.data.text_files import shown
 from hrm_megatron.evaluate.drop import gold_answers
 from hrm_megatron.evaluate.scoring import last_boxed
 
@@ -42,10 +43,19 @@ def letter(index: int) -> str:
     return chr(ord("A") + index)
 
 
-def _choice(text: str, choices: Sequence[str], right: int, group: str = "") -> Item:
+def _texts(what: str, values: Sequence[Any]) -> tuple[str, ...]:
+    """Return values that are all texts; the fields of a task only say that they are a list."""
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, str):
+            raise BadItem(f"{what} {number} is {shown(value)}, not text")
+    return tuple(values)
+
+
+def _choice(text: str, choices: Sequence[Any], right: int, group: str = "") -> Item:
+    texts = _texts("choice", choices)
     if not 0 <= right < len(choices):
         raise BadItem(f"the right choice is number {right} of {len(choices)}")
-    return Item(Choice(text, tuple(choices), right), letter(right), tuple(map(letter, range(len(choices)))), group)
+    return Item(Choice(text, texts, right), letter(right), tuple(map(letter, range(len(choices)))), group)
 
 
 def _block(choice: Choice, answered: bool) -> str:
@@ -80,6 +90,8 @@ def drop(row: Row) -> Item:
         gold = gold_answers(row)
     except (KeyError, IndexError, TypeError) as error:
         raise BadItem(f"answer or validated_answers lack number, date or spans ({error!r})") from error
+    for spans in gold:
+        _texts("span", spans)
     return Item(f"{row['passage']}\nQ: {row['question']}\nA:", gold)
 
 
@@ -91,8 +103,8 @@ def mmlu_pro(row: Row) -> Item:
     letters = tuple(map(letter, range(len(row["options"]))))
     if row["answer"] not in letters:
         raise BadItem(f"answer={row['answer']!r} is none of {', '.join(letters)}")
-    lines = [row["question"], "Options:", *(f"({name}) {text}" for name, text in zip(letters, row["options"],
-                                                                                       strict=True))]
+    choices = zip(letters, _texts("choice", row["options"]), strict=True)
+    lines = [row["question"], "Options:", *(f"({name}) {text}" for name, text in choices)]
     return Item("\n".join(lines), row["answer"], letters, row["category"])
 
 

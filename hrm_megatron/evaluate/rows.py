@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ def read_items(task: Task, data: Path | None, limit: int | None = None) -> tuple
     questions = list(_items(task, source.split, data, limit))
     if not questions:
         raise ConfigError(f"task {task.name}: split '{source.split}' has no row")
-    shots = list(_items(task, source.shots_split, data, None)) if source.shots_split else []
+    wanted = task.shots or any(task.special_shots.values())
+    shots = list(_items(task, source.shots_split, data, None)) if source.shots_split and wanted else []
     return questions, shots
 
 
@@ -65,14 +67,35 @@ def _local_rows(task: Task, split: str, data: Path) -> Iterator[tuple[str, Mappi
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """Find SPLIT.jsonl and the like, SPLIT-00000-of-00002.parquet as the hub names them, or all files of SPLIT/."""
-    places = [*folder.glob(f"{split}.*"), *folder.glob(f"{split}-*"), *(folder / split).rglob("*")]
-    files = sorted(path for path in places if path.is_file() and path.name.endswith(ROWS_SUFFIXES))
+    """Find SPLIT.jsonl and the like, SPLIT-00000-of-00002.parquet as the hub names them, or all files of SPLIT/.
+
+    Several of these are refused, which would be the same rows again, and so are shards of which one is missing.
+    """
+    kinds = [sorted(path for path in places if path.is_file() and path.name.endswith(ROWS_SUFFIXES)) for places in (
+        folder.glob(f"{split}.*"), folder.glob(f"{split}-*"), (folder / split).rglob("*"))]
+    files = [path for kind in kinds for path in kind]
+    same = [kind[0] for kind in kinds if kind]
+    found: dict[str, Path] = {}
+    for path in files:
+        first = found.setdefault(re.sub(r"-of-\d+$", "", _stem(path)), path)
+        same = same if len(same) > 1 or first == path else [first, path]
+    if len(same) > 1:
+        raise ConfigError(f"{folder}: split '{split}' is there more than once, as "
+                          f"{' and '.join(str(path.relative_to(folder)) for path in same)}; keep one of them")
+    for shard in filter(None, (re.fullmatch(r"(.+-)(\d{5,})-of-(\d{5,})", _stem(path)) for path in files)):
+        for number in range(int(shard[3])):
+            if (other := f"{shard[1]}{number:0{len(shard[2])}}") not in found:
+                raise ConfigError(f"{shard[0]}: {other}-of-{shard[3]} is missing beside it; put it there, or give the "
+                                  "rows in one file")
     if not files:
         there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         raise ConfigError(f"{folder}: no split '{split}' ({'there is ' + ', '.join(there) if there else 'no such '
                           'folder, or it is empty'}); put its rows there as {split}.jsonl or {split}.parquet")
     return files
+
+
+def _stem(path: Path) -> str:
+    return str(path).removesuffix(next(suffix for suffix in ROWS_SUFFIXES if path.name.endswith(suffix)))
 
 
 def _hub_rows(source: Source, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -50,7 +50,12 @@ def math_answer(text: str, item: Item) -> Verdict:
     answer = text if boxed is None else boxed
     bare = equal_math(item.gold, answer)
     latex = equal_math(f"\\boxed{{{item.gold}}}", answer if boxed is None else f"\\boxed{{{answer}}}")
-    return Verdict(boxed, (float(bare), float(latex)), invalid=boxed is None)
+    return Verdict(boxed or None, (float(bare), float(latex)), invalid=not boxed)
+
+
+def same_math(one: str, other: str) -> bool:
+    """Tell whether what stands in two boxes is the same as LaTeX."""
+    return equal_math(f"\\boxed{{{one}}}", f"\\boxed{{{other}}}")
 
 
 def equal_math(gold: str, answer: str) -> bool:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Any
@@ -35,6 +35,7 @@ class Result:
     fewer_shots: int
     unended: int  # answers that the context, or --max-new-tokens, cut off
     context_tokens: int
+    limit: int | None = None  # only so many questions were taken from the split
 
 
 def estimate(scores: Sequence[float], groups: Sequence[str]) -> Estimate:
@@ -48,12 +49,16 @@ def estimate(scores: Sequence[float], groups: Sequence[str]) -> Estimate:
     return Estimate(value, math.sqrt(sum(variance(part) / len(part) for part in parts.values())) / len(parts))
 
 
-def majority(verdicts: Sequence[Verdict]) -> Verdict:
-    """Choose the verdict of the most frequent vote, of equally many the one that came first."""
-    votes = Counter(verdict.vote for verdict in verdicts if verdict.vote is not None)
+def majority(verdicts: Sequence[Verdict], same: Callable[[Any, Any], bool]) -> Verdict:
+    """Choose the verdict of the most frequent vote, of equally many the one that came first; votes that are the `same`
+    count together, for the first of them."""
+    votes = Counter(verdict.vote for verdict in verdicts if verdict.vote is not None)  # equal ones are compared once
     if not votes:
         return verdicts[0]
-    vote = votes.most_common(1)[0][0]
+    together: Counter[Any] = Counter()
+    for vote, count in votes.items():
+        together[next((first for first in together if same(first, vote)), vote)] += count
+    vote = together.most_common(1)[0][0]
     return next(verdict for verdict in verdicts if verdict.vote == vote)
 
 
@@ -63,7 +68,7 @@ def summarize(task: Task, asked: Sequence[Asked], records: Sequence[Mapping[str,
     verdicts = [[task.answer(text, one.item) for text in record["responses"]]
                 for one, record in zip(asked, records, strict=True)]
     groups = [one.item.group for one in asked]
-    decided = [majority(each) for each in verdicts]
+    decided = [majority(each, task.same) for each in verdicts]
     metrics = {name: estimate([verdict.scores[i] for verdict in decided], groups)
                for i, name in enumerate(task.metrics)}
     if samples > 1:

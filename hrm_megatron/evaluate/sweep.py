@@ -9,7 +9,7 @@ from typing import Any
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.evaluate.ask import prepare, requests_of
-from hrm_megatron.evaluate.report import percent
+from hrm_megatron.evaluate.report import of_all_tasks, percent
 from hrm_megatron.evaluate.rows import PlacedItem
 from hrm_megatron.evaluate.summary import Estimate, estimate
 from hrm_megatron.evaluate.tasks import Task
@@ -123,7 +123,8 @@ def table(points: Sequence[Point], answers: int) -> str:
 
 
 def as_json(points: Sequence[Point], identity: Mapping[str, Any], answers: int) -> dict[str, Any]:
-    return dict(settings={name: value for name, value in identity.items() if name not in vars(points[0].depth)},
+    return dict(settings={name: value for name, value in of_all_tasks(identity).items()
+                          if name not in vars(points[0].depth)},
                 answers=answers, points=[dict(
                     vars(point.depth), mean_h_cycles=point.mean_h_cycles, accuracy=vars(point.accuracy),
                     difference=vars(point.difference), tokens=point.tokens, seconds=point.seconds) for point in points])

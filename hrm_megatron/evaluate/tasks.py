@@ -4,6 +4,7 @@ Prompts, shots, conditions and scoring are those of HRM-Text's `evaluation/` (be
 """
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,14 @@ from typing import Any
 from hrm_megatron.config import ConfigError
 from hrm_megatron.evaluate import prompts
 from hrm_megatron.evaluate.prompts import Choice, Item
-from hrm_megatron.evaluate.scoring import choice_answer, drop_answer, letter_answer, math_answer, number_answer
+from hrm_megatron.evaluate.scoring import (
+    choice_answer,
+    drop_answer,
+    letter_answer,
+    math_answer,
+    number_answer,
+    same_math,
+)
 from hrm_megatron.evaluate.verdict import Verdict
 
 Row = Mapping[str, Any]
@@ -33,7 +41,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """`item` makes a question of a row; `answer` says what a text answers and whether that is right.
+    """`item` makes a question of a row; `answer` says what a text answers and whether that is right; `same` tells
+    whether two votes of different spelling are one.
 
     `shots` examples stand before a question, `special_shots` where its group is named there, and `fewer_shots` where
     the prompt is longer than the context otherwise. `new_tokens` None: as many as the context leaves room for.
@@ -55,6 +64,7 @@ class Task:
     grouped_shots: bool = False  # from rows of the question's own group
     fixed_shots: Sequence[str] = ()
     metrics: tuple[str, ...] = ("acc",)
+    same: Callable[[Any, Any], bool] = operator.eq
     published: float | None = None
 
 
@@ -67,7 +77,7 @@ TASKS: Mapping[str, Task] = {task.name: task for task in (
          number_answer, REASONING, 3072, None, published=84.5),
     Task("math", "MATH", Source("EleutherAI/hendrycks_math", "test", names=MATH_SUBSETS),
          dict(problem=str, solution=str), prompts.math, math_answer, REASONING, 3072, None,
-         metrics=("acc", "acc_latex"), published=56.2),
+         metrics=("acc", "acc_latex"), same=same_math, published=56.2),
     Task("drop", "DROP", Source("EleutherAI/drop", "validation"),
          dict(passage=str, question=str, answer=dict, validated_answers=dict), prompts.drop, drop_answer,
          context_tokens=3072, new_tokens=None, fixed_shots=prompts.DROP_SHOTS, metrics=("f1", "em"), published=82.2),
@@ -106,6 +116,8 @@ def chosen(names: Sequence[str], conditions: Mapping[str, str]) -> list[Task]:
     for name in (*names, *conditions):
         if name not in TASKS:
             raise ConfigError(f"task {name!r}: unknown; choose from {', '.join(TASKS)}")
+    if twice := [name for name in TASKS if names.count(name) > 1]:
+        raise ConfigError(f"task {twice[0]!r}: is named twice; name it once")
     if idle := [name for name in conditions if name not in names]:
         raise ConfigError(f"--condition {idle[0]}=...: that task is not among --tasks; leave one of them out")
     return [replace(task, condition=conditions.get(name, task.condition)) for name, task in TASKS.items()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verdict:
-    """`vote` is what the text answers, equal for equal answers (None: nothing that counts, `invalid`); `scores` are
-    the task's metrics, each between 0 and 1."""
+    """`vote` is what the text answers (None: nothing that counts, `invalid`), which the task's `same` compares;
+    `scores` are the task's metrics, each between 0 and 1."""
 
     vote: Hashable | None
     scores: tuple[float, ...]

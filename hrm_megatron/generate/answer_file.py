@@ -16,7 +16,8 @@ from hrm_megatron.program import followed, signals_held, write_aside
 
 log = logging.getLogger(__name__)
 
-OF_WEIGHTS = ("weights", "iteration")  # names of what their fingerprint tells, which an older version had wrong
+# What the fingerprint of weights decides: an older version had the first two wrong, and a folder may have moved.
+OF_WEIGHTS = ("weights", "iteration", "checkpoint")
 
 
 def write_settings(note: Path, settings: Mapping[str, Any]) -> None:
@@ -30,6 +31,11 @@ def check_settings(note: Path, settings: Mapping[str, Any], files: str, begun: P
         before = json.loads(note.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{note}: not JSON ({error}); remove it and {files} to begin again") from error
+    check_same(before, settings, begun, way_out)
+
+
+def check_same(before: Mapping[str, Any], settings: Mapping[str, Any], begun: Path, way_out: str) -> None:
+    """Refuse `begun`, which was made with the settings `before`, if these are others."""
     same_weights = before.get("fingerprint") == settings.get("fingerprint") is not None
     for name, value in settings.items():
         if before.get(name) != value and not (same_weights and name in OF_WEIGHTS):

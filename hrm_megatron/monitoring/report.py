@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.monitoring.picture import draw
@@ -33,14 +34,14 @@ Rows = Iterable[Sequence[object]]
 
 def report(run: RunFolder, log: Log, verified: Mapping[int, str]) -> str:
     """Write the page; `verified` says by step what reading the bytes of a save found."""
-    title, measured, curves = html.escape(run.name), tasks(run.folder / EVALUATION_FILE), log.curves()
+    title, measured, curves = html.escape(run.name), tasks(run), log.curves()
     picture = base64.b64encode(draw({run.name: curves}, run.name)).decode()
     parts = [
         _section("Where it stands", _table((), [*standing(run, curves), *(("log", said) for said in log.damages())])),
         _section("Curves", f'<img alt="curves of the run" src="data:image/png;base64,{picture}">'),
         _section("Evaluation", _table(("part", "step", "loss", "accuracy", "exact"), _evaluations(curves))
                  + _table(("task, answered by the EMA", "step", "value", "best", "at step"), _live_tasks(curves))
-                 + _table(("task", "metric", "value", "questions"), measured)),
+                 + _table(("task", "metric", "value", "questions", "samples", "checkpoint"), measured)),
         _section("Checkpoints", _table(("step", "saved", "size", "files", "contents"), _saves(run.saves(), verified))),
         _section("Starts", _table(("begun", "first step", "last step"), starts(log))
                  + _table(("Slurm job", "nodes", "from step", "to step", "end"), _attempts(run))),
@@ -85,16 +86,27 @@ def starts(log: Log) -> list[tuple[str, int, int]]:
     return [(_date(loss.times[0]), loss.steps[0], loss.steps[-1]) for loss in found]
 
 
-def tasks(file: Path) -> list[tuple[str, str, str, int]]:
-    """List what tools/evaluate.py found, if it wrote beside the run."""
+def tasks(run: RunFolder) -> list[tuple[object, ...]]:
+    """List what tools/evaluate.py found, if it wrote beside the run, and of which checkpoint."""
+    file = run.folder / EVALUATION_FILE
     if not file.exists():
         return []
     try:
-        return [(name, metric, f"{value['value']:.1%}" + (f" ± {value['stderr']:.1%}" if value["stderr"] else ""),
-                 int(task["questions"])) for name, task in json.loads(file.read_text(encoding="utf-8"))["tasks"].items()
-                for metric, value in task["metrics"].items()]
+        found = json.loads(file.read_text(encoding="utf-8"))
+        of = _measured(found["settings"], run)
+        return [(name, metric, f"{value['value']:.1%}"
+                 + ("" if value["stderr"] is None else f" ± {value['stderr']:.1%}"), int(task["questions"]),
+                 int(task["samples"]), of)
+                for name, task in found["tasks"].items() for metric, value in task["metrics"].items()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{file}: not what tools/evaluate.py writes ({error}); move it away") from error
+
+
+def _measured(settings: Mapping[str, Any], run: RunFolder) -> str:
+    place = Path(settings["checkpoint"])
+    own = run.checkpoints is not None and place.is_relative_to(run.checkpoints.resolve())
+    of = f"iteration {settings['iteration']}, {settings['weights'] or 'weights of one kind'}"
+    return of if own else f"{of}, of {place}, which is none of the run's checkpoints"
 
 
 def _evaluations(curves: Mapping[str, Curve]) -> list[tuple[object, ...]]:

@@ -1,11 +1,13 @@
 """tools/evaluate.py from made-up rows of the tasks' schemas to its reports, in one process."""
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.evaluate.report import how_answered
 from hrm_megatron.evaluate.tasks import TASKS
 from tests.evaluate.conftest import HERE, TOKENIZER, made_rows
 
@@ -98,6 +100,71 @@ def test_answers_of_other_weights_in_the_same_folder_are_no_answers_of_these(too
     assert tool(*command, tasks=["boolq"])[0] == 0 and (tmp_path / "boolq.jsonl").read_bytes() == answers
 
 
+def test_reports_keep_the_tasks_of_an_earlier_call_and_say_what_made_each(tool, tmp_path):
+    assert tool("--output", tmp_path, "--limit", "2", "--shots=boolq=1", tasks=["boolq"])[0] == 0
+    [boolq] = json.loads((tmp_path / "results.json").read_text())["tasks"].values()
+    assert (boolq["limit"], boolq["shots"], boolq["max_new_tokens"]) == (2, 1, 1)
+    assert tool("--output", tmp_path, "--max-new-tokens", "3", "--condition", "gsm8k=direct", "--seed", "5",
+                tasks=["gsm8k"])[0] == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found["tasks"]) == ["gsm8k", "boolq"] and found["tasks"]["boolq"] == boolq
+    assert found["tasks"]["gsm8k"]["max_new_tokens"] == 3 and found["tasks"]["gsm8k"]["limit"] is None
+    assert not found["settings"].keys() & {"max_new_tokens", "stop", "logprobs"}
+    text = (tmp_path / "results.md").read_text()
+    assert "Weights: ema, iteration 7, float32; greedy answers; cycles as in training. Percent" in text
+    assert [line for line in text.splitlines() if line.startswith("- ") and "were cut off" not in line] == [
+        "- GSM8K: condition direct; the reference has synth,cot.",
+        "- GSM8K: answers of at most 3 tokens; the reference has what the context leaves room for.",
+        "- GSM8K: context of 320, the model's; the reference has 3072.",
+        "- BoolQ: only the first 2 questions of the split.",
+        "- BoolQ: shots: 1; the reference has 5.", "- BoolQ: context of 320, the model's; the reference has 4096."]
+    status, _, [error] = tool("--output", tmp_path, "--h-cycles", "1", tasks=["mmlu_pro"])
+    assert status == 1 and "results.json: was begun with h_cycles=None, not 1; go on with that, choose" in error
+    assert "GSM8K would fall out of it" in error and not (tmp_path / "mmlu_pro.jsonl").exists()
+    (tmp_path / "results.json").write_text('{"settings": {}}')
+    status, _, [error] = tool("--output", tmp_path, tasks=["mmlu_pro"])
+    assert status == 1 and "results.json: not what this version writes (KeyError('tasks')); move it away" in error
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (dict(), "greedy answers; cycles as in training."),
+    (dict(samples=8, sampling=dict(temperature=0.6, top_p=0.9, seed=3)),
+     "the majority of 8 answers at temperature 0.6, top-p 0.9, seed 3; cycles as in training."),
+    (dict(sampling=dict(temperature=1.0, top_p=1.0, seed=3), h_cycles=3, l_cycles=2, exit_threshold=0.1),
+     "answers at temperature 1, top-p 1, seed 3; 3 H cycles x 2 L cycles, exit below 0.1."),
+])
+def test_a_sentence_says_how_the_model_answered(flags, sentence):
+    identity = dict(weights="ema", iteration=7, dtype="float32", samples=1, sampling=dict(temperature=0.0),
+                    h_cycles=None, l_cycles=None, exit_threshold=None)
+    assert how_answered({**identity, **flags}) == f"Weights: ema, iteration 7, float32; {sentence}"
+
+
+def test_answers_go_on_after_the_checkpoint_has_moved(tool, checkpoint, tmp_path):
+    command = "--output", tmp_path / "out", "--limit", "2", "--shots=boolq=0"
+    assert tool(*command, tasks=["boolq"])[0] == 0
+    shutil.copytree(checkpoint, tmp_path / "moved")
+    assert tool(*command, "--load", tmp_path / "moved", tasks=["boolq"])[0] == 0
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    ('{"place": "x", "responses', "JSONDecodeError("),
+    ("3", "TypeError("),
+    (dict(responses=["A", "B"]), "responses is ['A', 'B'], not 1 text"),
+    (dict(prompt_tokens=3), "prompt_tokens is 3, not "),
+    (dict(finish=[None]), "finish is [None], not 1 text"),
+])
+def test_a_line_that_is_no_answer_is_named(tool, tmp_path, line, reason):
+    command = "--output", tmp_path, "--limit", "2", "--shots=boolq=0"
+    assert tool(*command, tasks=["boolq"])[0] == 0
+    path = tmp_path / "boolq.jsonl"
+    first, second = path.read_text().splitlines()
+    changed = json.dumps(json.loads(second) | line) if isinstance(line, dict) else line
+    path.write_text(f"{first}\n{changed}\n")
+    status, _, [error] = tool(*command, tasks=["boolq"])
+    assert status == 1 and f"{path}:2: is not the answer to " in error and reason in error
+    assert error.endswith(f"it was changed, remove {path} to answer again")
+
+
 def test_prompts_that_do_not_fit_lose_shots_then_count_as_invalid(tool, data, tmp_path):
     rows = tmp_path / "data"
     (rows / "mmlu").mkdir(parents=True)
@@ -125,6 +192,9 @@ def test_prompts_that_do_not_fit_lose_shots_then_count_as_invalid(tool, data, tm
     (["mmlu"], ["--shots", "mmlu=many"], "--shots mmlu=many: not a number of shots"),
     (["mmlu"], ["--shots", "mmlu=9"], "task mmlu: 9 shots are wanted, split 'dev' has 3 rows of 'sums0'"),
     (["drop"], ["--shots", "drop=4"], "--shots drop=4: DROP has 3; give at most that"),
+    (["boolq"], ["--tasks", "drop", "boolq"], "task 'boolq': is named twice; name it once"),
+    (["boolq"], ["--shots", "boolq=1", "--shots", "boolq=2"], "--shots boolq=2: --shots boolq=1 is given too; leave"),
+    (["boolq"], ["--tasks", "mmlu", "--max-new-tokens", "3"], "3: no task of mmlu, boolq has free answers"),
     (["boolq"], ["--max-new-tokens", "3"], "--max-new-tokens 3: no task of boolq has free answers"),
 ])
 def test_bad_input_is_one_line(tool, tmp_path, tasks, flags, message):

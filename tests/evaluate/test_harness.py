@@ -22,7 +22,8 @@ def model(checkpoint):
 
 
 def asked(*arguments):
-    return [SimpleNamespace(args=each) for each in arguments]
+    return [SimpleNamespace(args=each, task_name="toy", doc_id=number, repeats=1)
+            for number, each in enumerate(arguments)]
 
 
 def test_a_continuation_is_scored_as_the_answer(model):
@@ -33,6 +34,51 @@ def test_a_continuation_is_scored_as_the_answer(model):
     pairs = [Pair(spell.encode_prefix("synth,cot", context), spell.encode_response(answer)[:-1])
              for context, answer in (("What is 1?", "one"), ("What is 1?", "two"), ("", "x"))]
     assert found == [(each.logprob, each.greedy) for each in likelihoods(model.session.decoder, pairs)]
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(model, caplog):
+    from hrm_megatron.evaluate.likelihood import Pair, likelihoods
+
+    spell, context = model.session.tokenizer, " ".join(map(str, range(CONTEXT)))
+    answer, whole = spell.encode_response("one")[:-1], spell.encode_prefix("synth,cot", context)
+    kept = CONTEXT + 1 - len(answer) - 4  # beside boq, two tags and eoq
+    found = model.loglikelihood(asked(("What is 1?", "one"), (context, "one")))
+    prompts = spell.encode_prefix("synth,cot", "What is 1?"), [*whole[:3], *whole[-kept - 1:]]
+    assert len(whole) > CONTEXT and found == [(each.logprob, each.greedy) for each in likelihoods(
+        model.session.decoder, [Pair(prompt, answer) for prompt in prompts])]
+    assert [record.message for record in caplog.records if record.name.endswith("harness")] == [
+        f"1 of 2 contexts do not fit the model's {CONTEXT} tokens beside their answers: their beginnings are cut off"]
+    requests, stock = [], model.session.answer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.session, "answer", lambda wanted, *rest: requests.extend(wanted) or stock(wanted, *rest))
+        model.generate_until(asked((context, dict(max_gen_toks=2)), (context, dict(max_gen_toks=CONTEXT, until=["1"]))))
+    assert [len(request.prompt) for request in requests] == [CONTEXT - 2, CONTEXT // 2]
+    with pytest.raises(ConfigError, match="task toy, document 1: its answer leaves no room for a prompt in"):
+        model.loglikelihood(asked(("q", "one"), ("q", context)))
+
+
+def test_random_numbers_belong_to_the_document(model, monkeypatch):
+    requests = []
+    monkeypatch.setattr(model.session, "answer", lambda wanted, *_: requests.extend(wanted) or [])
+    some = [SimpleNamespace(args=("q", {}), task_name=task, doc_id=number, repeats=2)
+            for task in "ab" for number in (0, 3) for _ in range(2)]
+    model.generate_until(some)
+    assert [request.stream for request in requests] == [0, 1, 6, 7] * 2
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(dtype="float16"), "dtype=float16: choose from float32, bfloat16"),
+    (dict(nosuch=1), "--model_args: nosuch=1: unknown; give load, condition, tokenizer"),
+    (dict(strip="no"), "strip=no: give True or False"),
+    (dict(h_cycles="two"), "h_cycles=two: give a number of cycles"),
+    (dict(load=None), "--model_args: load is missing; give load"),
+    (dict(condition="loud"), "unknown tag 'loud'"),
+])
+def test_wrong_arguments_are_refused_by_name(checkpoint, arguments, message):
+    from hrm_megatron.evaluate.harness import HrmMegatron
+
+    with pytest.raises(ConfigError, match=message):
+        HrmMegatron(**dict(load=str(checkpoint), tokenizer=str(TOKENIZER)) | arguments)
 
 
 def test_the_parts_of_a_long_text_add_up(model):

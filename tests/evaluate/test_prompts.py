@@ -1,12 +1,16 @@
 """Rows as prompts, to the letter, and what their answers add up to."""
 import math
+import operator
 from dataclasses import replace
 
 import pytest
 
+from hrm_megatron.config import ConfigError
 from hrm_megatron.evaluate.prompts import DROP_SHOTS, BadItem, Item, arc, drop, gsm8k, hellaswag, mmlu_pro, winogrande
 from hrm_megatron.evaluate.prompts import boolq as boolq_item
 from hrm_megatron.evaluate.prompts import mmlu as mmlu_item
+from hrm_megatron.evaluate.rows import read_items, split_files
+from hrm_megatron.evaluate.scoring import math_answer
 from hrm_megatron.evaluate.summary import Estimate, estimate, majority
 from hrm_megatron.evaluate.tasks import TASKS, spelled, with_shots
 from hrm_megatron.evaluate.verdict import Verdict
@@ -63,10 +67,60 @@ def test_a_row_that_makes_no_question_says_why(make, row, message):
 
 def test_the_majority_decides_and_the_first_of_equals():
     right, wrong, none = Verdict(4, (1.0,)), Verdict(5, (0.0,)), Verdict(None, (0.25,), True)
-    assert majority([none, wrong, right, right]) is right
-    assert majority([none, none, wrong]) is wrong
-    assert majority([wrong, right]) is wrong
-    assert majority([none, none]) is none
+    assert majority([none, wrong, right, right], operator.eq) is right
+    assert majority([none, none, wrong], operator.eq) is wrong
+    assert majority([wrong, right], operator.eq) is wrong
+    assert majority([none, none], operator.eq) is none
+
+
+def test_equivalent_spellings_of_an_answer_vote_together():
+    pytest.importorskip("math_verify", reason="needs math-verify, extra evaluate")
+    texts = ("3", "3", "", "", "", r"\frac{1}{2}", r"\frac12", "0.5")
+    votes = [math_answer(rf"\boxed{{{text}}}", Item("", r"\frac{1}{2}")) for text in texts]
+    assert majority(votes, TASKS["math"].same) is votes[5]
+    assert votes[2].invalid and majority(votes[:3], TASKS["math"].same) is votes[0]
+
+
+@pytest.mark.parametrize(("make", "row", "message"), [
+    (mmlu_item, dict(question="Q", choices=["a", 3], answer=0, subject="s"), "choice 2 is 3, not text"),
+    (arc, dict(question="Q", choices=dict(text=[None, "a"], label=["A", "B"]), answerKey="A"), "choice 1 is None,"),
+    (hellaswag, dict(ctx_a="A", ctx_b="b", endings=["a", None], label="0"), "choice 2 is None, not text"),
+    (mmlu_pro, dict(question="Q", options=["a", None], answer="A", category="c"), "choice 2 is None, not text"),
+    (drop, dict(passage="P", question="Q", answer=dict(number="", spans=["a", 7]),
+                validated_answers=dict(number=[])), "span 2 is 7, not text"),
+])
+def test_what_is_no_text_is_refused_by_its_row(make, row, message):
+    with pytest.raises(BadItem, match=message):
+        make(row)
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    (["test.jsonl", "test-00000-of-00001.parquet"], "as test.jsonl and test-00000-of-00001.parquet; keep one"),
+    (["test.jsonl", "test/a.jsonl"], "as test.jsonl and test/a.jsonl; keep one of them"),
+    (["test.jsonl", "test.jsonl.gz"], "as test.jsonl and test.jsonl.gz; keep one of them"),
+    (["test-00000-of-00001.jsonl", "test-00000-of-00002.jsonl", "test-00001-of-00002.jsonl"], "more than once"),
+    (["test-00000-of-00003.jsonl", "test-00002-of-00003.jsonl"], "test-00001-of-00003 is missing beside it; put it"),
+    (["test/a/x-00000-of-00001.jsonl", "test/b/x-00000-of-00001.jsonl"], None),
+    (["test.jsonl", "dev.jsonl"], None),
+])
+def test_a_split_is_read_whole_and_once(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    if message is None:
+        assert split_files(tmp_path, "test") == [tmp_path / name for name in names if name.startswith("test")]
+    else:
+        with pytest.raises(ConfigError, match=message):
+            split_files(tmp_path, "test")
+
+
+def test_rows_for_shots_are_read_only_where_shots_are_wanted(tmp_path):
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq" / "validation.jsonl").write_text('{"question": "q", "passage": "p", "answer": true}\n')
+    [question], shots = read_items(with_shots(TASKS["boolq"], 0), tmp_path)
+    assert question.item.gold == "A" and shots == []
+    with pytest.raises(ConfigError, match="no split 'train'"):
+        read_items(TASKS["boolq"], tmp_path)
 
 
 def test_groups_count_alike_and_so_do_their_errors():

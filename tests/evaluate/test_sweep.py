@@ -53,7 +53,7 @@ def test_exact_answers_at_every_depth(swept, checkpoint, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(dict(instruction=question, response=text)) + "\n"
                             for question, text in zip(QUESTIONS, one, strict=True)))
-    status, out, err, found = swept("--input", rows, "--h-cycles", 1, 3, "--exit-threshold", 1e9, 1e-9,
+    status, out, err, found = swept("--input", rows, "--h-cycles", 1, "--h-cycles", 3, "--exit-threshold", 1e9, 1e-9,
                                     "--png", tmp_path / "cycles.png")
     assert status == 0, err
     assert [(point["h_cycles"], point["l_cycles"], point["exit_threshold"]) for point in found["points"]] == [
@@ -67,6 +67,7 @@ def test_exact_answers_at_every_depth(swept, checkpoint, tmp_path):
         assert ended[name] == first[name] and never[name] == third[name]
     assert first["accuracy"]["value"] > trained["accuracy"]["value"]
     assert first["difference"]["value"] == pytest.approx(first["accuracy"]["value"] - trained["accuracy"]["value"])
+    assert not found["settings"].keys() & {"max_new_tokens", "stop", "logprobs", "h_cycles"}
     assert found["answers"] == 4 and all(point["seconds"] > 0 for point in found["points"])
     lines = [line for line in out.splitlines() if line.startswith("| ")]
     assert len(lines) == 6 and lines[1].startswith("| 2 | 3 |  | 2.00 | ")

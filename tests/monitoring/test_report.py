@@ -48,8 +48,9 @@ def test_a_report_is_one_file_with_all_that_is_known(written, tool, tmp_path):
     run = tmp_path / "<XL & co>"
     shutil.copytree(written.folder, run)
     (run / "evaluation").mkdir()
-    (run / "evaluation" / "results.json").write_text(json.dumps(dict(tasks=dict(
-        gsm8k=dict(metrics=dict(accuracy=dict(value=0.845, stderr=0.01)), questions=1319)))))
+    (run / "evaluation" / "results.json").write_text(json.dumps(dict(settings=dict(
+        checkpoint=str(run / "checkpoints" / "iter_0000020"), iteration=20, weights="ema"), tasks=dict(
+        gsm8k=dict(metrics=dict(accuracy=dict(value=0.845, stderr=0.0)), questions=1319, samples=8)))))
     (run / "slurm").mkdir()
     (run / "slurm" / "attempts.json").write_text(json.dumps([dict(
         job="91", restart=1, nodes=["n1", "n2"], first_step=0, last_step=20, end="failed", why="rank 3")]))
@@ -64,14 +65,27 @@ def test_a_report_is_one_file_with_all_that_is_known(written, tool, tmp_path):
     assert stands["loss"] == f"{loss_of(30, 1):.4f}" and stands["lowest loss"] == f"{loss_of(20, 0):.4f} at step 20"
     assert stands["steps gone back from"] == "7, 8" and stands["folder"].endswith("<XL & co>")
     assert page.rows["Evaluation"][1:] == [["validation", "20", "4.5000", "nan%", "25.0%"],
-                                           ["task", "metric", "value", "questions"],
-                                           ["gsm8k", "accuracy", "84.5% ± 1.0%", "1319"]]
+                                           ["task", "metric", "value", "questions", "samples", "checkpoint"],
+                                           ["gsm8k", "accuracy", "84.5% ± 0.0%", "1319", "8", "iteration 20, ema"]]
     saves = page.rows["Checkpoints"][1:]
     assert [row[0] for row in saves] == ["10", "20", "30", "35"] and {row[4] for row in saves} == {"not read"}
     assert saves[0][3] == "complete" and saves[1][3].startswith("damaged: __0_0.distcp.note: 999 bytes long")
     assert [row[1:] for row in page.rows["Starts"][1:3]] == [["1", "25"], ["21", "30"]]
     assert page.rows["Starts"][4] == ["91.1", "n1 n2", "0", "20", "failed: rank 3"]
     assert ["hidden_size", "32"] in page.rows["Settings"] and ["a_note", "<b>bold</b>"] in page.rows["Settings"]
+
+
+def test_a_checkpoint_that_is_none_of_the_runs_is_named(written, tool, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(written.folder, run)
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "results.json").write_text(json.dumps(dict(settings=dict(
+        checkpoint="/elsewhere/iter_0000020", iteration=20, weights=None), tasks=dict(
+        gsm8k=dict(metrics=dict(accuracy=dict(value=0.845, stderr=None)), questions=1319, samples=1)))))
+    assert tool(run, "--output", tmp_path / "report.html") == (0, [])
+    assert Page((tmp_path / "report.html").read_text()).rows["Evaluation"][-1] == [
+        "gsm8k", "accuracy", "84.5%", "1319", "1", "iteration 20, weights of one kind, of /elsewhere/iter_0000020, "
+        "which is none of the run's checkpoints"]
 
 
 def test_the_tool_refuses_in_one_line(written, tool, tmp_path):
