@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
-from hrm_megatron.data.split import PARTS, example_parts
+from hrm_megatron.data.split import PARTS, example_parts, prompts_for_empty_parts
 
 
 class FakeTokenizer:
@@ -72,5 +72,6 @@ class Split(NamedTuple):
 
 def split_examples(count: int, split: str, seed: int, prompt_keys: np.ndarray | None = None) -> Split:
     """Divide examples by `example_parts`."""
-    parts = example_parts(count, split, seed, prompt_keys)
+    parts = example_parts(count, split, seed, prompt_keys,
+                          prompts_for_empty_parts([(count, prompt_keys)], split, seed))
     return Split(*(np.flatnonzero(parts == part) for part in range(len(PARTS))))

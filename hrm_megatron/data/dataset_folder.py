@@ -106,20 +106,28 @@ class DatasetFolder:
             shutil.rmtree(dead, ignore_errors=True)
         self.scratch.mkdir()
 
-    def record(self, source: Source, settings: Mapping[str, Any]) -> None:
+    def record(self, source: Source, settings: Mapping[str, Any], overwrite: bool) -> None:
         """Note that a source is finished, so that a run which goes on finds its shard."""
-        write_sealed(self._record_path(source.name), {"settings": dict(settings), "source": asdict(source)},
-                     self.scratch)
+        write_sealed(self._record_path(source.name), {"settings": dict(settings), "source": asdict(source),
+                                                      "overwrite": overwrite}, self.scratch)
 
-    def recorded(self, name: str, settings: Mapping[str, Any]) -> Source | None:
-        """Return what is noted of a source; None if nothing is, or of other settings, or the note is damaged."""
+    def recorded(self, name: str, settings: Mapping[str, Any], overwrite: bool) -> Source | None:
+        """Return what is noted of a source; None if nothing is, or of other settings, or the note is damaged.
+
+        To `overwrite`, only what a run has noted that was to overwrite.
+        """
         path = self._record_path(name)
         try:
             content = read_json(path)
             check_seal(path, content)
         except (FileNotFoundError, ConfigError):
             return None  # as if it had not been made: it will be made again
-        return Source.from_json(content["source"]) if content["settings"] == settings else None
+        fits = content["settings"] == settings and (content.get("overwrite") or not overwrite)
+        return Source.from_json(content["source"]) if fits else None
+
+    def dataset(self) -> list[Path]:
+        """List the files beside the folder that make it a dataset, also one of the older form."""
+        return [path for part in ("bin", "idx", "json") if (path := Path(f"{self.prefix}.{part}")).exists()]
 
     def prune(self, keep: set[str]) -> None:
         """Remove the shards that are not named in `keep`, all records, and the files of a dataset of the older form."""

@@ -122,13 +122,14 @@ class Update:
         self.settings = settings
         self.skip_bad_rows = skip_bad_rows
         self.lint = lint
-        self.known = self._read_known(overwrite)
+        self.overwrite = overwrite
+        self.known = self._read_known()
         self.done: dict[str, Source] = {}
         self.changes = Changes()
         self._compared = {given.name for given in compared}
         before = {source.name: source for source in self.known.sources} if self.known else {}
         for given in inputs:
-            known, recorded = before.get(given.name), folder.recorded(given.name, settings)
+            known, recorded = before.get(given.name), folder.recorded(given.name, settings, overwrite)
             if kept := self._unchanged(given, recorded or known):
                 self.done[given.name] = kept
             self.changes.add(given, known, kept, made=recorded is not None)
@@ -155,7 +156,7 @@ class Update:
         if self.lint == "error":
             manifest.lint.refuse()
         if not manifest.shards:
-            if self.known is None:
+            if not self.folder.dataset():
                 self.folder.prune(set())
             left = "".join(f"; {line}" for line in manifest.left_out())
             raise ConfigError(f"{self.folder.prefix}: no example to write{left}; check the input")
@@ -166,15 +167,14 @@ class Update:
             self.folder.prune({shard.name for shard in manifest.shards})
         return manifest
 
-    def _read_known(self, overwrite: bool) -> Manifest | None:
+    def _read_known(self) -> Manifest | None:
         """Return the manifest that is there; None if there is none or it is to be overwritten."""
         prefix = self.folder.prefix
-        if overwrite:
+        if self.overwrite:
             return None
-        old = [path for part in ("bin", "idx", "json") if (path := Path(f"{prefix}.{part}")).exists()]
         known = read_manifest(prefix) if manifest_path(prefix).exists() else None
         if known is None:
-            if old:
+            if old := self.folder.dataset():
                 raise ConfigError(f"{', '.join(map(str, old))} already there, without shards; pass --overwrite to "
                                   "replace it, or choose another --output-prefix")
             return None
@@ -199,7 +199,7 @@ class Update:
         touched = replace(source, modified_ns=given.modified_ns)
         if self.folder.task:  # the last of the tasks compares nothing again
             with self.folder.writing():
-                self.folder.record(touched, self.settings)
+                self.folder.record(touched, self.settings, self.overwrite)
         return touched
 
     def _finish(self, given: Input, chunks: Iterable[tuple[Piece, Encoded]], digests: Mapping[str, Future[str]],
@@ -234,7 +234,7 @@ class Update:
                                 {kind: Left(count, skipped.first[kind])
                                  for kind, count in sorted(skipped.count.items())},
                                 None if self.lint == "off" else lint.to_json())
-                self.folder.record(source, self.settings)
+                self.folder.record(source, self.settings, self.overwrite)
         self.done[given.name] = source
 
 

@@ -16,7 +16,7 @@ from hrm_megatron.data.indexed_examples import IndexedExamples, SourceRange
 from hrm_megatron.data.kept_examples import dataset_digest, kept_digest, kept_mask
 from hrm_megatron.data.sampling_rules import Rule, Rules
 from hrm_megatron.data.shuffle import Ints, stream_key
-from hrm_megatron.data.split import PARTS, example_parts
+from hrm_megatron.data.split import PARTS, example_parts, prompts_for_empty_parts
 from hrm_megatron.data.walk import Pair, Window, blocks, check_lengths, row_lengths, smallest_dtype
 
 # An example is planned as one number, its id and below that the positions that it takes: examples are read in a random
@@ -79,7 +79,7 @@ class Mixture:
 
     def identity(self, epoch: int) -> str:
         if self._identity is None:
-            self._identity = repr((*self._examples_of, self.part, self.selection.split, self.selection.seed,
+            self._identity = repr((*self._examples_of, self.part, *self._split_of, self.selection.seed,
                                    self.selection.weights, self._rules if self.selection.rules else None))
         return self._identity
 
@@ -88,7 +88,12 @@ class Mixture:
         """Tell the examples of a held-out part from others, in whatever order: each of them is taken once."""
         seed = self.selection.seed if self.selection.split else None
         cut = [rule.long_context for rule in self._rules] if self.selection.rules else None
-        return repr((*self._examples_of, self.part, self.selection.split, seed, cut))
+        return repr((*self._examples_of, self.part, *self._split_of, seed, cut))
+
+    @property
+    def _split_of(self) -> tuple[object, ...]:
+        split = self.selection.split
+        return (split, "of all together") if split and len(self.stores) > 1 else (split,)  # was once one of each
 
     @cached_property
     def _examples_of(self) -> tuple[object, str | None]:
@@ -138,12 +143,20 @@ class Mixture:
             ids = np.asarray(self.example_ids, np.int64) - self.first[k]
             parts[ids[(ids >= 0) & (ids < len(store))]] = own
             return parts
-        parts = (example_parts(len(store), split, self.selection.seed, store.prompt_keys()) if split else
-                 np.full(len(store), own, np.uint8))
+        parts = (example_parts(len(store), split, self.selection.seed, store.prompt_keys(), self.given_prompts)
+                 if split else np.full(len(store), own, np.uint8))
         kept = kept_mask(store)
         if kept is not None:
             parts[~kept] = len(PARTS)
         return parts
+
+    @cached_property
+    def given_prompts(self) -> dict[int, int]:
+        """Keys of prompts by the number of the part that they were given to because chance has left it empty."""
+        if not self.selection.split:
+            return {}
+        return prompts_for_empty_parts([(len(store), store.prompt_keys()) for store in self.stores],
+                                       self.selection.split, self.selection.seed)
 
     def unfit(self) -> dict[str, tuple[int, int]]:
         """Count the examples of this part that rules leave out for their lengths, and all, of each source with some."""

@@ -66,9 +66,10 @@ class SourceLine:
 
 @dataclass(frozen=True)
 class Fill:
-    """How full rows of `row_tokens` are with the first `examples` of a dataset, packed."""
+    """How full rows of `row_tokens` are with what an epoch takes of the first `of` examples of a dataset, packed."""
 
     row_tokens: int
+    of: int
     examples: int
     rows: int
     share: float
@@ -104,8 +105,9 @@ def report_on(store: IndexedExamples, row_tokens: int | None = None, run: Report
     elif rules:
         raise ConfigError("--sampling-rules: say over how many epochs with --epochs")
     return DatasetReport(store.prefix, len(store), int(store.metadata["tokens"]), Lengths.of(prefixes),
-                         Lengths.of(responses), lines, run, _fill(store, row_tokens, seed) if row_tokens else None,
-                         epochs, kept_count(store))
+                         Lengths.of(responses), lines, run,
+                         _fill(store, row_tokens, Selection(seed=seed, rules=rules)) if row_tokens else None, epochs,
+                         kept_count(store))
 
 
 def _source_lines(store: IndexedExamples, responses: np.ndarray, prefixes: np.ndarray) -> list[SourceLine]:
@@ -137,12 +139,12 @@ def _with_coverage(store: IndexedExamples, lines: Sequence[SourceLine], selectio
     return found
 
 
-def _fill(store: IndexedExamples, row_tokens: int, seed: int) -> Fill:
+def _fill(store: IndexedExamples, row_tokens: int, selection: Selection) -> Fill:
     count = min(len(store), FILL_EXAMPLES)
     chosen = None if count == len(store) else np.arange(count)
-    rows = RowPlan(Mixture([store], row_tokens, Selection(seed=seed), example_ids=chosen), row_tokens,
-                   seed).rows_of_epoch(0)
-    return Fill(row_tokens, count, len(rows), rows.tokens / (len(rows) * row_tokens))
+    rows = RowPlan(Mixture([store], row_tokens, selection, example_ids=chosen), row_tokens,
+                   selection.seed).rows_of_epoch(0)
+    return Fill(row_tokens, count, len(rows.example_ids), len(rows), rows.tokens / (len(rows) * row_tokens))
 
 
 def markdown(report: DatasetReport, picture: Path | None = None) -> str:
@@ -163,8 +165,9 @@ def markdown(report: DatasetReport, picture: Path | None = None) -> str:
                      + " | ".join(f"{lengths.quantile(share):,}" for share in QUANTILES) + f" | {lengths.longest:,} |")
     if report.fill:
         fill = report.fill
-        of = "" if fill.examples == report.examples else f"the first {fill.examples:,} examples in "
-        lines += ["", f"Rows of {fill.row_tokens:,} positions are {fill.share:.2%} full: {of}{fill.rows:,} rows."]
+        of = "" if fill.of == report.examples else f" of the first {fill.of:,}"
+        lines += ["", f"Rows of {fill.row_tokens:,} positions are {fill.share:.2%} full: an epoch's {fill.examples:,} "
+                      f"examples{of} in {fill.rows:,} rows."]
     lines += ["", *_source_table(report)]
     if report.run:
         left = report.run.lines()

@@ -1,6 +1,9 @@
 """Which examples train, which validate and which test."""
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 import numpy as np
 
 from hrm_megatron.config import ConfigError
@@ -37,12 +40,13 @@ def split_sizes(count: int, split: str) -> list[int]:
     return sizes
 
 
-def example_parts(count: int, split: str, seed: int, prompt_keys: np.ndarray | None = None) -> np.ndarray:
+def example_parts(count: int, split: str, seed: int, prompt_keys: np.ndarray | None = None,
+                  given: Mapping[int, int] = MappingProxyType({})) -> np.ndarray:
     """Part of each example (0 train, 1 valid, 2 test), [count] uint8.
 
     With `prompt_keys` [count], examples of one prompt are in one part: that of the prompt's place in a range that is
-    cut in the proportions of `split`, whatever other examples there are. Without, `split_sizes` examples of each part
-    are chosen.
+    cut in the proportions of `split`, whatever other examples there are, or the one that it is `given` to (part > key).
+    Without, `split_sizes` examples of each part are chosen.
     """
     from hrm_megatron.data.kernels import order_between, parts_by_key
 
@@ -59,15 +63,25 @@ def example_parts(count: int, split: str, seed: int, prompt_keys: np.ndarray | N
             parts[start:stop] = parts_by_key(np.ascontiguousarray(prompt_keys[start:stop]), key, train_end, valid_end,
                                              last)
     if prompt_keys is not None:
-        _leave_none_empty(parts, weights, np.asarray(prompt_keys))
+        for part, prompt in given.items():
+            parts[np.asarray(prompt_keys) == np.uint64(prompt)] = part
     return parts
 
 
-def _leave_none_empty(parts: np.ndarray, weights: list[float], prompt_keys: np.ndarray) -> None:
-    """Give a part of positive weight that chance has left empty the prompt of the lowest key of the largest part."""
+def prompts_for_empty_parts(datasets: Sequence[tuple[int, np.ndarray | None]], split: str, seed: int) -> dict[int, int]:
+    """Choose for each part of positive weight that chance has left empty in all datasets together, of so many examples
+    and with such prompt keys, the prompt of the lowest key of the largest part: part > key.
+
+    While there are two prompts, none is empty then.
+    """
+    weights = split_weights(split)
+    found = np.zeros(len(PARTS), bool)
+    for count, keys in datasets:
+        found |= np.bincount(example_parts(count, split, seed, keys), minlength=len(PARTS)) > 0
+        if all(found[part] for part, weight in enumerate(weights) if weight):
+            return {}
     largest = int(np.argmax(weights))
-    for part, weight in enumerate(weights):
-        if weight and not (parts == part).any():
-            candidates = prompt_keys[parts == largest]
-            if len(candidates) and candidates.min() != candidates.max():
-                parts[prompt_keys == candidates.min()] = part
+    candidates = np.unique(np.concatenate([np.empty(0, np.uint64), *(
+        keys[example_parts(count, split, seed, keys) == largest] for count, keys in datasets if keys is not None)]))
+    empty = [part for part, weight in enumerate(weights) if weight and not found[part]]
+    return {part: int(key) for part, key in zip(empty, candidates[:-1], strict=False)}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,9 +29,12 @@ class Blend:
         if len(values) > 1 and any(numbers) and numbers != [True, False] * (len(values) // 2):
             raise ConfigError(f"{said}: some have a weight before them and some not; give one to each")
         paths, weights = get_blend_from_list([*values])
-        for path in paths:
-            if paths.count(path) > 1:
-                raise ConfigError(f"{said}: {path} is there twice; raise its weight instead")
+        places = [os.path.realpath(path) for path in paths]
+        for path, place in zip(paths, places, strict=True):
+            if places.count(place) > 1:
+                other = next(other for other, at in zip(paths[::-1], places[::-1], strict=True) if at == place)
+                raise ConfigError(f"{said}: {path} is there twice" + (f", also as {other}" if other != path else "")
+                                  + "; raise its weight instead")
         for weight in weights or ():
             if not (math.isfinite(weight) and weight > 0):
                 raise ConfigError(f"{said}: weight {weight:g} is not above 0; leave that dataset out")

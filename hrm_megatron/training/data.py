@@ -129,6 +129,9 @@ def open_sources(args: argparse.Namespace) -> Sources:
     walk = folder or mixture(train, "train")
     assert walk
     valid = mixture(whole or blends["valid"], "valid")
+    for part in valid.given_prompts if valid else ():
+        log.info("data: %s: chance has left it empty, so it has one question, which training has again when the data "
+                 "grows", ("training", "validation", "test")[part])
     args.data_digests = {"train": digest_of(walk.identity(0)), "valid": valid and digest_of(valid.contents)}
     return Sources(walk, valid, mixture(whole or blends["test"], "test"), bool(whole), tuple(stores.values()))
 
@@ -231,7 +234,8 @@ def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Ev
         if vp_stage:
             return None, None, None  # the chunk of tick 0 reads for all
         # Rows per step may have been others before: what was read is counted in rows, what is left in steps.
-        left = args.consumed_train_samples + (args.train_iters - args.iteration) * args.global_batch_size
+        steps = max(1, args.train_iters - args.iteration)  # Megatron's loader takes no end of the rows for a beginning
+        left = args.consumed_train_samples + steps * args.global_batch_size
         train = 0 if args.skip_train else max(num_samples[0], left)
         found = (rows("training", sources.train, train),  # how many of the others is for plan_evaluations to say
                  rows("validation", sources.valid, int(evaluation.validates), fixed=True),

@@ -41,6 +41,7 @@ def encoded(monkeypatch):
 def update(tmp_path, tokenizer):
     def update(paths, name="x", **options):
         return preprocess(paths, tmp_path / name / "x", tokenizer, **options)
+    update.tokenizer = tokenizer
     return update
 
 
@@ -183,6 +184,28 @@ def test_a_dataset_of_the_older_form_is_replaced_only_when_told(update, sources,
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["x.bin", "x.idx", "x.json"]
     update(sources, overwrite=True)
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["x.json", "x.shards"]
+
+
+def test_overwriting_by_nothing_leaves_what_was_there(update, write_jsonl, sources, tmp_path):
+    bad = write_jsonl("in/bad.jsonl", ["{"])
+    update(sources)
+    write_single(tmp_path / "x" / "old", [([6, 7], [11])])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    for name in ("x", "old"):
+        with pytest.raises(ConfigError, match="no example to write; skipped 1: "):
+            preprocess([bad], tmp_path / "x" / name, update.tokenizer, overwrite=True, skip_bad_rows=True)
+        after = {path.name: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()}
+        assert {name: after[name] for name in before} == before
+    assert examples_of(tmp_path / "x" / "x")
+
+
+def test_overwriting_takes_nothing_over_but_from_a_run_that_overwrote(update, write_jsonl, sources, encoded):
+    bad = write_jsonl("in/bad.jsonl", ["{"])
+    for overwrite, read in ((False, [0, 1]), (True, [0, 1]), (True, [])):
+        with pytest.raises(ConfigError, match="bad.jsonl:1: broken JSON"):
+            update([*sources[:2], bad], overwrite=overwrite)
+        assert encoded == [*(sources[i].name for i in read), "bad.jsonl"]
+        encoded.clear()
 
 
 def test_a_folder_in_use_is_refused_and_dead_runs_leave_nothing(update, sources, tmp_path):

@@ -239,6 +239,21 @@ def test_no_part_with_a_weight_is_empty_while_there_are_two_questions():
     assert [len(part) for part in split_examples(12, "1", 1, keys)] == [12, 0, 0]
 
 
+def test_one_question_of_two_datasets_is_on_one_side(tmp_path):
+    few, many = [f"question {i}" for i in range(10)], [f"question {i}" for i in range(600)]
+    stores = [store(tmp_path / name, len(prompts), prompts=prompts) for name, prompts in (("few", few), ("many", many))]
+    filled = 0
+    for seed in range(10):
+        parts = [Mixture(stores, ROW_TOKENS, Selection("97,3,0", seed), part) for part in ("train", "valid")]
+        asked = [{[*few, *many][i] for i in drawn(part, 0)[0].tolist()} for part in parts]
+        assert not asked[0] & asked[1] and asked[0] | asked[1] == {*many}
+        filled += bool(set(few) & asked[1])
+        assert not parts[0].given_prompts
+    assert filled < 10  # in some, all of the few train
+    alone = [Mixture([stores[0], stores[0]], ROW_TOKENS, Selection("97,3,0", seed=0), part) for part in PARTS]
+    assert alone[0].given_prompts.keys() == {1} and alone[0].count_examples() == dict(train=18, valid=2, test=0)
+
+
 def test_without_keys_examples_are_split_one_by_one(tmp_path):
     data = ListedStore(tmp_path, [None] * 200, [3] * 200, [3] * 200)
     assert Mixture([data], ROW_TOKENS, Selection("97,3,0", seed=1)).count_examples() == dict(train=194, valid=6, test=0)

@@ -58,7 +58,7 @@ def test_the_report_names_sources_and_what_was_left_out(prefix):
     assert f"| b.jsonl | 10 | {tokens[1] / sum(tokens):.1%} | 0 | 2 |" in text
     assert "- skipped 2: broken JSON, first " in text
     positions = int((np.array(store.lengths()).sum(0) - 1).sum())
-    share, rows = re.search(r"Rows of 40 positions are ([\d.]+)% full: ([\d,]+) rows", text).groups()
+    share, rows = re.search(r"Rows of 40 positions are ([\d.]+)% full: an epoch's .* in ([\d,]+) rows", text).groups()
     assert float(share) == pytest.approx(100 * positions / (int(rows) * 40), abs=0.005)  # two decimals
 
 
@@ -69,6 +69,10 @@ def test_coverage_follows_the_rules(prefix, tmp_path):
     assert [(line.seen, line.repeats) for line in lines] == [(30 / 40, 1.0), (1.0, 1.6)]  # 16 of 10: a walk and a part
     lines = report_on(IndexedExamples(prefix), 40, epochs=3).sources
     assert [(line.seen, line.repeats) for line in lines] == [(1.0, 3.0), (1.0, 3.0)]
+    fill = report_on(IndexedExamples(prefix), 20, rules=read_rules(tmp_path / "rules.yaml"), epochs=1).fill
+    assert (fill.examples, fill.of) == (30 + 16, 50)
+    with pytest.raises(ConfigError, match="more than a row of 20"):  # where no rules cut what is longer
+        report_on(IndexedExamples(prefix), 20)
     with pytest.raises(ConfigError, match="--epochs: .*give --seq-length"):
         report_on(IndexedExamples(prefix), epochs=2)
     with pytest.raises(ConfigError, match="--sampling-rules: .*--epochs"):

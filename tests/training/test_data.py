@@ -8,9 +8,9 @@ import pytest
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data import plan_cache
 from hrm_megatron.data.indexed_examples import IndexedExamplesWriter
+from hrm_megatron.data.split import example_parts
 from hrm_megatron.training import data
 from hrm_megatron.training.data import open_sources, plan_folder
-from tests.stores import split_examples
 from tests.training.conftest import GOLDEN
 
 
@@ -51,7 +51,7 @@ def test_one_prefix_several_and_weighted_ones(stores):
     assert [len(sources.stores) for sources in (one, both, weighted)] == [1, 2, 2]
     assert shares(both.train) == pytest.approx([40 / 130, 90 / 130], abs=0.02)  # the validation part is small
     assert shares(weighted.train) == pytest.approx([0.75, 0.25], abs=0.02)  # an example is a tenth of a percent
-    held_out = sum(len(split_examples(len(store), "97,3,0", 3, store.prompt_keys()).valid) for store in both.stores)
+    held_out = sum((example_parts(len(store), "97,3,0", 3, store.prompt_keys()) == 1).sum() for store in both.stores)
     assert both.held_out() == weighted.held_out() == (held_out, 0) and held_out
     parts = open_sources(arguments(train_data_path=["0.3", a, "0.7", b], valid_data_path=[b]))
     assert parts.held_out() == (90, 0) and shares(parts.train) == pytest.approx([0.3, 0.7], abs=0.02)
@@ -62,6 +62,7 @@ def test_one_prefix_several_and_weighted_ones(stores):
     (dict(data_path=["0", "{a}", "1", "{b}"]), "weight 0 is not above 0; leave that dataset out"),
     (dict(data_path=["nan", "{a}", "1", "{b}"]), "weight nan is not above 0"),
     (dict(data_path=["1", "{a}", "1", "{a}"]), "/a is there twice; raise its weight"),
+    (dict(data_path=["{a}", "{a}/../a"]), "/a is there twice, also as "),
     (dict(data_path=["{a}", "{a}x"]), "ax.json missing"),
     (dict(data_path=["{a}"], valid_data_path=["{b}"]), "--data-path is incompatible with --valid-data-path"),
     (dict(sampled_data_path=str(GOLDEN / "sampled"), sampling_rules="r"), "a sampled folder has been sampled"),
