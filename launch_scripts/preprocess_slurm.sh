@@ -25,7 +25,15 @@ if [ -z "${TASKS:-}" ] && ((SLURM_ARRAY_TASK_MIN != 0 || SLURM_ARRAY_TASK_MAX !=
 fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-if ! [ -d "$root/hrm_megatron" ]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi # sbatch runs a copy of this file
+if ! [ -d "$root/hrm_megatron" ]; then # sbatch runs a copy of this file: Slurm knows which of many checkouts it is of
+    job=$(scontrol show job "${SLURM_JOB_ID:-}") || job=''
+    file=${job#*Command=} # with its arguments; as it was typed, where that is not below the current folder
+    if [ "${file::1}" != / ]; then file=${SLURM_SUBMIT_DIR:-$PWD}/$file; fi
+    root=${file%%/launch_scripts/preprocess_slurm.sh*}
+    if ! [ -d "$root/hrm_megatron" ]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi
+    if ! [ -d "$root/hrm_megatron" ]; then fail "no hrm_megatron in $root: submit the project's own file, no copy"; fi
+    root=$(cd "$root" && pwd)
+fi
 python=${PYTHON:-$root/.venv/bin/python}
 if ! [ -x "$python" ]; then python=python; fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

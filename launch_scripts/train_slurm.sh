@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on the GPUs of one or many nodes under Slurm; the job goes on by itself until --train-iters.
-#   PRESET=XL TP=2 PP=4 sbatch --nodes 8 --gpus-per-node 8 launch_scripts/train_slurm.sh \
+#   PRESET=XL TP=2 PP=4 sbatch --nodes 8 --gpus-per-node 8 --exclusive launch_scripts/train_slurm.sh \
 #       --data-path DIR/train --train-iters 50000 --load RUN --save RUN ...
 #SBATCH --job-name=hrm
 #SBATCH --ntasks-per-node=1
@@ -15,11 +15,13 @@
 #         recomputation (docs/scaling.md)
 # GPUS    per node (default: what Slurm gave the job, SLURM_GPUS_ON_NODE)
 # TORCHRUN, PYTHON  the launcher and Python (default: those of .venv, else on PATH)
-# MASTER_ADDR, MASTER_PORT  where all meet: the first node by another name, two free ports from this (default 29500)
+# MASTER_ADDR, MASTER_PORT  where all meet: the first node by another name, two free ports from this (default: by the
+#         number of the job, from 20000)
 # LAUNCH  torchrun (default), or srun for a task per GPU without torchrun
 # NUMA    torchrun's --numa-binding (default node where there are GPUs; none turns it off)
 # CPU_BIND  srun's --cpu-bind (default none under torchrun, which binds itself, and cores for a task per GPU)
-# CONTAINER  image for pyxis and enroot, with this project's requirements; MOUNTS are more bind mounts, SRC:DST,...
+# CONTAINER  image for pyxis and enroot, with this project's requirements; it sees this project, the folder of
+#         submission, and MOUNTS, SRC:DST,...: --save and data must lie in one of them
 # PREFLIGHT  0 leaves out the check of the nodes, which takes PREFLIGHT_SECONDS at most (default 60)
 # PREFLIGHT_LIMITS  flags of python -m hrm_megatron.cluster judge, such as --matmul-tflops 500
 # MAX_FAILURES  failed starts after which the job stops (default 5); one that saved nothing new stops it at once
@@ -45,6 +47,16 @@ for argument in "$@"; do
     arguments+=("$argument")
 done
 fail() { echo "train_slurm.sh: $*" >&2 && exit 2; }
+terminated=false
+patiently() { # a command of Slurm, once more while its controller does not answer; its own tries take seconds, too
+    local pause
+    for pause in 1 2 4 8 15; do
+        if "$@"; then return; fi
+        if $terminated && ((pause > 2)); then return 1; fi # KillWait, 30 seconds by default, is all that is left
+        sleep "$pause"
+    done
+    "$@"
+}
 if $dry_run && [ -z "${SLURM_JOB_ID:-}" ]; then
     SLURM_NNODES=${NODES:?outside a Slurm job --dry-run needs the number of nodes: set NODES}
     SLURM_JOB_ID=JOB_ID SLURM_JOB_NODELIST=
@@ -53,7 +65,15 @@ elif [ "${NODES:-${SLURM_NNODES:-}}" != "${SLURM_NNODES:-}" ]; then
 fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-if ! [ -d "$root/hrm_megatron" ]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi # sbatch runs a copy of this file
+if ! [ -d "$root/hrm_megatron" ]; then # sbatch runs a copy of this file: Slurm knows which of many checkouts it is of
+    job=$(patiently scontrol show job "${SLURM_JOB_ID:-}") || job=''
+    file=${job#*Command=} # with its arguments; as it was typed, where that is not below the current folder
+    if [ "${file::1}" != / ]; then file=${SLURM_SUBMIT_DIR:-$PWD}/$file; fi
+    root=${file%%/launch_scripts/train_slurm.sh*}
+    if ! [ -d "$root/hrm_megatron" ]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi
+    if ! [ -d "$root/hrm_megatron" ]; then fail "no hrm_megatron in $root: submit the project's own file, no copy"; fi
+    root=$(cd "$root" && pwd)
+fi
 preset=${PRESET:-B} tp=${TP:-1} pp=${PP:-1} cp=${CP:-1} launch=${LAUNCH:-torchrun}
 nodes=${SLURM_NNODES:?not inside a Slurm job: use sbatch or salloc, or launch_scripts/train_node.sh for one node}
 gpus=${GPUS:-${SLURM_GPUS_ON_NODE:?Slurm gave no GPUs: add --gpus-per-node, or set GPUS}}
@@ -66,13 +86,18 @@ if ((nodes * gpus % (tp * pp * cp) != 0)); then
     fail "TP*PP*CP=$((tp * pp * cp)) does not divide the $((nodes * gpus)) GPUs of the job"
 fi
 case $launch in torchrun | srun) ;; *) fail "LAUNCH=$launch: choose torchrun or srun" ;; esac
+if ((${SLURM_CPUS_ON_NODE:-$gpus} < gpus)); then
+    fail "Slurm gave the node $SLURM_CPUS_ON_NODE cores for $gpus ranks: add --exclusive, or --cpus-per-task C"
+fi
 
 if [ -n "${SLURM_JOB_NODELIST?Slurm gave no list of nodes}" ]; then
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 else
     hosts=FIRST_NODE
 fi
-master=${MASTER_ADDR:-${hosts%%$'\n'*}} port=${MASTER_PORT:-29500}
+port=29500 # jobs that share a node must not share a port: the later one would join the other's store, and end with it
+if [[ $SLURM_JOB_ID =~ ^[0-9]+$ ]]; then port=$((20000 + SLURM_JOB_ID % 6000 * 2)); fi
+master=${MASTER_ADDR:-${hosts%%$'\n'*}} port=${MASTER_PORT:-$port}
 in_environment() { # a program of the container, else of .venv, else on PATH
     if [ -z "${CONTAINER:-}" ] && [ -x "$root/.venv/bin/$1" ]; then echo "$root/.venv/bin/$1"; else echo "$1"; fi
 }
@@ -160,12 +185,13 @@ remind() { # ranks that do not listen yet miss the signal, so it is repeated unt
     if [ -n "$running" ]; then while kill -USR1 "$running" 2>/dev/null; do sleep 5; done & fi
 }
 trap 'interrupted=true; if ((${#signalled[@]} == 0)); then signalled=(--signalled); remind; fi' USR1
-trap 'interrupted=true' TERM
+trap 'interrupted=true terminated=true' TERM
 ask() { # ask WHAT ARGUMENTS: sets `action` and `excluded` (hrm_megatron/cluster/__main__.py)
     local what=$1 answer asked=("$python" -m hrm_megatron.cluster)
     shift
     if [ -n "${CONTAINER:-}" ]; then asked=("${in_container[@]}" "${asked[@]}"); fi
-    answer=$("${asked[@]}" "$what" --folder "$slurm" --checkpoints "$save" --max-failures "${MAX_FAILURES:-5}" "$@")
+    answer=$("${asked[@]}" "$what" --folder "$slurm" --checkpoints "$save" --max-failures "${MAX_FAILURES:-5}" \
+        --job "$SLURM_JOB_ID" --restart "$restart" "$@")
     read -r action excluded <<<"$answer"
 }
 act() { # do what the last answer said, unless it was to go on
@@ -177,19 +203,42 @@ act() { # do what the last answer said, unless it was to go on
     esac
 }
 requeue() {
-    local before
+    local job known=true unique
     # Slurm ends this script as it requeues the job, and takes nodes to avoid only for a job that waits: between both
     # there are KillWait seconds (slurm.conf, 30 by default).
     trap '' TERM
-    before=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
-    scontrol requeue "$SLURM_JOB_ID"
-    if [ "${before:-(null)}" != "(null)" ]; then excluded=$before${excluded:+,$excluded}; fi
-    if [ -n "$excluded" ]; then scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded"; fi
+    if [ -n "$excluded" ]; then
+        job=$(patiently scontrol show job "$SLURM_JOB_ID") || known=false
+        if [[ $job =~ ExcNodeList=([^[:space:]]+) ]] && [ "${BASH_REMATCH[1]}" != "(null)" ]; then
+            excluded=${BASH_REMATCH[1]},$excluded
+        fi
+        unique=$(scontrol show hostnames "$excluded" | sort -u | paste -sd ,) && excluded=${unique:-$excluded}
+        count_what_is_left
+    fi
+    patiently scontrol requeue "$SLURM_JOB_ID" || fail "Slurm did not queue the job again: submit the same once more"
+    if [ -z "$excluded" ]; then exit 0; fi
+    if ! $known || ! patiently scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded"; then
+        echo "slurm: Slurm was not told to avoid $excluded: a start that is given one is queued once more" >&2
+    fi
     exit 0
+}
+count_what_is_left() { # Slurm lets a job wait for nodes that it will never have
+    local there left
+    there=$(sinfo --noheader --Node --partition "${SLURM_JOB_PARTITION:-}" --format %N | sort -u) || return 0
+    left=$(grep -cvxFf <(tr , '\n' <<<"$excluded") <<<"$there") || true # none is an error of grep
+    if [ -z "$there" ] || ((left >= nodes)); then return; fi
+    echo "slurm: only $left of $nodes nodes are left without $excluded, so the job waits until you mend one, delete" \
+        "its line in $slurm/excluded.json, and type: scontrol update JobId=$SLURM_JOB_ID ExcNodeList=" >&2
+}
+jobs_of_the_run() { # that Slurm has on nodes, by the folders of their starts
+    local jobs
+    jobs=$(find "$slurm" -maxdepth 1 -name '[0-9]*.[0-9]*' -printf '%f\n' | cut -d . -f 1 | sort -u | paste -sd ,)
+    patiently squeue --noheader --jobs "$jobs" --states RUNNING,COMPLETING,SUSPENDED --format %A || true
 }
 
 mapfile -t names <<<"$hosts"
-ask begin --job "$SLURM_JOB_ID" --restart "$restart" --nodes "${names[@]}" -- "${command[@]}"
+mkdir -p "$slurm/$SLURM_JOB_ID.$restart" # a container must see it, too
+ask begin --running "$(jobs_of_the_run)" --nodes "${names[@]}" -- "${command[@]}"
 act
 if [ "${PREFLIGHT:-1}" != 0 ]; then
     reports=$slurm/$SLURM_JOB_ID.$restart/preflight real_gpus=0
@@ -197,7 +246,7 @@ if [ "${PREFLIGHT:-1}" != 0 ]; then
     srun --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=0 --cpu-bind=none ${container[@]+"${container[@]}"} \
         timeout --signal KILL "$((${PREFLIGHT_SECONDS:-60} + 30))" "$python" -m hrm_megatron.cluster.preflight \
         --output "$reports" --storage "$slurm" --gpus "$real_gpus" \
-        --timeout-seconds "${PREFLIGHT_SECONDS:-60}" --master "$master:$((port + 1))" ||
+        --timeout-seconds "${PREFLIGHT_SECONDS:-60}" --master "$master:$((port + 1))" --training-port "$port" ||
         echo "slurm: the check of the nodes was not completed on all of them" >&2
     read -ra limits <<<"${PREFLIGHT_LIMITS:-}"
     ask judge --reports "$reports" ${limits[@]+"${limits[@]}"}
@@ -216,9 +265,10 @@ if ((${#signalled[@]} == 0)); then
     done
 fi
 # A job that is cancelled, preempted or over its limit is not running any more; of these only the limit has a name.
-state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format '%T %r')
+state=$(patiently squeue --noheader --jobs "$SLURM_JOB_ID" --format '%T %r') || state=unknown
 case $state in
     RUNNING*) ;;
+    unknown) if $terminated && ((${#signalled[@]} == 0)); then cancelled=(--cancelled); fi ;;
     *TimeLimit) signalled=(--signalled) ;;
     *) cancelled=(--cancelled) ;;
 esac

@@ -13,7 +13,9 @@ from pathlib import Path
 from hrm_megatron.cluster.attempts import (
     BAD_NODE,
     CANCELLED,
+    EXCLUDED_FILE,
     GO,
+    RUNNING,
     STOP,
     Attempt,
     History,
@@ -23,9 +25,10 @@ from hrm_megatron.cluster.attempts import (
     is_done,
     saved_step,
 )
-from hrm_megatron.cluster.failures import FAILED, SUMMARY_FILE, first_cause, read_failures, summarize
-from hrm_megatron.cluster.node_check import Limits, find_bad_nodes, read_reports
+from hrm_megatron.cluster.failures import FAILED, REFUSED, SUMMARY_FILE, first_cause, read_failures, summarize
+from hrm_megatron.cluster.node_check import Limits, find_bad_nodes, read_reports, trouble_of_all
 from hrm_megatron.cluster.record import describe_start
+from hrm_megatron.config import ConfigError
 from hrm_megatron.program import one_line, write_aside
 
 SUMMARY_LINES = 40  # of an error summary in the job's log; the file has all
@@ -33,39 +36,45 @@ SUMMARY_LINES = 40  # of an error summary in the job's log; the file has all
 
 def begin(arguments: argparse.Namespace, history: History) -> Verdict:
     """Write down a start, unless the run is over or has been given a node that it avoids."""
+    logs = _logs(arguments)
+    if not logs.is_dir():  # the batch script has made it
+        raise ConfigError(f"--save {arguments.checkpoints}: not mounted in the container; add it to MOUNTS")
+    unended = {one.job for one in history.attempts if one.end == RUNNING} - {arguments.job}
+    if rivals := unended & {*arguments.running.split()}:
+        return Verdict(STOP, f"job {min(rivals)} trains this run; scancel it, or wait until it has ended")
     step = saved_step(arguments.checkpoints)
     lost = history.begin(Attempt(arguments.job, arguments.restart, tuple(arguments.nodes), step, step))
-    logs = history.folder / f"{arguments.job}.{arguments.restart}"
-    logs.mkdir(exist_ok=True)
     write_aside(logs / "manifest.json", json.dumps(describe_start(arguments.command, arguments.nodes), indent=1) + "\n")
-    if lost is not None and lost.job == arguments.job:
-        verdict = decide(history.attempts[:-1], arguments.max_failures)
+    if lost:
+        verdict = decide(lost, arguments.max_failures)
         if verdict.action == STOP:
-            history.end(FAILED, step, verdict.why)
+            history.end(arguments.job, arguments.restart, FAILED, step, verdict.why)
             return verdict
-    return _avoid(history, {node: why for node, why in history.excluded.items() if node in arguments.nodes},
-                  step, arguments.max_failures)
+    return _avoid(arguments, history, {node: why for node, why in history.excluded.items() if node in arguments.nodes})
 
 
 def judge(arguments: argparse.Namespace, history: History) -> Verdict:
     """Name the bad nodes of this start by their reports, and remember them."""
-    reports = read_reports(arguments.reports)
+    attempt, reports = history.up_to(arguments.job, arguments.restart)[-1], read_reports(arguments.reports)
     not_ended = Verdict(GO, f"the check has not ended on any node ({arguments.reports}), so it blames none")
     if not reports:  # not all nodes at once: to avoid them would only empty the cluster
         return not_ended
-    bad = find_bad_nodes(reports, history.attempts[-1].nodes, Limits(**{
+    if why := trouble_of_all(reports):
+        return decide(history.end(attempt.job, attempt.restart, REFUSED, saved_step(arguments.checkpoints), why),
+                      arguments.max_failures)
+    bad = find_bad_nodes(reports, attempt.nodes, Limits(**{
         name: value for name, value in vars(arguments).items() if name in Limits.__dataclass_fields__}))
     if not bad and all(report.error for report in reports):
         return not_ended
     if bad:
         history.exclude(bad)
-    return _avoid(history, bad, saved_step(arguments.checkpoints), arguments.max_failures)
+    return _avoid(arguments, history, bad)
 
 
 def end(arguments: argparse.Namespace, history: History) -> Verdict:
     """Write down how a launch ended, with one summary of its errors."""
-    attempt, step = history.attempts[-1], saved_step(arguments.checkpoints)
-    logs = history.folder / f"{attempt.job}.{attempt.restart}"
+    history.up_to(arguments.job, arguments.restart)  # else nobody has begun it
+    step, logs = saved_step(arguments.checkpoints), _logs(arguments)
     failures = read_failures(logs)
     outcome, why = first_cause(failures, arguments.code)
     how = how_it_ended(arguments.code, outcome, is_done(arguments.checkpoints, step, arguments.train_iters),
@@ -77,18 +86,23 @@ def end(arguments: argparse.Namespace, history: History) -> Verdict:
         write_aside(logs / SUMMARY_FILE, summary)
         shown = summary.splitlines()
         print(*shown[:SUMMARY_LINES], f"all of it, and the log of each rank: {logs}", sep="\n", file=sys.stderr)
-    history.end(how, step, why if arguments.code and not arguments.cancelled else "")
-    return decide(history.attempts, arguments.max_failures)
+    return decide(history.end(arguments.job, arguments.restart, how, step,
+                              why if arguments.code and not arguments.cancelled else ""), arguments.max_failures)
 
 
-def _avoid(history: History, bad: dict[str, str], step: int, most_failures: int) -> Verdict:
+def _avoid(arguments: argparse.Namespace, history: History, bad: dict[str, str]) -> Verdict:
+    step = saved_step(arguments.checkpoints)
     if not bad:
-        return Verdict(GO, f"attempt {history.attempts[-1].restart} of job {history.attempts[-1].job} goes on after "
-                           f"step {step}")
-    history.end(BAD_NODE, step, "; ".join(f"{node}: {why}" for node, why in bad.items()))
-    verdict = decide(history.attempts, most_failures)
-    return Verdict(verdict.action, f"{history.attempts[-1].why} (avoided from now on: "
-                                   f"{history.folder / 'excluded.json'}); {verdict.why}")
+        return Verdict(GO, f"attempt {arguments.restart} of job {arguments.job} goes on after step {step}")
+    why = "; ".join(f"{node}: {why}" for node, why in bad.items())
+    verdict = decide(history.end(arguments.job, arguments.restart, BAD_NODE, step, why), arguments.max_failures)
+    return Verdict(verdict.action, f"{why} (avoided from now on: {history.folder / EXCLUDED_FILE}); {verdict.why}")
+
+
+def _logs(arguments: argparse.Namespace) -> Path:
+    """The folder of a start, below the run's."""
+    folder: Path = arguments.folder
+    return folder / f"{arguments.job}.{arguments.restart}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,9 +114,10 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--folder", type=Path, required=True, help="where the run's starts are written down")
         command.add_argument("--checkpoints", type=Path, required=True, help="the run's --save")
         command.add_argument("--max-failures", type=int, default=5, help="failed starts after which a job stops")
+        command.add_argument("--job", required=True)
+        command.add_argument("--restart", type=int, default=0, help="how often Slurm has queued the job again")
         if ask is begin:
-            command.add_argument("--job", required=True)
-            command.add_argument("--restart", type=int, default=0)
+            command.add_argument("--running", default="", help="jobs of the run that Slurm has on nodes, with blanks")
             command.add_argument("--nodes", nargs="+", required=True)
             command.add_argument("command", nargs="*", help="the run's command, after --")
         elif ask is judge:

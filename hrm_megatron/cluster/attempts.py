@@ -58,6 +58,9 @@ def decide(attempts: list[Attempt], most_failures: int) -> Verdict:
         return Verdict(STOP, f"{last.end}{f': {last.why}' if last.why else ''}")
     # An attempt that a bad node kept from training says nothing about the run.
     trained = [attempt for attempt in mine if attempt.end != BAD_NODE]
+    if trained == [last] and last.end == ENDED and last.last_step == last.first_step:
+        return Verdict(DONE, f"ended well and saved no step after {last.last_step} (--skip-train, --print-config and "
+                             "the like): not queued again")
     # One that went back leaves out more rows than the one before, and bounds by itself how often.
     if last.end not in (BAD_NODE, WENT_BACK) and len(trained) > 1 and last.last_step <= trained[-2].last_step:
         return Verdict(STOP, f"no progress: step {last.last_step} was the last one saved when attempt "
@@ -112,20 +115,31 @@ class History:
         self.attempts = [Attempt(**{**entry, "nodes": tuple(entry["nodes"])}) for entry in entries]
         self.excluded: dict[str, str] = _read(folder / EXCLUDED_FILE, {})  # node > why
 
-    def begin(self, attempt: Attempt) -> Attempt | None:
-        """Write down a start; return the attempt before it if nobody wrote down how that one ended."""
-        lost = None
-        if self.attempts and self.attempts[-1].end == RUNNING:
-            lost = self.end(LOST, attempt.first_step, "node failure, or killed")
+    def begin(self, attempt: Attempt) -> list[Attempt]:
+        """Write down a start, and as lost all whose end nobody wrote down; return its job's up to the last of those."""
+        lost: list[Attempt] = []
+        for one in [one for one in self.attempts if one.end == RUNNING]:
+            ended = self.end(one.job, one.restart, LOST, attempt.first_step, "node failure, or killed")
+            lost = ended if one.job == attempt.job else lost
         self.attempts.append(attempt)
         self._write()
         return lost
 
-    def end(self, end: str, last_step: int, why: str = "") -> Attempt:
-        """Write down how the last start ended."""
-        self.attempts[-1] = replace(self.attempts[-1], end=end, last_step=last_step, why=why)
+    def up_to(self, job: str, restart: int) -> list[Attempt]:
+        """Return the attempts up to this one; those of other jobs may come after it."""
+        for count in range(len(self.attempts), 0, -1):
+            if (self.attempts[count - 1].job, self.attempts[count - 1].restart) == (job, restart):
+                return self.attempts[:count]
+        raise ConfigError(f"{self.folder / ATTEMPTS_FILE}: start {restart} of job {job} is not in it; is --save kept "
+                          "between two commands, and mounted in the container (MOUNTS)?")
+
+    def end(self, job: str, restart: int, end: str, last_step: int, why: str = "") -> list[Attempt]:
+        """Write down how a start ended; return the attempts up to it."""
+        ended = self.up_to(job, restart)
+        ended[-1] = replace(ended[-1], end=end, last_step=last_step, why=why)
+        self.attempts[:len(ended)] = ended
         self._write()
-        return self.attempts[-1]
+        return ended
 
     def exclude(self, nodes: dict[str, str]) -> None:
         """Remember nodes that the run is to avoid, and why; delete a line of the file when a node is mended."""

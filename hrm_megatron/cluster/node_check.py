@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from hrm_megatron.config import ConfigError
 from hrm_megatron.program import write_aside
 
 NOT_DONE = "the nodes were not done after"  # begins the error of one that waited for others in vain
@@ -30,6 +30,8 @@ class Report:
     pair_all_reduce_gbs: dict[str, float] = field(default_factory=dict)  # other node > bus bandwidth between both
     seconds: float | None = None
     error: str | None = None  # what ended the measurement
+    storage_error: str | None = None
+    run_fault: str | None = None  # what no node is to blame for, and would keep the run from training anywhere
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,10 +61,17 @@ class Limits:
 
 def read_reports(folder: Path) -> list[Report]:
     """Read what the nodes wrote; a report that is not whole counts as none."""
-    try:
-        return [Report(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{folder}: a report is damaged ({error}); delete the folder") from error
+    found = []
+    for path in sorted(folder.glob("[!.]*.json")):  # hidden: half of one, whose writer was killed
+        with contextlib.suppress(ValueError, TypeError):
+            found.append(Report(**json.loads(path.read_text(encoding="utf-8"))))
+    return found
+
+
+def trouble_of_all(reports: Sequence[Report]) -> str | None:
+    """Say what is no node's fault, but the run's, or of the storage that all nodes share."""
+    return next((report.run_fault for report in reports if report.run_fault),
+                reports[0].storage_error if all(report.storage_error for report in reports) else None)
 
 
 def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limits) -> dict[str, str]:
@@ -76,6 +85,8 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
         if report.gpus < report.expected_gpus:
             bad[node].append(f"{report.gpus} of {report.expected_gpus} GPUs")
         bad[node] += report.faults
+        if report.storage_error and not trouble_of_all(reports):
+            bad[node].append(report.storage_error)
         if report.matmul_tflops is None and report.error:  # it failed alone, before it could wait for another
             bad[node].append(report.error)
     present = [by_node[node] for node in nodes if node in by_node]

@@ -6,10 +6,13 @@ by what it lacks. On a machine without GPUs the same is measured of the CPU, ove
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import multiprocessing
 import os
+import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -58,24 +61,20 @@ def look_at_gpus() -> tuple[int, list[str]]:
 
 def storage_gbs(folder: Path, size_bytes: int = STORAGE_BYTES) -> tuple[float, float]:
     """Write and read a file in the run's folder, past the page cache as far as the system allows; GB/s of both."""
-    place, block = folder / f".preflight.{node_name()}", os.urandom(min(size_bytes, 16 << 20))
+    block = os.urandom(min(size_bytes, 16 << 20))
     blocks = size_bytes // len(block)
-    try:
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:  # without a name, so that no kill leaves it behind
         begun = time.perf_counter()
-        with open(place, "wb") as file:
-            for _ in range(blocks):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            written = time.perf_counter()
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for _ in range(blocks):
+            file.write(block)
+        os.fsync(file.fileno())
+        written = time.perf_counter()
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
         reading = time.perf_counter()
-        with open(place, "rb", buffering=0) as file:
-            while file.read(len(block)):
-                continue
+        while file.read(len(block)):
+            continue
         read = time.perf_counter()
-    finally:
-        place.unlink(missing_ok=True)
     return blocks * len(block) / (written - begun) / 1e9, blocks * len(block) / (read - reading) / 1e9
 
 
@@ -188,14 +187,23 @@ def measure_node(options: argparse.Namespace) -> Report:
     try:
         report.storage_write_gbs, report.storage_read_gbs = storage_gbs(options.storage, options.storage_bytes)
     except OSError as error:
-        report.faults.append(f"storage {options.storage}: {error.strerror}")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            report.run_fault = f"no space for {options.storage_bytes >> 20} MiB per node in {options.storage}"
+        else:
+            report.storage_error = f"storage {options.storage}: {error.strerror}"
+    if options.node == 0 and options.training_port is not None:
+        report.run_fault = report.run_fault or look_at_port(options.training_port)
     context = multiprocessing.get_context("spawn")
     results: SimpleQueue[tuple[str, Any]] = context.SimpleQueue()
     alone_done = context.Barrier(options.processes + 1)
     running = start_processes(measure_process, (options, results, alone_done), options.processes, join=False)
     deadline = begun + options.timeout_seconds
     try:
-        alone_done.wait(options.timeout_seconds)
+        while alone_done.n_waiting < options.processes:
+            running.join(timeout=0.1)  # one that has failed raises its error here
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"what is measured alone was not done after {options.timeout_seconds:g} s")
+        alone_done.wait()
         _take(results, report)
         report.write(options.output)
         while not running.join(timeout=max(0.0, deadline - time.monotonic())):
@@ -203,12 +211,28 @@ def measure_node(options: argparse.Namespace) -> Report:
                 raise TimeoutError(f"{NOT_DONE} {options.timeout_seconds:g} s")
     except Exception as error:  # whatever ended it: the report says so, and who is to blame is found out from all
         report.error = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        if "EADDRINUSE" in report.error:
+            report.run_fault = taken(options.master.rpartition(":")[2])
         for process in running.processes:
             process.kill()
-    _take(results, report)
+    if report.matmul_tflops is not None:  # else a GPU failed alone, which the others' rates would hide
+        _take(results, report)
     report.seconds = time.monotonic() - begun
     report.write(options.output)
     return report
+
+
+def look_at_port(port: int) -> str | None:
+    """Say that something listens where training will: its ranks would meet there with another job's, unawares."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        return taken(port) if error.errno == errno.EADDRINUSE else None
+    return None
+
+
+def taken(port: int | str) -> str:
+    return f"port {port} is taken on {node_name()}: set MASTER_PORT"
 
 
 def _take(results: SimpleQueue[tuple[str, Any]], report: Report) -> None:
@@ -233,6 +257,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=int(os.environ.get("SLURM_NNODES", "1")))
     parser.add_argument("--node", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
     parser.add_argument("--master", required=True, help="host:port at which the nodes meet")
+    parser.add_argument("--training-port", type=int, help="port of the first node that training will need")
     parser.add_argument("--timeout-seconds", type=float, default=60.0)
     measure_node(parser.parse_args())
 

@@ -7,6 +7,7 @@ alarm; every rank that still runs then writes its stacks, and the lowest of them
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import logging
 import os
@@ -79,7 +80,7 @@ class Watchdog:
 
     def look(self) -> None:
         """Write beats until the run ends, or hangs."""
-        awake = time.monotonic()
+        awake, warned = time.monotonic(), False
         while not self.ended.is_set():
             now = time.monotonic()
             if now - awake > self.timeout_seconds / 2:  # the whole process was stopped, perhaps with all others
@@ -89,8 +90,13 @@ class Watchdog:
                 self.beat()
                 if (self.folder / ALARM).exists() or now - self.since > self.timeout_seconds:
                     self.sound()
-            except OSError as error:  # the storage: what ends the run, if it lasts, is below
-                log.warning(f"hang: rank {self.rank} cannot write to {self.folder} ({error})")
+                warned = False
+            except OSError as error:  # the storage, which a run needs only to save
+                if not warned:
+                    log.warning(f"hang: rank {self.rank} cannot write to {self.folder} ({error})")
+                warned = True
+                if now - self.since > self.timeout_seconds:
+                    self.end_alone(error)
             self.ended.wait(self.interval_seconds)
 
     def beat(self) -> None:
@@ -123,6 +129,16 @@ class Watchdog:
                 self.beat_for(1)
         # The launcher ends all ranks when the first has ended.
         OneLineErrors(self.rank).record_exception(HangError(verdict.read_text() if verdict.exists() else "hang"))
+        os._exit(EXIT_CODE)
+
+    def end_alone(self, error: OSError) -> NoReturn:
+        """End where ranks cannot tell each other where they are; any other that hangs does so too."""
+        line = (f"hang: rank {self.rank} on {platform.node()} is in '{self.phase}' of step {self.step} for "
+                f"{time.monotonic() - self.since:.0f} s, and cannot ask the others ({error})")
+        faulthandler.dump_traceback(2)
+        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            OneLineErrors(self.rank).record_exception(HangError(line))
         os._exit(EXIT_CODE)
 
     def dump(self) -> None:

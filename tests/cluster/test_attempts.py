@@ -15,6 +15,7 @@ from hrm_megatron.cluster.attempts import (
     LOST,
     REFUSED,
     REQUEUE,
+    RUNNING,
     STOP,
     WENT_BACK,
     Attempt,
@@ -74,6 +75,9 @@ def history(*ends, job="7"):
     ([(LIMIT, 40), (LIMIT, 80)], REQUEUE, "goes on after step 80"),
     ([(LIMIT, 40), (LIMIT, 40)], STOP, "no progress: step 40 was the last one saved when attempt 0 ended"),
     ([(ENDED, 40), (ENDED, 40)], STOP, "no progress"),
+    ([(ENDED, 0)], DONE, "ended well and saved no step after 0"),  # --print-config and the like
+    ([(BAD_NODE, 0), (ENDED, 0)], DONE, "ended well"),
+    ([(LIMIT, 0), (ENDED, 0)], STOP, "no progress"),
     ([(FAILED, 40)], REQUEUE, "failed, goes on after step 40"),
     ([(FAILED, 0), (FAILED, 0)], STOP, "no progress: step 0"),
     ([(FAILED, 10), (FAILED, 20)], REQUEUE, "goes on after step 20"),
@@ -103,14 +107,25 @@ def test_a_job_that_is_submitted_again_begins_anew():
 
 def test_the_folder_remembers_starts_and_nodes(tmp_path):
     first = History(tmp_path / "slurm")
-    assert first.begin(Attempt("7", 0, ("n1", "n2"), 0, 0)) is None
+    assert not first.begin(Attempt("7", 0, ("n1", "n2"), 0, 0))
     first.exclude({"n2": "7 of 8 GPUs"})
     again = History(tmp_path / "slurm")
     assert again.excluded == {"n2": "7 of 8 GPUs"} and again.attempts == first.attempts
-    lost = again.begin(Attempt("7", 1, ("n1", "n3"), 25, 25))  # nobody wrote down how the first one ended
-    assert lost is not None and (lost.end, lost.last_step) == (LOST, 25)
-    again.end(LIMIT, 50)
+    [lost] = again.begin(Attempt("7", 1, ("n1", "n3"), 25, 25))  # nobody wrote down how the first one ended
+    assert (lost.end, lost.last_step) == (LOST, 25)
+    again.end("7", 1, LIMIT, 50)
     assert [(one.end, one.last_step) for one in History(tmp_path / "slurm").attempts] == [(LOST, 25), (LIMIT, 50)]
+
+
+def test_a_job_ends_its_own_start(tmp_path):
+    """Slurm did not say that job 7 still trains, so job 8 took it for lost."""
+    both = History(tmp_path)
+    both.begin(Attempt("7", 0, ("n1",), 0, 0))
+    assert not both.begin(Attempt("8", 0, ("n2",), 10, 10))
+    assert decide(both.end("7", 0, LIMIT, 40), most_failures=2).why == "time limit, goes on after step 40"
+    assert [(one.job, one.end) for one in History(tmp_path).attempts] == [("7", LIMIT), ("8", RUNNING)]
+    with pytest.raises(ConfigError, match="start 1 of job 8 is not in it"):
+        both.end("8", 1, LIMIT, 40)
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -47,6 +47,7 @@ def test_what_training_writes_is_understood(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda *_: None)
     args = argparse.Namespace(save=tmp_path / "run", iteration=6)
 
     def went_back():

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from hrm_megatron.cluster.node_check import NOT_DONE, Limits, Report, find_bad_nodes, read_reports
+from hrm_megatron.cluster.node_check import NOT_DONE, Limits, Report, find_bad_nodes, read_reports, trouble_of_all
 from hrm_megatron.cluster.preflight import pairs_of
 
 NODES = ("n1", "n2", "n3", "n4")
@@ -35,6 +35,7 @@ def test_nodes_that_are_alike_are_good():
     (dict(matmul_tflops=560.0), "matmul 560 TFLOP/s, expected 595 (median 700)"),
     (dict(matmul_tflops=None, error="CUDA error: uncorrectable ECC error"), "CUDA error: uncorrectable ECC error"),
     (dict(node_all_reduce_gbs=200.0), "all-reduce within the node 200 GB/s, expected 280"),
+    (dict(storage_error="storage run: Stale file handle"), "storage run: Stale file handle"),
     (dict(storage_read_gbs=0.3), "storage read 0.3 GB/s, expected 1"),
     (dict(clock_ahead_seconds=-90.0), "clock -90.0 s from the other nodes"),
 ])
@@ -68,6 +69,15 @@ def test_nobody_is_blamed_where_all_waited_for_each_other():
     assert list(judge({"n1": waited, "n3": waited})) == ["n1", "n3"]  # the others have been done
 
 
+def test_what_all_nodes_share_is_no_nodes_fault():
+    stale = dict(storage_error="storage run: Stale file handle", storage_write_gbs=None, storage_read_gbs=None)
+    assert not judge(dict.fromkeys(NODES, stale))
+    assert trouble_of_all([report(node, **stale) for node in NODES]) == stale["storage_error"]
+    full = report("n3", run_fault="no space for 256 MiB per node in run")
+    assert trouble_of_all([report("n1"), full]) == full.run_fault
+    assert trouble_of_all([report("n1"), report("n3", **stale)]) is None
+
+
 def test_a_limit_holds_where_all_nodes_are_equally_slow():
     assert not judge({})
     assert set(judge({}, Limits(matmul_tflops=800.0))) == set(NODES)
@@ -83,4 +93,6 @@ def test_every_node_has_two_partners():
 def test_reports_come_back_as_they_were_written(tmp_path):
     for node in NODES:
         report(node).write(tmp_path)
+    (tmp_path / ".n5.partial-1.json").write_text("")  # their writers were killed
+    (tmp_path / "n6.json").write_text('{"node": "n6", "gpus"')
     assert read_reports(tmp_path) == [report(node) for node in NODES]

@@ -1,8 +1,10 @@
 """What a node measures of itself: two nodes of one process each on this CPU, and what nvidia-smi may say."""
 from __future__ import annotations
 
+import errno
 import itertools
 import os
+import socket
 import subprocess
 import sys
 
@@ -39,6 +41,57 @@ def test_nodes_measure_all_that_a_cpu_has(reports):
         assert report.node_all_reduce_gbs is None  # one process
     good = Limits(matmul_share=0, all_reduce_share=0, storage_share=0, clock_seconds=reports[0].seconds)
     assert not find_bad_nodes(reports, NODES, good)
+
+
+def measure(tmp_path, monkeypatch, *flags, nodes="2"):
+    """The report of the first of the nodes, which this process is."""
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setattr(sys, "argv", ["preflight", *map(str, [
+        "--output", tmp_path / "reports", "--storage", tmp_path, "--storage-bytes", 1 << 20, "--gpus", 0, "--nodes",
+        nodes, "--node", 0, "--master", f"127.0.0.1:{free_port()}", *flags])])
+    preflight.main()
+    return read_reports(tmp_path / "reports")[0]
+
+
+def fails(*_):
+    raise RuntimeError("CUDA error: uncorrectable ECC error")
+
+
+def test_a_gpu_that_fails_alone_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "measure_process", fails)
+    found = measure(tmp_path, monkeypatch, "--timeout-seconds", 200)
+    assert found.error == "RuntimeError: CUDA error: uncorrectable ECC error" and found.seconds < 100
+    assert list(find_bad_nodes([found], ["n1"], Limits())) == ["n1"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_is_the_runs_fault(tmp_path, monkeypatch, number):
+    def full(folder, size_bytes):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(preflight, "storage_gbs", full)
+    monkeypatch.setattr(preflight, "measure_process", fails)
+    found = measure(tmp_path, monkeypatch)
+    said = dict(run_fault=f"no space for 1 MiB per node in {tmp_path}", storage_error=None)
+    if number == errno.EIO:
+        said = dict(run_fault=None, storage_error=f"storage {tmp_path}: {os.strerror(number)}")
+    assert dict(run_fault=found.run_fault, storage_error=found.storage_error) == said
+
+
+def test_a_port_that_is_taken_is_nobodys_fault(tmp_path, monkeypatch):
+    with socket.create_server(("", free_port())) as other:
+        port = other.getsockname()[1]
+        assert preflight.look_at_port(port) == f"port {port} is taken on {preflight.node_name()}: set MASTER_PORT"
+        for flag in (f"--master=127.0.0.1:{port}", f"--training-port={port}"):
+            found = measure(tmp_path, monkeypatch, flag, nodes="1")
+            assert found.run_fault == f"port {port} is taken on n1: set MASTER_PORT"
+    assert preflight.look_at_port(port) is None
+
+
+def test_a_kill_leaves_nothing_of_the_storages_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.os, "fsync", lambda _: names.extend(tmp_path.iterdir()))
+    names = []
+    assert min(preflight.storage_gbs(tmp_path, 1 << 20)) > 0 and not names
 
 
 @pytest.mark.parametrize("seconds_of_a_call", [1e-6, 10.0])

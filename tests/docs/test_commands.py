@@ -29,6 +29,7 @@ with open(os.environ["NOTES"], "a") as notes:
 """
 SBATCH = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do case $1 in
+    --exclusive) shift; continue ;;
     --nodes) export SLURM_NNODES=$2 ;; --gpus-per-node) export SLURM_GPUS_ON_NODE=$2 ;;
 esac; shift 2; done
 SLURM_JOB_ID=1 SLURM_JOB_NODELIST=nodes SLURM_SUBMIT_DIR=$PWD exec "$@"

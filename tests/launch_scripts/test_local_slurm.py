@@ -40,12 +40,12 @@ def slurm(tmp_path_factory):
 class Job:
     """A job that trains on two nodes, in a folder of its own."""
 
-    def __init__(self, slurm, folder, *arguments, steps=STEPS, **variables):
+    def __init__(self, slurm, folder, *arguments, steps=STEPS, nodes=2, **variables):
         self.slurm, self.run = slurm, folder / "run"
         variables = dict(PREFLIGHT="0", GPUS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()),
                          OMP_NUM_THREADS="1", PYTHON=sys.executable, TORCHRUN=str(STAND_IN)) | variables
         self.log = folder / "log"
-        self.id = slurm("sbatch", "--parsable", "--chdir", ROOT, "--nodes", 2, "--cpus-per-task", 1, "--time", 300,
+        self.id = slurm("sbatch", "--parsable", "--chdir", ROOT, "--nodes", nodes, "--cpus-per-task", 1, "--time", 300,
                         "--output", self.log, "--signal", "B:USR1@1200", "launch_scripts/train_slurm.sh",
                         "--train-iters", steps, "--load", self.run, "--save", self.run, *arguments,
                         **variables).strip()
@@ -130,6 +130,30 @@ def test_a_bad_node_is_left_out_of_the_next_start(slurm, tmp_path):
     again = Job(slurm, tmp_path, PYTHON=str(python), PREFLIGHT="1", SICK_NODE="n2", steps=STEPS + 20)
     slurm.over(again.id)  # remembered by the run's folder, which another job finds
     assert "n2" not in again.nodes[-1] and set(again.nodes[-1]) <= set(NODES)
+
+
+def test_a_second_job_of_a_run_stops_and_the_first_goes_on(slurm, tmp_path):
+    first = Job(slurm, tmp_path, steps=150)
+    first.until_step(3)
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "run").symlink_to(first.run)
+    second = Job(slurm, tmp_path / "second", nodes=1)
+    assert slurm.over(second.id)["JobState"] == "FAILED"
+    assert f"slurm: job {first.id} trains this run; scancel it" in second.log.read_text()
+    assert slurm.over(first.id)["JobState"] == "COMPLETED" and first.ends == ["finished"], first.log.read_text()
+
+
+def test_a_job_that_has_too_few_nodes_left_says_so_and_how_it_goes_on(slurm, tmp_path):
+    excluded = tmp_path / "run" / "slurm" / "excluded.json"
+    excluded.parent.mkdir(parents=True)
+    excluded.write_text(json.dumps(dict.fromkeys(NODES[:2], "7 of 8 GPUs")))
+    job = Job(slurm, tmp_path)
+    slurm.until(lambda: slurm.job(job.id)["ExcNodeList"] != "(null)")
+    said = "slurm: only 1 of 2 nodes are left without n1,n2, so the job waits until you mend one, delete its line"
+    assert said in job.log.read_text()
+    excluded.write_text("{}")
+    slurm("scontrol", "update", f"JobId={job.id}", "ExcNodeList=")
+    assert slurm.over(job.id)["JobState"] == "COMPLETED" and job.ends == ["bad node", "finished"], job.log.read_text()
 
 
 TRAINING = ("--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 96, "--lr", 1e-3,

@@ -1,6 +1,7 @@
 """The Slurm script with made-up SLURM_* variables, and a srun and a scontrol that play two nodes on this machine."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = "launch_scripts/train_slurm.sh"
 # Each "node" is a torchrun of its own on this machine.
 SRUN = """#!/usr/bin/env bash
-while [[ $1 == --* ]]; do case $1 in --ntasks) n=$2; shift 2 ;; --ntasks-per-node) shift 2 ;; *) shift ;; esac; done
+while [[ $1 == --* ]]; do case $1 in
+    --ntasks) n=$2; shift 2 ;; --nodes | --ntasks-per-node) shift 2 ;; *) shift ;;
+esac; done
 trap 'kill -USR1 "${pids[@]}"' USR1
 for ((i = 0; i < n; i++)); do SLURM_NODEID=$i SLURMD_NODENAME=node$((i + 1)) "$@" & pids+=($!); done
 for pid in "${pids[@]}"; do
@@ -24,22 +27,41 @@ for pid in "${pids[@]}"; do
 done
 exit "${status:-0}"
 """
-SCONTROL = """#!/usr/bin/env bash
-echo "$*" >>"$(dirname "$0")/asked"
+# Slurm's controller is silent as often as the file has lines, from when the launch has ended.
+SILENT = """#!/usr/bin/env bash
+cd "$(dirname "$0")"
+answers() { ! [ -s silent ] || ! sed -i 1d silent; }
+"""
+SCONTROL = SILENT + """
+[[ $* == "show hostnames "* ]] || answers || exit 1
+echo "$*" >>asked
 case "$*" in
     "show hostnames node[1-2]") printf 'node1\\nnode2\\n' ;;
-    "show job 77") echo "JobId=77 ExcNodeList=(null) Requeue=1" ;;
+    "show hostnames "*) tr , '\\n' <<<"${*: -1}" ;;
+    "show job 77") printf "JobId=77 ExcNodeList=${EXCLUDED:-(null)} Requeue=1\\n   Command=$COMMAND\\n" ;;
 esac
 """
-SQUEUE = """#!/usr/bin/env bash
-echo "$STATE"
+SQUEUE = SILENT + """
+case "$*" in
+    *"--jobs $OTHER,77 --states RUNNING,COMPLETING,SUSPENDED "*) echo "$OTHER" ;;
+    *--states*) ;;
+    *) answers && echo "$STATE" ;;
+esac
+"""
+SINFO = """#!/usr/bin/env bash
+printf 'node1\\nnode2\\nnode3\\nnode3\\n'
+"""
+SLEEP = """#!/usr/bin/env bash
+echo "$1" >>"$(dirname "$0")/slept"
+exec /bin/sleep 0.05
 """
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
 @pytest.fixture
 def script(tmp_path):
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE),
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("sinfo", SINFO),
+                       ("sleep", SLEEP),
                        ("python", STAND_IN.read_text().replace("#!/usr/bin/env python3", f"#!{sys.executable}"))):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -47,15 +69,15 @@ def script(tmp_path):
                SLURM_SUBMIT_DIR=str(ROOT), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1",
                TORCHRUN=str(Path(sys.executable).with_name("torchrun")), PYTHON=sys.executable, STATE="RUNNING None")
 
-    def run(*arguments, until=None, **variables):
+    def run(*arguments, until=None, file=SCRIPT, told=signal.SIGUSR1, **variables):
         """Run the script; SIGUSR1 goes to it as soon as `until` exists."""
         environment = {**os.environ, **job, **variables, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        with subprocess.Popen([SCRIPT, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        with subprocess.Popen([file, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               text=True, env={name: value for name, value in environment.items() if value}) as process:
             while until is not None and not until.exists() and process.poll() is None:
                 time.sleep(0.01)
             if until is not None:
-                process.send_signal(signal.SIGUSR1)
+                process.send_signal(told)
             out, err = process.communicate(timeout=240)
             return subprocess.CompletedProcess(process.args, process.returncode, out, err)
     return run
@@ -193,6 +215,73 @@ def test_a_bad_node_is_left_out_and_remembered(run):
     assert run.asked[0] == "requeue 77" and run.ends == ["bad node", "bad node"] and "7 of 8 GPUs" in again.stderr
 
 
+def test_nodes_to_avoid_are_named_once_and_must_leave_enough(run):
+    found = run(PREFLIGHT="1", PYTHON=str(run.folder / "python"), SICK_NODE="node2", EXCLUDED="node9,node2")
+    assert run.asked == ["requeue 77", "update JobId=77 ExcNodeList=node2,node9"] and "are left" not in found.stderr
+    found = run(restart=1, PREFLIGHT="1", PYTHON=str(run.folder / "python"), SICK_NODE="node2", EXCLUDED="node3")
+    assert "slurm: only 1 of 2 nodes are left without node2,node3, so the job waits" in found.stderr
+    assert found.stderr.count("scontrol update JobId=77 ExcNodeList=\n") == 1
+
+
+@pytest.mark.parametrize("silent, told, code, ends, pauses", [
+    (3, None, 0, ["failed"], [1, 2, 4]),  # a hiccup
+    (99, signal.SIGUSR1, 2, ["time limit"], [1, 2, 4, 8, 15] * 2),
+    (99, signal.SIGTERM, 1, ["stopped by Slurm"], [1, 2]),  # seconds are left
+])
+def test_a_controller_that_does_not_answer_hides_no_end(run, silent, told, code, ends, pauses):
+    (run.folder / "silent").write_text("\n" * silent)
+    until = {} if told is None else dict(until=run.run / "steps", told=told)
+    done = run(FAIL_AT="" if told else "11", **until)
+    assert done.returncode == code and run.ends == ends, done.stderr
+    waited = [int(line) for line in (run.folder / "slept").read_text().split()]
+    assert [seconds for seconds in waited if seconds != 5] == pauses  # 5: between two signals to the ranks
+
+
+def test_another_job_of_the_run_is_left_alone(run):
+    (run.run / "slurm" / "76.0").mkdir(parents=True)
+    attempts = run.run / "slurm" / "attempts.json"
+    attempts.write_text(json.dumps([dict(job="76", restart=0, nodes=["node3"], first_step=0, last_step=0)]))
+    before = attempts.read_text().replace("}", ', "end": "running"}')
+    attempts.write_text(before)
+    refused = run(OTHER="76")
+    assert refused.returncode == 1 and attempts.read_text() == before
+    assert "slurm: job 76 trains this run; scancel it, or wait until it has ended\n" in refused.stderr
+    assert run(OTHER="75").returncode == 0 and run.ends == ["lost", "finished"]
+
+
+def test_a_run_that_a_container_would_lose_is_refused(run):
+    """srun begins a container that does not see the run."""
+    srun = run.folder / "srun"
+    srun.write_text(srun.read_text().replace("while", f'[[ $* != *" begin "* ]] || rm -r {run.run}\nwhile', 1))
+    refused = run(CONTAINER="hrm.sqsh")
+    assert refused.returncode == 1 and not run.run.exists()
+    assert f"error: --save {run.run}: not mounted in the container; add it to MOUNTS\n" in refused.stderr
+
+
+def test_the_code_is_of_the_checkout_that_the_script_belongs_to(script, tmp_path):
+    """Slurm runs a copy of the script, wherever the job was submitted."""
+    spool, other = tmp_path / "spool" / "slurm_script", tmp_path / "other"
+    spool.parent.mkdir()
+    spool.write_bytes((ROOT / SCRIPT).read_bytes())
+    spool.chmod(0o755)
+    (other / "hrm_megatron").mkdir(parents=True)
+
+    def root(command):
+        shown = script("--dry-run", file=spool, COMMAND=f"{command} --seed 1", SLURM_SUBMIT_DIR=str(other),
+                       CONTAINER="x")
+        return shown.stderr or re.search("container-mounts=([^:]+):", shown.stdout)[1]
+
+    assert root(ROOT / SCRIPT) == root(os.path.relpath(ROOT / SCRIPT, other)) == str(ROOT)
+    assert root(spool) == str(other)
+    (other / "hrm_megatron").rmdir()
+    assert root(spool) == f"train_slurm.sh: no hrm_megatron in {other}: submit the project's own file, no copy\n"
+
+
+def test_jobs_on_one_node_do_not_meet(script):
+    for job, port in (("77", 20154), ("78", 20156), ("1234567", 29134)):
+        assert f"--rdzv-endpoint localhost:{port} " in script("--dry-run", MASTER_PORT="", SLURM_JOB_ID=job).stdout
+
+
 def test_a_start_whose_end_nobody_saw_counts_as_a_failure(run):
     assert run().returncode == 0
     attempts = run.run / "slurm" / "attempts.json"
@@ -210,6 +299,7 @@ def test_a_start_whose_end_nobody_saw_counts_as_a_failure(run):
     (dict(LAUNCH="mpirun"), "LAUNCH=mpirun: choose torchrun or srun"),
     (dict(PP="x"), "are whole numbers from 1, not 'x'"),
     (dict(SLURM_NNODES=""), "not inside a Slurm job"),
+    (dict(SLURM_GPUS_ON_NODE="2", SLURM_CPUS_ON_NODE="1"), "1 cores for 2 ranks: add --exclusive, or --cpus-per-task"),
     (dict(SLURM_GPUS_ON_NODE=""), "Slurm gave no GPUs: add --gpus-per-node"),
 ])
 def test_what_cannot_be_is_refused(script, variables, message):

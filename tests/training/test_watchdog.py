@@ -1,6 +1,7 @@
 """A rank that hangs is named, the stacks of the others are there, and the run goes on as if nothing had happened."""
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -86,6 +87,35 @@ def test_torchrun_kills_a_rank_0_that_was_stopped_and_starts_again(launch, fullb
     assert re.findall(r"^schedule: steps (\d+) to", said, re.MULTILINE) == ["1", "13"]
     assert not tensors_that_differ(*(find_iteration(tmp_path / name) for name in ("run", "b")))
     survived("rank 0 is stopped (SIGSTOP), torchrun starts again", "DP 2")
+
+
+def test_a_rank_ends_for_a_hang_where_it_cannot_write(tmp_path, monkeypatch, caplog, capfd):
+    """One that gets on needs no storage until it saves."""
+    from hrm_megatron.training import watchdog
+
+    dog, beats = watchdog.Watchdog(tmp_path, 0.5, running_step=lambda: 7), []
+    dog.rank, dog.folder = 3, tmp_path
+
+    def full(folder, beat):
+        beats.append(beat)
+        if len(beats) < 40:
+            dog.mark("reading data")
+        elif len(beats) == 400:
+            dog.ended.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(watchdog, "write_beat", full)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    monkeypatch.setattr(watchdog.os, "_exit", sys.exit)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as ended:
+        dog.look()
+    assert ended.value.code == watchdog.EXIT_CODE and len(beats) > 40
+    said, once = capfd.readouterr().err, [record for record in caplog.records if "cannot write to" in record.message]
+    assert len(once) == 1 and "in look" in said
+    line = r"hang: rank 3 on \S+ is in 'reading data' of step 7 for \d s, and cannot ask the others"
+    assert re.search(f"^{line}", said, re.MULTILINE)
+    assert "and cannot ask the others" in (tmp_path / "error.json").read_text()
 
 
 @pytest.mark.parametrize("flags, said", [
