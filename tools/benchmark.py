@@ -47,6 +47,7 @@ from hrm_megatron.attention.prefix_lm import PrefixSequences  # noqa: E402
 from hrm_megatron.attention.rotary import Rotation  # noqa: E402
 from hrm_megatron.benchmark.attention import compare_kernels, random_lengths  # noqa: E402
 from hrm_megatron.benchmark.conversion import report  # noqa: E402
+from hrm_megatron.benchmark.count import count  # noqa: E402
 from hrm_megatron.benchmark.generation import ARCHITECTURES, compare_generation  # noqa: E402
 from hrm_megatron.benchmark.host import measure_host, table  # noqa: E402
 from hrm_megatron.benchmark.peak import (  # noqa: E402
@@ -161,6 +162,16 @@ def compare_steps(pairs: int, architecture: Architecture) -> float:
     ratios = sorted(ours / theirs for ours, theirs in zip(*seconds.values(), strict=True))
     print(f"ratio {statistics.median(ratios):.3f}, median of {pairs} pairs from {ratios[0]:.3f} to {ratios[-1]:.3f}")
     return statistics.median(ratios)
+
+
+def time_steps(args: argparse.Namespace) -> None:
+    """Print what a step takes here and in transformers."""
+    torch.set_num_threads(args.threads)
+    architecture = dataclasses.replace(ARCHITECTURE, num_layers=args.layers)
+    sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(architecture).items() if value)
+    print(f"torch {torch.__version__}, {args.threads} thread(s); {ROW_TOKENS} packed tokens, bp {BP_STEPS}; {sizes}")
+    with single_rank():
+        compare_steps(args.pairs, architecture)
 
 
 def measure_training(args: argparse.Namespace) -> None:
@@ -282,19 +293,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", help="one training step, fp32 on the CPU, against transformers' HrmText")
-    step.add_argument("--pairs", type=int, default=15, help="of a step of ours and one of transformers, in turns")
-    step.add_argument("--layers", type=int, default=2, help="of each stack")
-    step.add_argument("--threads", type=int, default=1)
+    step.add_argument("--pairs", type=count, default=15, help="of a step of ours and one of transformers, in turns")
+    step.add_argument("--layers", type=count, default=2, help="of each stack")
+    step.add_argument("--threads", type=count, default=1)
     gpu = commands.add_parser("gpu", help="training as hrm_megatron.pretrain does it, on one device")
     size = gpu.add_mutually_exclusive_group(required=True)
     size.add_argument("--hrm-preset", choices=[*PRESETS])
-    size.add_argument("--sizes", type=int, nargs=3, metavar=("LAYERS", "HIDDEN", "HEADS"))
-    gpu.add_argument("--row-tokens", type=int, default=24_576)
-    gpu.add_argument("--rows", type=int, default=4, help="rows a step, one micro-batch each")
-    gpu.add_argument("--steps", type=int, default=10)
-    gpu.add_argument("--bp-steps", type=int, default=BP_STEPS)
-    gpu.add_argument("--vocab-size", type=int, default=65_536)
-    gpu.add_argument("--peak-size", type=int, default=8192, help="of the matrices that measure the device's peak")
+    size.add_argument("--sizes", type=count, nargs=3, metavar=("LAYERS", "HIDDEN", "HEADS"))
+    gpu.add_argument("--row-tokens", type=count, default=24_576)
+    gpu.add_argument("--rows", type=count, default=4, help="rows a step, one micro-batch each")
+    gpu.add_argument("--steps", type=count, default=10)
+    gpu.add_argument("--bp-steps", type=count, default=BP_STEPS)
+    gpu.add_argument("--vocab-size", type=count, default=65_536)
+    gpu.add_argument("--peak-size", type=count, default=8192, help="of the matrices that measure the device's peak")
     gpu.add_argument("--output", type=Path, help="folder for trace, log and output (default: a new one)")
     gpu.add_argument("--record", type=Path, metavar="FILE", help="add a row to the table of this Markdown file")
     gpu.add_argument("--peer", action="store_true", help="also time transformers' HrmText, compiled on a GPU")
@@ -302,42 +313,44 @@ def main() -> int:
     conversion = commands.add_parser("convert", help="conversions of random weights in every direction")
     size = conversion.add_mutually_exclusive_group()
     size.add_argument("--hrm-preset", choices=[*PRESETS], default="XL")
-    size.add_argument("--sizes", type=int, nargs=3, metavar=("LAYERS", "HIDDEN", "HEADS"))
-    conversion.add_argument("--vocab-size", type=int, default=65_536)
+    size.add_argument("--sizes", type=count, nargs=3, metavar=("LAYERS", "HIDDEN", "HEADS"))
+    conversion.add_argument("--vocab-size", type=count, default=65_536)
     conversion.add_argument("--weights-only", action="store_true", help="without optimizer state, for large models")
     conversion.add_argument("--output", type=Path, metavar="DIR", help="existing folder on the disk to measure, which "
                             "needs room for ten times the weights in fp32, or two with --weights-only")
     answers = commands.add_parser("generate", help="greedy answers on the CPU, against transformers' HrmText.generate")
     answers.add_argument("--models", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES])
-    answers.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    answers.add_argument("--batches", type=count, nargs="+", default=[1, 8, 32])
     answers.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    answers.add_argument("--prompt-tokens", type=int, default=128, help="of the longest prompt; the shortest has half")
-    answers.add_argument("--new-tokens", type=int, default=128, help="of every answer, with --shortest of the longest")
-    answers.add_argument("--shortest", type=int, metavar="TOKENS", help="answers of mixed length instead, from this to "
-                         "--new-tokens, and more prompts than a batch holds")
-    answers.add_argument("--pairs", type=int, default=3, help="of a run of ours and one of transformers, in turns")
-    answers.add_argument("--threads", type=int, default=1)
+    answers.add_argument("--prompt-tokens", type=count, default=128,
+                         help="of the longest prompt; the shortest has half")
+    answers.add_argument("--new-tokens", type=count, default=128,
+                         help="of every answer, with --shortest of the longest")
+    answers.add_argument("--shortest", type=count, metavar="TOKENS", help="answers of mixed length instead, from this "
+                         "to --new-tokens, and more prompts than a batch holds")
+    answers.add_argument("--pairs", type=count, default=3, help="of a run of ours and one of transformers, in turns")
+    answers.add_argument("--threads", type=count, default=1)
     answers.add_argument("--cpu-time", action="store_true",
                          help="time the process and not the clock: for a machine that others use (one thread)")
     host = commands.add_parser("host", help="launches, calls and time of the host in a tick and in a micro-batch")
     host.add_argument("--hrm-preset", choices=[*PRESETS], default="XL", help="its number of layers; on a GPU its sizes")
-    host.add_argument("--row-tokens", type=int, default=4096)
-    host.add_argument("--rows", type=int, nargs="+", default=[1, 4], help="of a micro-batch")
+    host.add_argument("--row-tokens", type=count, default=4096)
+    host.add_argument("--rows", type=count, nargs="+", default=[1, 4], help="of a micro-batch")
     host.add_argument("--compile-layers", action="store_true")
     attention = commands.add_parser("attention", help="the kernels side by side, forward and backward, by lengths")
     attention.add_argument("--lengths", type=Path, metavar="DIR", default=GOLDEN_LENGTHS,
                            help="HRM-Text's sampled folder whose lengths are taken beside random ones")
-    attention.add_argument("--row-tokens", type=int, default=4096)
-    attention.add_argument("--rows", type=int, nargs="+", default=[1, 4], help="of a micro-batch")
-    attention.add_argument("--heads", type=int, default=12)
-    attention.add_argument("--head-dim", type=int, default=128)
-    attention.add_argument("--rounds", type=int, default=20)
+    attention.add_argument("--row-tokens", type=count, default=4096)
+    attention.add_argument("--rows", type=count, nargs="+", default=[1, 4], help="of a micro-batch")
+    attention.add_argument("--heads", type=count, default=12)
+    attention.add_argument("--head-dim", type=count, default=128)
+    attention.add_argument("--rounds", type=count, default=20)
     steps = commands.add_parser("calibrate", help="small steps, for the speeds that tools/plan.py --calibrate takes")
     steps.add_argument("--output", type=Path, metavar="FILE", required=True)
     steps.add_argument("--dtype", choices=["float32", "bfloat16"],
                        default="bfloat16" if torch.cuda.is_available() else "float32")
-    steps.add_argument("--rounds", type=int, default=5, help="steps of each model, of which the median counts")
-    steps.add_argument("--threads", type=int, default=1, help="on a CPU")
+    steps.add_argument("--rounds", type=count, default=5, help="steps of each model, of which the median counts")
+    steps.add_argument("--threads", type=count, default=1, help="on a CPU")
     commands.add_parser("tokenize", add_help=False, help="rows to ids on one core, against Megatron's own path")
     commands.add_parser("plan", add_help=False, help="what a run does before its first row, by number of examples")
     commands.add_parser("deduplicate", add_help=False, help="the search for duplicates, by number of examples")
@@ -347,16 +360,9 @@ def main() -> int:
         return subprocess.run([sys.executable, "-m", f"hrm_megatron.benchmark.{args.command}", *rest]).returncode
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    run = dict(gpu=measure_training, host=count_host, attention=time_attention, convert=measure_conversions,
-               generate=time_generation, calibrate=calibrate_planner)
-    if args.command in run:
-        return one_line(lambda: run[args.command](args))
-    torch.set_num_threads(args.threads)
-    architecture = dataclasses.replace(ARCHITECTURE, num_layers=args.layers)
-    sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(architecture).items() if value)
-    print(f"torch {torch.__version__}, {args.threads} thread(s); {ROW_TOKENS} packed tokens, bp {BP_STEPS}; {sizes}")
-    with single_rank():
-        return one_line(lambda: compare_steps(args.pairs, architecture))
+    run = dict(step=time_steps, gpu=measure_training, host=count_host, attention=time_attention,
+               convert=measure_conversions, generate=time_generation, calibrate=calibrate_planner)
+    return one_line(lambda: run[args.command](args))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.write_report import can_draw
-from hrm_megatron.planner.scaling_law import Law, Run, fit, read_runs, resampled
+from hrm_megatron.planner.scaling_law import LEAST_SIZE, MOST_SIZE, Law, Run, fit, is_size, read_runs, resampled
 
 MIDDLE = (5, 95)  # percentiles of the resampled fits that are printed
 
@@ -107,8 +106,9 @@ def main() -> int:
         if args.seed < 0:
             raise ConfigError(f"--seed {args.seed}: must not be negative")
         for sizes in args.predict:
-            if not all(0 < size < math.inf for size in sizes):
-                raise ConfigError(f"--predict {sizes[0]:g} {sizes[1]:g}: parameters and tokens are numbers above 0")
+            if not all(map(is_size, sizes)):
+                raise ConfigError(f"--predict {sizes[0]:g} {sizes[1]:g}: parameters and tokens are numbers above 0, "
+                                  f"from {LEAST_SIZE:g} to {MOST_SIZE:g}")
         if args.png and not can_draw():
             raise ConfigError(f'--png {args.png}: needs matplotlib, which is not installed; pip install -e ".[plan]"')
         runs = read_runs(args.input)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from hrm_megatron.planner.search import Question, search
 from hrm_megatron.planner.speed import EXAMPLE
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv 2203.15556
+MOST = 1e18  # of what is given as a number; the least is 1 / MOST
 PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "auto": ("bf16", "fp8")}
 
 
@@ -68,14 +68,14 @@ def parser() -> argparse.ArgumentParser:
 def question(args: argparse.Namespace) -> Question:
     """Read what is asked off the arguments."""
     for name in ("gpus", "gpus_per_node", "seq_length", "tokens", "tokens_per_step", "vocab_size"):
-        if (value := getattr(args, name)) is not None and not 1 <= value < math.inf:  # NaN too
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1, and finite")
+        if (value := getattr(args, name)) is not None and not 1 <= value <= MOST:  # NaN too
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1, and at most {MOST:g}")
     if args.example[0] < 0 or args.example[1] < 1:
         raise ConfigError(f"--example {' '.join(map(str, args.example))}: a prefix has at least 0 tokens, a response 1")
     for name in ("memory_gb", "nvlink_gb", "network_gb", "price", "gpu_mttf_hours",
                  *(f"{part}_seconds" for part in goodput.Measured.__annotations__)):
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        if (value := getattr(args, name)) is not None and not 1 / MOST <= value <= MOST:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be above 0, from {1 / MOST:g} to {MOST:g}")
     if args.hrm_preset:
         preset = PRESETS[args.hrm_preset]
         architecture, step = preset.architecture(args.vocab_size), args.tokens_per_step or preset.tokens_per_step

@@ -2,7 +2,8 @@
 
     python tools/profile_training.py --output runs/profile --nproc-per-node 8 -- --hrm-preset XL --data-path ...
 
-Everything after -- goes to hrm_megatron.pretrain. The trace, DIR/torch_profile/rank-0.json.gz, opens in Perfetto.
+Everything after -- goes to hrm_megatron.pretrain, but for flags about saving: nothing is written but to DIR. The trace,
+DIR/torch_profile/rank-0.json.gz, opens in Perfetto.
 """
 from __future__ import annotations
 
@@ -15,8 +16,16 @@ from hrm_megatron.program import listen, one_line, run_command
 if __name__ == "__main__":
     listen()
 
-from hrm_megatron.benchmark.kernels import breakdown
-from hrm_megatron.config import ConfigError
+from hrm_megatron.parallel.cpu import activate
+from hrm_megatron.parallel.log_levels import be_quiet
+
+be_quiet()
+activate()
+
+from hrm_megatron.benchmark.count import count  # noqa: E402
+from hrm_megatron.benchmark.kernels import breakdown  # noqa: E402
+from hrm_megatron.benchmark.profiled import first_iteration, last_iteration, without_saves  # noqa: E402
+from hrm_megatron.config import ConfigError  # noqa: E402
 
 OWN_FLAGS = ("--tensorboard-dir", "--profile", "--use-pytorch-profiler", "--profile-ranks", "--profile-step-start",
              "--profile-step-end", "--exit-interval")
@@ -26,8 +35,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--nproc-per-node", default="1")
-    parser.add_argument("--first-step", type=int, default=10, help="of those that are profiled")
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--first-step", type=count, default=10, help="that is profiled, counted from where the run "
+                        "starts (default: %(default)s)")
+    parser.add_argument("--steps", type=count, default=2, help="that are profiled (default: %(default)s)")
     parser.add_argument("flags", nargs="+", help="of hrm_megatron.pretrain")
     args = parser.parse_args()
     return one_line(lambda: profile(args))
@@ -40,15 +50,18 @@ def profile(args: argparse.Namespace) -> None:
     trace = args.output / "torch_profile" / "rank-0.json.gz"
     if trace.exists():
         raise ConfigError(f"{trace} exists; give another --output, or remove it")
-    last = args.first_step + args.steps
+    flags, left_out = without_saves(args.flags)
+    if left_out:
+        print(f"left out, so that nothing of the run is written: {' '.join(left_out)}", flush=True)
+    last = last_iteration(first_iteration(flags), args.first_step, args.steps)
     code = run_command([
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.nproc_per_node, "-m",
-        "hrm_megatron.pretrain", *args.flags, "--tensorboard-dir", args.output / "log", "--profile",
+        "hrm_megatron.pretrain", *flags, "--tensorboard-dir", args.output / "log", "--profile",
         "--use-pytorch-profiler", "--profile-ranks", "0", "--profile-step-start", str(args.first_step),
         "--profile-step-end", str(last), "--exit-interval", str(last)])
     if code or not trace.exists():
-        raise ConfigError(f"no trace: the run ended with exit code {code} before step {last}; see its output above, or "
-                          "lower --first-step")
+        raise ConfigError(f"no trace: the run ended with exit code {code}, and iteration {last} was to be its last; "
+                          "see its output above, or lower --first-step")
     for share in breakdown(trace):
         print(f"  {share.share:6.1%}  {share.seconds / args.steps:8.4f} s a step  {share.group}")
     print(trace)

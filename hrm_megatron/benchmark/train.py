@@ -22,7 +22,8 @@ WARMUP_STEPS, PROFILED_STEPS = 5, 2
 # What a run may not be given by hand: FLOPs are counted of an HRM of the stated shape, and data and log are ours.
 COUNTED = {f"--{name}" for name in (
     "num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size", "seq-length", "global-batch-size",
-    "train-iters", "bp-min-steps", "bp-max-steps", "hrm-preset", "model-type", "h-cycles", "l-cycles", "attention-gate",
+    "train-iters", "train-samples", "epochs", "match-flops-of", "exit-interval", "exit-duration-in-mins", "load",
+    "bp-min-steps", "bp-max-steps", "hrm-preset", "model-type", "h-cycles", "l-cycles", "attention-gate",
     "attention-mask", "loss-on-prefix", "lora-rank", "finetune", "sampled-data-path", "data-path", "tensorboard-dir",
     "profile-step-start", "profile-step-end")}
 
@@ -55,6 +56,8 @@ def measure(preset: Preset, row_tokens: int, rows: int, steps: int, vocab_size: 
         raise ConfigError(f"{counted[0]}: the FLOPs of this run are counted without it; choose sizes, rows and "
                           "gradient ticks by this tool's own flags, in front of --, and leave it out")
     data = folder / "data"
+    if data.exists():
+        raise ConfigError(f"{data} exists; give another --output, or remove it")
     total = WARMUP_STEPS + steps + PROFILED_STEPS
     write_random_examples(data, row_tokens, rows * (total + 1), vocab_size)
     sizes = dict(num_layers=preset.num_layers, hidden_size=preset.hidden_size,
@@ -75,7 +78,11 @@ def measure(preset: Preset, row_tokens: int, rows: int, steps: int, vocab_size: 
                           f"{folder / 'output'}")
     scalars = _scalars(folder / "log")
     measured = range(WARMUP_STEPS + 1, WARMUP_STEPS + steps + 1)
-    speed = statistics.median(scalars["tokens per second"][step] for step in measured)
+    speeds = scalars.get("tokens per second", {})
+    if missing := [step for step in measured if step not in speeds]:
+        raise ConfigError(f"the run logged no speed of step {missing[0]}; leave out what ends it before step {total} "
+                          f"or logs less than every step; its output is in {folder / 'output'}")
+    speed = statistics.median(speeds[step] for step in measured)
     architecture = Architecture(preset.num_layers, preset.hidden_size, preset.num_attention_heads,
                                 preset.ffn_hidden_size, vocab_size)
     flops = _flops(architecture, bp_steps, data, row_tokens, rows, measured)

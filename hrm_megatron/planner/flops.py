@@ -1,11 +1,23 @@
 """Floating point operations of a training step, from the architecture; a multiplication and an addition count as 2."""
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from hrm_megatron.config import Architecture, LoRA
 from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.optim.schedule import BPSchedule
+
+
+def steps_by_bp(schedule: BPSchedule) -> dict[int, int]:
+    """Count the steps of a run that have so many gradient ticks, which never fall: only their rises are looked up."""
+    steps, counts, done = range(1, schedule.total_steps + 1), dict[int, int](), 0
+    while done < len(steps):
+        bp_steps, before = schedule.at(done + 1), done
+        done = bisect_right(steps, bp_steps, lo=done, key=schedule.at)
+        counts[bp_steps] = done - before
+    return counts
 
 
 def score_elements(lengths: Iterable[tuple[int, int]]) -> int:

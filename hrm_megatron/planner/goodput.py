@@ -22,6 +22,11 @@ COPY_PER_GPU = 1e10  # bytes/s from a GPU to its host, for a save that is writte
 START_SECONDS, DETECT_SECONDS = 90.0, 120.0
 
 RUNS, MIDDLE = 200, (5, 95)  # simulated, and the percentiles of them that are told
+MOST_FAILURES = 1000  # of a simulated run
+LEAST_SHARE = 0.01  # of the time, below which no run gets on
+MOST_EXPONENT = 700  # of e, in fp64
+# Between saves, where stalls cost less than LEAST_SHARE by then: failures of GPUs are not all that a run goes back for.
+MOST_SECONDS = 3600
 ASYNC = "--async-save --use-persistent-ckpt-worker"
 
 
@@ -49,14 +54,17 @@ class Hazards:
         training waits for a save. What is written behind it is lost for so much longer, here part of R.
         """
         behind = max(0.0, self.write - self.stall)
-        cycles = math.expm1((interval + self.stall) / self.mttf)
-        return interval / (self.mttf * math.exp((self.lost + behind) / self.mttf) * cycles)
+        lost, cycle = (self.lost + behind) / self.mttf, (interval + self.stall) / self.mttf
+        return interval / (self.mttf * math.exp(lost) * math.expm1(cycle)) if lost + cycle < MOST_EXPONENT else 0.0
 
     def best_interval(self, step_seconds: float) -> int:
-        """Return the steps between saves with the highest expected share; the next save waits for the last."""
+        """Return the steps between saves with the highest expected share; the next save waits for the last, and comes
+        each MOST_SECONDS if stalls take no more than LEAST_SHARE of the time by then."""
         least = max(1, math.ceil(self.write / step_seconds))
+        most = max(MOST_SECONDS, self.stall / LEAST_SHARE)
         young = math.sqrt(2 * max(self.stall, step_seconds / 100) * self.mttf)
-        candidates = {max(least, round(young * factor / step_seconds)) for factor in np.geomspace(0.05, 5, 400)}
+        candidates = {max(least, round(min(most, young * factor) / step_seconds))
+                      for factor in np.geomspace(0.05, 5, 400)}
         return max(sorted(candidates), key=lambda steps: self.expected_share(steps * step_seconds))
 
 
@@ -111,24 +119,41 @@ def hazards_of(plan: Plan, question: Question, gpu_mttf_hours: float, measured: 
 
 
 def compare_saves(plan: Plan, question: Question, hazards: Hazards, seed: int = 0) -> list[dict[str, Any]]:
-    """Simulate a run whose training waits for its saves, and one that saves behind it, each at its best interval."""
+    """Simulate a run whose training waits for its saves, and one that saves behind it, each at its best interval.
+
+    A run of more than MOST_FAILURES is simulated as far as those reach, one that does not get on not at all: its shares
+    are those expected.
+    """
     found = []
     for flags, one in (("", replace(hazards, stall=hazards.write)), (ASYNC, hazards)):
         interval = min(question.steps, one.best_interval(plan.step.seconds))
-        shares = simulate(one, plan.step.seconds, interval, question.steps, RUNS, seed)
-        low, high = (float(x) for x in np.percentile(shares, MIDDLE))
+        expected = one.expected_share(interval * plan.step.seconds)
+        shares = np.array([expected])
+        if expected >= LEAST_SHARE:
+            steps = min(question.steps, interval + round(MOST_FAILURES * one.mttf * expected / plan.step.seconds))
+            shares = simulate(one, plan.step.seconds, interval, steps, RUNS, seed)
+        low, median, high = (float(x) for x in np.percentile(shares, (MIDDLE[0], 50, MIDDLE[1])))
         found.append(dict(flags=f"--save-interval {interval} {flags}".strip(), save_interval=interval,
-                          stall_seconds=one.stall, effective=float(shares.mean()), low=low, high=high))
+                          stall_seconds=one.stall, effective=float(shares.mean()), median=median, low=low, high=high,
+                          only_at_the_end=interval == question.steps))
     return found
 
 
 def describe(plan: Plan, hazards: Hazards, measured: Measured, saves: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Say what failures cost, and which of the `saves` that were compared cost least."""
     assumed = [name for name, value in vars(measured).items() if value is None]
-    yield (f"effective training time with a failure every {hazards.mttf / 3600:.1f} h, noticed after "
+    every = f"{hazards.mttf / 3600:.1f} h" if hazards.mttf > 360 else f"{hazards.mttf:.3g} s"
+    yield (f"effective training time with a failure every {every}, noticed after "
            f"{hazards.detect:.0f} s; a save takes {hazards.write:.1f} s, start and load {hazards.restart:.1f} s"
            f"{f' ({', '.join(assumed)}: assumed, not measured)' if assumed else ''}:")
     for one in saves:
-        yield (f"  {one['effective']:.1%} ({MIDDLE[1] - MIDDLE[0]}% of {RUNS} simulated runs: {one['low']:.1%} to "
-               f"{one['high']:.1%}) with {one['flags']}, every {one['save_interval'] * plan.step.seconds / 60:.1f} min "
-               f"a stall of {one['stall_seconds']:.1f} s")
+        if one["effective"] < LEAST_SHARE:
+            yield (f"  no such run gets on with {one['flags']}: a failure every {hazards.mttf:.3g} s, "
+                   f"{hazards.lost:.3g} s lost to each, and a save takes {hazards.write:.3g} s; raise --gpu-mttf-hours "
+                   "(of one GPU) or lower --save-seconds")
+            continue
+        when = ("one save, at the end," if one["only_at_the_end"] else
+                f"every {one['save_interval'] * plan.step.seconds / 60:.1f} min")
+        yield (f"  {one['effective']:.1%} on average, {one['median']:.1%} in the median of {RUNS} simulated runs "
+               f"({MIDDLE[1] - MIDDLE[0]}%: {one['low']:.1%} to {one['high']:.1%}) with {one['flags']}, {when} a stall "
+               f"of {one['stall_seconds']:.1f} s")

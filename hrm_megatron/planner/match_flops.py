@@ -1,19 +1,18 @@
 """How many steps of one model cost as many FLOPs as a run of another: the rule of comparisons at equal FLOPs.
 
 Sizes stay those of the preset, in which HRM-Text's baselines have as many weights as the HRM (TRM with its recurrence
-half as many); what a cheaper step saves goes into more steps over the same data. Both runs are counted step by step,
-each with its own gradient ticks, over the same rows.
+half as many); what a cheaper step saves goes into more steps over the same data. Both runs are counted over the same
+rows, every step with its own gradient ticks.
 """
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.config import Architecture, ConfigError, LoRA
 from hrm_megatron.optim.schedule import BPSchedule
-from hrm_megatron.planner.flops import rows_flops
+from hrm_megatron.planner.flops import rows_flops, steps_by_bp
 
 TOLERANCE = 0.01  # of the FLOPs to match
 Rows = Sequence[Sequence[tuple[int, int]]]
@@ -21,20 +20,19 @@ Rows = Sequence[Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model and how its gradient ticks rise: (first, last, share of the run)."""
+    """A model, how its gradient ticks rise: (first, last, share of the run), and its adapters, if only those train."""
 
     architecture: Architecture
     bp: tuple[int, int, float]
+    lora: LoRA | None = None
 
 
 def run_flops(recipe: Recipe, steps: int, row_tokens: int, rows_per_step: int, rows: Rows,
               labels: int | None = None) -> float:
     """FLOPs of a run of so many steps, whose rows are like `rows` (of each example prefix and response), with so many
     `labels`, see `rows_flops`."""
-    schedule = BPSchedule(*recipe.bp, steps)
-    counts = Counter(schedule.at(step) for step in range(1, steps + 1))
-    return sum(count * rows_flops(recipe.architecture, bp_steps, row_tokens, rows, labels) * rows_per_step / len(rows)
-               for bp_steps, count in counts.items())
+    return sum(count * rows_flops(recipe.architecture, bp_steps, row_tokens, rows, labels, recipe.lora) * rows_per_step
+               / len(rows) for bp_steps, count in steps_by_bp(BPSchedule(*recipe.bp, steps)).items())
 
 
 def matched_steps(recipe: Recipe, budget: float, row_tokens: int, rows_per_step: int, rows: Rows,

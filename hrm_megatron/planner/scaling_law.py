@@ -3,7 +3,8 @@
 The form is equation 2 of Hoffmann et al., arXiv 2203.15556. For given exponents it is linear in E, A and B, which are
 solved for exactly, none of them negative; only the two exponents are searched, over a whole grid and then finer around
 its best point (variable projection, arXiv 2603.22339). Nothing depends on where a search begins, and none stops early,
-which had misled the fit of the first paper (arXiv 2404.10102). Errors are relative to the measured loss, squared.
+which had misled the fit of the first paper (arXiv 2404.10102): a grid becomes finer only once its best point lies
+inside, since the valley of the lowest errors is long and narrow. Errors are relative to the measured loss, squared.
 """
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ import numpy as np
 from hrm_megatron.config import ConfigError
 
 EXPONENTS = (0.02, 2.0)  # smallest and largest that are tried
-POINTS, REFINEMENTS = 25, 5  # of an axis of a grid; each finer grid spans two steps of the last
+POINTS, FINER_POINTS = 25, 13  # of an axis of the first grid and of the others
+FINEST, MOST_GRIDS = 1e-6, 200  # the last step, of the logarithm of an exponent; about 15 grids get there
+LEAST_SIZE, MOST_SIZE = 1e-40, 1e40  # of parameters, tokens, loss and FLOPs: their powers stay finite
 LEAST_RUNS, LEAST_SIZES = 6, 3  # five numbers are fitted
 
 
@@ -83,9 +86,10 @@ def _run(line: str, place: str) -> Run:
     try:
         row: Any = json.loads(line)
         run = Run(**{name: row[name] for name in Run.__dataclass_fields__ if name in row})
-        if not isinstance(row, Mapping) or not all(_is_size(value) for value in (
+        if not isinstance(row, Mapping) or not all(is_size(value) for value in (
                 run.parameters, run.tokens, run.loss, 1 if run.flops is None else run.flops)):
-            raise ValueError("parameters, tokens, loss and flops are numbers above 0")
+            raise ValueError("parameters, tokens, loss and flops are numbers above 0, from "
+                             f"{LEAST_SIZE:g} to {MOST_SIZE:g}")
         if not isinstance(run.held_out, bool) or not isinstance(run.model, str):
             raise ValueError("held_out is true or false, model a text")
     except (ValueError, TypeError) as error:
@@ -93,8 +97,9 @@ def _run(line: str, place: str) -> Run:
     return run
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+def is_size(value: object) -> bool:
+    """Tell whether a value is a number from LEAST_SIZE to MOST_SIZE."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and LEAST_SIZE <= value <= MOST_SIZE
 
 
 def fit(runs: Sequence[Run]) -> Law:
@@ -113,16 +118,22 @@ def _fit(parameters: np.ndarray, tokens: np.ndarray, losses: np.ndarray) -> Law:
     middle_n, middle_d = (math.exp(np.log(x).mean()) for x in (parameters, tokens))
     n, d = np.log(parameters / middle_n), np.log(tokens / middle_d)
     low, high = (math.log(exponent) for exponent in EXPONENTS)
-    spans = [(low, high), (low, high)]
-    for _ in range(1 + REFINEMENTS):
-        alphas, betas = (np.exp(np.linspace(*span, POINTS)) for span in spans)
-        errors, coefficients = _solve(np.exp(-alphas[:, None] * n), np.exp(-betas[:, None] * d), losses)
-        i, j = np.unravel_index(errors.argmin(), errors.shape)
-        e, a, b = coefficients[i, j]
-        alpha, beta = float(alphas[i]), float(betas[j])
-        steps = [(end - start) / (POINTS - 1) for start, end in spans]
-        spans = [(max(low, math.log(exponent) - step), min(high, math.log(exponent) + step))
-                 for exponent, step in zip((alpha, beta), steps, strict=True)]
+    centre, reach, step, least = [(low + high) / 2] * 2, (high - low) / 2, (high - low) / (POINTS - 1), math.inf
+    for _ in range(MOST_GRIDS):
+        points = POINTS if least == math.inf else FINER_POINTS
+        axes = [np.linspace(max(low, middle - reach), min(high, middle + reach), points) for middle in centre]
+        of_n, of_d = (np.exp(-np.exp(axis)[:, None] * x) for axis, x in zip(axes, (n, d), strict=True))
+        errors, coefficients = _solve(of_n, of_d, losses)
+        place = np.unravel_index(errors.argmin(), errors.shape)
+        best = [float(axis[index]) for axis, index in zip(axes, place, strict=True)]
+        if better := errors[place] < least:
+            least, centre, (e, a, b) = errors[place], best, coefficients[place]
+        if better and any(x in (axis[0], axis[-1]) and low < x < high for x, axis in zip(best, axes, strict=True)):
+            continue  # at its border: the same grid around that
+        if step < FINEST:
+            break
+        reach, step = 2 * step, 4 * step / (FINER_POINTS - 1)
+    alpha, beta = map(math.exp, centre)
     return Law(float(e), float(a * middle_n ** alpha), float(b * middle_d ** beta), alpha, beta)
 
 

@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.schedule import BPSchedule
+from hrm_megatron.planner.flops import steps_by_bp
 from hrm_megatron.planner.layout import Layout, PipelinePlan, check, check_fp8, plan_pipeline
 from hrm_megatron.planner.machines import GPUS, Cluster
 from hrm_megatron.planner.memory import BF16, Memory, Saving, fullest
@@ -39,8 +39,7 @@ class Question:
 
     def steps_by_bp(self) -> dict[int, int]:
         """Count the steps that have so many gradient ticks."""
-        schedule = BPSchedule(*self.bp, self.steps)
-        return dict(Counter(schedule.at(step) for step in range(1, self.steps + 1)))
+        return steps_by_bp(BPSchedule(*self.bp, self.steps))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import argparse
 import contextlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from hrm_megatron.checkpoint.folders import read_run
+from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import DATA_FLAGS, PRESET_VOCAB_SIZE
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model import hrm
@@ -23,10 +25,12 @@ from hrm_megatron.planner.goodput import SAVED_BYTES
 from hrm_megatron.planner.layout import plan_pipeline, stage_parameters
 from hrm_megatron.planner.memory import Memory, Saving, memory_of_stages
 from hrm_megatron.training.arguments import layout_of, microbatches_of
+from hrm_megatron.training.checkpoint import starting_point, starts_new
 from hrm_megatron.training.data import Sources
 from hrm_megatron.training.fsdp import sharded_by_fsdp
 from hrm_megatron.training.layout import describe, gradient_itemsize, layers_of_stages
-from hrm_megatron.training.lora import lora_of, saved_bytes
+from hrm_megatron.training.lora import check_adapters, lora_of, saved_bytes
+from hrm_megatron.training.resume import check_model, check_vocabulary
 from hrm_megatron.training.step import TrainingStep, innermost
 from hrm_megatron.training.summary import describe_model
 from hrm_megatron.transformer_config import architecture_of
@@ -117,10 +121,29 @@ def predicted_memory(args: argparse.Namespace) -> list[Memory]:
                             saving_of(args), plan)
 
 
+def checked_start(args: argparse.Namespace, data: Sources | None) -> Path | None:
+    """Return the iteration that the run would begin from, or None; refuse one that is missing, or of another model.
+
+    Whether the vocabulary is that of the data is told where there are data.
+    """
+    if (folder := starting_point(args)) is None:
+        return None
+    common, theirs = read_run(open_run(folder, args.verify_checkpoint))
+    ours = architecture_of(args, args.vocab_size)
+    check_model(folder, theirs if data else replace(theirs, vocab_size=ours.vocab_size), ours)
+    if data:
+        check_vocabulary(folder, common["args"], args)
+    check_adapters(folder, lora_of(common["args"]), lora_of(args), args.skip_train or starts_new(args, folder))
+    return folder
+
+
 def describe_dry_run(args: argparse.Namespace, data: Sources | None) -> Iterator[str]:
     """Yield all that a dry run has to say; nothing is written."""
+    start = checked_start(args, data)
     yield describe_model(args)
     yield describe(args)
+    if start:
+        yield f"checkpoint: begins from {start}"
     layers, tp = layers_of_stages(args), args.tensor_model_parallel_size
     counts = stage_parameters(architecture_of(args, args.vocab_size), layers)
     last = len(layers) - 1

@@ -8,6 +8,7 @@ from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model_types import HRM, MODEL_TYPES
 from hrm_megatron.planner.match_flops import Recipe, matched_steps, run_flops
 from hrm_megatron.training.data import Sources, first_rows, plan_folder
+from hrm_megatron.training.lora import lora_of
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 from hrm_megatron.transformer_config import architecture_of
 
@@ -26,7 +27,7 @@ def match_flops(args: argparse.Namespace, data: Sources | None) -> list[str]:
                        loss_on_prefix=args.loss_on_prefix)
     hrm = Recipe(PRESETS[preset].architecture(args.vocab_size), (*MODEL_TYPES[HRM].bp_steps, args.bp_warmup_fraction))
     ours = Recipe(architecture_of(args, args.vocab_size),
-                  (args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction))
+                  (args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction), lora_of(args))
     asked, size = args.train_iters, (args.seq_length, args.global_batch_size, *first_rows(first))
     budget = run_flops(hrm, asked, *size)
     args.train_iters = matched_steps(ours, budget, *size)

@@ -2,7 +2,9 @@
 import gzip
 import itertools
 import json
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,16 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
+from hrm_megatron.benchmark import train
 from hrm_megatron.benchmark.conversion import measure as measure_conversion
 from hrm_megatron.benchmark.kernels import breakdown
 from hrm_megatron.benchmark.peak import SHORTEST_ROW, in_the_longest_row_that_fits
 from hrm_megatron.benchmark.record import add_row, output_folder
 from hrm_megatron.benchmark.rows import write_random_examples
-from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.config import Architecture, ConfigError, Preset
 from tests.modes import wrong_modes
 from tests.tools import load_tool
-from tests.training.conftest import fullbatch_arguments  # noqa: F401  # a fixture
+from tests.training.conftest import fullbatch_arguments, native_start, uninterrupted, written  # noqa: F401  # fixtures
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +81,79 @@ def test_flags_of_the_profile_are_not_overridden_in_silence(tmp_path, monkeypatc
     assert capsys.readouterr().err.startswith(f"error: {flag.partition('=')[0]}: this tool gives it, by --output")
 
 
+def saved_at(folder, step):
+    """An iteration whose save came to its end, as far as its names tell."""
+    (folder / f"iter_{step:07d}").mkdir(parents=True)
+    (folder / f"iter_{step:07d}" / "metadata.json").write_text("{}")
+    (folder / f"iter_{step:07d}" / ".metadata").write_text("")
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(step))
+    return folder
+
+
+@pytest.mark.parametrize("began, kept, last", [
+    (None, [], 12), (1, ["--load", "RUN"], 12), (12, ["--load", "RUN"], 23), (4000, ["--load", "RUN"], 4011)])
+def test_a_profile_of_a_run_that_saves_writes_nothing_into_it(tmp_path, monkeypatch, capsys, began, kept, last):
+    tool, run, commands = load_tool("profile_training"), tmp_path / "run", []
+    if began:
+        saved_at(run, began)
+    monkeypatch.setattr(tool, "run_command", lambda command: commands.append([*map(str, command)]) or 0)
+    saving = ["--save", run, "--save-interval=5", "--save-retain-interval", 10, "--most-recent-k", 2, "--no-save-optim",
+              "--async-save", "--use-persistent-ckpt-worker", "--on-loss-spike", "rollback"]
+    monkeypatch.setattr(sys, "argv", ["profile_training.py", "--output", str(tmp_path / "out"), "--", "--lr", "1e-3",
+                                      *map(str, saving), "--eval-tasks", "a", "b", "--load", str(run), "--bf16"])
+    assert tool.main() == 1
+    (command,), said = commands, capsys.readouterr()
+    given = command[command.index("hrm_megatron.pretrain") + 1:command.index("--tensorboard-dir")]
+    assert given == ["--lr", "1e-3", "--eval-tasks", "a", "b", *(str(run) if word == "RUN" else word for word in kept),
+                     "--bf16"]
+    assert f"left out, so that nothing of the run is written: --save {run} --save-interval 5 " in said.out
+    assert f"no trace: the run ended with exit code 0, and iteration {last} was to be its last" in said.err
+    assert command[-6:] == ["--profile-step-start", "10", "--profile-step-end", str(last), "--exit-interval", str(last)]
+
+
+def test_a_profile_of_a_fine_tuning_begins_where_that_began(tmp_path):
+    from hrm_megatron.benchmark.profiled import first_iteration, without_saves
+
+    run, begun_from = saved_at(tmp_path / "run", 12), saved_at(tmp_path / "pretrained", 40)
+    flags = ["--finetune", "--pretrained-checkpoint", str(begun_from)]
+    assert without_saves([*flags, "--load", str(run), "--save", str(run)])[0] == flags and first_iteration(flags) == 0
+    with pytest.raises(ConfigError, match="--load .*none: no checkpoint there"):
+        first_iteration(["--load", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize("words", ["step --pairs 0", "step --layers 0", "gpu --hrm-preset B --steps 0",
+                                   "gpu --sizes 0 32 2", "attention --rows 0 --rounds 2", "attention --rounds 0",
+                                   "host --rows 0", "generate --batches 1 -1", "calibrate --output x --rounds x"])
+def test_counts_are_whole_numbers_from_1(monkeypatch, capsys, words):
+    tool = load_tool("benchmark")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split()])
+    with pytest.raises(SystemExit, match="2"):
+        tool.main()
+    assert re.search(r"error: argument --[a-z]+: \S+ is no whole number from 1$", capsys.readouterr().err.strip())
+
+
+def test_a_profile_has_a_step(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["profile_training.py", "--output", "x", "--steps", "0", "--", "--bf16"])
+    with pytest.raises(SystemExit, match="2"):
+        load_tool("profile_training").main()
+    assert "argument --steps: 0 is no whole number from 1" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_measured_in_is_refused(tmp_path):
+    (tmp_path / "data" / "epoch_0").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="/data exists; give another --output, or remove it"):
+        train.measure(Preset(1, 32, 2), 64, 1, 2, 300, 5, tmp_path)
+
+
+def test_a_run_that_logs_no_speed_of_a_step_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "run_command", lambda *_: 0)
+    (tmp_path / "log").mkdir()
+    with SummaryWriter(str(tmp_path / "log")) as log:
+        log.add_scalar("tokens per second", 7.0, 6)
+    with pytest.raises(ConfigError, match="the run logged no speed of step 7; .* before step 9 or logs less"):
+        train.measure(Preset(1, 32, 2), 64, 1, 2, 300, 5, tmp_path)
+
+
 def test_ticks_that_transformers_does_not_train_are_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     tool = load_tool("benchmark")
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "gpu", "--hrm-preset", "B", "--bp-steps", "2", "--peer",
@@ -86,7 +163,8 @@ def test_ticks_that_transformers_does_not_train_are_refused_before_anything_is_m
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", ["--num-layers", "--bp-max-steps=2", "--model-type", "--h-cycles"])
+@pytest.mark.parametrize("flag", ["--num-layers", "--bp-max-steps=2", "--model-type", "--h-cycles", "--exit-interval",
+                                  "--load=x", "--epochs", "--match-flops-of"])
 def test_a_run_whose_flops_would_be_others_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys, flag):
     tool = load_tool("benchmark")
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "gpu", "--sizes", "1", "32", "2", "--output",
@@ -95,16 +173,31 @@ def test_a_run_whose_flops_would_be_others_is_refused_before_anything_is_measure
     assert f"{flag.partition('=')[0]}: the FLOPs of this run are counted without it" in capsys.readouterr().err
 
 
+def profiled_steps(trace):
+    """Steps of the process that a trace holds."""
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    return sorted({int(event["name"].partition("#")[2]) for event in events
+                   if event.get("name", "").startswith("ProfilerStep#")})
+
+
 @pytest.mark.slow
-def test_a_run_is_profiled(tmp_path, fullbatch_arguments):  # noqa: F811
-    def run(*flags):
-        return subprocess.run([sys.executable, "tools/profile_training.py", "--output", tmp_path / "out", *flags, "--",
-                               *map(str, fullbatch_arguments)], cwd=ROOT, capture_output=True, text=True)
+def test_a_run_is_profiled(tmp_path, fullbatch_arguments, uninterrupted):  # noqa: F811
+    def run(*flags, of=(), output="out"):
+        return subprocess.run([sys.executable, "tools/profile_training.py", "--output", tmp_path / output, *flags, "--",
+                               *map(str, [*fullbatch_arguments, *of])], cwd=ROOT, capture_output=True, text=True)
     done = run("--first-step", "2", "--steps", "1")
     assert done.returncode == 0, done.stderr
     assert "matmuls" in done.stdout and done.stdout.rstrip().endswith("rank-0.json.gz")
     again = run()
     assert again.returncode == 1 and again.stderr.startswith("error: ") and "exists; give another" in again.stderr
+    folder = shutil.copytree(uninterrupted / "checkpoints", tmp_path / "run")
+    before = written(folder)
+    of = ["--load", folder, "--save", folder, "--save-interval", 1, "--ckpt-step", 12]
+    later = run("--first-step", "3", "--steps", "2", of=of, output="later")
+    assert later.returncode == 0, later.stderr
+    assert "left out, so that nothing of the run is written: --save" in later.stdout and "step 16/24" in later.stdout
+    assert "step 17/24" not in later.stdout and written(folder) == before
+    assert profiled_steps(tmp_path / "later" / "torch_profile" / "rank-0.json.gz") == [3, 4]
 
 
 OTHER_PARTS = "# A\n\n## Training on a GPU\n\nHow.\n{}\n## B\n\n| x |\n|---|\n| 1 |\n"

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +55,40 @@ def test_the_best_interval_is_the_best_of_all(hazards):
     if hazards is RARE:
         assert found == pytest.approx(math.sqrt(2 * hazards.stall * hazards.mttf), rel=0.05)
     assert found >= hazards.write  # a save begins when the last is complete
+
+
+def test_saves_come_each_hour_unless_their_stalls_cost_a_hundredth():
+    """Failures of GPUs alone would let a run save at its end only."""
+    assert replace(BEHIND, mttf=1e12).best_interval(1.0) == 3600
+    assert replace(RARE, mttf=1e12, stall=600, write=600).best_interval(1.0) == 600 / 0.01
+
+
+def shares_of(steps: int, hazards: Hazards) -> tuple[list[dict[str, Any]], list[str]]:
+    plan = SimpleNamespace(step=SimpleNamespace(seconds=2.0))
+    saves = compare_saves(plan, SimpleNamespace(steps=steps), hazards)
+    return saves, [*describe(plan, hazards, Measured(), saves)][1:]
+
+
+@pytest.mark.parametrize("hazards", [
+    replace(RARE, mttf=1e-4), replace(RARE, mttf=20), replace(RARE, write=1e9, stall=1)], ids=["never", "no", "save"])
+def test_a_run_that_does_not_get_on_is_not_simulated(hazards, monkeypatch):
+    monkeypatch.setattr(goodput, "simulate", None)
+    saves, lines = shares_of(10 ** 6, hazards)
+    assert all(one["effective"] < 0.01 for one in saves) and len(lines) == 2
+    assert all("no such run gets on" in line and f"a failure every {hazards.mttf:.3g} s, " in line
+               and "raise --gpu-mttf-hours (of one GPU) or lower --save-seconds" in line for line in lines)
+
+
+def test_only_so_many_failures_are_simulated():
+    saves, lines = shares_of(10 ** 15, replace(OFTEN, stall=1))
+    assert len(lines) == 2 and all(0.01 < one["low"] <= one["median"] <= one["high"] for one in saves)
+
+
+def test_a_rare_failure_is_in_the_mean_and_not_in_the_middle():
+    saves, lines = shares_of(1500, replace(RARE, mttf=3e5))
+    assert all(one["effective"] < one["low"] <= one["median"] <= one["high"] for one in saves)
+    assert f"{saves[1]['effective']:.1%} on average, {saves[1]['median']:.1%} in the median of 200 " in lines[1]
+    assert "one save, at the end, a stall of 30.0 s" in lines[1]
 
 
 def test_64_nodes_reach_97_percent_by_two_settings():

@@ -36,6 +36,25 @@ def test_the_law_that_made_the_runs_comes_back(law):
     assert found.loss(1e8, 1e10) == pytest.approx(law.loss(1e8, 1e10), rel=1e-3)
 
 
+def test_random_laws_come_back():
+    """The lowest errors lie in a long and narrow valley, which a grid of one size would leave too early."""
+    rng = random.Random(1)
+    for _ in range(40):
+        alpha, beta = rng.uniform(0.08, 1.2), rng.uniform(0.08, 1.2)
+        law = Law(rng.choice([0, rng.uniform(0.2, 2.5)]), rng.uniform(0.3, 3) * 1e6 ** alpha,
+                  rng.uniform(0.3, 3) * 2e7 ** beta, alpha, beta)
+        found = fit(made_by(law))
+        assert (found.alpha, found.beta) == pytest.approx((alpha, beta), rel=1e-4), law
+
+
+def test_the_smallest_and_largest_sizes_are_fitted():
+    rng = random.Random(3)
+    for low, high in ((-40, -39), (-40, 40), (39, 40)) * 3:
+        n, d = ([10 ** rng.uniform(low, high) for _ in range(3)] for _ in range(2))
+        law = fit([Run(one, other, 10 ** rng.uniform(low, high)) for one in n for other in d])
+        assert all(map(math.isfinite, vars(law).values()))
+
+
 def test_terms_are_never_negative():
     """Loss that rises with the size: there is no such term, and no model is large enough."""
     runs = [Run(n, d, 2 + 1e-7 * n + 30 * d ** -0.3) for n in SIZES for d in TOKENS]
@@ -70,6 +89,8 @@ def test_exponents_that_the_runs_do_not_determine_are_named():
 @pytest.mark.parametrize("row, message", [
     ('{"parameters": 1, "tokens": 2}', ":1: is no run"), ("[1]", ":1: is no run"), ("{", ":1: is no run"),
     ('{"parameters": 1, "tokens": 2, "loss": NaN}', "are numbers above 0"),
+    (f'{{"parameters": 1{"0" * 400}, "tokens": 2, "loss": 3}}', "from 1e-40 to 1e[+]40"),
+    ('{"parameters": 1, "tokens": 2, "loss": 1e-320}', "from 1e-40 to 1e[+]40"),
     ('{"parameters": true, "tokens": 2, "loss": 1}', "are numbers above 0"),
     ('{"parameters": 1, "tokens": 2, "loss": "3"}', "are numbers above 0"),
     ('{"parameters": 1, "tokens": 2, "loss": 3, "held_out": 1}', "held_out is true or false"),
@@ -114,6 +135,7 @@ def test_the_tool_prints_prediction_and_measurement_side_by_side(tmp_path):
     (["--resamples", "-1"], "--resamples -1: give a number of fits"),
     (["--seed", "-1"], "--seed -1: must not be negative"),
     (["--predict", "0", "1e9"], "--predict 0 1e[+]09: parameters and tokens are numbers above 0"),
+    (["--predict", "1e9", "1e300"], "--predict 1e[+]09 1e[+]300: .* from 1e-40 to 1e[+]40"),
     (["--predict", "1e9", "nan"], "--predict 1e[+]09 nan: parameters"),
     (["--png", "law.pdf"], "--png law.pdf: the name of this file must end with .png"),
     ([], "hrm: 2 runs of 1 sizes and 2 numbers of tokens")])

@@ -130,7 +130,7 @@ def test_the_tool_answers_in_text_data_and_a_picture(monkeypatch, capsys, tmp_pa
     assert best["command"] in out and "Times are predictions" in out and "activations by tick: H3 " in out
     assert best["tensor"] * best["pipeline"] * best["context"] * best["data"] == 16
     waiting, behind = found["goodput"]["saves"]
-    assert f"  {waiting['effective']:.1%} (90% of 200" in out and f" with {behind['flags']}, " in out
+    assert f"  {waiting['effective']:.1%} on average, " in out and f" with {behind['flags']}, " in out
     assert f"{len(found['rejected'])} other layouts:" in out and found["times_are"] == "predictions"
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -142,8 +142,8 @@ def test_the_tool_answers_in_text_data_and_a_picture(monkeypatch, capsys, tmp_pa
     (("--sizes", 4, 512, 4, "--gpus", 8), "--tokens-per-step is not set"),
     (("--hrm-preset", "XL", "--gpus", 8, "--seq-length", 4000), "--seq-length 4000: does not divide the 196608"),
     (("--hrm-preset", "32B", "--gpus", 1), "32B fits no layout; give more GPUs"),
-    (("--hrm-preset", "XL", "--gpus", 8, "--tokens", "inf"), "--tokens inf: must be at least 1, and finite"),
-    (("--hrm-preset", "XL", "--gpus", 8, "--tokens", "nan"), "--tokens nan: must be at least 1, and finite"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--tokens", "inf"), "--tokens inf: must be at least 1, and at most"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--tokens", "nan"), "--tokens nan: must be at least 1, and at most"),
     (("--hrm-preset", "XL", "--gpus", 8, "--example", 0, 0), "--example 0 0: a prefix has at least 0 tokens, a resp"),
     (("--hrm-preset", "XL", "--gpus", 8, "--memory-gb", -3), "--memory-gb -3.0: must be above 0"),
     (("--hrm-preset", "XL", "--gpus", 8, "--network-gb", 0), "--network-gb 0.0: must be above 0"),

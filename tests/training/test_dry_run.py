@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import random
+import shutil
 import sys
 
 import pytest
@@ -16,17 +17,19 @@ import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.training import arguments as megatron_arguments  # noqa: E402
 
+from hrm_megatron.checkpoint.folders import find_iteration  # noqa: E402
 from hrm_megatron.config import PRESETS, Architecture, ConfigError  # noqa: E402
 from hrm_megatron.model import hrm  # noqa: E402
 from hrm_megatron.model_types import HRM, MODEL_TYPES  # noqa: E402
 from hrm_megatron.parallel.patching import temporarily  # noqa: E402
 from hrm_megatron.planner.layout import Layout, check, stage_parameters  # noqa: E402
 from hrm_megatron.training.arguments import complete, parse_arguments  # noqa: E402
-from hrm_megatron.training.dry_run import build, describe_dry_run, first_rank_of, saving_of  # noqa: E402
+from hrm_megatron.training.dry_run import build, checked_start, describe_dry_run, first_rank_of, saving_of  # noqa: E402
 from hrm_megatron.training.layout import layers_of_stages  # noqa: E402
 from hrm_megatron.training.own_flags import checked  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
 from tests.conftest import GOLDEN  # noqa: E402
+from tests.training.conftest import written  # noqa: E402
 
 SIZES = dict(num_layers=6, hidden_size=48, num_attention_heads=6, ffn_hidden_size=72)
 WORDS = ["--dry-run", "--lr", "1e-3", "--train-iters", "4", "--seq-length", "96", "--bf16",
@@ -154,6 +157,28 @@ def test_the_largest_preset_on_512_ranks(monkeypatch):
 def test_flags_without_effect_are_refused(monkeypatch, words, says):
     with pytest.raises(ConfigError, match=says):
         parsed(monkeypatch, *words)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--load", "{0}/none"), "--load {0}/none: no checkpoint there"),
+    (("--finetune", "--pretrained-checkpoint", "{0}/none"), "--pretrained-checkpoint {0}/none: no checkpoint there")])
+def test_a_checkpoint_that_is_not_there_is_refused(monkeypatch, tmp_path, flags, says):
+    args = parsed(monkeypatch, *WORDS, "--global-batch-size", 2, *(flag.format(tmp_path) for flag in flags))
+    with pytest.raises(ConfigError, match=f"^{says.format(tmp_path)}"):
+        next(describe_dry_run(args, None))
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_none_is_written_to(monkeypatch, native_start, tmp_path):
+    folder = shutil.copytree(native_start, tmp_path / "start")
+    (folder / "latest_checkpointed_iteration.txt").write_text("")  # which a run would put right
+    before = written(folder)
+    words = ["--load", folder, "--dry-run", "--lr", "1e-3", "--train-iters", 400, "--seq-length", 96,
+             "--num-attention-heads", 4, "--num-layers", 2]
+    args = parsed(monkeypatch, *words, "--hidden-size", 32)
+    assert checked_start(args, None) == folder / find_iteration(native_start).name
+    with pytest.raises(ConfigError, match="its model has hidden_size=32, the command line makes 64"):
+        checked_start(parsed(monkeypatch, *words, "--hidden-size", 64), None)
+    assert written(folder) == before
 
 
 def test_the_program_answers_and_ends(launch, tmp_path):
