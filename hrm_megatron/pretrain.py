@@ -40,7 +40,7 @@ from hrm_megatron.training.curves import install_curves  # noqa: E402
 from hrm_megatron.training.data import count_rows, datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.data_verification import verify_data  # noqa: E402
 from hrm_megatron.training.dry_run import assumed_vocab_size, describe_dry_run, has_data  # noqa: E402
-from hrm_megatron.training.early_stopping import install_early_stopping  # noqa: E402
+from hrm_megatron.training.early_stopping import end_where_stopped, install_early_stopping  # noqa: E402
 from hrm_megatron.training.error_file import OneLineErrors, one_line  # noqa: E402
 from hrm_megatron.training.evaluation import Evaluation, install_evaluation, settle_evaluation  # noqa: E402
 from hrm_megatron.training.finetune import install_finetune  # noqa: E402
@@ -56,7 +56,7 @@ from hrm_megatron.training.params_norm import install_params_norm  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.restarts import check_launch, check_restarts  # noqa: E402
 from hrm_megatron.training.save_lock import SaveLock  # noqa: E402
-from hrm_megatron.training.scalars import flush_scalars  # noqa: E402
+from hrm_megatron.training.scalars import flush_scalars, guard_curves  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.source_losses import find_sources, install_source_losses  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
@@ -96,11 +96,12 @@ def train(console: Console, saves: SaveLock) -> None:
     evaluation = settle_evaluation(args, *data.held_out(), data.why_no_validation(args.split))
     install_eval_tasks = eval_tasks_of(args, evaluation)
     saves.hold(args)
-    start, is_left = check_checkpoint(args)
-    fits = functools.partial(check_fit, args)
+    start, is_left = check_checkpoint(args, evaluation)
+    fits = functools.partial(check_fit, args, evaluation)
     if start and not is_left and not verify_end(args, start, fits):
         return write_report(args)
     set_global_variables(args, build_tokenizer=False)  # rows are ids; it would import transformers, 2 s of a start
+    guard_curves(args)
     for line in (*matched, describe_model(args)):
         log.info(line)
     log.info(describe(args))
@@ -135,6 +136,7 @@ def train(console: Console, saves: SaveLock) -> None:
 
     def ready(train_rows: PackedRows | None) -> None:
         saves.hold(args, make=True)
+        end_where_stopped(args)
         reporter.begin(train_rows)
         step.meter.restart()
 
@@ -142,6 +144,7 @@ def train(console: Console, saves: SaveLock) -> None:
         pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready,
                                                                            sources_by_name),
                  ModelType.encoder_or_decoder, step.forward, build_model)
+        evaluation.note_end(args)
     except SystemExit as early:  # Megatron's way out behind the save for a signal, or an interval to exit at
         if early.code:
             raise

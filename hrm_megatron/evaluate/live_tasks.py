@@ -129,7 +129,8 @@ def install_tasks(args: argparse.Namespace, tasks: LiveTasks, evaluation: Evalua
                                    model: Any, iteration: int, *rest: Any, **options: Any) -> None:
         nonlocal done
         stock(prefix, forward_step_func, data_iterator, model, iteration, *rest, **options)
-        if prefix.endswith(ON_TEST_SET) or iteration == done:  # the last validation repeats that of the last step
+        # The last validation repeats that of the last step.
+        if prefix.endswith(ON_TEST_SET) or iteration == done or evaluation.out_of_time:
             return
         done, began = iteration, time.monotonic()
         with averaged_weights(evaluation.optimizer, model):

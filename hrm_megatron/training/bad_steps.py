@@ -22,17 +22,19 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import training as megatron_training
 
+from hrm_megatron.checkpoint.folders import last_saved_first, read_run
+from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.builder import make_states
 from hrm_megatron.parallel.patching import around
-from hrm_megatron.program import write_aside
 from hrm_megatron.training.error_file import WentBackError
+from hrm_megatron.training.run_files import on_rank_0, write_file
 
 ABORT, SKIP, ROLLBACK = POLICIES = ("abort", "skip", "rollback")
 IGNORE, WARN, _ = SPIKE_POLICIES = ("ignore", "warn", ROLLBACK)
 RECORD = "bad_steps.json"  # beside the checkpoints
 ROLLBACK_AFTER = 3  # steps in a row
-MOST_RETURNS = 3  # to one checkpoint
+MOST_RETURNS = 3  # to one checkpoint, or to others of the same weights
 # Of Megatron's train_step: losses, skipped, save now, end now, exit code, norm of gradients, zeros in them, logit.
 SKIPPED = 1
 NOT_TAKEN: tuple[Any, ...] = {}, 1, False, False, 0, None, None, None
@@ -42,7 +44,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Record:
-    """What a run has gone back from: steps whose rows are left out, and how often it went back to which step."""
+    """What a run has gone back from: steps whose rows are left out, and how often it went back to which step, the last
+    that was taken before the checkpoint."""
 
     steps: list[int] = field(default_factory=list)
     returns: dict[str, int] = field(default_factory=dict)
@@ -60,8 +63,8 @@ class Record:
             raise ConfigError(f"{file}: is no record of bad steps ({error}); remove it to train on all rows") from error
         return cls(steps, returns)
 
-    def write(self, file: Path) -> None:
-        write_aside(file, json.dumps(asdict(self)) + "\n")
+    def write(self, save: str) -> None:
+        write_file(save, RECORD, json.dumps(asdict(self)) + "\n")
 
 
 def check_policy(args: argparse.Namespace) -> None:
@@ -147,23 +150,34 @@ class BadSteps:
         return False, None, None
 
 
+def last_step_taken(common: dict[str, Any]) -> int:
+    """Return the last step before a checkpoint that was taken; steps that were left out since change no weight."""
+    taken = getattr(common["args"], "last_step_taken", None)
+    return int(common["iteration"] if taken is None else taken)
+
+
+def note_return(save: str, steps: list[int]) -> tuple[int, int]:
+    """Write down these steps; return the last that was taken before the checkpoint that a start goes on from, and how
+    often the run went back to it."""
+    record = Record.read(Path(save) / RECORD)
+    saved = last_saved_first(Path(save))
+    taken = last_step_taken(read_run(open_run(Path(save) / saved[0], verify=False))[0]) if saved else 0
+    returns = record.returns.get(str(taken), 0) + 1
+    if returns <= MOST_RETURNS:
+        Record(sorted({*record.steps, *steps}), {**record.returns, str(taken): returns}).write(save)
+    return taken, returns
+
+
 def go_back(args: argparse.Namespace, steps: list[int], why: str) -> NoReturn:
     """Write down these steps in a row and end: a start of the same command goes on from the last checkpoint."""
-    file, start = Path(args.save) / RECORD, str(args.iteration)
-    returns = torch.zeros(1, dtype=torch.int64, device=f"cuda:{torch.cuda.current_device()}")
-    if torch.distributed.get_rank() == 0:
-        record = Record.read(file)
-        returns += record.returns.get(start, 0) + 1
-        if returns <= MOST_RETURNS:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Record(sorted({*record.steps, *steps}), {**record.returns, start: int(returns)}).write(file)
-    torch.distributed.broadcast(returns, 0)  # the file has changed since: one rank tells all
+    taken, returns = on_rank_0(functools.partial(note_return, args.save, steps))
     torch.distributed.barrier()  # a launcher ends all ranks when the first has ended
     what = f"{named(steps)}: {why}, {len(steps)} in a row"
     if returns > MOST_RETURNS:
-        raise ConfigError(f"{what}, and this run has gone back to step {start} {MOST_RETURNS} times: its rows are "
+        raise ConfigError(f"{what}, and this run has gone back to step {taken} {MOST_RETURNS} times: its rows are "
                           "not the reason; look at the data, the rate and the device, or load an older step")
-    raise WentBackError(f"{what}; the same command goes on from the last checkpoint and leaves their rows out ({file})")
+    raise WentBackError(f"{what}; the same command goes on from the last checkpoint and leaves their rows out "
+                        f"({Path(args.save) / RECORD})")
 
 
 def pass_over(data_iterator: Iterator[Any] | list[Iterator[Any]]) -> None:
@@ -181,25 +195,27 @@ def install_bad_steps(args: argparse.Namespace, running_step: Callable[[], int])
     Stock code goes past the evaluation, the save and the end that are due at a step to skip, and a run whose last step
     it is ends without a save. Here it counts as a step that was not taken, behind which all of that comes.
     """
-    args.steps_left_out, args.iterations_to_skip = args.iterations_to_skip, []  # the first is for the checkpoints
+    args.steps_left_out, args.iterations_to_skip = args.iterations_to_skip, []
+    args.last_step_taken = getattr(args, "last_step_taken", 0)  # like the steps left out, for the checkpoints
 
     def train_step(stock: Callable[..., Any], forward_step: Any, data_iterator: Any, model: Any, optimizer: Any,
                    scheduler: Any, *rest: Any, iteration: int, **options: Any) -> Any:
         if iteration + 1 in args.steps_left_out:
             pass_over(data_iterator)
-            args.skipped_train_samples += args.global_batch_size
             log.info(f"step {iteration + 1}: left out, its rows are passed over")
             done = NOT_TAKEN
         else:
             done = stock(forward_step, data_iterator, model, optimizer, scheduler, *rest, iteration=iteration,
                          **options)
         if done[SKIPPED]:  # what the optimizer's step would have done besides
+            args.skipped_train_samples += args.global_batch_size
             make_states(optimizer)
             scheduler.step(0)
+        else:
+            args.last_step_taken = iteration + 1
         return done
 
-    if args.steps_left_out or args.on_nonfinite != ABORT:
-        megatron_training.train_step = around(megatron_training.train_step, train_step)
+    megatron_training.train_step = around(megatron_training.train_step, train_step)
     if args.on_nonfinite == ABORT:
         return None
     return BadSteps(args, running_step)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import functools
 import logging
 import os
@@ -36,10 +35,11 @@ from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
-from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.parallel.patching import around, temporarily
 from hrm_megatron.program import followed, write_aside
+from hrm_megatron.training.bad_steps import last_step_taken
 from hrm_megatron.training.early_stopping import delete_older, stopped_early
-from hrm_megatron.training.error_file import RestartableError
+from hrm_megatron.training.evaluation import Evaluation
 from hrm_megatron.training.finetune import choose_source, go_on
 from hrm_megatron.training.lora import check_adapters, lora_of, saved_bytes
 from hrm_megatron.training.loss_spikes import take_losses
@@ -53,14 +53,12 @@ from hrm_megatron.training.resume import (
     settle_length,
     settle_schedule,
 )
+from hrm_megatron.training.run_files import unwritten
 from hrm_megatron.training.verification import check_verification_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
 
 log = logging.getLogger(__name__)
 
-RESERVE_BYTES = 1 << 20
-NO_SPACE = "no space left on the disk"
-LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # a start would fail as this one did
 FOREIGN_FORMATS = {"config.json": "hf", "all_config.yaml": "native"}  # by a file of theirs
 
 
@@ -83,8 +81,10 @@ def starting_point(args: argparse.Namespace) -> Path | None:
                 if not complete or (isinstance(error, DamagedError) and not args.load_newest_valid):
                     raise
                 log.info(f"checkpoint: {error}; going on from {complete[0]}, the latest that is complete")
-                write_aside(tracker, str(int(complete[0].removeprefix("iter_"))))
-                return find_iteration(load)
+                step = int(complete[0].removeprefix("iter_"))
+                if not args.dry_run:  # which writes nothing
+                    write_aside(tracker, str(step))
+                return find_iteration(load, step)
         if form := _foreign_format(Path(load)):
             converted = f"{Path(load)}_megatron"
             command = shlex.join(["python", "tools/convert_checkpoint.py", "--load", load, "--load-format", form,
@@ -107,7 +107,7 @@ def _foreign_format(folder: Path) -> str | None:
     return next((form for file, form in FOREIGN_FORMATS.items() if (folder / file).is_file()), None)
 
 
-def check_checkpoint(args: argparse.Namespace) -> tuple[Path | None, bool]:
+def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[Path | None, bool]:
     """Refuse to train where nothing could be saved, and to go on from a checkpoint that does not fit the run.
 
     Returns the iteration to go on from, or None, and whether there is anything left to do. The iteration may still be
@@ -127,7 +127,7 @@ def check_checkpoint(args: argparse.Namespace) -> tuple[Path | None, bool]:
         raise ConfigError("--skip-train: no checkpoint to evaluate; give one with --load")
     if folder is not None:
         try:
-            if not check_fit(args, folder):
+            if not check_fit(args, evaluation, folder):
                 return folder, False
         except DamagedError:
             if not args.verify_checkpoint:
@@ -137,10 +137,11 @@ def check_checkpoint(args: argparse.Namespace) -> tuple[Path | None, bool]:
     return folder, True
 
 
-def check_fit(args: argparse.Namespace, folder: Path) -> bool:
+def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path) -> bool:
     """Refuse an iteration that is not of the model and of the format that the command line asks for.
 
-    Settles which schedule the run follows from there. Returns whether there is anything left to do.
+    Settles which schedule the run follows from there. Returns whether there is anything left to do: steps, or the
+    evaluations with which a run ends.
     """
     ours = architecture_of(args, args.vocab_size)
     stored = open_run(folder, args.verify_checkpoint)
@@ -166,10 +167,18 @@ def check_fit(args: argparse.Namespace, folder: Path) -> bool:
         go_on(args, folder, common["args"])
     iteration = int(common["iteration"])
     settle_length(args, common["args"], iteration)
-    if done := nothing_left(iteration, args.train_iters) or stopped_early(args, iteration):
-        log.info(f"checkpoint: {folder}: {done}")
-        return False
+    args.last_step_taken = last_step_taken(common)
     converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
+    finished = nothing_left(iteration, args.train_iters)
+    stopped = None if finished else stopped_early(args, iteration)
+    if done := finished or stopped:
+        of_this_run = bool(args.save) and folder.parent.resolve() == Path(args.save).resolve() and not converted
+        ended = stopped or iteration == args.train_iters == common["args"].train_iters
+        if not (of_this_run and ended and evaluation.is_left(args.save, iteration, bool(stopped))):
+            log.info(f"checkpoint: {folder}: {done}")
+            return False
+        log.info(f"checkpoint: {folder}: iteration {iteration} of {args.train_iters} is done"
+                 f"{', where the run was stopped early' if stopped else ''}; its last evaluation is made up")
     if not converted:
         check_plan(folder, common["args"], args)
     if args.no_load_optim:
@@ -200,7 +209,8 @@ def starts_new(args: argparse.Namespace, folder: Path) -> bool:
 def guard_saves(args: argparse.Namespace) -> None:
     """Let Megatron's loop save through functions that keep a half-written iteration from looking whole.
 
-    A save in the background fails when its end is waited for.
+    A save in the background fails when its end is waited for. An iteration that is saved is not saved once more, as
+    behind Megatron's loop: that would begin by breaking it.
     """
     end_helpers_with_their_rank(args.async_save)
     stock: Callable[..., None] = megatron_training.save_checkpoint
@@ -228,12 +238,10 @@ def guard_saves(args: argparse.Namespace) -> None:
         stock_schedule(request)
 
     def refuse(iteration: int, error: OSError | CheckpointException) -> ConfigError:
-        reason = _reason(error, Path(args.save))
-        lasts = reason == NO_SPACE or (isinstance(error, OSError) and error.errno in LASTING)
+        refusal = unwritten(args.save, f"iteration {iteration}", error,
+                            f" with --load {args.save}{listed(Path(args.save))}")
         shutil.rmtree(Path(args.save) / f"iter_{iteration:07d}", ignore_errors=True)  # give its space back
-        kind = ConfigError if lasts else RestartableError
-        return kind(f"--save {args.save}: cannot write iteration {iteration} ({reason}); mend that and start again "
-                    f"with --load {args.save}{listed(Path(args.save))}")
+        return refusal
 
     @functools.wraps(stock)
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> None:
@@ -263,18 +271,13 @@ def guard_saves(args: argparse.Namespace) -> None:
             whole = set(complete_iterations(Path(args.save)))
             raise refuse(next((i for i in begun if f"iter_{i:07d}" not in whole), begun[-1]), error) from error
 
+    def save_once(stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
+        if iteration not in (args.iteration, *begun[-1:]):  # the first: from which the run goes on
+            stock(iteration, *rest, **options)
+
+    megatron_training.save_checkpoint_and_time = around(megatron_training.save_checkpoint_and_time, save_once)
     megatron_training.save_checkpoint = save_checkpoint
     megatron_training.maybe_finalize_async_save = maybe_finalize_async_save
-
-
-def _reason(error: Exception | CheckpointException, save: Path) -> str:
-    """Say why a save failed; Megatron's writer hands on no more than the class of what happened to it."""
-    if shutil.disk_usage(save).free < RESERVE_BYTES:
-        return NO_SPACE
-    if isinstance(error, CheckpointException):
-        causes = [str(cause[0]) for cause in error.failures.values()]
-        return f"see the lines above; {causes[0]}" if causes else "another rank could not"
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _check_space(args: argparse.Namespace, architecture: Architecture) -> None:

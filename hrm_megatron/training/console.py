@@ -184,8 +184,15 @@ class Console(contextlib.AbstractContextManager["Console"]):
             try:
                 print(line, file=self.log, flush=True)
             except OSError as error:
-                self.log = None
+                self._close_log()
                 self.line(f"{self._who}warning: {self.folder}: no more of Megatron's log here ({error.strerror})")
+
+    def _close_log(self) -> None:
+        """Write no more of Megatron's log: closing it writes once more what a full disk has not taken."""
+        stream, self.log = self.log, None
+        if stream:
+            with contextlib.suppress(OSError):
+                stream.close()
 
     def _open_files(self, arguments: dict[str, object]) -> None:
         self.begun = True
@@ -193,8 +200,8 @@ class Console(contextlib.AbstractContextManager["Console"]):
             if self.folder and (self.first or self.last):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if not self.verbose:
-                    self.log = self.restore.enter_context(
-                        open(self.folder / LOG_FILE.format(self.rank), "a", encoding="utf-8"))  # noqa: SIM115
+                    self.log = open(self.folder / LOG_FILE.format(self.rank), "a", encoding="utf-8")  # noqa: SIM115
+                    self.restore.callback(self._close_log)
             if self.folder and self.first and arguments:
                 write_aside(self.folder / ARGUMENTS_FILE, "".join(
                     f"{name} {'.' * (48 - len(name))} {value}\n" for name, value in sorted(arguments.items())))

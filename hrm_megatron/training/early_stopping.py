@@ -21,9 +21,9 @@ from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.retention import delete, expendable
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.patching import around
-from hrm_megatron.program import write_aside
 from hrm_megatron.training.evaluation import EMA, ON_TEST_SET, RAW
 from hrm_megatron.training.resume import digest_of_data
+from hrm_megatron.training.run_files import on_rank_0, write_file
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +66,11 @@ class Record:
         return cls(weights, data, {i: value for i, value in evaluations.items() if i <= until},
                    stopped if stopped == until else None)
 
-    def write(self, save: Path) -> None:
+    def write(self, save: str) -> None:
         best = self.best
         found = {"measure": f"{MEASURE} of the validation set", "weights": self.weights, "best_iteration": best,
                  "data": self.data, "evaluations": self.evaluations, "stopped": self.stopped}
-        write_aside(save / RECORD_FILE, json.dumps(found, indent=2) + "\n")
+        write_file(save, RECORD_FILE, json.dumps(found, indent=2) + "\n")
 
     @property
     def best(self) -> int | None:
@@ -98,6 +98,12 @@ def stopped_early(args: argparse.Namespace, iteration: int) -> str | None:
     return f"stopped early at iteration {iteration}, nothing to train; {record.describe_best(args.save)}"
 
 
+def end_where_stopped(args: argparse.Namespace) -> None:
+    """Let a run that goes on from where it was stopped early make no step."""
+    if stopped_early(args, args.iteration):
+        args.train_iters = args.iteration
+
+
 def delete_older(args: argparse.Namespace, latest: int) -> None:
     """Delete what --most-recent-k and --save-retain-interval leave out, now that `latest` is saved; on one rank."""
     if not (args.most_recent_k or args.save_retain_interval):
@@ -122,6 +128,9 @@ def install_early_stopping(args: argparse.Namespace, validates: bool) -> None:
         raise ConfigError(f"{flag}: there is nothing to validate on; give --valid-data-path PREFIX, or a --split")
     refuse_beside(flag, {"--async-save": args.async_save, "--skip-train": args.skip_train})
     Record.read(args, 0)  # refused now, not at the first evaluation
+    former = Path(args.load or args.save) / RECORD_FILE
+    if former.parent != Path(args.save) and former.exists():
+        log.info(f"early stopping: counts the evaluations in {args.save} alone; those before are in {former}")
     stopping = EarlyStopping(args)
     megatron_training.evaluate = around(megatron_training.evaluate, stopping.evaluate)
     megatron_training.evaluate_and_print_results = around(megatron_training.evaluate_and_print_results,
@@ -135,7 +144,7 @@ class EarlyStopping:
     """Wrappers of Megatron's functions; each takes the function that it wraps first."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.save = args, Path(args.save)
+        self.args = args
         self.measured = math.nan
         self.out_of_time = False
         self.saved = 0
@@ -155,6 +164,8 @@ class EarlyStopping:
 
     def evaluate_and_print_results(self, stock: Callable[..., None], prefix: str, forward_step_func: Any,
                                    data_iterator: Any, model: Any, iteration: int, *rest: Any, **options: Any) -> None:
+        if prefix.endswith(ON_VALIDATION_SET) and iteration == self.record.stopped:
+            return  # this is the validation that it was stopped by
         stock(prefix, forward_step_func, data_iterator, model, iteration, *rest, **options)
         if prefix.endswith(ON_TEST_SET) or self.out_of_time:  # by --exit-duration-in-mins, on all ranks alike
             return
@@ -179,9 +190,7 @@ class EarlyStopping:
         self.record.stopped = iteration if tired else None
         self.write()  # before it is saved: a start that goes on from there knows
         ends = stock(model, optimizer, scheduler, iteration, *rest)
-        if iteration == self.args.train_iters and not (ends or tired):
-            return ends  # Megatron saves it behind its loop, and a second time would put the first at stake
-        if (tired or self.record.best == iteration) and self.saved != iteration:
+        if tired or self.record.best == iteration:
             flops, context, rows = rest
             megatron_training.save_checkpoint_and_time(iteration, model, optimizer, scheduler, flops, context,
                                                        train_data_iterator=rows)
@@ -189,15 +198,16 @@ class EarlyStopping:
         if tired:
             log.info(f"early stopping: {self.args.early_stopping} evaluations without a better one, stopped at step "
                      f"{iteration}; {self.record.describe_best(self.args.save)}")
-        return ends or tired
+            self.args.train_iters = iteration  # ends Megatron's loop, behind which the test comes
+        return ends
 
     def keep(self, iteration: int) -> None:
         """Write down what was measured; the best iteration of before may go where others do."""
         former, self.kept = self.kept, self.record.best
         self.write()
-        if former != self.kept and self.saved and not torch.distributed.get_rank():
-            delete_older(self.args, self.saved)
+        latest = self.saved or self.args.iteration
+        if former != self.kept and latest and not torch.distributed.get_rank():
+            delete_older(self.args, latest)
 
     def write(self) -> None:
-        if not torch.distributed.get_rank():
-            self.record.write(self.save)
+        on_rank_0(functools.partial(self.record.write, self.args.save))

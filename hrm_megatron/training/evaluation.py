@@ -2,25 +2,30 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron.training import training as megatron_training
-from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+from megatron.training.global_vars import get_tensorboard_writer, get_timers, get_wandb_writer
 from megatron.training.utils import is_last_rank
 
 from hrm_megatron.config import ConfigError, round_up
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.optim.averaged_weights import averaged_weights
+from hrm_megatron.parallel.patching import around
+from hrm_megatron.program import write_aside
 
 log = logging.getLogger(__name__)
 
 # How Megatron's loop calls its last evaluation (training.py, pretrain).
 ON_TEST_SET = "on test set"
 RAW, EMA, BOTH = EVAL_WEIGHTS = ("raw", "ema", "both")
+EVALUATED = "evaluated.json"  # beside the checkpoints
 OF_EMA = " EMA"  # behind the name of a part whose results are those of the EMA
 
 
@@ -28,7 +33,8 @@ OF_EMA = " EMA"  # behind the name of a part whose results are those of the EMA
 class Evaluation:
     """Which of the held-out parts have examples; `whole`: an evaluation reads all rows of its part, each once.
 
-    `suffix` names the weights that are being evaluated: nothing, or OF_EMA.
+    `suffix` names the weights that are being evaluated: nothing, or OF_EMA. `out_of_time`: --exit-duration-in-mins came
+    in an evaluation, behind which the run ends.
     """
 
     validates: bool
@@ -37,6 +43,7 @@ class Evaluation:
     test_iters: int
     weights: str = RAW
     suffix: str = field(default="", init=False)
+    out_of_time: bool = field(default=False, init=False)
     optimizer: Any = field(default=None, init=False)  # known once the loop has built it
 
     def use(self, optimizer: Any) -> None:
@@ -47,6 +54,27 @@ class Evaluation:
     def passes(self) -> int:
         """How often an evaluation reads its rows."""
         return 2 if self.weights == BOTH else 1
+
+    def is_left(self, save: str, iteration: int, stopped_early: bool) -> bool:
+        """Tell whether the run in `save`, which has come to its end, has not seen the end of its last evaluations.
+
+        One that was stopped early has validated there.
+        """
+        try:
+            evaluated = json.loads((Path(save) / EVALUATED).read_text(encoding="utf-8"))["iteration"]
+        except (OSError, ValueError, TypeError, KeyError):
+            evaluated = None
+        return (self.tests or (self.validates and not stopped_early)) and evaluated != iteration
+
+    def note_end(self, args: argparse.Namespace) -> None:
+        """Write down that a run which has come to its end has been evaluated there; nothing is lost if that fails."""
+        if args.rank or args.skip_train or not args.save or self.out_of_time or not (self.validates or self.tests):
+            return
+        try:
+            write_aside(Path(args.save) / EVALUATED, json.dumps({"iteration": args.train_iters}) + "\n")
+        except OSError as error:
+            log.warning(f"--save {args.save}: cannot write {EVALUATED} ({error.strerror}); the same command would "
+                        "evaluate this run once more")
 
     def cover(self, dataset: PackedRows, rows_per_iteration: int) -> int:
         """Return the iterations that read all rows of a part once; empty rows fill up the last one."""
@@ -97,6 +125,12 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
     """Let the loop evaluate the parts that are there, and log a test as a test."""
     validate: Callable[..., None] = megatron_training.evaluate_and_print_results
 
+    def in_time(stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
+        found = *_, evaluation.out_of_time = stock(*rest, **options)
+        if evaluation.out_of_time:
+            get_timers()("evaluate").stop()  # stock code leaves it running, and the next one could not start it
+        return found
+
     def evaluate_and_print_results(prefix: str, forward_step_func: Any, data_iterator: Any, model: Any, iteration: int,
                                    process_non_loss_data_func: Any, config: Any, verbose: bool = False,
                                    write_to_tensorboard: bool = True, non_loss_data_func: Any = None,
@@ -111,7 +145,7 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
             return not out_of_time
 
         tests = prefix.endswith(ON_TEST_SET)
-        if not (tests or evaluation.validates):
+        if evaluation.out_of_time or not (tests or evaluation.validates):
             return
         part, iters = ("test", evaluation.test_iters) if tests else ("validation", args.eval_iters)
         before = args.consumed_valid_samples
@@ -121,7 +155,7 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
                          verbose, write_to_tensorboard, non_loss_data_func, **groups)
             elif not evaluate(part, iters):
                 return
-        if evaluation.weights != RAW:
+        if evaluation.weights != RAW and not evaluation.out_of_time:
             evaluation.suffix = OF_EMA
             with averaged_weights(evaluation.optimizer, model):
                 evaluate(part + OF_EMA, iters)
@@ -129,6 +163,7 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
         if not tests and args.consumed_valid_samples - before < iters * args.eval_global_batch_size * evaluation.passes:
             args.consumed_valid_samples = before  # out of time: the run ends, and the next start reads all rows of one
 
+    megatron_training.evaluate = around(megatron_training.evaluate, in_time)
     megatron_training.evaluate_and_print_results = evaluate_and_print_results
 
 

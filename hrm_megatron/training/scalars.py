@@ -2,8 +2,34 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Callable
+from typing import Any
 
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+from hrm_megatron.parallel.patching import around
+
+log = logging.getLogger(__name__)
+
+
+def guard_curves(args: argparse.Namespace) -> None:
+    """Let curves that cannot be written, as on a full disk, cost a warning and not the run."""
+    if not (writer := get_tensorboard_writer()):
+        return
+    events = writer.file_writer.event_writer  # behind every method of the writer, Megatron's calls too
+    stopped = False
+
+    def guarded(stock: Callable[..., None], *rest: Any) -> None:
+        nonlocal stopped
+        try:
+            if not stopped:
+                stock(*rest)
+        except OSError as error:
+            stopped = True
+            log.warning(f"--tensorboard-dir {args.tensorboard_dir}: no more curves there ({error.strerror or error})")
+    for name in ("add_event", "flush", "close"):
+        setattr(events, name, around(getattr(events, name), guarded))
 
 
 def writes(args: argparse.Namespace, step: int) -> bool:

@@ -11,6 +11,7 @@ from hrm_megatron.training.bad_steps import MOST_RETURNS, RECORD, Record
 from tests.training.conftest import scalars
 from tests.training.test_resume import tensors_that_differ
 
+ROWS = 8  # in a step
 # On one rank alone, in these steps: the others must leave them out too.
 POISON = """
 import os
@@ -64,6 +65,7 @@ def test_a_step_that_is_not_taken_is_one_that_never_was(train, tmp_path, ranks, 
     assert left_out.code == 0, left_out.output[-3000:]
     ends = [end_of(tmp_path / name / "checkpoints") for name in "ab"]
     assert ends[0].name == ends[1].name == "iter_0000008" and not tensors_that_differ(*ends)
+    assert [read_run(DCPFolder(end))[0]["args"].skipped_train_samples for end in ends] == [len(bad) * ROWS] * 2
     losses = [scalars(tmp_path / name / "log") for name in "ab"]
     assert set(losses[0]) == set(range(1, 9)) and losses[1] == {step: losses[0][step] for step in (2, 3, 5, 6, 8)}
     said = [line for line in skipped.output.splitlines() if "not taken" in line]
@@ -119,7 +121,7 @@ def test_a_run_goes_back_and_leaves_the_rows_out(train, tmp_path, native_start):
     assert first.code == 2 and first.errors == [
         f"error: steps 5, 6: gradients are not finite, 2 in a row; the same command goes on from the last checkpoint "
         f"and leaves their rows out ({folder / RECORD})"]
-    assert json.loads((folder / RECORD).read_text()) == dict(steps=[5, 6], returns={"2": 1})
+    assert json.loads((folder / RECORD).read_text()) == dict(steps=[5, 6], returns={"4": 1})
     assert end_of(folder).name == "iter_0000004"
     second = train(tmp_path, *flags, load=folder, prelude=poison(3, 5, 6))
     assert second.code == 0, second.output
@@ -132,10 +134,33 @@ def test_a_run_goes_back_and_leaves_the_rows_out(train, tmp_path, native_start):
 def test_a_run_does_not_go_back_for_ever(train, tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    Record([90], {"0": MOST_RETURNS}).write(folder / RECORD)
+    Record([90], {"0": MOST_RETURNS}).write(folder)
     run = train(tmp_path, "--on-nonfinite", "rollback", "--rollback-after", 1, load=folder, prelude=poison(3))
     assert run.code == 2 and "this run has gone back to step 0 3 times: its rows are not the reason" in run.errors[0]
     assert Record.read(folder / RECORD) == Record([90], {"0": MOST_RETURNS})
+
+
+def test_returns_are_counted_by_the_checkpoint_gone_back_to(train, tmp_path):
+    """Not by the step at which the process that goes back has started."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    Record([90], {"0": MOST_RETURNS}).write(folder)
+    run = train(tmp_path, "--save-interval", 4, "--on-nonfinite", "rollback", "--rollback-after", 2, load=folder,
+                prelude=poison(5, 6))
+    assert run.code == 2 and "the same command goes on from the last checkpoint" in run.errors[0], run.output[-3000:]
+    assert Record.read(folder / RECORD) == Record([5, 6, 90], {"0": MOST_RETURNS, "4": 1})
+
+
+def test_a_checkpoint_behind_steps_that_were_left_out_is_no_new_one(train, tmp_path):
+    folder = tmp_path / "checkpoints"
+    flags = "--save-interval", 1, "--on-nonfinite", "rollback", "--rollback-after", 1
+    folder.mkdir()
+    Record([3, 4, 5], {"2": MOST_RETURNS}).write(folder)
+    first = train(tmp_path, *flags, "--exit-interval", 4, load=folder)
+    assert first.code == 0, first.output[-3000:]
+    run = train(tmp_path, *flags, load=folder, prelude=poison(6))
+    assert end_of(folder).name == "iter_0000005"
+    assert run.code == 2 and "this run has gone back to step 2 3 times: its rows are not the" in run.errors[0]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"steps": ["a"], "returns": {}}', '{"steps": [], "returns": []}'])

@@ -65,6 +65,9 @@ def test_it_stops_and_a_resumed_run_stops_where_the_other_did(train, tmp_path):
 
     train(halves, "--exit-interval", 6)
     assert record(halves) == (4, None, {i: VALUES[i] for i in (2, 4, 6)})
+    elsewhere = train(tmp_path / "b", "--load", halves, "--exit-interval", 8)
+    assert f"counts the evaluations in {tmp_path / 'b'} alone; those before are in {halves / RECORD_FILE}" in elsewhere
+    assert record(tmp_path / "b") == (8, None, {8: VALUES[8]})
     train(halves)
     assert record(halves) == record(whole)
     assert not tensors_that_differ(find_iteration(halves), find_iteration(whole))
@@ -163,7 +166,7 @@ def test_what_was_measured_behind_the_iteration_that_is_resumed_does_not_count(t
 
 @pytest.mark.parametrize("before, now", [("raw", "ema"), ("raw", "both"), ("ema", "raw"), ("both", "raw")])
 def test_accuracies_of_other_weights_are_not_compared(tmp_path, before, now):
-    args = argparse.Namespace(early_stopping=2, save=str(tmp_path), async_save=False, skip_train=False,
+    args = argparse.Namespace(early_stopping=2, save=str(tmp_path), load=None, async_save=False, skip_train=False,
                               eval_weights=before)
     measured = Record.read(args, 0)
     measured.evaluations[1] = 0.5
@@ -182,7 +185,7 @@ def test_accuracies_of_other_weights_are_not_compared(tmp_path, before, now):
 ])
 def test_what_makes_no_sense_is_one_line(changes, validates, said):
     args = argparse.Namespace(**dict(
-        early_stopping=2, save="runs/a", async_save=False, skip_train=False, eval_weights="raw") | changes)
+        early_stopping=2, save="runs/a", load=None, async_save=False, skip_train=False, eval_weights="raw") | changes)
     with pytest.raises(ConfigError, match=said):
         install_early_stopping(args, validates)
     assert stopped_early(args, 10) is None

@@ -80,7 +80,7 @@ def test_a_run_goes_back_and_leaves_the_rows_of_spikes_out(launch, fullbatch_arg
         f"error: steps 7, 8: the loss is a spike, 2 in a row; the same command goes on from the last checkpoint and "
         f"leaves their rows out ({folder / RECORD})"], first.output
     assert sum("is a spike: above" in line for line in first.output.splitlines()) == 3
-    assert json.loads((folder / RECORD).read_text()) == dict(steps=[7, 8], returns={"2": 1})
+    assert json.loads((folder / RECORD).read_text()) == dict(steps=[7, 8], returns={"6": 1})
     assert find_iteration(folder).name == "iter_0000006"
     second = launch(*arguments, *spiky, "--exit-interval", 10, ranks=ranks, prelude=injected)
     assert second.code == 0, second.output
