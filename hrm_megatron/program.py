@@ -7,6 +7,7 @@ import glob
 import io
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from hrm_megatron.config import ConfigError
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What CUDA says where it has no memory for a context, and cuBLAS for its workspace.
+CUDA_IS_FULL = re.compile("CUDA error: (out of memory|CUBLAS_STATUS_ALLOC_FAILED)")
 
 _held_blocks = 0
 _waiting: int | None = None  # the signal that came in a held block
@@ -73,7 +76,7 @@ def listening() -> Iterator[None]:
 def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] = ()) -> int:
     """Do `work` and return the exit status of the program: bad input is one line on stderr and status 1.
 
-    `refusals` are more kinds of errors whose message is for the user.
+    `refusals` are more kinds of errors whose message is for the user. So is a full GPU.
     """
     expected: tuple[type[Exception], ...] = (ConfigError, OSError, *refusals)
     if isinstance(sys.stdout, io.TextIOWrapper):  # it spells out what the terminal has no characters for
@@ -90,10 +93,20 @@ def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] =
         _give_up_output()
         return 128 + signal.SIGPIPE
     except expected as error:
-        print(f"error: {error}", file=sys.stderr)
-        _give_up_output()
-        return 1
+        return _refused(str(error))
+    except RuntimeError as error:
+        line = str(error).partition("\n")[0]
+        # By its name, as most of our programs import no torch; outside of torch's allocator it is any RuntimeError.
+        if type(error).__name__ != "OutOfMemoryError" and not CUDA_IS_FULL.search(line):
+            raise
+        return _refused(f"GPU memory is full ({line}); free it, or hide the GPU: CUDA_VISIBLE_DEVICES=")
     return 0
+
+
+def _refused(line: str) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    _give_up_output()
+    return 1
 
 
 def _give_up_output() -> None:

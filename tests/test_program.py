@@ -118,6 +118,18 @@ def test_a_refusal_ends_so_too_where_nobody_reads_what_was_said_before():
     assert (done.returncode, done.stderr) == (1, "error: x=1: choose 2\n")
 
 
+@pytest.mark.parametrize("error, code, said", [
+    ("torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.\\nMore')", 1,
+     "error: GPU memory is full (CUDA out of memory. Tried to allocate 2 GiB.); free it, or hide the GPU: CUDA_VISIBLE_"
+     "DEVICES=\n"),
+    ("RuntimeError('CUDA error: out of memory\\nCUDA kernel errors might')", 1, "error: GPU memory is full (CUDA err"),
+    ("RuntimeError('shape')", 1, "Traceback"),
+])
+def test_a_full_gpu_is_one_line(error, code, said):
+    done = run(f"{LISTEN}import sys, torch\ndef fill(): raise {error}\nsys.exit(one_line(fill))")
+    assert done.returncode == code and done.stderr.startswith(said), done.stderr
+
+
 def test_a_terminal_without_a_character_gets_it_spelled_out():
     done = run("from hrm_megatron.program import one_line\nimport sys\nsys.stdout.reconfigure(encoding='ascii')\n"
                "sys.exit(one_line(lambda: print('7', chr(0x2588), chr(0xdcff))))")

@@ -157,9 +157,14 @@ KERNELS: dict[str, type[PrefixLMAttention]] = {
     "cpu": CpuAttention, "dense": DenseAttention}
 
 
+def kernel_of(kernel: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Return the name in KERNELS for `--attention-kernel`, queries of `dtype` and heads of `head_dim` here."""
+    return _choose(kernel, dtype, head_dim)[0]
+
+
 def core_attention(kernel: str, dtype: torch.dtype, head_dim: int) -> type[PrefixLMAttention]:
-    """Return the class for `--attention-kernel`, queries of `dtype` and heads of `head_dim` on this machine."""
-    return KERNELS[_choose(kernel, dtype, head_dim)[0]]
+    """Return the class that `kernel_of` names."""
+    return KERNELS[kernel_of(kernel, dtype, head_dim)]
 
 
 def explain_kernel(kernel: str, dtype: torch.dtype, head_dim: int) -> str:

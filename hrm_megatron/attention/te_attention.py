@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,15 +16,31 @@ from hrm_megatron.attention.varlen import VarlenCall
 from hrm_megatron.config import ConfigError
 
 MASKS = {False: "padding", True: "padding_causal_bottom_right"}
+BACKENDS = ("flash", "fused", "unfused")
+SAYS_WHY = "for this run (NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says why)"
+NO_BACKEND = "No dot product attention backend is available"  # begins its ValueError (DotProductAttention.forward)
+
+
+def check_backend(kernel: str, backend: AttnBackend) -> None:
+    """Refuse an --attention-backend that is without effect on `kernel`, or other than what is exported."""
+    if kernel != "te":
+        if backend != AttnBackend.auto:
+            raise ConfigError(f"--attention-backend {backend.name}: chooses within --attention-kernel te, and this run "
+                              f"takes {kernel}; give that too, or leave it out")
+        return
+    for one in BACKENDS:  # where Megatron has an assertion (LanguageModule._set_attention_backend)
+        name, wanted = f"NVTE_{one.upper()}_ATTN", str(int(backend.name in ("auto", one)))
+        if (value := os.environ.get(name, wanted)) != wanted:
+            raise ConfigError(f"{name}={value} is exported, and --attention-backend {backend.name} makes it {wanted}; "
+                              f"unset it, and choose by --attention-backend {', '.join(BACKENDS)}")
 
 
 class NoFusedKernel(torch.nn.Module):
     """Stands where Transformer Engine keeps its slow path, which holds the scores of whole sequences in memory."""
 
     def forward(self, *_: Any, **__: Any) -> torch.Tensor:
-        raise ConfigError("--attention-kernel te: Transformer Engine finds no fused kernel for this run (NVTE_DEBUG=1 "
-                          "NVTE_DEBUG_LEVEL=2 says why); give --attention-kernel varlen, or --attention-backend "
-                          "unfused for its slow path")
+        raise ConfigError(f"--attention-kernel te: Transformer Engine finds no fused kernel {SAYS_WHY}; give "
+                          "--attention-kernel varlen, or --attention-backend unfused for its slow path")
 
 
 class TransformerEngineVarlen:
@@ -44,15 +61,23 @@ class TransformerEngineVarlen:
         if config.attention_backend != AttnBackend.unfused:
             for module in self.modules.values():
                 module.unfused_attention = NoFusedKernel()
+        self.backend = config.attention_backend
         self.region = _without_fp8() if config.fp8 else contextlib.nullcontext
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: VarlenCall,
                  scale: float | None) -> torch.Tensor:
         """Run one call; the modules know the scale."""
-        with self.region():
-            out: torch.Tensor = self.modules[call.causal](
-                q, k, v, cu_seqlens_q=call.cu_queries, cu_seqlens_kv=call.cu_keys, max_seqlen_q=call.max_queries,
-                max_seqlen_kv=call.max_keys)
+        try:
+            with self.region():
+                out: torch.Tensor = self.modules[call.causal](
+                    q, k, v, cu_seqlens_q=call.cu_queries, cu_seqlens_kv=call.cu_keys, max_seqlen_q=call.max_queries,
+                    max_seqlen_kv=call.max_keys)
+        except ValueError as error:
+            if not str(error).startswith(NO_BACKEND):
+                raise
+            other = "" if self.backend == AttnBackend.auto else "--attention-backend auto, or "
+            raise ConfigError(f"--attention-backend {self.backend.name}: Transformer Engine finds none {SAYS_WHY}; "
+                              f"give {other}--attention-kernel varlen") from error
         return out.view(q.shape)
 
 

@@ -25,7 +25,7 @@ from hrm_megatron.convert.to_megatron import stock_state
 from hrm_megatron.data.batch import PackedBatch, TokenIds, assemble_row
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.parallel.single import single_rank
-from hrm_megatron.transformer_config import hrm_config
+from hrm_megatron.transformer_config import hrm_config, swiglu_settings
 
 LENGTHS = ((5, 4), (1, 9), (12, 2), (3, 1))  # of prefix and target
 # Of the norm of all logits. fp32 adds up a dot product of thousands of terms with an error of some 1e-6, which tens of
@@ -102,7 +102,7 @@ def logits_of(loaded: Loaded, architecture: Architecture, rows: list[tuple[Token
     """Logits [positions of all rows, v] in fp32 on the CPU, without the rows of the head that stand for no token."""
     by_transformers = loaded.format == "hf" and loaded.checkpoint is None
     logits = _of_transformers(loaded, rows) if by_transformers else _of_ours(loaded, architecture, rows)
-    return logits[:, :architecture.vocab_size].float().cpu()
+    return logits[:, :architecture.vocab_size].float()
 
 
 def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:
@@ -138,8 +138,11 @@ def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenI
     as_megatron = loaded.checkpoint is None and loaded.format == "megatron"
     checkpoint = loaded.checkpoint or (None if as_megatron else read_native(loaded.folder))
     with single_rank():
-        # HRM-Text's have a gate, also where the model that was converted has none.
-        model = HRMModel(hrm_config(checkpoint.architecture if checkpoint else architecture), seed=0).eval()
+        # HRM-Text's have a gate, also where the model that was converted has none. On the CPU as transformers' is: a
+        # GPU can be full, and multiply fp32 in TF32.
+        config = hrm_config(checkpoint.architecture if checkpoint else architecture, use_cpu_initialization=True,
+                            **swiglu_settings(own=True))
+        model = HRMModel(config, seed=0).eval()
         if checkpoint is None:
             _load_as_megatron(model, loaded.folder)
         else:
@@ -150,9 +153,7 @@ def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenI
         positions = sum(len(prefix) + len(target) - 1 for prefix, target in rows)
         row = {name: tensor[None] for name, tensor in assemble_row(
             rows, positions, causal=architecture.causal).items()}
-        device = model.output_layer.weight.device
-        batch = PackedBatch.from_rows(row).to(device)
-        logits: torch.Tensor = model.logits_at(model.states(batch), torch.arange(positions, device=device))
+        logits: torch.Tensor = model.logits_at(model.states(PackedBatch.from_rows(row)), torch.arange(positions))
         return logits
 
 

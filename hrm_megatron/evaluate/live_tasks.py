@@ -24,6 +24,7 @@ from hrm_megatron.evaluate.rows import read_items
 from hrm_megatron.evaluate.scoring import equal_math
 from hrm_megatron.evaluate.summary import Result, summarize
 from hrm_megatron.evaluate.tasks import TASKS, TOO_LONG, Asked, Task, chosen
+from hrm_megatron.generate.cache import RESERVE_BYTES, free_bytes
 from hrm_megatron.generate.decode import MAX_ROWS, decoder_of
 from hrm_megatron.generate.session import Answering, Session
 from hrm_megatron.model.hrm import HRMModel
@@ -32,6 +33,8 @@ from hrm_megatron.parallel.patching import around
 from hrm_megatron.training.evaluation import ON_TEST_SET, Evaluation, log_part
 
 log = logging.getLogger(__name__)
+
+WAY_OUT = "or evaluate the checkpoints with tools/evaluate.py"
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,25 @@ class LiveTasks:
     def results(self, model: HRMModel) -> list[Result]:
         """Let this model answer all questions, the ranks sharing them; every rank gets every result.
 
-        Tasks for which a rank has no memory are left out, with a warning.
+        Tasks for which a rank has no memory are left out, with a warning; all are, if it has none for the weights.
         """
+        if (rank := _full_rank(model)) is not None:
+            log.warning(f"tasks: not answered: on rank {rank} the memory that training leaves free holds no copy of "
+                        f"the weights for generation; lower --micro-batch-size, {WAY_OUT}")
+            return []
         decoder = decoder_of(model, self.context_tokens, self.tokenizer.vocab_size)
         session = Session.of_decoder(decoder, self.tokenizer, Answering())
         answered = [(live, _records(live, session)) for live in self.tasks]
         return [summarize(live.task, live.asked, records, 1, live.context_tokens) for live, records in answered
                 if records is not None]
+
+
+def _full_rank(model: HRMModel) -> int | None:
+    """Return the first rank without memory for the weights of a decoder, the same on all ranks; None: all have it."""
+    wanted = sum(weight.nbytes for weight in model.parameters()) + RESERVE_BYTES
+    full: list[bool] = [False] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(full, wanted > free_bytes(model.output_layer.weight.device))
+    return full.index(True) if any(full) else None
 
 
 def _records(live: LiveTask, session: Session) -> list[dict[str, Any]] | None:
@@ -72,7 +87,7 @@ def _records(live: LiveTask, session: Session) -> list[dict[str, Any]] | None:
     if not all(rows):
         log.warning(f"tasks: {live.task.title}: not answered: on rank {rows.index(0)} the memory that training leaves "
                     "free holds no key-value cache for one answer; lower --eval-tasks-new-tokens or "
-                    "--micro-batch-size, or evaluate the checkpoints with tools/evaluate.py")
+                    f"--micro-batch-size, {WAY_OUT}")
         return None
     found = session.answer(wanted, rows[rank], lambda line: None)
     answers = [next(found)[0] if request else None for request in requests]

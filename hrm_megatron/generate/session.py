@@ -22,6 +22,7 @@ from hrm_megatron.generate.questions import Question
 from hrm_megatron.generate.sampling import Sampling
 from hrm_megatron.generate.transcript import Transcript
 from hrm_megatron.generate.weights import Weights, take_weights
+from hrm_megatron.parallel.precision import multiply_in_fp32
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,6 +61,7 @@ class Session:
         if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:
             raise ConfigError(f"WORLD_SIZE={ranks}: generation runs in one process, also from checkpoints of tensor "
                               "parallel runs; start it without torchrun")
+        multiply_in_fp32()
         self.tokenizer: TextTokenizer = open_tokenizer(tokenizer, load)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with opened(load, step, verify) as checkpoint:

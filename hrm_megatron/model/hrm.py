@@ -12,8 +12,10 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
+from hrm_megatron.attention.core import kernel_of
 from hrm_megatron.attention.prefix_lm import PrefixSequences
 from hrm_megatron.attention.rotary import Rotation
+from hrm_megatron.attention.te_attention import check_backend
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.layers.offload import keep_on_device, offloaded
 from hrm_megatron.model.head import LabelHead
@@ -73,6 +75,14 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
         initialize(self.named_global_parameters(), arch, seed, self.tp_group.rank(), self.tp_group.size())
         if pre_process and arch.kind.starts_from_z_l:
             self.zL_init.copy_(draw(seed, "zL_init", self.zL_init.shape))
+
+    def _set_attention_backend(self) -> None:
+        """Export the choice of --attention-backend; other kernels than Transformer Engine's read no such variable."""
+        config = self.config
+        kernel = kernel_of(config.attention_kernel, config.params_dtype, config.kv_channels)
+        check_backend(kernel, config.attention_backend)
+        if kernel == "te":
+            super()._set_attention_backend()
 
     def named_global_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield parameters by name, with layers counted over all pipeline stages."""

@@ -13,7 +13,8 @@ import torch
 from megatron.training import arguments as megatron_arguments
 from megatron.training.argument_utils import core_transformer_config_from_args
 
-from hrm_megatron.attention.core import explain_kernel
+from hrm_megatron.attention.core import kernel_of
+from hrm_megatron.attention.te_attention import check_backend
 from hrm_megatron.config import PRESETS, Architecture, ConfigError, ffn_hidden_size, refuse_beside
 from hrm_megatron.data.plan import PLAN_VERSION
 from hrm_megatron.model.schedule import ticks_of
@@ -195,7 +196,8 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
     except AssertionError as error:
         reason = str(error) or f"Megatron demands `{traceback.extract_tb(error.__traceback__)[-1].line}`"
         raise ConfigError(f"command line: {reason}") from error
-    explain_kernel(args.attention_kernel, args.params_dtype, architecture.head_dim)  # refuse an impossible one now
+    # Refuses an impossible kernel now.
+    check_backend(kernel_of(args.attention_kernel, args.params_dtype, architecture.head_dim), args.attention_backend)
     if args.train_iters is None and args.train_samples:
         args.train_iters = args.train_samples // args.global_batch_size
     refuse_beside("--override-opt-param-scheduler", {

@@ -38,6 +38,7 @@ def choose_fsdp(args: argparse.Namespace, architecture: Architecture) -> None:
         "--fp16": args.fp16,
         "--check-weight-hash-across-dp-replicas-interval (no two ranks hold the same)":
             args.check_weight_hash_across_dp_replicas_interval,
+        "--fp8-param-gather": args.use_torch_fsdp2 and args.fp8_param_gather,
         **(_megatron_fsdp_refuses(args) if args.use_megatron_fsdp else {}),
     })
     if os.environ.get(CONNECTIONS) == "1":
@@ -56,6 +57,7 @@ def _megatron_fsdp_refuses(args: argparse.Namespace) -> dict[str, bool]:
         # A layer's gradient of one tick would take the place of a later tick's.
         "recomputation of whole layers or MLPs (core_attn alone is right)": bool(weights_recomputed),
         "--recompute-ticks": args.recompute_ticks > 0,
+        "--reuse-grad-buf-for-mxfp8-param-ag": args.reuse_grad_buf_for_mxfp8_param_ag,
         # Its checkpoints are read into the wrapper that Megatron leaves out (fsdp_dtensor_checkpoint.py).
         "--skip-train (what tools/convert_checkpoint.py makes of its checkpoint evaluates without it)": args.skip_train,
     }

@@ -1,6 +1,8 @@
 """Attention in two calls over all rows: the calls, what they compute and share, what they ask of libraries."""
+import contextlib
 import inspect
 import random
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -336,3 +338,35 @@ def test_transformer_engine_does_not_fall_back_in_silence(single_rank):
     with pytest.raises(ConfigError, match="finds no fused kernel .* give --attention-kernel varlen"):
         layer.attend(q, q, q, PrefixSequences([[(3, 4)]], None, ROW_TOKENS))
     assert isinstance(asked_for.primitive.modules[True].unfused_attention, torch.nn.Identity)
+
+
+@pytest.mark.parametrize("kernel, backend, exported, line", [
+    ("te", "auto", {}, None), ("te", "flash", {"NVTE_FUSED_ATTN": "0", "NVTE_FLASH_ATTN": "1"}, None),
+    ("cpu", "auto", {"NVTE_FUSED_ATTN": "0"}, None),  # which nobody reads there
+    ("te", "auto", {"NVTE_FUSED_ATTN": "0"}, "NVTE_FUSED_ATTN=0 is exported, and --attention-backend auto makes it 1"),
+    ("te", "flash", {"NVTE_UNFUSED_ATTN": "1"}, "--attention-backend flash makes it 0; unset it, and choose by --att"),
+    ("cpu", "fused", {}, "--attention-backend fused: chooses within --attention-kernel te, and this run takes cpu; "),
+])
+def test_the_choice_of_a_backend(single_rank, monkeypatch, kernel, backend, exported, line):
+    from megatron.core.transformer.enums import AttnBackend
+
+    from hrm_megatron.attention.te_attention import BACKENDS, check_backend
+
+    for one in BACKENDS:
+        monkeypatch.delenv(f"NVTE_{one.upper()}_ATTN", raising=False)
+    for name, value in exported.items():
+        monkeypatch.setenv(name, value)
+    with contextlib.nullcontext() if line is None else pytest.raises(ConfigError, match=re.escape(line)):
+        check_backend(kernel, AttnBackend[backend])
+
+
+def test_variables_of_transformer_engine_concern_no_other_kernel(single_rank, monkeypatch):
+    from hrm_megatron.model.hrm import HRMModel
+    from hrm_megatron.transformer_config import hrm_config
+
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    architecture = Architecture(1, HEADS * D, HEADS, 256, 250)
+    HRMModel(hrm_config(architecture, attention_kernel="sdpa"), seed=1)
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="NVTE_FUSED_ATTN=0 is exported, and"):
+        patch.setattr("hrm_megatron.model.hrm.kernel_of", lambda *_: "te")
+        HRMModel(hrm_config(architecture), seed=1)

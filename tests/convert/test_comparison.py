@@ -40,6 +40,15 @@ def test_every_format_is_loaded_and_compared(job, tmp_path, save_format):
         assert "within" in back and "train from them with --finetune" in back
 
 
+def test_both_models_are_computed_on_the_cpu(job, monkeypatch):
+    """A GPU can be full, and multiplies fp32 in TF32 where that is exported."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    configs, build = [], comparison.HRMModel
+    monkeypatch.setattr(comparison, "HRMModel", lambda config, **rest: configs.append(config) or build(config, **rest))
+    assert "its logits are the source's within " in convert(job())
+    assert [(each.use_cpu_initialization, each.bias_activation_fusion) for each in configs] == [(True, False)]
+
+
 @pytest.mark.parametrize("save_format", ["hf", "megatron", "native", "gguf"])
 def test_wrong_weights_are_found_by_their_logits(job, tmp_path, monkeypatch, save_format):
     """Gate and keys swapped where tensors are written: shapes, names and checksums are all in order."""

@@ -11,6 +11,18 @@ SIZES = ["--num-layers", 4, "--hidden-size", 256, "--num-attention-heads", 4, "-
          "--micro-batch-size", 4, "--global-batch-size", 8]
 
 
+@pytest.fixture(autouse=True)
+def fp32_is_fp32(monkeypatch):
+    """In runs of a process of their own too, whatever a container exports."""
+    import torch
+
+    monkeypatch.delenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", raising=False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def relative(ours, theirs):
     """Error of a tensor, of its norm."""
     return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()

@@ -27,10 +27,7 @@ BF16 = dict(bf16=True, params_dtype=torch.bfloat16)
 def device(request):
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("models live on the GPU where there is one")
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield request.param
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    return request.param
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ stub.install((major, minor))
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider  # noqa: E402
+from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from transformer_engine.common.recipe import DelayedScaling  # noqa: E402
 from transformer_engine.pytorch import DotProductAttention, autocast  # noqa: E402
 from transformer_engine.pytorch.constants import FP8FwdTensorIdx  # noqa: E402
@@ -40,7 +41,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noq
 
 from hrm_megatron.attention.te_attention import TransformerEngineVarlen  # noqa: E402
 from hrm_megatron.attention.varlen import VarlenCall  # noqa: E402
-from hrm_megatron.config import PRESETS, Architecture  # noqa: E402
+from hrm_megatron.config import PRESETS, Architecture, ConfigError  # noqa: E402
 from hrm_megatron.layers import te_linear  # noqa: E402
 from hrm_megatron.model import hrm  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402
@@ -255,6 +256,19 @@ def attention() -> dict[str, Any]:
                 sizes.append(sum(tensor.numel() for buffer in buffers for tensor in buffer))
             found[name] = [*sizes, FP8GlobalStateManager.is_fp8_enabled()]
     return found
+
+
+def no_backend() -> str:
+    """What attention says where the one backend that is asked for is not there, as none is on a CPU."""
+    varlen = TransformerEngineVarlen(hrm_config(ARCHITECTURE, attention_backend=AttnBackend.fused))
+    q, bounds = torch.zeros(8, 4, 16, dtype=torch.bfloat16), torch.tensor([0, 8], dtype=torch.int32)
+    variables = dict.fromkeys(("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"), "0")
+    with mock.patch.dict(os.environ, variables):
+        try:
+            varlen(q, q, q, VarlenCall(None, None, bounds, bounds, 8, 8, True), None)
+        except ConfigError as error:
+            return str(error)
+    return "none"
 
 
 def fp8_parameters() -> dict[str, float]:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = Path(os.environ.get("TE_PYTHON", Path(sys.prefix) / "te-python"))
 HOPPER, BLACKWELL = "9.0", "10.0"
 ON_HOPPER = ["presets", "spec", "fp32", "fused", "sums", "checkpoints", "delayed", "casts delayed", "casts tensorwise",
-             "recast", "layers_in_bf16", "attention", "fp8_parameters", "first_amax", "offloading fp32",
+             "recast", "layers_in_bf16", "attention", "no_backend", "fp8_parameters", "first_amax", "offloading fp32",
              "offloading fp8", "kept"]
 ON_BLACKWELL = ["casts mxfp8"]
 RUN = ["--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 96, "--global-batch-size", 8,
@@ -158,6 +158,11 @@ def test_delayed_scales_of_fp8_parameters_begin_with_the_drawn_values(claims):
     assert len(claims["first_amax"]) == 2 * 2 * 4
     for name, (seen, own) in claims["first_amax"].items():
         assert seen == pytest.approx(own, rel=2**-8) and own > 0, name  # bf16 of what was drawn in fp32
+
+
+def test_a_backend_that_is_not_there_is_one_line(claims):
+    assert claims["no_backend"].startswith("--attention-backend fused: Transformer Engine finds none for this run (")
+    assert claims["no_backend"].endswith("; give --attention-backend auto, or --attention-kernel varlen")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])

@@ -100,6 +100,8 @@ def test_an_export_is_neither_gone_on_from_nor_saved_into(refused, tmp_path, fil
     (["--cpu-offloading-num-layers", 1], ["--cpu-offloading-num-layers 1: Transformer Engine needs a CUDA device",
                                           "--recompute-ticks saves activations anywhere"]),
     (["--attention-kernel", "varlen"], ["--attention-kernel varlen: it ", "works here"]),  # in fp32 on any machine
+    (["--attention-backend", "fused"], ["--attention-backend fused: chooses within --attention-kernel te, and this",
+                                        "give that too, or leave it out"]),
     (["--pipeline-schedule", "two-phase"], ["--pipeline-schedule two-phase: has no effect without a pipeline"]),
     (["--pipeline-window", 3], ["--pipeline-window 3: has no effect without a pipeline"]),
     (["--decoder-last-pipeline-num-layers", 1], ["--decoder-last-pipeline-num-layers 1: has no effect without a pip"]),

@@ -83,7 +83,7 @@ def test_a_used_flag_is_read_by_the_module_that_the_table_names(flag):
     words = words_of(verdict.by)
     part = dest.removeprefix("train").removeprefix("valid").removeprefix("test")  # f"{name}_data_path"
     assert dest in words or (part == "_data_path" and part in words)
-    assert all(needed.strip(",") in ACTIONS for needed in verdict.needs.split())
+    assert all(needed.strip(",").partition("=")[0] in ACTIONS for needed in verdict.needs.split())
     if ACTIONS[flag].type in (int, float):
         assert flag in BOUNDS
 
@@ -136,6 +136,7 @@ def test_refused_flags_at_their_defaults_pass():
     ["--persistent-save-interval", 5, "--save", "somewhere"],
     ["--override-opt-param-scheduler", "--use-checkpoint-args", "--load", "somewhere"],
     ["--skip-train", "--full-validation"],
+    ["--fp8-format", "hybrid", "--fp8-margin", 1],  # delayed scaling is the default
 ])
 def test_what_an_hrm_is_anyway_may_be_said(words):
     check(*words)
@@ -157,6 +158,9 @@ def test_what_an_hrm_is_anyway_may_be_said(words):
     (["--rerun-mode", "report_stats"], "--rerun-mode report_stats: choose one of disabled, validate_results"),
     (["--attention-backend", "local"], "--attention-backend local: choose one of auto, flash, fused, unfused"),
     (["--fp8-margin", 1], "--fp8-margin 1: has no effect without --fp8-format"),
+    (["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--fp8-amax-history-len", 7],
+     "--fp8-amax-history-len 7: has no effect without --fp8-recipe=delayed; give that too, or leave it out"),
+    (["--fp8-format", "hybrid", "--no-fp8-wgrad"], "--no-fp8-wgrad: recipes of Transformer Engine no longer have th"),
     (["--fp8-param-gather"], "--fp8-param-gather: has no effect without --fp8-format; give that too"),
     (["--recompute-modules", "mlp"], "has no effect without --recompute-granularity or --recompute-activations"),
     (["--overlap-param-gather"], "--overlap-param-gather: has no effect without --overlap-grad-reduce"),

@@ -8,6 +8,7 @@ from hrm_megatron.parallel.cpu import activate
 activate()
 
 from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.training.fsdp import choose_fsdp  # noqa: E402
 from hrm_megatron.training.hardware import (  # noqa: E402
     Machine,
     check_compilation,
@@ -125,3 +126,15 @@ def test_precision_that_is_refused_in_one_line(machine, changes, parts):
     with pytest.raises(ConfigError) as refused:
         check_precision(flags(**changes), machine)
     assert "\n" not in str(refused.value) and all(part in str(refused.value) for part in parts), refused.value
+
+
+@pytest.mark.parametrize("fsdp, flag", [("use_torch_fsdp2", "--fp8-param-gather"),
+                                        ("use_megatron_fsdp", "--reuse-grad-buf-for-mxfp8-param-ag")])
+def test_what_megatron_would_turn_off_beside_fsdp_is_refused(fsdp, flag):
+    args = SimpleNamespace(**dict(
+        use_torch_fsdp2=False, use_megatron_fsdp=False, pipeline_model_parallel_size=1, fp16=False,
+        check_weight_hash_across_dp_replicas_interval=None, recompute_granularity=None, recompute_modules=None,
+        data_parallel_sharding_strategy="optim_grads_params", recompute_ticks=0, skip_train=False,
+        fp8_param_gather=True, reuse_grad_buf_for_mxfp8_param_ag=True) | {fsdp: True})
+    with pytest.raises(ConfigError, match=f"^--{fsdp.replace('_', '-')} is incompatible with {flag}: leave one of"):
+        choose_fsdp(args, None)

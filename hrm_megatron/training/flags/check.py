@@ -54,13 +54,18 @@ def _check_used(parser: argparse.ArgumentParser, args: Mapping[str, object], wri
         raise ConfigError(f"{written}: choose one of {', '.join(verdict.only)}")
     for condition in verdict.needs.split(", ") if verdict.needs else ():
         flags = condition.split()
-        if not any(_is_on(args[parser._option_string_actions[flag].dest]) for flag in flags):
+        if not any(_is_given(parser, args, *flag.partition("=")) for flag in flags):
             raise ConfigError(f"{written}: has no effect without {' or '.join(flags)}; give that too, or leave it out")
     if verdict.cuda and not cuda:
         raise ConfigError(f"{written}: needs a CUDA device, and there is none; leave it out")
     if verdict.package and importlib.util.find_spec(verdict.package) is None:
         raise ConfigError(f"{written}: needs the Python package {verdict.package}, which is not installed; install it, "
                           "or leave it out")
+
+
+def _is_given(parser: argparse.ArgumentParser, args: Mapping[str, object], flag: str, _: str, wanted: str) -> bool:
+    value = args[parser._option_string_actions[flag].dest]
+    return _written(value) == [wanted] if wanted else _is_on(value)
 
 
 def _is_on(value: object) -> bool:

@@ -9,8 +9,8 @@ class Used:
     """The flags reach the run: the module `by` reads them.
 
     They have an effect only beside other flags (`needs`: commas stand between conditions, blanks between flags of which
-    one is enough), where the Python package `package` is installed, and with `cuda` on a GPU only. `only` names the
-    values that work, where the parser takes more.
+    one is enough, `--flag=value` asks for that value), where the Python package `package` is installed, and with `cuda`
+    on a GPU only. `only` names the values that work, where the parser takes more.
     """
 
     by: str
