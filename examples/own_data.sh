@@ -3,6 +3,7 @@
 #   DATA=my.jsonl OUT=runs/mine examples/own_data.sh [flags of hrm_megatron.pretrain, such as --bf16]
 # Set these in the environment, or edit them in a copy of this file beside it. Paths are relative to where you stand.
 # Started again it goes on where it stopped; other data or other settings of the data need another OUT.
+# With --dry-run or --skip-train there is nothing new to export, and it ends before that.
 
 # Rows like {"condition": "direct", "instruction": "What is 2 + 3?", "response": "5"}, chats or alpaca rows: a file, a glob
 # in quotes, or a folder. They may be jsonl, plain or in .gz or .zst, Parquet, Arrow or a dataset saved to disk: see
@@ -21,15 +22,28 @@ ROWS_PER_STEP=${ROWS_PER_STEP:-48} # 48 rows of 4096 are the reference's step of
 TRAIN_ITERS=${TRAIN_ITERS:-10000}
 LR=${LR:-2.2e-4}
 WORKERS=${WORKERS:-$(nproc)} # processes that turn rows into token ids
-PYTHON=${PYTHON:-} # default: that of .venv
+PYTHON=${PYTHON:-} # of every step; default: that of .venv, else the one on PATH
 
 set -euo pipefail
+owned() { # flag, what to do instead
+    echo "own_data.sh: ${1%%=*} is this script's: $2" >&2
+    exit 1
+}
+exports=true stops_early=false
 for argument in "$@"; do
-    if [ "$argument" = --help ] || [ "$argument" = -h ]; then
-        sed -n '2,/^PYTHON=/p' "${BASH_SOURCE[0]}"
-        exit 0
-    fi
+    case ${argument%%=*} in
+        --help | -h)
+            sed -n '2,/^PYTHON=/p' "${BASH_SOURCE[0]}"
+            exit 0
+            ;;
+        --data-path) owned "$argument" "set DATA=... and OUT=... instead" ;;
+        --tokenizer-model) owned "$argument" "set OUT=... instead, or name your own in a copy of this file" ;;
+        --load | --save | --tensorboard-dir) owned "$argument" "set OUT=... instead" ;;
+        --dry-run | --skip-train) exports=false ;;
+        --early-stopping) stops_early=true ;;
+    esac
 done
+OUT=${OUT%/}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if ! [ -f "$root/tools/train_tokenizer.py" ]; then
     echo "own_data.sh: no tools/train_tokenizer.py in $root; keep copies of this file in examples/" >&2
@@ -39,8 +53,16 @@ if [ -z "$DATA" ]; then
     echo "own_data.sh: set DATA to your file or folder; --help shows all settings" >&2
     exit 1
 fi
-PYTHON=${PYTHON:-$root/.venv/bin/python}
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+if [ -z "$PYTHON" ]; then
+    PYTHON=$root/.venv/bin/python
+    if ! [ -x "$PYTHON" ]; then PYTHON=python; fi
+fi
+export PYTHON PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+finds='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, sys.argv[1:])))'
+if ! "$PYTHON" -c "$finds" megatron tokenizers torch 2>/dev/null; then
+    echo "own_data.sh: PYTHON=$PYTHON does not find megatron, tokenizers and torch: run make setup, or set PYTHON" >&2
+    exit 1
+fi
 read -ra keys <<<"$JSON_KEYS"
 rows=(--input "$DATA" --json-keys "${keys[@]}" --row-shape "$ROW_SHAPE" --on-bad-row "$ON_BAD_ROW")
 if [ -n "$SPLIT_SENTENCES" ]; then rows+=(--split-sentences --sentence-model "$OUT/sentences"); fi
@@ -85,10 +107,21 @@ run "$root/launch_scripts/train_node.sh" \
     --load "$OUT/checkpoints" --save "$OUT/checkpoints" --save-interval 500 \
     --tensorboard-dir "$OUT/tensorboard" "$@"
 
-# 4. For transformers: the EMA of the weights, with the tokenizer beside them.
-run "$PYTHON" "$root/tools/convert_checkpoint.py" --load "$OUT/checkpoints" --load-format megatron \
-    --save "$OUT/hf" --save-format hf --tokenizer-model "$OUT/tokenizer" --overwrite
+if ! $exports; then exit 0; fi # nothing was trained
+
+# 4. For transformers: the EMA of the weights, with the tokenizer beside them; of a run that --early-stopping judged the
+#    best iteration, where it is still there, instead of the last.
+model=(--load "$OUT/checkpoints" --tokenizer-model "$OUT/tokenizer")
+record=$OUT/checkpoints/early_stopping.json
+if $stops_early && [ -f "$record" ]; then
+    best=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["best_iteration"] or "")' "$record")
+    folder=$OUT/checkpoints/iter_$(printf %07d "$best")
+    if [ -n "$best" ] && [ -d "$folder" ]; then model+=(--ckpt-step "$best"); fi
+fi
+run "$PYTHON" "$root/tools/convert_checkpoint.py" "${model[@]}" --load-format megatron \
+    --save "$OUT/hf" --save-format hf --overwrite
 
 echo "The model is in $OUT/hf. Ask it something:"
-printf '  %q %q --load %q --tokenizer-model %q --prompt "..."\n' "$PYTHON" "$root/tools/generate.py" "$OUT/checkpoints" \
-    "$OUT/tokenizer"
+printf '  '
+printf '%q ' "$PYTHON" "$root/tools/generate.py" "${model[@]}"
+echo '--prompt "..."'

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.text_files import read_lines
 from hrm_megatron.generate.answer_file import AnswerFile, check_settings, write_settings
+from hrm_megatron.program import Stopped
 
 Row = dict[str, Any]
 
@@ -29,7 +31,12 @@ def recorded[Run](path: Path, settings: Mapping[str, Any], runs: Sequence[Run], 
         with AnswerFile(path, settings) as file:
             for number, one in enumerate(runs[file.done:], file.done + 1):
                 began = time.monotonic()
-                row = train(one)
+                try:
+                    row = train(one)
+                except Stopped:
+                    print(f"{path.stem} {number}/{len(runs)}: stopped; the same command goes on with this run",
+                          file=sys.stderr)
+                    raise
                 file.write(row)
                 print(f"{path.stem} {number}/{len(runs)}: {describe(row)} in {time.monotonic() - began:.0f} s",
                       flush=True)

@@ -6,7 +6,8 @@
 # DP      data parallel ranks (default: what the GPUs of this node leave)
 # LAYOUT  preset: instead of TP, PP, CP and DP the preset's own for 8 GPUs, with rows and recomputation (docs/scaling.md)
 # MAX_RESTARTS  starts after the first if a rank dies (default 0)
-# TORCHRUN, PYTHON  the launcher and Python (default: those of .venv, else on PATH)
+# TORCHRUN  the launcher (default: torch.distributed.run of PYTHON where that is set, else torchrun of .venv or on PATH)
+# PYTHON  (default: that of .venv, else the one on PATH)
 # Every other argument goes to hrm_megatron.pretrain as it is. --dry-run prints the command and runs nothing.
 set -euo pipefail
 
@@ -38,7 +39,7 @@ if [ "${LAYOUT:-}" = preset ]; then
         exit 2
     fi
     python=${PYTHON:-$(dirname "$0")/../.venv/bin/python}
-    if ! [ -x "$python" ]; then python=python; fi
+    if ! command -v "$python" >/dev/null; then python=python; fi
     flags=$("$python" -m hrm_megatron.planner.presets "$preset" "$gpus")
     read -ra layout <<<"$flags"
     model_ranks=1 DP=$gpus
@@ -56,16 +57,26 @@ fi
 
 # A rank that torchrun starts again must not find the addresses of the last one (pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
-torchrun=${TORCHRUN:-$(dirname "$0")/../.venv/bin/torchrun}
-if ! [ -x "$torchrun" ]; then torchrun=torchrun; fi
+if [ -n "${TORCHRUN:-}" ]; then
+    launcher=("$TORCHRUN")
+elif [ -n "${PYTHON:-}" ]; then
+    launcher=("$PYTHON" -m torch.distributed.run)
+else
+    launcher=("$(dirname "$0")/../.venv/bin/torchrun")
+    if ! [ -x "${launcher[0]}" ]; then launcher=(torchrun); fi
+fi
 
-command=("$torchrun" --standalone --max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node $((model_ranks * DP)) -m hrm_megatron.pretrain
-    --hrm-preset "$preset" "${layout[@]}")
+command=("${launcher[@]}" --standalone --max-restarts "${MAX_RESTARTS:-0}" --nproc-per-node $((model_ranks * DP))
+    -m hrm_megatron.pretrain --hrm-preset "$preset" "${layout[@]}")
 command+=(${arguments[@]+"${arguments[@]}"})
 
 if $dry_run; then
     printf '%q ' "${command[@]}"
     echo
     exit 0
+fi
+if ! command -v "${launcher[0]}" >/dev/null; then
+    echo "train_node.sh: no ${launcher[0]}: run make setup, or set TORCHRUN or PYTHON" >&2
+    exit 127
 fi
 exec "${command[@]}"

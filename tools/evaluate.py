@@ -22,8 +22,6 @@ from hrm_megatron.parallel.log_levels import be_quiet
 be_quiet()
 activate()
 
-from tqdm import tqdm  # noqa: E402
-
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.evaluate.ask import TaskAnswers, prepare  # noqa: E402
 from hrm_megatron.evaluate.report import earlier_results, percent, write_reports  # noqa: E402
@@ -31,7 +29,7 @@ from hrm_megatron.evaluate.rows import read_items  # noqa: E402
 from hrm_megatron.evaluate.scoring import equal_math  # noqa: E402
 from hrm_megatron.evaluate.summary import Result, summarize  # noqa: E402
 from hrm_megatron.evaluate.tasks import TASKS, Task, chosen, with_shots  # noqa: E402
-from hrm_megatron.generate.engine import Progress  # noqa: E402
+from hrm_megatron.generate.answer_count import answer_count  # noqa: E402
 from hrm_megatron.generate.flags import add_compute_flags, add_model_flags  # noqa: E402
 from hrm_megatron.generate.sampling import Sampling  # noqa: E402
 from hrm_megatron.generate.session import Answering, Session  # noqa: E402
@@ -129,9 +127,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def measured(answers: TaskAnswers, args: argparse.Namespace) -> Result:
     task = answers.task
-    with tqdm(total=len(answers.asked) * args.samples, desc=task.title, unit="answer", delay=0.1) as bar:
-        def show(progress: Progress) -> None:
-            bar.update(progress.transcript.finish is not None)
+    with answer_count(len(answers.asked) * args.samples, task.title) as show:
         records = answers.records(args.batch_size, say, show)
     result = summarize(task, answers.asked, records, args.samples, answers.context_tokens)
     print(f"{task.title}: " + ", ".join(f"{name} {percent(found)}" for name, found in result.metrics.items())

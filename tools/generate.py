@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
@@ -28,6 +29,7 @@ activate()
 from tqdm import tqdm  # noqa: E402
 
 from hrm_megatron.config import ConfigError, refuse_beside  # noqa: E402
+from hrm_megatron.generate.answer_count import answer_count  # noqa: E402
 from hrm_megatron.generate.answer_file import AnswerFile  # noqa: E402
 from hrm_megatron.generate.engine import Progress, Request  # noqa: E402
 from hrm_megatron.generate.flags import add_compute_flags, add_model_flags  # noqa: E402
@@ -100,7 +102,7 @@ def questions_of(args: argparse.Namespace) -> list[Question]:
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr)
+    tqdm.write(line, file=sys.stderr)  # above the bar
 
 
 def print_piece(progress: Progress) -> None:
@@ -133,15 +135,15 @@ def lines_of_input() -> Iterator[str]:
 def print_answers(session: Session, questions: Sequence[Question], args: argparse.Namespace) -> None:
     requests = session.requests(questions)
     broken = 0
-    for question, samples in zip(questions, session.answer(requests, args.batch_size, say, shown(args, requests)),
-                                 strict=True):
-        if args.stream:
-            continue  # it has been printed
-        if args.jsonl:
-            print(json.dumps(record(question, samples, session.tokenizer)))
-        else:
-            print("\n".join(sample.text for sample in samples))
-            broken += sum("\n" in sample.text for sample in samples)
+    with shown(args, requests) as show:
+        for question, samples in zip(questions, session.answer(requests, args.batch_size, say, show), strict=True):
+            if args.stream:
+                continue  # it has been printed
+            if args.jsonl:
+                tqdm.write(json.dumps(record(question, samples, session.tokenizer)))
+            else:
+                tqdm.write("\n".join(sample.text for sample in samples))
+                broken += sum("\n" in sample.text for sample in samples)
     if len(questions) > 1 and broken:
         say(f"{broken} of {len(questions) * args.samples} answers hold line ends; --jsonl keeps each on one line")
 
@@ -153,20 +155,18 @@ def write_answers(session: Session, questions: Sequence[Question], args: argpars
         if file.done:
             say(f"{file.partial}: goes on after {file.done} of {len(questions)} answers")
         requests = requests[file.done:]
-        found = session.answer(requests, args.batch_size, say, shown(args, requests))
-        for question, samples in zip(questions[file.done:], found, strict=True):
-            file.write(record(question, samples, session.tokenizer))
+        with shown(args, requests) as show:
+            found = session.answer(requests, args.batch_size, say, show)
+            for question, samples in zip(questions[file.done:], found, strict=True):
+                file.write(record(question, samples, session.tokenizer))
         file.finish()
     say(f"{args.output}: {len(questions)} questions answered")
 
 
-def shown(args: argparse.Namespace, requests: Sequence[Request]) -> Callable[[Progress], object]:
-    """Make what shows the progress: the text itself, or a bar, which a refusal comes before."""
-    if args.stream:
-        return print_piece
-    answers = len(requests) * args.samples
-    bar = tqdm(total=answers, unit="answer", disable=answers == 1, delay=0.1)
-    return lambda progress: bar.update(progress.transcript.finish is not None)
+def shown(args: argparse.Namespace, requests: Sequence[Request]
+          ) -> contextlib.AbstractContextManager[Callable[[Progress], object]]:
+    """Make what shows the progress: the text itself, or a count of answers, which a refusal comes before."""
+    return contextlib.nullcontext(print_piece) if args.stream else answer_count(len(requests) * args.samples)
 
 
 def answer(args: argparse.Namespace) -> None:

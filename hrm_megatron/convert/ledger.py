@@ -98,24 +98,29 @@ def _read[T](folder: Path, take: Callable[[Any], T]) -> T | None:
                           "tensors as they are") from error
 
 
+def written(done_bytes: int, total_bytes: int, seconds: float) -> str:
+    return f"written: {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB, {done_bytes / 1e6 / seconds:.0f} MB/s"
+
+
 @contextlib.contextmanager
-def progress(total_bytes: int, out: TextIO | None = None,
-             clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[int], object]]:
-    """Give a function that counts bytes: a bar on a terminal, elsewhere a line at times."""
+def progress(total: int, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
+             describe: Callable[[int, int, float], str] = written,
+             **looks: Any) -> Iterator[Callable[[int], object]]:
+    """Give a function that counts what is done, bytes if nothing else is said: a bar on a terminal, of such `looks`,
+    elsewhere a line at times, as `describe` spells how much is done, of how much, in so many seconds."""
     out = out or sys.stderr
     if out.isatty():
-        with tqdm(total=total_bytes, unit="B", unit_scale=True, file=out) as bar:
+        with tqdm(total=total, file=out, **(looks or dict(unit="B", unit_scale=True))) as bar:
             yield bar.update
         return
     begun = said = clock()
-    done_bytes = 0
+    done = 0
 
-    def passed(size_bytes: int) -> None:
-        nonlocal said, done_bytes
-        done_bytes += size_bytes
+    def passed(more: int) -> None:
+        nonlocal said, done
+        done += more
         if (now := clock()) - said >= LINE_SECONDS:
             said = now
-            out.write(f"written: {done_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB, "
-                      f"{done_bytes / 1e6 / (now - begun):.0f} MB/s\n")
+            out.write(f"{describe(done, total, now - begun)}\n")
             out.flush()
     yield passed

@@ -1,14 +1,18 @@
 """Quantize a checkpoint into a folder of compressed-tensors: what tools/quantize_checkpoint.py does."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from hrm_megatron.config import PRESETS, Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
@@ -26,6 +30,8 @@ from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.manifest import manifest_path
 from hrm_megatron.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from hrm_megatron.generate.load import opened, weights_kind
+from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.parallel.precision import multiply_in_fp32
 from hrm_megatron.quantize.methods import FIRST_TICK, PLAIN, RECURRENT, Calibration, Quantizer, Say
 from hrm_megatron.quantize.recurrence import Rows, batches
 from hrm_megatron.quantize.rounding import round_plainly
@@ -155,6 +161,7 @@ class Work:
     """A job and its open checkpoint."""
 
     def __init__(self, job: Job, checkpoint: Checkpoint, kind: str, say: Say) -> None:
+        multiply_in_fp32()
         self.job, self.checkpoint, self.kind, self.say = job, checkpoint, kind, say
         self.architecture = checkpoint.architecture
         self.row_tokens = job.seq_length or checkpoint.training.seq_length
@@ -271,8 +278,9 @@ class Work:
                 return entry.to_megatron(weight.bfloat16().float() if job.quantization.linear.is_float else weight)
             return entry.to_megatron(self.weight(entry).to(DTYPES[job.dtype]))
         expected = replace(self.checkpoint, iteration=0, parts=frozenset({RAW}), read=read)
-        return compare(Loaded(job.load, "dequantized", expected), Loaded(folder, "hf"), self.architecture,
-                       self.checkpoint.training.seq_length)
+        with quiet_loading():
+            return compare(Loaded(job.load, "dequantized", expected), Loaded(folder, "hf"), self.architecture,
+                           self.checkpoint.training.seq_length)
 
     def _rows(self, prefix: str, count: int | None) -> PackedRows:
         """Rows of a dataset, refused where it was written with other tokens than the model's; None: each row once."""
@@ -291,6 +299,18 @@ class Work:
 
     def _batches(self, rows: Iterator[dict[str, torch.Tensor]]) -> Iterator[Rows]:
         return batches(rows, self.architecture, self.job.micro_batch_size, self.device)
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Leave out bars of compressed-tensors, and its warnings: it looks for the head in the model's inner part too."""
+    shown: Callable[..., None] = tqdm.__init__
+    logger = logging.getLogger(EXTRA)
+
+    def hidden(bar: object, *args: Any, **options: Any) -> None:
+        shown(bar, *args, **{**options, "disable": True})
+    with temporarily(tqdm, __init__=hidden), temporarily(logger, level=logging.ERROR):
+        yield
 
 
 def size_table(vocab_size: int = 65_536) -> list[str]:

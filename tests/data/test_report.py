@@ -1,6 +1,9 @@
 """What is shown of a dataset is what is in it."""
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -119,6 +122,15 @@ def test_a_picture_of_a_row_grows_with_its_examples_alone(tmp_path, monkeypatch)
     mask = np.tri(10, dtype=bool)
     report_picture.draw_row(["t"] * 99, [""] * 99, pairs, mask, "a row", tmp_path / "x.png")
     assert shown[0].tolist() == [[1, 0, 0, 0], [1, 2, 0, 0], [1, 2, 1, 0], [1, 2, 1, 2]]
+
+
+@needs_matplotlib
+def test_matplotlib_has_no_lines_among_those_of_a_program(tmp_path):
+    """Here about a home that cannot be written."""
+    (tmp_path / "home").touch()
+    done = subprocess.run([sys.executable, "-c", "import hrm_megatron.data.report_picture"], capture_output=True,
+                          text=True, env={**os.environ, "HOME": str(tmp_path / "home"), "MPLCONFIGDIR": ""})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @needs_matplotlib

@@ -1,6 +1,7 @@
 """--eval-tasks: what a model answers while it trains is what tools/evaluate.py makes of its checkpoint."""
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_memory_decides_how_many_answers_there_are_at_once_and_training_goes_on_
     assert results(lambda self, free: next(asked) >= 3) == want and rows == [4, 32]  # 32, 16 and 8 at once do not fit
     assert results(lambda self, free: False) == [] and not rows
     assert caplog.text.count("not answered: on rank 0 the memory that training leaves free") == 2
+
+
+def test_training_goes_on_where_the_weights_of_a_decoder_do_not_fit(
+        single_rank, checkpoint, data, monkeypatch, caplog):
+    from hrm_megatron.evaluate import live_tasks
+    from hrm_megatron.generate.load import load_model, open_checkpoint
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+    model, tasks = load_model(open_checkpoint(checkpoint)), live_tasks.open_tasks(arguments(data), True)
+    monkeypatch.setattr(live_tasks, "decoder_of", full)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=256 << 20))
+    assert tasks.results(model) == []
+    assert "tasks: not answered: on rank 0 the memory that training leaves free holds no copy" in caplog.text
 
 
 @pytest.mark.parametrize(("changes", "validates", "message"), [

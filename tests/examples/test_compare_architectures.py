@@ -10,6 +10,7 @@ from examples.compare_architectures.run import FULL, QUICK, all_runs, chosen, fi
 from examples.study import chosen_plan
 from hrm_megatron.config import ConfigError
 from hrm_megatron.model_types import MODEL_TYPES
+from hrm_megatron.program import Stopped
 
 VOCAB_SIZE = 405
 ROWS = [[(40, 20), (30, 10), (100, 50)], [(120, 100)]]  # (prefix, response) of the examples of a row
@@ -39,18 +40,21 @@ def test_all_but_one_have_as_many_weights():
     assert len({*sizes.values()}) == 2 and sizes.pop("trm_match_recurrence") < min(sizes.values())
 
 
-def test_an_interrupted_comparison_goes_on_and_ends_as_a_whole_one(tmp_path):
+def test_an_interrupted_comparison_goes_on_and_ends_as_a_whole_one(tmp_path, capsys):
     trained = []
 
     def train(run):
         if len(trained) in (3, 15):  # once among the rates, once among the seeds
             trained.append(None)
-            raise KeyboardInterrupt
+            raise Stopped(128 + 15)
         trained.append(run)
         return made_row(run)
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped):
             all_runs(SMALL, tmp_path / "a", {"data": "x"}, train)
+    assert [line for line in capsys.readouterr().err.splitlines() if line] == [
+        "rates 4/12: stopped; the same command goes on with this run",
+        "seeds 3/12: stopped; the same command goes on with this run"]
     rows = all_runs(SMALL, tmp_path / "a", {"data": "x"}, train)
     best = {model: 2e-3 if model == "transformer" else 1e-3 for model in SMALL.models}
     assert [run for run in trained if run] == [*SMALL.trials(), *SMALL.repeats(best)]  # none twice, none left out

@@ -41,7 +41,8 @@ def folder(tmp_path):
 def launcher(folder):
     """Stand-ins for what takes long, in the environment of the script: they say what they were called with."""
     python, torchrun = folder / "python", folder / "torchrun"
-    python.write_text(f'#!/bin/sh\ncase $1 in *convert*) echo "convert $*";; *) exec {sys.executable} "$@";; esac\n')
+    python.write_text('#!/bin/sh\ncase $1 in *convert*) echo "convert $*";; -m) echo "train by $*";; '
+                      f'*) exec {sys.executable} "$@";; esac\n')
     torchrun.write_text('#!/bin/sh\necho "train $*"\n')
     for program in (python, torchrun):
         program.chmod(0o755)
@@ -121,6 +122,71 @@ def test_help_shows_the_settings_and_needs_none(tmp_path):
         refused = run([script], tmp_path)
         assert refused.returncode == 1 and refused.stderr.startswith(f"own_data.sh: {message}")
         assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--save", "elsewhere"], "--save is this script's: set OUT=... instead"),
+    (["--bf16", "--load=elsewhere"], "--load is this script's: set OUT=... instead"),
+    (["--tensorboard-dir", "x"], "--tensorboard-dir is this script's: set OUT=... instead"),
+    (["--data-path", "x"], "--data-path is this script's: set DATA=... and OUT=... instead"),
+    (["--tokenizer-model", "x"], "--tokenizer-model is this script's: set OUT=... instead, or name your own in a "
+                                 "copy of this file"),
+])
+def test_places_that_the_script_exports_from_are_its_own(folder, launcher, flags, message):
+    done = run([SCRIPT, *flags], folder, DATA="rows.jsonl", **SETTINGS, **FIELDS, **launcher)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"own_data.sh: {message}\n")
+    assert not (folder / "out").exists()
+
+
+def test_the_best_iteration_of_a_run_with_early_stopping_is_exported(folder, launcher):
+    Path(launcher["TORCHRUN"]).write_text(
+        '#!/bin/sh\nmkdir -p out/checkpoints/iter_0000003\n'
+        'echo \'{"best_iteration": 3}\' > out/checkpoints/early_stopping.json\n')
+    stopping = run([SCRIPT, "--early-stopping", 1], folder, DATA="rows.jsonl", **SETTINGS, **FIELDS, **launcher)
+    assert stopping.returncode == 0, stopping.stderr
+    converted, _, asked = stopping.stdout.splitlines()[-3:]
+    assert converted.startswith("convert ") and " --ckpt-step 3 " in converted and " --ckpt-step 3 " in asked
+    # One that goes on from there without it has a later model, of which the record says nothing.
+    assert "--ckpt-step" not in run([SCRIPT], folder, DATA="rows.jsonl", **SETTINGS, **FIELDS, **launcher).stdout
+
+
+def test_what_trains_nothing_exports_nothing_and_one_python_does_every_step(folder, launcher):
+    rows = dict(SETTINGS, **FIELDS, DATA="rows.jsonl", OUT="out/")
+    for flag in ("--dry-run", "--skip-train"):
+        done = run([SCRIPT, flag], folder, **rows, **launcher)
+        assert done.returncode == 0 and "hrm_megatron.pretrain" in done.stdout, done.stderr
+        assert "convert" not in done.stdout and "The model is in" not in done.stdout
+    done = run([SCRIPT], folder, **rows, PYTHON=launcher["PYTHON"], TORCHRUN="")
+    assert done.returncode == 0, done.stderr
+    assert "\ntrain by -m torch.distributed.run --standalone " in done.stdout and "\nconvert " in done.stdout
+    assert "//" not in done.stdout and "The model is in out/hf." in done.stdout
+
+
+def test_without_a_venv_the_python_on_path_will_do(folder):
+    root, programs = folder / "root", folder / "bin"
+    for place in (root, programs):
+        place.mkdir()
+    for name in ("examples", "launch_scripts", "tools"):
+        (root / name).mkdir()
+        for path in (ROOT / name).iterdir():
+            (root / name / path.name).symlink_to(path)
+    python = programs / "python"
+    settings = dict(SETTINGS, **FIELDS, DATA="rows.jsonl", PYTHON="", TORCHRUN="", PATH=f"{programs}:/usr/bin:/bin")
+    for options, code in (("", 0), ("-I -S", 1)):  # with and without what is installed
+        python.write_text(f'#!/bin/sh\ncase $1 in -c) exec {sys.executable} {options} "$@";; *) echo "$1";; esac\n')
+        python.chmod(0o755)
+        done = run([root / "examples" / "own_data.sh"], folder, **settings)
+        assert done.returncode == code, done
+    assert done.stdout == "" and done.stderr == ("own_data.sh: PYTHON=python does not find megatron, tokenizers and "
+                                                 "torch: run make setup, or set PYTHON\n")
+
+
+def test_the_launch_script_says_where_no_launcher_is(tmp_path):
+    script = shutil.copy(ROOT / "launch_scripts" / "train_node.sh", tmp_path)  # with no .venv beside it
+    for named, launcher in (("", "torchrun"), ("nowhere/torchrun", "nowhere/torchrun")):
+        done = run([script], tmp_path, PYTHON="", PATH="/usr/bin:/bin", TORCHRUN=named)
+        assert (done.returncode, done.stdout) == (127, "")
+        assert done.stderr == f"train_node.sh: no {launcher}: run make setup, or set TORCHRUN or PYTHON\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -1,4 +1,5 @@
 """tools/generate.py as a user calls it: answers on stdout, one line on stderr for everything that is wrong."""
+import io
 import json
 import shutil
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.convert import ledger
 from tests.random_checkpoint import TOKENIZER, write_random_checkpoint
 from tests.tools import load_tool
 
@@ -54,6 +57,14 @@ def tool(single_rank, checkpoints, monkeypatch, capsys):
     return call
 
 
+def test_fp32_is_not_tf32(tool):
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does
+    try:
+        assert tool()[0] == 0 and torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_command_prints_the_answer_alone(checkpoints, expected):
     done = subprocess.run([sys.executable, TOOL, "--load", checkpoints, "--tokenizer-model", TOKENIZER, "--prompt",
                            QUESTIONS[1], "--max-new-tokens", "12"], cwd=ROOT, capture_output=True, text=True)
@@ -82,6 +93,23 @@ def test_a_file_has_one_prompt_per_line(tool, expected, tmp_path):
     prompts.write_text("\n".join(QUESTIONS) + "\n")
     status, out, _ = tool(prompt=("--prompt-file", prompts))
     assert (status, out) == (0, expected(QUESTIONS))
+
+
+def test_a_bar_is_for_terminals_and_stands_below_the_answers(tool, expected, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("\n".join(QUESTIONS))
+    prompts, shown = ("--prompt-file", tmp_path / "prompts.txt"), tqdm.__init__
+    always = dict(delay=0, mininterval=0)
+    monkeypatch.setattr(tqdm, "__init__", lambda bar, *args, **options: shown(bar, *args, **options | always))
+    monkeypatch.setattr(ledger, "LINE_SECONDS", 0.0)
+    err = tool(prompt=prompts)[2]
+    assert "answer/s" not in err and f"{len(QUESTIONS)} of {len(QUESTIONS)} answers\n" in err
+    screen = type("Screen", (io.StringIO,), dict(isatty=lambda self: True))()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", screen)
+    assert tool(prompt=prompts)[0] == 0
+    assert "answer/s" in screen.getvalue()
+    lines = [line.rpartition("\r")[2] for line in screen.getvalue().split("\n")]
+    assert [line for line in lines if line in expected(QUESTIONS).splitlines()] == expected(QUESTIONS).splitlines()
 
 
 def test_a_prompt_ends_at_line_feeds_only(tool, expected, tmp_path):

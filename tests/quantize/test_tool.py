@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,14 @@ def test_transformers_computes_the_logits_of_what_the_codes_stand_for(quantized,
 
 
 @needs_the_extra
+def test_a_look_at_the_output_shows_no_lines_of_others(tmp_path, exported):
+    tool = Path(__file__).parents[2] / "tools" / "quantize_checkpoint.py"
+    done = subprocess.run([sys.executable, tool, "--load", exported, "--save", tmp_path / "small", "--method", "rtn"],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "its logits are the source's within" in done.stdout
+
+
+@needs_the_extra
 def test_a_calibrated_export_loads_in_unmodified_transformers_in_a_process_of_its_own(quantized, store, tmp_path,
                                                                                      single_rank, capsys):
     from hrm_megatron.generate.decode import next_token_logits
@@ -200,6 +209,15 @@ def test_a_tokenizer_of_other_tokens_than_the_checkpoint_knows_is_refused(checkp
     assert Work(job, known, "raw", print).tokenizer.path == tokenizer.path
     with pytest.raises(ConfigError, match="has other tokens than the tokenizer that random was trained with"):
         _ = Work(job, replace(known, vocabulary="others"), "raw", print).tokenizer
+
+
+def test_fp32_is_not_tf32(checkpoint_of, weights, exported):
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does
+    try:
+        Work(Job(exported), checkpoint_of(weights), "raw", print)
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("flag", ["--tokenizer-model", "--data-path", "--valid-data-path"])
