@@ -136,10 +136,11 @@ def train(console: Console, saves: SaveLock) -> None:
 
     def ready(train_rows: PackedRows | None) -> None:
         saves.hold(args, make=True)
-        end_where_stopped(args)
         reporter.begin(train_rows)
+        end_where_stopped(args)
         step.meter.restart()
 
+    asked = args.train_iters
     try:
         pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready,
                                                                            sources_by_name),
@@ -148,6 +149,7 @@ def train(console: Console, saves: SaveLock) -> None:
     except SystemExit as early:  # Megatron's way out behind the save for a signal, or an interval to exit at
         if early.code:
             raise
+    args.train_iters = asked  # an early stop ends the loop by it
     flush_scalars()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

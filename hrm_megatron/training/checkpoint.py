@@ -9,12 +9,13 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 from megatron.training import checkpointing
 from megatron.training import training as megatron_training
 from torch.distributed.checkpoint.api import CheckpointException
@@ -39,7 +40,7 @@ from hrm_megatron.parallel.patching import around, temporarily
 from hrm_megatron.program import followed, write_aside
 from hrm_megatron.training.bad_steps import last_step_taken
 from hrm_megatron.training.early_stopping import delete_older, stopped_early
-from hrm_megatron.training.evaluation import Evaluation
+from hrm_megatron.training.evaluation import EVALUATED, RAW, Evaluation
 from hrm_megatron.training.finetune import choose_source, go_on
 from hrm_megatron.training.lora import check_adapters, lora_of, saved_bytes
 from hrm_megatron.training.loss_spikes import take_losses
@@ -114,6 +115,7 @@ def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[
     damaged, of which all ranks must hear together.
     """
     check_verification_flags(args)
+    args.only_evaluates = False
     ours = architecture_of(args, args.vocab_size)
     found = complete_iterations(Path(args.save)) if args.save else []
     if found and args.save != args.load:
@@ -143,6 +145,7 @@ def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path) ->
     Settles which schedule the run follows from there. Returns whether there is anything left to do: steps, or the
     evaluations with which a run ends.
     """
+    args.only_evaluates = False
     ours = architecture_of(args, args.vocab_size)
     stored = open_run(folder, args.verify_checkpoint)
     stored.check_files()
@@ -169,28 +172,29 @@ def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path) ->
     settle_length(args, common["args"], iteration)
     args.last_step_taken = last_step_taken(common)
     converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
-    finished = nothing_left(iteration, args.train_iters)
-    stopped = None if finished else stopped_early(args, iteration)
+    missing = None if args.no_load_optim else _missing_state(args, stored.shapes(), keys)
+    finished, stopped = nothing_left(iteration, args.train_iters), stopped_early(args, iteration)
     if done := finished or stopped:
         of_this_run = bool(args.save) and folder.parent.resolve() == Path(args.save).resolve() and not converted
         ended = stopped or iteration == args.train_iters == common["args"].train_iters
         if not (of_this_run and ended and evaluation.is_left(args.save, iteration, bool(stopped))):
             log.info(f"checkpoint: {folder}: {done}")
             return False
+        if missing or (args.no_load_optim and evaluation.weights != RAW):
+            log.info(f"checkpoint: {folder}: {done}; its last evaluation cannot be made up without the optimizer's "
+                     "state")
+            return False
+        args.only_evaluates = True
         log.info(f"checkpoint: {folder}: iteration {iteration} of {args.train_iters} is done"
                  f"{', where the run was stopped early' if stopped else ''}; its last evaluation is made up")
+        return True
     if not converted:
         check_plan(folder, common["args"], args)
     if args.no_load_optim:
         return True
-    trains = (".lora.A", ".lora.B") if lora_of(args) else (".weight",)  # all else is frozen
-    for name in STATE_KEYS:
-        missing = [key for key in stored.shapes() if key.endswith(trains) and not key.startswith("optimizer.")
-                   and f"optimizer.state.{name}.{key}" not in keys]
-        if missing:
-            raise ConfigError(f"{folder}: holds no {name} of the optimizer for {missing[0]}; give --finetune to begin "
-                              "at step 0, or --no-load-optim to go on, with a new optimizer and an EMA that starts at "
-                              "its weights, or another --load")
+    if missing:
+        raise ConfigError(f"{folder}: holds no {missing}; give --finetune to begin at step 0, or --no-load-optim to go "
+                          "on, with a new optimizer and an EMA that starts at its weights, or another --load")
     if not converted:
         if schedule := settle_schedule(args, common["args"], folder, iteration):
             log.info(schedule)
@@ -198,6 +202,14 @@ def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path) ->
             log.info(f"checkpoint: {changed}")
         take_losses(args, common["args"])
     return True
+
+
+def _missing_state(args: argparse.Namespace, shapes: Iterable[str], keys: set[str]) -> str | None:
+    """Name the first state of the optimizer that a checkpoint with these weights and keys does not hold."""
+    trains = (".lora.A", ".lora.B") if lora_of(args) else (".weight",)  # all else is frozen
+    weights = [key for key in shapes if key.endswith(trains) and not key.startswith("optimizer.")]
+    return next((f"{name} of the optimizer for {key}" for name in STATE_KEYS for key in weights
+                 if f"optimizer.state.{name}.{key}" not in keys), None)
 
 
 def starts_new(args: argparse.Namespace, folder: Path) -> bool:
@@ -249,6 +261,7 @@ def guard_saves(args: argparse.Namespace) -> None:
         if not torch.distributed.get_rank():
             for name in COMPLETE_FILES:  # an older save of the same iteration is about to be written over
                 (folder / name).unlink(missing_ok=True)
+            (Path(args.save) / EVALUATED).unlink(missing_ok=True)  # it was of other weights
             for path in folder.glob(f"*{TENSORS}"):  # by other ranks perhaps
                 path.unlink()
         torch.distributed.barrier()
@@ -272,7 +285,9 @@ def guard_saves(args: argparse.Namespace) -> None:
             raise refuse(next((i for i in begun if f"iter_{i:07d}" not in whole), begun[-1]), error) from error
 
     def save_once(stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
-        if iteration not in (args.iteration, *begun[-1:]):  # the first: from which the run goes on
+        saved = iteration in (args.iteration, *begun[-1:])  # the first: from which the run goes on
+        # What Megatron has found about a step goes into a checkpoint, for the next start to run it again.
+        if not saved or get_rerun_state_machine().state == RerunState.WILL_RERUN_FROM_CHECKPOINT:
             stock(iteration, *rest, **options)
 
     megatron_training.save_checkpoint_and_time = around(megatron_training.save_checkpoint_and_time, save_once)

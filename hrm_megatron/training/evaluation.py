@@ -67,8 +67,9 @@ class Evaluation:
         return (self.tests or (self.validates and not stopped_early)) and evaluated != iteration
 
     def note_end(self, args: argparse.Namespace) -> None:
-        """Write down that a run which has come to its end has been evaluated there; nothing is lost if that fails."""
-        if args.rank or args.skip_train or not args.save or self.out_of_time or not (self.validates or self.tests):
+        """Write down that a run which has come to its end has been evaluated there, with all that it had to evaluate;
+        nothing is lost if that fails."""
+        if args.rank or args.skip_train or not args.save or self.out_of_time:
             return
         try:
             write_aside(Path(args.save) / EVALUATED, json.dumps({"iteration": args.train_iters}) + "\n")

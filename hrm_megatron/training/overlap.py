@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
-from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.rerun_state_machine import RerunMode, RerunState, get_rerun_state_machine
 from megatron.training import training as megatron_training
+from megatron.training.global_vars import get_args
 
 from hrm_megatron.layers.compiled import CompiledLayer
+from hrm_megatron.training.error_file import RestartableError
 
 
 class OverlappedReduction:
@@ -63,8 +65,18 @@ class GradientCheck:
 
 
 def end_the_run(norm: torch.Tensor) -> None:
-    """Let Megatron run a step again whose gradients have no finite norm, and end the run."""
-    get_rerun_state_machine().validate_result(
+    """Let Megatron run a step again whose gradients have no finite norm, and end the run.
+
+    The first step of a start it would take: it cannot save before one. Raises RestartableError there.
+    """
+    machine = get_rerun_state_machine()
+    first = machine.state == RerunState.INITIAL_RUN and not machine.first_iteration_complete
+    if first and machine.mode == RerunMode.VALIDATE_RESULTS and not torch.isfinite(norm):
+        raise RestartableError(
+            f"step {get_args().iteration + 1}, the first of this start: not taken: gradients on rank "
+            f"{torch.distributed.get_rank()} are not finite; if it comes back, look at the data, the rate and the "
+            "device, or leave its rows out (--iterations-to-skip, --on-nonfinite skip)")
+    machine.validate_result(
         result=norm, rejection_func=lambda norm: not torch.isfinite(norm),
         message="found NaN or Inf in local gradients before data-parallel communication collective",
         tolerance=0.001, fatal=True)  # as stock code has it: attention may sum in another order

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.utils import to_local_if_dtensor
 from megatron.training import training as megatron_training
 
 from hrm_megatron.parallel.patching import around
@@ -17,17 +19,26 @@ def install_params_norm(args: argparse.Namespace) -> None:
     It takes FSDP2's shards for whole weights, and without bf16, whose masters it reads, weights that an overlapped
     gather has yet to bring.
     """
-    stock = megatron_training.calc_params_l2_norm
-    if args.log_params_norm and args.use_torch_fsdp2:
-        megatron_training.calc_params_l2_norm = around(stock, _of_all_shards)
-    elif args.log_params_norm and args.overlap_param_gather and not args.bf16:
-        megatron_training.calc_params_l2_norm = around(stock, _of_gathered_weights)
+    if not args.log_params_norm:
+        return
+    if args.use_torch_fsdp2:
+        megatron_training.calc_params_l2_norm = of_all_shards
+    elif args.overlap_param_gather and not (args.bf16 or args.use_megatron_fsdp):
+        megatron_training.calc_params_l2_norm = around(megatron_training.calc_params_l2_norm, _of_gathered_weights)
 
 
-def _of_all_shards(stock: Any, model: list[torch.nn.Module]) -> float:
-    squared = torch.tensor([stock(model) ** 2], dtype=torch.float32, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(squared, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return squared.sqrt().item()
+def of_all_shards(model: list[torch.nn.Module]) -> float:
+    """Norm of the weights that FSDP2 has shared out, of their masters where there are some."""
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    squared = torch.zeros(1, device=f"cuda:{torch.cuda.current_device()}")
+    for chunk in model:
+        for weight in chunk.parameters():
+            if param_is_not_tensor_parallel_duplicate(weight, tp_group=tp_group):
+                squared += to_local_if_dtensor(getattr(weight, "main_param", weight)).detach().float().norm() ** 2
+    for group in (parallel_state.get_data_parallel_group(with_context_parallel=True),
+                  parallel_state.get_model_parallel_group()):
+        torch.distributed.all_reduce(squared, group=group)
+    return float(squared.sqrt())
 
 
 def _of_gathered_weights(stock: Any, model: list[torch.nn.Module]) -> float:

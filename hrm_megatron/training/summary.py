@@ -22,11 +22,6 @@ def describe_model(args: argparse.Namespace) -> str:
             f"{describe_lora(args, a)}")
 
 
-def only_evaluates(args: argparse.Namespace) -> bool:
-    """Tell whether the last evaluation of a run that has come to its end is made up."""
-    return not args.skip_train and int(args.iteration) == int(args.train_iters)
-
-
 def describe_checkpoint(args: argparse.Namespace) -> str:
     """Say where the run begins, once everything is loaded, and where it saves."""
     if (loaded := get_loaded_iteration()) is None or loaded < 0:
@@ -35,7 +30,7 @@ def describe_checkpoint(args: argparse.Namespace) -> str:
         start = f"goes on after step {args.iteration}, loaded from {args.load}"
     else:
         start = f"weights of {args.pretrained_checkpoint or args.load}, a new run"
-    if only_evaluates(args):
+    if args.only_evaluates:
         return f"checkpoint: {start}; no step is left, and nothing is saved"
     if not args.save:
         return f"checkpoint: {start}; nothing is saved (--save DIR)"

@@ -1,10 +1,11 @@
 """Steps whose gradients are not finite: what --on-nonfinite makes of them is what a run without these steps does."""
 import json
+import re
 
 import pytest
 
 from hrm_megatron.checkpoint.dcp import DCPFolder
-from hrm_megatron.checkpoint.folders import find_iteration, read_run
+from hrm_megatron.checkpoint.folders import complete_iterations, find_iteration, read_run
 from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.schedule import LRSchedule
 from hrm_megatron.training.bad_steps import MOST_RETURNS, RECORD, Record
@@ -31,6 +32,11 @@ def poison(*steps, rank=0):
 
 def end_of(folder):
     return find_iteration(folder)
+
+
+def finite(folder):
+    stored = DCPFolder(folder)
+    return all(stored.tensor(key).isfinite().all() for key in stored.shapes())
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +155,19 @@ def test_returns_are_counted_by_the_checkpoint_gone_back_to(train, tmp_path):
                 prelude=poison(5, 6))
     assert run.code == 2 and "the same command goes on from the last checkpoint" in run.errors[0], run.output[-3000:]
     assert Record.read(folder / RECORD) == Record([5, 6, 90], {"0": MOST_RETURNS, "4": 1})
+
+
+def test_no_start_takes_a_step_without_a_number(train, tmp_path):
+    """Megatron's check passes over the first step of a start, unless a checkpoint has told it of that step."""
+    first = train(tmp_path, prelude=poison(1))
+    assert first.code and not complete_iterations(tmp_path / "checkpoints") and re.search(
+        "^error: step 1, the first of this start: not taken: gradients on rank 0 are not finite; if it comes back",
+        first.last_output, re.MULTILINE), first.output[-3000:]
+    saves, folder = ("--save-interval", 1), tmp_path / "checkpoints"
+    for load in (None, folder):  # the second finds in the checkpoint what the first has found, although it was saved
+        run = train(tmp_path, *saves, load=load, prelude=poison(3))
+        assert run.code == 16 and complete_iterations(folder) == ["iter_0000001", "iter_0000002"], run.output[-3000:]
+        assert all(finite(folder / name) for name in complete_iterations(folder))
 
 
 def test_a_checkpoint_behind_steps_that_were_left_out_is_no_new_one(train, tmp_path):

@@ -65,6 +65,26 @@ def test_the_last_evaluation_is_made_up_once(train, whole, tmp_path, code, flags
     assert third.code == 0 and NOTHING in third.output and MADE_UP not in third.output
 
 
+def test_other_weights_of_the_same_iteration_are_evaluated(train, tmp_path):
+    assert train(tmp_path, "--save-interval", 2).code == 0 and (tmp_path / EVALUATED).exists()
+    killed = train(tmp_path, "--save-interval", 2, "--ckpt-step", 2, "--seed", 99,
+                   prelude=AT_CALL.format(call=3, act=KILL))
+    assert killed.code == -9 and "test" not in printed(killed), killed.output[-3000:]
+    assert MADE_UP in train(tmp_path, "--save-interval", 2, "--seed", 99).output
+
+
+def test_what_cannot_be_evaluated_is_not_made_up(train, tmp_path):
+    killed = train(tmp_path, "--no-save-optim", prelude=AT_CALL.format(call=3, act=KILL))
+    assert killed.code == -9, killed.output[-3000:]
+    for flags in (), ("--no-load-optim", "--eval-weights", "both"):
+        again = train(tmp_path, "--no-save-optim", *flags)
+        assert again.code == 0 and not printed(again), again.output[-3000:]
+        said = " ".join(again.output.split())  # its lines are wrapped
+        assert f"{NOTHING} (--skip-train evaluates it); its last evaluation cannot be made up without the" in said
+    other = train(tmp_path, "--no-save-optim", "--no-load-optim", "--lr", 1e-2)  # of a rate that no step has any more
+    assert other.code == 0 and MADE_UP in other.output and printed(other), other.output[-3000:]
+
+
 @pytest.mark.parametrize("weights", ["both", "ema", "raw"])
 def test_a_run_whose_time_ends_in_an_evaluation_is_saved(train, tmp_path, weights):
     flags = "--eval-weights", weights, "--eval-interval", STEPS - 2, *LIMIT
@@ -86,6 +106,7 @@ Record.evaluations_since_best = 1
     again = train(tmp_path, *flags, prelude=worse)
     assert again.code == 0 and "where the run was stopped early; its last evaluation is made up" in again.output
     assert printed(again).keys() == {"test"} and written(tmp_path / "iter_0000002") == before
+    assert f"train_iters ..................................... {STEPS}\n" in (tmp_path / "arguments.txt").read_text()
     assert "stopped early at iteration 2, nothing to train" in train(tmp_path, *flags, prelude=worse).output
     more = train(tmp_path, "--early-stopping", 2, "--eval-interval", 2)  # who asks for more gets it
     assert more.code == 0 and complete_iterations(tmp_path)[-1] == f"iter_{STEPS:07d}", more.output[-3000:]
