@@ -30,7 +30,7 @@ from hrm_megatron.training.data import Sources
 from hrm_megatron.training.fsdp import sharded_by_fsdp
 from hrm_megatron.training.layout import describe, gradient_itemsize, layers_of_stages
 from hrm_megatron.training.lora import check_adapters, lora_of, saved_bytes
-from hrm_megatron.training.resume import check_model, check_vocabulary
+from hrm_megatron.training.resume import check_model, check_vocabulary, nothing_left
 from hrm_megatron.training.step import TrainingStep, innermost
 from hrm_megatron.training.summary import describe_model
 from hrm_megatron.transformer_config import architecture_of
@@ -121,29 +121,32 @@ def predicted_memory(args: argparse.Namespace) -> list[Memory]:
                             saving_of(args), plan)
 
 
-def checked_start(args: argparse.Namespace, data: Sources | None) -> Path | None:
-    """Return the iteration that the run would begin from, or None; refuse one that is missing, or of another model.
+def checked_start(args: argparse.Namespace, data: Sources | None) -> tuple[Path | None, int]:
+    """Return the checkpoint that the run would begin from, or None, and the steps that it has done by then; refuse one
+    that is missing, or of another model.
 
     Whether the vocabulary is that of the data is told where there are data.
     """
     if (folder := starting_point(args)) is None:
-        return None
+        return None, 0
     common, theirs = read_run(open_run(folder, args.verify_checkpoint))
     ours = architecture_of(args, args.vocab_size)
     check_model(folder, theirs if data else replace(theirs, vocab_size=ours.vocab_size), ours)
     if data:
         check_vocabulary(folder, common["args"], args)
-    check_adapters(folder, lora_of(common["args"]), lora_of(args), args.skip_train or starts_new(args, folder))
-    return folder
+    new = starts_new(args, folder)
+    check_adapters(folder, lora_of(common["args"]), lora_of(args), args.skip_train or new)
+    return folder, 0 if new else int(common["iteration"])
 
 
 def describe_dry_run(args: argparse.Namespace, data: Sources | None) -> Iterator[str]:
     """Yield all that a dry run has to say; nothing is written."""
-    start = checked_start(args, data)
+    start, done = checked_start(args, data)
     yield describe_model(args)
     yield describe(args)
     if start:
-        yield f"checkpoint: begins from {start}"
+        finished = None if args.skip_train else nothing_left(done, args.train_iters)
+        yield f"checkpoint: {start}: {finished}" if finished else f"checkpoint: begins from {start}, after step {done}"
     layers, tp = layers_of_stages(args), args.tensor_model_parallel_size
     counts = stage_parameters(architecture_of(args, args.vocab_size), layers)
     last = len(layers) - 1
@@ -152,32 +155,34 @@ def describe_dry_run(args: argparse.Namespace, data: Sources | None) -> Iterator
         assert built.place["PP"] == stage and built.parameters * tp == counts[stage], "built otherwise than counted"
         alike = f" to {last - 1} (all alike)" if stage == 1 < last - 1 else ""
         yield f"built: stage {stage}{alike}: {built.parameters:,} weights on each rank in {len(built.weights)} tensors"
-    yield from _describe_data(args, data)
+    yield from _describe_data(args, data, done)
     for memory in predicted_memory(args):
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.parts.items() if size)
         yield f"memory: stage {memory.stage}: {memory.total / 1e9:.2f} GB predicted on each GPU: {parts}"
-    yield _describe_space(args)
+    yield _describe_space(args, done)
     if args.dry_run_rank is not None:
         yield from _describe_rank(build(args, args.dry_run_rank))
 
 
-def _describe_data(args: argparse.Namespace, data: Sources | None) -> Iterator[str]:
-    rows = args.train_iters * args.global_batch_size
-    wanted = f"{args.train_iters} steps of {args.global_batch_size} rows read {rows:,} rows"
+def _describe_data(args: argparse.Namespace, data: Sources | None, done: int) -> Iterator[str]:
+    steps = max(0, args.train_iters - done)
+    rows = steps * args.global_batch_size
+    wanted = f"{steps} steps of {args.global_batch_size} rows read {rows:,} rows"
     if data is None:
         yield f"data: none given, {args.vocab_size} tokens in the vocabulary assumed; {wanted}"
         return
-    planned = PackedRows(data.train, args.seq_length, args.seed, rows)
+    planned = PackedRows(data.train, args.seq_length, args.seed, max(1, rows))
     yield f"data: training: {planned.describe()}"
     yield f"data: {wanted}, {rows / planned.rows_per_epoch:.2f} epochs"
 
 
-def _describe_space(args: argparse.Namespace) -> str:
+def _describe_space(args: argparse.Namespace, done: int) -> str:
     size = saved_bytes(args, architecture_of(args, args.vocab_size), SAVED_BYTES)
     line = f"checkpoint: {size / 1e9:.2f} GB each"
     if not args.save:
         return f"{line}; nothing is saved (--save DIR)"
-    saves = -(-args.train_iters // args.save_interval) if args.save_interval else 1
+    every = args.save_interval or args.train_iters
+    saves = -(-args.train_iters // every) - done // every if done < args.train_iters else 0
     path = Path(args.save).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(there).free

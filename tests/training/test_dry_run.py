@@ -175,10 +175,21 @@ def test_a_checkpoint_of_another_model_is_refused_and_none_is_written_to(monkeyp
     words = ["--load", folder, "--dry-run", "--lr", "1e-3", "--train-iters", 400, "--seq-length", 96,
              "--num-attention-heads", 4, "--num-layers", 2]
     args = parsed(monkeypatch, *words, "--hidden-size", 32)
-    assert checked_start(args, None) == folder / find_iteration(native_start).name
+    assert checked_start(args, None) == (folder / find_iteration(native_start).name, 0)
     with pytest.raises(ConfigError, match="its model has hidden_size=32, the command line makes 64"):
         checked_start(parsed(monkeypatch, *words, "--hidden-size", 64), None)
     assert written(folder) == before
+
+
+@pytest.mark.parametrize("steps, checkpoint, left, saves", [(24, "iteration 24 of 24 is done, nothing to train", 0, 0),
+                                                            (41, "after step 24", 17, 3)])
+def test_what_a_run_has_done_is_not_counted(launch, uninterrupted, fullbatch_arguments, steps, checkpoint, left, saves):
+    folder = uninterrupted / "checkpoints"
+    run = launch(*fullbatch_arguments, "--train-iters", steps, "--load", folder, "--save", folder, "--save-interval",
+                 10, "--dry-run")
+    assert run.code == 0 and f"data: {left} steps of 8 rows read {8 * left} rows, " in run.output, run.output[-2000:]
+    assert str(find_iteration(folder)) in run.output and checkpoint in run.output
+    assert f", {saves} saves take" in run.output
 
 
 def test_the_program_answers_and_ends(launch, tmp_path):
