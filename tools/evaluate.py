@@ -25,7 +25,7 @@ activate()
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.evaluate.ask import TaskAnswers, prepare  # noqa: E402
 from hrm_megatron.evaluate.report import earlier_results, percent, write_reports  # noqa: E402
-from hrm_megatron.evaluate.rows import read_items  # noqa: E402
+from hrm_megatron.evaluate.rows import read_first_items  # noqa: E402
 from hrm_megatron.evaluate.scoring import equal_math  # noqa: E402
 from hrm_megatron.evaluate.summary import Result, summarize  # noqa: E402
 from hrm_megatron.evaluate.tasks import TASKS, Task, chosen, with_shots  # noqa: E402
@@ -100,10 +100,10 @@ def evaluate(args: argparse.Namespace) -> None:
     tasks = tasks_of(args)
     if args.samples > 1 and not args.temperature:
         raise ConfigError(f"--samples {args.samples}: greedy answers are all the same; give a --temperature")
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
     if any(task.name == "math" for task in tasks):
         equal_math("1", "1")  # refused now, not after hours
-    rows = {task.name: read_items(task, args.data, args.limit) for task in tasks}
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    rows = {task.name: read_first_items(task, args.data, args.limit) for task in tasks}
     session = Session(args.load, Answering(
         sampling=sampling if args.temperature else Sampling(),  # no seed decides a greedy answer
         samples=args.samples, h_cycles=args.h_cycles, l_cycles=args.l_cycles, exit_threshold=args.exit_threshold,
@@ -113,10 +113,12 @@ def evaluate(args: argparse.Namespace) -> None:
     prepared = []
     for task in tasks:  # all are checked before the first is answered
         context = min(task.context_tokens, session.decoder.context_tokens)
-        asked = prepare(task, *rows[task.name], session.tokenizer, context)
+        questions, shots, _ = rows[task.name]
+        asked = prepare(task, questions, shots, session.tokenizer, context)
         prepared.append(TaskAnswers(args.output, task, session, asked, context))
     earlier_results(args.output, session.identity, tasks)  # refused now, not after hours
-    results = [replace(measured(answers, args), limit=args.limit) for answers in prepared]
+    results = [replace(measured(each, args), limit=args.limit if rows[each.task.name][2] else None)
+               for each in prepared]
     kept = earlier_results(args.output, session.identity, tasks)  # also of a call that has ended meanwhile
     if kept:
         say(f"{args.output}: the reports keep {', '.join(each.task.title for each in kept)} of an earlier call")

@@ -90,10 +90,12 @@ class Mixture:
         cut = [rule.long_context for rule in self._rules] if self.selection.rules else None
         return repr((*self._examples_of, self.part, *self._split_of, seed, cut))
 
-    @property
+    @cached_property
     def _split_of(self) -> tuple[object, ...]:
-        split = self.selection.split
-        return (split, "of all together") if split and len(self.stores) > 1 else (split,)  # was once one of each
+        split = self.selection.split  # of each dataset by itself in older versions, which mostly gives the same parts
+        together = len(self.stores) > 1 and any(self._prompts_given_in([store]) != self.given_prompts
+                                                for store in self.stores)
+        return (split, "of all together") if together else (split,)
 
     @cached_property
     def _examples_of(self) -> tuple[object, str | None]:
@@ -153,9 +155,12 @@ class Mixture:
     @cached_property
     def given_prompts(self) -> dict[int, int]:
         """Keys of prompts by the number of the part that they were given to because chance has left it empty."""
+        return self._prompts_given_in(self.stores)
+
+    def _prompts_given_in(self, stores: Sequence[IndexedExamples]) -> dict[int, int]:
         if not self.selection.split:
             return {}
-        return prompts_for_empty_parts([(len(store), store.prompt_keys()) for store in self.stores],
+        return prompts_for_empty_parts([(len(store), store.prompt_keys()) for store in stores],
                                        self.selection.split, self.selection.seed)
 
     def unfit(self) -> dict[str, tuple[int, int]]:
@@ -236,7 +241,7 @@ class MixedEpoch:
             tokens.append(positions)
         self.examples = examples[:firsts[-1]]
         sizes = np.diff(firsts).tolist()
-        if selection.rules and mixture.part == "train":
+        if selection.rules and mixture.part == "train" and mixture.example_ids is None:
             selection.rules.check_sizes(rules, sizes, mixture.row_tokens)
         quotas = sizes
         if mixture.part == "train":

@@ -139,11 +139,13 @@ def _with_coverage(store: IndexedExamples, lines: Sequence[SourceLine], selectio
     return found
 
 
-def _fill(store: IndexedExamples, row_tokens: int, selection: Selection) -> Fill:
+def _fill(store: IndexedExamples, row_tokens: int, selection: Selection) -> Fill | None:
     count = min(len(store), FILL_EXAMPLES)
     chosen = None if count == len(store) else np.arange(count)
-    rows = RowPlan(Mixture([store], row_tokens, selection, example_ids=chosen), row_tokens,
-                   selection.seed).rows_of_epoch(0)
+    mixture = Mixture([store], row_tokens, selection, example_ids=chosen)
+    if chosen is not None and not any(len(block) for _, found in mixture.streams() for block in found):
+        return None  # the prefixes of all of these fill rows
+    rows = RowPlan(mixture, row_tokens, selection.seed).rows_of_epoch(0)
     return Fill(row_tokens, count, len(rows.example_ids), len(rows), rows.tokens / (len(rows) * row_tokens))
 
 

@@ -72,14 +72,19 @@ def prompts_for_empty_parts(datasets: Sequence[tuple[int, np.ndarray | None]], s
     """Choose for each part of positive weight that chance has left empty in all datasets together, of so many examples
     and with such prompt keys, the prompt of the lowest key of the largest part: part > key.
 
-    While there are two prompts, none is empty then.
+    The largest part keeps one prompt of its own: a part for which it has no other stays empty.
     """
     weights = split_weights(split)
     found = np.zeros(len(PARTS), bool)
     for count, keys in datasets:
-        found |= np.bincount(example_parts(count, split, seed, keys), minlength=len(PARTS)) > 0
-        if all(found[part] for part, weight in enumerate(weights) if weight):
-            return {}
+        if keys is None:
+            found |= np.array(split_sizes(count, split)) > 0
+            continue
+        for start, stop in blocks(0, count):  # the first has all parts of most datasets
+            parts = example_parts(stop - start, split, seed, keys[start:stop])
+            found |= [(parts == part).any() for part in range(len(PARTS))]
+            if all(found[part] for part, weight in enumerate(weights) if weight):
+                return {}
     largest = int(np.argmax(weights))
     candidates = np.unique(np.concatenate([np.empty(0, np.uint64), *(
         keys[example_parts(count, split, seed, keys) == largest] for count, keys in datasets if keys is not None)]))

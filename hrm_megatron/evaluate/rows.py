@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from hrm_megatron.data.text_files import shown
 from hrm_megatron.evaluate.prompts import BadItem, Item
 from hrm_megatron.evaluate.tasks import Source, Task
 
+PlacedRow = tuple[str, Mapping[str, Any]]
+
 
 class PlacedItem(NamedTuple):
     """An item and where its row stands."""
@@ -25,21 +28,30 @@ class PlacedItem(NamedTuple):
 
 def read_items(task: Task, data: Path | None, limit: int | None = None) -> tuple[list[PlacedItem], list[PlacedItem]]:
     """Return a task's questions (the first `limit`) and the rows that shots are taken from."""
-    source = task.source
-    questions = list(_items(task, source.split, data, limit))
-    if not questions:
-        raise ConfigError(f"task {task.name}: split '{source.split}' has no row")
-    wanted = task.shots or any(task.special_shots.values())
-    shots = list(_items(task, source.shots_split, data, None)) if source.shots_split and wanted else []
+    questions, shots, _ = read_first_items(task, data, limit)
     return questions, shots
 
 
-def _items(task: Task, split: str, data: Path | None, limit: int | None) -> Iterator[PlacedItem]:
-    rows = _hub_rows(task.source, split) if data is None else _local_rows(task, split, data)
-    for number, (place, row) in enumerate(rows):
-        if number == limit:
-            return
-        yield PlacedItem(place, _item(task, place, row))
+def read_first_items(task: Task, data: Path | None,
+                     limit: int | None) -> tuple[list[PlacedItem], list[PlacedItem], bool]:
+    """Return what `read_items` does, and whether the split has rows after the first `limit`."""
+    source = task.source
+    rows = _rows(task, source.split, data)
+    questions = _items(task, islice(rows, limit))
+    if not questions:
+        raise ConfigError(f"task {task.name}: split '{source.split}' has no row")
+    cut = limit is not None and next(rows, None) is not None
+    wanted = task.shots or any(task.special_shots.values())
+    shots = _items(task, _rows(task, source.shots_split, data)) if source.shots_split and wanted else []
+    return questions, shots, cut
+
+
+def _items(task: Task, rows: Iterable[PlacedRow]) -> list[PlacedItem]:
+    return [PlacedItem(place, _item(task, place, row)) for place, row in rows]
+
+
+def _rows(task: Task, split: str, data: Path | None) -> Iterator[PlacedRow]:
+    return _hub_rows(task.source, split) if data is None else _local_rows(task, split, data)
 
 
 def _item(task: Task, place: str, row: Mapping[str, Any]) -> Item:
@@ -57,7 +69,7 @@ def _item(task: Task, place: str, row: Mapping[str, Any]) -> Item:
         raise ConfigError(f"{place}: {error}") from error
 
 
-def _local_rows(task: Task, split: str, data: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _local_rows(task: Task, split: str, data: Path) -> Iterator[PlacedRow]:
     for path in split_files(data / task.name, split):
         for piece in pieces(path):
             for place, row in piece.read(ROWS):
@@ -98,7 +110,7 @@ def _stem(path: Path) -> str:
     return str(path).removesuffix(next(suffix for suffix in ROWS_SUFFIXES if path.name.endswith(suffix)))
 
 
-def _hub_rows(source: Source, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _hub_rows(source: Source, split: str) -> Iterator[PlacedRow]:
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError("without --data, rows come from the hub by datasets, which is not installed: pip install "
                           "datasets, or give --data DIR")

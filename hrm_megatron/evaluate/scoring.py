@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.evaluate.drop import best_scores, normalized
@@ -61,12 +62,18 @@ def same_math(one: str, other: str) -> bool:
 def equal_math(gold: str, answer: str) -> bool:
     """Compare by math-verify: what it finds in `answer` with what it finds in `gold`."""
     try:
-        from math_verify import parse, verify
+        from math_verify import verify
     except ImportError as error:
         raise ConfigError("MATH is scored by math-verify, which is not installed: pip install 'hrm_megatron[evaluate]'"
                           ) from error
-    found = [parse(text, parsing_timeout=MATH_TIMEOUT_SECONDS) for text in (gold, answer)]
-    return bool(verify(*found, timeout_seconds=MATH_TIMEOUT_SECONDS))
+    return bool(verify(_parsed(gold), _parsed(answer), timeout_seconds=MATH_TIMEOUT_SECONDS))
+
+
+@lru_cache(maxsize=1024)  # all answers to a question are compared with each other
+def _parsed(text: str) -> list[Any]:
+    from math_verify import parse
+
+    return list(parse(text, parsing_timeout=MATH_TIMEOUT_SECONDS))
 
 
 def letter_answer(text: str, item: Item) -> Verdict:

@@ -51,14 +51,25 @@ def estimate(scores: Sequence[float], groups: Sequence[str]) -> Estimate:
 
 def majority(verdicts: Sequence[Verdict], same: Callable[[Any, Any], bool]) -> Verdict:
     """Choose the verdict of the most frequent vote, of equally many the one that came first; votes that are the `same`
-    count together, for the first of them."""
+    count together, for the first of them.
+
+    The most frequent votes are compared first, and only until the others cannot overtake: `same` may be slow.
+    """
     votes = Counter(verdict.vote for verdict in verdicts if verdict.vote is not None)  # equal ones are compared once
     if not votes:
         return verdicts[0]
     together: Counter[Any] = Counter()
-    for vote, count in votes.items():
-        together[next((first for first in together if same(first, vote)), vote)] += count
-    vote = together.most_common(1)[0][0]
+    group_of: dict[Any, Any] = {}
+    left = votes.total()
+    for vote, count in votes.most_common():
+        best, second = [*sorted(together.values(), reverse=True), 0, 0][:2]
+        if best > second + left:
+            break
+        group_of[vote] = next((first for first in together if same(first, vote)), vote)
+        together[group_of[vote]] += count
+        left -= count
+    leaders = [group for group, count in together.items() if count == max(together.values())]
+    vote = next(vote for vote in votes if (group_of[vote] in leaders if vote in group_of else same(leaders[0], vote)))
     return next(verdict for verdict in verdicts if verdict.vote == vote)
 
 

@@ -106,7 +106,7 @@ def _measured(settings: Mapping[str, Any], run: RunFolder) -> str:
     place = Path(settings["checkpoint"])
     own = run.checkpoints is not None and place.is_relative_to(run.checkpoints.resolve())
     of = f"iteration {settings['iteration']}, {settings['weights'] or 'weights of one kind'}"
-    return of if own else f"{of}, of {place}, which is none of the run's checkpoints"
+    return of if own else f"{of}, of {place}"  # also the run's own, if it has moved since
 
 
 def _evaluations(curves: Mapping[str, Curve]) -> list[tuple[object, ...]]:

@@ -1,4 +1,5 @@
 """What an epoch holds: parts, weights, rules and kept examples, by plain counting."""
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hrm_megatron.data.mixture import MAX_ROW_TOKENS, WALK_STREAM, Mixture, Sele
 from hrm_megatron.data.plan import RowPlan
 from hrm_megatron.data.sampling_rules import Rule, Rules, read_rules
 from hrm_megatron.data.shuffle import stream_key
-from hrm_megatron.data.split import PARTS, example_parts
+from hrm_megatron.data.split import PARTS, example_parts, prompts_for_empty_parts
 from tests.data.listed_store import ListedStore
 from tests.data.walks import feistel, scattered
 from tests.stores import split_examples
@@ -237,6 +238,41 @@ def test_no_part_with_a_weight_is_empty_while_there_are_two_questions():
         assert sum(sizes) == 12 and min(sizes) >= 3 and not any(size % 3 for size in sizes)
     assert [len(part) for part in split_examples(3, "98,2", 1, keys[:3])] in ([3, 0, 0], [0, 3, 0])
     assert [len(part) for part in split_examples(12, "1", 1, keys)] == [12, 0, 0]
+
+
+def test_parts_of_many_examples_are_found_in_little_memory():
+    """Less than a byte of each: the first block has all parts already."""
+    keys = np.random.default_rng(0).integers(0, 2**64, 1 << 22, np.uint64)
+    prompts_for_empty_parts([(9, keys[:9])], "97,3,0", 3)  # compiles
+    tracemalloc.start()
+    try:
+        assert not prompts_for_empty_parts([(len(keys), keys)], "97,3,0", 3)
+        assert tracemalloc.get_traced_memory()[1] < len(keys)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_part_is_found_in_whichever_block_it_is(monkeypatch):
+    keys = np.random.default_rng(0).integers(0, 2**64, 50, np.uint64)
+    for seed in range(20):
+        monkeypatch.setattr(walk, "BLOCK_EXAMPLES", 1 << 20)
+        whole = prompts_for_empty_parts([(50, keys)], "97,3,0", seed)
+        assert bool(whole) == (1 not in example_parts(50, "97,3,0", seed, keys))
+        monkeypatch.setattr(walk, "BLOCK_EXAMPLES", 7)
+        assert prompts_for_empty_parts([(50, keys)], "97,3,0", seed) == whole
+
+
+def test_several_datasets_are_the_data_of_before_unless_one_alone_would_have_an_empty_part(tmp_path):
+    """Older versions filled the empty parts of each dataset by itself, and named the split alone."""
+    few, many = store(tmp_path / "few", 10), store(tmp_path / "many", 600)
+    changed = set()
+    for seed in range(10):
+        both = Mixture([few, many], ROW_TOKENS, Selection("97,3,0", seed), "valid")
+        alone = [Mixture([one], ROW_TOKENS, Selection("97,3,0", seed), "valid") for one in both.stores]
+        other = any(not np.array_equal(both.parts_of(k), one.parts_of(0)) for k, one in enumerate(alone))
+        assert ("together" in both.contents) == ("together" in both.identity(0)) == other
+        changed.add(other)
+    assert changed == {False, True}
 
 
 def test_one_question_of_two_datasets_is_on_one_side(tmp_path):

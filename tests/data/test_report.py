@@ -14,7 +14,8 @@ from hrm_megatron.data import write_report as written
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.report import Lengths, SourceLine, markdown, report_on
-from hrm_megatron.data.sampling_rules import read_rules
+from hrm_megatron.data.sampling_rules import Rule, Rules, read_rules
+from tests.data.listed_store import ListedStore
 from tests.stores import write_single, write_store
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
@@ -65,7 +66,7 @@ def test_the_report_names_sources_and_what_was_left_out(prefix):
     assert float(share) == pytest.approx(100 * positions / (int(rows) * 40), abs=0.005)  # two decimals
 
 
-def test_coverage_follows_the_rules(prefix, tmp_path):
+def test_coverage_follows_the_rules(prefix, tmp_path, monkeypatch):
     rules = "- {prefix: b, max_per_file: 8, repeat: 2}\n- {prefix: $a, max_per_file: 30}\n"
     (tmp_path / "rules.yaml").write_text(rules)
     lines = report_on(IndexedExamples(prefix), 40, rules=read_rules(tmp_path / "rules.yaml"), epochs=1).sources
@@ -74,12 +75,24 @@ def test_coverage_follows_the_rules(prefix, tmp_path):
     assert [(line.seen, line.repeats) for line in lines] == [(1.0, 3.0), (1.0, 3.0)]
     fill = report_on(IndexedExamples(prefix), 20, rules=read_rules(tmp_path / "rules.yaml"), epochs=1).fill
     assert (fill.examples, fill.of) == (30 + 16, 50)
+    with monkeypatch.context() as patch:
+        patch.setattr("hrm_megatron.data.report.FILL_EXAMPLES", 35)  # none of b, which has a rule
+        fill = report_on(IndexedExamples(prefix), 20, rules=read_rules(tmp_path / "rules.yaml"), epochs=1).fill
+    assert (fill.examples, fill.of) == (30, 35)
     with pytest.raises(ConfigError, match="more than a row of 20"):  # where no rules cut what is longer
         report_on(IndexedExamples(prefix), 20)
     with pytest.raises(ConfigError, match="--epochs: .*give --seq-length"):
         report_on(IndexedExamples(prefix), epochs=2)
     with pytest.raises(ConfigError, match="--sampling-rules: .*--epochs"):
         report_on(IndexedExamples(prefix), 40, rules=read_rules(tmp_path / "rules.yaml"))
+
+
+def test_where_no_row_can_be_made_of_the_first_examples_nothing_is_said_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("hrm_megatron.data.report.FILL_EXAMPLES", 3)
+    store = ListedStore(tmp_path, ["p"] * 7, [30] * 4 + [5] * 3, [2] * 7, [("a", 4), ("b", 3)])
+    store.metadata = dict(tokens=149)
+    report = report_on(store, 20, rules=Rules(tmp_path / "r", (Rule("b", repeat=2),)), epochs=1)
+    assert report.fill is None and "positions are" not in markdown(report)
 
 
 def test_a_table_holds_names_and_sources_of_any_kind(tmp_path, tokenizer, write_jsonl):

@@ -126,6 +126,16 @@ def test_reports_keep_the_tasks_of_an_earlier_call_and_say_what_made_each(tool, 
     assert status == 1 and "results.json: not what this version writes (KeyError('tasks')); move it away" in error
 
 
+def test_a_limit_that_leaves_nothing_out_is_not_told(tool, tmp_path):
+    """5 rows are there."""
+    for limit, told in ((4, 4), (5, None)):
+        folder = tmp_path / str(limit)
+        assert tool("--output", folder, "--limit", limit, "--shots=boolq=0", tasks=["boolq"])[0] == 0
+        [boolq] = json.loads((folder / "results.json").read_text())["tasks"].values()
+        assert (boolq["questions"], boolq["limit"]) == (limit, told)
+        assert ("only the first" in (folder / "results.md").read_text()) == bool(told)
+
+
 @pytest.mark.parametrize(("flags", "sentence"), [
     (dict(), "greedy answers; cycles as in training."),
     (dict(samples=8, sampling=dict(temperature=0.6, top_p=0.9, seed=3)),
@@ -188,6 +198,7 @@ def test_prompts_that_do_not_fit_lose_shots_then_count_as_invalid(tool, data, tm
     (["gsm8k"], ["--condition", "drop=direct"], "--condition drop=...: that task is not among --tasks"),
     (["gsm8k"], ["--condition", "direct"], "--condition direct: write TASK=VALUE"),
     (["gsm8k"], ["--samples", "2"], "--samples 2: greedy answers are all the same; give a --temperature"),
+    (["gsm8k"], ["--top-p", "0.9", "--data", "nowhere"], "top_p, top_k and min_p are without effect at temperature=0"),
     (["gsm8k"], ["--limit", "0"], "--limit 0: must be at least 1"),
     (["mmlu"], ["--shots", "mmlu=many"], "--shots mmlu=many: not a number of shots"),
     (["mmlu"], ["--shots", "mmlu=9"], "task mmlu: 9 shots are wanted, split 'dev' has 3 rows of 'sums0'"),

@@ -3,6 +3,7 @@ import math
 import operator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from hrm_megatron.config import ConfigError
@@ -10,7 +11,7 @@ from hrm_megatron.evaluate.prompts import DROP_SHOTS, BadItem, Item, arc, drop, 
 from hrm_megatron.evaluate.prompts import boolq as boolq_item
 from hrm_megatron.evaluate.prompts import mmlu as mmlu_item
 from hrm_megatron.evaluate.rows import read_items, split_files
-from hrm_megatron.evaluate.scoring import math_answer
+from hrm_megatron.evaluate.scoring import _parsed, math_answer
 from hrm_megatron.evaluate.summary import Estimate, estimate, majority
 from hrm_megatron.evaluate.tasks import TASKS, spelled, with_shots
 from hrm_megatron.evaluate.verdict import Verdict
@@ -71,6 +72,36 @@ def test_the_majority_decides_and_the_first_of_equals():
     assert majority([none, none, wrong], operator.eq) is wrong
     assert majority([wrong, right], operator.eq) is wrong
     assert majority([none, none], operator.eq) is none
+
+
+def test_a_majority_is_found_in_few_comparisons_and_is_that_of_all():
+    """Of 64 answers, 40 of them one number in several spellings; then random ones, against all comparisons."""
+    compared = []
+
+    def same(one, other):
+        compared.append((one, other))
+        return int(float(one)) == int(float(other))
+    spellings = ["7.5", *(f"7.{digit}" for digit in (1, 1, 1, 2)), *["7.3"] * 35]
+    verdicts = [Verdict(text, ()) for text in [*map(str, range(100, 124)), *spellings]]
+    assert majority(verdicts, same).vote == "7.5" and len(compared) < 70  # 24 others come before the first of them
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        votes = [f"{number}.{spelling}" for number, spelling in zip(random.integers(0, 4, 12), random.integers(
+            0, 3, 12), strict=True)]
+        numbers = [int(float(vote)) for vote in votes]
+        first = max(range(12), key=lambda i: (numbers.count(numbers[i]), -i))
+        assert majority([Verdict(vote, ()) for vote in votes], lambda a, b: int(float(a)) == int(float(b))).vote == (
+            votes[first])
+
+
+def test_each_answer_of_math_is_parsed_once(monkeypatch):
+    math_verify = pytest.importorskip("math_verify", reason="needs math-verify, extra evaluate")
+    parsed, parse = [], math_verify.parse
+    monkeypatch.setattr(math_verify, "parse", lambda text, **options: parsed.append(text) or parse(text, **options))
+    _parsed.cache_clear()
+    votes = [math_answer(rf"\boxed{{{n}}}", Item("", "9")) for n in (11, 12, 13, 14)]
+    majority(votes, TASKS["math"].same)
+    assert len(parsed) == len({*parsed})
 
 
 def test_equivalent_spellings_of_an_answer_vote_together():
