@@ -66,7 +66,8 @@ fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 if ! [ -d "$root/hrm_megatron" ]; then # sbatch runs a copy of this file: Slurm knows which of many checkouts it is of
-    job=$(patiently scontrol show job "${SLURM_JOB_ID:-}") || job=''
+    job=''
+    if [[ ${SLURM_JOB_ID:-} =~ ^[0-9]+$ ]]; then job=$(patiently scontrol show job "$SLURM_JOB_ID") || job=''; fi
     file=${job#*Command=} # with its arguments; as it was typed, where that is not below the current folder
     if [ "${file::1}" != / ]; then file=${SLURM_SUBMIT_DIR:-$PWD}/$file; fi
     root=${file%%/launch_scripts/train_slurm.sh*}

@@ -59,7 +59,7 @@ def judge(arguments: argparse.Namespace, history: History) -> Verdict:
     not_ended = Verdict(GO, f"the check has not ended on any node ({arguments.reports}), so it blames none")
     if not reports:  # not all nodes at once: to avoid them would only empty the cluster
         return not_ended
-    if why := trouble_of_all(reports):
+    if why := trouble_of_all(reports, attempt.nodes):
         return decide(history.end(attempt.job, attempt.restart, REFUSED, saved_step(arguments.checkpoints), why),
                       arguments.max_failures)
     bad = find_bad_nodes(reports, attempt.nodes, Limits(**{
@@ -73,11 +73,13 @@ def judge(arguments: argparse.Namespace, history: History) -> Verdict:
 
 def end(arguments: argparse.Namespace, history: History) -> Verdict:
     """Write down how a launch ended, with one summary of its errors."""
-    history.up_to(arguments.job, arguments.restart)  # else nobody has begun it
+    attempt = history.up_to(arguments.job, arguments.restart)[-1]  # else nobody has begun it
     step, logs = saved_step(arguments.checkpoints), _logs(arguments)
     failures = read_failures(logs)
     outcome, why = first_cause(failures, arguments.code)
-    how = how_it_ended(arguments.code, outcome, is_done(arguments.checkpoints, step, arguments.train_iters),
+    # One that was told of the limit may never have launched, and then it has made up no evaluation.
+    began = None if arguments.signalled else attempt.first_step
+    how = how_it_ended(arguments.code, outcome, is_done(arguments.checkpoints, began, step, arguments.train_iters),
                        arguments.signalled)
     if arguments.cancelled:
         how = CANCELLED

@@ -13,7 +13,8 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.program import write_aside
 
 ATTEMPTS_FILE, EXCLUDED_FILE = "attempts.json", "excluded.json"
-ARGUMENTS_FILE, EARLY_STOPPING_FILE = "arguments.txt", "early_stopping.json"  # of training
+# Of training:
+ARGUMENTS_FILE, EARLY_STOPPING_FILE, EVALUATED_FILE = "arguments.txt", "early_stopping.json", "evaluated.json"
 MATCHED = re.compile(r"^match_flops_of \.+ (?!None$).*^train_iters \.+ (\d+)$", re.MULTILINE | re.DOTALL)  # sorted
 
 # How an attempt ended, beside the outcomes of a launch that failed. LOST: nobody wrote down its end, as when the node
@@ -81,18 +82,28 @@ def how_it_ended(code: int, outcome: str, done: bool, signalled: bool) -> str:
     return LIMIT if signalled and outcome == FAILED else outcome
 
 
-def is_done(checkpoints: Path, last_step: int, train_iters: int) -> bool:
+def is_done(checkpoints: Path, first_step: int | None, last_step: int, train_iters: int) -> bool:
     """Say whether a run that has ended in peace behind `last_step` has come to its end: `train_iters`, the number of
-    steps that --match-flops-of makes of it, or where it was stopped early."""
-    try:
-        stopped = json.loads((checkpoints / EARLY_STOPPING_FILE).read_text(encoding="utf-8")).get("stopped")
-    except (FileNotFoundError, ValueError, AttributeError):  # a damaged one, training has refused
-        stopped = None
+    steps that --match-flops-of makes of it, or where it was stopped early.
+
+    Its last evaluation must have come, too. One that began at that step, `first_step`, was there to make it up, and no
+    other could do more; None: it may have done nothing.
+    """
+    if last_step not in (first_step, _entry(checkpoints / EVALUATED_FILE, "iteration")):
+        return False
+    stopped = _entry(checkpoints / EARLY_STOPPING_FILE, "stopped")
     try:
         matched = MATCHED.search((checkpoints / ARGUMENTS_FILE).read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         matched = None
     return last_step == stopped or last_step >= (int(matched[1]) if matched else train_iters)
+
+
+def _entry(place: Path, name: str) -> Any:
+    try:
+        return json.loads(place.read_text(encoding="utf-8")).get(name)
+    except (FileNotFoundError, ValueError, AttributeError):  # a damaged one, training refuses or writes anew
+        return None
 
 
 def saved_step(checkpoints: Path) -> int:

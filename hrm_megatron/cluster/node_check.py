@@ -68,10 +68,11 @@ def read_reports(folder: Path) -> list[Report]:
     return found
 
 
-def trouble_of_all(reports: Sequence[Report]) -> str | None:
-    """Say what is no node's fault, but the run's, or of the storage that all nodes share."""
+def trouble_of_all(reports: Sequence[Report], nodes: Sequence[str]) -> str | None:
+    """Say what is no node's fault, but the run's, or of the storage that all of `nodes` share."""
+    storage = {report.node: report.storage_error for report in reports if report.storage_error}
     return next((report.run_fault for report in reports if report.run_fault),
-                reports[0].storage_error if all(report.storage_error for report in reports) else None)
+                storage[nodes[0]] if storage.keys() >= set(nodes) else None)
 
 
 def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limits) -> dict[str, str]:
@@ -85,7 +86,7 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
         if report.gpus < report.expected_gpus:
             bad[node].append(f"{report.gpus} of {report.expected_gpus} GPUs")
         bad[node] += report.faults
-        if report.storage_error and not trouble_of_all(reports):
+        if report.storage_error and not trouble_of_all(reports, nodes):
             bad[node].append(report.storage_error)
         if report.matmul_tflops is None and report.error:  # it failed alone, before it could wait for another
             bad[node].append(report.error)

@@ -49,18 +49,29 @@ def test_an_end_has_a_name(code, outcome, done, signalled, end):
 
 
 def test_a_run_is_done_at_its_last_step(tmp_path):
-    assert [is_done(tmp_path, step, STEPS) for step in (40, STEPS, STEPS + 1)] == [False, True, True]  # it was lowered
+    steps = 40, STEPS, STEPS + 1  # it was lowered
+    assert [is_done(tmp_path, step, step, STEPS) for step in steps] == [False, True, True]
     (tmp_path / attempts.ARGUMENTS_FILE).write_text("match_flops_of ... None\nseed ... 1\ntrain_iters ... 180\n")
-    assert is_done(tmp_path, STEPS, STEPS)
+    assert is_done(tmp_path, STEPS, STEPS, STEPS)
     (tmp_path / attempts.ARGUMENTS_FILE).write_text("match_flops_of ... XL\nseed ... 1\ntrain_iters ... 180\n")
-    assert [is_done(tmp_path, step, STEPS) for step in (STEPS, 179, 180)] == [False, False, True]
+    assert [is_done(tmp_path, step, step, STEPS) for step in (STEPS, 179, 180)] == [False, False, True]
+
+
+@pytest.mark.parametrize("evaluated, first_step, done", [
+    (None, 40, False), (None, STEPS, True), (None, None, False),
+    (f'{{"iteration": {STEPS}}}', 40, True), ('{"iteration": 40}', 60, False), ("", 40, False), ("[]", 40, False),
+])
+def test_a_run_is_done_when_it_has_been_evaluated_or_nothing_was_left(tmp_path, evaluated, first_step, done):
+    if evaluated is not None:
+        (tmp_path / attempts.EVALUATED_FILE).write_text(evaluated)
+    assert is_done(tmp_path, first_step, STEPS, STEPS) == done
 
 
 def test_a_run_that_was_stopped_early_is_done(tmp_path):
     (tmp_path / attempts.EARLY_STOPPING_FILE).write_text('{"evaluations": {"40": 0.5}, "stopped": null}')
-    assert not is_done(tmp_path, 40, STEPS)
+    assert not is_done(tmp_path, 40, 40, STEPS)
     (tmp_path / attempts.EARLY_STOPPING_FILE).write_text('{"evaluations": {"40": 0.5}, "stopped": 40}')
-    assert is_done(tmp_path, 40, STEPS) and not is_done(tmp_path, 60, STEPS)  # it went on since
+    assert is_done(tmp_path, 40, 40, STEPS) and not is_done(tmp_path, 60, 60, STEPS)  # it went on since
 
 
 def history(*ends, job="7"):
@@ -75,6 +86,9 @@ def history(*ends, job="7"):
     ([(LIMIT, 40), (LIMIT, 80)], REQUEUE, "goes on after step 80"),
     ([(LIMIT, 40), (LIMIT, 40)], STOP, "no progress: step 40 was the last one saved when attempt 0 ended"),
     ([(ENDED, 40), (ENDED, 40)], STOP, "no progress"),
+    ([(ENDED, STEPS)], REQUEUE, "goes on after step 100"),  # its last evaluation has not come
+    ([(LIMIT, STEPS), (FINISHED, STEPS)], DONE, "done at step 100"),
+    ([(LIMIT, STEPS), (LIMIT, STEPS)], STOP, "no progress"),  # there was no time to make it up
     ([(ENDED, 0)], DONE, "ended well and saved no step after 0"),  # --print-config and the like
     ([(BAD_NODE, 0), (ENDED, 0)], DONE, "ended well"),
     ([(LIMIT, 0), (ENDED, 0)], STOP, "no progress"),
@@ -139,9 +153,10 @@ def test_progress_is_what_megatron_says_is_saved(tmp_path):
     from hrm_megatron.checkpoint.folders import TRACKER_FILE
     from hrm_megatron.training.console import ARGUMENTS_FILE
     from hrm_megatron.training.early_stopping import RECORD_FILE
+    from hrm_megatron.training.evaluation import EVALUATED
 
-    assert (attempts.TRACKER_FILE, attempts.ARGUMENTS_FILE, attempts.EARLY_STOPPING_FILE) == (
-        TRACKER_FILE, ARGUMENTS_FILE, RECORD_FILE)
+    assert (attempts.TRACKER_FILE, attempts.ARGUMENTS_FILE, attempts.EARLY_STOPPING_FILE, attempts.EVALUATED_FILE) == (
+        TRACKER_FILE, ARGUMENTS_FILE, RECORD_FILE, EVALUATED)
     assert saved_step(tmp_path) == 0
     (tmp_path / TRACKER_FILE).write_text("120")
     assert saved_step(tmp_path) == 120

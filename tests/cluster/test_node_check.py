@@ -72,10 +72,12 @@ def test_nobody_is_blamed_where_all_waited_for_each_other():
 def test_what_all_nodes_share_is_no_nodes_fault():
     stale = dict(storage_error="storage run: Stale file handle", storage_write_gbs=None, storage_read_gbs=None)
     assert not judge(dict.fromkeys(NODES, stale))
-    assert trouble_of_all([report(node, **stale) for node in NODES]) == stale["storage_error"]
+    assert trouble_of_all([report(node, **stale) for node in NODES], NODES) == stale["storage_error"]
     full = report("n3", run_fault="no space for 256 MiB per node in run")
-    assert trouble_of_all([report("n1"), full]) == full.run_fault
-    assert trouble_of_all([report("n1"), report("n3", **stale)]) is None
+    assert trouble_of_all([report("n1"), full], NODES) == full.run_fault
+    assert trouble_of_all([report("n1"), report("n3", **stale)], NODES) is None
+    assert trouble_of_all([report("n3", **stale)], NODES) is None  # of the others nobody knows
+    assert list(judge({"n1": "silent", "n2": stale}, nodes=NODES[:2])) == ["n1", "n2"]
 
 
 def test_a_limit_holds_where_all_nodes_are_equally_slow():

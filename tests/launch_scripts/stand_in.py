@@ -20,7 +20,10 @@ def value(flag):
 
 
 def be_rank(node):
-    """Save every tenth step, and at SIGUSR1; the first node's rank says when all end."""
+    """Save every tenth step, and at SIGUSR1 or EXIT_AT, which end it without an evaluation.
+
+    The first node's rank says when all end.
+    """
     told = []
     signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
     save, steps = Path(value("--save")), int(value("--train-iters"))
@@ -45,10 +48,13 @@ def train(save, steps, told):
             raise ZeroDivisionError(f"at step {step}")
         with open(save / "steps", "a") as log:
             print(step, file=log)
-        if step % SAVE_INTERVAL == 0 or step == steps or told:
+        ends = told or str(step) == os.environ.get("EXIT_AT")
+        if step % SAVE_INTERVAL == 0 or step == steps or ends:
             (save / TRACKER).write_text(str(step))
-        if told:
+        if ends:
             break
+    else:
+        (save / "evaluated.json").write_text(json.dumps(dict(iteration=steps)))
 
 
 def be_torchrun():

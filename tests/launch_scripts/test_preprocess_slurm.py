@@ -46,6 +46,8 @@ def test_the_code_is_of_the_checkout_that_the_script_belongs_to(task, tmp_path):
         program.chmod(0o755)
     made = task(0, 3, spool, PATH=f"{tmp_path}:/usr/bin:/bin", SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(other))
     assert json.loads(made.stdout)[0] == str(ROOT / "tools" / "preprocess_data.py")
+    unasked = task(0, 3, spool, PATH=f"{tmp_path}:/usr/bin:/bin", SLURM_JOB_ID="", SLURM_SUBMIT_DIR=str(other))
+    assert json.loads(unasked.stdout)[0] == str(other / "tools" / "preprocess_data.py")  # without a job it shows all
     scontrol.write_text("#!/bin/bash\nexit 1\n")
     (other / "hrm_megatron").rmdir()
     refused = task(0, 3, spool, PATH=f"{tmp_path}:/usr/bin:/bin", SLURM_JOB_ID="77", SLURM_SUBMIT_DIR=str(other))
@@ -93,7 +95,9 @@ LISTENS_LATE = f"""#!{sys.executable}
 import pathlib, signal, sys, time
 here = pathlib.Path(__file__).parent
 (here / "begun").touch()
-while not (here / "slept").exists():
+for _ in range(3000):
+    if (here / "slept").exists():
+        break
     time.sleep(0.01)
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
 time.sleep(60)
@@ -108,6 +112,7 @@ def test_a_pod_that_is_evicted_before_its_ranks_listen_tells_them_once_more(tmp_
     with subprocess.Popen([*container["command"], *container["args"]], env=dict(
             PATH=f"{tmp_path}:/usr/bin:/bin", JOB_COMPLETION_INDEX="1", HOSTNAME="hrm-node-0-1")) as pod:
         while not (tmp_path / "begun").exists():
+            assert pod.poll() is None
             time.sleep(0.01)
         pod.send_signal(signal.SIGTERM)
         assert pod.wait(30) == 1  # all has been saved, but the run is not done

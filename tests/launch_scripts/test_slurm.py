@@ -186,6 +186,21 @@ def test_a_time_limit_queues_the_run_again_and_it_goes_on(run):
     assert [int(line) for line in (run.run / "steps").read_text().split()] == [*range(1, saved + 4)]
 
 
+@pytest.mark.parametrize("variables, end", [({}, "ended early"), (dict(STATE="COMPLETING TimeLimit"), "time limit")])
+def test_a_run_that_ends_before_its_last_evaluation_makes_it_up_in_one_more_start(run, variables, end):
+    assert run(EXIT_AT="12", **variables).returncode == 0 and run.asked == ["requeue 77"]
+    assert run(restart=1).returncode == 0 and not run.asked and run.ends == [end, "finished"]
+    assert (run.run / "steps").read_text().split()[-1] == "12"
+
+
+def test_a_start_that_is_told_of_the_limit_before_it_launches_has_evaluated_nothing(run):
+    run(EXIT_AT="12")
+    told = run(restart=1, PREFLIGHT="1", PYTHON=str(run.folder / "python"),
+               until=run.run / "slurm" / "77.1" / "preflight")
+    assert told.returncode == 1 and run.ends == ["ended early", "time limit"], told.stderr
+    assert not (run.run / "evaluated.json").exists() and "slurm: no progress: step 12 was" in told.stderr
+
+
 def test_a_limit_that_comes_before_the_save_is_done_is_still_a_limit(run):
     assert run(FAIL_AT="2", STATE="COMPLETING TimeLimit").returncode == 0
     assert run.asked == ["requeue 77"] and run.ends == ["time limit"]
@@ -275,6 +290,14 @@ def test_the_code_is_of_the_checkout_that_the_script_belongs_to(script, tmp_path
     assert root(spool) == str(other)
     (other / "hrm_megatron").rmdir()
     assert root(spool) == f"train_slurm.sh: no hrm_megatron in {other}: submit the project's own file, no copy\n"
+
+
+def test_a_copy_shows_the_command_outside_a_job_without_asking_slurm(script, tmp_path):
+    copy = tmp_path / "copy.sh"
+    copy.write_bytes((ROOT / SCRIPT).read_bytes())
+    copy.chmod(0o755)
+    shown = script("--dry-run", **OUTSIDE, file=copy, SLURM_SUBMIT_DIR="", NODES="1", GPUS="1")
+    assert shown.returncode == 0 and not shown.stderr and not (tmp_path / "asked").exists()
 
 
 def test_jobs_on_one_node_do_not_meet(script):
