@@ -3,7 +3,7 @@
 #   DATA=my.jsonl OUT=runs/mine examples/own_data.sh [flags of hrm_megatron.pretrain, such as --bf16]
 # Set these in the environment, or edit them in a copy of this file beside it. Paths are relative to where you stand.
 # Started again it goes on where it stopped; other data or other settings of the data need another OUT.
-# With --dry-run or --skip-train there is nothing new to export, and it ends before that.
+# With --dry-run, --skip-train or --print-config there is nothing new to export, and it ends before that.
 
 # Rows like {"condition": "direct", "instruction": "What is 2 + 3?", "response": "5"}, chats or alpaca rows: a file, a glob
 # in quotes, or a folder. They may be jsonl, plain or in .gz or .zst, Parquet, Arrow or a dataset saved to disk: see
@@ -39,7 +39,7 @@ for argument in "$@"; do
         --data-path) owned "$argument" "set DATA=... and OUT=... instead" ;;
         --tokenizer-model) owned "$argument" "set OUT=... instead, or name your own in a copy of this file" ;;
         --load | --save | --tensorboard-dir) owned "$argument" "set OUT=... instead" ;;
-        --dry-run | --skip-train) exports=false ;;
+        --dry-run | --skip-train | --print-config) exports=false ;;
         --early-stopping) stops_early=true ;;
     esac
 done

@@ -79,4 +79,8 @@ if ! command -v "${launcher[0]}" >/dev/null; then
     echo "train_node.sh: no ${launcher[0]}: run make setup, or set TORCHRUN or PYTHON" >&2
     exit 127
 fi
+if ((${#launcher[@]} > 1)) && ! "$PYTHON" -c 'import importlib.util as i; i.find_spec("torch") or exit(1)'; then
+    echo "train_node.sh: PYTHON=$PYTHON does not find torch: unset it for .venv, or name one that does" >&2
+    exit 127
+fi
 exec "${command[@]}"

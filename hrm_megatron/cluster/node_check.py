@@ -78,6 +78,7 @@ def trouble_of_all(reports: Sequence[Report], nodes: Sequence[str]) -> str | Non
 def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limits) -> dict[str, str]:
     """Name each bad node of `nodes` and why: node > reasons."""
     by_node = {report.node: report for report in reports}
+    shared = len(reports) > 1 and all(report.storage_error for report in reports)  # and not of these nodes
     bad: dict[str, list[str]] = {node: [] for node in nodes}
     for node in nodes:
         if (report := by_node.get(node)) is None:
@@ -86,7 +87,7 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
         if report.gpus < report.expected_gpus:
             bad[node].append(f"{report.gpus} of {report.expected_gpus} GPUs")
         bad[node] += report.faults
-        if report.storage_error and not trouble_of_all(reports, nodes):
+        if report.storage_error and not shared:
             bad[node].append(report.storage_error)
         if report.matmul_tflops is None and report.error:  # it failed alone, before it could wait for another
             bad[node].append(report.error)

@@ -50,6 +50,7 @@ from hrm_megatron.training.resume import (
     check_model,
     check_plan,
     check_vocabulary,
+    digest_of_data,
     nothing_left,
     settle_length,
     settle_schedule,
@@ -180,9 +181,8 @@ def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path) ->
         if not (of_this_run and ended and evaluation.is_left(args.save, iteration, bool(stopped))):
             log.info(f"checkpoint: {folder}: {done}")
             return False
-        if missing or (args.no_load_optim and evaluation.weights != RAW):
-            log.info(f"checkpoint: {folder}: {done}; its last evaluation cannot be made up without the optimizer's "
-                     "state")
+        if because := _another_evaluation(args, common["args"], evaluation, missing):
+            log.info(f"checkpoint: {folder}: {done}; its last evaluation is not made up: {because}")
             return False
         args.only_evaluates = True
         log.info(f"checkpoint: {folder}: iteration {iteration} of {args.train_iters} is done"
@@ -202,6 +202,17 @@ def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path) ->
             log.info(f"checkpoint: {changed}")
         take_losses(args, common["args"])
     return True
+
+
+def _another_evaluation(args: argparse.Namespace, theirs: argparse.Namespace, evaluation: Evaluation,
+                        missing: str | None) -> str | None:
+    """Say why an evaluation would not be that of the run that wrote a checkpoint, with which `theirs` came."""
+    if missing or (args.no_load_optim and evaluation.weights != RAW):
+        return "that needs the optimizer's state"
+    if changed := changes(theirs, args):
+        return changed
+    held_out = [digest_of_data(of, "valid") for of in (theirs, args)]
+    return "the examples that are held out are others now" if all(held_out) and held_out[0] != held_out[1] else None
 
 
 def _missing_state(args: argparse.Namespace, shapes: Iterable[str], keys: set[str]) -> str | None:

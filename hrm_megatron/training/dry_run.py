@@ -27,10 +27,11 @@ from hrm_megatron.planner.memory import Memory, Saving, memory_of_stages
 from hrm_megatron.training.arguments import layout_of, microbatches_of
 from hrm_megatron.training.checkpoint import starting_point, starts_new
 from hrm_megatron.training.data import Sources
+from hrm_megatron.training.early_stopping import stopped_early
 from hrm_megatron.training.fsdp import sharded_by_fsdp
 from hrm_megatron.training.layout import describe, gradient_itemsize, layers_of_stages
 from hrm_megatron.training.lora import check_adapters, lora_of, saved_bytes
-from hrm_megatron.training.resume import check_model, check_vocabulary, nothing_left
+from hrm_megatron.training.resume import check_model, check_vocabulary, nothing_left, settle_length
 from hrm_megatron.training.step import TrainingStep, innermost
 from hrm_megatron.training.summary import describe_model
 from hrm_megatron.transformer_config import architecture_of
@@ -136,7 +137,10 @@ def checked_start(args: argparse.Namespace, data: Sources | None) -> tuple[Path 
         check_vocabulary(folder, common["args"], args)
     new = starts_new(args, folder)
     check_adapters(folder, lora_of(common["args"]), lora_of(args), args.skip_train or new)
-    return folder, 0 if new else int(common["iteration"])
+    if new or args.skip_train:
+        return folder, 0
+    settle_length(args, common["args"], int(common["iteration"]))
+    return folder, int(common["iteration"])
 
 
 def describe_dry_run(args: argparse.Namespace, data: Sources | None) -> Iterator[str]:
@@ -145,8 +149,10 @@ def describe_dry_run(args: argparse.Namespace, data: Sources | None) -> Iterator
     yield describe_model(args)
     yield describe(args)
     if start:
-        finished = None if args.skip_train else nothing_left(done, args.train_iters)
+        finished = nothing_left(done, args.train_iters) or (stopped_early(args, done) if done else None)
         yield f"checkpoint: {start}: {finished}" if finished else f"checkpoint: begins from {start}, after step {done}"
+        if finished:
+            done = args.train_iters
     layers, tp = layers_of_stages(args), args.tensor_model_parallel_size
     counts = stage_parameters(architecture_of(args, args.vocab_size), layers)
     last = len(layers) - 1

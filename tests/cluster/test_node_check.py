@@ -78,6 +78,7 @@ def test_what_all_nodes_share_is_no_nodes_fault():
     assert trouble_of_all([report("n1"), report("n3", **stale)], NODES) is None
     assert trouble_of_all([report("n3", **stale)], NODES) is None  # of the others nobody knows
     assert list(judge({"n1": "silent", "n2": stale}, nodes=NODES[:2])) == ["n1", "n2"]
+    assert list(judge(dict.fromkeys(NODES, stale) | {"n3": "silent"})) == ["n3"]
 
 
 def test_a_limit_holds_where_all_nodes_are_equally_slow():

@@ -152,7 +152,7 @@ def test_the_best_iteration_of_a_run_with_early_stopping_is_exported(folder, lau
 
 def test_what_trains_nothing_exports_nothing_and_one_python_does_every_step(folder, launcher):
     rows = dict(SETTINGS, **FIELDS, DATA="rows.jsonl", OUT="out/")
-    for flag in ("--dry-run", "--skip-train"):
+    for flag in ("--dry-run", "--skip-train", "--print-config"):
         done = run([SCRIPT, flag], folder, **rows, **launcher)
         assert done.returncode == 0 and "hrm_megatron.pretrain" in done.stdout, done.stderr
         assert "convert" not in done.stdout and "The model is in" not in done.stdout

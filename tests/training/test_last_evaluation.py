@@ -80,7 +80,9 @@ def test_what_cannot_be_evaluated_is_not_made_up(train, tmp_path):
         again = train(tmp_path, "--no-save-optim", *flags)
         assert again.code == 0 and not printed(again), again.output[-3000:]
         said = " ".join(again.output.split())  # its lines are wrapped
-        assert f"{NOTHING} (--skip-train evaluates it); its last evaluation cannot be made up without the" in said
+        assert f"{NOTHING} (--skip-train evaluates it); its last evaluation is not made up: that needs the opt" in said
+    others = " ".join(train(tmp_path, "--no-save-optim", "--no-load-optim", "--seed", 5).output.split())
+    assert "its last evaluation is not made up: the command line changes --seed from 7 to 5" in others
     other = train(tmp_path, "--no-save-optim", "--no-load-optim", "--lr", 1e-2)  # of a rate that no step has any more
     assert other.code == 0 and MADE_UP in other.output and printed(other), other.output[-3000:]
 
