@@ -120,7 +120,7 @@ def train(console: Console, saves: SaveLock) -> None:
     install_source_losses(args, step, sources_by_name)
     guard_saves(args)
     install_loss_spikes(args)
-    install_early_stopping(args, evaluation.validates)
+    install_early_stopping(args, evaluation)
     watchdog = install_watchdog(args, step)
     reporter = install_console(args, console, step, functools.partial(rows_flops, lora=lora_of(args)), evaluation)
 

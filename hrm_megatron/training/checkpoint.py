@@ -116,7 +116,6 @@ def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[
     damaged, of which all ranks must hear together.
     """
     check_verification_flags(args)
-    args.only_evaluates = False
     ours = architecture_of(args, args.vocab_size)
     found = complete_iterations(Path(args.save)) if args.save else []
     if found and args.save != args.load:
@@ -140,14 +139,9 @@ def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[
     return folder, True
 
 
-def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path) -> bool:
-    """Refuse an iteration that is not of the model and of the format that the command line asks for.
-
-    Settles which schedule the run follows from there. Returns whether there is anything left to do: steps, or the
-    evaluations with which a run ends.
-    """
-    args.only_evaluates = False
-    ours = architecture_of(args, args.vocab_size)
+def open_of_model(args: argparse.Namespace, folder: Path, knows_vocabulary: bool = True) -> tuple[Any, dict[str, Any]]:
+    """Open an iteration and read what is common to its ranks; refuse one that is not of the model and of the format
+    that the command line asks for, or not of its vocabulary, if that is known."""
     stored = open_run(folder, args.verify_checkpoint)
     stored.check_files()
     if is_megatron_fsdp(stored) != args.use_megatron_fsdp:
@@ -157,9 +151,21 @@ def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path) ->
                           + ("" if args.use_megatron_fsdp else ", or pass the folder through tools/"
                              "convert_checkpoint.py --load-format megatron --save-format megatron"))
     common, theirs = read_run(stored)
+    ours = architecture_of(args, args.vocab_size if knows_vocabulary else theirs.vocab_size)
     check_model(folder, theirs, ours)
-    check_vocabulary(folder, common["args"], args)
+    if knows_vocabulary:
+        check_vocabulary(folder, common["args"], args)
     check_adapters(folder, lora_of(common["args"]), lora_of(args), args.skip_train or starts_new(args, folder))
+    return stored, common
+
+
+def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path) -> bool:
+    """Refuse an iteration that the command line does not go on from.
+
+    Settles which schedule the run follows from there. Returns whether there is anything left to do: steps, or the
+    evaluations with which a run ends.
+    """
+    stored, common = open_of_model(args, folder)
     if args.skip_train:
         return True
     keys = set(stored.keys())
@@ -184,7 +190,6 @@ def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path) ->
         if because := _another_evaluation(args, common["args"], evaluation, missing):
             log.info(f"checkpoint: {folder}: {done}; its last evaluation is not made up: {because}")
             return False
-        args.only_evaluates = True
         log.info(f"checkpoint: {folder}: iteration {iteration} of {args.train_iters} is done"
                  f"{', where the run was stopped early' if stopped else ''}; its last evaluation is made up")
         return True

@@ -5,7 +5,7 @@ import argparse
 import contextlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hrm_megatron.checkpoint.folders import read_run
-from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import DATA_FLAGS, PRESET_VOCAB_SIZE
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model import hrm
@@ -25,13 +23,13 @@ from hrm_megatron.planner.goodput import SAVED_BYTES
 from hrm_megatron.planner.layout import plan_pipeline, stage_parameters
 from hrm_megatron.planner.memory import Memory, Saving, memory_of_stages
 from hrm_megatron.training.arguments import layout_of, microbatches_of
-from hrm_megatron.training.checkpoint import starting_point, starts_new
+from hrm_megatron.training.checkpoint import open_of_model, starting_point, starts_new
 from hrm_megatron.training.data import Sources
 from hrm_megatron.training.early_stopping import stopped_early
 from hrm_megatron.training.fsdp import sharded_by_fsdp
 from hrm_megatron.training.layout import describe, gradient_itemsize, layers_of_stages
-from hrm_megatron.training.lora import check_adapters, lora_of, saved_bytes
-from hrm_megatron.training.resume import check_model, check_vocabulary, nothing_left, settle_length
+from hrm_megatron.training.lora import lora_of, saved_bytes
+from hrm_megatron.training.resume import nothing_left, settle_length
 from hrm_megatron.training.step import TrainingStep, innermost
 from hrm_megatron.training.summary import describe_model
 from hrm_megatron.transformer_config import architecture_of
@@ -130,14 +128,8 @@ def checked_start(args: argparse.Namespace, data: Sources | None) -> tuple[Path 
     """
     if (folder := starting_point(args)) is None:
         return None, 0
-    common, theirs = read_run(open_run(folder, args.verify_checkpoint))
-    ours = architecture_of(args, args.vocab_size)
-    check_model(folder, theirs if data else replace(theirs, vocab_size=ours.vocab_size), ours)
-    if data:
-        check_vocabulary(folder, common["args"], args)
-    new = starts_new(args, folder)
-    check_adapters(folder, lora_of(common["args"]), lora_of(args), args.skip_train or new)
-    if new or args.skip_train:
+    _, common = open_of_model(args, folder, knows_vocabulary=data is not None)
+    if args.skip_train or starts_new(args, folder):
         return folder, 0
     settle_length(args, common["args"], int(common["iteration"]))
     return folder, int(common["iteration"])

@@ -21,7 +21,7 @@ from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.retention import delete, expendable
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.patching import around
-from hrm_megatron.training.evaluation import EMA, ON_TEST_SET, RAW
+from hrm_megatron.training.evaluation import EMA, ON_TEST_SET, RAW, Evaluation
 from hrm_megatron.training.resume import digest_of_data
 from hrm_megatron.training.run_files import on_rank_0, write_file
 
@@ -117,21 +117,22 @@ def delete_older(args: argparse.Namespace, latest: int) -> None:
         log.warning(f"checkpoint: cannot delete older iterations in {save} ({error}); they stay")
 
 
-def install_early_stopping(args: argparse.Namespace, validates: bool) -> None:
-    """Let Megatron's loop end a run as --early-stopping asks. Call it behind `guard_saves`."""
+def install_early_stopping(args: argparse.Namespace, evaluation: Evaluation) -> None:
+    """Let Megatron's loop end a run as --early-stopping asks. Call it behind `guard_saves` and
+    `install_evaluation`."""
     if not args.early_stopping:
         return
     flag = f"--early-stopping {args.early_stopping}"
     if not args.save:
         raise ConfigError(f"{flag}: has no effect without --save, where the best iteration is kept; give that too")
-    if not validates:
+    if not evaluation.validates:
         raise ConfigError(f"{flag}: there is nothing to validate on; give --valid-data-path PREFIX, or a --split")
     refuse_beside(flag, {"--async-save": args.async_save, "--skip-train": args.skip_train})
     Record.read(args, 0)  # refused now, not at the first evaluation
     former = Path(args.load or args.save) / RECORD_FILE
     if former.parent != Path(args.save) and former.exists():
         log.info(f"early stopping: counts the evaluations in {args.save} alone; those before are in {former}")
-    stopping = EarlyStopping(args)
+    stopping = EarlyStopping(args, evaluation)
     megatron_training.evaluate = around(megatron_training.evaluate, stopping.evaluate)
     megatron_training.evaluate_and_print_results = around(megatron_training.evaluate_and_print_results,
                                                            stopping.evaluate_and_print_results)
@@ -143,10 +144,9 @@ def install_early_stopping(args: argparse.Namespace, validates: bool) -> None:
 class EarlyStopping:
     """Wrappers of Megatron's functions; each takes the function that it wraps first."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, evaluation: Evaluation) -> None:
+        self.args, self.evaluation = args, evaluation
         self.measured = math.nan
-        self.out_of_time = False
         self.saved = 0
         self.kept: int | None = None
 
@@ -158,7 +158,7 @@ class EarlyStopping:
         return record
 
     def evaluate(self, stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
-        found = means, _, self.out_of_time = stock(*rest, **options)
+        found = means, *_ = stock(*rest, **options)
         self.measured = float(means[MEASURE]) if means and MEASURE in means else math.nan
         return found
 
@@ -167,7 +167,7 @@ class EarlyStopping:
         if prefix.endswith(ON_VALIDATION_SET) and iteration == self.record.stopped:
             return  # this is the validation that it was stopped by
         stock(prefix, forward_step_func, data_iterator, model, iteration, *rest, **options)
-        if prefix.endswith(ON_TEST_SET) or self.out_of_time:  # by --exit-duration-in-mins, on all ranks alike
+        if prefix.endswith(ON_TEST_SET) or self.evaluation.out_of_time:  # on all ranks alike
             return
         if iteration not in self.record.evaluations:  # the last one of a run may be measured twice
             # Of a pipeline only the last stage knows, to which the last rank belongs in every layout.

@@ -22,7 +22,7 @@ from hrm_megatron.training.data import first_rows
 from hrm_megatron.training.evaluation import Evaluation
 from hrm_megatron.training.scalars import flush_scalars, write_scalars
 from hrm_megatron.training.step import TrainingStep
-from hrm_megatron.training.summary import describe_checkpoint, describe_schedule
+from hrm_megatron.training.summary import describe_checkpoint, describe_schedule, only_evaluates
 from hrm_megatron.transformer_config import architecture_of
 
 # planner.flops.rows_flops
@@ -73,7 +73,7 @@ class Reporter:
         if train_rows is not None:
             self.sample, self.labels = first_rows(train_rows)
         facts = [describe_checkpoint(self.args)]
-        if not (self.args.skip_train or self.args.only_evaluates):
+        if not (self.args.skip_train or only_evaluates(self.args)):
             facts.append(describe_schedule(self.args, self.running.bp_schedule))
         for fact in facts:
             log.info(fact)

@@ -7,7 +7,9 @@ from megatron.training.checkpointing import get_loaded_iteration
 
 from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.optim.schedule import BPSchedule
+from hrm_megatron.training.early_stopping import stopped_early
 from hrm_megatron.training.lora import describe_lora
+from hrm_megatron.training.resume import nothing_left
 from hrm_megatron.training.step_schedules import lr_schedule
 from hrm_megatron.transformer_config import architecture_of
 
@@ -22,6 +24,12 @@ def describe_model(args: argparse.Namespace) -> str:
             f"{describe_lora(args, a)}")
 
 
+def only_evaluates(args: argparse.Namespace) -> bool:
+    """Tell whether a run has no step left, where it is: its last evaluation is made up."""
+    return not args.skip_train and bool(nothing_left(args.iteration, args.train_iters)
+                                        or stopped_early(args, args.iteration))
+
+
 def describe_checkpoint(args: argparse.Namespace) -> str:
     """Say where the run begins, once everything is loaded, and where it saves."""
     if (loaded := get_loaded_iteration()) is None or loaded < 0:
@@ -30,7 +38,7 @@ def describe_checkpoint(args: argparse.Namespace) -> str:
         start = f"goes on after step {args.iteration}, loaded from {args.load}"
     else:
         start = f"weights of {args.pretrained_checkpoint or args.load}, a new run"
-    if args.only_evaluates:
+    if only_evaluates(args):
         return f"checkpoint: {start}; no step is left, and nothing is saved"
     if not args.save:
         return f"checkpoint: {start}; nothing is saved (--save DIR)"

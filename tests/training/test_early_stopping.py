@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -175,7 +176,7 @@ def test_accuracies_of_other_weights_are_not_compared(tmp_path, before, now):
     args.eval_weights = now
     said = f"{RECORD_FILE} has accuracies of the {measured.weights} ones; give --eval-weights {measured.weights}, or"
     with pytest.raises(ConfigError, match=f"--eval-weights {now}: .*{said}"):
-        install_early_stopping(args, True)
+        install_early_stopping(args, SimpleNamespace(validates=True))
 
 
 @pytest.mark.parametrize("changes, validates, said", [
@@ -187,5 +188,5 @@ def test_what_makes_no_sense_is_one_line(changes, validates, said):
     args = argparse.Namespace(**dict(
         early_stopping=2, save="runs/a", load=None, async_save=False, skip_train=False, eval_weights="raw") | changes)
     with pytest.raises(ConfigError, match=said):
-        install_early_stopping(args, validates)
+        install_early_stopping(args, SimpleNamespace(validates=validates))
     assert stopped_early(args, 10) is None
