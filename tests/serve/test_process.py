@@ -24,13 +24,19 @@ QUESTION = "Name the tens digit of 7543."  # greedy, the random model's answer h
 LONG_TOKENS = 1000
 MARKUP = "<img src=x onerror=\"document.title='run'\">"
 
+# Also where the tests run under nohup, or in the background: what is ignored there, a program leaves ignored.
+HEARS_SIGNALS = ("import os, signal, sys\n"
+                 "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)\n"
+                 "os.execv(sys.argv[1], sys.argv[1:])")
+
 
 @contextlib.contextmanager
 def serving(checkpoints, folder):
     """The server at a free port, which answers one at a time."""
     log = folder / "log"
     with log.open("w") as file:
-        started = subprocess.Popen([sys.executable, ROOT / "tools" / "serve.py", "--load", checkpoints,
+        started = subprocess.Popen([sys.executable, "-c", HEARS_SIGNALS, sys.executable, ROOT / "tools" / "serve.py",
+                                    "--load", checkpoints,
                                     "--tokenizer-model", TOKENIZER, "--port", "0", "--batch-size", "1"],
                                    cwd=ROOT, stderr=file, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     try:
