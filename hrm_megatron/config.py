@@ -226,8 +226,9 @@ class DefaultLayout:
 class Preset:
     """One size. `num_layers` counts layers per stack; `sizes`, `lr_from` and `batch_from` say where numbers come from.
 
-    `positions` are the most thousands of a micro-batch that leave a twentieth of 80 GB free by planner/memory.py, with
-    nothing recomputed, on one GPU; on eight where one is too small, 0 where eight are. `layouts` are by number of GPUs.
+    `positions`, a multiple of 1,024, are the most of a micro-batch that leave a twentieth of 80 GB free by
+    planner/memory.py, with nothing recomputed, on one GPU; on eight where one is too small, 0 where eight are.
+    `layouts` are by number of GPUs.
     """
 
     num_layers: int
@@ -261,13 +262,13 @@ OUR_BATCH = "our rule: XL's x (FLOPs of a token / XL's)^0.3271, to the nearest 2
 L_README, XL_CONFIG = "HRM-Text, README", "HRM-Text, cfg_pretrain"
 
 PRESETS = {
-    "B": Preset(6, 1024, 8, 3.3e-4, 98_304, 63_488, PUBLISHED, OUR_LR, OUR_BATCH,
+    "B": Preset(6, 1024, 8, 3.3e-4, 98_304, 59_392, PUBLISHED, OUR_LR, OUR_BATCH,
            {8: DefaultLayout(1, 1, 1, 3), 64: DefaultLayout(4, 1, 2, 3),
             512: DefaultLayout(8, 1, 8, 3)}),
-    "L": Preset(12, 1280, 10, 2.5e-4, 172_032, 21_504, PUBLISHED, L_README, L_README,
+    "L": Preset(12, 1280, 10, 2.5e-4, 172_032, 20_480, PUBLISHED, L_README, L_README,
            {8: DefaultLayout(1, 2, 2, 3), 64: DefaultLayout(2, 4, 4, 3),
             512: DefaultLayout(2, 8, 16, 1)}),
-    "XL": Preset(16, 1536, 12, 2.2e-4, 196_608, 11_264, PUBLISHED, XL_CONFIG, XL_CONFIG,
+    "XL": Preset(16, 1536, 12, 2.2e-4, 196_608, 10_240, PUBLISHED, XL_CONFIG, XL_CONFIG,
            {8: DefaultLayout(1, 1, 1, 2), 64: DefaultLayout(1, 8, 4, 3),
             512: DefaultLayout(4, 1, 8, 3)}),
     "XXL": Preset(36, 1792, 14, 1.9e-4, 262_144, 4_096, PUBLISHED, OUR_LR, OUR_BATCH,

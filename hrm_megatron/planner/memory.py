@@ -13,11 +13,6 @@ CHUNK_BYTES = 1 << 29  # model/head.py: of the logits of a chunk in fp32
 CUDA_CONTEXT = 2 << 30  # assumed: context, NCCL's buffers, workspace of cuBLAS
 
 
-def model_bytes(architecture: Architecture, data_parallel: int = 1) -> float:
-    """Bytes of weights, gradients and optimizer state on each GPU of one model replica per GPU, in bf16."""
-    return architecture.num_parameters * weight_bytes(BF16, data_parallel).total
-
-
 def kept_tensors(architecture: Architecture, gated_act: bool = False, context: int = 1) -> list[float]:
     """Sizes of the tensors that one layer keeps for its backward on a GPU, in states [s, b, h].
 
@@ -41,26 +36,6 @@ def kept_tensors_on_cpu(architecture: Architecture, rows: int) -> list[float]:
 def layer_states(architecture: Architecture, gated_act: bool = False, context: int = 1) -> float:
     """Size of all that one layer keeps for its backward, in states [s, b, h]."""
     return sum(kept_tensors(architecture, gated_act, context))
-
-
-def offloaded_bytes(architecture: Architecture, positions: int) -> tuple[int, int]:
-    """Bytes that one layer and tick with gradient keep in the host's memory where they are offloaded, and bytes of
-    pinned memory for them: torch's allocator rounds each tensor up to a power of two (CachingHostAllocator.h)."""
-    state = positions * architecture.hidden_size * BF16
-    sizes = [round(states * state) for states in kept_tensors(architecture)]
-    return sum(sizes), sum(1 << (size - 1).bit_length() for size in sizes)
-
-
-def activation_bytes(architecture: Architecture, positions: int, bp_steps: int, gated_act: bool = False,
-                     recompute_ticks: int = 0) -> float:
-    """Bytes that the ticks with gradient of one micro-batch of `positions` keep at most, in bf16 on one GPU.
-
-    The first `recompute_ticks` of them keep their input and are rebuilt one at a time, when the later ticks' graphs
-    are gone.
-    """
-    state = positions * architecture.hidden_size * BF16
-    tick = layer_states(architecture, gated_act) * architecture.num_layers * state
-    return max(bp_steps - recompute_ticks, 1) * tick + recompute_ticks * state
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from hrm_megatron.config import PRESETS, PUBLISHED, Architecture
-from hrm_megatron.planner.memory import activation_bytes, model_bytes
+from hrm_megatron.planner.layout import Layout
+from hrm_megatron.planner.memory import Saving, memory_of_stages
 from hrm_megatron.training.micro_batch import POSITIONS
 from tests.docs.commands import ROOT, blocks, table
 
@@ -128,6 +129,12 @@ def test_every_preset_of_the_reference_has_a_row():
     assert [row["preset"] for row in ROWS] == [name for name, preset in PRESETS.items() if preset.sizes == PUBLISHED]
 
 
+def gigabytes_of(architecture, gpus, rows, row_tokens):
+    layout = Layout(gpus, row_tokens=row_tokens, micro_batch_size=rows)
+    (memory,) = memory_of_stages(architecture, layout, [architecture.num_layers], Saving(BP_STEPS, gated_act=True))
+    return memory.total / 1e9
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["preset"])
 def test_launch_settings_start_and_take_what_they_say(launch, row):
     preset = PRESETS[row["preset"]]
@@ -147,13 +154,10 @@ def test_launch_settings_start_and_take_what_they_say(launch, row):
         assert batch == microbatches * rows * gpus
         if row["--global-batch-size"] == "preset":
             assert batch * row_tokens == preset.tokens_per_step
-        needed = model_bytes(architecture, gpus) + activation_bytes(architecture, rows * row_tokens, BP_STEPS,
-                                                                    gated_act=True)
-        assert amount == round(needed / 1e9, 1) < 80
+        assert amount == round(gigabytes_of(architecture, gpus, rows, row_tokens), 1) < 80
     # Of those that divide the step on all of these GPUs, and fit.
     fit = [one for one in range(1, batch + 1) if not any(batch % (one * gpus) for gpus in gpu_counts) and all(
-        model_bytes(architecture, gpus) + activation_bytes(architecture, one * row_tokens, BP_STEPS, gated_act=True)
-        < 80e9 for gpus in gpu_counts)]
+        gigabytes_of(architecture, gpus, one, row_tokens) < 80 for gpus in gpu_counts)]
     assert rows == next((one for one in fit if one * row_tokens >= POSITIONS), fit[-1])
 
 

@@ -12,7 +12,7 @@ from hrm_megatron.planner import calibration, report
 from hrm_megatron.planner.calibration import Calibration, Case, Measured
 from hrm_megatron.planner.layout import Layout, check, plan_pipeline
 from hrm_megatron.planner.machines import Cluster, Speeds
-from hrm_megatron.planner.memory import Saving, activation_bytes, memory_of_stages, model_bytes
+from hrm_megatron.planner.memory import Saving, layer_states, memory_of_stages
 from hrm_megatron.planner.search import Question, Rejected, search
 from hrm_megatron.planner.speed import predict_step
 
@@ -39,10 +39,10 @@ def test_memory_is_the_sum_of_its_parts():
     layout = Layout(8, micro_batch_size=2, row_tokens=1024, global_batch_size=16)
     found = memory_of_stages(SMALL, layout, [6], Saving(labels=0.0))[0]
     states = sum(found.parts[name] for name in ("weights", "gradients", "masters", "moments", "EMA"))
-    assert states == pytest.approx(model_bytes(SMALL, 8))
+    assert states == pytest.approx((6 + 16 / 8) * SMALL.num_parameters)
     state = 2048 * 512 * 2
-    behind = 5 * state  # the norm at the exit of each tick
-    assert found.parts["activations"] == pytest.approx(activation_bytes(SMALL, 2048, 5) + behind)
+    tick = layer_states(SMALL) * SMALL.num_layers + 1  # the norm at its exit
+    assert found.parts["activations"] == pytest.approx(5 * tick * state)
     assert sum(found.ticks.values()) == found.parts["activations"] and len(found.ticks) == 5
     assert found.total == sum(found.parts.values())
 
