@@ -99,6 +99,9 @@ def _run(order: dict) -> list[int]:
             except BaseException:
                 sys.excepthook(*sys.exc_info())
             finally:
+                for thread in threading.enumerate():  # as Python does at its end
+                    if not thread.daemon and thread is not threading.main_thread():
+                        thread.join()
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)

@@ -1,7 +1,9 @@
 """Which iterations of a run are deleted, once a newer one is whole and its manifest says so."""
 from __future__ import annotations
 
+import logging
 import shutil
+import threading
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from hrm_megatron.checkpoint.manifest import read_manifest
 from hrm_megatron.checkpoint.verify import iteration_of
 
 ASIDE = ".deleted"
+
+log = logging.getLogger(__name__)
+_removing = threading.Lock()
 
 
 def is_whole(folder: Path) -> bool:
@@ -40,10 +45,24 @@ def expendable(save: Path, latest: int, keep: int, interval: int | None, protect
             and not (save / f"iter_{number:07d}").is_symlink()]
 
 
-def delete(save: Path, iterations: Collection[int]) -> None:
-    """Delete iterations so that a kill leaves none that looks whole and is not; finish what a kill has left."""
+def delete(save: Path, iterations: Collection[int]) -> threading.Thread:
+    """Delete iterations so that a kill leaves none that looks whole and is not; finish what a kill has left.
+
+    They are renamed now. Their files, one or more of each rank, go in the thread that is returned, beside the training:
+    other ranks would wait for that. A process does not end before it.
+    """
     for number in iterations:
         folder = save / f"iter_{number:07d}"
         folder.rename(save / f".{folder.name}{ASIDE}")
-    for folder in save.glob(f".iter_*{ASIDE}"):
-        shutil.rmtree(folder)
+    thread = threading.Thread(target=_remove_files, args=(save,))
+    thread.start()
+    return thread
+
+
+def _remove_files(save: Path) -> None:
+    with _removing:
+        try:
+            for folder in save.glob(f".iter_*{ASIDE}"):
+                shutil.rmtree(folder)
+        except OSError as error:
+            log.warning(f"checkpoint: cannot delete older iterations in {save} ({error}); the next save tries again")

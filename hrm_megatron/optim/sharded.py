@@ -1,22 +1,28 @@
 """Megatron's optimizers, told of AdamATan2's third state and of its counts, and all saving by the weights' names."""
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain, repeat
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain, count, repeat
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.utils import to_local_if_dtensor
 
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_states
 from hrm_megatron.optim.flat import Shard
+from hrm_megatron.optim.whole_weights import Bucket, parts_of_bucket
 
 # How the distributed optimizer says that its state is stored by the names of the weights (distrib_optimizer.py).
 BY_NAME = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 EMBEDDING = "is_embedding"
+STATE = "optimizer.state"  # the names of all state begin so
+PARTS = ("param", *STATE_KEYS)  # the master, and what belongs to it
 
 
 def parts_of(optimizer: Any) -> list[Any]:
@@ -86,6 +92,51 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
     def _init_optimizer_states_with_dummy_values(self) -> None:
         init_states(self.optimizer)  # stock code trains a step without gradients before Megatron-FSDP loads
 
+    def _buckets(self) -> Iterator[tuple[dict[int, torch.nn.Parameter], Bucket]]:
+        """Yield the weights of each bucket by number, in the order of the buffers, and the bucket."""
+        numbers = count()
+        for buffer in self.buffers:
+            weights: list[dict[int, torch.nn.Parameter]] = [{} for _ in buffer.buckets]
+            places: list[dict[int, tuple[int, int]]] = [{} for _ in buffer.buckets]
+            for (weight, (start, end, place)), number in zip(buffer.param_index_map.items(), numbers, strict=False):
+                offset = buffer.buckets[place].offset
+                weights[place][number], places[place][number] = weight, (start - offset, end - offset)
+            for of_bucket, where, bucket in zip(weights, places, buffer.buckets, strict=True):
+                shard_size = bucket.grad_data.numel() // self.data_parallel_group.size()
+                yield of_bucket, Bucket(parts_of_bucket(where, shard_size), self.data_parallel_group,
+                                        bucket.grad_data.device)
+
+    def sharded_param_state_fully_reshardable(self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False,
+                                              metadata: dict[str, Any] | None = None) -> dict[int, Any]:
+        """Return masters and state of the weights that this rank owns, whole: all ranks together have each once."""
+        tensors, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+        places = {place.data: place for place in nested_values(tensors)}
+        found: dict[int, Any] = {}
+        for weights, bucket in self._buckets():
+            held = {} if is_loading else {part.weight: self._get_main_param_and_optimizer_states(weights[part.weight])
+                                          for part in bucket.held}
+            for name in PARTS:
+                whole = ({part.weight: torch.empty(weights[part.weight].numel()) for part in bucket.owned} if is_loading
+                         else bucket.gather({number: state[name] for number, state in held.items()}))
+                for number, tensor in whole.items():
+                    place = places[weights[number]]
+                    # The writer takes its copies of tensors on a GPU at once, but may share those on a CPU.
+                    tensor = tensor if tensor.is_cuda or is_loading else tensor.clone()
+                    of_weight = make_sharded_optimizer_tensor(place, tensor.view(place.data.shape), f"{STATE}.{name}")
+                    found.setdefault(number, {})[name] = replace(of_weight, replica_id=(*place.replica_id[:-1], 0))
+        return found
+
+    @torch.no_grad()
+    def load_parameter_state_from_fully_reshardable(self, state_dict: dict[int, Any]) -> None:
+        for weights, bucket in self._buckets():
+            held: dict[int, dict[str, torch.Tensor]] = {part.weight: {} for part in bucket.held}
+            for name in PARTS:
+                whole = {part.weight: state_dict[part.weight][name].flatten() for part in bucket.owned}
+                for number, tensor in bucket.scatter(whole).items():
+                    held[number][name] = tensor
+            for number, state in held.items():
+                self._set_main_param_and_optimizer_states(weights[number], state)
+
 
 class NamedState:
     """State and fp32 masters as `optimizer.state.PART.NAME`, groups beside: what any other layout goes on from.
@@ -110,7 +161,7 @@ class NamedState:
     def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False,
                            metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         places = get_param_id_to_sharded_param_map(model_sharded_state_dict, self.weights())
-        state = {number: {name: make_sharded_optimizer_tensor(places[number], tensor, f"optimizer.state.{name}")
+        state = {number: {name: make_sharded_optimizer_tensor(places[number], tensor, f"{STATE}.{name}")
                           for name, tensor in self.parts(master).items()}
                  for number, master in enumerate(self.masters())}
         return {"optimizer": {"param_groups": settings_of_groups(self.optimizer)}, "param_state": state,

@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = dict(
     transformer_impl=None,  # decided by training.hardware
     layernorm_epsilon=1e-6,  # HRM-Text, norm_eps
     ckpt_format="torch_dist", use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True,
+    ckpt_fully_parallel_load=True,  # each byte is read once by all data parallel ranks together
     data_parallel_sharding_strategy="optim_grads_params", megatron_fsdp_main_grads_dtype="fp32",
     async_strategy="mcore",  # Megatron's would be nvrx, of a package of its own
     log_interval=10, eval_interval=1000, eval_iters=10, save_interval=1000, num_workers=2,

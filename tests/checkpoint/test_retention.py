@@ -1,7 +1,10 @@
 """An older iteration goes only when a newer one is whole; nothing else in the folder ever goes."""
 from __future__ import annotations
 
+import errno
+import re
 import shutil
+import threading
 
 import pytest
 
@@ -62,14 +65,30 @@ def test_links_and_iterations_of_a_later_step_stay(save, tmp_path):
     assert gone(save, 9, 1) == [6]
 
 
-def test_a_deletion_that_was_cut_short_is_finished_and_nothing_looks_whole_meanwhile(save, monkeypatch):
-    def killed(folder):
-        raise KeyboardInterrupt
+def test_a_deletion_that_was_cut_short_is_finished_and_nothing_looks_whole_meanwhile(save, monkeypatch, caplog):
+    def fail(folder):
+        raise OSError(errno.EBUSY, "busy")
     before = {path.name for path in save.iterdir()}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "rmtree", killed)
-        delete(save, [3, 6])
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        delete(save, [3, 6]).join()
+    assert re.search(r"cannot delete older iterations in \S+ \(.*busy\); the next save tries again", caplog.text)
     assert complete_iterations(save) == [f"iter_{number:07d}" for number in (0, 9, 12)]
-    delete(save, [9])
+    delete(save, [9]).join()
     assert before - {path.name for path in save.iterdir()} == {f"iter_{number:07d}" for number in (3, 6, 9)}
     assert {path.name for path in save.iterdir()} <= before
+
+
+def test_a_step_does_not_wait_for_the_files(save, monkeypatch):
+    removed, may_remove = shutil.rmtree, threading.Event()
+
+    def wait(folder):
+        assert may_remove.wait(60)
+        removed(folder)
+    monkeypatch.setattr(shutil, "rmtree", wait)
+    threads = [delete(save, [3]), delete(save, [6])]
+    assert complete_iterations(save) == [f"iter_{number:07d}" for number in (0, 9, 12)]
+    may_remove.set()
+    for thread in threads:
+        thread.join()
+    assert not [*save.glob(".iter_*")]

@@ -1,4 +1,5 @@
 """A run that stopped, or was killed while it saved, goes on as if nothing had happened."""
+import math
 import re
 import shutil
 import textwrap
@@ -40,6 +41,36 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(launch, fullbatch_argume
     assert len(DCPFolder(ends[0]).shapes()) == 18 * 5 + 1  # weights, masters, m, v, EMA; and zL_init
     assert not tensors_that_differ(*ends)
     assert tensors_that_differ(ends[0], stopped / "iter_0000012")  # it has trained
+
+
+COUNTS_STATE = """
+import sys
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper as Loader
+from hrm_megatron.optim.sharded import EMADistributedOptimizer as Optimizer
+state, load = Optimizer.sharded_param_state_fully_reshardable, Loader.load
+
+def counted(self, weights, is_loading=False, metadata=None):
+    found = state(self, weights, is_loading, metadata)
+    print("STATE", is_loading, *(len(parts) * parts["param"].data.numel() for parts in found.values()), file=sys.__stdout__, flush=True)
+    return found
+
+def told(self, *arguments):
+    print("LOADED TOGETHER", file=sys.__stdout__, flush=True)
+    return load(self, *arguments)
+Optimizer.sharded_param_state_fully_reshardable, Loader.load = counted, told
+"""
+
+
+def test_two_ranks_save_and_load_the_state_of_each_weight_once(launch, fullbatch_arguments, uninterrupted, stopped):
+    run = launch(*fullbatch_arguments, "--load", stopped, "--save", stopped, ranks=2, prelude=COUNTS_STATE)
+    assert run.code == 0, run.output
+    shapes = DCPFolder(find_iteration(uninterrupted / "checkpoints")).shapes()
+    sizes = [math.prod(shape) for name, shape in shapes.items() if name.startswith("optimizer.state.")]
+    for is_loading in (True, False):
+        counts = [sum(map(int, re.search(rf"STATE {is_loading}(.*)", output)[1].split()))
+                  for output in (run.output, run.last_output)]
+        assert sum(counts) == sum(sizes) and abs(counts[0] - counts[1]) <= 8 * max(sizes)
+    assert all("LOADED TOGETHER" in output for output in (run.output, run.last_output))
 
 
 IN_BACKGROUND = ["--async-save", "--use-persistent-ckpt-worker"]

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hrm_megatron.checkpoint.folders import TRACKER_FILE, complete_iterations
 from hrm_megatron.checkpoint.retention import is_whole
@@ -21,6 +23,15 @@ def forwards(self, *arguments):
     return forward(self, *arguments)
 TrainingStep.forward = forwards
 """
+
+
+def test_ranks_ask_for_the_signal_of_any_by_one_number(single_rank, monkeypatch):
+    from hrm_megatron.training.exit_signal import received_by_any
+
+    read, stock = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: read.append(tensor) or stock(tensor))
+    assert [received_by_any(SimpleNamespace(_signal_received=signal)) for signal in (False, True)] == [[False], [True]]
+    assert len(read) == 2
 
 
 @pytest.mark.survives("SIGTERM to a rank", "DP 2")
