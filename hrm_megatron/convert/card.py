@@ -79,7 +79,9 @@ READS = """\
 **Pass `token_type_ids`.** The model was trained to read a prompt both ways, and transformers lets it do so only where
 the type is 1. Without `token_type_ids` a prompt is causal, which is another function; nothing warns of it.
 `pipeline("text-generation")` does not pass them, unless it is made with `trust_remote_code=True`: then
-`custom_generate/generate.py` of this folder does, for every prompt that comes without."""
+`custom_generate/generate.py` of this folder does, for every prompt that comes without. **Keep the cache:** with
+`use_cache=False` transformers reads the answer both ways, too, and with `prefill_chunk_size` only the first part of a
+prompt; that file refuses both."""
 READS_CAUSALLY = """\
 The model reads prompts causally, as it was trained to: `prefix_lm` is false in config.json, and there are no
 `token_type_ids` to pass. **vLLM (0.33) ignores that setting** and reads a prompt both ways: another function."""
@@ -175,9 +177,10 @@ def model_card(checkpoint: Checkpoint, dtype: str, pad_token: str | None, first_
         padding="" if pad_token is None else f" Batches are padded on the left with `{pad_token}`.")
 
 
-def gguf_card(checkpoint: Checkpoint, dtype: str, end: int, spelling: Spelling | None, sections: Sections) -> str:
-    """Write the card of a file for llama.cpp, where an answer ends with the token `end`; `spelling` None: there is no
-    tokenizer in it."""
+def gguf_card(checkpoint: Checkpoint, dtype: str, tokens: int, end: int, spelling: Spelling | None, sections: Sections
+              ) -> str:
+    """Write the card of a file for llama.cpp, whose head has `tokens` rows that stand for one, and where an answer ends
+    with the token `end`; `spelling` None: there is no tokenizer in it."""
     max_tokens, ours = checkpoint.training.seq_length, spelling or Spelling()
     question = f"{ours.boq}{next(iter(ours.tags.values()), '')}What is 2 + 3?{ours.eoq}"
     prompt = "prompt = [0]  # put your token ids here" if spelling is None else \
@@ -185,8 +188,7 @@ def gguf_card(checkpoint: Checkpoint, dtype: str, end: int, spelling: Spelling |
     shown = "answer" if spelling is None else "model.detokenize(answer).decode(errors='replace')"
     causal = checkpoint.architecture.causal
     ask = ASK_LLAMA_CPP.format(tokens=max_tokens, prompt=prompt, end=end, shown=shown,
-                               words=checkpoint.architecture.vocab_size, both_ways="" if causal else BOTH_WAYS,
-                               why="" if causal else SEEN)
+                               words=tokens, both_ways="" if causal else BOTH_WAYS, why="" if causal else SEEN)
     reads = (LLAMA_CPP_CAUSAL if causal else LLAMA_CPP_BOTH_WAYS).format(ask=ask, tokens=max_tokens)
     return LLAMA_CPP_CARD.format(dtype=dtype, about=_about(checkpoint), reads=reads,
                                  normalizes="" if spelling is None else NORMALIZES, spelling=_spelled(ours),

@@ -65,9 +65,10 @@ TEMPLATE = """
 def chat_template(spelling: Spelling) -> str:
     """Spell all that was said as a prefix; `condition` may be given to apply_chat_template."""
     # llama.cpp's Jinja does not join the keys of an object.
-    values = {"ROLES": json.dumps(", ".join(SPEAKERS)), "NAMES": json.dumps(", ".join(spelling.tags)),
-              "SPEAKERS": json.dumps(SPEAKERS), "TAGS": json.dumps(dict(spelling.tags)),
-              "CALLED": " or ".join(f"message['{call}']" for call in CALLS),
-              "BOQ": json.dumps(spelling.boq), "EOQ": json.dumps(spelling.eoq)}
+    literals = {"ROLES": ", ".join(SPEAKERS), "NAMES": ", ".join(spelling.tags), "SPEAKERS": SPEAKERS,
+                "TAGS": dict(spelling.tags), "BOQ": spelling.boq, "EOQ": spelling.eoq}
+    # Jinja reads an escaped character of two code units as two characters, which are none.
+    values = {name: json.dumps(value, ensure_ascii=False) for name, value in literals.items()} | {
+        "CALLED": " or ".join(f"message['{call}']" for call in CALLS)}
     spelled = "".join(line.strip() for line in TEMPLATE.splitlines())
     return re.sub(rf"\b({'|'.join(values)})\b", lambda found: values[found[0]], spelled)

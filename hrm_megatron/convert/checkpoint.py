@@ -20,7 +20,8 @@ PARTS = (RAW, "exp_avg", "exp_avg_sq", EMA)  # of every trained tensor, fp32
 class Training:
     """Settings of the run, as far as formats carry them; the defaults are HRM-Text's (cfg_pretrain, size XL)."""
 
-    seq_length: int = 4096
+    seq_length: int = 4096  # of the model: the longest rows that it was trained with
+    row_tokens: int | None = None  # of the latest training's rows; None: as many
     tokens_per_step: int = 196_608
     total_steps: int = 1
     lr: float = 2.2e-4
@@ -69,7 +70,7 @@ class Checkpoint:
     token_ids: Mapping[str, TokenIds] = field(default_factory=dict)
     remark: str = ""  # what could not be verified of it, as the rest of a sentence
     vocabulary: str | None = None  # hash of its tokens (data/tokenizer.py), where training was given them
-    origin: Origin | None = None  # of a format with weights alone, whose own `iteration` is 0
+    origin: Origin | None = None  # of a folder of weights alone, whose own `iteration` is 0
     merged: bool = False  # weights are read with adapters merged into them, which have the state that is stored
 
     def part_of(self, kind: str, entry: Rename) -> torch.Tensor:

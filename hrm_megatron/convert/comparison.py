@@ -147,8 +147,8 @@ def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenI
             _load_as_megatron(model, loaded.folder)
         else:
             places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            for name, tensor in checkpoint.weights(loaded.kind):
-                places[name].copy_(tensor)
+            for entry in table(checkpoint.architecture):
+                places[entry.megatron].copy_(checkpoint.part_of(loaded.kind, entry))
         _round(model, loaded.dtype)
         positions = sum(len(prefix) + len(target) - 1 for prefix, target in rows)
         row = {name: tensor[None] for name, tensor in assemble_row(

@@ -27,7 +27,7 @@ from hrm_megatron.convert.gguf_names import (
     refuse,
 )
 from hrm_megatron.convert.gguf_tokenizer import write_tokenizer
-from hrm_megatron.convert.hf import refuse_others, token_ids_of
+from hrm_megatron.convert.hf import num_tokens, refuse_others, token_ids_of
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer
 from hrm_megatron.convert.ledger import Ledger
 from hrm_megatron.convert.table import Rename, table
@@ -88,7 +88,7 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str
     finally:
         writer.close()
     end = token_ids.get("eos_token_id", 0)
-    card = gguf_card(checkpoint, dtype, end[0] if isinstance(end, list) else end,
+    card = gguf_card(checkpoint, dtype, num_tokens(architecture, beside), end[0] if isinstance(end, list) else end,
                      beside.text.spelling if beside else None, sections)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 

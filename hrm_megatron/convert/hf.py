@@ -18,7 +18,7 @@ from hrm_megatron.config import CAUSAL, PREFIX_LM, Architecture, ConfigError, pa
 from hrm_megatron.convert import prefix_generate
 from hrm_megatron.convert.card import CARD_FILE, NO_SECTIONS, Sections, model_card
 from hrm_megatron.convert.casts import as_start, rounded
-from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, TokenIds, Training
+from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Origin, TokenIds, Training
 from hrm_megatron.convert.hf_files import FLOATS, INDEX_FILE, LOW_BIT, HFFiles, read_json
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer, check_vocabulary
 from hrm_megatron.convert.ledger import Ledger, origin_of
@@ -26,6 +26,7 @@ from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization, Quantize
 from hrm_megatron.convert.safetensors_file import write_safetensors
 from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.data.spelling import BOQ, EOA, PAD, SPECIAL_TOKENS, Spelling
+from hrm_megatron.data.tokenizer import vocabulary_beside
 from hrm_megatron.model.schedule import split_bp_steps
 from hrm_megatron.model_types import HRM
 
@@ -37,6 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What an HRM is in transformers' words.
 FIXED: dict[str, Any] = dict(model_type="hrm_text", tie_word_embeddings=False)
 PREFIX = "prefix_lm"  # false in a causal model's config
+SUPPRESSED = "suppress_tokens"  # in GENERATION_FILE: the rows of the head that stand for no token
 # In HRM-Text's tokenizers, for a model that comes without any.
 TOKEN_IDS = {name: SPECIAL_TOKENS.index(token) for name, token in (
     ("pad_token_id", PAD), ("bos_token_id", BOQ), ("eos_token_id", EOA))}
@@ -101,9 +103,8 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
         max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         write_safetensors(folder / file, {name: ledger.noting(name, tensors[name]) for name in names})
-    tokens = min(architecture.vocab_size, beside.text.vocab_size if beside else architecture.vocab_size)
-    padding = list(range(tokens, architecture.padded_vocab_size))  # rows of the head that stand for no token
-    files = {CONFIG_FILE: config, GENERATION_FILE: {**token_ids, **({"suppress_tokens": padding} if padding else {})}}
+    padding = list(range(num_tokens(architecture, beside), architecture.padded_vocab_size))
+    files = {CONFIG_FILE: config, GENERATION_FILE: {**token_ids, **({SUPPRESSED: padding} if padding else {})}}
     if plan.is_sharded:
         files[INDEX_FILE] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     for file, values in files.items():
@@ -126,6 +127,11 @@ def check_shard_size(spelled: str) -> None:
 def _exported(checkpoint: Checkpoint, kind: str, entry: Rename, dtype: torch.dtype) -> LazyTensor:
     return LazyTensor(entry.foreign_shape, dtype, lambda: rounded(
         entry.hf, entry.from_megatron(checkpoint.part_of(kind, entry)), dtype))
+
+
+def num_tokens(architecture: Architecture, beside: ExportTokenizer | None) -> int:
+    """Count the rows of the head that stand for a token; a model that knows rows only has them from its tokenizer."""
+    return min(architecture.vocab_size, beside.text.vocab_size if beside else architecture.vocab_size)
 
 
 def token_ids_of(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict[str, TokenIds]:
@@ -185,7 +191,7 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
     try:
-        architecture, token_ids = _architecture(config), _ids_of(config)
+        architecture = _architecture(config)
         quantization = Quantization.of_config(config)
         # transformers: [2] by default, and 1 for every earlier cycle.
         l_bp = [1] * architecture.h_cycles + [int(n) for n in config.get("L_bp_cycles") or [2]]
@@ -196,7 +202,9 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: lacks a setting or has an odd one ({error}); copy the folder again"
                           ) from error
-    architecture = replace(architecture, vocab_size=_tokens_of(folder, architecture.vocab_size))
+    generation = _generation_config(folder)
+    token_ids = _ids_of({folder / CONFIG_FILE: config, folder / GENERATION_FILE: generation})
+    architecture = replace(architecture, vocab_size=_tokens_of(generation, architecture.vocab_size))
     entries = table(architecture)
     if quantization is None:
         files = HFFiles(folder, entries, verify)
@@ -211,23 +219,37 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
 
     return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read, token_ids,
                       UNVERIFIED if not verify else "" if files.has_digests else WITHOUT_CHECKSUMS,
-                      origin=origin_of(folder, verify))
+                      vocabulary_beside(folder), origin_of(folder, verify) or Origin(None, 0))
 
 
-def _tokens_of(folder: Path, rows: int) -> int:
-    """Return the number of tokens, which no config tells from rows: exports suppress the rows that stand for none."""
+def _generation_config(folder: Path) -> dict[str, Any]:
     path = folder / GENERATION_FILE
-    suppressed = read_json(path).get("suppress_tokens") if path.exists() else None
+    return read_json(path) if path.exists() else {}
+
+
+def sampling_settings(folder: Path) -> list[str]:
+    """Name the settings by which a folder generates, beside tokens, which are read."""
+    return sorted(name for name, value in _generation_config(folder).items() if value is not None and name not in
+                  (*TOKEN_IDS, SUPPRESSED, "transformers_version") and not name.startswith("_"))
+
+
+def _tokens_of(generation: Mapping[str, Any], rows: int) -> int:
+    """Return the number of tokens, which no config tells from rows: exports suppress the rows that stand for none."""
+    suppressed = generation.get(SUPPRESSED)
     tokens = rows - len(suppressed) if isinstance(suppressed, list) else rows
     return tokens if suppressed == [*range(tokens, rows)] and padded_vocab_size(tokens) == rows else rows
 
 
-def _ids_of(config: dict[str, Any]) -> dict[str, TokenIds]:
-    """Return the token ids of a config; one that names no end has none. Without a pad token the end is it, as when
-    transformers generates."""
-    ids = {name: config[name] for name in TOKEN_IDS if config.get(name) is not None}
-    for name, value in ids.items():
-        if not all(isinstance(i, int) for i in (value if isinstance(value, list) else [value])) or value == []:
-            raise ConfigError(f"{name}: {value!r} is no token id")
+def _ids_of(configs: Mapping[Path, Mapping[str, Any]]) -> dict[str, TokenIds]:
+    """Return the token ids of files of settings, of which later ones go before; if they name no end there are none.
+    Without a pad token the end is it, as when transformers generates."""
+    ids = {}
+    for path, config in configs.items():
+        for name in TOKEN_IDS:
+            if (value := config.get(name)) is None:
+                continue
+            if not all(isinstance(i, int) for i in (value if isinstance(value, list) else [value])) or value == []:
+                raise ConfigError(f"{path}: {name}: {value!r} is no token id")
+            ids[name] = value
     end = ids.get("eos_token_id")
     return {"pad_token_id": end[0] if isinstance(end, list) else end, **ids} if end is not None else {}

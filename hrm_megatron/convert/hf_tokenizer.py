@@ -21,6 +21,10 @@ def check_vocabulary(tokenizer: TextTokenizer, checkpoint: Checkpoint) -> None:
                           "with; give that one as --tokenizer-model")
 
 
+# Texts whose first or last character depends on what is beside it, in tokenizers of one kind or another.
+QUESTIONS = ("What is 2 + 3?", " a", "\na", "a ", "a\n", "\u00e9", "e\u0301")
+
+
 @dataclass(frozen=True)
 class ExportTokenizer:
     """A tokenizer as transformers shall load it; `pad_token` fills up batches."""
@@ -49,17 +53,45 @@ class ExportTokenizer:
 
     def write(self, folder: Path, max_tokens: int, causal: bool = False) -> None:
         """Write files that let transformers mark a prompt as prefix, and a second text as response; for a `causal`
-        model, which has no prefix, they make no types."""
-        tokenizer = Tokenizer.from_str(self.text.tokenizer.to_str())
+        model, which has no prefix, they make no types.
+
+        A tokenizer that spells a text behind control tokens otherwise than alone, as in training, is refused.
+        """
+        tokenizer = self._between_controls()
         single, pair = ("$A:0", "$A:0 $B:0") if causal else ("$A:1", "$A:1 $B:0")
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair)
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        files = tokenizer_files(tokenizer, "tokenizer", self.pad_token, self.text.spelling,
+        files = tokenizer_files(tokenizer, "tokenizer", self.pad_token, self.text.spelling, self.text.fingerprint,
                                 model_max_length=max_tokens, chat_template=chat_template(self.text.spelling),
                                 **({"model_input_names": ["input_ids", "attention_mask"]} if causal else {}))
         for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
+
+    def _between_controls(self) -> Tokenizer:
+        """Return the tokenizer as it spells texts between control tokens: those take nothing of the text beside them,
+        and behind each of them a text begins."""
+        text = self.text
+        config = json.loads(text.tokenizer.to_str())
+        for token in config["added_tokens"]:
+            if token["content"] in text.spelling.controls:
+                token |= dict(lstrip=False, rstrip=False, single_word=False, normalized=False)
+        splits = config["pre_tokenizer"] or {}
+        for step in splits.get("pretokenizers", [splits]):
+            if step.get("prepend_scheme") == "first":  # of Metaspace: of all that is spelled
+                step["prepend_scheme"] = "always"
+        tokenizer = Tokenizer.from_str(json.dumps(config))
+        in_text = [token.content for token in text.tokenizer.get_added_tokens_decoder().values() if not token.special]
+        texts = [*QUESTIONS, *(f"a{token}b" for token in in_text)]
+        condition = ",".join(text.spelling.tags)
+        head = text.spelling.boq + "".join(text.spelling.tags.values())
+        for question in texts:
+            spelled = tokenizer.encode(f"{head}{question}{text.spelling.eoq}", add_special_tokens=False).ids
+            if spelled != text.encode_prefix(condition, question):
+                raise ConfigError(f"{text.path}: spells {question!r} behind {text.spelling.boq} otherwise than alone, "
+                                  "as in training, so that transformers would read other tokens; leave "
+                                  "--tokenizer-model out and give the model token ids")
+        return tokenizer
 
 
 def _config_beside(tokenizer_file: Path) -> dict[str, Any]:

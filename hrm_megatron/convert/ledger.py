@@ -73,9 +73,9 @@ def digests_of(folder: Path) -> Mapping[str, str]:
     return _read(folder, lambda found: {name: str(facts["sha256"]) for name, facts in found["tensors"].items()}) or {}
 
 
-def origin_of(folder: Path, verify: bool) -> Origin:
-    """Read which weights an export holds, as far as it has a manifest that says so; a damaged one says nothing, and is
-    refused unless nothing is to be verified."""
+def origin_of(folder: Path, verify: bool) -> Origin | None:
+    """Read which weights a folder of weights alone holds; None if it has no manifest that says so. A damaged one says
+    nothing, and is refused unless nothing is to be verified."""
     try:
         found = _read(folder, lambda found: Origin(found.get("settings", {}).get("weights"),
                                                    int(found.get("iteration", 0))))
@@ -84,7 +84,7 @@ def origin_of(folder: Path, verify: bool) -> Origin:
             raise
         found = None
     # At iteration 0 both kinds are one, or the source did not say either.
-    return found if found and found.kind in (EMA, RAW) and found.iteration else Origin(None, 0)
+    return found if found and found.kind in (EMA, RAW) and found.iteration else None
 
 
 def _read[T](folder: Path, take: Callable[[Any], T]) -> T | None:

@@ -14,11 +14,13 @@ from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.convert.adapters import Adapters
 from hrm_megatron.convert.casts import as_start
 from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint, Training
+from hrm_megatron.convert.ledger import origin_of
 from hrm_megatron.convert.table import Rename, check, table
 from hrm_megatron.optim.adam_atan2 import UPDATES
 from hrm_megatron.optim.schedule import lr_steps_of
 from hrm_megatron.optim.sharded import EMBEDDING
 from hrm_megatron.training.lora import lora_of
+from hrm_megatron.training.resume import context_of
 
 STATE_NAMES = {RAW: "param", **{part: part for part in PARTS if part != RAW}}  # Megatron calls fp32 masters "param"
 
@@ -60,14 +62,17 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
         return Checkpoint(path, architecture, training, iteration, 0, frozenset({RAW} | parts & {EMA}),
                           partial(adapters.merged, read), remark=remark, vocabulary=vocabulary, merged=True)
     return Checkpoint(path, architecture, training, iteration, embedding_updates, frozenset({RAW} | parts), read,
-                      remark=remark, vocabulary=vocabulary)
+                      remark=remark, vocabulary=vocabulary,
+                      # A run that goes on in this folder has iterations of its own.
+                      origin=None if iteration else origin_of(path.parent, verify))
 
 
 def _training_of(args: argparse.Namespace, common: dict[str, Any]) -> Training:
     groups = common.get("optimizer", {}).get("optimizer", {}).get("param_groups", [])
     warmup_steps, total_steps = lr_steps_of(args)
     return Training(
-        seq_length=args.seq_length, tokens_per_step=args.seq_length * args.global_batch_size, total_steps=total_steps,
+        seq_length=context_of(args), row_tokens=args.seq_length,
+        tokens_per_step=args.seq_length * args.global_batch_size, total_steps=total_steps,
         lr=args.lr, min_lr=args.min_lr, last_lr=float(groups[0]["lr"]) if groups else 0.0, warmup_steps=warmup_steps,
         weight_decay=args.weight_decay, beta1=args.adam_beta1, beta2=args.adam_beta2, ema_decay=args.ema_decay,
         bp_min_steps=args.bp_min_steps, bp_max_steps=args.bp_max_steps, bp_warmup_fraction=args.bp_warmup_fraction,

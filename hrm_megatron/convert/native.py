@@ -16,7 +16,7 @@ from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.config import CAUSAL, PREFIX_LM, Architecture, ConfigError, ffn_hidden_size
 from hrm_megatron.convert.casts import as_start
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
-from hrm_megatron.convert.ledger import Ledger
+from hrm_megatron.convert.ledger import Ledger, origin_of
 from hrm_megatron.convert.native_recurrence import read_recurrence, write_recurrence
 from hrm_megatron.convert.table import Rename, check, is_embedding, table
 from hrm_megatron.data.spelling import BOQ, EOA, EOQ, TAG_TOKENS
@@ -128,7 +128,8 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
         return entry.to_megatron(tensor if entry.trained else as_start(f"{stored.path}: {key}", tensor))
 
     return Checkpoint(folder, architecture, training, iteration, embedding_updates,
-                      frozenset({RAW, *(PART_NAMES if has_optimizer else ())}), read, remark=remark)
+                      frozenset({RAW, *(PART_NAMES if has_optimizer else ())}), read, remark=remark,
+                      origin=None if iteration else origin_of(folder, verify))
 
 
 def _counts(stored: DCPFolder, trained: list[Rename]) -> tuple[int, int]:

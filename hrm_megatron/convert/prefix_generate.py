@@ -12,10 +12,26 @@ import torch
 def generate(inputs: torch.Tensor | None = None, *, model: Any, input_ids: torch.Tensor | None = None,
              attention_mask: torch.Tensor | None = None, token_type_ids: torch.Tensor | None = None,
              **options: Any) -> Any:
-    """Call transformers' generate with the types of a prompt; those that are given stay as they are."""
+    """Call transformers' generate with the types of a prompt; those that are given stay as they are.
+
+    Settings by which transformers would read the answer both ways, or the prompt in parts, are a ValueError.
+    """
+    if _setting("use_cache", model, options) is False:
+        raise ValueError("use_cache=False: the answer would be read both ways, which the model was not trained for; "
+                         "pass use_cache=True")
+    if chunk := _setting("prefill_chunk_size", model, options):
+        raise ValueError(f"prefill_chunk_size={chunk}: only the first part of a prompt would be read both ways, which "
+                         "the model was not trained for; leave it out")
     prompt = inputs if input_ids is None else input_ids
     if token_type_ids is None and prompt is not None:
         token_type_ids = torch.ones_like(prompt) if attention_mask is None else attention_mask.to(prompt.dtype)
     given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
     options |= {name: value for name, value in given.items() if value is not None}
     return type(model).generate(model, prompt, **options)
+
+
+def _setting(name: str, model: Any, options: dict[str, Any]) -> Any:
+    """Find a setting where transformers does, which takes the first that is not None."""
+    places = (options.get("generation_config"), model.generation_config)
+    return next((value for value in (options.get(name), *(getattr(place, name, None) for place in places))
+                 if value is not None), None)

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,15 @@ from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint
 from hrm_megatron.convert.comparison import Loaded, compare, quantization_of
 from hrm_megatron.convert.gguf_file import BYTES_OF_WEIGHT, Q8_0, check_gguf, library, read_back, write_gguf
 from hrm_megatron.convert.gguf_names import NESTED
-from hrm_megatron.convert.hf import CONFIG_FILE, FIXED, MAX_SHARD_SIZE, read_hf, write_hf
+from hrm_megatron.convert.hf import (
+    CONFIG_FILE,
+    FIXED,
+    GENERATION_FILE,
+    MAX_SHARD_SIZE,
+    read_hf,
+    sampling_settings,
+    write_hf,
+)
 from hrm_megatron.convert.hf_files import read_json
 from hrm_megatron.convert.ledger import EXPORT_FILE, Ledger, progress
 from hrm_megatron.convert.megatron import read_megatron
@@ -28,7 +37,9 @@ from hrm_megatron.convert.native import read_native, write_native
 from hrm_megatron.convert.shared_stack import as_hrm
 from hrm_megatron.convert.table import table
 from hrm_megatron.convert.to_megatron import write_megatron
+from hrm_megatron.data.folder_lock import open_and_lock
 from hrm_megatron.program import check_folder, followed, whole_folder
+from hrm_megatron.training.save_lock import LOCK_FILE
 
 FORMATS = ("megatron", "hf", "native")
 SAVE_FORMATS = (*FORMATS, "gguf")
@@ -92,13 +103,16 @@ def convert(job: Conversion) -> str:
 def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
     checkpoint.check_asked(job.weights)
     step = checkpoint.step
-    kind = job.weights or (EMA if checkpoint.iteration else checkpoint.default_kind())
+    to_weights = job.save_format in WEIGHTS_ALONE or checkpoint.merged
+    kind = job.weights or (EMA if checkpoint.iteration and to_weights else checkpoint.default_kind())
     if (job.weights or checkpoint.merged) and job.save_format not in WEIGHTS_ALONE:
         checkpoint = checkpoint.only_weights(kind)
     source = checkpoint
     if job.save_format in WEIGHTS_ALONE:
         checkpoint.require(kind)
         checkpoint = as_hrm(checkpoint)
+    # Before a first step there is one kind of weights, and optimizer state of zeros at most.
+    alone = job.save_format in WEIGHTS_ALONE or not checkpoint.iteration or not checkpoint.has_state
     sections = Sections.read(job.data_report, job.evaluation)
     size_bytes = output_bytes(job, checkpoint)
     with new_folder(job.save, job.overwrite, size_bytes) as folder:
@@ -114,13 +128,15 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
                 write_native(checkpoint, folder, ledger)
             else:
                 write_megatron(checkpoint, folder, ledger)
-        settings = dataclasses.asdict(checkpoint.architecture) | (
-            dict(dtype=job.dtype, weights=checkpoint.named(kind)) if job.save_format in WEIGHTS_ALONE else {})
+        settings = dataclasses.asdict(checkpoint.architecture)
+        if job.save_format in WEIGHTS_ALONE:
+            settings |= dict(dtype=job.dtype)
+        if alone:
+            settings |= dict(weights=checkpoint.named(kind))
         ledger.write(folder, source=str(job.load), source_format=job.load_format, format=job.save_format,
                      iteration=step, settings=settings)
         compared = _compare(job, source, checkpoint, kind, ledger, folder)
-    content = "weights and optimizer state" if job.save_format not in WEIGHTS_ALONE and checkpoint.has_state \
-        else f"{checkpoint.named(kind) or 'the'} weights"
+    content = f"{checkpoint.named(kind) or 'the'} weights" if alone else "weights and optimizer state"
     said = (f"{job.save}: {content} of iteration {step}, {len(table(checkpoint.architecture))} "
             f"tensors, from {checkpoint.path}")
     if not checkpoint.architecture.gated and job.save_format != "megatron":
@@ -141,6 +157,8 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
     if job.save_format == "hf" and job.tokenizer_model is None:
         said += "; no tokenizer beside them, and token ids of " + (
             str(job.load) if checkpoint.token_ids else "HRM-Text's tokenizers") + " (--tokenizer-model puts one there)"
+    if job.load_format == job.save_format == "hf" and (settings_left := sampling_settings(job.load)):
+        said += f"; {', '.join(settings_left)} of its {GENERATION_FILE} left out"
     if ledger.not_finite:
         said += f"; warning: NaN or infinities in {', '.join(ledger.not_finite)} (--allow-nonfinite)"
     return f"{said}; {compared}"
@@ -202,12 +220,9 @@ def is_checkpoint(folder: Path) -> bool:
 @contextlib.contextmanager
 def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
     """Give an empty folder that becomes `save` when the block ends well, and vanishes otherwise."""
-    if save.exists():
-        if not save.is_dir() or (any(save.iterdir()) and not is_checkpoint(save)):
-            raise ConfigError(f"--save {save}: exists and is no checkpoint; choose another")
-        if not overwrite and any(save.iterdir()):
-            raise ConfigError(f"--save {save}: exists; pass --overwrite to replace all of it, or choose another")
+    held = None
     try:
+        held = _claim(save, overwrite)
         with whole_folder(save) as partial:
             if (free := shutil.disk_usage(partial).free) < (needed := size_bytes + RESERVE_BYTES):
                 raise ConfigError(f"--save {save}: needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; free "
@@ -222,5 +237,22 @@ def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
                 if shutil.disk_usage(partial).free >= RESERVE_BYTES:
                     raise
                 raise OSError(errno.ENOSPC, "no space left on device") from error
+            if held is None:  # something may have come there during the block
+                held = _claim(save, overwrite)
     except OSError as error:
         raise ConfigError(f"--save {save}: cannot write ({error.strerror or error}); nothing was left there") from error
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _claim(save: Path, overwrite: bool) -> int | None:
+    """Refuse a place whose contents must stay, or that a run trains into. Of a folder that a run has trained into,
+    return the lock of such runs, held until it is closed."""
+    if save.exists():
+        if not save.is_dir() or (any(save.iterdir()) and not is_checkpoint(save)):
+            raise ConfigError(f"--save {save}: exists and is no checkpoint; choose another")
+        if not overwrite and any(save.iterdir()):
+            raise ConfigError(f"--save {save}: exists; pass --overwrite to replace all of it, or choose another")
+    lock = save / LOCK_FILE
+    return open_and_lock(lock, f"--save {save}", "choose another folder") if lock.exists() else None

@@ -38,6 +38,7 @@ SHARDING = dict(BY_NAME, singleton_local_shards=False, chained_optim_avoid_prefi
 def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
     """Return the arguments of a run that could have written this checkpoint."""
     a, t = checkpoint.architecture, checkpoint.training
+    row_tokens = t.row_tokens or t.seq_length
     if a.h_norm_placement not in (None, a.norm_placement):
         raise ConfigError(f"{checkpoint.path}: the H stack alone has {a.h_norm_placement}-norm layers, for which "
                           "hrm_megatron.pretrain has no flag; save as native")
@@ -48,8 +49,8 @@ def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
         "norm-placement": a.norm_placement, "attention-mask": a.attention_mask,
         "attention-gate": a.attention_gate, "init-scheme": a.init_scheme,
         "init-std": a.init_std,
-        "norm-epsilon": a.norm_epsilon, "seq-length": t.seq_length,
-        "global-batch-size": max(1, t.tokens_per_step // t.seq_length), "lr": t.lr, "min-lr": t.min_lr,
+        "norm-epsilon": a.norm_epsilon, "seq-length": row_tokens,
+        "global-batch-size": max(1, t.tokens_per_step // row_tokens), "lr": t.lr, "min-lr": t.min_lr,
         "lr-warmup-iters": t.warmup_steps, "train-iters": t.total_steps, "weight-decay": t.weight_decay,
         "adam-beta1": t.beta1, "adam-beta2": t.beta2, "ema-decay": t.ema_decay, "bp-min-steps": t.bp_min_steps,
         "bp-max-steps": t.bp_max_steps, "bp-warmup-fraction": t.bp_warmup_fraction, "seed": t.seed,
@@ -59,7 +60,7 @@ def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
     values = dict(
         FORCED, rotary_base=a.rope_theta, vocab_size=a.vocab_size, padded_vocab_size=a.padded_vocab_size, rank=0,
         world_size=1, data_parallel_size=1, loss_on_prefix=t.loss_on_prefix, adamw=t.adamw,
-        vocabulary=checkpoint.vocabulary,
+        vocabulary=checkpoint.vocabulary, context_tokens=t.seq_length,
         no_save_rng=True,  # there is none; Megatron looks for it unless told so
         # Megatron replaces a count of 0 by iteration * rows per step of the run that resumes.
         consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0)

@@ -164,6 +164,8 @@ class Work:
         multiply_in_fp32()
         self.job, self.checkpoint, self.kind, self.say = job, checkpoint, kind, say
         self.architecture = checkpoint.architecture
+        # The one that was named, else the one of --load.
+        self.beside = job.tokenizer_model or (job.load if (job.load / TOKENIZER_FILE).exists() else None)
         self.row_tokens = job.seq_length or checkpoint.training.seq_length
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.found: dict[str, dict[str, LowBit]] = {}  # by method
@@ -182,10 +184,10 @@ class Work:
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer | None:
-        """The tokenizer that was named, refused where the model was trained with other tokens."""
-        if self.job.tokenizer_model is None:
+        """The tokenizer that goes beside the model, refused where this was trained with other tokens."""
+        if self.beside is None:
             return None
-        tokenizer = TextTokenizer(self.job.tokenizer_model)
+        tokenizer = TextTokenizer(self.beside)
         check_vocabulary(tokenizer, self.checkpoint)
         return tokenizer
 
@@ -236,10 +238,9 @@ class Work:
         """Write the folder that will be `save`, and return a line about it."""
         job, checkpoint = self.job, self.checkpoint
         method = f"{job.method}, {self._calibrated_by()}" if job.method != PLAIN else PLAIN
-        beside = job.tokenizer_model or (job.load if (job.load / TOKENIZER_FILE).exists() else None)
         with progress(size_bytes) as passed:
             ledger = Ledger(passed=passed)
-            write_hf(checkpoint, folder, self.kind, job.dtype, beside, job.max_shard_size, ledger,
+            write_hf(checkpoint, folder, self.kind, job.dtype, self.beside, job.max_shard_size, ledger,
                      quantized=Quantized(job.quantization, self._matrix, method))
         kind = checkpoint.named(self.kind)
         ledger.write(folder, source=str(job.load), format="hf", iteration=checkpoint.step,
@@ -250,7 +251,7 @@ class Work:
                 f"{checkpoint.step} from {checkpoint.path}")
         if checkpoint.remark:
             said += f", which {checkpoint.remark}"
-        if beside is None:
+        if self.beside is None:
             said += "; no tokenizer beside them (--tokenizer-model puts one there)"
         return f"{said}; {self._verified(folder)}"
 

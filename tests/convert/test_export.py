@@ -4,21 +4,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
 from hrm_megatron.convert.card import Sections
 from hrm_megatron.convert.checkpoint import EMA
-from hrm_megatron.convert.hf import read_hf, write_hf
-from hrm_megatron.data.spelling import EOA, EOQ
+from hrm_megatron.convert.hf import read_hf, token_ids_of, write_hf
+from hrm_megatron.convert.hf_tokenizer import ExportTokenizer
+from hrm_megatron.convert.megatron import read_megatron
+from hrm_megatron.convert.to_megatron import write_megatron
+from hrm_megatron.data.spelling import EOA, EOQ, SPECIAL_TOKENS, Spelling
 from hrm_megatron.data.tokenizer import TextTokenizer, save_tokenizer, train_tokenizer
 from hrm_megatron.generate.decode import generate
 from hrm_megatron.generate.load import load_model
 from hrm_megatron.parallel.single import single_rank
+from tests.random_checkpoint import TOKENIZER
 
 QUESTIONS = ["three", "What is three plus four?", "three plus", "What is What is four plus three plus three?"]
 CARD_TOKENS = 7
@@ -249,10 +256,79 @@ def test_token_ids_and_suppressed_rows_survive_another_export(tmp_path, random_c
     write_hf(read_hf(tmp_path / "one"), tmp_path / "two", "raw", "bfloat16")
     one, two = (json.loads((tmp_path / name / "generation_config.json").read_text()) for name in ("one", "two"))
     assert one == two == dict(pad_token_id=5, bos_token_id=7, eos_token_id=[9, 3], suppress_tokens=[*range(250, 256)])
-    config = json.loads((tmp_path / "one" / "config.json").read_text())
-    del config["pad_token_id"]
-    (tmp_path / "one" / "config.json").write_text(json.dumps(config))
+    config, generation = tmp_path / "one" / "config.json", tmp_path / "one" / "generation_config.json"
+    for path in (config, generation):
+        path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items()
+                                    if name != "pad_token_id"}))
     assert read_hf(tmp_path / "one").token_ids["pad_token_id"] == 9
-    (tmp_path / "one" / "config.json").write_text(json.dumps(config | dict(pad_token_id=256)))
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(pad_token_id=256)))
     with pytest.raises(ConfigError, match="has 250 tokens, pad_token_id would be 256; give its own tokenizer"):
         write_hf(read_hf(tmp_path / "one"), tmp_path / "three", "raw")
+
+
+def test_token_ids_are_those_that_transformers_generates_with(tmp_path, random_checkpoint):
+    write_hf(random_checkpoint(Architecture(1, 24, 3, 40, 250)), tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(eos_token_id=[11, 9], bos_token_id=None)))
+    assert read_hf(tmp_path).token_ids == dict(pad_token_id=0, bos_token_id=6, eos_token_id=[11, 9])
+    path.write_text('{"eos_token_id": "end"}')
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id: 'end' is no token id"):
+        read_hf(tmp_path)
+
+
+def test_an_export_keeps_the_tokens_of_the_tokenizer_beside_it(tmp_path, checkpoint, tokenizer, export):
+    other = renamed(tmp_path / "other", tokenizer, "<|fim_pad|>")
+    write_megatron(read_hf(export), tmp_path / "megatron")
+    for source in (read_hf(export), read_megatron(find_iteration(tmp_path / "megatron"))):
+        assert source.vocabulary == tokenizer.vocabulary
+        with pytest.raises(ConfigError, match="has other tokens than the tokenizer that .* was trained with"):
+            write_hf(source, tmp_path / "hf", "raw", tokenizer=other)
+        assert token_ids_of(source, ExportTokenizer.open(tokenizer.path))["eos_token_id"] == tokenizer.eoa
+    shutil.copytree(export, tmp_path / "foreign")
+    (tmp_path / "foreign" / "tokenizer.json").write_text("{")
+    assert read_hf(tmp_path / "foreign").vocabulary is None
+
+
+def test_an_exported_tokenizer_is_known_as_the_one_that_it_spells_as(tmp_path):
+    trained = TextTokenizer(TOKENIZER)
+    ExportTokenizer.open(TOKENIZER).write(tmp_path, 99)
+    ours = TextTokenizer(tmp_path)
+    assert ours.fingerprint == trained.fingerprint and ours.path.read_bytes() != trained.path.read_bytes()
+    assert TextTokenizer(tmp_path, spelling=Spelling(eoa="<|PAD|>")).fingerprint != trained.fingerprint
+    ours.path.write_text(ours.path.read_text().replace("<|fim_pad|>", "<|pad|>"))
+    assert TextTokenizer(tmp_path).fingerprint != trained.fingerprint
+
+
+def of_sentence_piece(folder, scheme, *, in_text=(), **flags):
+    """Train a BPE that marks the beginning of words, as Llama's do; control tokens have these flags."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    made.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    made.train_from_iterator(["What is 1 + 1?", "\na line\n"] * 3, trainers.BpeTrainer(
+        vocab_size=420, min_frequency=1, show_progress=False,
+        special_tokens=[AddedToken(token, special=True, normalized=False, **flags) for token in SPECIAL_TOKENS]))
+    made.add_tokens([AddedToken(token, normalized=False) for token in in_text])
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    return TextTokenizer(folder)
+
+
+@pytest.mark.parametrize("scheme, flags", [("first", {}), ("always", {}), ("never", {}), ("first", dict(rstrip=True)),
+                                           ("always", dict(lstrip=True)), ("never", dict(single_word=True))])
+def test_an_export_spells_a_prompt_and_an_answer_as_training_does(tmp_path, scheme, flags):
+    text = of_sentence_piece(tmp_path / "tokenizer", scheme, **flags)
+    (tmp_path / "out").mkdir()
+    ExportTokenizer.open(text.path).write(tmp_path / "out", 99)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for question in ("What is 1 + 1?", "\nline", " a", "a\n"):
+        prompt = text.encode_prefix("direct", question)
+        assert theirs(f"<|im_start|><|object_ref_start|>{question}{EOQ}").input_ids == prompt
+        assert theirs.apply_chat_template([dict(role="user", content=question)], condition="direct",
+                                          return_dict=True)["input_ids"] == prompt
+        assert theirs(f"<|im_start|>{EOQ}", f"{question}{EOA}").input_ids[2:] == text.encode_response(question)
+
+
+def test_a_tokenizer_that_no_export_spells_alike_is_refused(tmp_path):
+    text = of_sentence_piece(tmp_path / "tokenizer", "first", in_text=["<think>more"])
+    with pytest.raises(ConfigError, match=r"spells 'a<think>moreb' behind <\|im_start\|> otherwise than alone"):
+        ExportTokenizer.open(text.path).write(tmp_path, 99)

@@ -310,3 +310,11 @@ def test_post_norm_is_refused(random_checkpoint, tmp_path):
     with pytest.raises(ConfigError, match=r"post-norm layers, which llama\.cpp does not have"):
         write_gguf(post, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_card_masks_rows_without_a_token_of_a_model_that_knows_rows_only(checkpoint, tokenizer, tmp_path):
+    rows = checkpoint.architecture.padded_vocab_size
+    padded = dataclasses.replace(checkpoint, architecture=dataclasses.replace(checkpoint.architecture, vocab_size=rows))
+    for source in (checkpoint, padded):
+        write_gguf(source, tmp_path, tokenizer=tokenizer.path)
+        assert f"np.arange(len(logits)) < {tokenizer.vocab_size}," in (tmp_path / "README.md").read_text()

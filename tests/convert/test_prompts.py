@@ -4,14 +4,18 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
+import jinja2
 import pytest
 import torch
-from transformers import dynamic_module_utils, pipeline
+from transformers import GenerationConfig, dynamic_module_utils, pipeline
 
+from hrm_megatron.convert import prefix_generate
+from hrm_megatron.convert.chat_template import chat_template
 from hrm_megatron.convert.checkpoint import EMA
 from hrm_megatron.convert.comparison import Loaded, logits_of
 from hrm_megatron.data.chat import chat_examples
 from hrm_megatron.data.example import RowFormat
+from hrm_megatron.data.spelling import Spelling
 from tests.convert.test_export import (  # noqa: F401  # fixtures
     QUESTIONS,
     checkpoint,
@@ -33,6 +37,14 @@ def test_the_chat_template_spells_prompts_as_training_does(loaded, tokenizer):  
         assert [token for token, type_id in zip(batch["input_ids"][i], batch["token_type_ids"][i], strict=True)
                 if type_id] == prompt
     assert theirs.apply_chat_template(chats[0], return_dict=True)["input_ids"] == tokenizer.encode_prefix("", "three")
+
+
+def test_a_control_token_beyond_the_basic_plane_stays_one_character():
+    spelling = Spelling("<|\U0001f914|>", tags={"kurz": "<|\u00e9|>"})
+    template = jinja2.Environment().from_string(chat_template(spelling))
+    assert template.render(messages=[dict(role="user", content="hi")], condition="kurz") \
+        == "<|\U0001f914|><|\u00e9|>hi<|im_end|>"
+
 
 CHAT = [dict(role="user", content="three plus four?"), dict(role="assistant", content="three"),
         dict(role="user", content="What is four?")]
@@ -131,3 +143,26 @@ def test_pipelines_are_causal_and_right_with_the_code_of_the_folder(export, chec
     types = torch.zeros_like(ids)  # those that are given stay
     assert without_ends(model, model.generate(ids, token_type_ids=types, max_new_tokens=6), ids.shape[1]) \
         == without_ends(model, type(model).generate(model, ids, max_new_tokens=6), ids.shape[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("setting", [dict(use_cache=False), dict(prefill_chunk_size=3)], ids=str)
+def test_generation_without_a_cache_or_in_chunks_is_another_function_and_refused(loaded, tokenizer,  # noqa: F811
+                                                                                 monkeypatch, setting):
+    model = loaded[1]
+    ids = torch.tensor([tokenizer.encode_prefix("", QUESTIONS[3])])
+    options = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+
+    def logits(**more):
+        found = model.generate(ids, token_type_ids=torch.ones_like(ids), **options, **more).logits
+        return torch.stack(found[:2])  # the second is of an answer of one token
+
+    right = logits()
+    assert torch.equal(logits(use_cache=True), right)
+    assert float((logits(**setting) - right).norm() / right.norm()) > 0.01
+    for given in (setting, dict(generation_config=GenerationConfig(**setting))):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* would be read both ways"):
+            prefix_generate.generate(ids, model=model, **given)
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(**setting))
+    with pytest.raises(ValueError, match="would be read both ways"):
+        prefix_generate.generate(ids, model=model)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -15,7 +16,9 @@ from hrm_megatron.convert.hf import read_hf
 from hrm_megatron.convert.ledger import EXPORT_FILE
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import read_native
+from hrm_megatron.data.folder_lock import lock
 from hrm_megatron.generate.load import opened, weights_kind
+from hrm_megatron.training.save_lock import LOCK_FILE
 from tests.damage import flip_bit_of_tensor
 
 
@@ -60,10 +63,10 @@ def test_every_format_leads_to_every_other(command, tmp_path, golden, same_state
         assert command(*flags, load=tmp_path / "m2", load_format="megatron", save=f"h{number}")[0] == 0
         exported = read_hf(tmp_path / f"h{number}")
         assert all(torch.equal(tensor, ema[name]) for name, tensor in exported.weights(exported.default_kind()))
-    assert all(torch.equal(tensor, ema[name]) for name, tensor in imported.weights("raw"))
+    assert all(torch.equal(tensor, ema[name]) for name, tensor in imported.weights("ema"))
     assert command("--weights", "ema", save_format="native", save="fresh")[0] == 0
     fresh = read_native(tmp_path / "fresh")
-    assert fresh.iteration == 0 and all(torch.equal(tensor, ema[name]) for name, tensor in fresh.weights("raw"))
+    assert fresh.iteration == 0 and all(torch.equal(tensor, ema[name]) for name, tensor in fresh.weights("ema"))
 
 
 def test_an_export_says_which_weights_it_holds(command, tmp_path):
@@ -85,6 +88,84 @@ def test_an_export_says_which_weights_it_holds(command, tmp_path):
         assert checkpoint.named(weights_kind(checkpoint, None)) is None
     status, _, err = command("--weights", "ema", load=tmp_path / "raw2", load_format="hf", save="raw3")
     assert status == 1 and "holds weights of one kind and does not say of which; leave the flag out" in err
+
+
+@pytest.mark.parametrize("save_format", ["megatron", "native"])
+@pytest.mark.parametrize("kind, other", [("ema", "raw"), ("raw", "ema")])
+def test_weights_alone_stay_what_they_are_in_every_format(command, tmp_path, save_format, kind, other):
+    status, out, _ = command("--no-verify", "--weights", kind, save_format=save_format, save="alone")
+    assert status == 0 and f"{kind} weights of iteration 10" in out
+    alone = dict(load=tmp_path / "alone", load_format=save_format)
+    status, out, _ = command("--no-verify", **alone, save="hf")
+    assert status == 0 and f"{kind} weights of iteration 10" in out
+    assert read_hf(tmp_path / "hf").origin == (kind, 10)
+    status, out, _ = command("--no-verify", **alone, save="again", save_format="megatron")
+    assert status == 0 and f"{kind} weights of iteration 10" in out
+    assert read_megatron(find_iteration(tmp_path / "again")).origin == (kind, 10)
+    status, _, err = command("--weights", other, **alone)
+    assert status == 1 and f"holds the {kind.upper()} weights of iteration 10 alone; leave --weights {other} out" in err
+
+
+@pytest.mark.parametrize("save_format", ["megatron", "native"])
+def test_a_run_in_a_folder_of_weights_alone_is_not_taken_for_them(command, tmp_path, save_format):
+    assert command("--no-verify", "--weights", "raw", save_format=save_format, save="alone")[0] == 0
+    assert command("--no-verify", save_format=save_format, save="run")[0] == 0
+    shutil.copy(tmp_path / "alone" / EXPORT_FILE, tmp_path / "run")
+    with opened(tmp_path / "run") as checkpoint:
+        assert checkpoint.origin is None and checkpoint.has_state and checkpoint.step == 10
+
+
+@pytest.mark.parametrize("save_format, flags", [("gguf", ["--dtype", "bfloat16"]), ("hf", ["--dtype", "bfloat16"]),
+                                                ("megatron", []), ("native", [])])
+def test_an_export_of_a_run_is_compared_whatever_it_becomes(command, save_format, flags, tmp_path):
+    assert command("--no-verify")[0] == 0
+    status, out, err = command(*flags, "--verify", load=tmp_path / "out", load_format="hf", save_format=save_format,
+                               save="next")
+    assert status == 0 and "ema weights of iteration 10" in out and "its logits are the source's within" in out, err
+
+
+@pytest.mark.parametrize("begins", ["before", "meanwhile"])
+def test_a_folder_that_a_run_trains_into_stays(command, tmp_path, monkeypatch, begins):
+    assert command("--no-verify", save_format="megatron")[0] == 0
+    stock = run.write_hf
+    with contextlib.ExitStack() as held:
+        def begin(*arguments):
+            held.enter_context(lock(tmp_path / "out" / LOCK_FILE, "the folder"))
+            return stock(*arguments) if arguments else None
+
+        if begins == "before":
+            begin()
+        else:
+            monkeypatch.setattr(run, "write_hf", begin)
+        status, _, err = command("--no-verify", "--overwrite")
+        assert status == 1 and f"error: --save {tmp_path / 'out'} is in use by another run (process " in err
+        assert find_iteration(tmp_path / "out").name == "iter_0000010" and _entries(tmp_path) == ["out"]
+    monkeypatch.setattr(run, "write_hf", stock)
+    assert command("--no-verify", "--overwrite")[0] == 0 and not (tmp_path / "out" / LOCK_FILE).exists()
+
+
+def test_what_another_conversion_wrote_meanwhile_stays(command, tmp_path, monkeypatch):
+    stock = run.write_hf
+
+    def with_another(*arguments):
+        monkeypatch.setattr(run, "write_hf", stock)
+        assert command("--no-verify", save_format="megatron")[0] == 0
+        return stock(*arguments)
+
+    monkeypatch.setattr(run, "write_hf", with_another)
+    status, _, err = command("--no-verify")
+    assert status == 1 and "exists; pass --overwrite" in err
+    assert find_iteration(tmp_path / "out") and _entries(tmp_path) == ["out"]
+
+
+def test_settings_of_sampling_that_are_lost_are_named(command, tmp_path):
+    assert command("--no-verify")[0] == 0
+    path = tmp_path / "out" / "generation_config.json"
+    path.write_text(json.dumps(dict(eos_token_id=[11, 9], temperature=0.3, do_sample=True, top_k=None,
+                                    transformers_version="5.24.0", _from_model_config=True)))
+    status, out, _ = command("--no-verify", load=tmp_path / "out", load_format="hf", save="next")
+    assert status == 0 and "; do_sample, temperature of its generation_config.json left out;" in out
+    assert json.loads((tmp_path / "next" / path.name).read_text())["eos_token_id"] == [11, 9]
 
 
 def test_an_existing_output_stays_unless_told(command, tmp_path):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -135,6 +136,19 @@ def test_a_calibrated_export_loads_in_unmodified_transformers_in_a_process_of_it
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+@needs_the_extra
+def test_an_export_of_a_run_is_quantized_and_converted_back(tool, exported, store, tmp_path, capsys, single_rank):
+    run = shutil.copytree(exported, tmp_path / "run")
+    (run / "conversion.json").write_text(json.dumps(dict(iteration=7, settings=dict(weights="ema"), tensors={})))
+    for name, flags in (("plain", ["--method", "rtn"]),
+                        ("calibrated", ["--data-path", store, "--tokenizer-model", str(run), *CALIBRATED])):
+        assert tool(["--load", str(run), "--save", str(tmp_path / name), *flags]) == 0
+        said = capsys.readouterr().out
+        assert "ema weights of iteration 7" in said and "its logits are the source's within" in said
+    said = convert(Conversion(tmp_path / "plain", "hf", tmp_path / "megatron", "megatron", verify=True))
+    assert "ema weights of iteration 7" in said and "its logits are the source's within" in said
+
+
 def test_a_table_compares_all_methods(tool, exported, store, capsys, tmp_path):
     assert tool(["--load", str(exported), "--data-path", store, "--compare", "--valid-data-path", store,
                  *CALIBRATED]) == 0
@@ -175,6 +189,7 @@ def test_flags_without_effect_are_refused(tool, exported, store, capsys):
     (("--data-path", "OTHER"), "written with a tokenizer of 9000 entries, the model has"),
     (("--data-path", "FEWER"), "written with a tokenizer of 200 entries, the model has"),
     (("--data-path", "ALIKE", "--tokenizer-model", "TOKENIZER"), "was written with tokenizer ffffffffffff, not with "),
+    (("--data-path", "ALIKE"), "was written with tokenizer ffffffffffff, not with "),  # but with that beside --load
     (("--method", "rtn", "--scheme", "mxfp4", "--dtype", "float32"), "transformers computes mxfp4 in bfloat16 alone"),
     (("--method", "rtn", "--max-shard-size", "0GB"), "--max-shard-size 0GB: no size of a file; write for example 5GB"),
     (("--method", "rtn", "--group-size", "128"), "rows of 64 weights are no multiple of the group size 128; choose "
