@@ -104,7 +104,7 @@ def serve(args: argparse.Namespace) -> None:
     blocks = blocks_of(args.cache_tokens) + 1 if args.cache_tokens else \
         args.batch_size * (blocks_of(decoder.context_tokens) + 1)
     size = decoder.cache_size(blocks)
-    say(size.check(decoder.device))
+    say(size.check(decoder.device, "lower --batch-size or --cache-tokens"))
     engine = Engine(decoder, PagedCache(size, decoder.device), args.batch_size, session.text)
     service = Service(session, LiveEngine(engine, args.max_prompts), args.model_name or args.load.resolve().name,
                       Limits(args.max_body_bytes, args.timeout_seconds))

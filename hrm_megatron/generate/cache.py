@@ -55,14 +55,14 @@ class CacheSize:
         """Tell whether so much free memory holds it beside all else."""
         return self.bytes + RESERVE_BYTES <= free
 
-    def check(self, device: torch.device) -> str:
-        """Say what the cache takes of the free memory; raise ConfigError if it cannot fit."""
+    def check(self, device: torch.device, way_out: str = "lower --batch-size or --max-new-tokens") -> str:
+        """Say what the cache takes of the free memory; raise ConfigError, with this `way_out`, if it cannot fit."""
         free = free_bytes(device)
         said = (f"{self.bytes / 1e6:,.1f} MB for {self.blocks * BLOCK_TOKENS} positions in {self.slots} ticks x "
                 f"layers, {free / 1e6:,.1f} MB are free")
         if not self.fits(free):
             raise ConfigError(f"key-value cache: needs {said}, of which {RESERVE_BYTES / 1e6:,.1f} MB are left for all "
-                              "else; lower --batch-size or --max-new-tokens, or take --dtype bfloat16")
+                              f"else; {way_out}, or take --dtype bfloat16")
         return f"key-value cache: {said}"
 
 
@@ -101,9 +101,12 @@ class PagedCache:
         self._users[block] += 1
         return block
 
-    def release(self, block: int) -> None:
+    def release(self, block: int, not_finite: bool = False) -> None:
+        """Give up a block. One that may hold numbers that are `not_finite` is emptied for its next user."""
         self._users[block] -= 1
         if not self._users[block]:
+            if not_finite:
+                self.pool[:, :, block] = 0
             self._free.append(block)
 
     def copy(self, block: int) -> int:

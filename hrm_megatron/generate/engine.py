@@ -52,6 +52,11 @@ class Progress:
     piece: str  # text that became final
     transcript: Transcript
 
+    def check(self) -> None:
+        """Raise ConfigError if the answer has failed."""
+        if self.transcript.finish == "failed":
+            raise ConfigError("logits of the model are not finite; its weights are damaged")
+
 
 @dataclass(eq=False)
 class _Waiting:
@@ -62,6 +67,7 @@ class _Waiting:
     limit: int  # tokens of an answer that the context leaves room for
     blocks: list[int] = field(default_factory=list)
     logits: torch.Tensor | None = None  # [v], of the first token
+    likeliest: int | None = None  # by these; None: they are not finite
     h_cycles: int | None = None  # of its answers, with early exit
     begun: int = 0
 
@@ -148,8 +154,12 @@ class Engine:
             self._leave(row)
 
     def step(self) -> list[Progress]:
-        """Begin what there is room for, else add a token to every running answer."""
-        return self._begin() or (self._advance() if self.running else [])
+        """Add a token to every running answer, then begin what there is room for.
+
+        Neither waits for the other, also where answers that end with their first token come without end. An answer
+        without finite logits fails alone.
+        """
+        return self._advance() + self._begin()
 
     def _fits(self, blocks: int) -> bool:
         return blocks <= self.cache.free - self._promised
@@ -177,9 +187,8 @@ class Engine:
         if read:
             found = self.decoder.prefill([waiting.request.prompt for waiting in read],
                                          [np.asarray(waiting.blocks, np.int32) for waiting in read], self.cache)
-            _likeliest(found.logits)
-            for place, waiting in enumerate(read):
-                waiting.logits = found.logits[place]
+            for place, (waiting, likeliest) in enumerate(zip(read, _likeliest(found.logits), strict=True)):
+                waiting.logits, waiting.likeliest = found.logits[place], likeliest
                 waiting.h_cycles = None if found.h_cycles is None else int(found.h_cycles[place])
         return [self._first_token(waiting) for waiting, count in starting for _ in range(count)]
 
@@ -199,9 +208,11 @@ class Engine:
         if waiting.begun == request.samples:
             self.waiting.remove(waiting)
             self._forget_prompt(waiting)
-        return self._accept(row, waiting.logits)
+        return self._accept(row, waiting.logits, waiting.likeliest)
 
     def _advance(self) -> list[Progress]:
+        if not self.running:
+            return []
         rows = list(self.running)
         for row in rows:
             if row.length == len(row.blocks) * BLOCK_TOKENS:
@@ -211,6 +222,7 @@ class Engine:
         tables = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int32)
         for table, row in zip(tables, rows, strict=True):
             table[:len(row.blocks)] = row.blocks
+            table[len(row.blocks):] = row.blocks[0]  # its own: 0 * NaN of another's would be NaN
         cycles = [row.transcript.h_cycles for row in rows if row.transcript.h_cycles is not None]  # all rows, or none
         logits = self.decoder.decode([row.transcript.tokens[-1] for row in rows],
                                      np.asarray([row.length for row in rows], np.int32), tables, self.cache,
@@ -219,16 +231,18 @@ class Engine:
             row.length += 1
         return [self._accept(row, *each) for row, *each in zip(rows, logits, _likeliest(logits), strict=True)]
 
-    def _accept(self, row: _Running, logits: torch.Tensor, likeliest: int | None = None) -> Progress:
-        """Choose the next token of a row by logits [v]; `likeliest` saves looking for it again."""
+    def _accept(self, row: _Running, logits: torch.Tensor, likeliest: int | None) -> Progress:
+        """Choose the next token of a row by logits [v], of which `likeliest` is the largest; None: not finite."""
         sampling, transcript, given = row.request.sampling, row.transcript, row.request.given
+        if likeliest is None:
+            transcript.finish = "failed"
+            self._leave(row)
+            return Progress(row.number, row.sample, "", transcript)
         is_given = len(transcript.tokens) < len(given)
         if is_given:
             token = given[len(transcript.tokens)]
-        elif sampling.temperature or likeliest is None:
-            token = choose(logits, sampling, row.random.random())
         else:
-            token = likeliest
+            token = choose(logits, sampling, row.random.random()) if sampling.temperature else likeliest
         if row.request.logprobs is not None:
             transcript.logprobs.append(_logprob(logits, token, row.request.logprobs))
         piece = transcript.give(token) if is_given else transcript.push(token)
@@ -240,11 +254,11 @@ class Engine:
         self.running.remove(row)
         self._promised -= row.promised
         for block in row.blocks:
-            self.cache.release(block)
+            self.cache.release(block, row.transcript.finish == "failed")
 
     def _forget_prompt(self, waiting: _Waiting) -> None:
         for block in waiting.blocks:
-            self.cache.release(block)
+            self.cache.release(block, waiting.likeliest is None)
 
     def answer(self, requests: Sequence[Request],
                on_progress: Callable[[Progress], object] = lambda progress: None) -> list[list[Transcript]]:
@@ -253,19 +267,18 @@ class Engine:
         found: dict[int, dict[int, Transcript]] = {number: {} for number in numbers}
         while not self.idle:
             for progress in self.step():
+                progress.check()
                 found[progress.request][progress.sample] = progress.transcript
                 on_progress(progress)
         return [[found[number][sample] for sample in range(request.samples)]
                 for number, request in zip(numbers, requests, strict=True)]
 
 
-def _likeliest(logits: torch.Tensor) -> list[int]:
-    """Return the likeliest token by each row of logits [n, v]; raise ConfigError if a row is none of numbers."""
+def _likeliest(logits: torch.Tensor) -> list[int | None]:
+    """Return the likeliest token by each row of logits [n, v], None where they are not finite."""
     largest, tokens = logits.max(-1)  # NaN where there is one
-    if not largest.isfinite().all():
-        raise ConfigError("logits of the model are not finite; its weights are damaged")
-    found: list[int] = tokens.tolist()
-    return found
+    return [token if finite else None
+            for token, finite in zip(tokens.tolist(), largest.isfinite().tolist(), strict=True)]
 
 
 def _logprob(logits: torch.Tensor, token: int, count: int) -> TokenLogprob:

@@ -69,6 +69,9 @@ def _rows(path: Path, condition: str, refused: Sequence[str]) -> Iterator[Questi
         if taken := [name for name in refused if name in row]:
             raise ConfigError(f"{place}: has {taken[0]!r}, which would stand beside another answer; rename it, or "
                               "leave it out")
+        if refused and "finish" in row and "response" not in row:
+            raise ConfigError(f"{place}: has 'finish' without a response, and the answer's would take its place; "
+                              "rename it, or leave it out")
         others = {name: value for name, value in row.items() if name not in WRITTEN_ANEW}
         if "response" in row:
             if REFERENCE in row:

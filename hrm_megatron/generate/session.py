@@ -159,6 +159,7 @@ class Session:
         for number in range(len(requests)):
             while sum(sample.finish is not None for sample in found.get(number, [])) < requests[number].samples:
                 for progress in engine.step():
+                    progress.check()
                     samples = found.setdefault(progress.request, [])
                     if progress.sample == len(samples):  # they begin in their order
                         samples.append(progress.transcript)

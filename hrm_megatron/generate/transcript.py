@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Decode = Callable[[Sequence[int]], str]  # tokens > text; special tokens have none
-Finish = Literal["stop", "length", "cancelled"]
+Finish = Literal["stop", "length", "cancelled", "failed"]  # failed: its logits are not finite
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 
 

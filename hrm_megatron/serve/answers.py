@@ -18,11 +18,11 @@ class _Choice:
     """One answer: what is not out yet, and where its next token begins."""
 
     request: Request
+    offsets: TextOffsets
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None
     begun: bool = False
-    offsets: TextOffsets = field(default_factory=TextOffsets)
 
 
 class Answers:
@@ -31,7 +31,8 @@ class Answers:
     def __init__(self, requests: Sequence[Request], spelling: TokenSpelling, model: str, fingerprint: str,
                  chat: bool, echo: bool = False) -> None:
         self.spelling, self.chat, self.echo = spelling, chat, echo
-        self.choices = [_Choice(request) for request in requests for _ in range(request.samples)]
+        self.choices = [_Choice(request, TextOffsets((len(request.prompt) + len(request.given)) * echo))
+                        for request in requests for _ in range(request.samples)]
         self.first = [sum(request.samples for request in requests[:place]) for place in range(len(requests))]
         self.completion_tokens = 0
         self.prompt_tokens = sum(len(request.prompt) + len(request.given) for request in requests)

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import re
-import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -49,7 +48,7 @@ class Service:
         identity = json.dumps(self.session.identity, sort_keys=True, default=str)
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
         self.created = int(time.time())
-        self._tokenizer_lock = threading.Lock()
+        self._spelling_in_turns = asyncio.Lock()
 
     def check_model(self, model: str | None) -> None:
         if model not in (None, self.model):
@@ -60,13 +59,18 @@ class Service:
         """Answer a body, as one JSON object or as a stream; free its places however that ends."""
         self.check_model(body.model)
         chat = isinstance(body, ChatBody)
-        self.live.check_places(1 if isinstance(body, ChatBody) else len(body.prompts))  # before any is spelled
+        ticket = self.live.open(1 if isinstance(body, ChatBody) else len(body.prompts), self.limits.timeout_seconds)
         try:
-            # Spelling takes time by the length of the text; the event loop serves others meanwhile.
-            requests = await asyncio.to_thread(self._requests, body)
-            ticket = self.live.open(requests, self.limits.timeout_seconds)
-        except ConfigError as error:
-            raise ApiError(400, str(error)) from error
+            # Spelling takes time by the length of the text; the event loop serves others meanwhile. Who waits for a
+            # turn holds no thread, which the answers of others are spelled by.
+            async with self._spelling_in_turns:
+                requests = await asyncio.to_thread(self._requests, body)
+            self.live.submit(ticket, requests)
+        except BaseException as error:
+            self.live.release(ticket)
+            if isinstance(error, ConfigError):
+                raise ApiError(400, str(error)) from error
+            raise
         answers = Answers(requests, self.spelling, self.model, self.fingerprint, chat,
                           isinstance(body, CompletionBody) and body.echo)
         if body.stream:
@@ -79,9 +83,8 @@ class Service:
 
     def _requests(self, body: CompletionBody | ChatBody) -> list[engine.Request]:
         longest = self.live.engine.longest_answer
-        with self._tokenizer_lock:
-            requests = [chat_request(body, self.session, longest)] if isinstance(body, ChatBody) else \
-                completion_requests(body, self.session, longest)
+        requests = [chat_request(body, self.session, longest)] if isinstance(body, ChatBody) else \
+            completion_requests(body, self.session, longest)
         numbers = sum(request.samples * (request.max_new_tokens + len(request.given)) * (1 + request.logprobs)
                       for request in requests if request.logprobs is not None)
         if numbers > MOST_LOGPROBS and not body.stream:

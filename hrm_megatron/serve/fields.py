@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidato
 DEFAULT_COMPLETION_TOKENS = 16  # of OpenAI's API
 MAX_CHOICES, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20
 SEEDS = 1 << 63
+MAX_MESSAGES = 1 << 14  # beyond every context: a turn has several tokens
+MANY_NAMES = 99  # more than any body has
 # Parameters of OpenAI's API that nothing here reads, and the values with which they ask for nothing. null always does.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "best_of": (1,), "suffix": ("",), "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
@@ -18,8 +20,9 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",), "audio": (), "prediction": (), "web_search_options": (),
 }
 
+# Only the first thing that is wrong is told, so lists end with it: nobody is served while pydantic collects the others.
 Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 def _one_of(kinds: str) -> WrapValidator:
@@ -35,6 +38,16 @@ def _one_of(kinds: str) -> WrapValidator:
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def keep_one_unknown(cls, body: Any) -> Any:
+        """Of many names drop those that are unknown, but the first, which is refused."""
+        if not isinstance(body, dict) or len(body) <= MANY_NAMES:
+            return body
+        known = cls.model_fields
+        first = next(name for name in body if name not in known)
+        return {name: value for name, value in body.items() if name in known or name == first}
+
 
 class StreamOptions(Strict):
     include_usage: bool = False
@@ -46,7 +59,7 @@ class Common(Strict):
     model: str | None = None
     condition: str = "direct"
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    stop: Annotated[Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None, _one_of(
+    stop: Annotated[Text | Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)] | None, _one_of(
         f"a text or a list of at most {MAX_STOPS} texts, none of them empty")] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -89,7 +102,8 @@ class Common(Strict):
 
 class CompletionBody(Common):
     prompt: Annotated[
-        str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)],
+        str | TokenIds | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)],
         _one_of("a text, token ids (integers from 0 on), or a list of texts or of token ids; no list may be empty")]
     max_tokens: Annotated[int, Field(ge=0)] = DEFAULT_COMPLETION_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -109,7 +123,9 @@ class CompletionBody(Common):
         return self
 
 
-class TextPart(Strict):
+class TextPart(BaseModel):
+    model_config = Strict.model_config  # without its validator, since there may be many parts
+
     type: Literal["text"]
     text: str
 
@@ -118,7 +134,7 @@ class Message(Strict):
     """A turn. One that this server or another has answered comes back with fields that say nothing."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | list[TextPart], _one_of(
+    content: Annotated[str | Annotated[list[TextPart], Field(fail_fast=True)], _one_of(
         'a text or a list of {"type": "text", "text": ...}; there is nothing else that the model reads')]
 
     @model_validator(mode="before")
@@ -126,7 +142,8 @@ class Message(Strict):
     def drop_what_says_nothing(cls, message: Any) -> Any:
         if not isinstance(message, dict):
             return message
-        return {name: value for name, value in message.items() if name in cls.model_fields or value not in (None, [])}
+        known = cls.model_fields
+        return {name: value for name, value in message.items() if name in known or value not in (None, [])}
 
     @property
     def text(self) -> str:
@@ -134,7 +151,7 @@ class Message(Strict):
 
 
 class ChatBody(Common):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False

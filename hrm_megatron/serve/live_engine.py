@@ -30,11 +30,13 @@ class Event:
 
 @dataclass(eq=False)
 class Ticket:
-    """One client's prompts. Its events come until every sample of each has finished, or raise ApiError."""
+    """Places for so many prompts of one client. Its events come until every sample of each has finished, or raise
+    ApiError."""
 
-    requests: list[Request]
+    prompts: int
     loop: asyncio.AbstractEventLoop
     timeout_seconds: float
+    requests: list[Request] = field(default_factory=list)
     events: asyncio.Queue[Event | ApiError] = field(default_factory=asyncio.Queue)
     numbers: dict[int, int] = field(default_factory=dict)  # the engine's > place among `requests`
 
@@ -71,8 +73,8 @@ class LiveEngine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def check_places(self, prompts: int) -> None:
-        """Raise ApiError if so many prompts find no place now."""
+    def open(self, prompts: int, timeout_seconds: float) -> Ticket:
+        """Take places for so many prompts; raise ApiError if there are none now."""
         if self.failure:
             raise ApiError(500, self.failure)
         if prompts > self.max_prompts:
@@ -80,23 +82,23 @@ class LiveEngine:
         if self.prompts + prompts > self.max_prompts:
             raise ApiError(429, f"{self.prompts} prompts are being answered or wait, of at most {self.max_prompts}; "
                                 "try again later")
+        ticket = Ticket(prompts, asyncio.get_running_loop(), timeout_seconds)
+        self._open.add(ticket)
+        self.prompts += prompts
+        return ticket
 
-    def open(self, requests: list[Request], timeout_seconds: float) -> Ticket:
-        """Queue requests; raise ConfigError if one can never be answered, ApiError if there is no place now."""
+    def submit(self, ticket: Ticket, requests: list[Request]) -> None:
+        """Queue the prompts of a ticket; raise ConfigError if one can never be answered."""
         for request in requests:
             self.engine.check(request)
-        self.check_places(len(requests))
-        ticket = Ticket(requests, asyncio.get_running_loop(), timeout_seconds)
-        self._open.add(ticket)
-        self.prompts += len(requests)
+        ticket.requests = requests
         self._orders.put(("submit", ticket))
-        return ticket
 
     def release(self, ticket: Ticket) -> None:
         """Give back the places of a ticket, whether or not its answers have ended."""
         if ticket in self._open:
             self._open.remove(ticket)
-            self.prompts -= len(ticket.requests)
+            self.prompts -= ticket.prompts
             self._orders.put(("cancel", ticket))
 
     def close(self) -> None:
@@ -138,6 +140,11 @@ class LiveEngine:
         for progress in self.engine.step():
             ticket, transcript = self._by_number[progress.request], progress.transcript
             place = ticket.numbers[progress.request]
+            if transcript.finish == "failed":
+                log.warning("the logits of a prompt are not finite")
+                events.setdefault(ticket, []).append(ApiError(
+                    500, f"prompt {place}: the model's logits are not finite; send another, or serve other weights"))
+                continue
             request = ticket.requests[place]
             given = len(transcript.tokens) <= len(request.given)
             self.completion_tokens += not given

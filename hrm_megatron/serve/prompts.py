@@ -22,6 +22,7 @@ from hrm_megatron.serve.errors import ApiError
 from hrm_megatron.serve.fields import ChatBody, Common, CompletionBody, Message
 
 Longest = Callable[[int], int]  # prompt tokens > tokens of the longest answer that there is room for
+LONG_TOKEN = 16  # characters; words have about four for each token
 
 
 def completion_requests(body: CompletionBody, session: Session, longest: Longest) -> list[Request]:
@@ -78,7 +79,20 @@ def _questions(texts: Sequence[str], condition: str, session: Session, parameter
         tags_of(condition, session.tokenizer.tag_ids)
     except ConfigError as error:
         raise ApiError(400, str(error), "condition") from error
+    for text in texts:
+        _check_beginning(text, session, parameter)
     return session.tokenizer.encode_prefixes([condition] * len(texts), texts)
+
+
+def _check_beginning(text: str, session: Session, parameter: str) -> None:
+    """Refuse a long text that surely does not fit by its beginning alone, since all of it would take seconds."""
+    context = session.decoder.context_tokens
+    beginning = text[:LONG_TOKEN * context]
+    # Twice: the end of the beginning may be spelled otherwise than within the text.
+    if len(text) > len(beginning) and len(session.tokenizer.encode_response(beginning)) > 2 * context:
+        raise ApiError(400, f"{parameter}: {len(text)} characters, of which the first {len(beginning)} alone exceed "
+                            f"the model's context of {context} tokens; shorten the prompt", parameter,
+                       "context_length_exceeded")
 
 
 def _split(ids: Sequence[int], session: Session) -> tuple[list[int], list[int]]:

@@ -25,14 +25,19 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class TextOffsets:
-    """Where tokens begin in the text that their bytes become: bytes that are no text are U+FFFD there."""
+    """Where tokens begin in the text that their bytes become: bytes that are no text are U+FFFD there. The text of the
+    first `echoed` tokens is decoded alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, echoed: int = 0) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._characters = 0  # that are complete
+        self._echoed = echoed  # tokens that are still to come
 
     def take(self, data: bytes) -> int:
         """Return the place of the character that the next token's first byte is part of."""
+        if not self._echoed:
+            self._characters += len(self._decoder.decode(b"", final=True))
+        self._echoed -= 1
         place = self._characters
         for number in range(len(data)):
             self._characters += len(self._decoder.decode(data[number:number + 1]))
@@ -94,9 +99,15 @@ class TokenSpelling:
         return dict(
             tokens=[self.text_of(token) for token in tokens],
             token_logprobs=[None] * before + [each.logprob for each in found],
-            top_logprobs=[None] * before + [{self.text_of(token): logprob for token, logprob in each.top}
-                                            for each in found],
+            top_logprobs=[None] * before + [self._by_text(each.top) for each in found],
             text_offset=[offsets.take(self._text_bytes(token)) for token in tokens])
+
+    def _by_text(self, top: Iterable[tuple[int, float]]) -> dict[str, float]:
+        """Logprobs by text, the likeliest first, which also speaks for others of the same text."""
+        found: dict[str, float] = {}
+        for token, logprob in top:
+            found.setdefault(self.text_of(token), logprob)
+        return found
 
     def _text_bytes(self, token: int) -> bytes:
         """A token's bytes in the text, in which control tokens have none."""

@@ -66,6 +66,14 @@ def test_a_finished_answers_place_is_taken_at_once(engine, decoder, monkeypatch)
     assert all_free(one)
 
 
+def test_answers_that_end_with_their_first_token_do_not_hold_up_others(engine):
+    """Nor do those hold up these: there is always a place for one more."""
+    one, [prompt, other] = engine(2), prompts(5, 9)
+    long = one.submit(request(prompt, 30))
+    begun = [[progress.request for progress in one.step() if one.submit(request(other, 1))] for _ in range(30)]
+    assert all(step.count(long) == 1 for step in begun) and sum(map(len, begun)) > 30 + 25
+
+
 def test_answers_do_not_depend_on_their_neighbours(engine):
     """Sampled and greedy, alone and among others in any order and batch: the same tokens."""
     sampling = Sampling(1.5, top_p=0.95, seed=3)
@@ -220,6 +228,32 @@ def test_weights_that_give_no_numbers_are_named(untrained):
         model.output_layer.weight[3] = torch.nan
     with pytest.raises(ConfigError, match="logits of the model are not finite"):
         generate(model, prompts(4), -1, 250, 3)
+
+
+@pytest.mark.parametrize("blocks_of_torch", [False, True])
+def test_a_prompt_without_finite_logits_fails_alone(untrained, engine, blocks_of_torch):
+    """In prefill or later, with samples; its neighbours and those who get its blocks next answer as ever."""
+    from hrm_megatron.generate.cache import PagedCache
+    from hrm_megatron.generate.decode import decoder_of
+    from hrm_megatron.generate.engine import Engine
+
+    damaged = decoder_of(untrained(*SIZES), CONTEXT)
+    damaged.weights.embedding[0] = torch.nan  # a token that no other prompt has
+    damaged.loops = None if blocks_of_torch else damaged.loops
+    good = [request(prompt, 9) for prompt in prompts(21, 40, 7)]
+    alone = tokens(engine(1).answer(good))
+    one = Engine(damaged, PagedCache(damaged.cache_size(30)), 9)
+    one.submit(request([3] * 20 + [0], 9, samples=2, sampling=Sampling(2.0)))
+    found = {(progress.request, progress.sample): progress.transcript for progress in one.step()}
+    one.submit(request([3] * 5, 9, given=[4, 4, 0, 4]))
+    one.step()
+    assert one.running[0].blocks == [0]  # by which tables are filled up
+    numbers = [one.submit(each) for each in good]
+    while not one.idle:
+        found |= {(progress.request, progress.sample): progress.transcript for progress in one.step()}
+    assert [found[key].finish for key in ((0, 0), (0, 1), (1, 0))] == ["failed"] * 3
+    assert len(found[1, 0].tokens) == 3 and [[found[number, 0].tokens] for number in numbers] == alone
+    assert all_free(one) and one.cache.pool.isfinite().all() and tokens(one.answer(good)) == alone
 
 
 def test_a_cache_is_measured_before_it_is_taken(decoder, monkeypatch):

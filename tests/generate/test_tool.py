@@ -247,6 +247,7 @@ def test_an_interrupted_run_goes_on_and_answers_nothing_twice(tool, tmp_path, mo
     (dict(instruction="x", condition=None), "rows.jsonl:2: condition=None is not a string"),
     (dict(instruction="x", response="1", reference="2"), "rows.jsonl:2: has both 'response' and 'reference'"),
     (dict(instruction="x", logprobs=[1]), "rows.jsonl:2: has 'logprobs', which would stand beside another answer"),
+    (dict(instruction="x", finish="1815"), "rows.jsonl:2: has 'finish' without a response, and the answer's would"),
     (dict(instruction="much " * 30), "rows.jsonl:2: 153 tokens, which leave no room"),
 ])
 def test_a_bad_row_is_named_before_anything_is_answered(tool, tmp_path, row, message):

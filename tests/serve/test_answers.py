@@ -176,17 +176,43 @@ def test_offsets_are_places_in_the_text_however_bytes_are_cut():
             start += len(token)
 
 
+def test_offsets_are_places_in_the_text_where_an_echo_ends_within_a_character(tmp_path):
+    from hrm_megatron.data.tokenizer import MIN_VOCAB_SIZE, save_tokenizer, train_tokenizer
+    from hrm_megatron.generate.engine import Request
+    from hrm_megatron.generate.transcript import TokenLogprob, Transcript
+    from hrm_megatron.serve.answers import Answers
+    from hrm_megatron.serve.live_engine import Event
+    from hrm_megatron.serve.spelled_tokens import TokenSpelling, byte_alphabet
+
+    name_of = {byte: name for name, byte in byte_alphabet().items()}
+    save_tokenizer(train_tokenizer(["a"], MIN_VOCAB_SIZE), tmp_path / "bytes")
+    tokenizer = TextTokenizer(tmp_path / "bytes")
+    ids = [tokenizer.tokenizer.token_to_id(name_of[byte]) for byte in "€b".encode()]
+    prefix, transcript = tokenizer.encode_prefix("direct", "a"), Transcript(frozenset(), 4, decode=tokenizer.decode)
+    answers = Answers([Request(prefix, 2, logprobs=0, given=ids[:2])], TokenSpelling(tokenizer), "", "", chat=False,
+                      echo=True)
+    for number, token in enumerate(ids):
+        piece = transcript.give(token) if number < 2 else transcript.push(token)
+        answers.take(Event(0, 0, number < 2, piece, transcript.finish, TokenLogprob(token, 0.0)))
+    [choice] = answers.whole()["choices"]
+    assert choice["text"] == "a\ufffd\ufffdb" and choice["logprobs"]["text_offset"][len(prefix):] == [1, 1, 2, 3]
+
+
 def test_tokens_of_sentencepiece_are_named_by_their_text_within_an_answer(tmp_path):
     """Also where an answer would not begin with its space; half a character is its bytes."""
-    from hrm_megatron.serve.spelled_tokens import TokenSpelling
+    from hrm_megatron.generate.transcript import TokenLogprob
+    from hrm_megatron.serve.spelled_tokens import TextOffsets, TokenSpelling
 
-    pieces = ["\u2581the", "\u2581end", "s", "<0xE4>", "\u4f60"]
+    pieces = ["\u2581the", "\u2581end", "s", "<0xE4>", "\u4f60", "<0x73>"]
     made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
     made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
                                       decoders.Strip(" ", 1, 0)])
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     made.save(str(tmp_path / "tokenizer.json"))
     spelling = TokenSpelling(TextTokenizer(tmp_path))
-    assert [spelling.text_of(token) for token in range(6)] == [
-        " the", " end", "s", "bytes:\\xe4", "\u4f60", SPECIAL_TOKENS[0]]
+    assert [spelling.text_of(token) for token in range(7)] == [
+        " the", " end", "s", "bytes:\\xe4", "\u4f60", "s", SPECIAL_TOKENS[0]]
     assert [spelling.bytes_of(token) for token in (1, 3, 4)] == [b" end", b"\xe4", "\u4f60".encode()]
+    [top] = spelling.completion_logprobs([], [TokenLogprob(2, -0.1, ((2, -0.1), (5, -2.5)))], TextOffsets())[
+        "top_logprobs"]
+    assert top == {"s": -0.1}  # of two tokens with one text the likeliest

@@ -1,6 +1,8 @@
 """What the server refuses, by name and in OpenAI's shape, and that nothing it is sent takes it down."""
 import asyncio
 import json
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +95,95 @@ def test_a_chat_that_names_no_length_gets_what_the_cache_leaves(ask):
     error = error_of(reply)
     assert error["param"] == "max_tokens" and f"key-value cache (--cache-tokens), which leaves room for {room};" in \
         error["message"]
+
+
+@pytest.mark.parametrize("change", [
+    dict(messages=[{}] * 999), dict(messages=[{"a": 1}] * 999), dict(messages=[dict.fromkeys(map(str, range(999)), 1)]),
+    dict(messages=GOOD_CHAT["messages"] * ((1 << 14) + 1)), dict.fromkeys(map(str, range(999)), 1),
+    dict(stream=True, stream_options=dict.fromkeys(map(str, range(999)), 1)),
+])
+def test_a_body_is_not_searched_for_more_than_its_first_errors(change):
+    """Which takes seconds for all of a large one, while nobody is served."""
+    from pydantic import ValidationError
+
+    from hrm_megatron.serve.fields import ChatBody
+
+    with pytest.raises(ValidationError) as refused:
+        ChatBody.model_validate(GOOD_CHAT | change)
+    assert refused.value.error_count() < 4
+
+
+def test_the_first_error_in_a_list_of_prompts_ends_it():
+    from pydantic import ValidationError
+
+    from hrm_megatron.serve.fields import CompletionBody
+
+    for values in ([-1] * 999, [[]] * 999, [1.5] * 999):
+        with pytest.raises(ValidationError) as refused:
+            CompletionBody.model_validate(GOOD | dict(prompt=values))
+        assert refused.value.errors()[0]["ctx"]["error"].__cause__.error_count() < 9
+
+
+def test_one_of_many_unknown_names_is_refused_by_name(ask):
+    """Also behind those that are null, which ask for nothing."""
+    nothing, more = dict.fromkeys(map(str, range(120))), dict.fromkeys(map(str, range(120, 240)), 1)
+    for body, place in ((GOOD_CHAT | nothing | more, "120"),
+                        (GOOD_CHAT | dict(messages=[GOOD_CHAT["messages"][0] | nothing | more]), "messages.0.120")):
+        assert error_of(ask(CHAT, body)) == dict(message=f"{place}: unknown parameter; leave it out", param=place,
+                                                 type="invalid_request_error", code=None)
+
+
+def test_a_text_that_can_never_fit_is_not_spelled_whole(ask, session, monkeypatch):
+    def spelled(*_):
+        raise AssertionError("spelled")
+    monkeypatch.setattr(type(session.tokenizer), "encode_prefixes", spelled)
+    text = "1" * (16 * 4096 + 1)
+    chat = [dict(role="user", content=text)]
+    for path, body in ((COMPLETIONS, dict(prompt=["x", text])), (CHAT, dict(messages=chat))):
+        error = error_of(ask(path, body))
+        assert error["code"] == "context_length_exceeded" and error["message"].endswith(
+            "65537 characters, of which the first 65536 alone exceed the model's context of 4096 tokens; shorten the "
+            "prompt")
+
+
+def test_a_prompt_has_its_place_while_it_is_spelled(served, session, monkeypatch):
+    """And gives it back where it is refused."""
+    begun, go_on, stock = threading.Event(), threading.Event(), type(session.tokenizer).encode_prefixes
+
+    def spelled(*args):
+        begun.set()
+        assert go_on.wait(60)
+        return stock(*args)
+    monkeypatch.setattr(type(session.tokenizer), "encode_prefixes", spelled)
+
+    async def work(server):
+        first = asyncio.ensure_future(server.client.post(COMPLETIONS, json=GOOD | dict(max_tokens=4096)))
+        assert await asyncio.to_thread(begun.wait, 60)
+        second = asyncio.ensure_future(server.client.post(COMPLETIONS, json=GOOD))
+        await asyncio.wait([second], timeout=1)
+        go_on.set()
+        return await second, await first, server.live.prompts
+    second, first, left = served(work, max_prompts=1)
+    assert "1 prompts are being answered or wait" in error_of(second, 429)["message"]
+    assert "exceed the model's context" in error_of(first)["message"] and left == 0
+
+
+def test_a_prompt_without_finite_logits_gets_an_error_alone(served, session, monkeypatch):
+    bad = 7  # which the answer to the good one has not
+    embedding = session.decoder.weights.embedding.clone()
+    embedding[bad] = np.nan
+    monkeypatch.setattr(session.decoder, "weights", replace(session.decoder.weights, embedding=embedding))
+
+    async def work(server):
+        post = server.client.post
+        replies = await asyncio.gather(*(post(COMPLETIONS, json=GOOD | change) for change in (
+            dict(prompt=[[3, 4], [3, bad, 4]]), dict(prompt=[3, 4], max_tokens=40),
+            dict(prompt=[3, bad], stream=True))))
+        return *replies, await server.client.get("/health"), server.live.prompts
+    failed, good, stream, health, left = served(work)
+    message = "the model's logits are not finite; send another, or serve other weights"
+    assert error_of(failed, 500)["message"] == f"prompt 1: {message}" and message in stream.text
+    assert (good.status_code, health.status_code, left) == (200, 200, 0)
 
 
 def test_prompts_are_counted_before_they_are_spelled(served, session, monkeypatch):

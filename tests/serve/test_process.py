@@ -240,3 +240,10 @@ def test_bad_flags_are_one_line(tool, monkeypatch, capsys, tmp_path, flags, mess
     assert tool.main() == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err
+
+
+def test_a_cache_that_does_not_fit_is_told_by_flags_of_the_server(tool, checkpoints, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--load", str(checkpoints), "--tokenizer-model", str(TOKENIZER),
+                                      "--port", "0", "--batch-size", "10000000"])
+    assert tool.main() == 1
+    assert "else; lower --batch-size or --cache-tokens, or take --dtype bfloat16" in capsys.readouterr().err
