@@ -22,9 +22,10 @@
 # CPU_BIND  srun's --cpu-bind (default none under torchrun, which binds itself, and cores for a task per GPU)
 # CONTAINER  image for pyxis and enroot, with this project's requirements; it sees this project, the folder of
 #         submission, and MOUNTS, SRC:DST,...: --save and data must lie in one of them
-# PREFLIGHT  0 leaves out the check of the nodes, which takes PREFLIGHT_SECONDS at most (default 60)
+# PREFLIGHT  0 leaves out the check of the nodes, which takes PREFLIGHT_SECONDS at most (default 60), or 10 more
 # PREFLIGHT_LIMITS  flags of python -m hrm_megatron.cluster judge, such as --matmul-tflops 500
-# MAX_FAILURES  failed starts after which the job stops (default 5); one that saved nothing new stops it at once
+# MAX_FAILURES  failed starts that are allowed without a new save between them (default 5); within 24 hours four times as
+#         many are, whatever they save. Training that twice saves nothing new stops the job at once
 # With --save RUN the job goes on by itself; --load RUN and --train-iters must be given too. RUN/slurm then holds its
 # starts, the nodes to avoid, and for each start logs by rank, manifest.json, errors.txt. Without --save it runs once.
 # sbatch --signal B:USR1@SECONDS (default 300) must leave time for one step and one save.

@@ -115,7 +115,8 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(ask=ask)
         command.add_argument("--folder", type=Path, required=True, help="where the run's starts are written down")
         command.add_argument("--checkpoints", type=Path, required=True, help="the run's --save")
-        command.add_argument("--max-failures", type=int, default=5, help="failed starts after which a job stops")
+        command.add_argument("--max-failures", type=int, default=5,
+                             help="failed starts without a new save after which a job stops")
         command.add_argument("--job", required=True)
         command.add_argument("--restart", type=int, default=0, help="how often Slurm has queued the job again")
         if ask is begin:

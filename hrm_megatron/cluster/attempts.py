@@ -1,8 +1,11 @@
 """The starts of a run under Slurm, and whether it starts once more: a file in its folder and one table of rules."""
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,17 @@ MATCHED = re.compile(r"^match_flops_of \.+ (?!None$).*^train_iters \.+ (\d+)$", 
 RUNNING, FINISHED, LIMIT, ENDED, BAD_NODE, LOST, CANCELLED = (
     "running", "finished", "time limit", "ended early", "bad node", "lost", "stopped by Slurm")
 FAILURES = (FAILED, BAD_NODE, LOST)
+# A job that fails again and again, but saves a step each time, stops at so many times MAX_FAILURES within a day: 20 by
+# default, where 1,024 GPUs fail 3 times (planner/goodput.py: GPU_MTTF_HOURS).
+DAY_SECONDS, A_DAY = 24 * 3600, 4
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job: `first_step` and `last_step` are the last saved steps when it began and when it ended."""
+    """One start of a job: `first_step` and `last_step` are the last saved steps when it began and when it ended.
+
+    `ended` is when it did, in seconds since 1970; 0: not yet, or nobody wrote it down.
+    """
 
     job: str
     restart: int
@@ -36,6 +45,7 @@ class Attempt:
     last_step: int
     end: str = RUNNING
     why: str = ""
+    ended: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,11 +77,19 @@ def decide(attempts: list[Attempt], most_failures: int) -> Verdict:
         return Verdict(STOP, f"no progress: step {last.last_step} was the last one saved when attempt "
                              f"{trained[-2].restart} ended ({trained[-2].end}), and still is after attempt "
                              f"{last.restart} ({last.end})")
-    failures = sum(attempt.end in FAILURES for attempt in mine)
-    if last.end in FAILURES and failures > most_failures:
-        return Verdict(STOP, f"{failures} failures, {most_failures} are allowed (MAX_FAILURES), the last one: "
-                             f"{last.end}{f': {last.why}' if last.why else ''}")
+    in_a_row = _failures(itertools.takewhile(lambda attempt: attempt.last_step <= attempt.first_step, reversed(mine)))
+    in_a_day = _failures(attempt for attempt in mine if attempt.ended > last.ended - DAY_SECONDS)
+    too_many = (f"{in_a_row} failures without a new save, {most_failures} are allowed (MAX_FAILURES)"
+                if in_a_row > most_failures else
+                f"{in_a_day} failures within 24 hours, {A_DAY * most_failures} are allowed ({A_DAY} x MAX_FAILURES)"
+                if in_a_day > A_DAY * most_failures else None)
+    if last.end in FAILURES and too_many:
+        return Verdict(STOP, f"{too_many}, the last one: {last.end}{f': {last.why}' if last.why else ''}")
     return Verdict(REQUEUE, f"{last.end}, goes on after step {last.last_step}")
+
+
+def _failures(attempts: Iterable[Attempt]) -> int:
+    return sum(attempt.end in FAILURES for attempt in attempts)
 
 
 def how_it_ended(code: int, outcome: str, done: bool, signalled: bool) -> str:
@@ -147,7 +165,7 @@ class History:
     def end(self, job: str, restart: int, end: str, last_step: int, why: str = "") -> list[Attempt]:
         """Write down how a start ended; return the attempts up to it."""
         ended = self.up_to(job, restart)
-        ended[-1] = replace(ended[-1], end=end, last_step=last_step, why=why)
+        ended[-1] = replace(ended[-1], end=end, last_step=last_step, why=why, ended=time.time())
         self.attempts[:len(ended)] = ended
         self._write()
         return ended

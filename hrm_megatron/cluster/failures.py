@@ -8,7 +8,8 @@ from pathlib import Path
 
 ERROR_FILE, SUMMARY_FILE = "error.json", "errors.txt"  # the first is torchrun's, and training/error_file.py's
 # What a rank says that only lost another one.
-LOST_A_PEER = re.compile(r"Connection (?:closed|reset) by peer|NCCL (?:communicator was aborted|remote process exited)"
+LOST_A_PEER = re.compile(r"Connection (?:refused|(?:closed|reset) by (?:remote )?peer)|Software caused connection abort"
+                         r"|NCCL (?:communicator was aborted|remote process exited)"
                          r"|Broken pipe|Timed? ?out|ncclRemoteError|DistNetworkError|SignalException|recvValue failed",
                          re.IGNORECASE)
 ONE_LINE = "error: "  # how training begins what one line says

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from hrm_megatron.cluster.failures import LOST_A_PEER
 from hrm_megatron.program import write_aside
 
 NOT_DONE = "the nodes were not done after"  # begins the error of one that waited for others in vain
@@ -106,10 +107,12 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
     for node, reason in _slow_links(present, limits).items():
         bad[node].append(reason)
     failed = {report.node: report.error for report in present if report.error}
-    own = {node: error for node, error in failed.items() if not error.startswith(NOT_DONE)}
-    # An error follows from another node's fault, where there is one. That all waited in vain is no node's.
-    if not any(bad.values()) and (own or len(failed) < len(nodes)):
-        for node, error in (own or failed).items():
+    waited = {node: error for node, error in failed.items() if error.startswith(NOT_DONE)}
+    own = {node: error for node, error in failed.items() if node not in waited and not LOST_A_PEER.search(error)}
+    # An error follows from another node's fault, where there is one, or from its end; if all waited in vain, nobody
+    # knows for whom.
+    if not any(bad.values()):
+        for node, error in (own or (waited if len(failed) < len(nodes) else {})).items():
             bad[node].append(error)
     return {node: ", ".join(reasons) for node, reasons in bad.items() if reasons}
 

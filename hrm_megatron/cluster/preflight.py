@@ -6,6 +6,7 @@ by what it lacks. On a machine without GPUs the same is measured of the CPU, ove
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import itertools
 import multiprocessing
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import ProcessContext, start_processes
 
 from hrm_megatron.cluster.node import node_name
 from hrm_megatron.cluster.node_check import NOT_DONE, Report
@@ -32,6 +33,8 @@ MATMUL_SIZE, ALL_REDUCE_BYTES, STORAGE_BYTES = 8192, 256 << 20, 256 << 20
 CPU_MATMUL_SIZE, CPU_ALL_REDUCE_BYTES = 512, 4 << 20
 WARMUP_ROUNDS, ROUNDS = 3, 5  # the first connects
 WARMUP_SECONDS = 0.5  # clocks of an idle GPU rise within that
+# Between a node's limit and its end, which breaks the connections of others: so much later they may have started.
+GRACE_SECONDS = 10.0
 # Of nvidia-smi (`--help-query-gpu`); what an older driver or a GPU does not know it calls N/A or not supported.
 FAULTS = {
     "ecc.errors.uncorrected.volatile.total": "uncorrected ECC errors",
@@ -134,12 +137,22 @@ def clock_ahead_seconds(rank: int, first_ranks: list[int]) -> float:
     return ahead
 
 
-def pairs_of(nodes: int) -> list[tuple[int, int]]:
-    """Two rounds of pairs in which every node has two partners, as far as there are so many nodes."""
-    rounds = [[(first, first + 1) for first in range(start, nodes - 1, 2)] for start in (0, 1)]
+def rounds_of_pairs(nodes: int) -> list[list[tuple[int, int]]]:
+    """Rounds of disjoint pairs in which every node has two partners, as far as there are so many nodes: at most three,
+    for a ring of any length."""
+    rounds = [[(first, first + 1) for first in range(start, nodes - 1, 2)] for start in (0, 1)] + [[]]
     if nodes > 2:
-        rounds[1].append((0, nodes - 1))
-    return list(itertools.chain(*rounds))
+        rounds[1 + nodes % 2].append((0, nodes - 1))
+    return [pairs for pairs in rounds if pairs]
+
+
+def group_of(nodes: Sequence[int], per_node: int) -> dist.ProcessGroup:
+    """Make a group of all processes of these nodes; no others wait for it.
+
+    All must have made as many before, for torch names it by its ranks and that number.
+    """
+    return dist.new_group([node * per_node + local for node in nodes for local in range(per_node)],
+                          use_local_synchronization=True)
 
 
 def measure_process(local_rank: int, options: argparse.Namespace, results: SimpleQueue[tuple[str, Any]],
@@ -156,25 +169,23 @@ def measure_process(local_rank: int, options: argparse.Namespace, results: Simpl
     rank = options.node * per_node + local_rank
     # nodes wait as long as the slowest needs for what it measures alone
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"tcp://{options.master}", rank=rank,
-                            world_size=nodes * per_node, timeout=timedelta(seconds=options.timeout_seconds))
+                            world_size=nodes * per_node,
+                            timeout=timedelta(seconds=options.timeout_seconds + GRACE_SECONDS))
     names: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(names, node_name())
     ahead = clock_ahead_seconds(rank, list(range(0, nodes * per_node, per_node)))
     if local_rank == 0:
         results.put(("clock", ahead))
-    for node in range(nodes):
-        group = dist.new_group(list(range(node * per_node, (node + 1) * per_node)))
-        if per_node > 1 and node == options.node:
-            rate = all_reduce_gbs(group)
-            results.put(("node", rate))
-    for pair in pairs_of(nodes):
-        group = dist.new_group([node * per_node + local for node in pair for local in range(per_node)])
-        if options.node in pair:
+    if per_node > 1:
+        results.put(("node", all_reduce_gbs(group_of([options.node], per_node))))
+    for pairs in rounds_of_pairs(nodes):  # a round's pairs all at once: training loads all links, too
+        pair = next((pair for pair in pairs if options.node in pair), (options.node,))
+        group = group_of(pair, per_node)
+        for other in {*pair} - {options.node}:
             rate = all_reduce_gbs(group)
             if local_rank == 0:
-                other = pair[1 - pair.index(options.node)]
                 results.put(("pair", (names[other * per_node], rate)))
-        dist.barrier()  # a pair is measured while the others are silent
+        dist.barrier()
     dist.destroy_process_group()
 
 
@@ -206,20 +217,31 @@ def measure_node(options: argparse.Namespace) -> Report:
         alone_done.wait()
         _take(results, report)
         report.write(options.output)
-        while not running.join(timeout=max(0.0, deadline - time.monotonic())):
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"{NOT_DONE} {options.timeout_seconds:g} s")
+        if not _ended(running, deadline):
+            report.error = f"{NOT_DONE} {options.timeout_seconds:g} s"
+            report.write(options.output)
+            with contextlib.suppress(Exception):  # as others end
+                if _ended(running, deadline + GRACE_SECONDS):
+                    report.error = None
     except Exception as error:  # whatever ended it: the report says so, and who is to blame is found out from all
         report.error = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         if "EADDRINUSE" in report.error:
             report.run_fault = taken(options.master.rpartition(":")[2])
-        for process in running.processes:
-            process.kill()
+    for process in running.processes:
+        process.kill()
     if report.matmul_tflops is not None:  # else a GPU failed alone, which the others' rates would hide
         _take(results, report)
     report.seconds = time.monotonic() - begun
     report.write(options.output)
     return report
+
+
+def _ended(running: ProcessContext, deadline: float) -> bool:
+    """Tell whether all processes have ended by then; one that has failed raises its error."""
+    while not running.join(timeout=max(0.0, deadline - time.monotonic())):
+        if time.monotonic() >= deadline:
+            return False
+    return True
 
 
 def look_at_port(port: int) -> str | None:

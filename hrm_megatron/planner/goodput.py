@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from hrm_megatron.config import Architecture
+from hrm_megatron.planner.memory import BF16
 from hrm_megatron.planner.search import Plan, Question
 
 SAVED_BYTES = 4 * 4  # of a weight beside itself in a checkpoint: master, both moments and EMA in fp32
@@ -28,6 +30,7 @@ MOST_EXPONENT = 700  # of e, in fp64
 # Between saves, where stalls cost less than LEAST_SHARE by then: failures of GPUs are not all that a run goes back for.
 MOST_SECONDS = 3600
 ASYNC = "--async-save --use-persistent-ckpt-worker"
+KEPT = 2  # checkpoints: the newest, and one should that be damaged
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,14 @@ class Measured:
     detect: float | None = None
 
 
+def checkpoint_bytes(architecture: Architecture) -> int:
+    """Bytes of one checkpoint, with weights in bf16."""
+    return architecture.num_parameters * (BF16 + SAVED_BYTES)
+
+
 def hazards_of(plan: Plan, question: Question, gpu_mttf_hours: float, measured: Measured) -> Hazards:
     """What a run by `plan` is up against, with a save behind the training; what was not measured is assumed."""
-    weight = 2  # bytes, bf16
-    parameters, ranks = question.architecture.num_parameters, plan.layout.ranks
-    written = parameters * (weight + SAVED_BYTES)
+    written, ranks = checkpoint_bytes(question.architecture), plan.layout.ranks
     through_storage = written / (STORAGE_PER_NODE * -(-ranks // question.cluster.gpus_per_node))
 
     def known(value: float | None, assumed: float) -> float:
@@ -133,7 +139,8 @@ def compare_saves(plan: Plan, question: Question, hazards: Hazards, seed: int = 
             steps = min(question.steps, interval + round(MOST_FAILURES * one.mttf * expected / plan.step.seconds))
             shares = simulate(one, plan.step.seconds, interval, steps, RUNS, seed)
         low, median, high = (float(x) for x in np.percentile(shares, (MIDDLE[0], 50, MIDDLE[1])))
-        found.append(dict(flags=f"--save-interval {interval} {flags}".strip(), save_interval=interval,
+        found.append(dict(flags=f"--save-interval {interval} --most-recent-k {KEPT} {flags}".strip(),
+                          save_interval=interval, checkpoint_bytes=checkpoint_bytes(question.architecture),
                           stall_seconds=one.stall, effective=float(shares.mean()), median=median, low=low, high=high,
                           only_at_the_end=interval == question.steps))
     return found
@@ -157,3 +164,6 @@ def describe(plan: Plan, hazards: Hazards, measured: Measured, saves: Sequence[d
         yield (f"  {one['effective']:.1%} on average, {one['median']:.1%} in the median of {RUNS} simulated runs "
                f"({MIDDLE[1] - MIDDLE[0]}%: {one['low']:.1%} to {one['high']:.1%}) with {one['flags']}, {when} a stall "
                f"of {one['stall_seconds']:.1f} s")
+    size = saves[0]["checkpoint_bytes"]
+    yield (f"  a checkpoint takes {size / 1e9:,.1f} GB; with --most-recent-k {KEPT} --save must have room for the "
+           f"{KEPT + 1} that are there while one is written, {(KEPT + 1) * size / 1e9:,.1f} GB")

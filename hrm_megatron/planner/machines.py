@@ -66,7 +66,10 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs of one kind, in nodes; `speeds` are measured ones where a calibration was given."""
+    """GPUs of one kind, in nodes; `speeds` are measured ones where a calibration was given.
+
+    `gpu` is a name in GPUS; or that of the device of a calibration, whose `peak` nobody knows.
+    """
 
     gpu: str
     gpus: int

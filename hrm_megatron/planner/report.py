@@ -94,7 +94,8 @@ def command(plan: Plan, question: Question, preset: str | None) -> str:
     if nodes == 1:  # which may have more GPUs
         sizes += f" DP={layout.replicas}"
     start = ("launch_scripts/train_node.sh" if nodes == 1 else
-             f"sbatch --nodes {nodes} --gpus-per-node {question.cluster.gpus_per_node} launch_scripts/train_slurm.sh")
+             f"sbatch --nodes {nodes} --gpus-per-node {question.cluster.gpus_per_node} --exclusive "
+             "launch_scripts/train_slurm.sh")
     return f"{sizes} {start} {shlex.join(flags)}"
 
 

@@ -1,6 +1,8 @@
 """Whether a job is queued once more: the whole table of rules, and the file that remembers it."""
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from hrm_megatron.cluster import attempts
@@ -74,9 +76,11 @@ def test_a_run_that_was_stopped_early_is_done(tmp_path):
     assert is_done(tmp_path, 40, 40, STEPS) and not is_done(tmp_path, 60, 60, STEPS)  # it went on since
 
 
-def history(*ends, job="7"):
-    """Attempts of one job, as (end, last saved step)."""
-    return [Attempt(job, number, ("n1", "n2"), 0, step, end, "why") for number, (end, step) in enumerate(ends)]
+def history(*ends, job="7", hours=0.0):
+    """Attempts of one job, as (end, last saved step), that ended so many hours one after the other."""
+    first_steps = [0, *(step for _, step in ends)]
+    return [Attempt(job, number, ("n1", "n2"), first_steps[number], step, end, "why", number * hours * 3600)
+            for number, (end, step) in enumerate(ends)]
 
 
 @pytest.mark.parametrize("ends, action, why", [
@@ -95,12 +99,13 @@ def history(*ends, job="7"):
     ([(FAILED, 40)], REQUEUE, "failed, goes on after step 40"),
     ([(FAILED, 0), (FAILED, 0)], STOP, "no progress: step 0"),
     ([(FAILED, 10), (FAILED, 20)], REQUEUE, "goes on after step 20"),
-    ([(FAILED, 10), (FAILED, 20), (FAILED, 30)], STOP, "3 failures, 2 are allowed (MAX_FAILURES)"),
+    ([(FAILED, 10), (LOST, 20), (FAILED, 30)], REQUEUE, "goes on after step 30"),
     ([(FAILED, 10), (LIMIT, 20), (FAILED, 30), (LIMIT, 40), (LIMIT, 50)], REQUEUE, "goes on after step 50"),
-    ([(LOST, 10), (FAILED, 20), (LOST, 30)], STOP, "3 failures"),
     ([(BAD_NODE, 0)], REQUEUE, "bad node"),
     ([(BAD_NODE, 0), (BAD_NODE, 0)], REQUEUE, "bad node"),  # nobody has trained yet
-    ([(BAD_NODE, 0)] * 3, STOP, "3 failures"),
+    ([(BAD_NODE, 0)] * 3, STOP, "3 failures without a new save, 2 are allowed (MAX_FAILURES), the last one: bad node"),
+    ([(BAD_NODE, 0), (FAILED, 40), (BAD_NODE, 40), (BAD_NODE, 40)], REQUEUE, "bad node"),
+    ([(FAILED, 40), (BAD_NODE, 40), (WENT_BACK, 40), (BAD_NODE, 40), (BAD_NODE, 40)], STOP, "3 failures"),
     ([(LIMIT, 40), (BAD_NODE, 40)], REQUEUE, "bad node"),
     ([(LIMIT, 40), (BAD_NODE, 40), (LIMIT, 60)], REQUEUE, "goes on after step 60"),
     ([(FAILED, 40), (BAD_NODE, 40), (FAILED, 40)], STOP, "no progress"),
@@ -114,13 +119,22 @@ def test_the_table_of_rules(ends, action, why):
     assert verdict.action == action and why in verdict.why and "\n" not in verdict.why
 
 
+@pytest.mark.parametrize("hours, action", [(3.1, REQUEUE), (2.9, STOP)])
+def test_a_job_that_saves_a_step_each_time_it_fails_is_bounded_by_the_day(hours, action):
+    ends = [(FAILED, step) for step in range(10, 110, 10)]
+    assert all(decide(history(*ends[:count], hours=hours), most_failures=2).action == REQUEUE for count in range(1, 9))
+    verdict = decide(history(*ends, hours=hours), most_failures=2)
+    assert verdict.action == action
+    assert "9 failures within 24 hours, 8 are allowed (4 x MAX_FAILURES)" in verdict.why or action == REQUEUE
+
+
 def test_a_job_that_is_submitted_again_begins_anew():
     earlier = history((FAILED, 40), (FAILED, 40))
     assert decide([*earlier, *history((FAILED, 40), job="8")], most_failures=2).action == REQUEUE
 
 
 def test_the_folder_remembers_starts_and_nodes(tmp_path):
-    first = History(tmp_path / "slurm")
+    first, begun = History(tmp_path / "slurm"), time.time()
     assert not first.begin(Attempt("7", 0, ("n1", "n2"), 0, 0))
     first.exclude({"n2": "7 of 8 GPUs"})
     again = History(tmp_path / "slurm")
@@ -128,7 +142,9 @@ def test_the_folder_remembers_starts_and_nodes(tmp_path):
     [lost] = again.begin(Attempt("7", 1, ("n1", "n3"), 25, 25))  # nobody wrote down how the first one ended
     assert (lost.end, lost.last_step) == (LOST, 25)
     again.end("7", 1, LIMIT, 50)
-    assert [(one.end, one.last_step) for one in History(tmp_path / "slurm").attempts] == [(LOST, 25), (LIMIT, 50)]
+    ended = History(tmp_path / "slurm").attempts
+    assert [(one.end, one.last_step) for one in ended] == [(LOST, 25), (LIMIT, 50)]
+    assert begun <= ended[0].ended <= ended[1].ended <= time.time()
 
 
 def test_a_job_ends_its_own_start(tmp_path):

@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
 from hrm_megatron.cluster.node_check import NOT_DONE, Limits, Report, find_bad_nodes, read_reports, trouble_of_all
-from hrm_megatron.cluster.preflight import pairs_of
+from hrm_megatron.cluster.preflight import rounds_of_pairs
 
 NODES = ("n1", "n2", "n3", "n4")
 PARTNERS = {"n1": ("n2", "n4"), "n2": ("n1", "n3"), "n3": ("n4", "n2"), "n4": ("n3", "n1")}
@@ -69,6 +70,19 @@ def test_nobody_is_blamed_where_all_waited_for_each_other():
     assert list(judge({"n1": waited, "n3": waited})) == ["n1", "n3"]  # the others have been done
 
 
+@pytest.mark.parametrize("lost", [
+    "RuntimeError: [pair.cc:547] Connection closed by peer [10.0.0.1]:51405",
+    "socketProgress: Connection closed by remote peer n1<40243>",
+    "socketStartConnect: Connect to 10.0.0.1<34567> failed : Connection refused",
+    "torch.distributed.DistNetworkError: failed to recv, got 0 bytes",
+])
+def test_who_was_cut_off_by_the_end_of_another_node_is_not_blamed(lost):
+    waited, cut_off = dict(error=f"{NOT_DONE} 60 s"), dict(error=lost)
+    assert not judge(dict.fromkeys(NODES, cut_off) | {"n1": waited})
+    assert not judge(dict.fromkeys(NODES, cut_off)) and not judge({"n2": cut_off})
+    assert list(judge(dict.fromkeys(NODES, cut_off) | {"n3": dict(error="NCCL: no such device")})) == ["n3"]
+
+
 def test_what_all_nodes_share_is_no_nodes_fault():
     stale = dict(storage_error="storage run: Stale file handle", storage_write_gbs=None, storage_read_gbs=None)
     assert not judge(dict.fromkeys(NODES, stale))
@@ -86,11 +100,14 @@ def test_a_limit_holds_where_all_nodes_are_equally_slow():
     assert set(judge({}, Limits(matmul_tflops=800.0))) == set(NODES)
 
 
-def test_every_node_has_two_partners():
+def test_every_node_has_two_partners_one_after_the_other():
     for nodes in range(3, 9):
-        pairs = pairs_of(nodes)
-        assert all(len({frozenset(pair) for pair in pairs if node in pair}) >= 2 for node in range(nodes))
-    assert pairs_of(1) == [] and pairs_of(2) == [(0, 1)]
+        rounds = rounds_of_pairs(nodes)
+        assert len(rounds) <= 3
+        assert all(len({*itertools.chain(*pairs)}) == 2 * len(pairs) for pairs in rounds)
+        pairs = {frozenset(pair) for pair in itertools.chain(*rounds)}
+        assert all(sum(node in pair for pair in pairs) == 2 for node in range(nodes))
+    assert rounds_of_pairs(1) == [] and rounds_of_pairs(2) == [[(0, 1)]]
 
 
 def test_reports_come_back_as_they_were_written(tmp_path):

@@ -1,4 +1,4 @@
-"""What a node measures of itself: two nodes of one process each on this CPU, and what nvidia-smi may say."""
+"""What a node measures of itself: three nodes of one process each on this CPU, and what nvidia-smi may say."""
 from __future__ import annotations
 
 import errno
@@ -7,36 +7,40 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
+from argparse import Namespace
+from unittest.mock import Mock
 
 import pytest
 
 from hrm_megatron.cluster import preflight
-from hrm_megatron.cluster.node_check import Limits, find_bad_nodes, read_reports
+from hrm_megatron.cluster.node_check import NOT_DONE, Limits, find_bad_nodes, read_reports
 from tests.ports import free_port
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Reports of two nodes that check themselves at the same time."""
+    """Reports of nodes that check themselves at the same time."""
     folder, port = tmp_path_factory.mktemp("preflight"), free_port()
     running = [subprocess.Popen(
         [sys.executable, "-m", "hrm_megatron.cluster.preflight", "--output", folder / "reports", "--storage", folder,
-         "--storage-bytes", str(1 << 20), "--gpus", "0", "--nodes", "2", "--node", str(node), "--master",
-         f"127.0.0.1:{port}", "--timeout-seconds", "200"], env={**os.environ, "SLURMD_NODENAME": name})
+         "--storage-bytes", str(1 << 20), "--gpus", "0", "--nodes", str(len(NODES)), "--node", str(node),
+         "--master", f"127.0.0.1:{port}", "--timeout-seconds", "200"], env={**os.environ, "SLURMD_NODENAME": name})
         for node, name in enumerate(NODES)]
-    assert [process.wait() for process in running] == [0, 0]
+    assert [process.wait() for process in running] == [0] * len(NODES)
     assert sorted(path.name for path in folder.iterdir()) == ["reports"]  # nothing of the storage's check is left
     return read_reports(folder / "reports")
 
 
 def test_nodes_measure_all_that_a_cpu_has(reports):
     assert [report.node for report in reports] == [*NODES]
-    for report, other in zip(reports, reversed(reports), strict=True):
+    for report in reports:
         assert report.error is None and not report.faults
         assert report.matmul_tflops > 0 and report.storage_write_gbs > 0 and report.storage_read_gbs > 0
-        assert list(report.pair_all_reduce_gbs) == [other.node] and report.pair_all_reduce_gbs[other.node] > 0
+        assert {report.node, *report.pair_all_reduce_gbs} == {*NODES} and min(report.pair_all_reduce_gbs.values()) > 0
         assert abs(report.clock_ahead_seconds) < report.seconds  # one clock; a round trip is part of the check
         assert report.node_all_reduce_gbs is None  # one process
     good = Limits(matmul_share=0, all_reduce_share=0, storage_share=0, clock_seconds=reports[0].seconds)
@@ -111,6 +115,68 @@ def test_every_process_of_a_collective_calls_it_as_often(monkeypatch, seconds_of
 
     assert preflight.all_reduce_gbs(Group()) == pytest.approx(preflight.ALL_REDUCE_BYTES / seconds_of_a_call / 1e9)
     assert len(calls) == preflight.WARMUP_ROUNDS + preflight.ROUNDS
+
+
+def test_what_a_node_waits_for_does_not_grow_with_the_nodes(monkeypatch):
+    def waits(nodes):
+        dist = Mock(**{"get_world_size.return_value": nodes})
+        monkeypatch.setattr(preflight, "dist", dist)
+        preflight.measure_process(0, Namespace(processes=1, nodes=nodes, node=2, master="", timeout_seconds=1), Mock(),
+                                  Mock())
+        return dist.new_group.call_count, dist.barrier.call_count
+
+    monkeypatch.setattr(preflight.torch, "set_num_threads", lambda _: None)
+    for name in ("matmul_tflops", "clock_ahead_seconds", "all_reduce_gbs"):
+        monkeypatch.setattr(preflight, name, lambda *_: 1.0)
+    assert waits(6) == waits(64) == (2, 2) and waits(7) == (3, 3)
+
+
+class HangingPair:
+    """Stands in for the processes of a node that wait for another node's: until `done`, in monotonic seconds, or for
+    good."""
+
+    def __init__(self, done):
+        self.done, self.processes, self.partner, self.killed = done, [self], None, threading.Event()
+
+    def join(self, timeout):
+        if self.partner.killed.wait(max(0, min(timeout, self.done - time.monotonic()))):
+            raise RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:51405")
+        return time.monotonic() >= self.done
+
+    def kill(self):
+        if time.monotonic() < self.done:
+            self.killed.set()
+
+
+@pytest.mark.parametrize("seconds, error", [(99, f"{NOT_DONE} 3 s"), (4.5, None)], ids=["for good", "until the grace"])
+def test_nobody_is_blamed_for_a_pair_that_hangs_where_nodes_start_one_after_the_other(tmp_path, monkeypatch, seconds,
+                                                                                       error):
+    begun = time.monotonic()
+    pair = [HangingPair(begun + seconds) for _ in range(2)]
+    pair[0].partner, pair[1].partner = pair[1], pair[0]
+
+    def start(measure, arguments, nprocs, join):
+        options, results, alone_done = arguments
+        results.put(("matmul", 1.0))
+        for _ in range(nprocs):
+            threading.Thread(target=alone_done.wait).start()
+        return pair[options.node]
+
+    monkeypatch.setattr(preflight, "GRACE_SECONDS", 3)
+    monkeypatch.setattr(preflight, "start_processes", start)
+    monkeypatch.setattr(preflight, "storage_gbs", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(preflight, "node_name", lambda: threading.current_thread().name)
+    nodes = [threading.Thread(name=NODES[node], target=preflight.measure_node, args=[Namespace(
+        gpus=0, storage=tmp_path, storage_bytes=0, node=node, training_port=None, timeout_seconds=3, output=tmp_path)])
+        for node in range(2)]
+    nodes[0].start()
+    time.sleep(1.5)
+    nodes[1].start()
+    for node in nodes:
+        node.join()
+    reports = read_reports(tmp_path)
+    assert [report.error for report in reports] == [error] * 2
+    assert not find_bad_nodes(reports, NODES[:2], Limits())
 
 
 def test_what_nvidia_smi_knows_is_a_fault(tmp_path, monkeypatch):

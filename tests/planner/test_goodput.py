@@ -65,8 +65,9 @@ def test_saves_come_each_hour_unless_their_stalls_cost_a_hundredth():
 
 def shares_of(steps: int, hazards: Hazards) -> tuple[list[dict[str, Any]], list[str]]:
     plan = SimpleNamespace(step=SimpleNamespace(seconds=2.0))
-    saves = compare_saves(plan, SimpleNamespace(steps=steps), hazards)
-    return saves, [*describe(plan, hazards, Measured(), saves)][1:]
+    question = SimpleNamespace(steps=steps, architecture=PRESETS["XL"].architecture(65_536))
+    saves = compare_saves(plan, question, hazards)
+    return saves, [*describe(plan, hazards, Measured(), saves)][1:-1]
 
 
 @pytest.mark.parametrize("hazards", [
@@ -101,6 +102,10 @@ def test_64_nodes_reach_97_percent_by_two_settings():
     assert hazards.stall == pytest.approx(18 * question.architecture.num_parameters / 512 / 1e10)
     waiting, behind = compare_saves(plan, question, hazards)
     assert waiting["effective"] < behind["effective"] and behind["effective"] >= 0.97
-    first, *lines = describe(plan, hazards, Measured(save=60, load=60, start=120, detect=300), [waiting, behind])
+    first, *lines, space = describe(plan, hazards, Measured(save=60, load=60, start=120, detect=300), [waiting, behind])
     assert "a failure every 16.0 h" in first and "(stall: assumed, not measured)" in first
     assert len(lines) == 2 and "--async-save" in lines[1] and f"{behind['effective']:.1%}" in lines[1]
+    assert all(f"--save-interval {one['save_interval']} --most-recent-k 2" in line
+               for one, line in zip((waiting, behind), lines, strict=True))
+    size = 18 * question.architecture.num_parameters / 1e9
+    assert f"takes {size:.1f} GB" in space and f"the 3 that are there while one is written, {3 * size:.1f} GB" in space

@@ -182,6 +182,12 @@ def test_the_command_starts_the_plan():
     assert f"--global-batch-size 24 --train-iters {question.steps}" in line and "--bp-" not in line
 
 
+def test_the_command_of_a_job_asks_for_whole_nodes():
+    question = ask(cluster=Cluster.of("h100-80gb", 24))
+    line = report.command(search(question)[0][0], question, "B")
+    assert " sbatch --nodes 3 --gpus-per-node 8 --exclusive launch_scripts/train_slurm.sh " in line
+
+
 def test_the_command_trains_as_many_ticks_as_were_planned_for():
     question = replace(ask(), bp=(3, 4, 0.5))
     line = report.command(search(question)[0][0], question, "B")
