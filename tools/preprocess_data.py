@@ -21,6 +21,7 @@ from hrm_megatron.data.inputs import add_input_flags, inputs_of
 from hrm_megatron.data.kept_examples import forget_kept_of_another
 from hrm_megatron.data.lint import LINT
 from hrm_megatron.data.preprocess import preprocess
+from hrm_megatron.data.progress import show_log
 from hrm_megatron.data.report import report_on
 from hrm_megatron.data.respelled import Respelled
 from hrm_megatron.data.source_names import source_names
@@ -102,6 +103,7 @@ def make(args: argparse.Namespace, tokenizer: TextTokenizer, task: Task | None,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    show_log()
     return one_line(lambda: run(args))
 
 

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 from hrm_megatron.data.example import BadRows
 from hrm_megatron.data.inputs import add_input_flags, inputs_of
+from hrm_megatron.data.progress import show_log
 from hrm_megatron.data.tokenizer_training import TEXTS_PER_CAPPED_ROW, learn_tokenizer
 
 
@@ -35,7 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     bad_rows = BadRows(args.on_bad_row == "skip")
-    paths, rows = inputs_of(args)
+    paths, rows = inputs_of(args, one_shape=False)
     tokenizer = learn_tokenizer(paths, args.output, args.vocab_size, args.max_chars, args.overwrite, rows, bad_rows,
                                 args.keep_same, args.max_per_file)
     if tokenizer is None:
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    show_log()
     return one_line(lambda: run(args))
 
 

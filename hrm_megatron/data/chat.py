@@ -7,6 +7,7 @@ Otherwise the prefix is the system message, if there is one, and a paragraph for
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from hrm_megatron.data.example import BadRow, Example, RowFormat, make_example, text_of
@@ -19,42 +20,59 @@ SPEAKERS = {  # the roles of OpenAI's and of ShareGPT's format
     "gpt": "Assistant", "tool": "Tool", "function": "Tool", "ipython": "Tool", "observation": "Tool",
 }
 CALLS = ("tool_calls", "function_call")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+LOST = {  # fields of a turn that its text does not have, by what they hold
+    **dict.fromkeys(CALLS, "tool call"), **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "thought"),
+    "refusal": "refusal",
+}
+LOSS_KEYS = ("weight", "train", "loss")  # 0 or false: OpenAI's, axolotl's and LLaMA-Factory's word for a masked turn
 REPEATS = 10  # --max-characters so often is what the prefixes of a chat may have together
 
 
 class Turn(NamedTuple):
     speaker: str
     text: str
+    learned: bool = True  # where it is an answer
 
 
-def chat_examples(row: dict[str, Any], place: str, rows: RowFormat, noted: Counter[str]) -> list[Example]:
-    """Make an example of each turn of the assistant that something was said before. Raises BadRow."""
-    turns = _turns(row, place)
+def chat_examples(row: dict[str, Any], place: str, rows: RowFormat, noted: Counter[str],
+                  system: str = "") -> list[Example]:
+    """Make an example of each turn of the assistant that something was said before, unless it is masked. Raises BadRow.
+
+    `system` is the system message of a row that has it in a field of its own. All examples are split by one key, that
+    of the first question, so that no part of a chat is held out while training sees another.
+    """
+    turns = _with_system(_turns(row, place), system, place)
     if not any(turn.speaker == "Assistant" for turn in turns):
         raise BadRow("no answer", f"{place}: no turn of the assistant; drop the row")
+    asked = next((i for i, turn in enumerate(turns) if turn.speaker in ("User", "Tool")), len(turns))
+    answers = [i for i, turn in enumerate(turns) if turn.speaker == "Assistant" and i > asked]
+    learned = [i for i in answers if turns[i].learned]
+    if not learned:
+        masked = f"; {' or '.join(LOSS_KEYS)} masks all of its answers" if answers else ""
+        raise BadRow("no answer", f"{place}: the assistant answers nothing{masked}; drop the row")
+    question = prefix_of(turns[:answers[0]])
     examples: list[Example] = []
     seen: Counter[str] = Counter()
     characters = 0
     for i, turn in enumerate(turns):
         if i and turn.speaker == turns[i - 1].speaker != "Tool":
             seen[f"turns of the {turn.speaker.lower()} behind another of the same"] += 1
-        if turn.speaker != "Assistant":
-            seen["turns of tools, kept in prefixes"] += turn.speaker == "Tool"
+        seen["turns of tools, kept in prefixes"] += turn.speaker == "Tool"
+        if turn.speaker != "Assistant" or i > learned[-1]:
             continue
-        if not any(before.speaker in ("User", "Tool") for before in turns[:i]):
+        if i < asked:
             seen["turns of the assistant before any question, kept in prefixes"] += 1
+            continue
+        if not turn.learned:
+            seen["turns of the assistant that are masked, kept in prefixes"] += 1
             continue
         prefix = prefix_of(turns[:i])
         characters += len(prefix)
         if characters > REPEATS * rows.max_characters:
             raise BadRow("row too long", f"{place}: a chat whose prefixes have over {REPEATS} x --max-characters "
                                          f"{rows.max_characters}; split it or raise that")
-        examples.append(make_example(row, place, rows, prefix, turn.text))
-    if not examples:
-        raise BadRow("no answer", f"{place}: the assistant answers nothing; drop the row")
-    last = max(i for i, turn in enumerate(turns) if turn.speaker == "Assistant")
-    seen["turns behind the last of the assistant, left out"] += len(turns[last + 1:])
+        examples.append(replace(make_example(row, place, rows, prefix, turn.text), question=question))
+    seen["turns behind the last of the assistant, left out"] += len(turns[learned[-1] + 1:])
     noted.update(+seen)
     return examples
 
@@ -65,6 +83,18 @@ def prefix_of(turns: list[Turn]) -> str:
     alone = len(said) == 1 and said[0].speaker == "User"
     paragraphs = [said[0].text] if alone else [f"{turn.speaker}: {turn.text}" for turn in said]
     return "\n\n".join([system, *paragraphs] if system else paragraphs)
+
+
+def _with_system(turns: list[Turn], system: str, place: str) -> list[Turn]:
+    """Put the system message of a row in front of its turns, unless it stands there already."""
+    if not system.strip():
+        return turns
+    if turns and turns[0].speaker == "System":
+        if turns[0].text.strip() != system.strip():
+            raise BadRow("two system messages", f"{place}: {shown(system)} beside the turns, {shown(turns[0].text)} as "
+                                                "the first of them; drop one")
+        return turns
+    return [Turn("System", system), *turns]
 
 
 def _turns(row: dict[str, Any], place: str) -> list[Turn]:
@@ -89,15 +119,22 @@ def _turn(turn: Any, place: str) -> Turn:
     speaker = SPEAKERS.get(role) if isinstance(role, str) else None
     if speaker is None:
         raise BadRow("unknown role", f"{place}: {role_key}={shown(role)}; use one of {', '.join(SPEAKERS)}")
-    if calls := next((key for key in CALLS if turn.get(key)), None):
-        raise BadRow("tool call", f"{place}: {calls} would be lost; write the call into the text of the turn")
-    if thoughts := next((key for key in THOUGHTS if turn.get(key)), None):
-        raise BadRow("thought", f"{place}: {thoughts} would be lost; write the thought into the text of the turn, or "
-                                "drop the field")
+    if lost := next((key for key in LOST if turn.get(key)), None):
+        raise BadRow(LOST[lost], f"{place}: {lost} would be lost; write the {LOST[lost]} into the text of the turn, or "
+                                 "drop the field")
     text = _text(turn, text_key, place)
     if not text.strip() and speaker in ("User", "Assistant"):
         raise BadRow("empty turn", f"{place}: {text_key}={shown(text)} is empty; fill it or drop the row")
-    return Turn(speaker, text)
+    return Turn(speaker, text, speaker != "Assistant" or _is_learned(turn, place))
+
+
+def _is_learned(turn: dict[str, Any], place: str) -> bool:
+    """Say whether no field of an answer masks it."""
+    for key in LOSS_KEYS:
+        if turn.get(key) not in (0, 1, None):
+            raise BadRow("unknown weight", f"{place}: {key}={shown(turn[key])} is neither 0 (no loss) nor 1; write one "
+                                           "of these, or drop the field")
+    return 0 not in map(turn.get, LOSS_KEYS)
 
 
 def _text(turn: dict[str, Any], key: str, place: str) -> str:

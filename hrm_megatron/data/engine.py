@@ -244,8 +244,9 @@ def unsupported(config: dict[str, Any]) -> str | None:
     model = dict(config["model"])
     vocabulary = model.pop("vocab")
     model.pop("merges", None)
-    if model.pop("type", None) != "BPE" or any(model.values()):
-        return f"its model is not plain BPE ({', '.join(f'{key}={value}' for key, value in model.items() if value)})"
+    if (kind := model.pop("type", None)) != "BPE" or any(model.values()):
+        settings = [f"{key}={value}" for key, value in model.items() if value and kind == "BPE"]
+        return f"its model is not plain BPE ({', '.join(settings) or kind})"
     if any(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet()):
         return "some bytes have no token"
     if config["normalizer"] not in (None, {"type": "NFC"}):

@@ -14,6 +14,7 @@ from hrm_megatron.data.spelling import TAG_TOKENS, tags_of
 from hrm_megatron.data.text_files import convert_from, shown
 
 FIELDS = ("condition", "instruction", "response")
+AUTO = "auto"  # of shapes: to be told from the first row
 JSON_KEYS = "--json-keys"  # which names them otherwise
 MAX_CHARACTERS = 2_000_000  # of one text: a long book has more, no context has
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -73,7 +74,8 @@ class RawText:
 class RowFormat:
     """How rows spell an example: the names of condition, instruction and response, the tags of a row without a
     condition, by rule or else by default (None: such a row is bad), and how the rows are shaped (row_shapes.SHAPES), or
-    how documents are cut. No text has more than `max_characters`."""
+    how documents are cut. No text has more than `max_characters`. Of fields beside those of the shape, `ignored_fields`
+    are as if they were not there."""
 
     keys: tuple[str, ...] = FIELDS
     default_condition: str | None = None
@@ -82,6 +84,7 @@ class RowFormat:
     shape: str = "fields"
     raw: RawText | None = None
     condition_rules: tuple[ConditionRule, ...] = ()
+    ignored_fields: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -107,17 +110,21 @@ class RowFormat:
                          "sentence_model": self.raw.fingerprint, "text_key": self.raw.key}
         if self.condition_rules:
             settings["condition_rules"] = [list(astuple(rule)) for rule in self.condition_rules]  # as JSON has it
+        if self.ignored_fields:
+            settings["ignored_fields"] = sorted(self.ignored_fields)
         return settings
 
 
 @dataclass(frozen=True)
 class Example:
-    """One source row. `condition` is a comma-separated list of tags, possibly empty; `defaulted`: not the row's own."""
+    """One source row, or a part of it. `condition` is a comma-separated list of tags, possibly empty; `defaulted`: not
+    the row's own. A split goes by `question`, where examples of one row share it, else by the instruction."""
 
     condition: str
     instruction: str
     response: str
     defaulted: bool = field(default=False, compare=False)
+    question: str | None = field(default=None, compare=False)
 
 
 def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: str, response: str) -> Example:

@@ -1,8 +1,8 @@
 """Examples of consecutive rows as columns, which is how they are spelled, looked at and hashed."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from hrm_megatron.data.characters import Texts
 from hrm_megatron.data.example import BadRow, Example
@@ -13,13 +13,15 @@ BATCH_CHARACTERS = 1 << 21  # of text that are spelled at once, more only where 
 @dataclass(frozen=True)
 class ExampleBatch:
     """`place` says where an example comes from, by its number in the batch. `texts`: instruction, response,
-    instruction, response, ... `bad_rows` are in order, each with the number of examples before it."""
+    instruction, response, ... `bad_rows` are in order, each with the number of examples before it. `questions`: of the
+    examples, by number, that are split by another text than their instruction."""
 
     place: Callable[[int], str]
     conditions: Sequence[str]
     texts: Texts
     defaulted: Sequence[bool]
     bad_rows: Sequence[tuple[int, BadRow]] = ()
+    questions: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, read: Iterable[tuple[str, Example | BadRow]]) -> ExampleBatch:
@@ -35,7 +37,9 @@ class ExampleBatch:
                 examples.append(example)
         texts = Texts.of(text for example in examples for text in (example.instruction, example.response))
         return cls(places.__getitem__, [example.condition for example in examples], texts,
-                   [example.defaulted for example in examples], bad_rows)
+                   [example.defaulted for example in examples], bad_rows,
+                   {i: example.question for i, example in enumerate(examples)
+                    if example.question not in (None, example.instruction)})
 
 
 def batches(read: Iterable[tuple[str, Example | BadRow]]) -> Iterator[ExampleBatch]:

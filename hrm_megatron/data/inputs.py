@@ -12,12 +12,12 @@ from pathlib import Path
 
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.data.condition_rules import read_condition_rules
-from hrm_megatron.data.example import FIELDS, MAX_CHARACTERS, RawText, RowFormat
+from hrm_megatron.data.example import AUTO, FIELDS, MAX_CHARACTERS, RawText, RowFormat
 from hrm_megatron.data.manifest import REPORT, shard_folder
 from hrm_megatron.data.readers import is_blank, sample_documents, with_shape
 from hrm_megatron.data.readers.documents import SUFFIXES as DOCUMENT_SUFFIXES
-from hrm_megatron.data.readers.saved_dataset import ITS_OWN_FILES, row_files
-from hrm_megatron.data.row_shapes import SHAPES
+from hrm_megatron.data.readers.saved_dataset import ITS_OWN_FILES, row_files, splits_of
+from hrm_megatron.data.row_shapes import CONTEXT, SHAPES, SYSTEM
 from hrm_megatron.data.sentences import FILES, SAMPLE_CHARACTERS, fingerprint, save_sentences, train_sentences
 from hrm_megatron.data.spelling import TAG_TOKENS
 
@@ -38,9 +38,14 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=f"files, globs or folders of {KINDS}")
     parser.add_argument("--json-keys", nargs=3, default=FIELDS, metavar=("CONDITION", "INSTRUCTION", "RESPONSE"),
                         help="names of the fields in your rows (default: the names above in lower case)")
-    parser.add_argument("--row-shape", choices=("auto", *SHAPES), default="auto",
+    parser.add_argument("--row-shape", choices=(AUTO, *SHAPES), default=AUTO,
                         help="fields: those of --json-keys; messages: chats, an example for each turn of the "
-                             "assistant; alpaca: instruction, input, output (default: what the first row is)")
+                             "assistant; alpaca: instruction, input, output (default: what the first row is; a "
+                             "tokenizer is trained on files of different shapes, each told by its first row)")
+    parser.add_argument("--ignore-fields", nargs="+", default=(), metavar="NAME",
+                        help=f"leave out parts of prompts that rows have in fields beside those of their shape: "
+                             f"{', '.join(SYSTEM)} and input, which are spelled, and {', '.join(CONTEXT)}, with which "
+                             "a row is bad")
     parser.add_argument("--split-sentences", action="store_true",
                         help="the rows are plain documents, and files of .txt and .md are: cut them at borders of "
                              "sentences into examples that fill the context")
@@ -63,29 +68,34 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
                         help="stop at a bad row, or count and leave it out (default: %(default)s)")
 
 
-def inputs_of(args: argparse.Namespace, tags: Iterable[str] = TAG_TOKENS) -> tuple[list[Path], RowFormat]:
-    """Resolve the flags of `add_input_flags`: the files to read, and how their rows spell examples."""
+def inputs_of(args: argparse.Namespace, tags: Iterable[str] = TAG_TOKENS,
+              one_shape: bool = True) -> tuple[list[Path], RowFormat]:
+    """Resolve the flags of `add_input_flags`: the files to read, and how their rows spell examples. Unless all have
+    `one_shape`, a shape that no flag tells is left to be told of each file."""
     given = [f"--{name.replace('_', '-')}" for name in TEXT_FLAGS if getattr(args, name) is not None]
     if given and not args.split_sentences:
         raise ConfigError(f"{given[0]} has no effect without --split-sentences")
     paths = find_inputs(args.input, args.split_sentences)
-    rows = RowFormat(tuple(args.json_keys), args.default_condition, args.max_characters, tuple(tags))
+    rows = RowFormat(tuple(args.json_keys), args.default_condition, args.max_characters, tuple(tags),
+                     ignored_fields=tuple(args.ignore_fields))
     if args.condition_rules:
         refuse_beside("--condition-rules", {"--split-sentences": args.split_sentences})
         rows = replace(rows, condition_rules=read_condition_rules(args.condition_rules, tags))
     named_keys = rows.keys[1:] != FIELDS[1:]
     if args.split_sentences:
-        if named_keys or args.row_shape != "auto":
+        if named_keys or args.row_shape != AUTO:
             flag = "--json-keys" if named_keys else "--row-shape"
             raise ConfigError(f"--split-sentences reads documents, {flag} rows; leave one out")
         return paths, _with_raw_text(rows, args, paths)
-    if args.row_shape != "auto":
+    if args.row_shape != AUTO:
         if named_keys and args.row_shape != "fields":
             raise ConfigError(f"--json-keys names fields that --row-shape {args.row_shape} does not read; drop one")
         return paths, replace(rows, shape=args.row_shape)
     if not named_keys:
+        if not one_shape:
+            return paths, replace(rows, shape=AUTO)
         rows, place = with_shape(rows, paths)
-        log.info("row shape: %s, as in %s", rows.shape, place)
+        log.info("row shape: %s, as in %s", rows.shape, place or "no row")
     return paths, rows
 
 
@@ -126,6 +136,10 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
             files = sorted(match for match in matches if match.is_file() and not _ours(match))
             # a.jsonl.gz beside b.jsonl, for *.jsonl
             candidates = [*matches, *map(Path, glob.glob(f"{name}.*", recursive=True))]
+        if len(splits := splits_of(files)) > 1:
+            log.warning("--input %s: splits of a dataset are all read, to be trained on: %s; to keep some for "
+                        "evaluation, name the files or folders of the others", name,
+                        ", ".join(f"{split} ({file})" for split, file in splits.items()))
         read_here = set(files)
         unread.update(dict.fromkeys(file for file in candidates if file not in read_here))
         if not files:
@@ -147,8 +161,10 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
 def _without_rests(files: list[Path], candidates: list[Path]) -> tuple[list[Path], list[Path]]:
     """Leave out what a dataset saved to disk has beside its rows: caches of what was computed, and its description."""
     rows_of = {folder: row_files(folder) for folder in {file.parent for file in files}}
+    described = {folder for folder, rows in rows_of.items() if rows is not None}
+    described |= {folder.parent for folder in described}  # of several splits
     kept = [file for file in files if (rows := rows_of[file.parent]) is None or file in rows]
-    return kept, [file for file in candidates if rows_of.get(file.parent) is None or file.name not in ITS_OWN_FILES]
+    return kept, [file for file in candidates if file.parent not in described or file.name not in ITS_OWN_FILES]
 
 
 def _check_name(file: Path) -> None:

@@ -31,12 +31,14 @@ _BEGINNINGS = np.zeros((max(map(ord, CONTROLS)) - FIRST_CONTROL + 1, 256, 256), 
 for part in BROKEN_LATEX:
     _BEGINNINGS[part[0] - FIRST_CONTROL, part[1], part[2]] = True
 CONSTANT_FROM = 8  # so many rows of a source and more with one response between them are suspicious
-LATEX, REPLACEMENT, ECHO, BLANK, TRUNCATED, SPECIAL, DECOMPOSED, COMPOSED = (
-    "latex", "replacement", "echo", "blank", "truncated", "special", "decomposed", "composed")
+LATEX, REPLACEMENT, UNKNOWN, ECHO, BLANK, TRUNCATED, SPECIAL, DECOMPOSED, COMPOSED = (
+    "latex", "replacement", "unknown", "echo", "blank", "truncated", "special", "decomposed", "composed")
 MEANINGS = {  # of a count, what it counts and the way out
     LATEX: "texts with control characters that JSON made of LaTeX (\"\\boxed\" is backspace and oxed); write the "
            "backslashes of such texts twice in the JSON",
     REPLACEMENT: "texts with U+FFFD, the mark of a character that decoding lost; read them in their own encoding",
+    UNKNOWN: "texts with characters that the tokenizer has no token for: its unknown token stands in their place; take "
+             "a tokenizer with all bytes, or drop the rows",
     ECHO: "responses equal to their instruction; drop the rows unless copying is to be learned",
     BLANK: "texts without any visible character; drop the rows",
     TRUNCATED: "responses cut by --context-size, whose end is not learned; raise it or drop the rows",
@@ -60,15 +62,15 @@ class Lint:
         """Look at consecutive examples of a source; `special` finds strings of tokens that texts do not become."""
         texts = batch.texts
         if parts := broken_latex(texts):
-            self._add_texts(LATEX, batch, (any(part in text for part in parts) for text in texts.utf8))
-        self._add_texts(REPLACEMENT, batch, (texts.kinds & LOST) != 0)
+            self.add_texts(LATEX, batch, (any(part in text for part in parts) for text in texts.utf8))
+        self.add_texts(REPLACEMENT, batch, (texts.kinds & LOST) != 0)
         if special and special.search(texts.joined):
-            self._add_texts(SPECIAL, batch, (bool(special.search(text)) for text in texts.utf8))
+            self.add_texts(SPECIAL, batch, (bool(special.search(text)) for text in texts.utf8))
         some = np.diff(texts.ends, prepend=0) > 1  # the empty prefix of a document is none, and an empty text a bad row
-        self._add_texts(BLANK, batch, some & ((texts.kinds & VISIBLE) == 0))
+        self.add_texts(BLANK, batch, some & ((texts.kinds & VISIBLE) == 0))
         for i in _echoes(texts):
             self.add(ECHO, batch.place(i))
-        self._add_texts(DECOMPOSED, batch, texts.not_nfc)
+        self.add_texts(DECOMPOSED, batch, texts.not_nfc)
         if (texts.kinds[~texts.not_nfc] & PRECOMPOSED).any():
             self.counts[COMPOSED] += 1  # whether there are some is all that matters
         if responses := texts.utf8[1::2]:
@@ -79,7 +81,8 @@ class Lint:
         self.counts[kind] += count
         self.first.setdefault(kind, place)
 
-    def _add_texts(self, kind: str, batch: ExampleBatch, found: np.ndarray | Iterable[bool]) -> None:
+    def add_texts(self, kind: str, batch: ExampleBatch, found: np.ndarray | Iterable[bool]) -> None:
+        """Note the texts of a batch, by whether something was found in each."""
         for i in np.flatnonzero(found if isinstance(found, np.ndarray) else list(found)).tolist():
             self.add(kind, f"{batch.place(i // 2)} ({('instruction', 'response')[i % 2]})")
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,15 +17,15 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.dataset_folder import DatasetFolder, Task
 from hrm_megatron.data.encoded import Encoded
 from hrm_megatron.data.example import BadRow, RowFormat
 from hrm_megatron.data.incremental import Input, Update, list_inputs, share_of
-from hrm_megatron.data.lint import TRUNCATED
+from hrm_megatron.data.lint import TRUNCATED, UNKNOWN
 from hrm_megatron.data.manifest import facts_of
+from hrm_megatron.data.progress import Progress
 from hrm_megatron.data.raw_text import Sizes
 from hrm_megatron.data.readers import PIECE_BYTES, Piece, pieces, read_batches
 from hrm_megatron.data.run_report import Report
@@ -37,6 +37,8 @@ WORKERS_PER_READER = 4  # one reader unpacks 150 MB of Parquet a second and more
 MAX_READERS = 3  # a row group that is packed tightly takes 256 MB while it is read
 TASKS_PER_WORKER = 4  # queued ahead, so that memory does not grow with the input
 ROWS = RowFormat()
+
+log = logging.getLogger(__name__)
 
 
 def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, context_size: int,
@@ -55,6 +57,8 @@ def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, contex
         encoded.truncated += len(batch_spelled.truncated)
         if lint:
             encoded.lint.look(str(piece.path), batch, tokenizer.hidden_strings)
+            if tokenizer.unknown is not None:
+                encoded.lint.add_texts(UNKNOWN, batch, batch_spelled.holding(tokenizer.unknown))
             for i in batch_spelled.truncated:
                 encoded.lint.add(TRUNCATED, batch.place(i))
         too_long = [(i, BadRow("prefix too long", f"{batch.place(i)}: the prefix alone takes {prefix_length} of "
@@ -62,7 +66,7 @@ def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, contex
                     for i, prefix_length in batch_spelled.too_long]
         encoded.bad_rows += [row for _, row in sorted([*batch.bad_rows, *too_long], key=itemgetter(0))]
         encoded.defaulted += sum(batch.defaulted[i] for i in batch_spelled.kept)
-        keys.add(batch.conditions, batch.texts, batch_spelled.kept)
+        keys.add(batch, batch_spelled.kept)
     encoded.ids = np.concatenate([part.ids for part in spelled])
     encoded.lengths = np.concatenate([part.lengths for part in spelled])
     encoded.prompt_keys, encoded.example_keys = keys.arrays()
@@ -75,6 +79,7 @@ _worker_tokenizer: TextTokenizer
 def _start_worker(tokenizer_path: Path, engine: str) -> None:
     global _worker_tokenizer
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.getLogger("hrm_megatron").setLevel(logging.ERROR)  # what there is to warn of, the parent has said
     _worker_tokenizer = open_in_worker(tokenizer_path, engine)
 
 
@@ -167,45 +172,18 @@ def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: Text
         return Report(update.complete(beside), update.changes, progress.seconds, progress.read_bytes, progress.tokens)
 
     mine = share_of(inputs, task) if task else inputs
+    if lint != "off" and (loss := tokenizer.loss()):
+        log.warning("%s", loss)
     with folder.held(), Progress() as progress:
         update = look(compared=mine)
         if merge and (missing := update.missing()):
             raise ConfigError(f"{len(missing)} of {len(inputs)} sources have no shard in {folder.shards} yet, the "
                               f"first {missing[0].name}; run the --shard tasks that make them, or leave out --merge")
         progress.begin(sum(given.num_bytes for given in mine if given.name not in update.done))
-        update.make(mine, encode, progress.advance)
+        update.make(mine, encode, progress.made)
         if task is None:
             return report(update)
     with folder.held_by_last() as last:
         if last and not (update := look(compared=())).missing():
             return report(update)
     return None
-
-
-class Progress:
-    """A bar over the bytes of a run's sources, and what it has come to."""
-
-    def __init__(self) -> None:
-        self.read_bytes = self.tokens = 0
-        self._bar = tqdm(unit="B", unit_scale=True, disable=None)
-        self._started = time.monotonic()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def begin(self, total_bytes: int) -> None:
-        self._bar.reset(total_bytes)
-        self._started = time.monotonic()
-
-    def advance(self, read_bytes: int, tokens: int) -> None:
-        self.read_bytes += read_bytes
-        self.tokens += tokens
-        self._bar.update(read_bytes)
-        self._bar.set_postfix_str(f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")

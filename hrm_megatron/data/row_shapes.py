@@ -15,16 +15,28 @@ from hrm_megatron.data.text_files import shown
 Row = dict[str, Any]
 
 
+INPUT = "input"  # what an `instruction` is about
+SYSTEM = ("system", "system_prompt")  # one of them: a system message, which every shape puts in front
+CONTEXT = ("context", "documents", "history", "tools", "functions")  # parts of prompts that no shape spells
+EMPTY = ("", "[]", "{}", "null")  # which such fields may hold, as JSON in a text too
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A shape of rows: the fields that tell it (of each tuple one), fields that may be there, and its reader.
+    """A shape of rows: the fields that tell it (of each tuple one), its reader, and what else belongs to its prompts:
+    fields that the reader takes where they are there, and `lost` ones, which must be empty.
 
     `examples` takes (row, place, format, counts of what was handled) and raises BadRow.
     """
 
     fields: Callable[[RowFormat], tuple[tuple[str, ...], ...]]
     examples: Callable[[Row, str, RowFormat, Counter[str]], list[Example]]
-    optional: tuple[str, ...] = ()
+    optional: tuple[str, ...] = SYSTEM
+    lost: Callable[[RowFormat], tuple[str, ...]] = lambda rows: CONTEXT
+
+    def beside(self, rows: RowFormat) -> list[str]:
+        """Name the fields that must not be overlooked, beside those that tell the shape."""
+        return _of_ours((*self.optional, *self.lost(rows)), rows)
 
     def fits(self, names: Iterable[str], rows: RowFormat) -> bool:
         return _has_all(tuple(names), self.fields(rows))
@@ -37,22 +49,54 @@ def _has_all(names: tuple[str, ...], fields: tuple[tuple[str, ...], ...]) -> boo
 
 
 def _from_fields(row: Row, place: str, rows: RowFormat, noted: Counter[str]) -> list[Example]:
-    instruction, response = (filled_text_of(row, key, place, JSON_KEYS) for key in rows.keys[1:])
-    return [make_example(row, place, rows, instruction, response)]
+    return _from_texts(row, place, rows, rows.keys[1], rows.keys[2], JSON_KEYS)
 
 
 def _from_alpaca(row: Row, place: str, rows: RowFormat, noted: Counter[str]) -> list[Example]:
-    """The instruction, a blank line and the input, if there is one."""
-    instruction = filled_text_of(row, "instruction", place)
-    if row.get("input") is not None and (more := text_of(row, "input", place)).strip():
-        instruction = f"{instruction}\n\n{more}"
-    return [make_example(row, place, rows, instruction, filled_text_of(row, "output", place))]
+    return _from_texts(row, place, rows, "instruction", "output")
+
+
+def _from_texts(row: Row, place: str, rows: RowFormat, asked: str, answered: str, flag: str = "") -> list[Example]:
+    """The system message, the instruction and its input, as far as there are some, with blank lines between."""
+    more = _texts_beside(row, (INPUT,), place, rows) if asked == "instruction" else []
+    texts = [*_system(row, place, rows), filled_text_of(row, asked, place, flag), *more]
+    return [make_example(row, place, rows, "\n\n".join(texts), filled_text_of(row, answered, place, flag))]
+
+
+def _from_chat(row: Row, place: str, rows: RowFormat, noted: Counter[str]) -> list[Example]:
+    return chat_examples(row, place, rows, noted, *_system(row, place, rows))
+
+
+def _system(row: Row, place: str, rows: RowFormat) -> list[str]:
+    """The system message that stands in a field of its own, if one does."""
+    texts = _texts_beside(row, SYSTEM, place, rows)
+    if len(texts) > 1:
+        raise BadRow("two system messages", f"{place}: {' and '.join(SYSTEM)} both have a text; drop one")
+    return texts
+
+
+def _texts_beside(row: Row, names: Iterable[str], place: str, rows: RowFormat) -> list[str]:
+    """The texts of those of the fields that have one."""
+    texts = [text_of(row, key, place) for key in _of_ours(names, rows) if row.get(key) is not None]
+    return [text for text in texts if text.strip()]
+
+
+def _is_lost(row: Row, key: str, rows: RowFormat) -> bool:
+    """Say whether there is something in a field that nobody reads."""
+    value = row.get(key)
+    return bool(value) and not (isinstance(value, str) and value.strip() in EMPTY) and bool(_of_ours((key,), rows))
+
+
+def _of_ours(names: Iterable[str], rows: RowFormat) -> list[str]:
+    """Choose the names that --json-keys gives no other meaning, and that are not to be ignored."""
+    return [name for name in names if name not in rows.keys and name not in rows.ignored_fields]
 
 
 SHAPES: Mapping[str, Shape] = {  # in the order in which a row is held against them
-    "fields": Shape(lambda rows: ((rows.keys[1],), (rows.keys[2],)), _from_fields),
-    "messages": Shape(lambda rows: (TURN_LISTS,), chat_examples),
-    "alpaca": Shape(lambda rows: (("instruction",), ("output",)), _from_alpaca, ("input",)),
+    "fields": Shape(lambda rows: ((rows.keys[1],), (rows.keys[2],)), _from_fields, (*SYSTEM, INPUT),
+                    lambda rows: CONTEXT if rows.keys[1] == "instruction" else (INPUT, *CONTEXT)),
+    "messages": Shape(lambda rows: (TURN_LISTS,), _from_chat),
+    "alpaca": Shape(lambda rows: (("instruction",), ("output",)), _from_alpaca, (*SYSTEM, INPUT)),
 }
 
 
@@ -70,7 +114,7 @@ def fields_to_read(names: Sequence[str], rows: RowFormat) -> list[str]:
     shape = SHAPES[rows.shape]
     if not shape.fits(names, rows):
         return list(names)
-    wanted = {rows.keys[0], *shape.optional}.union(*shape.fields(rows))
+    wanted = {rows.keys[0], *shape.beside(rows)}.union(*shape.fields(rows))
     return [name for name in names if name in wanted]
 
 
@@ -91,4 +135,7 @@ def examples_of(row: Row, place: str, rows: RowFormat, noted: Counter[str] | Non
         if "text" in row:
             raise BadRow("plain text", f"{place}: a document (its fields: {shown(sorted(row))}); --split-sentences "
                                        "makes examples of such")
+    if lost := next((key for key in shape.lost(rows) if _is_lost(row, key, rows)), None):
+        raise BadRow("lost field", f"{place}: {lost}={shown(row[lost])} belongs to the prompt and would be lost; write "
+                                   f"it into the question, or give --ignore-fields {lost}")
     return shape.examples(row, place, rows, noted)

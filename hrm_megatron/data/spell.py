@@ -19,6 +19,13 @@ class Spelled(NamedTuple):
     too_long: list[tuple[int, int]]  # which examples do not fit, and how long their prefix is
     truncated: list[int]  # which examples have a target that was cut, and so no end token
 
+    def holding(self, token: int) -> np.ndarray:
+        """Say of each text of all examples, [2 x examples], whether a token stands in what is stored of it."""
+        found = np.zeros(2 * (len(self.kept) + len(self.too_long)), bool)
+        at = np.searchsorted(self.lengths.reshape(-1).cumsum(), np.flatnonzero(self.ids == token), "right")
+        found[2 * np.array(self.kept, np.int64)[at // 2] + at % 2] = True
+        return found
+
 
 def spell(tokenizer: TextTokenizer, conditions: Sequence[str], texts: Texts, context_size: int) -> Spelled:
     """Spell examples of these conditions and texts, instruction, response, instruction, ..., each in at most

@@ -48,6 +48,12 @@ class Spelling:
         for tag in self.tags:
             if not tag or tag != tag.strip() or "," in tag:
                 raise ConfigError(f"--tag {tag!r}: a tag's name has no comma and no space around it")
+        flags = {self.boq: "--boq", self.eoq: "--eoq", self.eoa: "--eoa"}  # of which two may name one token
+        for tag, token in self.tags.items():
+            if token in flags:
+                raise ConfigError(f"--tag {tag}={token}: {flags[token]} has that token too, and a model could not tell "
+                                  "them apart; give the tag a token of its own")
+            flags[token] = f"--tag {tag}"
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -74,7 +80,10 @@ class Spelling:
                               "tokenizer's folder again") from error
         if odd := [token for token in (boq, eoq, eoa, *tags.values(), *in_text) if not isinstance(token, str)]:
             raise ConfigError(f"{path}: {odd[0]!r} is no token; copy the tokenizer's folder again")
-        return cls(boq, eoq, eoa, tags, in_text)
+        try:
+            return cls(boq, eoq, eoa, tags, in_text)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def tags_of(condition: str, known: Iterable[str] = TAG_TOKENS) -> list[str]:

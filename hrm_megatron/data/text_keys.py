@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from unicodedata import normalize
 
 import numpy as np
 
-from hrm_megatron.data.characters import Texts
+from hrm_megatron.data.example_batch import ExampleBatch
 from hrm_megatron.data.shards import KEY
 
 _LENGTHS = struct.Struct("<3Q")
@@ -21,8 +21,9 @@ class TextKeys:
         self._prompts: list[bytes] = []
         self._examples: list[bytes] = []
 
-    def add(self, conditions: Sequence[str], texts: Texts, chosen: Iterable[int]) -> None:
+    def add(self, batch: ExampleBatch, chosen: Iterable[int]) -> None:
         """Take the chosen examples of a batch, by their numbers in it."""
+        conditions, texts, questions = batch.conditions, batch.texts, batch.questions
         heads = {condition: condition.encode() for condition in set(conditions)}
         starts, ends = texts.stripped.T
         # Without a prompt, as at the beginning of a plain document, nothing else tells examples apart.
@@ -32,11 +33,12 @@ class TextKeys:
         utf8, prompt_of = texts.utf8, prompts.tolist()
         for i in chosen:
             prompt = prompt_of[i]
-            self._prompts.append(_prompt_key(utf8[prompt]) if plain[i] else prompt_key(texts[prompt]))
+            self._prompts.append(prompt_key(questions[i]) if i in questions else
+                                 _prompt_key(utf8[prompt]) if plain[i] else prompt_key(texts[prompt]))
             self._examples.append(example_key(heads[conditions[i]], utf8[2 * i], utf8[2 * i + 1]))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return a key [n] of each instruction and two [n, 2] of each example."""
+        """Return a key [n] of each question and two [n, 2] of each example."""
         return (np.frombuffer(b"".join(self._prompts), KEY),
                 np.frombuffer(b"".join(self._examples), KEY).reshape(-1, 2))
 

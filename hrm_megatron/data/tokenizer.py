@@ -25,6 +25,8 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + BYTES
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 MADE_FROM_FILE = "made_from.json"  # where it was trained here
+SPELLS_AS = "spells_as"  # in INFO_FILE, where it is beside an export: its own fingerprint > the trained tokenizer's
+VARIED_TEXT = "It's Caf\u00e9 no. 12, \u4f60\u597d \U0001f600 x\u00b2:\n\n\tif a  < b { print(\"c\\\\d\") }"
 PAD_TOKENS = (PAD, "<|endoftext|>")  # what fills up batches, where a tokenizer has it; else its end of answers
 TRAIN_COMMAND = "python tools/train_tokenizer.py"
 
@@ -55,14 +57,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 
 
 
 def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, spelling: Spelling | None = None,
-                    **settings: object) -> dict[str, str]:
+                    of_export: str | None = None, **settings: object) -> dict[str, str]:
     """Return the files, name > text, of a folder `name` that `TextTokenizer` and transformers' AutoTokenizer load.
 
+    `of_export` is the fingerprint of a tokenizer that spells all texts alike, as which this one is then known;
     `settings` are more of transformers' for its tokenizer_config.json.
     """
-    spelling = spelling or Spelling()
+    spelling, contents = spelling or Spelling(), tokenizer.to_str(pretty=True)
+    known = {SPELLS_AS: {fingerprint_of(contents.encode(), spelling): of_export}} if of_export else {}
     return {
-        TOKENIZER_FILE: tokenizer.to_str(pretty=True),
+        TOKENIZER_FILE: contents,
         CONFIG_FILE: json.dumps({
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": spelling.boq,
             "eos_token": spelling.eoa, "pad_token": pad_token,
@@ -70,7 +74,7 @@ def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, spell
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False, **settings}, indent=1),
         INFO_FILE: json.dumps({
-            "tokenizer_path": name, **spelling.to_info(), "vocab_size": tokenizer.get_vocab_size()}, indent=1),
+            "tokenizer_path": name, **spelling.to_info(), "vocab_size": tokenizer.get_vocab_size(), **known}, indent=1),
     }
 
 
@@ -133,8 +137,8 @@ class TextTokenizer:
         if missing := [token for token in (*self.spelling.controls, *self.spelling.in_text) if token not in ids]:
             raise ConfigError(f"{self.path}: special tokens missing: {', '.join(missing)}; train a tokenizer with "
                               f"{TRAIN_COMMAND}, or name those that it has with --boq, --eoq, --eoa and --tag")
-        self.fingerprint = hashlib.sha256(contents if self.spelling == Spelling() else
-                                          contents + json.dumps(self.spelling.to_info()).encode()).hexdigest()
+        own = fingerprint_of(contents, self.spelling)
+        self.fingerprint = spells_as(self.path).get(own, own)
         self.hidden_strings = strings_of(token.content for token in self.tokenizer.get_added_tokens_decoder().values()
                                          if token.special)  # those that no text becomes
         self.boq, self.eoq, self.eoa = (ids[token] for token in self.spelling.controls[:3])
@@ -144,23 +148,17 @@ class TextTokenizer:
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
         self._check_that_text_stays_text()
-        lost = sum(self.tokenizer.token_to_id(byte) is None for byte in pre_tokenizers.ByteLevel.alphabet()) \
-            if isinstance(self.tokenizer.decoder, decoders.ByteLevel) else 0
-        if lost:
-            log.warning("%s: %d of %d bytes have no token; characters that need them are dropped", self.path, lost,
-                        BYTES)
+        octets = pre_tokenizers.ByteLevel.alphabet() if isinstance(self.tokenizer.decoder, decoders.ByteLevel) else []
+        self.lost_bytes = sum(self.tokenizer.token_to_id(byte) is None for byte in octets)
+        if self.lost_bytes:
+            log.warning("%s: %d of %d bytes have no token; characters that need them are dropped", self.path,
+                        self.lost_bytes, BYTES)
         self.engine = TokenizersEngine(self.tokenizer) if engine == "tokenizers" else open_engine(
             engine, self.tokenizer, json.loads(self.tokenizer.to_str()))
 
     def _load(self, contents: bytes) -> Tokenizer:
         """Read a tokenizer.json, in which those tokens are special that no text may hold, and no others of ours."""
-        try:
-            tokenizer = Tokenizer.from_str(contents.decode("utf-8"))
-        except BaseException as error:  # bare Exception, or a panic of Rust, which is none
-            if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-                raise
-            raise ConfigError(f"{self.path}: not a tokenizer ({' '.join(str(error).split())}); train one with "
-                              f"{TRAIN_COMMAND}") from error
+        tokenizer = parsed(self.path, contents)
         hidden = {*SPECIAL_TOKENS, *self.spelling.controls}
         added = tokenizer.get_added_tokens_decoder()
         special = {i: (token.special or token.content in hidden) and token.content not in self.spelling.in_text
@@ -179,14 +177,33 @@ class TextTokenizer:
         texts = [(i, text) for i, token in special.items() for text in (token, f"a{token}a", f"a {token} a")]
         spelled = self.tokenizer.encode_batch([text for _, text in texts], add_special_tokens=False)
         taken = {special[i]: None for (i, _), found in zip(texts, spelled, strict=True) if i in found.ids}
-        if taken:  # for what it does not know it has a token on purpose
-            model = json.loads(self.tokenizer.to_str())["model"]
-            unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
-            taken.pop(unknown, None)
+        if taken and self.unknown is not None:  # for what it does not know it has a token on purpose
+            taken.pop(str(self.tokenizer.id_to_token(self.unknown)), None)
         if taken:
             raise ConfigError(f"{self.path}: its model, {type(self.tokenizer.model).__name__}, makes the special token "
                               f"of any text that holds {', '.join([*taken][:3])}{' ...' * (len(taken) > 3)}; take a "
                               f"tokenizer whose model has no such piece, or train one with {TRAIN_COMMAND}")
+
+    @functools.cached_property
+    def unknown(self) -> int | None:
+        """The token that the model spells what it has none for as; None where it has no such token, or it is a control
+        token, which stands in examples anyway."""
+        model = self.tokenizer.model
+        if isinstance(model, models.Unigram):
+            found = json.loads(self.tokenizer.to_str())["model"].get("unk_id")
+        else:
+            found = None if model.unk_token is None else self.tokenizer.token_to_id(model.unk_token)
+        return None if found in (self.boq, self.eoq, self.eoa, *self.tag_ids.values()) else found
+
+    def loss(self) -> str | None:
+        """Say what becomes of a text of many kinds of characters on its way to ids and back; None where it stays as it
+        is, or the bytes that are lost were counted on opening."""
+        ids = self.tokenizer.encode(VARIED_TEXT, add_special_tokens=False).ids
+        back = self.decode(ids)
+        if self.lost_bytes or back.strip() == VARIED_TEXT:
+            return None
+        return (f"{self.path}: {VARIED_TEXT!r} comes back as {back!r} from this tokenizer; what it loses, no model "
+                "of it can read or write")
 
     def encode_examples(self, conditions: Sequence[str], texts: Sequence[str]) -> Ragged:
         """Spell examples, whose texts are instruction, response, instruction, ..., as prefix, target, prefix, ...: boq,
@@ -230,11 +247,51 @@ class TextTokenizer:
     @functools.cached_property
     def vocabulary(self) -> str:
         """Hash all tokens and their ids: exports may differ from the trained tokenizer in settings, not in these."""
-        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
+        return vocabulary_of(self.tokenizer)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; special tokens have none."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def parsed(path: Path, contents: bytes) -> Tokenizer:
+    """Read the contents of a tokenizer.json at `path`."""
+    try:
+        return Tokenizer.from_str(contents.decode("utf-8"))
+    except BaseException as error:  # bare Exception, or a panic of Rust, which is none
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise ConfigError(f"{path}: not a tokenizer ({' '.join(str(error).split())}); train one with {TRAIN_COMMAND}"
+                          ) from error
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> str:
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def vocabulary_beside(folder: Path) -> str | None:
+    """Hash the tokens of a folder's tokenizer.json, of any making; None where there is none that can be read."""
+    path = folder / TOKENIZER_FILE
+    try:
+        return vocabulary_of(parsed(path, path.read_bytes()))
+    except (OSError, ConfigError):
+        return None
+
+
+def fingerprint_of(contents: bytes, spelling: Spelling) -> str:
+    """Hash a tokenizer.json and how it is used."""
+    return hashlib.sha256(contents if spelling == Spelling() else
+                          contents + json.dumps(spelling.to_info()).encode()).hexdigest()
+
+
+def spells_as(tokenizer_file: Path) -> dict[str, str]:
+    """Read from the tokenizer_info.json of an export which tokenizer it spells as: its own fingerprint > that one's."""
+    path = tokenizer_file.with_name(INFO_FILE)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get(SPELLS_AS)
+    except (OSError, ValueError, AttributeError):  # none there, or one that is no settings
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def tokenizer_file(path: str | Path) -> Path:

@@ -89,6 +89,25 @@ def test_a_file_named_twice_is_read_once(write_jsonl, tmp_path, monkeypatch):
     assert [file.name for file in find_inputs(["a.jsonl", str(path), "."])] == ["a.jsonl"]
 
 
+@pytest.mark.parametrize("names, named", [
+    (["data/train-0-of-1.jsonl", "data/test-0-of-1.jsonl"], ["test", "train"]),
+    (["train/a.jsonl", "validation/a.jsonl"], ["train", "validation"]),
+    (["my/Train.jsonl", "my/dev.jsonl"], ["train", "dev"]),
+    (["train/a.jsonl", "train/b.jsonl"], []), (["training.jsonl", "testing.jsonl", "test.jsonl"], [])])
+def test_splits_that_are_read_together_are_named(write_jsonl, tmp_path, caplog, names, named):
+    files = [write_jsonl(name, [GOOD]) for name in names]
+    for given in (tmp_path, tmp_path / "**/*.jsonl"):
+        caplog.clear()
+        assert {*find_inputs([str(given)])} == {*files}
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == bool(named) and all(f"{split} ({tmp_path}/" in said[0] for split in named)
+        if named:
+            assert said[0].startswith(f"--input {given}: splits of a dataset are all read, to be trained on: ")
+    caplog.clear()
+    find_inputs(map(str, files))  # named one by one
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("name", [b"caf\xe9/a.jsonl", b"caf\xe9.jsonl"])
 def test_a_name_that_is_not_utf8_is_refused(tmp_path, write_jsonl, name):
     path = write_jsonl(os.fsdecode(name), [GOOD])

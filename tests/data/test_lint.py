@@ -3,6 +3,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.characters import Texts
@@ -51,6 +52,7 @@ def test_what_json_makes_of_latex_is_found(text):
 
 def test_clean_texts_have_nothing_to_warn_of(tokenizer):
     assert found(rows_of(CLEAN), tokenizer.hidden_strings).lines() == []
+    assert (tokenizer.loss(), tokenizer.unknown) == (None, None)
     assert len(set(BROKEN_LATEX)) == len(BROKEN_LATEX)
 
 
@@ -106,6 +108,24 @@ def test_parts_give_what_the_whole_gives(tokenizer):
         parts.merge(Lint.from_json(json.loads(json.dumps(part.to_json()))))
     whole = found(placed, tokenizer.hidden_strings)
     assert (parts.lines(), parts.first) == (whole.lines(), whole.first)
+
+
+def test_characters_without_a_token_are_found_with_their_texts(tmp_path, write_jsonl, caplog):
+    made = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<unk>", "a", "b"])}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TextTokenizer(tmp_path)
+    texts = [("a", "b"), ("a " * 30, "c"), ("b c", "a"), ("a", "c d " * 9), ("a", "b " * 9 + "c")]
+    path = write_jsonl("rows.jsonl", [dict(condition="cot", instruction=q, response=a) for q, a in texts])
+    (piece,) = pieces(path)
+    encoded = encode_chunk(tokenizer, piece, RowFormat(), 12)
+    assert len(encoded.bad_rows) == 1  # the second row has no room for its response, the last none for its end
+    assert (encoded.lint.counts["unknown"], encoded.lint.first["unknown"]) == (2, f"{path}:3 (instruction)")
+    with pytest.raises(ConfigError, match="lint: 2 texts with characters that the tokenizer has no token for"):
+        preprocess([path], tmp_path / "x", tokenizer, context_size=12, lint="error", skip_bad_rows=True)
+    (said,) = caplog.messages
+    assert said.startswith(f"{tokenizer.path}: ") and "caf\u00e9" in said.lower() and "comes back as '<unk> " in said
 
 
 @pytest.mark.parametrize("workers", [1, 2])

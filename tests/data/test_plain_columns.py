@@ -67,6 +67,7 @@ def test_columns_that_are_read_at_once(table):
       for text in (b"\xff", b"caf\xe9", b"\xed\xa0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80", b"\x80")),
     # Two halves of a character, each in a text of its own.
     table_of(instruction=octets("a", b"\xc3"), response=octets("a", b"\xa9")),
+    table_of(input=["a", "b"]), table_of(context=["a", "b"]), table_of(system=[None, None]),
     table_of(dict(condition=None)), table_of(dict(condition="loud")), table_of(dict(condition="direct,")),
     *(table_of(**{key: None}) for key in GOOD), *(table_of(**{key: column}) for key in GOOD for column in (
         [1, 2], [b"a", b"b"], [["a"], ["b"]], [{"a": "b"}] * 2, [None, None], pa.array(["a", "b"], pa.string_view()))),

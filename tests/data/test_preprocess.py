@@ -165,18 +165,22 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(write_jsonl, tmp_path, token
 
     done = run_script("preprocess_data", "--input", path, "--output-prefix", tmp_path / "out" / "x",
                       "--tokenizer-model", tokenizer.path, preexec_fn=limit)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert done.stderr.startswith(f"error: {tmp_path / 'out' / 'x'}: cannot write (File too large); free some space")
+    *facts, error = done.stderr.splitlines()
+    assert done.returncode == 1 and not [line for line in facts if "error" in line], done.stderr
+    assert error.startswith(f"error: {tmp_path / 'out' / 'x'}: cannot write (File too large); free some space")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_both_tools_run_as_programs(write_jsonl, tmp_path):
     path = write_jsonl("a.jsonl", map(good_row, range(40)))
     done = run_script("train_tokenizer", "--input", path, "--output", tmp_path / "tok", "--vocab-size", 300)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'tok'}: 300 entries\n", "")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'tok'}: 300 entries\n")
+    shape = f"row shape: fields, as in {path}:1"
+    assert done.stderr.splitlines() == [shape, "all texts are read; learning entries from them"]
     done = run_script("preprocess_data", "--input", path, "--output-prefix", tmp_path / "x", "--tokenizer-model",
-                      tmp_path / "tok", "--workers", 2)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{tmp_path / 'x'}: 40 examples, ")
+                      tmp_path / "tok", "--workers", 2, "--tokenizer-engine", "tokenizers")
+    assert done.returncode == 0 and done.stdout.startswith(f"{tmp_path / 'x'}: 40 examples, ")
+    assert done.stderr.splitlines() == [shape]
     assert examples_of(tmp_path / "x") == expected(TextTokenizer(tmp_path / "tok"), [path])
 
 

@@ -21,7 +21,7 @@ from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.readers import ahead, is_blank, pieces, read_piece
 from hrm_megatron.data.readers.column_values import Checks
 from hrm_megatron.data.readers.columns import _slices
-from tests.data.formats import FLAT, NESTED, checked_zstd, lines, save_dataset, table, viewed
+from tests.data.formats import FLAT, NESTED, arrow, checked_zstd, lines, save_dataset, table, viewed
 
 GOOD = {"condition": "direct", "instruction": "2 + 3?", "response": "5"}
 ROWS = RowFormat()
@@ -139,6 +139,27 @@ def test_folders_take_all_kinds_and_leave_what_a_dataset_has_beside_its_rows(tmp
         "saved/data-00001-of-00002.arrow"])
     (unread,) = [record.getMessage() for record in caplog.records]
     assert unread == f"not read: {tmp_path}/README.md, {tmp_path}/saved/cache-0a1b.arrow"
+
+
+def test_what_the_library_computed_is_not_read_beside_what_it_cached(tmp_path, caplog):
+    """As load_dataset leaves it in its cache, and a dictionary of two splits saved to disk."""
+    rows = rows_of(4)
+    (tmp_path / "cache").mkdir()
+    for name in ("json-train.arrow", "cache-0a1b.arrow", "cache-0a1b_00000_of_00002.arrow"):
+        arrow(pa.ipc.new_stream, rows, tmp_path / "cache" / name)
+    (tmp_path / "cache" / "dataset_info.json").write_text("{}")
+    assert find_inputs([str(tmp_path / "cache")]) == [tmp_path / "cache" / "json-train.arrow"]
+    assert caplog.messages == [f"not read: {tmp_path}/cache/cache-0a1b.arrow, "
+                               f"{tmp_path}/cache/cache-0a1b_00000_of_00002.arrow"]
+    caplog.clear()
+    (tmp_path / "saved").mkdir()
+    for split in ("train", "test"):
+        save_dataset(rows, tmp_path / "saved" / split)
+        (tmp_path / "saved" / split / "cache-0a1b.arrow").unlink()
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert len(find_inputs([str(tmp_path / "saved")])) == 4
+    (said,) = caplog.messages
+    assert f"train ({tmp_path}/saved/train/data-00000-of-00002.arrow)" in said and "not read" not in said
 
 
 def test_a_file_and_its_packed_copy_are_read_and_named(tmp_path, caplog):

@@ -2,12 +2,15 @@
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hrm_megatron.data.example import BadRow, Example, RowFormat, parse_object
-from hrm_megatron.data.row_shapes import SHAPES, examples_of, shape_of
+from hrm_megatron.data.example_batch import ExampleBatch
+from hrm_megatron.data.row_shapes import SHAPES, examples_of, fields_to_read, shape_of
+from hrm_megatron.data.text_keys import TextKeys
 
 ROOT = Path(__file__).parents[2]
 CHAT = RowFormat(default_condition="", shape="messages")
@@ -69,6 +72,29 @@ def test_turns_out_of_the_common_order_are_kept_and_counted():
                      "turns behind the last of the assistant, left out": 1}
 
 
+def test_masked_answers_are_in_prefixes_and_are_not_learned():
+    noted = Counter()
+    turns = [Q, turn("assistant", "6", weight=0), turn("user", "Sure?"), turn("assistant", "5", weight=1, train=None),
+             turn("user", "Why?"), turn("assistant", "So.", loss=False)]
+    assert chat(*turns, noted=noted) == [("User: 2 + 3?\n\nAssistant: 6\n\nUser: Sure?", "5")]
+    assert noted == {"turns of the assistant that are masked, kept in prefixes": 1,
+                     "turns behind the last of the assistant, left out": 2}
+    with pytest.raises(BadRow, match="x:1: the assistant answers nothing; weight or train or loss masks all of its"):
+        chat(Q, turn("assistant", "5", train=False))
+
+
+def test_all_answers_of_a_chat_are_split_by_its_first_question():
+    first, masked = Example("", "2 + 3?", "5"), turn("assistant", "5", weight=0)
+    for answer in (A, masked):
+        row = {"messages": [Q, answer, turn("user", "And 4?"), turn("assistant", "9"), Q, A]}
+        batch = ExampleBatch.of(("x:1", example) for example in [first, *examples_of(row, "x:1", CHAT)])
+        keys = TextKeys()
+        keys.add(batch, range(len(batch.conditions)))
+        prompts, whole = keys.arrays()
+        assert len(prompts) == (4 if answer is A else 3) and len({*prompts.tolist()}) == 1
+        assert len({*whole[1:, 0].tolist()}) == len(prompts) - 1
+
+
 BAD_CHATS = [
     ("hello", "no turns", "messages='hello' is not a list of turns"), ([], "no turns", "is not a list of turns"),
     (["hello"], "no turns", "x:1, messages[0]: 'hello' is not a turn"),
@@ -83,6 +109,8 @@ BAD_CHATS = [
     ([Q, turn("assistant", "", tool_calls=[{"name": "f"}])], "tool call", "tool_calls would be lost"),
     ([Q, turn("assistant", "5", reasoning_content="2, then 3")], "thought", "reasoning_content would be lost; write"),
     ([Q, turn("assistant", "5", thinking=["2"])], "thought", "messages[1]: thinking would be lost; write the thought"),
+    ([Q, turn("assistant", "5", refusal="No.")], "refusal", "refusal would be lost; write the refusal into"),
+    ([Q, turn("assistant", "5", weight=0.5)], "unknown weight", "messages[1]: weight=0.5 is neither 0 (no loss) nor 1"),
     ([turn("user", [{"type": "image", "url": "u"}]), A], "turn is no text", "image"),
     ([turn("user", "a\ud800"), A], "invalid Unicode", "half a surrogate pair"),
     ([turn("user", "a" * 101), A], "row too long", "a text of 101 characters"),
@@ -112,6 +140,49 @@ def test_a_chat_whose_prefixes_grow_beyond_measure_is_one_bad_row():
                 examples_of({"messages": turns}, "x:1", rows)
         else:
             assert len(examples_of({"messages": turns}, "x:1", rows)) == 25
+
+
+@pytest.mark.parametrize("row, shape, prefix", [
+    ({"instruction": "Sum up.", "input": "A text.", "response": "5"}, "fields", "Sum up.\n\nA text."),
+    ({"instruction": "a?", "response": "5", "system_prompt": "Be brief.", "context": " ", "tools": "[]"}, "fields",
+     "Be brief.\n\na?"),
+    ({"instruction": "a?", "input": "b", "output": "5", "system": "Be brief.", "history": []}, "alpaca",
+     "Be brief.\n\na?\n\nb"),
+    ({"instruction": "Sort it.", "input": "[]", "output": "5", "system": None}, "alpaca", "Sort it.\n\n[]"),
+    ({"messages": [Q, A], "system": "Be brief.", "tools": None}, "messages", "Be brief.\n\n2 + 3?"),
+    ({"messages": [SYSTEM, Q, A], "system": "Be brief.\n"}, "messages", "Be brief.\n\n2 + 3?")])
+def test_parts_of_a_prompt_in_fields_of_their_own_are_spelled(row, shape, prefix):
+    rows = RowFormat(default_condition="", shape=shape)
+    assert examples_of(row, "x:1", rows) == [Example("", prefix, "5")]
+    assert {*row} <= {*fields_to_read([*row, "id"], rows)} and "id" not in fields_to_read([*row, "id"], rows)
+    ignoring = replace(rows, ignored_fields=("input", "system", "system_prompt"))
+    assert examples_of(row, "x:1", ignoring)[0].instruction in (
+        "Sum up.", "Sort it.", "a?", "2 + 3?", "Be brief.\n\n2 + 3?" if SYSTEM in row.get("messages", ()) else "")
+
+
+@pytest.mark.parametrize("field", ["context", "documents", "history", "tools", "functions"])
+@pytest.mark.parametrize("row, shape", [
+    ({"instruction": "a?", "response": "5"}, "fields"), ({"instruction": "a?", "output": "5"}, "alpaca"),
+    ({"messages": [Q, A]}, "messages")])
+def test_parts_of_a_prompt_that_no_shape_spells_are_not_dropped_without_a_word(row, shape, field):
+    rows, value = RowFormat(default_condition="", shape=shape), [["q1", "a1"]] if field == "history" else "It matters."
+    with pytest.raises(BadRow, match=f"x:1: {field}=.*would be lost; write it into .*--ignore-fields {field}") as bad:
+        examples_of({**row, field: value}, "x:1", rows)
+    assert bad.value.kind == "lost field" and field in fields_to_read([*row, field], rows)
+    assert len(examples_of({**row, field: value}, "x:1", replace(rows, ignored_fields=(field,)))) == 1
+    if shape == "fields":  # whatever a flag names has the meaning that it gives
+        assert len(examples_of({"q": "a?", field: "5"}, "x:1", replace(rows, keys=("condition", "q", field)))) == 1
+
+
+@pytest.mark.parametrize("row, shape, message", [
+    ({"q": "a?", "a": "5", "input": "b"}, "fields", "input='b' belongs to the prompt and would be lost"),
+    ({"messages": [SYSTEM, Q, A], "system": "Be long."}, "messages", "'Be long.' beside the turns, 'Be brief.' as"),
+    ({"instruction": "a?", "output": "5", "system": "a", "system_prompt": "b"}, "alpaca", "system and system_prompt"),
+    ({"messages": [Q, A], "system": ["a"]}, "messages", r"system=\['a'\] is not a string")])
+def test_a_prompt_whose_parts_have_no_clear_place_is_a_bad_row(row, shape, message):
+    keys = ("condition", "q", "a") if "q" in row else RowFormat().keys
+    with pytest.raises(BadRow, match=f"x:1: .*{message}"):
+        examples_of(row, "x:1", RowFormat(keys, default_condition="", shape=shape))
 
 
 FIELDS_ROW = {"condition": "", "instruction": "2 + 3?", "response": "5"}

@@ -89,6 +89,20 @@ def test_any_tokenizer_spells_with_the_tokens_that_are_named(foreign, write_json
         tokenizer.encode_prefix("cot", "a")
 
 
+@pytest.mark.parametrize("more, said", [
+    ({"tags": {"kurz": "<d>", "lang": "<d>"}}, "--tag lang=<d>: --tag kurz has that token too"),
+    ({"tags": {"kurz": "<q>"}, "boq": "<q>"}, "--tag kurz=<q>: --boq has that token too"),
+    ({"tags": {"kurz": "<e>"}, "eoq": "<e>", "eoa": "<e>"}, "--tag kurz=<e>: --eoa has that token too")])
+def test_a_token_has_one_meaning(tmp_path, more, said):
+    with pytest.raises(ConfigError, match=said):
+        Spelling(**more)
+    assert Spelling(eoq="<e>", eoa="<e>").eoq == "<e>"  # behind a turn, whosoever
+    named = {"condition_mapping" if key == "tags" else key: value for key, value in more.items()}
+    (tmp_path / INFO_FILE).write_text(json.dumps({**Spelling().to_info(), **named}))
+    with pytest.raises(ConfigError, match=f"{INFO_FILE}: {said}"):
+        Spelling.beside(tmp_path / "tokenizer.json")
+
+
 def test_exports_spell_as_the_data_was_spelled(foreign, write_jsonl, tmp_path, tool):
     rows, prefix = write_rows(write_jsonl), str(tmp_path / "x")
     assert tool("preprocess_data")(["--input", str(rows), "--output-prefix", prefix, "--tokenizer-model", str(foreign),
@@ -122,7 +136,7 @@ def test_a_repeated_command_keeps_its_tokenizer_and_refuses_another(foreign, wri
     preprocess(arguments)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "x.tokenizer").iterdir()} == before
     capsys.readouterr()
-    assert preprocess([*arguments, "--eoq", "<plain>"]) == 1
+    assert preprocess([*arguments, "--eoq", "<|im_end|>"]) == 1
     error = capsys.readouterr().err
     assert "x.tokenizer already holds a tokenizer; pass --overwrite or choose another --output-prefix\n" in error
 

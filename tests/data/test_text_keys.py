@@ -27,7 +27,7 @@ def test_keys_stand_in_the_order_of_their_examples():
     examples = [Example("", "q", "1"), Example("", " q ", "2"), Example("", "", "one text"), Example("", "", "another")]
     for part in (examples[:3], examples[3:]):
         batch = ExampleBatch.of(("", example) for example in part)
-        keys.add(batch.conditions, batch.texts, range(len(part)))
+        keys.add(batch, range(len(part)))
     prompts, whole = keys.arrays()
     assert prompts[0] == prompts[1] and len(set(prompts.tolist())) == 3  # without a prompt, the response tells
     assert len({*map(tuple, whole.tolist())}) == 4 and np.array_equal(
@@ -38,7 +38,7 @@ def test_a_prompt_that_needs_no_change_has_the_key_of_any_other_spelling():
     spellings = ["caf\u00e9", " caf\u00e9", "cafe\u0301", "cafe\u0301\n"]
     batch = ExampleBatch.of(("", Example("", text, "a")) for text in spellings)
     keys = TextKeys()
-    keys.add(batch.conditions, batch.texts, range(len(spellings)))
+    keys.add(batch, range(len(spellings)))
     prompts, whole = keys.arrays()
     assert set(prompts.tolist()) == {int.from_bytes(prompt_key("caf\u00e9"), "little")}
     assert len({*map(tuple, whole.tolist())}) == len(spellings)

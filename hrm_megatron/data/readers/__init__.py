@@ -107,14 +107,15 @@ def read_examples(paths: Iterable[Path], rows: RowFormat = ROWS, bad_rows: BadRo
                     yield place, example
 
 
-def with_shape(rows: RowFormat, paths: Sequence[Path]) -> tuple[RowFormat, str]:
-    """Tell the shape of the rows by the first that can be read, and say where that is."""
+def with_shape(rows: RowFormat, paths: Sequence[Path]) -> tuple[RowFormat, str | None]:
+    """Tell the shape of the rows by the first that can be read, and say where that is; None where there is none."""
+    rows = replace(rows, shape=ROWS.shape)
     for path in paths:
         for piece in pieces(path, rows=rows):
             for place, row in piece.read(rows):
                 if not isinstance(row, BadRow):
                     return replace(rows, shape=shape_of(row, rows) or rows.shape), place
-    return rows, "no row"
+    return rows, None
 
 
 def sample_documents(paths: Sequence[Path], rows: RowFormat, characters: int) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """Loops over lines of JSON, compiled as those of kernels.py are: where in plain rows the wanted texts stand.
 
 A line is plain if it is blank, or one object of RFC 8259 in UTF-8 that leaves nothing to decide: keys have no escapes;
-the wanted fields are there once, and are strings; no string has half a surrogate pair; numbers are short, nesting is
-not deep. Every function returns -1 at anything else, which is not told apart here. Nothing but white space between
-lines takes a line end, so no loop runs past the last one, with which the bytes end.
+the wanted fields are there once, and are strings, and none is there that would change what they say; no string has half
+a surrogate pair; numbers are short, nesting is not deep. Every function returns -1 at anything else, which is not told
+apart here. Nothing but white space between lines takes a line end, so no loop runs past the last one, with which the
+bytes end.
 """
 from __future__ import annotations
 
@@ -163,7 +164,8 @@ def field_at(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray) -> int
 
 @compiled
 def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, found: np.ndarray) -> int:
-    """Behind the object that begins at a byte. `found`: where the texts of the fields begin and end, [2 x fields]."""
+    """Behind the object that begins at a byte. `found`: where the texts of the fields begin and end, [2 x fields]; a
+    plain row has none of the fields that are named behind those."""
     for i in range(len(found)):
         found[i] = -1
     depth = 0
@@ -172,6 +174,8 @@ def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, foun
     while True:
         if objects & 1:
             field = field_at(octets, at, names, name_ends) if depth == 1 else -1
+            if 2 * field >= len(found):
+                return -1
             at = behind_key(octets, at)
             if at < 0:
                 return -1

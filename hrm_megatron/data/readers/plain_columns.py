@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from hrm_megatron.data.characters import Texts
 from hrm_megatron.data.example import RowFormat
 from hrm_megatron.data.example_batch import ExampleBatch
-from hrm_megatron.data.readers.plain_rows import good_rows, surely_short
+from hrm_megatron.data.readers.plain_rows import are_fields, good_rows, surely_short
+from hrm_megatron.data.row_shapes import SHAPES
 
 NOTHING, NUL = (pa.scalar(value, pa.large_binary()) for value in (b"", b"\0"))
 
@@ -18,7 +19,7 @@ NOTHING, NUL = (pa.scalar(value, pa.large_binary()) for value in (b"", b"\0"))
 def plain_columns(table: pa.Table, place: Callable[[int], str], rows: RowFormat) -> ExampleBatch | None:
     """Take the examples out of a table whose columns have names of their own; None unless all rows are plain and good.
     """
-    if rows.shape != "fields" or rows.raw or not table.num_rows:
+    if not are_fields(rows) or not table.num_rows or set(SHAPES[rows.shape].beside(rows)) & {*table.column_names}:
         return None
     condition, *texts = (_octets(table, key) for key in rows.keys)
     if condition is None:

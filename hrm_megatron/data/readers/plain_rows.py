@@ -16,6 +16,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.characters import Texts
 from hrm_megatron.data.example import RowFormat
 from hrm_megatron.data.example_batch import BATCH_CHARACTERS, ExampleBatch
+from hrm_megatron.data.row_shapes import SHAPES
 from hrm_megatron.data.spelling import tags_of
 
 LEAST_ROW_BYTES = len('{"":"","":""}\n')
@@ -23,15 +24,16 @@ LEAST_ROW_BYTES = len('{"":"","":""}\n')
 
 def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) -> ExampleBatch | None:
     """Read whole lines, the first of which is `first_line` of the file; None unless all rows are plain and good."""
-    if rows.shape != "fields" or rows.raw:
+    if not are_fields(rows):
         return None
     from hrm_megatron.data.readers.json_kernels import join_texts, rows_of_lines  # late: numba takes half a second
     if not text.endswith(b"\n"):
         text += b"\n"
     octets = np.frombuffer(text, np.uint8)
-    names = [json.dumps(key, ensure_ascii=False).encode("utf-8", "surrogatepass") for key in rows.keys]
+    names = [json.dumps(key, ensure_ascii=False).encode("utf-8", "surrogatepass")
+             for key in (*rows.keys, *SHAPES[rows.shape].beside(rows))]
     most = len(text) // LEAST_ROW_BYTES + 1  # pages that are not written take no memory
-    found, lines = np.empty((most, 2 * len(names)), np.int64), np.empty(most, np.int64)
+    found, lines = np.empty((most, 2 * len(rows.keys)), np.int64), np.empty(most, np.int64)
     count = rows_of_lines(octets, np.frombuffer(b"".join(names), np.uint8), np.cumsum([len(name) for name in names]),
                           rows.max_row_bytes, found, lines)
     if count < 1:
@@ -47,6 +49,11 @@ def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) ->
     texts = Texts(joined[:join_texts(octets, spans, joined, ends)].tobytes(), ends)
     numbers = (lines[:count] + first_line).tolist()
     return good_rows(texts, given, lambda i: f"{file_name}:{numbers[i]}", rows)
+
+
+def are_fields(rows: RowFormat) -> bool:
+    """Say whether rows have their texts in fields of their own."""
+    return rows.shape == "fields" and not rows.raw
 
 
 def surely_short(lengths: np.ndarray, rows: RowFormat) -> bool:

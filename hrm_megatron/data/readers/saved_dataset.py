@@ -1,24 +1,41 @@
-"""Folders that the `datasets` library saves to disk: which of their Arrow files hold the rows."""
+"""Folders that the `datasets` library saves to disk or caches: which of their files hold the rows."""
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from hrm_megatron.config import ConfigError
 
 STATE_FILE = "state.json"
-ITS_OWN_FILES = (STATE_FILE, "dataset_info.json", "dataset_dict.json")  # which hold no rows
+INFO_FILE, DICT_FILE = "dataset_info.json", "dataset_dict.json"
+ITS_OWN_FILES = (STATE_FILE, INFO_FILE, DICT_FILE)  # which hold no rows
+COMPUTED = re.compile(r"cache-.*\.arrow")  # by map, filter, shuffle: rows over again, or their numbers
+SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?![a-z])", re.IGNORECASE)  # how the name of one begins
+
+
+def splits_of(files: Sequence[Path]) -> dict[str, Path]:
+    """Name the splits of a dataset that files, or folders around them, are called after, and the first file of each."""
+    around = len(Path(os.path.commonpath([file.parent for file in files])).parts) if files else 0
+    found: dict[str, Path] = {}
+    for file in files:
+        if split := next(filter(None, map(SPLIT.match, file.parts[around:])), None):
+            found.setdefault(split[1].lower(), file)
+    return found
 
 
 def row_files(folder: Path) -> list[Path] | None:
-    """List the files of a saved dataset in their order; None where a folder is none."""
+    """List the files of a saved dataset in their order, or those of a cached one; None where a folder is none."""
     state = folder / STATE_FILE
     try:
         saved = json.loads(state.read_bytes())
         names = [entry["filename"] for entry in saved["_data_files"]]
         chosen = saved.get("_indices_data_files")
     except FileNotFoundError:
-        return None
+        cached = (folder / INFO_FILE).is_file()
+        return [file for file in folder.iterdir() if not COMPUTED.fullmatch(file.name)] if cached else None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{state}: not that of a dataset saved to disk; rename it, or save the dataset again"
                           ) from error

@@ -1,0 +1,67 @@
+"""What those who wait for data are told: a bar on a terminal, lines in a log elsewhere."""
+from __future__ import annotations
+
+import logging
+import time
+from typing import Never, Self
+
+from tqdm import tqdm
+
+LINE_SECONDS = 60.0  # between lines about the progress where there is no terminal
+
+log = logging.getLogger(__name__)
+
+
+def show_log() -> None:
+    """Show what is logged on stderr: of ours also what is no warning."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hrm_megatron").setLevel(logging.INFO)
+
+
+class Bar:
+    """A bar that counts in some unit; where there is no terminal, what it would say is a line in the log at times."""
+
+    def __init__(self, unit: str, unit_scale: bool = False) -> None:
+        self._unit, self._unit_scale = unit, unit_scale
+        self._bar: tqdm[Never] = tqdm(unit=unit, unit_scale=unit_scale, disable=None)
+        self.begin()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def begin(self, total: float | None = None) -> None:
+        """Start, for the first time or again."""
+        self._bar.reset(total)
+        self._done, self._total = 0, total
+        self._started, self._said = time.monotonic(), 0.0
+
+    def advance(self, more: int = 1, note: str = "") -> None:
+        self._done += more
+        self._bar.update(more)
+        if note:
+            self._bar.set_postfix_str(note)
+        if self._bar.disable and (seconds := self.seconds) - self._said >= LINE_SECONDS:
+            self._said = seconds
+            line = tqdm.format_meter(self._done, self._total, seconds, ncols=0, unit=self._unit,  # type: ignore[arg-type]
+                                     unit_scale=self._unit_scale, postfix=note or None)
+            log.info("%s", line.strip())
+
+
+class Progress(Bar):
+    """How far a run is: `read_bytes` of its sources, and `tokens` made of them in `seconds`."""
+
+    def __init__(self) -> None:
+        self.read_bytes = self.tokens = 0
+        super().__init__("B", unit_scale=True)
+
+    def made(self, read_bytes: int, tokens: int) -> None:
+        self.read_bytes += read_bytes
+        self.tokens += tokens
+        self.advance(read_bytes, f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
