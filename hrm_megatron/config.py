@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 
 
 def refuse_beside(flag: str, others: Mapping[str, object]) -> None:
-    """Raise ConfigError if `flag`, which was given, is given with one that it is incompatible with: name > given."""
+    """Raise ConfigError if one of `others` is given beside `flag`: name > whether it is, and `flag` too."""
     for other, given in others.items():
         if given:
             raise ConfigError(f"{flag} is incompatible with {other}: leave one of them out")

@@ -28,7 +28,6 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 
 from hrm_megatron.config import PRESETS, ConfigError  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
-from hrm_megatron.planner.flops import rows_flops  # noqa: E402
 from hrm_megatron.planner.presets import describe_preset  # noqa: E402
 from hrm_megatron.program import write_aside  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
@@ -37,16 +36,20 @@ from hrm_megatron.training.bad_steps import install_bad_steps  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
 from hrm_megatron.training.console import Console  # noqa: E402
 from hrm_megatron.training.curves import install_curves  # noqa: E402
-from hrm_megatron.training.data import count_rows, datasets_provider, open_sources  # noqa: E402
+from hrm_megatron.training.data import Sources, count_rows, datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.data_verification import verify_data  # noqa: E402
 from hrm_megatron.training.dry_run import assumed_vocab_size, describe_dry_run, has_data  # noqa: E402
-from hrm_megatron.training.early_stopping import end_where_stopped, install_early_stopping  # noqa: E402
+from hrm_megatron.training.early_stopping import (  # noqa: E402
+    check_early_stopping,
+    end_where_stopped,
+    install_early_stopping,
+)
 from hrm_megatron.training.error_file import OneLineErrors, one_line  # noqa: E402
 from hrm_megatron.training.evaluation import Evaluation, install_evaluation, settle_evaluation  # noqa: E402
+from hrm_megatron.training.exit_signal import install_exit_signal  # noqa: E402
 from hrm_megatron.training.finetune import install_finetune  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
-from hrm_megatron.training.lora import lora_of  # noqa: E402
 from hrm_megatron.training.loss_spikes import install_loss_spikes  # noqa: E402
 from hrm_megatron.training.match_flops import match_flops  # noqa: E402
 from hrm_megatron.training.optimizer import install  # noqa: E402
@@ -88,13 +91,12 @@ def train(console: Console, saves: SaveLock) -> None:
         return console.answer([describe_preset(args.hrm_preset, PRESETS[args.hrm_preset], given_by_hand(args))],
                               args.verbose)
     matched = match_flops(args, sources.get("all"))
+    evaluation, install_eval_tasks = refuse(args, sources.get("all"))
     if args.dry_run:
-        return console.answer([*matched, *describe_dry_run(args, sources.get("all"))], args.verbose)
+        return console.answer([*matched, *describe_dry_run(args, sources.get("all"), evaluation)], args.verbose)
     check_launch()
     console.settle(args.save or args.tensorboard_dir, args.verbose)
     data = sources["all"]
-    evaluation = settle_evaluation(args, *data.held_out(), data.why_no_validation(args.split))
-    install_eval_tasks = eval_tasks_of(args, evaluation)
     saves.hold(args)
     start, is_left = check_checkpoint(args, evaluation)
     fits = functools.partial(check_fit, args, evaluation)
@@ -106,12 +108,13 @@ def train(console: Console, saves: SaveLock) -> None:
         log.info(line)
     log.info(describe(args))
     sources_by_name = find_sources(args, data.train)
-    step = TrainingStep(args)
+    step = TrainingStep(args, loads=start is not None)
     bad_steps = install_bad_steps(args, step.running_step)
     install(args, step, [evaluation.use, *([bad_steps.guard] if bad_steps else [])])
     install_schedule(args, step)
     install_overlap(args, bad_steps.judge if bad_steps else None)
     install_fsdp(args)
+    install_exit_signal(args)
     install_finetune(args)
     install_evaluation(args, evaluation)
     install_eval_tasks()
@@ -122,7 +125,7 @@ def train(console: Console, saves: SaveLock) -> None:
     install_loss_spikes(args)
     install_early_stopping(args, evaluation)
     watchdog = install_watchdog(args, step)
-    reporter = install_console(args, console, step, functools.partial(rows_flops, lora=lora_of(args)), evaluation)
+    reporter = install_console(args, console, step, evaluation)
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
         if not vp_stage:  # the first call, and the first moment at which there is a process group
@@ -157,6 +160,18 @@ def train(console: Console, saves: SaveLock) -> None:
             watchdog.end()
         torch.distributed.destroy_process_group()
     write_report(args)
+
+
+def refuse(args: argparse.Namespace, data: Sources | None) -> tuple[Evaluation, Callable[[], None]]:
+    """Refuse what cannot be done with these arguments and data, in a dry run as in a run: nothing is written or locked.
+
+    Returns what is evaluated, and what installs `--eval-tasks`. Where there are no data, they are taken to be of every
+    kind. Folders of checkpoints are `check_start`'s, which a run asks once they are locked.
+    """
+    evaluation = settle_evaluation(args, *(data.held_out() if data else (1, 1)),
+                                   data.why_no_validation(args.split) if data else "")
+    check_early_stopping(args, evaluation)
+    return evaluation, eval_tasks_of(args, evaluation)
 
 
 def write_report(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Packed PrefixLM attention behind one door: `core_attention(kernel)` picks the class that a layer builds.
+"""Packed PrefixLM attention behind one door: `core_attention(kernel, dtype, head_dim)` picks what a layer builds.
 
 `DenseAttention` is the definition. The others attend prefixes without a mask and responses with a causal one at the
 bottom right, and never hold a mask of the whole row: `sdpa` and `cpu` by a call for each piece of an example, `varlen`,

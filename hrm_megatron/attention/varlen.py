@@ -85,9 +85,9 @@ def _row_index(runs: Sequence[tuple[int, int, int]], rows: int) -> tuple[torch.T
         (ends.new_zeros(1), ends))
 
 
-def bucket(n: int, smallest: int = 16) -> int:
-    """Round up to a power of two."""
-    return max(smallest, 1 << (n - 1).bit_length())
+def bucket(n: int) -> int:
+    """Round up to a power of two, 16 at least."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def attend_in_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, calls: Sequence[VarlenCall],

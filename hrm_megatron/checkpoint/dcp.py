@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from hrm_megatron.checkpoint.archive import WAY_OUT, DamagedError, check_archive, naming
-from hrm_megatron.checkpoint.manifest import METADATA_FILE, read_manifest
+from hrm_megatron.checkpoint.manifest import METADATA_FILE, read_manifest, size_of
 from hrm_megatron.config import ConfigError
 
 ALLOWED: dict[tuple[str, str], Any] = {
@@ -99,17 +99,18 @@ class DCPFolder:
         """Everything that is stored, file after file, in the order in which it stands there."""
         return self._pieces
 
-    def check_files(self) -> None:
-        """Raise DamagedError unless the pieces fill the files from the first byte to the last."""
+    def check_files(self, rank: int = 0, ranks: int = 1) -> None:
+        """Raise DamagedError unless the pieces fill the files, or this rank's share of them, from the first byte to the
+        last."""
         ends: dict[str, int] = {}
         for piece in self._pieces:
             if piece.start != ends.get(piece.file, 0):
                 raise DamagedError(f"{self.path / piece.file}: {piece.key} begins at byte {piece.start}, what is "
                                    f"before it ends at {ends.get(piece.file, 0)}, says {METADATA_FILE}; {WAY_OUT}")
             ends[piece.file] = piece.start + piece.length
-        for name, end in ends.items():
+        for name, end in [*ends.items()][rank::ranks]:
             place = self.path / name
-            if (size := place.stat().st_size if place.is_file() else 0) != end:
+            if (size := size_of(place) or 0) != end:
                 raise DamagedError(f"{place}: {size} bytes are there, {METADATA_FILE} promises {end}; {WAY_OUT}")
 
     def check_pieces(self, pieces: Iterable[Piece]) -> None:

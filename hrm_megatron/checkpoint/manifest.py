@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,12 +39,11 @@ class Manifest:
     settings: Mapping[str, Any]
     files: Mapping[str, FileRecord]
 
-    def check_sizes(self) -> None:
-        """Raise DamagedError unless all files are there and as long as they were."""
-        for name, record in self.files.items():
+    def check_sizes(self, rank: int = 0, ranks: int = 1) -> None:
+        """Raise DamagedError unless all files, or this rank's share of them, are there and as long as they were."""
+        for name, record in [*self.files.items()][rank::ranks]:
             place = self.folder / name
-            size = place.stat().st_size if place.is_file() else None
-            if size != record.size_bytes:
+            if (size := size_of(place)) != record.size_bytes:
                 state = "not there" if size is None else f"{size} bytes long"
                 raise DamagedError(f"{place}: {state}, {MANIFEST_FILE} says {record.size_bytes} bytes; {WAY_OUT}")
 
@@ -59,6 +59,15 @@ class Manifest:
         if found != self.files.get(name):
             raise DamagedError(f"{self.folder / name}: not what was written there ({MANIFEST_FILE} says otherwise); "
                                f"{WAY_OUT}")
+
+
+def size_of(path: Path) -> int | None:
+    """Return the bytes of a file, None where there is none, by one question: storage has many ranks to answer."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def describe(path: Path) -> FileRecord:

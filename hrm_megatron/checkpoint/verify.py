@@ -25,7 +25,7 @@ FORMAT = CheckpointingConfig("torch_dist")
 def verify(folder: Path, rank: int = 0, ranks: int = 1) -> int:
     """Verify this rank's share of the folder of an iteration, and return of how many bytes the contents were read.
 
-    All ranks look at which files there are and what `.metadata` says; all contents are read once by the ranks together.
+    Each rank reads what `.metadata` says; each file is looked at, and its contents read, once by the ranks together.
     Raises DamagedError with the first thing that is wrong.
     """
     with naming(folder):
@@ -37,17 +37,17 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> int:
 
 
 def check_around_tensors(stored: DCPFolder, rank: int = 0, ranks: int = 1) -> str:
-    """Verify what is cheap: which files there are, how long, and this rank's share of what the manifest covers.
+    """Verify what is cheap of this rank's share of the files: that they are there, how long, what the manifest covers.
 
     Returns a remark where there is no manifest, "" otherwise.
     """
     _check_config(stored.path / CONFIG_FILE)
-    stored.check_files()
+    stored.check_files(rank, ranks)
     if manifest := stored.manifest:
         named = re.fullmatch(r"iter_(\d{7,})", stored.path.name)
         if named and int(named[1]) != manifest.iteration:
             raise DamagedError(f"{stored.path / MANIFEST_FILE}: of iteration {manifest.iteration}; {WAY_OUT}")
-        manifest.check_sizes()
+        manifest.check_sizes(rank, ranks)
         for name in sorted(manifest.files)[rank::ranks]:
             manifest.check_file(name)
     return "" if manifest else WITHOUT_MANIFEST

@@ -39,26 +39,23 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.fixed, self.ablations = fixed, dict(causal=causal, loss_on_prefix=loss_on_prefix)
         self.plan = RowPlan(source, row_tokens, seed, cache_folder, num_rows=0 if fixed else num_rows)
         self.rows_per_epoch = self.period = len(self.plan.rows_of_epoch(0))
-        self.passes, self.window, self.offset = 1, 1, 0
+        self.passes, self.window, self.first = 1, 1, 0
         self.source_of: Callable[[int], int] | None = None  # numbers the sources of examples, where rows shall say them
 
     def __len__(self) -> int:
         return self.num_rows
 
     def read_again(self, passes: int, window: int, first: int) -> None:
-        """Let windows of so many rows be read `passes` times in a row, from the one that begins at row `first` on.
-
-        After reads in whole windows, which is all that a run with these numbers makes, it reads what it would have.
-        """
-        self.passes, self.window, self.offset = passes, window, first % (passes * window)
+        """Let windows of so many rows be read `passes` times in a row, from the one that begins at row `first` on."""
+        self.passes, self.window, self.first = passes, window, first
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         """Return `assemble_row` of the examples in row `row`."""
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows}")
         if self.passes > 1:
-            turn, place = divmod(int(row) - self.offset, self.passes * self.window)
-            row = turn * self.window + place % self.window
+            turn, place = divmod(int(row) - self.first, self.passes * self.window)
+            row = self.first + turn * self.window + place % self.window
         row = int(row) % self.period if self.fixed else int(row)
         if self.fixed and row >= self.rows_per_epoch:
             return assemble_row([], self.row_tokens)

@@ -6,6 +6,8 @@ import errno
 import json
 import logging
 import os
+import platform
+import re
 import shutil
 import tempfile
 import threading
@@ -24,7 +26,10 @@ from hrm_megatron.data.folder_lock import locked_in_place
 from hrm_megatron.program import listening, signals_held
 
 OFFSETS, EXAMPLE_IDS, COUNTS = "offsets.npy", "example_ids.bin", "plan.json"  # files of a planned epoch
-POLL_SECONDS = 0.2
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 5.0  # between two looks for what another process plans: at first, later
+PATIENCE_SECONDS = 300.0  # behind which a process plans what it has left to another one of its node
+STALE_SECONDS = 86_400.0  # no plan takes that long
+VANISHED = (errno.ENOENT, errno.ESTALE)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 Ints = np.ndarray  # [n] integers
@@ -82,22 +87,26 @@ class PlanCache:
         self.folder = folder
 
     def opened(self, name: str, plan: Plan) -> Rows:
-        """Open a planned epoch. One process plans it if nobody has, however long that takes; the others wait."""
-        folder, waiting = self.folder / name, False
+        """Open a planned epoch. One process plans it if nobody has, however long that takes; the others wait.
+
+        Of the processes of a node that a launcher has started, one tries to; that the others look for the folder alone
+        spares storage their locks.
+        """
+        folder, began, pause = self.folder / name, time.monotonic(), POLL_SECONDS
         while not folder.exists():
-            with self._lock(name) as mine:
-                if mine and not folder.exists():
-                    self._write(folder, plan())
-            if not mine:
-                if not waiting:
-                    log.info("data: waiting for the process that plans rows into %s", folder)
-                waiting = True
-                time.sleep(POLL_SECONDS)
+            if _plans_for_its_node() or time.monotonic() - began > PATIENCE_SECONDS:
+                self._plan_alone(folder, plan)
+                if folder.exists():
+                    break
+            if pause == POLL_SECONDS:
+                log.info("data: waiting for the process that plans rows into %s", folder)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL_SECONDS)
         return _load(folder)
 
     def plan_ahead(self, name: str, plan: Plan) -> None:
         """Plan an epoch in a thread, unless it is there or somebody is at it."""
-        if not (self.folder / name).exists():
+        if _plans_for_its_node() and not (self.folder / name).exists():
             threading.Thread(target=self._plan_quietly, args=(name, plan), daemon=True, name="plan").start()
 
     def num_rows(self, name: str) -> int | None:
@@ -106,11 +115,15 @@ class PlanCache:
 
     def _plan_quietly(self, name: str, plan: Plan) -> None:
         try:
-            with self._lock(name) as mine:
-                if mine and not (self.folder / name).exists():
-                    self._write(self.folder / name, plan())
+            self._plan_alone(self.folder / name, plan)
         except ConfigError as error:
             log.warning("data: the next epoch is planned when it begins: %s", error)
+
+    def _plan_alone(self, folder: Path, plan: Plan) -> None:
+        """Plan an epoch unless another process is at it, or has been."""
+        with self._lock(folder.name) as mine:
+            if mine and not folder.exists():
+                self._write(folder, plan())
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[bool]:
@@ -124,7 +137,8 @@ class PlanCache:
         try:
             lock = _locked(file, path)
             if lock is Lock.OURS:
-                for partial in self.folder.glob(f"{name}.partial-*"):  # of a process that was killed
+                # A lock may be a node's own, so that another node's process plans too.
+                for partial in filter(_was_left, self.folder.glob(f"{name}.partial-*")):
                     shutil.rmtree(partial, ignore_errors=True)
             try:
                 yield lock is not Lock.TAKEN
@@ -136,14 +150,16 @@ class PlanCache:
 
     @listening()
     def _write(self, folder: Path, windows: Windows) -> None:
-        """Write a planned epoch so that other processes see all of it or nothing."""
-        partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
+        """Write a planned epoch so that other processes see all of it or nothing; nothing is there if another one has
+        taken what is being written away."""
+        partial = folder.with_name(f"{folder.name}.partial-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex}")
         try:
             partial.mkdir()
             _write_rows(partial, windows)
             partial.rename(folder)
         except OSError as error:
-            if not folder.exists():  # else another process was faster, with the same rows
+            vanished = error.errno in VANISHED and not partial.exists()
+            if not (vanished or folder.exists()):  # another process was faster, with the same rows
                 raise _unwritable(folder, error) from error
         finally:
             with signals_held():
@@ -151,8 +167,8 @@ class PlanCache:
 
 
 class Lock(Enum):
-    """What came of an attempt to lock; NONE: the file system has no locks, so that every process plans for itself and
-    the first rename counts."""
+    """What came of an attempt to lock; NONE: the file system has no locks, so that every node plans for itself and the
+    first rename counts."""
 
     OURS = auto()
     TAKEN = auto()
@@ -169,6 +185,24 @@ def _locked(file: int, path: Path) -> Lock:
         if error.errno not in LOCKS_UNSUPPORTED:
             raise
         return Lock.NONE
+
+
+def _plans_for_its_node() -> bool:
+    """Tell whether this is the process of its node that plans: the first, or one that no launcher has started."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _was_left(partial: Path) -> bool:
+    """Tell whether the process that wrote this folder is known to be gone: it was one of this host, or it began so long
+    ago."""
+    writer = re.fullmatch(r".+\.partial-(.+)-(\d+)-[0-9a-f]+", partial.name)
+    try:
+        if writer and writer[1] == platform.node():
+            os.kill(int(writer[2]), 0)  # sends nothing
+            return False
+        return time.time() - partial.stat().st_mtime > STALE_SECONDS
+    except OSError as error:
+        return error.errno == errno.ESRCH
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:

@@ -19,7 +19,7 @@ from hrm_megatron.attention.te_attention import check_backend
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.layers.offload import keep_on_device, offloaded
 from hrm_megatron.model.head import LabelHead
-from hrm_megatron.model.initialize import draw, initialize
+from hrm_megatron.model.initialize import draw, initialize, leave_to_checkpoint
 from hrm_megatron.model.recurrence import Recorder, Stack, recomputed, run_ticks
 from hrm_megatron.model.schedule import Tick, ticks_of
 from hrm_megatron.model.specs import linear_layers, stack_spec
@@ -35,10 +35,11 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
     `config.num_layers` counts layers per stack.
 
     `pre_process` builds the embedding and z_L's start, `post_process` the exit norms and the head. Weights
-    are drawn from `seed` and their names, so that every parallel layout begins with the same model.
+    are drawn from `seed` and their names, so that every parallel layout begins with the same model; without a seed
+    they are NaN until a checkpoint fills them.
     """
 
-    def __init__(self, config: HRMConfig, seed: int, pre_process: bool = True, post_process: bool = True,
+    def __init__(self, config: HRMConfig, seed: int | None, pre_process: bool = True, post_process: bool = True,
                  pg_collection: Any = None) -> None:
         super().__init__(config, pg_collection)
         arch = config.arch
@@ -72,9 +73,13 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
             self.output_layer = LabelHead(arch.hidden_size, arch.padded_vocab_size, config=whole_rows,
                                           init_method=config.init_method, tp_group=self.tp_group)
         self.setup_embeddings_and_output_layer()
+        starts = [self.zL_init] if pre_process and arch.kind.starts_from_z_l else []
+        if seed is None:
+            leave_to_checkpoint([*self.parameters(), *starts])
+            return
         initialize(self.named_global_parameters(), arch, seed, self.tp_group.rank(), self.tp_group.size())
-        if pre_process and arch.kind.starts_from_z_l:
-            self.zL_init.copy_(draw(seed, "zL_init", self.zL_init.shape))
+        for start in starts:
+            start.copy_(draw(seed, "zL_init", start.shape))
 
     def _set_attention_backend(self) -> None:
         """Export the choice of --attention-backend; other kernels than Transformer Engine's read no such variable."""
@@ -93,8 +98,7 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
             yield ".".join(parts), parameter
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take what the pipeline schedule received (part of the interface that schedules expect)."""
-        self.input_tensor = input_tensor
+        """Take nothing: Megatron's schedules call this, and a whole model's input is its batch."""
 
     def states(self, batch: PackedBatch, bp_steps: int | None = None, record: Recorder | None = None,
                sequences: PrefixSequences | None = None) -> torch.Tensor:

@@ -56,7 +56,7 @@ class Enter(torch.autograd.Function):
 class PipelinedHRM(HRMModel):
     """One stage of a recurrence, which is also the chunk of tick 0."""
 
-    def __init__(self, config: HRMConfig, seed: int, first_stage: bool, last_stage: bool,
+    def __init__(self, config: HRMConfig, seed: int | None, first_stage: bool, last_stage: bool,
                  pg_collection: Any = None) -> None:
         super().__init__(config, seed, pre_process=first_stage, post_process=last_stage, pg_collection=pg_collection)
         self.first_stage, self.last_stage = first_stage, last_stage

@@ -13,9 +13,9 @@ class Tick(NamedTuple):
 
     stack: str  # "H" (slow) or "L" (fast)
     with_grad: bool
-    recompute: bool = False  # keeps only its input and is recomputed in backward
-    reads: str = "LH"
-    writes: str = "H"
+    recompute: bool  # keeps only its input and is recomputed in backward
+    reads: str
+    writes: str
 
 
 def split_bp_steps(h_cycles: int, l_cycles: int, bp_steps: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 
 @contextlib.contextmanager
-def single_rank(seed: int = 1234) -> Iterator[None]:
+def single_rank() -> Iterator[None]:
     """Hold a world of one rank while the block runs (gloo without CUDA, else NCCL); keep one that is there."""
     if torch.distributed.is_initialized():
         yield
@@ -19,7 +19,7 @@ def single_rank(seed: int = 1234) -> Iterator[None]:
                                          store=store)
     try:
         parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)  # Megatron's --seed
         yield
     finally:
         parallel_state.destroy_model_parallel()

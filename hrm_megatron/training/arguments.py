@@ -28,7 +28,13 @@ from hrm_megatron.training.bad_steps import check_policy
 from hrm_megatron.training.checkpoint_args import take_model
 from hrm_megatron.training.curve_flags import check_curves
 from hrm_megatron.training.finetune import fill_settings, settle_folders
-from hrm_megatron.training.flags.values import check_batch, check_evaluation, check_pipeline_flags, check_values
+from hrm_megatron.training.flags.values import (
+    check_batch,
+    check_evaluation,
+    check_pipeline_flags,
+    check_profile,
+    check_values,
+)
 from hrm_megatron.training.fsdp import choose_fsdp
 from hrm_megatron.training.hardware import check_compilation, check_precision, choose_layers
 from hrm_megatron.training.lora import settle_lora
@@ -45,9 +51,11 @@ MOST_DRY_RANKS = 1024
 
 def fill_cycles(args: argparse.Namespace) -> None:
     """Give cycles and gradient ticks that were not named the values of the model type."""
-    for name in ("h_cycles", "l_cycles", "bp_min_steps", "bp_max_steps"):
+    for name in ("h_cycles", "l_cycles", "bp_max_steps"):
         if getattr(args, name) is None:
             setattr(args, name, default_of(MODEL_TYPES[args.model_kind], name))
+    if args.bp_min_steps is None:
+        args.bp_min_steps = min(default_of(MODEL_TYPES[args.model_kind], "bp_min_steps"), args.bp_max_steps)
 
 
 def fill_from_preset(args: argparse.Namespace) -> None:
@@ -85,8 +93,7 @@ def fill_from_preset(args: argparse.Namespace) -> None:
         args.min_lr = args.lr  # HRM-Text, min_ratio 1: a constant rate after the warm-up
     if not 0 <= args.min_lr <= args.lr:
         raise ConfigError(f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}")
-    if args.max_position_embeddings is None:
-        args.max_position_embeddings = args.seq_length
+    args.max_position_embeddings = args.seq_length  # of a table that an HRM does not have; Megatron wants no fewer
 
 
 def layout_of(args: argparse.Namespace) -> Layout:
@@ -184,8 +191,11 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
     check_batch(args)
     check_memory(args, machine)
     choose_fsdp(args, architecture)
-    for bp_steps in (args.bp_min_steps, args.bp_max_steps):
-        ticks_of(architecture, bp_steps)  # refuses impossible ones
+    for flag, bp_steps in (("--bp-max-steps", args.bp_max_steps), ("--bp-min-steps", args.bp_min_steps)):
+        try:
+            ticks_of(architecture, bp_steps)
+        except ConfigError as error:
+            raise ConfigError(f"{error} by {flag}") from error
     check_pipeline_flags(args)
     if args.pipeline_model_parallel_size > 1:
         set_pipeline(args, architecture)
@@ -203,6 +213,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
     refuse_beside("--override-opt-param-scheduler", {
         "--use-checkpoint-opt-param-scheduler": args.override_opt_param_scheduler
         and args.use_checkpoint_opt_param_scheduler})
+    check_profile(args)
     check_policy(args)
     check_ablations(args)
     check_curves(args)

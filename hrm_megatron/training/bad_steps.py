@@ -95,6 +95,9 @@ def check_policy(args: argparse.Namespace) -> None:
 def check_gradients_are_read(args: argparse.Namespace) -> None:
     """Refuse a policy about gradients that nobody looks at."""
     policy = f"--on-nonfinite {args.on_nonfinite}"
+    if args.fp16 and not args.loss_scale:  # for which Megatron turns the check off
+        raise ConfigError(f"{policy}: --fp16 without --loss-scale takes no such step by itself, and lowers its scale; "
+                          "leave the policy out, or give --loss-scale")
     if not args.check_for_nan_in_loss_and_grad:
         raise ConfigError(f"{policy}: looks at nothing with --no-check-for-nan-in-loss-and-grad; leave one of them out")
     if args.use_torch_fsdp2 or args.use_megatron_fsdp:

@@ -4,9 +4,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -33,23 +31,27 @@ from hrm_megatron.checkpoint.folders import (
 from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
 from hrm_megatron.checkpoint.manifest import TENSORS, TRACKER_FILE
 from hrm_megatron.checkpoint.verify import iteration_of
-from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.parallel.patching import around, temporarily
 from hrm_megatron.program import followed, write_aside
 from hrm_megatron.training.bad_steps import last_step_taken
+from hrm_megatron.training.checkpoint_space import check_space
+from hrm_megatron.training.conversion_command import by_converting, converting
 from hrm_megatron.training.early_stopping import delete_older, stopped_early
 from hrm_megatron.training.evaluation import EVALUATED, RAW, Evaluation
-from hrm_megatron.training.finetune import choose_source, go_on
-from hrm_megatron.training.lora import check_adapters, lora_of, saved_bytes
+from hrm_megatron.training.finetune import choose_source, go_on, how_to_evaluate, remark_on_weights
+from hrm_megatron.training.lora import check_adapters, lora_of
 from hrm_megatron.training.loss_spikes import take_losses
 from hrm_megatron.training.restarts import end_helpers_with_their_rank
 from hrm_megatron.training.resume import (
+    KEEP,
     changes,
     check_model,
     check_plan,
     check_vocabulary,
+    context_of,
     digest_of_data,
     nothing_left,
     settle_length,
@@ -85,14 +87,16 @@ def starting_point(args: argparse.Namespace) -> Path | None:
                 log.info(f"checkpoint: {error}; going on from {complete[0]}, the latest that is complete")
                 step = int(complete[0].removeprefix("iter_"))
                 if not args.dry_run:  # which writes nothing
-                    write_aside(tracker, str(step))
+                    try:
+                        write_aside(tracker, str(step))
+                    except OSError as unwritable:
+                        raise ConfigError(f"{tracker}: names an iteration that is not complete, and cannot be written "
+                                          f"({unwritable.strerror}); give --ckpt-step {step}") from unwritable
                 return find_iteration(load, step)
         if form := _foreign_format(Path(load)):
             converted = f"{Path(load)}_megatron"
-            command = shlex.join(["python", "tools/convert_checkpoint.py", "--load", load, "--load-format", form,
-                                  "--save", converted, "--save-format", "megatron"])
-            raise ConfigError(f"{flag} {load}: a folder of the format {form}; convert it once, by `{command}`, and "
-                              f"give {converted}")
+            raise ConfigError(f"{flag} {load}: a folder of the format {form}; convert it once, by "
+                              f"`{converting(load, form, converted)}`, and give {converted}")
         place = followed(Path(load))
         if re.fullmatch(r"iter_\d{7,}", place.name) and is_complete(place):
             raise ConfigError(f"{flag} {load}: is one iteration; give {flag} {place.parent} --ckpt-step "
@@ -109,14 +113,12 @@ def _foreign_format(folder: Path) -> str | None:
     return next((form for file, form in FOREIGN_FORMATS.items() if (folder / file).is_file()), None)
 
 
-def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[Path | None, bool]:
-    """Refuse to train where nothing could be saved, and to go on from a checkpoint that does not fit the run.
+def check_start(args: argparse.Namespace) -> Path | None:
+    """Refuse a --save that holds what is not this run's, and flags about a checkpoint where there is none to load.
 
-    Returns the iteration to go on from, or None, and whether there is anything left to do. The iteration may still be
-    damaged, of which all ranks must hear together.
+    Returns the iteration to go on from, or None. A dry run asks too, and nothing is written then.
     """
     check_verification_flags(args)
-    ours = architecture_of(args, args.vocab_size)
     found = complete_iterations(Path(args.save)) if args.save else []
     if found and args.save != args.load:
         raise ConfigError(f"--save {args.save}: holds {found[-1]} of another run; give --load {args.save} to go on "
@@ -127,6 +129,16 @@ def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[
     folder = starting_point(args)
     if folder is None and args.skip_train:
         raise ConfigError("--skip-train: no checkpoint to evaluate; give one with --load")
+    return folder
+
+
+def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[Path | None, bool]:
+    """Refuse to train where nothing could be saved, and to go on from a checkpoint that does not fit the run.
+
+    Returns the iteration to go on from, or None, and whether there is anything left to do. The iteration may still be
+    damaged, of which all ranks must hear together.
+    """
+    folder = check_start(args)
     if folder is not None:
         try:
             if not check_fit(args, evaluation, folder):
@@ -135,21 +147,21 @@ def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[
             if not args.verify_checkpoint:
                 raise
     if args.save and not args.skip_train:
-        _check_space(args, ours)
+        check_space(args, architecture_of(args, args.vocab_size), steps_done(args, folder) if folder else 0)
     return folder, True
 
 
-def open_of_model(args: argparse.Namespace, folder: Path, knows_vocabulary: bool = True) -> tuple[Any, dict[str, Any]]:
+def open_of_model(args: argparse.Namespace, folder: Path, knows_vocabulary: bool) -> tuple[Any, dict[str, Any]]:
     """Open an iteration and read what is common to its ranks; refuse one that is not of the model and of the format
     that the command line asks for, or not of its vocabulary, if that is known."""
     stored = open_run(folder, args.verify_checkpoint)
-    stored.check_files()
+    if args.dry_run or not args.verify_checkpoint:  # else the ranks share that, with all else that they verify
+        stored.check_files()
     if is_megatron_fsdp(stored) != args.use_megatron_fsdp:
         with_or_without = "without" if args.use_megatron_fsdp else "with"
+        or_convert = "" if args.use_megatron_fsdp else f", or convert it, {by_converting(folder, 'torch_dist')}"
         raise ConfigError(f"{folder}: saved {with_or_without} --use-megatron-fsdp, whose checkpoints have a format of "
-                          f"their own; train {with_or_without} it"
-                          + ("" if args.use_megatron_fsdp else ", or pass the folder through tools/"
-                             "convert_checkpoint.py --load-format megatron --save-format megatron"))
+                          f"their own; train {with_or_without} it{or_convert}")
     common, theirs = read_run(stored)
     ours = architecture_of(args, args.vocab_size if knows_vocabulary else theirs.vocab_size)
     check_model(folder, theirs, ours)
@@ -159,28 +171,35 @@ def open_of_model(args: argparse.Namespace, folder: Path, knows_vocabulary: bool
     return stored, common
 
 
-def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path) -> bool:
+def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path, knows_vocabulary: bool = True) -> bool:
     """Refuse an iteration that the command line does not go on from.
 
     Settles which schedule the run follows from there. Returns whether there is anything left to do: steps, or the
     evaluations with which a run ends.
     """
-    stored, common = open_of_model(args, folder)
+    stored, common = open_of_model(args, folder, knows_vocabulary)
     if args.skip_train:
         return True
+    args.context_tokens = max(args.seq_length, context_of(common["args"]))  # shorter rows do not shorten it
     keys = set(stored.keys())
     if starts_new(args, folder):
         if args.finetune:
             choose_source(args, folder, keys)
+        else:
+            remark_on_weights(folder, keys)
+        if args.use_checkpoint_opt_param_scheduler:
+            log.info(f"schedule: the command line's: {KEEP} takes none from {folder}, from which a new run begins")
         return True
     if args.finetune:
         go_on(args, folder, common["args"])
     iteration = int(common["iteration"])
     settle_length(args, common["args"], iteration)
     args.last_step_taken = last_step_taken(common)
+    evaluation.go_on(common["args"])
     converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
     missing = None if args.no_load_optim else _missing_state(args, stored.shapes(), keys)
-    finished, stopped = nothing_left(iteration, args.train_iters), stopped_early(args, iteration)
+    finished, stopped = (nothing_left(iteration, args.train_iters, how_to_evaluate(args)),
+                         stopped_early(args, iteration))
     if done := finished or stopped:
         of_this_run = bool(args.save) and folder.parent.resolve() == Path(args.save).resolve() and not converted
         ended = stopped or iteration == args.train_iters == common["args"].train_iters
@@ -232,6 +251,11 @@ def starts_new(args: argparse.Namespace, folder: Path) -> bool:
     """Tell whether Megatron will take nothing but weights from `folder`: for fine-tuning, and from a release."""
     of_pretrained = args.load is None or folder.parent.resolve() != Path(args.load).resolve()
     return of_pretrained or folder.name == "release"
+
+
+def steps_done(args: argparse.Namespace, folder: Path) -> int:
+    """Count the steps that a run has done which loads this iteration."""
+    return 0 if args.skip_train or starts_new(args, folder) else iteration_of(folder.name)
 
 
 def guard_saves(args: argparse.Namespace) -> None:
@@ -309,16 +333,3 @@ def guard_saves(args: argparse.Namespace) -> None:
     megatron_training.save_checkpoint_and_time = around(megatron_training.save_checkpoint_and_time, save_once)
     megatron_training.save_checkpoint = save_checkpoint
     megatron_training.maybe_finalize_async_save = maybe_finalize_async_save
-
-
-def _check_space(args: argparse.Namespace, architecture: Architecture) -> None:
-    place = Path(args.save).resolve()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(f"--save {args.save}: cannot write to {place}; choose another folder")
-    state_bytes = 0 if args.no_save_optim else 4 * (1 + len(STATE_KEYS))  # fp32 masters and the state beside them
-    needed = saved_bytes(args, architecture, state_bytes)
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise ConfigError(f"--save {args.save}: one checkpoint needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
-                          "free; free some space or choose another disk")

@@ -1,4 +1,4 @@
-"""The lines that a run shows, as plain text of at most one terminal width."""
+"""The lines that a run shows, as plain text, and the time that they say is left."""
 from __future__ import annotations
 
 import math

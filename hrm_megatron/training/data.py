@@ -178,6 +178,7 @@ def plan_evaluations(args: argparse.Namespace, evaluation: Evaluation, valid: Pa
     rows = args.eval_global_batch_size
     if valid:
         evaluations = count_evaluations(args)
+        args.consumed_valid_samples //= evaluation.counted_passes
         if evaluation.whole:
             args.eval_iters = evaluation.cover(valid, rows)
         # A checkpoint of a run with other intervals may have read more of them than this run ever will.
@@ -197,6 +198,8 @@ def plan_evaluations(args: argparse.Namespace, evaluation: Evaluation, valid: Pa
 
 def plan_folder(args: argparse.Namespace, walk: Walk) -> Path | None:
     """Where planned rows are kept for all processes; None where each of them plans in less time than it would wait."""
+    if args.dry_run:  # which writes nothing
+        return None
     if args.data_cache_path:
         return Path(args.data_cache_path)
     if walk.size < CACHED_EXAMPLES:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,17 +18,19 @@ from hrm_megatron.config import DATA_FLAGS, PRESET_VOCAB_SIZE
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model import hrm
 from hrm_megatron.parallel.patching import temporarily
-from hrm_megatron.planner.goodput import SAVED_BYTES
 from hrm_megatron.planner.layout import plan_pipeline, stage_parameters
 from hrm_megatron.planner.memory import Memory, Saving, memory_of_stages
 from hrm_megatron.training.arguments import layout_of, microbatches_of
-from hrm_megatron.training.checkpoint import open_of_model, starting_point, starts_new
+from hrm_megatron.training.checkpoint import check_fit, check_start, steps_done
+from hrm_megatron.training.checkpoint_space import check_space, describe_space
 from hrm_megatron.training.data import Sources
 from hrm_megatron.training.early_stopping import stopped_early
+from hrm_megatron.training.evaluation import Evaluation
+from hrm_megatron.training.finetune import how_to_evaluate
 from hrm_megatron.training.fsdp import sharded_by_fsdp
 from hrm_megatron.training.layout import describe, gradient_itemsize, layers_of_stages
-from hrm_megatron.training.lora import lora_of, saved_bytes
-from hrm_megatron.training.resume import nothing_left, settle_length
+from hrm_megatron.training.lora import lora_of
+from hrm_megatron.training.resume import nothing_left
 from hrm_megatron.training.step import TrainingStep, innermost
 from hrm_megatron.training.summary import describe_model
 from hrm_megatron.transformer_config import architecture_of
@@ -120,72 +121,63 @@ def predicted_memory(args: argparse.Namespace) -> list[Memory]:
                             saving_of(args), plan)
 
 
-def checked_start(args: argparse.Namespace, data: Sources | None) -> tuple[Path | None, int]:
-    """Return the checkpoint that the run would begin from, or None, and the steps that it has done by then; refuse one
-    that is missing, or of another model.
+def checked_start(args: argparse.Namespace, data: Sources | None, evaluation: Evaluation) -> tuple[Path | None, int]:
+    """Return the checkpoint that the run would begin from, or None, and the steps that it has done by then; refuse what
+    the run would refuse of both.
 
     Whether the vocabulary is that of the data is told where there are data.
     """
-    if (folder := starting_point(args)) is None:
+    if (folder := check_start(args)) is None:
         return None, 0
-    _, common = open_of_model(args, folder, knows_vocabulary=data is not None)
-    if args.skip_train or starts_new(args, folder):
-        return folder, 0
-    settle_length(args, common["args"], int(common["iteration"]))
-    return folder, int(common["iteration"])
+    check_fit(args, evaluation, folder, knows_vocabulary=data is not None)
+    return folder, steps_done(args, folder)
 
 
-def describe_dry_run(args: argparse.Namespace, data: Sources | None) -> Iterator[str]:
-    """Yield all that a dry run has to say; nothing is written."""
-    start, done = checked_start(args, data)
+def describe_dry_run(args: argparse.Namespace, data: Sources | None, evaluation: Evaluation) -> Iterator[str]:
+    """Yield all that a dry run has to say, behind what `pretrain.refuse` refuses; nothing is written."""
+    start, done = checked_start(args, data, evaluation)
     yield describe_model(args)
     yield describe(args)
     if start:
-        finished = nothing_left(done, args.train_iters) or (stopped_early(args, done) if done else None)
+        stopped = stopped_early(args, done) if done else None
+        finished = None if args.skip_train else nothing_left(done, args.train_iters, how_to_evaluate(args)) or stopped
         yield f"checkpoint: {start}: {finished}" if finished else f"checkpoint: begins from {start}, after step {done}"
         if finished:
             done = args.train_iters
+    architecture = architecture_of(args, args.vocab_size)
+    if args.save and not args.skip_train:
+        check_space(args, architecture, done)
     layers, tp = layers_of_stages(args), args.tensor_model_parallel_size
-    counts = stage_parameters(architecture_of(args, args.vocab_size), layers)
+    counts = stage_parameters(architecture, layers)
     last = len(layers) - 1
     for stage in sorted({0, min(1, last), last}):
         built = build(args, first_rank_of(args, stage))
         assert built.place["PP"] == stage and built.parameters * tp == counts[stage], "built otherwise than counted"
         alike = f" to {last - 1} (all alike)" if stage == 1 < last - 1 else ""
         yield f"built: stage {stage}{alike}: {built.parameters:,} weights on each rank in {len(built.weights)} tensors"
-    yield from _describe_data(args, data, done)
+    yield from _describe_data(args, data, evaluation, done)
     for memory in predicted_memory(args):
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.parts.items() if size)
         yield f"memory: stage {memory.stage}: {memory.total / 1e9:.2f} GB predicted on each GPU: {parts}"
-    yield _describe_space(args, done)
+    yield describe_space(args, architecture, done)
     if args.dry_run_rank is not None:
         yield from _describe_rank(build(args, args.dry_run_rank))
 
 
-def _describe_data(args: argparse.Namespace, data: Sources | None, done: int) -> Iterator[str]:
+def _describe_data(args: argparse.Namespace, data: Sources | None, evaluation: Evaluation, done: int) -> Iterator[str]:
     steps = max(0, args.train_iters - done)
     rows = steps * args.global_batch_size
     wanted = f"{steps} steps of {args.global_batch_size} rows read {rows:,} rows"
     if data is None:
         yield f"data: none given, {args.vocab_size} tokens in the vocabulary assumed; {wanted}"
         return
-    planned = PackedRows(data.train, args.seq_length, args.seed, max(1, rows))
-    yield f"data: training: {planned.describe()}"
-    yield f"data: {wanted}, {rows / planned.rows_per_epoch:.2f} epochs"
-
-
-def _describe_space(args: argparse.Namespace, done: int) -> str:
-    size = saved_bytes(args, architecture_of(args, args.vocab_size), SAVED_BYTES)
-    line = f"checkpoint: {size / 1e9:.2f} GB each"
-    if not args.save:
-        return f"{line}; nothing is saved (--save DIR)"
-    every = args.save_interval or args.train_iters
-    saves = -(-args.train_iters // every) - done // every if done < args.train_iters else 0
-    path = Path(args.save).absolute()
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    return (f"{line}, {saves} saves take {saves * size / 1e9:,.2f} GB; {there} has {free / 1e9:,.2f} GB free"
-            f"{'' if free >= saves * size else ': NOT ENOUGH for all of them'}")
+    if not args.skip_train:
+        planned = PackedRows(data.train, args.seq_length, args.seed, max(1, rows))
+        yield f"data: training: {planned.describe()}"
+        yield f"data: {wanted}, {rows / planned.rows_per_epoch:.2f} epochs"
+    for name, walk, read in (("validation", data.valid, evaluation.validates), ("test", data.test, evaluation.tests)):
+        if walk and read:
+            yield f"data: {name}: {PackedRows(walk, args.seq_length, args.seed, 1, fixed=True).describe()}"
 
 
 def _describe_rank(built: Built) -> Iterator[str]:

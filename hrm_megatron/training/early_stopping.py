@@ -117,9 +117,8 @@ def delete_older(args: argparse.Namespace, latest: int) -> None:
         log.warning(f"checkpoint: cannot delete older iterations in {save} ({error}); they stay")
 
 
-def install_early_stopping(args: argparse.Namespace, evaluation: Evaluation) -> None:
-    """Let Megatron's loop end a run as --early-stopping asks. Call it behind `guard_saves` and
-    `install_evaluation`."""
+def check_early_stopping(args: argparse.Namespace, evaluation: Evaluation) -> None:
+    """Refuse an early stopping that has nothing to go by, or nowhere to keep it."""
     if not args.early_stopping:
         return
     flag = f"--early-stopping {args.early_stopping}"
@@ -129,6 +128,13 @@ def install_early_stopping(args: argparse.Namespace, evaluation: Evaluation) -> 
         raise ConfigError(f"{flag}: there is nothing to validate on; give --valid-data-path PREFIX, or a --split")
     refuse_beside(flag, {"--async-save": args.async_save, "--skip-train": args.skip_train})
     Record.read(args, 0)  # refused now, not at the first evaluation
+
+
+def install_early_stopping(args: argparse.Namespace, evaluation: Evaluation) -> None:
+    """Let Megatron's loop end a run as --early-stopping asks. Call it behind `guard_saves` and
+    `install_evaluation`."""
+    if not args.early_stopping:
+        return
     former = Path(args.load or args.save) / RECORD_FILE
     if former.parent != Path(args.save) and former.exists():
         log.info(f"early stopping: counts the evaluations in {args.save} alone; those before are in {former}")

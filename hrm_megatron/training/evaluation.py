@@ -45,6 +45,7 @@ class Evaluation:
     suffix: str = field(default="", init=False)
     out_of_time: bool = field(default=False, init=False)
     optimizer: Any = field(default=None, init=False)  # known once the loop has built it
+    counted_passes: int = field(default=1, init=False)  # in the count of rows with which the run begins
 
     def use(self, optimizer: Any) -> None:
         """Take the optimizer, which holds the EMA."""
@@ -54,6 +55,11 @@ class Evaluation:
     def passes(self) -> int:
         """How often an evaluation reads its rows."""
         return 2 if self.weights == BOTH else 1
+
+    def go_on(self, theirs: argparse.Namespace) -> None:
+        """Learn how a checkpoint counts the rows that it has validated on: once; older ones for each pass."""
+        both = getattr(theirs, "eval_weights", RAW) == BOTH
+        self.counted_passes = 2 if both and getattr(theirs, "counts_passes", True) else 1
 
     def is_left(self, save: str, iteration: int, stopped_early: bool) -> bool:
         """Tell whether the run in `save`, which has come to its end, has not seen the end of its last evaluations.
@@ -102,6 +108,7 @@ def settle_evaluation(args: argparse.Namespace, valid_examples: int, test_exampl
     if not (validates or tests):
         args.eval_iters = 0
     check_weights(args, validates or tests)
+    args.counts_passes = False  # for the checkpoints
     return Evaluation(validates, tests, whole, args.eval_iters, args.eval_weights)
 
 
@@ -161,8 +168,11 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
             with averaged_weights(evaluation.optimizer, model):
                 evaluate(part + OF_EMA, iters)
             evaluation.suffix = ""
-        if not tests and args.consumed_valid_samples - before < iters * args.eval_global_batch_size * evaluation.passes:
-            args.consumed_valid_samples = before  # out of time: the run ends, and the next start reads all rows of one
+        if not tests:
+            rows = iters * args.eval_global_batch_size
+            whole = args.consumed_valid_samples - before == rows * evaluation.passes
+            # Out of time the run ends, and the next start reads all rows of one.
+            args.consumed_valid_samples = before + (rows if whole else 0)
 
     megatron_training.evaluate = around(megatron_training.evaluate, in_time)
     megatron_training.evaluate_and_print_results = evaluate_and_print_results

@@ -22,9 +22,12 @@ from megatron.core.utils import unwrap_model
 from megatron.training import training as megatron_training
 
 from hrm_megatron.checkpoint.folders import find_iteration
+from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.model.lora import without_adapters
 from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.training.conversion_command import by_converting
+from hrm_megatron.training.lora import lora_of
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +50,10 @@ def settle_folders(args: argparse.Namespace) -> None:
             raise ConfigError(f"--finetune-from {args.finetune_from}: has no effect without --finetune; give that too, "
                               "or leave it out")
         return
-    refuse_beside("--finetune", {"--skip-train": args.skip_train, "--print-config": args.print_config,
-                                 "--no-load-optim": args.no_load_optim})
+    if args.skip_train:
+        raise ConfigError("--finetune is incompatible with --skip-train: of what it has saved, "
+                          f"{how_to_evaluate(args)}")
+    refuse_beside("--finetune", {"--print-config": args.print_config, "--no-load-optim": args.no_load_optim})
     if args.pretrained_checkpoint is None:
         if args.load is None:
             raise ConfigError("--finetune: from what? give --pretrained-checkpoint DIR")
@@ -79,6 +84,15 @@ def fill_settings(args: argparse.Namespace, given: Collection[str]) -> None:
         args._is_global_batch_size_explicitly_specified = True
 
 
+def how_to_evaluate(args: argparse.Namespace) -> str:
+    """Say what evaluates the checkpoints of this run."""
+    if lora_of(args):
+        return "tools/generate.py and tools/evaluate.py read adapters as they are, --skip-train wants them merged"
+    if args.finetune or args.finetune_from:
+        return f"--skip-train --use-checkpoint-args --load {args.save or 'DIR'} in place of --finetune evaluates it"
+    return "--skip-train evaluates it"
+
+
 def go_on(args: argparse.Namespace, folder: Path, stored: argparse.Namespace) -> None:
     """Make this the second start of a fine-tuning that saved `folder` with the arguments `stored`."""
     if stored.pretrained_checkpoint is None:
@@ -90,27 +104,41 @@ def go_on(args: argparse.Namespace, folder: Path, stored: argparse.Namespace) ->
     if args.finetune_from not in (None, stored.finetune_from):
         log.info(f"checkpoint: {folder} began from {stored.finetune_from}; --finetune-from {args.finetune_from} has no "
                  "effect any more")
-    args.finetune_from = stored.finetune_from
-    args.finetune, args.ckpt_step = False, None  # an iteration of what it began from
+    args.finetune_from, args.finetune_step = stored.finetune_from, getattr(stored, "finetune_step", None)
+    if args.ckpt_step not in (None, args.finetune_step):
+        log.info(f"checkpoint: {folder}: --ckpt-step {args.ckpt_step} is an iteration to begin from, and has no effect "
+                 f"any more; to go back to an older one of {folder.parent}, move the later ones elsewhere")
+    args.finetune, args.ckpt_step = False, None
 
 
 def choose_source(args: argparse.Namespace, folder: Path, keys: Collection[str]) -> None:
     """Decide which weights of `folder`, an iteration with these `keys`, the run begins from: its EMA if it has one."""
-    has = {part: any(key.startswith(f"optimizer.state.{part}.") for key in keys) for part in OF_STATE}
+    has = {part: _has(part, keys) for part in OF_STATE}
     missing = [part for part in {EMA: [EMA], STATE: OF_STATE}.get(args.finetune_from, []) if not has[part]]
     if missing:
         raise ConfigError(f"--finetune-from {args.finetune_from}: {folder} holds weights alone, no {missing[0]}; leave "
                           "it out to begin from those")
     source = args.finetune_from or (EMA if has[EMA] else RAW)
     if source == EMA and (args.use_torch_fsdp2 or args.use_megatron_fsdp):
-        raise ConfigError(f"--finetune-from {EMA}: is not built under FSDP; pass {folder.parent} through tools/"
-                          "convert_checkpoint.py --load-format megatron --save-format megatron --weights ema, or give "
-                          f"--finetune-from {RAW}")
+        raise ConfigError(f"--finetune-from {EMA}: is not built under FSDP; give --finetune-from {RAW}, or convert "
+                          f"it, {by_converting(folder, EMA, '--weights', EMA)}")
     args.finetune_from = source
+    args.finetune_step = None if folder.name == "release" else iteration_of(folder.name)
     what = {EMA: "the EMA of its weights, a new optimizer",
             RAW: f"its {'raw ' if has[EMA] else ''}weights, a new optimizer",
             STATE: "its weights, EMA, moments and counts of updates"}[source]
     log.info(f"fine-tuning: begins from {folder}: {what}; steps and data begin at 0")
+
+
+def remark_on_weights(folder: Path, keys: Collection[str]) -> None:
+    """Say which weights a run without --finetune begins from, where the iteration has others that exports use."""
+    if _has(EMA, keys):
+        log.info(f"checkpoint: begins from {folder}: its raw weights, a new optimizer; from its EMA, which exports and "
+                 "evaluations use, it begins with --finetune")
+
+
+def _has(part: str, keys: Collection[str]) -> bool:
+    return any(key.startswith(f"optimizer.state.{part}.") for key in keys)
 
 
 def install_finetune(args: argparse.Namespace) -> None:

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import TorchFullyShardedDataParallel
 from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+from megatron.core.optimizer import optimizer
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.utils import to_local_if_dtensor
 from megatron.training import checkpointing
@@ -18,11 +20,14 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from hrm_megatron.config import Architecture, ConfigError, refuse_beside
 from hrm_megatron.optim.sharded import BY_NAME
 from hrm_megatron.parallel.connections import CONNECTIONS
+from hrm_megatron.parallel.patching import around
 
 # What each needs of Megatron's other flags, so that a user gives one flag only. Fused gradients would be overwritten
-# by each tick under Megatron-FSDP (tensor_parallel/layers.py).
+# by each tick under Megatron-FSDP (tensor_parallel/layers.py). Shards of FSDP2 are loaded in their places, and a parallel
+# load would return other tensors.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "use_torch_fsdp2": dict(use_distributed_optimizer=False, gradient_accumulation_fusion=False),
+    "use_torch_fsdp2": dict(use_distributed_optimizer=False, gradient_accumulation_fusion=False,
+                            ckpt_fully_parallel_load=False),
     "use_megatron_fsdp": dict(ckpt_format="fsdp_dtensor", gradient_accumulation_fusion=False),
 }
 
@@ -38,6 +43,9 @@ def choose_fsdp(args: argparse.Namespace, architecture: Architecture) -> None:
         "--fp16": args.fp16,
         "--check-weight-hash-across-dp-replicas-interval (no two ranks hold the same)":
             args.check_weight_hash_across_dp_replicas_interval,
+        "--save-wgrads-interval (it would save none)": args.save_wgrads_interval,
+        "--save-params-interval (it would save one rank's shards)":
+            args.use_torch_fsdp2 and args.save_params_interval,
         "--fp8-param-gather": args.use_torch_fsdp2 and args.fp8_param_gather,
         **(_megatron_fsdp_refuses(args) if args.use_megatron_fsdp else {}),
     })
@@ -108,6 +116,17 @@ class TorchFSDP2(TorchFullyShardedDataParallel):  # type: ignore[misc]
                 to_local_if_dtensor(parameter.grad).mul_(scaling_factor)
 
 
+def count_all_zeros(stock: Callable[..., float], weights: Sequence[torch.Tensor], *rest: Any, **options: Any) -> float:
+    """Count gradients that a step does not make as zeros, which they are in every other layout."""
+    missing = [weight for weight in weights if weight.grad is None]
+    for weight in missing:
+        weight.grad = torch.zeros_like(weight)
+    found = stock(weights, *rest, **options)
+    for weight in missing:
+        weight.grad = None
+    return found
+
+
 def _forget_backward(module: FSDPModule) -> None:
     """Let a layer that is recomputed in the backward pass of a tick be so again in that of an earlier tick.
 
@@ -154,3 +173,4 @@ def install_fsdp(args: argparse.Namespace) -> None:
         **stock_metadata(*arguments, **options), **BY_NAME}
     megatron_training.load_checkpoint = load_checkpoint
     megatron_training.torch_FSDP = TorchFSDP2
+    optimizer.count_zeros_fp32 = around(optimizer.count_zeros_fp32, count_all_zeros)

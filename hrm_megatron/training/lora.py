@@ -5,7 +5,9 @@ import argparse
 from pathlib import Path
 
 from hrm_megatron.config import LORA_TARGETS, Architecture, ConfigError, LoRA, refuse_beside
+from hrm_megatron.planner.goodput import SAVED_BYTES
 from hrm_megatron.planner.layout import weight_bytes
+from hrm_megatron.training.conversion_command import by_converting
 from hrm_megatron.training.hardware import LOCAL, TRANSFORMER_ENGINE
 
 RANK, ALPHA, TARGETS = "--lora-rank", "--lora-alpha", "--lora-target-modules"
@@ -36,6 +38,8 @@ def settle_lora(args: argparse.Namespace) -> None:
                 raise ConfigError(f"{flag}: has no effect without {RANK}; give that too, or leave it out")
         return
     flag = f"{RANK} {args.lora_rank}"
+    if args.skip_train:
+        raise ConfigError(f"{flag}: --skip-train evaluates merged weights, which have no adapters; leave {RANK} out")
     if not args.finetune:
         raise ConfigError(f"{flag}: adapters change a trained model; give --finetune and --pretrained-checkpoint too, "
                           f"or leave {RANK} out")
@@ -56,8 +60,7 @@ def check_adapters(folder: Path, theirs: LoRA | None, ours: LoRA | None, begins:
     """Refuse to go on from other adapters, or to begin from weights that adapters still change."""
     if begins and theirs:
         raise ConfigError(f"{folder}: holds adapters ({RANK} {theirs.rank}) beside the weights that they change; merge "
-                          f"them, by `python tools/convert_checkpoint.py --load {folder.parent} --load-format megatron "
-                          f"--save {folder.parent}_merged --save-format megatron`, and give {folder.parent}_merged")
+                          f"them, {by_converting(folder, 'merged')}")
     if not begins and theirs != ours:
         raise ConfigError(f"{folder}: trained with {_flags(theirs)}, the command line has {_flags(ours)}; give the same"
                           ", or another --save")
@@ -69,9 +72,9 @@ def _flags(lora: LoRA | None) -> str:
     return f"{RANK} {lora.rank} {ALPHA} {lora.alpha:g} {TARGETS} {' '.join(lora.targets)}"
 
 
-def saved_bytes(args: argparse.Namespace, architecture: Architecture, state_bytes: int) -> int:
-    """Count the bytes of a checkpoint: all weights, adapters too, and `state_bytes` for each of those that train."""
-    lora, total = lora_of(args), architecture.num_parameters
+def saved_bytes(args: argparse.Namespace, architecture: Architecture) -> int:
+    """Count the bytes of a checkpoint: all weights, adapters too, and what the optimizer has of each that trains."""
+    lora, total, state_bytes = lora_of(args), architecture.num_parameters, 0 if args.no_save_optim else SAVED_BYTES
     adapters = lora.num_parameters(architecture) if lora else 0
     return (total + adapters) * int(args.params_dtype.itemsize) + (adapters if lora else total) * state_bytes
 

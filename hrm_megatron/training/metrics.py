@@ -1,8 +1,9 @@
 """What a micro-batch reports: sums and counts that Megatron adds up over micro-batches and replicas."""
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from hrm_megatron.data.batch import PackedBatch
 
 Report = dict[str, torch.Tensor]  # name > [numerator, denominator]
+SPEED = "tokens per second"  # in a report of training
 
 
 def loss_sums(batch: PackedBatch, scores: torch.Tensor,
@@ -52,6 +54,13 @@ class ThroughputMeter:
     def restart(self) -> None:
         """Leave out the time up to now."""
         self.last = self.clock()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time that the block takes: it is of no step."""
+        begun = self.clock()
+        yield
+        self.last += self.clock() - begun
 
     def lap(self, tokens: int) -> tuple[float, float]:
         """Count `tokens` positions since the last lap; summed over micro-batches and replicas the pair is

@@ -11,35 +11,37 @@ from typing import Any
 import torch
 from megatron.training import training as megatron_training
 
-from hrm_megatron.config import Architecture
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model.schedule import ticks_of
 from hrm_megatron.parallel.patching import around
+from hrm_megatron.planner.flops import rows_flops
 from hrm_megatron.planner.machines import known_peak
+from hrm_megatron.training.bad_steps import ABORT
 from hrm_megatron.training.console import Console
 from hrm_megatron.training.console_lines import StepReport, TimeLeft, evaluation_line, saved_line, step_line
 from hrm_megatron.training.data import first_rows
 from hrm_megatron.training.evaluation import Evaluation
+from hrm_megatron.training.lora import lora_of
+from hrm_megatron.training.metrics import SPEED
 from hrm_megatron.training.scalars import flush_scalars, write_scalars
 from hrm_megatron.training.step import TrainingStep
 from hrm_megatron.training.summary import describe_checkpoint, describe_schedule, only_evaluates
 from hrm_megatron.transformer_config import architecture_of
 
-# planner.flops.rows_flops
-RowsFlops = Callable[[Architecture, int, int, Sequence[Sequence[tuple[int, int]]], int], int]
 TERA = 1e12
 MFU, SAVE_SECONDS = "MFU", "seconds of save"  # curves; a save in the background stalls training so long
+FLOPS = "FLOPs"  # of a step, among the means of an interval
 
 log = logging.getLogger(__name__)
 
 
-def install_console(args: argparse.Namespace, console: Console, step: TrainingStep, rows_flops: RowsFlops,
+def install_console(args: argparse.Namespace, console: Console, step: TrainingStep,
                     evaluation: Evaluation) -> Reporter:
     """Wrap what Megatron reports by; what it prints, and writes to TensorBoard and W&B, stays as it is.
 
     Call it after all else that replaces the same functions.
     """
-    reporter = Reporter(args, console, step, rows_flops, evaluation)
+    reporter = Reporter(args, console, step, evaluation)
     megatron_training.training_log = around(megatron_training.training_log, reporter.training_log)
     megatron_training.evaluate = around(megatron_training.evaluate, reporter.evaluate)
     megatron_training.evaluate_and_print_results = around(megatron_training.evaluate_and_print_results,
@@ -54,17 +56,16 @@ def install_console(args: argparse.Namespace, console: Console, step: TrainingSt
 class Reporter:
     """The wrappers of `install_console`; each takes the function that it wraps first."""
 
-    def __init__(self, args: argparse.Namespace, console: Console, step: TrainingStep, rows_flops: RowsFlops,
+    def __init__(self, args: argparse.Namespace, console: Console, step: TrainingStep,
                  evaluation: Evaluation) -> None:
-        self.args, self.console, self.running, self.rows_flops = args, console, step, rows_flops
-        self.evaluation = evaluation
+        self.args, self.console, self.running, self.evaluation = args, console, step, evaluation
         self.architecture = architecture_of(args, args.vocab_size)
         passes = functools.cache(functools.partial(tick_passes, args))
         self.time_left = TimeLeft([passes(step.bp_schedule.at(i + 1)) for i in range(args.train_iters)], time.monotonic)
         self.sample: list[Sequence[tuple[int, int]]] = []
         self.labels = 0
         self.flops_at: dict[int, int] = {}  # by bp_steps
-        self.means, self.part = IntervalMeans(), ""
+        self.means, self.overflows, self.part = IntervalMeans(), 0, ""
         # Without a data sheet there is no peak, and no share of it.
         self.peak = known_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
@@ -84,7 +85,8 @@ class Reporter:
         """FLOPs of the last step, the same on every rank: its rows are taken to be like the first of the run."""
         bp_steps = self.running.bp_steps
         if self.sample and bp_steps not in self.flops_at:
-            flops = self.rows_flops(self.architecture, bp_steps, self.args.seq_length, self.sample, self.labels)
+            flops = rows_flops(self.architecture, bp_steps, self.args.seq_length, self.sample, self.labels,
+                               lora_of(self.args))
             self.flops_at[bp_steps] = flops * int(self.args.global_batch_size) // len(self.sample)
         return self.flops_at.get(bp_steps, 0)
 
@@ -96,9 +98,16 @@ class Reporter:
         if not self.console.last:
             return report_memory
         if not skipped:
-            self.means.add(losses)
+            self.means.add(losses, self.flops() if self.args.log_throughput else 0)
+        elif self.args.on_nonfinite == ABORT and iteration not in self.args.steps_left_out:  # others are said already
+            self.overflows += 1
         if iteration % self.args.log_interval == 0 or is_first_iteration:
-            if self.means.steps:  # else what became of them is said already
+            if self.overflows:
+                steps = self.args.train_iters
+                self.console.line(f"step {iteration:{len(str(steps))}}/{steps}  {self.overflows} not taken: gradients "
+                                  f"overflowed; the loss scale is now {loss_scale:g}")
+                self.overflows = 0
+            if self.means.steps:
                 report = self.report(iteration, self.means.take(), lr)
                 self.console.line(step_line(report, self.console.width))
                 if report.tflops and self.peak and not is_first_iteration:
@@ -111,18 +120,19 @@ class Reporter:
 
     def report(self, iteration: int, means: dict[str, float], lr: float | None) -> StepReport:
         """Put the numbers of a step together."""
-        loss, exact, bp_steps, speed = (means.get(name, float("nan")) for name in (
-            "lm loss", "exact accuracy", "bp steps", "tokens per second"))
+        loss, exact, bp_steps, speed, flops = (means.get(name, float("nan")) for name in (
+            "lm loss", "exact accuracy", "bp steps", SPEED, FLOPS))
         tflops = None
         if self.args.log_throughput:
             steps_per_second = speed / (self.args.global_batch_size * self.args.seq_length)
-            tflops = self.flops() * steps_per_second / TERA / self.args.world_size
+            tflops = flops * steps_per_second / TERA / self.args.world_size
         return StepReport(iteration, self.args.train_iters, loss, exact, bp_steps, float("nan") if lr is None else lr,
                           speed, self.time_left.after(iteration), tflops)
 
     def evaluate_and_print_results(self, stock: Callable[..., None], prefix: str, *rest: Any, **options: Any) -> None:
         self.part = "test" if "test set" in prefix else "validation"
-        stock(prefix, *rest, **options)
+        with self.running.meter.paused():
+            stock(prefix, *rest, **options)
 
     def evaluate(self, stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
         begun = time.monotonic()
@@ -136,7 +146,8 @@ class Reporter:
 
     def save_checkpoint(self, stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
         begun = time.monotonic()
-        stock(iteration, *rest, **options)
+        with self.running.meter.paused():
+            stock(iteration, *rest, **options)
         seconds = time.monotonic() - begun
         write_scalars({SAVE_SECONDS: seconds}, iteration)
         flush_scalars()
@@ -152,21 +163,30 @@ class Reporter:
 
 
 class IntervalMeans:
-    """Means of what steps reported since the line before; Megatron's go from the first step to the second line."""
+    """Means of what steps reported since the line before; Megatron's go from the first step to the second line.
+
+    That of SPEED is all tokens over all seconds: steps have equally many tokens, so it is the harmonic one.
+    """
 
     def __init__(self) -> None:
-        self.steps, self.sums = 0, dict[str, torch.Tensor]()
+        self.steps, self.flops, self.sums = 0, 0, dict[str, torch.Tensor]()
 
-    def add(self, losses: dict[str, torch.Tensor]) -> None:
-        """Count a step; this does not wait for the device."""
+    def add(self, losses: dict[str, torch.Tensor], flops: int = 0) -> None:
+        """Count a step of so many FLOPs; this does not wait for the device."""
         self.steps += 1
+        self.flops += flops
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            value = value.detach()
+            self.sums[name] = self.sums.get(name, 0) + (1 / value if name == SPEED else value)
 
     def take(self) -> dict[str, float]:
-        """Return the means and start over."""
+        """Return the means, FLOPS among them if they were counted, and start over."""
         means = {name: float(value) / self.steps for name, value in self.sums.items()}
-        self.steps, self.sums = 0, {}
+        if SPEED in means:
+            means[SPEED] = 1 / means[SPEED]
+        if self.flops:
+            means[FLOPS] = self.flops / self.steps
+        self.steps, self.flops, self.sums = 0, 0, {}
         return means
 
 

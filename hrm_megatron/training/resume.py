@@ -22,8 +22,6 @@ ENTERS_FORWARD = {
     # Beside how the first weights are drawn, which does not matter any more.
     "init_scheme": "embedding_scale", "init_std": "embedding_scale",
 }
-# Fields that decide nothing but how the first weights are drawn.
-INITIAL_WEIGHTS_ONLY: tuple[str, ...] = ()
 # What a run may change as it goes on, and would change silently: argument > flag.
 CHANGEABLE = {"seed": "--seed", "seq_length": "--seq-length", "split": "--split", "data_path": "--data-path",
               "train_data_path": "--train-data-path", "sampling_rules": "--sampling-rules",
@@ -82,13 +80,19 @@ def settle_length(args: argparse.Namespace, theirs: argparse.Namespace, iteratio
         args.train_samples = None  # without a count of rows Megatron takes nothing but steps
 
 
-def nothing_left(iteration: int, train_iters: int) -> str | None:
-    """Say in one line that a run which has come this far is done; None where it has iterations left."""
+def nothing_left(iteration: int, train_iters: int, evaluates: str = "--skip-train evaluates it") -> str | None:
+    """Say in one line that a run which has come this far is done, and what `evaluates` it; None where it has iterations
+    left."""
     if iteration < train_iters:
         return None
     if iteration == train_iters:
-        return f"iteration {iteration} of {train_iters} is done, nothing to train (--skip-train evaluates it)"
+        return f"iteration {iteration} of {train_iters} is done, nothing to train ({evaluates})"
     return f"iteration {iteration} is done, nothing to train: --train-iters {train_iters} asks for fewer"
+
+
+def context_of(args: argparse.Namespace) -> int:
+    """Return how many tokens the model of a run, or of one that wrote a checkpoint, has learned to read at most."""
+    return getattr(args, "context_tokens", 0) or int(args.seq_length)
 
 
 def digest_of_data(args: argparse.Namespace, part: str = "train") -> str | None:

@@ -22,7 +22,7 @@ from hrm_megatron.parallel.context import context_positions
 from hrm_megatron.training.arguments import model_config
 from hrm_megatron.training.fsdp import FP32Module
 from hrm_megatron.training.lora import lora_of
-from hrm_megatron.training.metrics import Report, ThroughputMeter, filled, loss_sums
+from hrm_megatron.training.metrics import SPEED, Report, ThroughputMeter, filled, loss_sums
 from hrm_megatron.training.overlap import OverlappedReduction
 from hrm_megatron.training.step_schedules import bp_schedule
 from hrm_megatron.transformer_config import architecture_of
@@ -36,10 +36,13 @@ def innermost(model: torch.nn.Module) -> Any:
 
 
 class TrainingStep:
-    """The functions that Megatron's loop calls, with the arguments of the run in their hands."""
+    """The functions that Megatron's loop calls, with the arguments of the run in their hands.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    `loads`: Megatron will load a checkpoint into the model that it builds.
+    """
+
+    def __init__(self, args: argparse.Namespace, loads: bool = False) -> None:
+        self.args, self.loads = args, loads
         self.meter = ThroughputMeter(args.data_parallel_size * args.context_parallel_size)
         self.reduction = OverlappedReduction()
         self.stage: PipelinedHRM
@@ -52,17 +55,25 @@ class TrainingStep:
         config = config or model_config(self.args)
         stages = pg_collection.pp if pg_collection else None
         if vp_stage is None and self.args.pipeline_model_parallel_size == 1:
-            model = HRMModel(config, self.args.seed, pre_process, post_process, pg_collection=pg_collection)
+            model = HRMModel(config, self.seed, pre_process, post_process, pg_collection=pg_collection)
             self.adapt(model)
             return FP32Module(model) if self.args.use_megatron_fsdp and not self.args.bf16 else model
         if vp_stage:
             return TickChunk(self.stage, vp_stage)
         assert stages is not None
-        self.stage = PipelinedHRM(config, self.args.seed, stages.rank() == 0, stages.rank() == stages.size() - 1,
+        self.stage = PipelinedHRM(config, self.seed, stages.rank() == 0, stages.rank() == stages.size() - 1,
                                   pg_collection=pg_collection)
         self.adapt(self.stage)
         self.waiting = [deque() for _ in range(self.stage.num_ticks)]
         return self.stage
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the first weights; None where a checkpoint fills them all."""
+        args = self.args
+        # Masters of FP8 weights begin with what was drawn, and Megatron-FSDP takes checkpoints with gaps.
+        draws = not self.loads or args.fp8_param_gather or args.fp4_param_gather or args.use_megatron_fsdp
+        return int(args.seed) if draws else None
 
     def adapt(self, model: HRMModel) -> None:
         """Put adapters on the layers if that is what trains."""
@@ -141,8 +152,6 @@ class TrainingStep:
             if self.on_losses:
                 self.on_losses(batch, scores[0].detach())
             for name, pair in (("bp steps", (self.bp_steps, 1)),
-                               ("tokens per second", self.meter.lap(batch.tokens.numel()))):
+                               (SPEED, self.meter.lap(batch.tokens.numel()))):
                 report[name] = torch.stack([filled(scores, value) for value in pair])
-        else:
-            self.meter.restart()
         return loss, count, report

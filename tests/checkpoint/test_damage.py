@@ -5,6 +5,7 @@ import random
 import shutil
 import zipfile
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +207,23 @@ def test_each_byte_is_read_by_one_rank_and_damage_found_by_one(copy):
         except DamagedError as error:
             faults.append(str(error))
     assert len(faults) == 1 and "do not have the CRC32 that was written with them" in faults[0]
+
+
+def test_each_file_is_looked_at_by_one_rank(copy, monkeypatch):
+    """A checkpoint has a file for each rank: else the questions to storage grow with the square of the ranks."""
+    folder, looked, stock = find_iteration(copy), [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **options: looked.append(path.name) or stock(path, **options))
+    for rank in range(5):
+        verify(folder, rank, 5)
+    assert looked.count("__0_0.distcp") <= 4  # by .metadata, by the manifest, and twice for its digest
+    (folder / "__0_0.distcp").unlink()
+    faults = []
+    for rank in range(5):
+        try:
+            verify(folder, rank, 5)
+        except DamagedError as error:
+            faults.append(str(error))
+    assert any("__0_0.distcp: 0 bytes are there, .metadata promises" in fault for fault in faults)
 
 
 def test_a_tracker_file_that_names_an_older_iteration_is_refused(copy):

@@ -1,4 +1,7 @@
 import errno
+import os
+import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -211,7 +214,7 @@ def test_a_cached_plan_is_used_for_nothing_else(tmp_path, change):
 
 
 def test_without_locks_a_lost_race_for_the_cache_changes_nothing(tmp_path, monkeypatch):
-    """On a file system that knows no locks, all processes plan, and the first to end counts."""
+    """On a file system that knows no locks, one process of each node plans, and the first to end counts."""
     def unsupported(file, operation):
         raise OSError(errno.EOPNOTSUPP, "no locks here")
     monkeypatch.setattr(folder_lock.fcntl, "flock", unsupported)
@@ -255,6 +258,76 @@ def test_another_takes_over_from_a_planner_that_is_killed(tmp_path):
     assert killed.returncode == -9 and len(list(tmp_path.iterdir())) == 2  # a lock, and a part of a plan
     assert walk(row_plan(cache_folder=tmp_path, window_examples=20), [0]) == walk(row_plan(window_examples=20), [0])
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_where_locks_are_a_nodes_own_none_deletes_what_another_writes(tmp_path, monkeypatch):
+    begun, written = threading.Event(), threading.Event()
+
+    def windows(*args):
+        yield from plan_windows(*args)
+        if threading.current_thread() is other:
+            begun.set()
+            written.wait()
+        else:
+            other.start()
+            begun.wait()
+    monkeypatch.setattr(folder_lock.fcntl, "flock", lambda file, operation: None)
+    monkeypatch.setattr(planning, "plan_windows", windows)
+    other = threading.Thread(target=lambda: row_plan(cache_folder=tmp_path).locate(0))
+    try:
+        assert len(walk(row_plan(cache_folder=tmp_path), [0])) == 1
+    finally:
+        written.set()
+        other.join()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_vanishes_while_it_is_written_is_planned_once_more(tmp_path, monkeypatch):
+    fresh, partials = walk(row_plan(), [0]), []
+
+    def windows(*args):
+        yield from plan_windows(*args)
+        if not partials:
+            partials.extend(tmp_path.glob("*.partial-*"))
+            shutil.rmtree(partials[0])
+    monkeypatch.setattr(planning, "plan_windows", windows)
+    assert walk(row_plan(cache_folder=tmp_path), [0]) == fresh and len(partials) == 1
+
+
+def test_only_what_is_known_to_be_left_is_deleted(tmp_path):
+    row_plan(cache_folder=tmp_path).locate(0)
+    [name] = [path.name for path in tmp_path.iterdir()]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    writers = {"ended": f"{platform.node()}-{ended.pid}-0a", "at it": f"{platform.node()}-{os.getpid()}-0b",
+               "elsewhere": f"another-host-{ended.pid}-0c", "elsewhere, long ago": "another-host-7-0d",
+               "of an older version": "0e"}
+    partials = {what: tmp_path / f"{name}.partial-{writer}" for what, writer in writers.items()}
+    for partial in partials.values():
+        partial.mkdir()
+    os.utime(partials["elsewhere, long ago"], (0, 0))
+    shutil.rmtree(tmp_path / name)
+    row_plan(cache_folder=tmp_path).locate(0)
+    assert {what for what, partial in partials.items() if partial.exists()} == {"at it", "elsewhere",
+                                                                                "of an older version"}
+
+
+def test_one_process_of_a_node_locks_and_the_others_look_ever_more_seldom(tmp_path, monkeypatch):
+    fresh, pauses = walk(row_plan(), [0]), []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        assert not [*tmp_path.iterdir()]
+        if len(pauses) == 9:
+            with monkeypatch.context() as first:
+                first.setenv("LOCAL_RANK", "0")
+                row_plan(cache_folder=tmp_path).locate(0)
+    monkeypatch.setattr(plan_cache.time, "sleep", sleep)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert walk(row_plan(cache_folder=tmp_path), [0]) == fresh
+    assert pauses[0] < 1 < pauses[-1] < 10 and pauses == sorted(pauses)
+    monkeypatch.setattr(plan_cache, "PATIENCE_SECONDS", -1.0)  # nobody has planned for so long
+    assert walk(row_plan(seed=6, cache_folder=tmp_path), [0]) == walk(row_plan(seed=6), [0]) and len(pauses) == 9
 
 
 def test_the_next_epoch_is_planned_while_this_one_is_read(tmp_path, monkeypatch):

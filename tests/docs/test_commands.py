@@ -16,7 +16,7 @@ from hrm_megatron.config import PRESETS, PUBLISHED, Architecture
 from hrm_megatron.planner.layout import Layout
 from hrm_megatron.planner.memory import Saving, memory_of_stages
 from hrm_megatron.training.micro_batch import POSITIONS
-from tests.docs.commands import ROOT, blocks, table
+from tests.docs.commands import ROOT, blocks, documents, table
 
 BLOCKS = blocks()
 VOCAB_SIZE, BP_STEPS = 65_536, 5
@@ -63,6 +63,14 @@ def test_make_has_the_targets():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = [name for block in BLOCKS if block.how == "make" for name in re.findall(r"^make (\w+)", block.text, re.M)]
     assert named and set(named) <= targets
+
+
+def test_every_job_that_trains_asks_for_its_cores():
+    """Without either flag Slurm gives one core for all ranks of a node, which the script refuses once it runs."""
+    jobs = [flags for path in [*documents(), ROOT / "launch_scripts" / "train_slurm.sh"]
+            for flags in re.findall(r"\bsbatch ((?:\\\n|.)*?)launch_scripts/train_slurm\.sh", path.read_text())]
+    assert len(jobs) >= 5
+    assert [flags for flags in jobs if not {"--exclusive", "--cpus-per-task"} & {*flags.split()}] == []
 
 
 @pytest.fixture

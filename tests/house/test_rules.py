@@ -111,6 +111,15 @@ def swallows_nothing(path: str, source: str) -> list[str]:
             and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))]
 
 
+def refuses_before_it_installs(path: str, source: str) -> list[str]:
+    """A dry run installs nothing, and refuses what a run refuses."""
+    return [f"{path}:{node.lineno}: {install.name} refuses, and a dry run would not; call it in pretrain.refuse"
+            for install in ast.walk(ast.parse(source))
+            if isinstance(install, ast.FunctionDef) and install.name.startswith("install_")
+            for node in ast.walk(install) if isinstance(node, ast.Call)
+            and ast.unparse(node.func) in ("ConfigError", "DamagedError", "refuse_beside")]
+
+
 def opens_what_is_made_for_its_owner_alone(path: str, source: str) -> list[str]:
     """TemporaryDirectory is left out: nobody sees what vanishes with it."""
     calls = [(node.lineno, ast.unparse(node.func).split(".")[-1]) for node in ast.walk(ast.parse(source))
@@ -176,6 +185,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...], str], ...] = (  # rule, where it holds
     (is_short_and_named, ("",), ".py"),
     (is_short_and_named, ("",), ".sh"),
     (swallows_nothing, ("",), ".py"),
+    (refuses_before_it_installs, ("hrm_megatron/",), ".py"),
     (opens_what_is_made_for_its_owner_alone, OURS, ".py"),
     (names_no_private_place, ("",), ""),
     (declares_its_imports, ("hrm_megatron/", "tools/"), ".py"),
@@ -226,6 +236,7 @@ MODEL = "hrm_megatron/model/hrm.py"
     (is_short_and_named, "hrm_megatron/data/utils.py", ""),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept:\n    pass"),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept Exception as error:\n    pass"),
+    (refuses_before_it_installs, MODEL, "def install_it(args):\n    if args.it:\n        raise ConfigError('--it')"),
     (opens_what_is_made_for_its_owner_alone, MODEL, "from safetensors import torch as st\nst.save_file({}, 'a')"),
     (opens_what_is_made_for_its_owner_alone, "tools/plan.py", "from tempfile import mkdtemp\nfolder = mkdtemp()"),
     (names_no_private_place, "README.md", "cd /wo" + "rk/main"),
@@ -251,6 +262,7 @@ def test_a_rule_catches(rule: Rule, path: str, source: str) -> None:
     (only_training_asks_for_args, "tools/plan.py", "from typing import get_args"),
     (logs_and_never_prints, "hrm_megatron/training/console.py", "import sys\nprint(3, file=sys.stderr)"),
     (swallows_nothing, MODEL, "try:\n    f()\nexcept KeyError:\n    pass"),
+    (refuses_before_it_installs, MODEL, "def check_it(args):\n    if args.it:\n        raise ConfigError('--it')"),
     (opens_what_is_made_for_its_owner_alone, MODEL, "save_file(tensors, path)\nfollow_umask(path)"),
     (names_no_private_place, "README.md", "8 GPUs/workers, docs/work, --workers"),
     (declares_its_imports, MODEL, "import os\nimport yaml\nfrom megatron.core import mpu\nfrom . import specs"),

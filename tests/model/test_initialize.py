@@ -37,3 +37,13 @@ def test_names_and_seeds_make_different_weights():
     drawn = [draw(*key, (5, 7)) for key in ((1, "a"), (1, "b"), (2, "a"))]
     assert torch.equal(drawn[0], draw(1, "a", (5, 7)))
     assert not any(torch.equal(drawn[0], other) for other in drawn[1:])
+
+
+def test_without_a_seed_all_is_nan_until_it_is_loaded(single_rank):
+    from hrm_megatron.model.hrm import HRMModel
+    from hrm_megatron.transformer_config import hrm_config
+
+    empty, drawn = (HRMModel(hrm_config(ARCHITECTURE), seed).state_dict() for seed in (None, 3))
+    tensors = {name: tensor for name, tensor in empty.items() if isinstance(tensor, torch.Tensor)}
+    assert {"zL_init", "output_layer.weight"} < {*tensors} and all(t.isnan().all() for t in tensors.values())
+    assert not any(drawn[name].isnan().any() for name in tensors)

@@ -194,6 +194,7 @@ def test_a_damaged_record_is_named(tmp_path, text):
     (["--on-loss-spike", "warn", "--skip-train"], "--on-loss-spike warn: has no effect with --skip-train"),
     (["--on-loss-spike", "rollback", "--save", "a"], "last checkpoint of --save a, but --load is None"),
     (["--on-nonfinite", "skip", "--no-check-for-nan-in-loss-and-grad"], "skip: looks at nothing with --no-check-for"),
+    (["--on-nonfinite", "skip", "--fp16"], "skip: --fp16 without --loss-scale takes no such step by itself"),
     (["--on-nonfinite", "skip", "--use-torch-fsdp2"], "and not under FSDP; leave it or the FSDP flag out"),
     (["--on-nonfinite", "skip", "--skip-train"], "skip: has no effect with --skip-train"),
     (["--on-nonfinite", "rollback", "--save", "a", "--load", "b"], "goes back to the last checkpoint of --save a, but"),

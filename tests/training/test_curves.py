@@ -18,6 +18,7 @@ from hrm_megatron.planner.machines import GPUS, known_peak
 from hrm_megatron.training import reporting
 from hrm_megatron.training.curve_flags import check_curves
 from hrm_megatron.training.curves import TickNorms
+from hrm_megatron.training.metrics import ThroughputMeter
 from hrm_megatron.training.reporting import IntervalMeans, Reporter
 from tests.model import exact
 from tests.model.test_golden import batch_of, exact_inputs
@@ -140,19 +141,69 @@ def test_curves_that_nobody_could_read_are_refused(asked, given, reason):
         check_curves(SimpleNamespace(**args | asked | given))
 
 
-@pytest.mark.parametrize("peak, expected", [(5e12, {"MFU": 0.3}), (None, {})])
-def test_mfu_is_model_flops_over_the_peak_where_that_is_known(monkeypatch, peak, expected):
-    args = dict(log_interval=2, log_throughput=True, train_iters=4, world_size=2, global_batch_size=8, seq_length=64)
-    reporter, written = Reporter.__new__(Reporter), {}
-    reporter.args, reporter.peak, reporter.means = SimpleNamespace(**args), peak, IntervalMeans()
-    reporter.console = SimpleNamespace(last=True, width=120, line=lambda text: None, progress=lambda *_: None)
+@pytest.fixture
+def reporter(monkeypatch):
+    """That of a run on two ranks: its `lines`, and the curves that it has `written`."""
+    args = dict(log_interval=2, log_throughput=True, train_iters=40, world_size=2, global_batch_size=8, seq_length=64,
+                on_nonfinite="abort", steps_left_out=[3], save="runs/x", async_save=False)
+    reporter, lines, written = Reporter.__new__(Reporter), [], {}
+    reporter.args, reporter.peak = SimpleNamespace(**args), 5e12
+    reporter.means, reporter.overflows = IntervalMeans(), 0
+    reporter.console = SimpleNamespace(last=True, width=120, line=lines.append, progress=lambda *_: None)
     reporter.time_left = SimpleNamespace(after=lambda step: None)
-    reporter.flops = lambda: 3e12  # of a step, which two ranks take in a second
+    reporter.lines, reporter.written = lines, written
     monkeypatch.setattr(reporting, "write_scalars", lambda values, step: written.update({step: values}))
+    return reporter
+
+
+def step_of(reporter, step, seconds, flops, skipped=0):
+    reporter.flops = lambda: flops
+    losses = {} if skipped else {"tokens per second": torch.tensor([8 * 64 / seconds])}
+    reporter.training_log(lambda *_, **__: False, losses, {}, 1e-3, step, 2.0**20, False, skipped)
+
+
+@pytest.mark.parametrize("peak, expected", [(5e12, {"MFU": 0.3}), (None, {})])
+def test_mfu_is_model_flops_over_the_peak_where_that_is_known(reporter, peak, expected):
+    reporter.peak = peak
     for step in (1, 2, 3):
-        losses = {"tokens per second": torch.tensor(8.0 * 64)}
-        reporter.training_log(lambda *_, **__: False, losses, {}, 1e-3, step, 1.0, False, 0)
-    assert written == ({2: pytest.approx(expected)} if expected else {})
+        step_of(reporter, step, 1.0, 3e12)
+    assert reporter.written == ({2: pytest.approx(expected)} if expected else {})
+
+
+def test_rates_are_those_of_all_tokens_and_flops_over_all_seconds(reporter):
+    """Neither the mean of the steps' rates, nor the last step's FLOPs: it may have more gradient ticks."""
+    step_of(reporter, 1, 1.0, 1e12)
+    step_of(reporter, 2, 3.0, 5e12)
+    assert "        256 tokens/s  0.75 TFLOP/s/GPU" in reporter.lines[0]  # 2 x 512 positions, 6e12 on 2 ranks, in 4 s
+    assert reporter.written == {2: {"MFU": pytest.approx(0.75 / 5)}}
+
+
+def test_time_between_steps_is_not_that_of_a_step(reporter, monkeypatch):
+    now = 0.0
+
+    def wait(seconds):
+        nonlocal now
+        now += seconds
+    monkeypatch.setattr(reporting, "flush_scalars", lambda: None)
+    meter = ThroughputMeter(replicas=1, clock=lambda: now)
+    reporter.running = SimpleNamespace(meter=meter)
+    wait(1)  # the last backward pass of a step
+    reporter.save_checkpoint(lambda iteration: wait(60), 2)
+    reporter.evaluate_and_print_results(lambda prefix: wait(30), "iteration 2")
+    wait(2)  # up to the next loss
+    assert meter.lap(96) == (96, 3)
+
+
+def test_steps_that_overflow_are_counted_in_a_line(reporter):
+    """Not those that are left out: a line says so already."""
+    for step in range(1, 7):
+        step_of(reporter, step, 1.0, 1, skipped=int(step < 6))
+    assert reporter.lines[:2] == [f"step {step:2}/40  {count} not taken: gradients overflowed; the loss scale is now "
+                                  f"{2**20:g}" for step, count in ((2, 2), (4, 1))]
+    assert reporter.lines[2].startswith("step  6/40  1 not taken") and reporter.lines[3].startswith("step  6/40  loss")
+    reporter.args.on_nonfinite = "skip"
+    step_of(reporter, 8, 1.0, 1, skipped=1)
+    assert len(reporter.lines) == 4
 
 
 def test_a_peak_is_that_of_a_data_sheet_or_none():

@@ -32,7 +32,8 @@ def arguments(**given):
     return argparse.Namespace(**{"data_path": None, "train_data_path": None, "valid_data_path": None,
                                  "test_data_path": None, "sampled_data_path": None, "sampling_rules": None,
                                  "tokenizer_model": None, "skip_train": False, "split": "97,3,0", "seed": 3,
-                                 "seq_length": 20, "data_cache_path": None, "save": None, "verify_data": False} | given)
+                                 "seq_length": 20, "data_cache_path": None, "save": None, "verify_data": False,
+                                 "dry_run": False} | given)
 
 
 def shares(walk, epochs=4):
@@ -81,6 +82,7 @@ def test_rows_of_large_data_are_kept_beside_it_or_where_it_can_be_written(stores
     walk = open_sources(arguments(data_path=[str(stores / "a")])).train
     assert plan_folder(arguments(), walk) is None  # small data is planned by each process
     assert plan_folder(arguments(data_cache_path="c"), walk) == data.Path("c")
+    assert plan_folder(arguments(data_cache_path="c", dry_run=True), walk) is None
     monkeypatch.setattr(data, "CACHED_EXAMPLES", 10)
     assert plan_folder(arguments(), walk) == stores / "a.rows"
     access, own = plan_cache.os.access, tmp_path / "tmp"

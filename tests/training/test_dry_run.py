@@ -24,18 +24,22 @@ from hrm_megatron.model_types import HRM, MODEL_TYPES  # noqa: E402
 from hrm_megatron.parallel.patching import temporarily  # noqa: E402
 from hrm_megatron.planner.layout import Layout, check, stage_parameters  # noqa: E402
 from hrm_megatron.training.arguments import complete, parse_arguments  # noqa: E402
+from hrm_megatron.training.checkpoint_space import check_space, describe_space  # noqa: E402
 from hrm_megatron.training.dry_run import build, checked_start, describe_dry_run, first_rank_of, saving_of  # noqa: E402
+from hrm_megatron.training.evaluation import Evaluation  # noqa: E402
 from hrm_megatron.training.layout import layers_of_stages  # noqa: E402
 from hrm_megatron.training.own_flags import checked  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
 from tests.conftest import GOLDEN  # noqa: E402
 from tests.training.conftest import written  # noqa: E402
+from tests.training.test_validation import store  # noqa: E402, F401  # a fixture
 
 SIZES = dict(num_layers=6, hidden_size=48, num_attention_heads=6, ffn_hidden_size=72)
 WORDS = ["--dry-run", "--lr", "1e-3", "--train-iters", "4", "--seq-length", "96", "--bf16",
          *(str(word) for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", value))]
 ARCHITECTURE = Architecture(**SIZES, vocab_size=512)
 LAYOUTS = 500
+NO_EVALUATION = Evaluation(validates=False, tests=False, whole=False, test_iters=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,7 +105,7 @@ def test_all_is_told_and_nothing_is_written(monkeypatch, tmp_path):
     args = parsed(monkeypatch, *WORDS, "--dry-run-ranks", 1024, "--tensor-model-parallel-size", 2,
                   "--sequence-parallel", "--pipeline-model-parallel-size", 4, "--global-batch-size", 1024,
                   "--save", tmp_path / "run", "--save-interval", 3, "--dry-run-rank", 1023)
-    lines = [*describe_dry_run(args, None)]
+    lines = [*describe_dry_run(args, None, NO_EVALUATION)]
     text = "\n".join(lines)
     assert "layout: 1024 ranks = TP 2 x PP 4 x CP 1 x DP 128, sequence parallel" in text
     assert [line.split(":")[1].strip() for line in lines if line.startswith("built")] == [
@@ -144,7 +148,7 @@ def test_the_largest_preset_on_512_ranks(monkeypatch):
     args = parsed(monkeypatch, "--dry-run", "--dry-run-ranks", 512, "--hrm-preset", "32B", "--seq-length", 4096,
                   "--bf16", "--tensor-model-parallel-size", 8, "--sequence-parallel",
                   "--pipeline-model-parallel-size", 8, "--train-iters", 10)
-    lines = [line for line in describe_dry_run(args, None) if line.startswith("memory")]
+    lines = [line for line in describe_dry_run(args, None, NO_EVALUATION) if line.startswith("memory")]
     assert len(lines) == 8 and all("GB predicted on each GPU: weights " in line for line in lines)
 
 
@@ -165,7 +169,7 @@ def test_flags_without_effect_are_refused(monkeypatch, words, says):
 def test_a_checkpoint_that_is_not_there_is_refused(monkeypatch, tmp_path, flags, says):
     args = parsed(monkeypatch, *WORDS, "--global-batch-size", 2, *(flag.format(tmp_path) for flag in flags))
     with pytest.raises(ConfigError, match=f"^{says.format(tmp_path)}"):
-        next(describe_dry_run(args, None))
+        next(describe_dry_run(args, None, NO_EVALUATION))
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_none_is_written_to(monkeypatch, native_start, tmp_path):
@@ -175,9 +179,9 @@ def test_a_checkpoint_of_another_model_is_refused_and_none_is_written_to(monkeyp
     words = ["--load", folder, "--dry-run", "--lr", "1e-3", "--train-iters", 400, "--seq-length", 96,
              "--num-attention-heads", 4, "--num-layers", 2]
     args = parsed(monkeypatch, *words, "--hidden-size", 32)
-    assert checked_start(args, None) == (folder / find_iteration(native_start).name, 0)
+    assert checked_start(args, None, NO_EVALUATION) == (folder / find_iteration(native_start).name, 0)
     with pytest.raises(ConfigError, match="its model has hidden_size=32, the command line makes 64"):
-        checked_start(parsed(monkeypatch, *words, "--hidden-size", 64), None)
+        checked_start(parsed(monkeypatch, *words, "--hidden-size", 64), None, NO_EVALUATION)
     assert written(folder) == before
 
 
@@ -186,10 +190,70 @@ def test_a_checkpoint_of_another_model_is_refused_and_none_is_written_to(monkeyp
 def test_what_a_run_has_done_is_not_counted(launch, uninterrupted, fullbatch_arguments, steps, checkpoint, left, saves):
     folder = uninterrupted / "checkpoints"
     run = launch(*fullbatch_arguments, "--train-iters", steps, "--load", folder, "--save", folder, "--save-interval",
-                 10, "--dry-run")
+                 10, "--override-opt-param-scheduler", "--dry-run")
     assert run.code == 0 and f"data: {left} steps of 8 rows read {8 * left} rows, " in run.output, run.output[-2000:]
     assert str(find_iteration(folder)) in run.output and checkpoint in run.output
     assert f", {saves} saves take" in run.output
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--early-stopping", 3], "--early-stopping 3: has no effect without --save"),
+    (["--eval-weights", "ema"], "--eval-weights ema: has no effect, nothing is evaluated"),
+    (["--load-newest-valid"], "--load-newest-valid: there is no checkpoint to load"),
+    (["--eval-tasks", "nonsense", "--eval-tasks-data", "."], "tasks are answered at every validation of a"),
+    (["--save", "{0}"], "--save {0}: holds iter_0000024 of another run"),
+    (["--load", "{0}", "--save", "{0}", "--train-iters", 41], "trained with --train-iters 24 (the command line makes"),
+])
+def test_what_a_run_refuses_a_dry_run_refuses_too(launch, uninterrupted, fullbatch_arguments, flags, says):
+    folder = uninterrupted / "checkpoints"
+    before = written(uninterrupted)
+    command = [*fullbatch_arguments, *(word.format(folder) if isinstance(word, str) else word for word in flags)]
+    run, dry_run = launch(*command), launch(*command, "--dry-run")
+    assert run.code == dry_run.code == 2 and run.errors == dry_run.errors, (run.output[-2000:], dry_run.output[-2000:])
+    assert says.format(folder) in run.errors[0] and written(uninterrupted) == before
+
+
+def test_held_out_rows_are_planned_and_none_are_written(launch, store, tmp_path):  # noqa: F811
+    command = ["--num-layers", 1, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 96, "--lr", 1e-3,
+               "--global-batch-size", 2, "--epochs", 2, "--data-path", store, "--split", "80,20,0", "--dry-run"]
+    run = launch(*command, "--data-cache-path", tmp_path / "rows")
+    assert run.code == 0 and not [*tmp_path.iterdir()], run.output[-2000:]
+    assert [line.split(": ")[1] for line in run.output.splitlines() if line.startswith("data: ")
+            ][::2] == ["training", "validation"]
+
+
+def arguments_of_saves(tmp_path, **given):
+    return argparse.Namespace(**dict(save=str(tmp_path), save_interval=500, train_iters=50_000, most_recent_k=None,
+                                     save_retain_interval=None, early_stopping=None, no_save_optim=None, lora_rank=None,
+                                     params_dtype=torch.bfloat16) | given)
+
+
+@pytest.mark.parametrize("given, done, bytes_each, saves, at_once", [
+    ({}, 0, 18, 100, 100), (dict(no_save_optim=True), 0, 2, 100, 100), (dict(most_recent_k=2), 0, 18, 100, 3),
+    (dict(most_recent_k=2), 49_500, 18, 1, 1), (dict(save_retain_interval=10_000), 0, 18, 100, 2 + 4),
+    (dict(most_recent_k=3, save_retain_interval=20_000, early_stopping=5), 0, 18, 100, 4 + 2 + 1),
+    (dict(save_interval=None), 0, 18, 1, 1), ({}, 50_000, 18, 0, 0)])
+def test_flags_decide_how_much_the_checkpoints_take(tmp_path, given, done, bytes_each, saves, at_once):
+    line = describe_space(arguments_of_saves(tmp_path, **given), ARCHITECTURE, done)
+    gb = bytes_each * ARCHITECTURE.num_parameters / 1e9
+    assert line.startswith(f"checkpoint: {gb:.2f} GB each, {saves} saves") and f" take {at_once * gb:,.2f} GB; " in line
+    assert (f", of which {at_once} " in line) == (at_once < saves)
+
+
+@pytest.mark.parametrize("given, there, wanted", [
+    ({}, 0, 1), (dict(most_recent_k=2), 0, 3), (dict(most_recent_k=2), 2, 1), (dict(most_recent_k=2), 5, 1),
+    (dict(most_recent_k=200), 0, 100), (dict(save_retain_interval=500), 1, 1)])
+def test_a_run_wants_room_for_as_many_as_it_keeps_and_one_more(tmp_path, monkeypatch, given, there, wanted):
+    for number in range(there):
+        (tmp_path / f"iter_{number:07d}").mkdir()
+        (tmp_path / f"iter_{number:07d}" / "manifest.json").touch()
+    args, free = arguments_of_saves(tmp_path, **given), wanted * 18 * ARCHITECTURE.num_parameters
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=free))
+    check_space(args, ARCHITECTURE, 0)
+    free -= 1
+    what = "one checkpoint needs" if wanted == 1 else f"{wanted} checkpoints .* need"
+    with pytest.raises(ConfigError, match=f"^--save {tmp_path}: {what} .* are free; free some space"):
+        check_space(args, ARCHITECTURE, 0)
 
 
 def test_the_program_answers_and_ends(launch, tmp_path):

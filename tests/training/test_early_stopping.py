@@ -13,7 +13,7 @@ from hrm_megatron.checkpoint.folders import complete_iterations, find_iteration,
 from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.tokenizer import TextTokenizer
-from hrm_megatron.training.early_stopping import RECORD_FILE, Record, install_early_stopping, stopped_early
+from hrm_megatron.training.early_stopping import RECORD_FILE, Record, check_early_stopping, stopped_early
 from tests.training.conftest import GOLDEN, scalars
 from tests.training.test_resume import tensors_that_differ
 from tests.training.test_validation import SEED, SPLIT, store  # noqa: F401  # a fixture
@@ -176,7 +176,7 @@ def test_accuracies_of_other_weights_are_not_compared(tmp_path, before, now):
     args.eval_weights = now
     said = f"{RECORD_FILE} has accuracies of the {measured.weights} ones; give --eval-weights {measured.weights}, or"
     with pytest.raises(ConfigError, match=f"--eval-weights {now}: .*{said}"):
-        install_early_stopping(args, SimpleNamespace(validates=True))
+        check_early_stopping(args, SimpleNamespace(validates=True))
 
 
 @pytest.mark.parametrize("changes, validates, said", [
@@ -188,5 +188,5 @@ def test_what_makes_no_sense_is_one_line(changes, validates, said):
     args = argparse.Namespace(**dict(
         early_stopping=2, save="runs/a", load=None, async_save=False, skip_train=False, eval_weights="raw") | changes)
     with pytest.raises(ConfigError, match=said):
-        install_early_stopping(args, SimpleNamespace(validates=validates))
+        check_early_stopping(args, SimpleNamespace(validates=validates))
     assert stopped_early(args, 10) is None

@@ -1,4 +1,6 @@
 """--eval-weights: results of the EMA are those of a checkpoint converted to it, and training does not notice."""
+import argparse
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples, IndexedExamplesWriter
 from hrm_megatron.data.tokenizer import TextTokenizer
+from hrm_megatron.training.data import plan_evaluations
+from hrm_megatron.training.evaluation import Evaluation
 from tests.training.conftest import GOLDEN, scalars
 
 SPLIT, STEPS = "55,30,15", 6
@@ -89,7 +93,7 @@ training.evaluate = evaluate
 
 
 def test_both_read_the_same_rows_and_a_resumed_run_is_bitwise_the_whole_one(train, tmp_path):
-    flags = ["--eval-iters", 1, "--eval-weights"]
+    flags = ["--eval-iters", 1, "--eval-global-batch-size", 2, "--eval-weights"]  # half of the rows
     whole, parts, raw, ema = (tmp_path / name for name in ("whole", "parts", "raw", "ema"))
     run = train(whole, *flags, "both")
     for weights in ("", " EMA"):
@@ -107,6 +111,13 @@ def test_both_read_the_same_rows_and_a_resumed_run_is_bitwise_the_whole_one(trai
         assert scalars(whole / "log", f"{name} validation") == scalars(raw / "log", f"{name} validation")
     with pytest.raises(KeyError):
         scalars(ema / "log", "lm loss validation")
+    changed = tmp_path / "changed"
+    for weights, end in (("raw", 3), ("both", 5), ("raw", STEPS + 1)):
+        train(changed, *flags, weights, "--exit-interval", end, "--load", changed / "checkpoints")
+    for name in NAMES:
+        assert scalars(changed / "log", f"{name} validation") == scalars(raw / "log", f"{name} validation")
+        of_ema = scalars(whole / "log", f"{name} validation EMA")
+        assert scalars(changed / "log", f"{name} validation EMA") == {4: of_ema[4]}
 
 
 def test_rows_are_read_again_window_by_window(store):
@@ -119,9 +130,24 @@ def test_rows_are_read_again_window_by_window(store):
     plain, read = rows(0)
     order = [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
     assert read[:12] == [plain[i] for i in order]
-    assert rows(6)[1][:6] == [plain[i] for i in order[6:]]  # where a run goes on
-    begun_elsewhere = rows(4)[1]  # with other numbers before: the two passes agree nevertheless
-    assert begun_elsewhere[:3] == begun_elsewhere[3:6] != begun_elsewhere[6:9] == begun_elsewhere[9:12]
+    assert rows(3)[1][:6] == [plain[i] for i in order[6:]]  # where a run goes on
+    assert rows(4)[1][:12] == [plain[i + 4] for i in order]  # with other numbers before
+
+
+@pytest.mark.parametrize("theirs, passes", [
+    ({}, 1), (dict(eval_weights="raw"), 1), (dict(eval_weights="both"), 2),
+    (dict(eval_weights="both", counts_passes=False), 1)])
+def test_older_checkpoints_count_rows_once_for_each_pass(store, theirs, passes):
+    evaluation = Evaluation(validates=True, tests=False, whole=False, test_iters=1, weights="both")
+    evaluation.go_on(argparse.Namespace(**theirs))
+    args = argparse.Namespace(consumed_valid_samples=8, eval_iters=1, eval_global_batch_size=4, eval_interval=2,
+                              train_iters=6, skip_train=False)
+    valid = PackedRows(IndexedExamples(store), 24, 3, 1, fixed=True)
+    plan_evaluations(args, evaluation, valid, None)
+    assert args.consumed_valid_samples == 8 // passes and len(valid) == 8 // passes + 4 * 4 * 2
+    first, again = ([valid[8 // passes + i + j]["tokens"].tolist() for j in range(4)] for i in (0, 4))
+    valid.read_again(1, 4, 0)
+    assert first == again == [valid[8 // passes + j]["tokens"].tolist() for j in range(4)]
 
 
 @pytest.mark.parametrize("flags, reason", [

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import shutil
@@ -11,12 +12,16 @@ import torch
 
 from hrm_megatron.checkpoint.folders import find_iteration, read_run
 from hrm_megatron.checkpoint.fsdp_folder import open_run
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.convert.checkpoint import Checkpoint, Training
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.convert.table import table
+from hrm_megatron.convert.to_megatron import write_megatron
 from hrm_megatron.parallel.log_levels import UNACTIONABLE
+from hrm_megatron.training.arguments import fill_cycles
 from hrm_megatron.training.checkpoint import starts_new
+from hrm_megatron.training.checkpoint_args import MODEL_ARGUMENTS, take_model
 from hrm_megatron.training.finetune import fill_settings, settle_folders
 from tests.training.conftest import FULLBATCH, scalars
 from tests.training.test_resume import tensors_that_differ
@@ -127,14 +132,59 @@ def test_the_same_command_again_goes_on_bitwise(launch, trained, tmp_path):
     assert rest == {step: whole[step] for step in (3, 4)} and set(whole) == {1, 2, 3, 4}
     assert not tensors_that_differ(*(find_iteration(tmp_path / name) for name in ("whole", "stopped")))
     again = run("stopped", "--finetune-from", "raw")
-    assert "iteration 4 of 4 is done, nothing to train" in again
+    assert (f"iteration 4 of 4 is done, nothing to train (--skip-train --use-checkpoint-args --load "
+            f"{tmp_path / 'stopped'} in place of --finetune evaluates it)") in again
     assert "began from ema; --finetune-from raw has no effect any more" in again
+
+
+def test_shorter_rows_leave_the_model_its_context(launch, trained, tmp_path):
+    def run(step, *more):
+        done = launch("--finetune", "--pretrained-checkpoint", trained, *DATA, "--seq-length", 64, "--train-iters", 2,
+                      "--save", tmp_path / "short", "--ckpt-step", step, *more)
+        assert done.code == 0, done.output[-3000:]
+        return done.output
+
+    dropped = "--ckpt-step {} is an iteration to begin from, and has no effect any more"
+    assert f"begins from {trained / 'iter_0000012'}" in run(12, "--exit-interval", 1)
+    assert dropped.format(24) in run(24)
+    assert dropped.format(12) not in run(12) and dropped.format(24) in run(24)  # also behind the second start
+    convert(Conversion(tmp_path / "short", "megatron", tmp_path / "again", "megatron"))
+    for folder in (tmp_path / "short", tmp_path / "again"):
+        training = read_megatron(find_iteration(folder)).training
+        assert (training.seq_length, training.row_tokens, training.tokens_per_step) == (96, 64, 8 * 64)
+    convert(Conversion(tmp_path / "again", "megatron", tmp_path / "hf", "hf"))
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["max_position_embeddings"] == 96
+
+
+def test_what_a_new_run_does_not_take_from_a_checkpoint_is_said(launch, trained):
+    run = launch("--pretrained-checkpoint", trained, "--use-checkpoint-args", *DATA, "--train-iters", 1, "--lr", 1e-3,
+                 "--use-checkpoint-opt-param-scheduler")
+    assert run.code == 0, run.output[-3000:]
+    start = find_iteration(trained)
+    assert f"begins from {start}: its raw weights, a new optimizer; from its EMA, which exports" in run.output
+    assert f"--use-checkpoint-opt-param-scheduler takes none from {start}" in run.output
+
+
+@pytest.mark.parametrize("cycles, stored, given, ticks", [
+    (1, 2, None, (2, 2)), (2, 8, None, (2, 8)), (2, 8, 3, (2, 3))])
+def test_gradient_ticks_are_those_of_the_checkpoint(single_rank, tmp_path, cycles, stored, given, ticks):
+    architecture = Architecture(1, 24, 3, 40, 250, h_cycles=cycles, l_cycles=1 if cycles == 1 else 3)
+    write_megatron(Checkpoint(tmp_path, architecture, Training(bp_max_steps=stored), 0, 0, frozenset({"raw"}),
+                              lambda _, entry: torch.zeros(entry.shape, dtype=torch.float32 if entry.trained else
+                                                           torch.bfloat16)), tmp_path)
+    args = argparse.Namespace(**dict.fromkeys(MODEL_ARGUMENTS), finetune=True, load=None, ckpt_step=None,
+                              pretrained_checkpoint=str(tmp_path), load_newest_valid=False, seq_length=None,
+                              bp_min_steps=None, bp_max_steps=given)
+    take_model(args, {})
+    fill_cycles(args)
+    assert (args.bp_min_steps, args.bp_max_steps) == ticks
 
 
 def arguments(**changes):
     """What settles where a run begins and goes on, of a fine-tuning that is given as it should be."""
     values = dict(finetune=True, finetune_from=None, pretrained_checkpoint="runs/XL", load=None, save="runs/sft",
-                  skip_train=False, print_config=False, no_load_optim=False)
+                  skip_train=False, print_config=False, no_load_optim=False, lora_rank=None, lora_alpha=None,
+                  lora_target_modules=None)
     return argparse.Namespace(**values | changes)
 
 
@@ -143,7 +193,9 @@ def arguments(**changes):
     (dict(load="runs/other"), "leave --load runs/other out"),
     (dict(pretrained_checkpoint=None, load="runs/sft"), "is the folder that it begins from"),
     (dict(finetune=False, finetune_from="ema"), "--finetune-from ema: has no effect without --finetune"),
-    (dict(skip_train=True), "--finetune is incompatible with --skip-train"),
+    (dict(skip_train=True), "--finetune is incompatible with --skip-train: of what it has saved, --skip-train "
+                            "--use-checkpoint-args --load runs/sft in place of --finetune evaluates it"),
+    (dict(skip_train=True, lora_rank=4), "read adapters as they are, --skip-train wants them merged"),
     (dict(no_load_optim=True), "--finetune is incompatible with --no-load-optim"),
 ], ids=str)
 def test_what_makes_no_sense_is_one_line(changes, said):

@@ -1,4 +1,5 @@
 """The table of flags names every flag of the pinned Megatron, and the command line is held to it."""
+import argparse
 import ast
 import importlib.util
 from collections import Counter
@@ -14,11 +15,12 @@ activate()
 from megatron.training import arguments as megatron_arguments  # noqa: E402
 
 from hrm_megatron.config import ConfigError  # noqa: E402
+from hrm_megatron.training.arguments import fill_from_preset  # noqa: E402
 from hrm_megatron.training.flags.bounds import BOUNDS  # noqa: E402
 from hrm_megatron.training.flags.check import check_flags  # noqa: E402
 from hrm_megatron.training.flags.document import COMMAND, document  # noqa: E402
 from hrm_megatron.training.flags.table import GROUPS, OURS, by_flag  # noqa: E402
-from hrm_megatron.training.flags.values import check_values  # noqa: E402
+from hrm_megatron.training.flags.values import check_profile, check_values  # noqa: E402
 from hrm_megatron.training.flags.verdict import Harmless, Refused, Used  # noqa: E402
 from hrm_megatron.training.own_flags import DEFAULTS, FORCED, WITHOUT_CUDA, checked, full_parser  # noqa: E402
 
@@ -165,6 +167,10 @@ def test_what_an_hrm_is_anyway_may_be_said(words):
     (["--recompute-modules", "mlp"], "has no effect without --recompute-granularity or --recompute-activations"),
     (["--overlap-param-gather"], "--overlap-param-gather: has no effect without --overlap-grad-reduce"),
     (["--ddp-bucket-size", 4], "--ddp-bucket-size 4: has no effect without --overlap-grad-reduce"),
+    (["--ckpt-step", 3, "--save", "x"], "--ckpt-step 3: has no effect without --load or --pretrained-checkpoint"),
+    (["--exit-on-missing-checkpoint"], "--exit-on-missing-checkpoint: has no effect without --load or"),
+    (["--exit-signal-handler", "--exit-signal-handler-for-training"],
+     "--exit-signal-handler-for-training: it ends a run without a save, with exit code 0; give --exit-signal-handler"),
     (["--split", "1,1,0"], "--split 1,1,0: has no effect without --data-path"),
     (["--loss-scale", 128], "--loss-scale 128.0: has no effect without --fp16"),
     (["--profile", "--use-pytorch-profiler"], "--use-pytorch-profiler: has no effect without --tensorboard-dir"),
@@ -183,6 +189,9 @@ def test_what_an_hrm_is_anyway_may_be_said(words):
     (["--train-samples", 0], "--train-samples 0: must be at least 1"),
     (["--micro-batch-size", 0], "--micro-batch-size 0: must be at least 1"),
     (["--tensor-model-parallel-size", 0], "--tensor-model-parallel-size 0: must be at least 1"),
+    (["--seed", 0], "--seed 0: must be at least 1 and at most 2147483647"),
+    (["--seed", 2**32], "--seed 4294967296: must be at least 1 and at most 2147483647"),
+    (["--hang-timeout-minutes", 0], "--hang-timeout-minutes 0.0: must be at least 0.1"),
     (["--adam-beta2", "nan"], "--adam-beta2 nan: must be at least 0 and less than 1"),
     (["--adam-beta1", 1], "--adam-beta1 1.0: must be at least 0 and less than 1"),
     (["--ema-decay", 2], "--ema-decay 2.0: must be at least 0 and at most 1"),
@@ -191,6 +200,10 @@ def test_what_an_hrm_is_anyway_may_be_said(words):
      "--lr-warmup-fraction is incompatible with --lr-warmup-iters"),
     (["--train-samples", 30, "--lr-warmup-iters", 3], "--train-samples is incompatible with --lr-warmup-iters"),
     (["--bf16", "--fp16"], "--bf16 is incompatible with --fp16"),
+    (["--bf16", "--grad-reduce-in-bf16", "--accumulate-allreduce-grads-in-fp32"],
+     "--grad-reduce-in-bf16 is incompatible with --accumulate-allreduce-grads-in-fp32"),
+    (["--save", "x", "--save-params-interval", 4, "--overlap-grad-reduce", "--overlap-param-gather"],
+     "--save-params-interval is incompatible with --overlap-param-gather"),
     (["--recompute-granularity", "full"], "--recompute-granularity full: say which layers"),
     (["--save-retain-interval", 3, "--save-interval", 2, "--save", "x"],
      "--save-retain-interval 3: is no multiple of --save-interval 2"),
@@ -201,6 +214,29 @@ def test_one_line_in_place_of_silence_or_a_traceback(words, line):
     with pytest.raises(ConfigError, match=".") as error:
         check(*words)
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words, line", [
+    (["--profile-step-start", 12], "--profile-step-end 12: must be more than --profile-step-start 12; give more"),
+    (["--train-iters", 11], "--profile-step-end 12: the profile is written there, and the run ends at step 11"),
+    (["--profile-ranks", 0, 2], "--profile-ranks 2: no such rank; choose among 0 to 1"),
+    (["--skip-train"], "--profile: has no effect with --skip-train"),
+])
+def test_a_profile_that_nobody_would_write_is_refused(words, line):
+    def settled(*more):
+        args = PARSER.parse_args(["--profile", "--train-iters", "12", *map(str, more)])
+        return argparse.Namespace(**vars(args) | dict(world_size=2))
+    check_profile(settled())
+    with pytest.raises(ConfigError, match=f"^{line}"):
+        check_profile(settled(*words))
+
+
+@pytest.mark.parametrize("positions", [32, 4096])
+def test_positions_of_a_table_are_those_of_a_row(positions):
+    args = PARSER.parse_args(["--hrm-preset", "B", "--seq-length", "64", "--micro-batch-size", "2",
+                              "--max-position-embeddings", str(positions)])
+    fill_from_preset(args)
+    assert args.max_position_embeddings == 64
 
 
 @pytest.mark.parametrize("flag", ["--tensorboard-dir", "--save", "--data-cache-path"])

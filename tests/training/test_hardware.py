@@ -2,13 +2,16 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from hrm_megatron.parallel.cpu import activate
 
 activate()
 
+from megatron.core.optimizer.clip_grads import count_zeros_fp32  # noqa: E402
+
 from hrm_megatron.config import ConfigError  # noqa: E402
-from hrm_megatron.training.fsdp import choose_fsdp  # noqa: E402
+from hrm_megatron.training.fsdp import choose_fsdp, count_all_zeros  # noqa: E402
 from hrm_megatron.training.hardware import (  # noqa: E402
     Machine,
     check_compilation,
@@ -128,13 +131,26 @@ def test_precision_that_is_refused_in_one_line(machine, changes, parts):
     assert "\n" not in str(refused.value) and all(part in str(refused.value) for part in parts), refused.value
 
 
-@pytest.mark.parametrize("fsdp, flag", [("use_torch_fsdp2", "--fp8-param-gather"),
-                                        ("use_megatron_fsdp", "--reuse-grad-buf-for-mxfp8-param-ag")])
-def test_what_megatron_would_turn_off_beside_fsdp_is_refused(fsdp, flag):
+@pytest.mark.parametrize("fsdp, changes, flag", [
+    ("use_torch_fsdp2", dict(fp8_param_gather=True), "--fp8-param-gather"),
+    ("use_megatron_fsdp", dict(reuse_grad_buf_for_mxfp8_param_ag=True), "--reuse-grad-buf-for-mxfp8-param-ag"),
+    ("use_torch_fsdp2", dict(save_wgrads_interval=4), r"--save-wgrads-interval \(it would save none\)"),
+    ("use_megatron_fsdp", dict(save_wgrads_interval=4), r"--save-wgrads-interval \(it would save none\)"),
+    ("use_torch_fsdp2", dict(save_params_interval=4), r"--save-params-interval \(it would save one rank's shards\)")])
+def test_what_megatron_would_turn_off_or_save_in_part_beside_fsdp_is_refused(fsdp, changes, flag):
     args = SimpleNamespace(**dict(
         use_torch_fsdp2=False, use_megatron_fsdp=False, pipeline_model_parallel_size=1, fp16=False,
         check_weight_hash_across_dp_replicas_interval=None, recompute_granularity=None, recompute_modules=None,
         data_parallel_sharding_strategy="optim_grads_params", recompute_ticks=0, skip_train=False,
-        fp8_param_gather=True, reuse_grad_buf_for_mxfp8_param_ag=True) | {fsdp: True})
+        fp8_param_gather=False, reuse_grad_buf_for_mxfp8_param_ag=False, save_wgrads_interval=None,
+        save_params_interval=None) | {fsdp: True} | changes)
     with pytest.raises(ConfigError, match=f"^--{fsdp.replace('_', '-')} is incompatible with {flag}: leave one of"):
         choose_fsdp(args, None)
+
+
+def test_a_gradient_that_a_step_does_not_make_counts_as_zeros(single_rank):
+    """As that of the embedding in steps whose gradient ticks do not reach down to it, which DDP fills with zeros."""
+    made, missing = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(7, 3))
+    made.grad = torch.tensor([0.0, 1.0, 0.0, 2.0, 3.0])
+    found = count_all_zeros(count_zeros_fp32, [made, missing], torch.distributed.group.WORLD)
+    assert found == 2 + 7 * 3 and missing.grad is None and made.grad is not None

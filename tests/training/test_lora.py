@@ -2,7 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +15,15 @@ from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import PRESETS, Architecture, ConfigError, LoRA
 from hrm_megatron.convert.checkpoint import PARTS, Checkpoint, Training
+from hrm_megatron.convert.ledger import EXPORT_FILE
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.convert.table import table
 from hrm_megatron.convert.to_megatron import write_megatron
 from hrm_megatron.generate.load import load_model, open_checkpoint
+from hrm_megatron.training.finetune import choose_source
 from hrm_megatron.training.lora import check_adapters, describe_lora, lora_of, saved_bytes, settle_lora
+from tests.tools import load_tool
 from tests.training.conftest import FULLBATCH, scalars
 from tests.training.test_layouts import CP, LOSS_TOLERANCE, PP, TP
 from tests.training.test_resume import tensors_that_differ
@@ -140,9 +147,10 @@ def test_every_export_is_of_merged_weights(tuned, tmp_path):
 
 def arguments(**changes):
     """What settles the adapters of a fine-tuning that is given as it should be."""
-    values = dict(finetune=True, finetune_from=None, lora_rank=4, lora_alpha=None, lora_target_modules=None,
-                  hidden_size=24, use_torch_fsdp2=False, use_megatron_fsdp=False, fp8=None, compile_layers=False,
-                  transformer_impl=None, params_dtype=torch.bfloat16)
+    values = dict(finetune=True, skip_train=False, finetune_from=None, lora_rank=4, lora_alpha=None,
+                  lora_target_modules=None, hidden_size=24, use_torch_fsdp2=False, use_megatron_fsdp=False,
+                  fp8=None, compile_layers=False, transformer_impl=None, params_dtype=torch.bfloat16,
+                  no_save_optim=None)
     return argparse.Namespace(**values | changes)
 
 
@@ -150,6 +158,7 @@ def arguments(**changes):
     (dict(lora_rank=None, lora_alpha=8.0), "--lora-alpha: has no effect without --lora-rank"),
     (dict(lora_rank=None, lora_target_modules=["linear_fc1"]), "--lora-target-modules: has no effect without"),
     (dict(finetune=False), "adapters change a trained model; give --finetune"),
+    (dict(finetune=False, skip_train=True), "--skip-train evaluates merged weights, which have no adapters; leave"),
     (dict(lora_rank=0), "--lora-rank 0: must lie between 1 and the hidden size, 24"),
     (dict(lora_rank=25), "--lora-rank 25: must lie between 1 and"),
     (dict(lora_alpha=0.0), "--lora-alpha 0.0: must be a positive number"),
@@ -177,18 +186,32 @@ def test_settings_are_kept_and_held_against_those_of_a_checkpoint(tmp_path):
     ours, folder = lora_of(args), tmp_path / "iter_0000004"
     check_adapters(folder, ours, ours, begins=False)
     check_adapters(folder, None, ours, begins=True)
-    with pytest.raises(ConfigError, match="holds adapters .* merge them, by .*convert_checkpoint.py"):
-        check_adapters(folder, ours, None, begins=True)
     for theirs in (None, LoRA(4, 8.0), LoRA(4, 4.0, ("linear_qkv",))):
         with pytest.raises(ConfigError, match="trained with .*the command line has --lora-rank 4"):
             check_adapters(folder, theirs, ours, begins=False)
 
 
+@pytest.mark.parametrize("refused", ["adapters", "EMA under FSDP"])
+def test_the_command_of_a_refusal_converts_the_iteration_that_was_asked_for(uninterrupted, tmp_path, refused):
+    folder = shutil.copytree(uninterrupted / "checkpoints", tmp_path / "lo ra") / "iter_0000012"
+    with pytest.raises(ConfigError) as error:
+        if refused == "adapters":
+            check_adapters(folder, LoRA(4, 4.0), None, begins=True)
+        else:
+            choose_source(argparse.Namespace(finetune_from=None, use_torch_fsdp2=True), folder,
+                          ["optimizer.state.ema.embedding"])
+    command, made = re.search("by `python tools/convert_checkpoint.py (.*)`, and give (.*) without --ckpt-step",
+                              str(error.value)).groups()
+    assert load_tool("convert_checkpoint").main(shlex.split(command)) == 0
+    assert json.loads((Path(made) / EXPORT_FILE).read_text())["iteration"] == 12
+
+
 def test_what_it_saves_is_counted():
     xl = PRESETS["XL"].architecture()
     total, factors = xl.num_parameters, LoRA(4, 4.0).num_parameters(xl)
-    assert saved_bytes(arguments(), xl, 16) == 2 * (total + factors) + 16 * factors
-    assert saved_bytes(arguments(lora_rank=None), xl, 16) == 18 * total
+    assert saved_bytes(arguments(), xl) == 2 * (total + factors) + 16 * factors
+    assert saved_bytes(arguments(lora_rank=None), xl) == 18 * total
+    assert saved_bytes(arguments(lora_rank=None, no_save_optim=True), xl) == 2 * total
     # bf16: of a frozen weight the gradient, master, two moments and the EMA are not there, 4 bytes each; each factor
     # has 2 bytes of its own and those.
     gb = f"{(20 * total - 22 * factors) / 1e9:,.2f} GB"

@@ -51,7 +51,8 @@ state, load = Optimizer.sharded_param_state_fully_reshardable, Loader.load
 
 def counted(self, weights, is_loading=False, metadata=None):
     found = state(self, weights, is_loading, metadata)
-    print("STATE", is_loading, *(len(parts) * parts["param"].data.numel() for parts in found.values()), file=sys.__stdout__, flush=True)
+    sizes = [len(parts) * parts["param"].data.numel() for parts in found.values()]
+    print("STATE", is_loading, *sizes, file=sys.__stdout__, flush=True)
     return found
 
 def told(self, *arguments):

@@ -2,10 +2,12 @@
 import argparse
 import json
 import re
+import shutil
 
 import pytest
 
 from hrm_megatron.checkpoint.folders import complete_iterations
+from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule, as_fp32
 from tests.training.conftest import FULLBATCH, scalars, written
@@ -44,6 +46,35 @@ def test_a_finished_run_started_again_ends_well_in_one_line(launch, fullbatch_ar
     assert run.output.count("is done, nothing to train") == 1 and f"{files_of}/iter_0000024: {line}" in run.output
     assert "is done" not in run.last_output
     assert "initialize" not in run.output and not (tmp_path / "log").exists()  # neither a process group nor a model
+
+
+ALL_IS_LOADED = """
+from hrm_megatron.model import hrm
+from hrm_megatron.training.step import TrainingStep, innermost
+def initialize(*_):
+    raise AssertionError("weights are drawn that a checkpoint replaces")
+hrm.initialize, forward = initialize, TrainingStep.forward
+def checked(self, data, model):
+    part = innermost(model)
+    missing = [name for name, tensor in [*part.named_parameters(), *part.named_buffers()] if tensor.isnan().any()]
+    assert not missing, missing
+    return forward(self, data, model)
+TrainingStep.forward = checked
+"""
+
+
+@pytest.mark.parametrize("begins, ranks", [
+    (["--load", "{0}", "--ckpt-step", 12, "--exit-interval", 13], 1),
+    (["--load", "{0}", "--ckpt-step", 12, "--exit-interval", 13, "--no-load-optim",
+      "--pipeline-model-parallel-size", 2], 2),
+    (["--finetune", "--pretrained-checkpoint", "{0}", "--train-iters", 1], 1),  # from the EMA
+    (["--finetune", "--pretrained-checkpoint", "{0}", "--train-iters", 1, "--lora-rank", 4,
+      "--tensor-model-parallel-size", 2], 2)])
+def test_what_a_checkpoint_fills_is_not_drawn_before(launch, fullbatch_arguments, files_of, begins, ranks):
+    begins = [word.format(files_of) if isinstance(word, str) else word for word in begins]
+    schedule = ["--bp-warmup-fraction", 0.0, "--lr-warmup-iters", 0] if "--finetune" in begins else []
+    run = launch(*fullbatch_arguments, *schedule, *begins, ranks=ranks, prelude=ALL_IS_LOADED)
+    assert run.code == 0, (run.output[-3000:], run.last_output[-3000:])
 
 
 def test_logged_rates_are_those_of_the_steps(uninterrupted, reference):
@@ -127,6 +158,22 @@ def test_an_iteration_is_named_by_the_folder_around_it_and_its_step(tmp_path, mo
         args = argparse.Namespace(load=str(tmp_path / load), pretrained_checkpoint=None, ckpt_step=None)
         with pytest.raises(ConfigError, match=f"{load}: is one iteration; give --load {tmp_path} --ckpt-step 40"):
             checkpoint.starting_point(args)
+
+
+def test_a_tracker_file_that_cannot_be_put_right_is_one_line(uninterrupted, tmp_path, monkeypatch):
+    from hrm_megatron.training import checkpoint
+
+    def read_only(path, content):
+        raise PermissionError(13, "Permission denied", str(path))
+    folder = shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
+    (folder / TRACKER_FILE).write_text("36")
+    monkeypatch.setattr(checkpoint, "write_aside", read_only)
+    args = argparse.Namespace(load=None, pretrained_checkpoint=str(folder), ckpt_step=None, load_newest_valid=False,
+                              dry_run=False, finetune=True)
+    with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\); give --ckpt-step 24"):
+        checkpoint.starting_point(args)
+    args.ckpt_step = 24
+    assert checkpoint.starting_point(args) == folder / "iter_0000024"
 
 
 def test_a_checkpoint_that_is_not_there_gives_no_model(launch, tmp_path):

@@ -23,10 +23,10 @@ BOUNDS: dict[str, Bounds | None] = {
         "--save-retain-interval --check-weight-hash-across-dp-replicas-"
         "interval --gpu-sniff-test-interval --train-sync-interval --ckpt-step --dist-ckpt-workers --seq-length "
         "--distributed-timeout-minutes --distributed-timeout-seconds-after-init --ddp-num-buckets --ddp-bucket-size "
-        "--suggested-communication-unit-size --flight-recorder-trace-buffer-size --straggler-minmax-count "
+        "--suggested-communication-unit-size --flight-recorder-trace-buffer-size "
         "--lr-decay-iters --loss-scale-window --hysteresis --fault-injector-num-ranks"))),
     **dict(_at_least(0, (
-        "--norm-epsilon --lr --min-lr --lr-warmup-iters --lr-warmup-samples --weight-decay --clip-grad --seed "
+        "--norm-epsilon --lr --min-lr --lr-warmup-iters --lr-warmup-samples --weight-decay --clip-grad "
         "--eval-iters --start-eval-at-iter --num-workers --cpu-offloading-num-layers --num-layers-at-start-in-bf16 "
         "--num-layers-at-end-in-bf16 --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
         "--profile-step-start --profile-step-end --profile-ranks --manual-gc-interval --empty-unused-memory-level "
@@ -34,8 +34,9 @@ BOUNDS: dict[str, Bounds | None] = {
         "--ft-num-warmup-iters --fault-injector-fault-delay --fault-injector-delay-start-iteration "
         "--fault-injector-mtti-seconds --fault-injector-offset-seconds --fp8-margin --logging-level"))),
     **dict(_at_least(1, "--iterations-to-skip --rollback-after")),
+    "--seed": (1, 2**31 - 1),  # numpy's generators take less than 2^32, and Megatron adds 100 for each pipeline stage
     "--adam-beta1": (0, 1), "--adam-beta2": (0, 1), "--lr-warmup-fraction": (0, 1),
-    "--async-ckpt-cpu-priority": (0, 19), "--async-ckpt-io-priority": (0, 3), "--straggler-ctrlr-port": (1, 65535),
+    "--async-ckpt-cpu-priority": (0, 19), "--async-ckpt-io-priority": (0, 3),
     "--fault-injector-seed": None,
     "--ema-decay": (0, 1), "--init-std": (0, ANY_LARGER), "--pipeline-window": (1, ANY_LARGER),  # ours
     "--hang-timeout-minutes": (0.1, ANY_LARGER),

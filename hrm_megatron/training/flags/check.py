@@ -80,5 +80,5 @@ def _check_bounds(flag: str, written: str, value: object) -> None:
     for number in value if isinstance(value, list) else [value]:
         within = float(number) < most if flag in BELOW else float(number) <= most  # type: ignore[arg-type]
         if not (within and least <= float(number)):  # type: ignore[arg-type]  # nan is not
-            most_too = f" and {'less than' if flag in BELOW else 'at most'} {most:g}" if most < float("inf") else ""
-            raise ConfigError(f"{written}: must be at least {least:g}{most_too}")
+            most_too = f" and {'less than' if flag in BELOW else 'at most'} {most}" if most < float("inf") else ""
+            raise ConfigError(f"{written}: must be at least {least}{most_too}")

@@ -32,7 +32,6 @@ TRAINING: Group = (
          "--dump-param-to-param-group-map"),
     Used("megatron.training.training", "--gpu-sniff-test-interval", cuda=True),
     Used("megatron.training.global_vars", "--exit-signal", needs="--exit-signal-handler"),
-    Used("megatron.training.global_vars", "--exit-signal-handler-for-training"),
     Used("megatron.training.training", "--manual-gc-interval --no-manual-gc-eval", needs="--manual-gc"),
     Used("megatron.training.arguments", "--result-rejected-tracker-filename"),
     Used("megatron.core.tensor_parallel.layers", "--no-gradient-accumulation-fusion"),
@@ -47,6 +46,8 @@ TRAINING: Group = (
     Refused("an old name", "--batch-size", "give --micro-batch-size"),
     Refused("an old name", "--checkpoint-activations", "give --recompute-activations or --recompute-ticks"),
     Refused("it has no effect in this version", "--exit-signal-handler-for-dataloader", "give --exit-signal-handler"),
+    Refused("it ends a run without a save, with exit code 0", "--exit-signal-handler-for-training",
+            "give --exit-signal-handler"),
     Refused(UNTESTED, "--tp-comm-overlap-cfg"),
     Refused("positions of an HRM are plain rotary ones", "--rope-type", same=("rope",)),
     Refused("an HRM trains by AdamATan2", "--optimizer"),
@@ -82,9 +83,9 @@ LOGGING: Group = (
             "--moe-routing-trace-dump-weights"),
 )
 STRAGGLER: Group = (
-    Used("megatron.training.training", "--log-straggler"),
-    Used("megatron.training.training", "--straggler-ctrlr-port --straggler-minmax-count "
-         "--disable-straggler-on-startup", needs="--log-straggler"),
+    Refused("the forward steps of Megatron's examples start its timer, and ours does not",
+            "--log-straggler --straggler-ctrlr-port --straggler-minmax-count --disable-straggler-on-startup",
+            "leave it out: --timing-log-level 2 --timing-log-option all prints the times of each rank"),
 )
 WORKLOAD_INSPECTOR: Group = (
     Used("megatron.training.training", "--run-workload-inspector-server", package="workload_inspector"),

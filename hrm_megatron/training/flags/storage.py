@@ -13,8 +13,9 @@ OWN_STORES = "indexed datasets are read by readers of our own"
 FSDP = "--use-megatron-fsdp"
 
 CHECKPOINTING: Group = (
-    Used("hrm_megatron.training.checkpoint", "--save --load --pretrained-checkpoint --ckpt-step "
-         "--exit-on-missing-checkpoint"),
+    Used("hrm_megatron.training.checkpoint", "--save --load --pretrained-checkpoint"),
+    Used("hrm_megatron.training.checkpoint", "--ckpt-step --exit-on-missing-checkpoint",
+         needs="--load --pretrained-checkpoint"),
     Used("hrm_megatron.training.finetune", "--finetune", needs="--pretrained-checkpoint --load"),
     Used("hrm_megatron.training.arguments", "--use-checkpoint-args", needs="--load --pretrained-checkpoint"),
     Used("megatron.training.training", "--save-interval --save-params-interval --save-wgrads-interval",
@@ -24,20 +25,21 @@ CHECKPOINTING: Group = (
     Used("megatron.training.checkpointing", "--save-retain-interval --no-ckpt-fully-parallel-save "
          "--ckpt-fully-parallel-save-process-group --ckpt-assume-constant-structure --no-save-optim --no-save-rng",
          needs="--save"),
-    Used("megatron.training.checkpointing", "--no-load-optim --no-load-rng --ckpt-fully-parallel-load "
+    Used("megatron.training.checkpointing", "--no-load-optim --no-load-rng "
          "--no-ckpt-load-validate-sharding-integrity --dist-ckpt-strictness --no-stream-ckpt-dequant",
          needs="--load --pretrained-checkpoint"),
     Used("megatron.training.checkpointing", "--ckpt-fully-parallel-load-exchange-algo "
-         "--ckpt-fully-parallel-load-process-group", needs="--ckpt-fully-parallel-load"),
-    Used("megatron.training.checkpointing", "--dist-ckpt-optim-fully-reshardable "
-         "--distrib-optim-fully-reshardable-mem-efficient --verify-integrity"),
+         "--ckpt-fully-parallel-load-process-group", needs="--load --pretrained-checkpoint"),
+    Used("megatron.training.checkpointing", "--verify-integrity"),
     Used("megatron.training.checkpointing", "--no-strict-fsdp-dtensor-load", needs=FSDP),
     Used("megatron.training.checkpointing", "--async-save", needs="--use-persistent-ckpt-worker"),
     Used("megatron.training.async_utils", "--use-persistent-ckpt-worker", needs="--async-save"),
     Used("megatron.training.checkpointing", "--async-strategy --async-ckpt-cpu-priority --async-ckpt-io-priority "
          "--async-ckpt-use-cpu-shm --dist-ckpt-workers", needs="--async-save"),
-    Harmless("checkpoints of a run are distributed ones, saved in parallel",
-             "--use-dist-ckpt --ckpt-fully-parallel-save --auto-detect-ckpt-format"),
+    Harmless("checkpoints of a run are distributed ones, saved and loaded in parallel", "--use-dist-ckpt "
+             "--ckpt-fully-parallel-save --ckpt-fully-parallel-load --auto-detect-ckpt-format"),
+    Harmless("every weight's state is saved whole, by one of the ranks that share it, and gathered on no other",
+             "--dist-ckpt-optim-fully-reshardable --distrib-optim-fully-reshardable-mem-efficient"),
     Harmless("the tokenizer is never taken from a checkpoint", "--no-use-tokenizer-model-from-checkpoint-args"),
     Refused("only torch_dist is built, and what --use-megatron-fsdp chooses by itself", "--ckpt-format "
             "--dist-ckpt-format", same=("torch_dist",)),

@@ -28,6 +28,10 @@ def check_values(args: argparse.Namespace, cuda: bool) -> None:
     refuse_beside("--train-iters", {"--train-samples": args.train_iters and args.train_samples})
     refuse_beside("--lr-decay-iters", {"--train-samples (count in steps: --train-iters)":
                                        args.lr_decay_iters and args.train_samples})
+    refuse_beside("--grad-reduce-in-bf16", {"--accumulate-allreduce-grads-in-fp32":
+                                            args.grad_reduce_in_bf16 and args.accumulate_allreduce_grads_in_fp32})
+    refuse_beside("--save-params-interval", {"--overlap-param-gather (weights are not gathered right behind a step)":
+                                             args.save_params_interval and args.overlap_param_gather})
     for warmup, others in (("--lr-warmup-fraction", ("lr_warmup_iters", "lr_warmup_samples")),
                            ("--train-samples", ("lr_warmup_iters",))):
         if getattr(args, _dest(warmup)):
@@ -74,6 +78,23 @@ def _check_hang_timeout(args: argparse.Namespace) -> None:
         raise ConfigError(f"{flag}: the collectives end the run after --distributed-timeout-minutes "
                           f"{args.distributed_timeout_minutes}, before a silent rank is named; give more than "
                           f"{args.hang_timeout_minutes * BACKSTOP:g} there, or less here")
+
+
+def check_profile(args: argparse.Namespace) -> None:
+    """Refuse a profile that would never be written, now that ranks and steps are counted."""
+    if not args.profile:
+        return
+    first, last = args.profile_step_start, args.profile_step_end
+    if args.skip_train:
+        raise ConfigError("--profile: has no effect with --skip-train; leave one of them out")
+    if last <= first:
+        raise ConfigError(f"--profile-step-end {last}: must be more than --profile-step-start {first}; give more")
+    if args.train_iters and last > args.train_iters:
+        raise ConfigError(f"--profile-step-end {last}: the profile is written there, and the run ends at step "
+                          f"{args.train_iters}; give less, or train longer")
+    for rank in args.profile_ranks:
+        if not 0 <= rank < args.world_size:
+            raise ConfigError(f"--profile-ranks {rank}: no such rank; choose among 0 to {args.world_size - 1}")
 
 
 def check_batch(args: argparse.Namespace) -> None:

@@ -1,0 +1,79 @@
+"""How many checkpoints of a run are on disk at once, and whether there is room for them."""
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from hrm_megatron.checkpoint.folders import complete_iterations
+from hrm_megatron.checkpoint.verify import iteration_of
+from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.program import followed
+from hrm_megatron.training.lora import saved_bytes
+
+
+def coming_saves(args: argparse.Namespace, done: int) -> list[int]:
+    """List the iterations that a run saves behind step `done`: at its intervals, and at its end."""
+    if done >= args.train_iters:
+        return []
+    every = args.save_interval or args.train_iters
+    return [*range((done // every + 1) * every, args.train_iters, every), args.train_iters]
+
+
+def kept_saves(args: argparse.Namespace) -> int | None:
+    """Return how many of its last checkpoints a run keeps; None: all."""
+    return args.most_recent_k or (1 if args.save_retain_interval else None)
+
+
+def most_at_once(args: argparse.Namespace, saves: Sequence[int]) -> int:
+    """Count the checkpoints that are there at once, at most, of a run that saves these iterations in this order: those
+    that it keeps, the one that it writes, and what flags protect."""
+    if (kept := kept_saves(args)) is None:
+        return len(saves)
+    older, last = saves[:-kept - 1], saves[-kept - 1:]
+    protected = [step for step in older if not step or (args.save_retain_interval
+                                                        and step % args.save_retain_interval == 0)]
+    best = bool(args.early_stopping and len(protected) < len(older))
+    return len(protected) + best + len(last)
+
+
+def check_space(args: argparse.Namespace, architecture: Architecture, done: int) -> None:
+    """Refuse a `--save` that cannot be written, or has no room for the next checkpoint: with `--most-recent-k` for as
+    many as are there at once, less those that are there."""
+    place = _existing(Path(args.save))
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"--save {args.save}: cannot write to {place}; choose another folder")
+    count = min(1, len(coming := coming_saves(args, done)))
+    what = "one checkpoint needs"
+    if kept := kept_saves(args):
+        count = min(len(coming), max(count, kept + 1 - len(complete_iterations(Path(args.save)))))
+        if count > 1:
+            what = f"{count} checkpoints (the last {kept} are kept, and one more is written) need"
+    needed = count * saved_bytes(args, architecture)
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise ConfigError(f"--save {args.save}: {what} {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
+                          "space or choose another disk")
+
+
+def describe_space(args: argparse.Namespace, architecture: Architecture, done: int) -> str:
+    """Say how much space the checkpoints take that a run saves behind step `done`."""
+    size = saved_bytes(args, architecture)
+    line = f"checkpoint: {size / 1e9:.2f} GB each"
+    if not args.save:
+        return f"{line}; nothing is saved (--save DIR)"
+    coming = coming_saves(args, done)
+    there = [iteration_of(name) for name in complete_iterations(Path(args.save))]
+    count = min(len(coming), max(1, most_at_once(args, sorted({*there, *coming})) - len(there)))
+    at_once = f", of which {count} {'is' if count == 1 else 'are'} there at once," if count < len(coming) else ""
+    place = _existing(Path(args.save))
+    free = shutil.disk_usage(place).free
+    return (f"{line}, {len(coming)} saves{at_once} take {count * size / 1e9:,.2f} GB; {place} has {free / 1e9:,.2f} GB "
+            f"free{'' if free >= count * size else ': NOT ENOUGH for all of them'}")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one around it that is there."""
+    path = followed(folder)
+    return next(parent for parent in (path, *path.parents) if parent.exists())
