@@ -23,7 +23,7 @@ from hrm_megatron.parallel.connections import CONNECTIONS
 from hrm_megatron.parallel.patching import around
 
 # What each needs of Megatron's other flags, so that a user gives one flag only. Fused gradients would be overwritten
-# by each tick under Megatron-FSDP (tensor_parallel/layers.py). Shards of FSDP2 are loaded in their places, and a parallel
+# by each tick under Megatron-FSDP (tensor_parallel/layers.py). Shards of FSDP2 are loaded in their places; a parallel
 # load would return other tensors.
 SETTINGS: dict[str, dict[str, Any]] = {
     "use_torch_fsdp2": dict(use_distributed_optimizer=False, gradient_accumulation_fusion=False,

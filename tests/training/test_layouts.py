@@ -198,4 +198,4 @@ def test_a_checkpoint_of_any_layout_is_converted_bitwise_every_way(trained, tmp_
         for source, target in itertools.pairwise(way):
             convert(Conversion(*source, *target, weights=kind if target[1] == "hf" else None))
         assert all(torch.equal(tensor, dict(start.weights(kind))[name])
-                   for name, tensor in read_megatron(find_iteration(way[2][0])).weights(RAW))
+                   for name, tensor in read_megatron(find_iteration(way[2][0])).weights(kind))
