@@ -9,13 +9,13 @@ from pathlib import Path
 
 from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import complete_iterations
-from hrm_megatron.checkpoint.manifest import read_manifest
+from hrm_megatron.checkpoint.manifest import read_manifest, size_of
 from hrm_megatron.checkpoint.verify import iteration_of
 
 ASIDE = ".deleted"
 
 log = logging.getLogger(__name__)
-_removing = threading.Lock()
+_threads: list[threading.Thread] = []
 
 
 def is_whole(folder: Path) -> bool:
@@ -45,24 +45,40 @@ def expendable(save: Path, latest: int, keep: int, interval: int | None, protect
             and not (save / f"iter_{number:07d}").is_symlink()]
 
 
-def delete(save: Path, iterations: Collection[int]) -> threading.Thread:
-    """Delete iterations so that a kill leaves none that looks whole and is not; finish what a kill has left.
+def delete(save: Path, iterations: Collection[int]) -> None:
+    """Delete iterations so that a kill leaves none that looks whole and is not.
 
-    They are renamed now. Their files, one or more of each rank, go in the thread that is returned, beside the training:
-    other ranks would wait for that. A process does not end before it.
+    They are renamed now. Their files, one or more of each rank, go in a thread beside the training, for which all ranks
+    would wait; `finish_deletion` waits for that.
     """
+    finish_deletion(save)
     for number in iterations:
         folder = save / f"iter_{number:07d}"
         folder.rename(save / f".{folder.name}{ASIDE}")
     thread = threading.Thread(target=_remove_files, args=(save,))
     thread.start()
-    return thread
+    _threads.append(thread)
+
+
+def finish_deletion(save: Path) -> None:
+    """Have the space of all iterations that were deleted, also of those that a kill has left in part."""
+    while _threads:
+        _threads.pop().join()
+    _remove_files(save)
+
+
+def bytes_of_deleted(save: Path) -> int:
+    """Bytes of iterations that were deleted, but for their files: the next save has them."""
+    return sum(size_of(path) or 0 for folder in _deleted(save) for path in folder.iterdir())
+
+
+def _deleted(save: Path) -> list[Path]:
+    return [*save.glob(f".iter_*{ASIDE}")]
 
 
 def _remove_files(save: Path) -> None:
-    with _removing:
+    for folder in _deleted(save):
         try:
-            for folder in save.glob(f".iter_*{ASIDE}"):
-                shutil.rmtree(folder)
+            shutil.rmtree(folder)
         except OSError as error:
-            log.warning(f"checkpoint: cannot delete older iterations in {save} ({error}); the next save tries again")
+            log.warning(f"checkpoint: cannot delete {folder} ({error}); the next save tries again")

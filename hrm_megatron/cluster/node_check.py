@@ -108,7 +108,8 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
         bad[node].append(reason)
     failed = {report.node: report.error for report in present if report.error}
     waited = {node: error for node, error in failed.items() if error.startswith(NOT_DONE)}
-    own = {node: error for node, error in failed.items() if node not in waited and not LOST_A_PEER.search(error)}
+    own = {node: error for node, error in failed.items()
+           if node not in waited and ("CUDA error" in error or not LOST_A_PEER.search(error))}
     # An error follows from another node's fault, where there is one, or from its end; if all waited in vain, nobody
     # knows for whom.
     if not any(bad.values()):

@@ -86,6 +86,8 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
             return
         set_updates(self.optimizer, state_dict["optimizer"]["param_groups"])
         init_states(self.optimizer)  # where they shall be; stock code would make others first
+        if "param_state_sharding_type" in state_dict:  # Megatron drops the empty dict of a rank that owns no weight
+            state_dict = {"param_state": {}, **state_dict}
         super().load_state_dict({**state_dict, "optimizer": {
             **state_dict["optimizer"], "param_groups": settings_of_groups(self.optimizer)}})
 
@@ -121,7 +123,8 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
                 for number, tensor in whole.items():
                     place = places[weights[number]]
                     # The writer takes its copies of tensors on a GPU at once, but may share those on a CPU.
-                    tensor = tensor if tensor.is_cuda or is_loading else tensor.clone()
+                    if not is_loading and tensor.device.type == "cpu":
+                        tensor = tensor.clone()
                     of_weight = make_sharded_optimizer_tensor(place, tensor.view(place.data.shape), f"{STATE}.{name}")
                     found.setdefault(number, {})[name] = replace(of_weight, replica_id=(*place.replica_id[:-1], 0))
         return found

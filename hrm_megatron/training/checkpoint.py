@@ -30,6 +30,7 @@ from hrm_megatron.checkpoint.folders import (
 )
 from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
 from hrm_megatron.checkpoint.manifest import TENSORS, TRACKER_FILE
+from hrm_megatron.checkpoint.retention import finish_deletion
 from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS
@@ -299,6 +300,7 @@ def guard_saves(args: argparse.Namespace) -> None:
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> None:
         folder = Path(args.save) / f"iter_{iteration:07d}"
         if not torch.distributed.get_rank():
+            finish_deletion(Path(args.save))  # whose space may be wanted
             for name in COMPLETE_FILES:  # an older save of the same iteration is about to be written over
                 (folder / name).unlink(missing_ok=True)
             (Path(args.save) / EVALUATED).unlink(missing_ok=True)  # it was of other weights

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hrm_megatron.checkpoint.folders import complete_iterations
+from hrm_megatron.checkpoint.retention import bytes_of_deleted
 from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.program import followed
@@ -52,8 +53,8 @@ def check_space(args: argparse.Namespace, architecture: Architecture, done: int)
         if count > 1:
             what = f"{count} checkpoints (the last {kept} are kept, and one more is written) need"
     needed = count * saved_bytes(args, architecture)
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise ConfigError(f"--save {args.save}: {what} {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
+    if (free := shutil.disk_usage(place).free + bytes_of_deleted(Path(args.save))) < needed:
+        raise ConfigError(f"--save {args.save}: {what} {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; free some "
                           "space or choose another disk")
 
 
@@ -68,7 +69,7 @@ def describe_space(args: argparse.Namespace, architecture: Architecture, done: i
     count = min(len(coming), max(1, most_at_once(args, sorted({*there, *coming})) - len(there)))
     at_once = f", of which {count} {'is' if count == 1 else 'are'} there at once," if count < len(coming) else ""
     place = _existing(Path(args.save))
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free + bytes_of_deleted(Path(args.save))
     return (f"{line}, {len(coming)} saves{at_once} take {count * size / 1e9:,.2f} GB; {place} has {free / 1e9:,.2f} GB "
             f"free{'' if free >= count * size else ': NOT ENOUGH for all of them'}")
 

@@ -10,7 +10,7 @@ import pytest
 
 from hrm_megatron.checkpoint.folders import complete_iterations
 from hrm_megatron.checkpoint.manifest import MANIFEST_FILE, describe_folder, write_manifest
-from hrm_megatron.checkpoint.retention import delete, expendable
+from hrm_megatron.checkpoint.retention import bytes_of_deleted, delete, expendable, finish_deletion
 
 
 @pytest.fixture
@@ -66,29 +66,37 @@ def test_links_and_iterations_of_a_later_step_stay(save, tmp_path):
 
 
 def test_a_deletion_that_was_cut_short_is_finished_and_nothing_looks_whole_meanwhile(save, monkeypatch, caplog):
+    removed, before = shutil.rmtree, {path.name for path in save.iterdir()}
+
     def fail(folder):
-        raise OSError(errno.EBUSY, "busy")
-    before = {path.name for path in save.iterdir()}
+        if "3" in folder.name:
+            raise OSError(errno.EBUSY, "busy")
+        removed(folder)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", fail)
-        delete(save, [3, 6]).join()
-    assert re.search(r"cannot delete older iterations in \S+ \(.*busy\); the next save tries again", caplog.text)
-    assert complete_iterations(save) == [f"iter_{number:07d}" for number in (0, 9, 12)]
-    delete(save, [9]).join()
+        delete(save, [3, 6])
+        assert complete_iterations(save) == [f"iter_{number:07d}" for number in (0, 9, 12)]
+        finish_deletion(save)
+    assert re.search(r"cannot delete \S+iter_0000003.deleted \(.*busy\); the next save tries again", caplog.text)
+    left = save / ".iter_0000003.deleted"
+    assert [*save.glob(".iter_*")] == [left]
+    assert bytes_of_deleted(save) == sum(path.stat().st_size for path in left.iterdir())
+    delete(save, [9])
+    finish_deletion(save)
     assert before - {path.name for path in save.iterdir()} == {f"iter_{number:07d}" for number in (3, 6, 9)}
-    assert {path.name for path in save.iterdir()} <= before
+    assert {path.name for path in save.iterdir()} <= before and not bytes_of_deleted(save)
 
 
-def test_a_step_does_not_wait_for_the_files(save, monkeypatch):
+def test_a_step_does_not_wait_for_the_files_but_the_next_save_does(save, monkeypatch):
     removed, may_remove = shutil.rmtree, threading.Event()
 
     def wait(folder):
         assert may_remove.wait(60)
         removed(folder)
     monkeypatch.setattr(shutil, "rmtree", wait)
-    threads = [delete(save, [3]), delete(save, [6])]
-    assert complete_iterations(save) == [f"iter_{number:07d}" for number in (0, 9, 12)]
+    delete(save, [3])
+    assert complete_iterations(save) == [f"iter_{number:07d}" for number in (0, 6, 9, 12)]
+    assert [path.name for path in save.glob(".iter_*")] == [".iter_0000003.deleted"]
     may_remove.set()
-    for thread in threads:
-        thread.join()
+    finish_deletion(save)
     assert not [*save.glob(".iter_*")]

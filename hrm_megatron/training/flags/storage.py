@@ -28,8 +28,10 @@ CHECKPOINTING: Group = (
     Used("megatron.training.checkpointing", "--no-load-optim --no-load-rng "
          "--no-ckpt-load-validate-sharding-integrity --dist-ckpt-strictness --no-stream-ckpt-dequant",
          needs="--load --pretrained-checkpoint"),
-    Used("megatron.training.checkpointing", "--ckpt-fully-parallel-load-exchange-algo "
-         "--ckpt-fully-parallel-load-process-group", needs="--load --pretrained-checkpoint"),
+    Used("megatron.training.checkpointing", "--ckpt-fully-parallel-load-process-group",
+         needs="--load --pretrained-checkpoint"),
+    Used("megatron.training.checkpointing", "--ckpt-fully-parallel-load-exchange-algo",
+         needs="--load --pretrained-checkpoint", only=("broadcast", "gather_object")),
     Used("megatron.training.checkpointing", "--verify-integrity"),
     Used("megatron.training.checkpointing", "--no-strict-fsdp-dtensor-load", needs=FSDP),
     Used("megatron.training.checkpointing", "--async-save", needs="--use-persistent-ckpt-worker"),
