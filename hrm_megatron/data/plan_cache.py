@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.folder_lock import locked_in_place
@@ -196,13 +197,11 @@ def _was_left(partial: Path) -> bool:
     """Tell whether the process that wrote this folder is known to be gone: it was one of this host, or it began so long
     ago."""
     writer = re.fullmatch(r".+\.partial-(.+)-(\d+)-[0-9a-f]+", partial.name)
-    try:
-        if writer and writer[1] == platform.node():
-            os.kill(int(writer[2]), 0)  # sends nothing
-            return False
+    if writer and writer[1] == platform.node() and not psutil.pid_exists(int(writer[2])):
+        return True
+    with contextlib.suppress(OSError):  # gone meanwhile
         return time.time() - partial.stat().st_mtime > STALE_SECONDS
-    except OSError as error:
-        return error.errno == errno.ESRCH
+    return False
 
 
 def _unwritable(folder: Path, error: OSError) -> ConfigError:

@@ -59,7 +59,7 @@ from hrm_megatron.training.resume import (
     settle_schedule,
 )
 from hrm_megatron.training.run_files import unwritten
-from hrm_megatron.training.verification import check_verification_flags, record_save
+from hrm_megatron.training.verification import check_integrity, check_verification_flags, record_save
 from hrm_megatron.transformer_config import architecture_of
 
 log = logging.getLogger(__name__)
@@ -130,6 +130,8 @@ def check_start(args: argparse.Namespace) -> Path | None:
     folder = starting_point(args)
     if folder is None and args.skip_train:
         raise ConfigError("--skip-train: no checkpoint to evaluate; give one with --load")
+    if folder is not None:
+        check_integrity(args, folder)
     return folder
 
 

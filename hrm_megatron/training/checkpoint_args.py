@@ -27,8 +27,8 @@ OF_A_PRESET = ("num_layers", "hidden_size", "num_attention_heads")
 
 
 def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
-    """Set the model's arguments, and the row's length and a fine-tuning's gradient ticks unless `given`; `given` are
-    those on the command line.
+    """Set the model's arguments, and the row's length and the gradient ticks of a fine-tuning or an evaluation unless
+    they are `given`, on the command line.
 
     Where the run begins because there is no checkpoint yet, the command line's stay.
     """
@@ -45,7 +45,7 @@ def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         setattr(args, name, getattr(stored, name))
     if args.seq_length is None:
         args.seq_length = stored.seq_length
-    if args.finetune and args.bp_max_steps is None:  # all gradient ticks of its last step, from the first one on
+    if (args.finetune or args.skip_train) and args.bp_max_steps is None:  # those of its last step
         args.bp_max_steps = stored.bp_max_steps
     log.info(f"checkpoint: {folder}: model " + ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_ARGUMENTS))
 

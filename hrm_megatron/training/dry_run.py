@@ -22,7 +22,7 @@ from hrm_megatron.planner.layout import plan_pipeline, stage_parameters
 from hrm_megatron.planner.memory import Memory, Saving, memory_of_stages
 from hrm_megatron.training.arguments import layout_of, microbatches_of
 from hrm_megatron.training.checkpoint import check_fit, check_start, steps_done
-from hrm_megatron.training.checkpoint_space import check_space, describe_space
+from hrm_megatron.training.checkpoint_space import describe_space
 from hrm_megatron.training.data import Sources
 from hrm_megatron.training.early_stopping import stopped_early
 from hrm_megatron.training.evaluation import Evaluation
@@ -121,32 +121,35 @@ def predicted_memory(args: argparse.Namespace) -> list[Memory]:
                             saving_of(args), plan)
 
 
-def checked_start(args: argparse.Namespace, data: Sources | None, evaluation: Evaluation) -> tuple[Path | None, int]:
-    """Return the checkpoint that the run would begin from, or None, and the steps that it has done by then; refuse what
-    the run would refuse of both.
+def checked_start(args: argparse.Namespace, data: Sources | None,
+                  evaluation: Evaluation) -> tuple[Path | None, int, bool]:
+    """Return the checkpoint that the run would begin from, or None, the steps that it has done by then, and whether
+    anything is left to do; refuse what the run would refuse of both.
 
     Whether the vocabulary is that of the data is told where there are data.
     """
     if (folder := check_start(args)) is None:
-        return None, 0
-    check_fit(args, evaluation, folder, knows_vocabulary=data is not None)
-    return folder, steps_done(args, folder)
+        return None, 0, True
+    is_left = check_fit(args, evaluation, folder, knows_vocabulary=data is not None)
+    return folder, steps_done(args, folder), is_left
 
 
 def describe_dry_run(args: argparse.Namespace, data: Sources | None, evaluation: Evaluation) -> Iterator[str]:
     """Yield all that a dry run has to say, behind what `pretrain.refuse` refuses; nothing is written."""
-    start, done = checked_start(args, data, evaluation)
+    start, done, is_left = checked_start(args, data, evaluation)
     yield describe_model(args)
     yield describe(args)
-    if start:
+    if args.skip_train:
+        yield f"checkpoint: evaluates {start}"
+    elif start:
         stopped = stopped_early(args, done) if done else None
-        finished = None if args.skip_train else nothing_left(done, args.train_iters, how_to_evaluate(args)) or stopped
-        yield f"checkpoint: {start}: {finished}" if finished else f"checkpoint: begins from {start}, after step {done}"
+        finished = nothing_left(done, args.train_iters, how_to_evaluate(args)) or stopped
+        made_up = "; its last evaluation is made up" if is_left else ""
+        yield (f"checkpoint: {start}: {finished}{made_up}" if finished else
+               f"checkpoint: begins from {start}, after step {done}")
         if finished:
             done = args.train_iters
     architecture = architecture_of(args, args.vocab_size)
-    if args.save and not args.skip_train:
-        check_space(args, architecture, done)
     layers, tp = layers_of_stages(args), args.tensor_model_parallel_size
     counts = stage_parameters(architecture, layers)
     last = len(layers) - 1
@@ -159,7 +162,8 @@ def describe_dry_run(args: argparse.Namespace, data: Sources | None, evaluation:
     for memory in predicted_memory(args):
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.parts.items() if size)
         yield f"memory: stage {memory.stage}: {memory.total / 1e9:.2f} GB predicted on each GPU: {parts}"
-    yield describe_space(args, architecture, done)
+    if not args.skip_train:
+        yield describe_space(args, architecture, done)
     if args.dry_run_rank is not None:
         yield from _describe_rank(build(args, args.dry_run_rank))
 

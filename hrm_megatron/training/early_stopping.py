@@ -60,7 +60,7 @@ class Record:
             raise ConfigError(f"--eval-weights {args.eval_weights}: early stopping judges by the {weights} weights, "
                               f"but {path} has accuracies of the {measured} ones; give --eval-weights {measured}, or "
                               "remove the file to begin to count anew")
-        if examples and examples != data and evaluations:
+        if examples and data and examples != data and evaluations:
             raise ConfigError(f"{path}: has accuracies on other examples than those to validate on now; give the same "
                               "data, or remove the file to begin to count anew")
         return cls(weights, data, {i: value for i, value in evaluations.items() if i <= until},

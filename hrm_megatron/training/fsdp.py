@@ -47,6 +47,9 @@ def choose_fsdp(args: argparse.Namespace, architecture: Architecture) -> None:
         "--save-params-interval (it would save one rank's shards)":
             args.use_torch_fsdp2 and args.save_params_interval,
         "--fp8-param-gather": args.use_torch_fsdp2 and args.fp8_param_gather,
+        "--ckpt-fully-parallel-load-exchange-algo, -process-group (ranks read their own shards)":
+            args.use_torch_fsdp2 and (args.ckpt_fully_parallel_load_exchange_algo != "broadcast"
+                                      or args.ckpt_fully_parallel_load_process_group != "dp"),
         **(_megatron_fsdp_refuses(args) if args.use_megatron_fsdp else {}),
     })
     if os.environ.get(CONNECTIONS) == "1":

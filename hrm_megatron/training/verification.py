@@ -57,6 +57,13 @@ def verify_end(args: argparse.Namespace, folder: Path, check_fit: Callable[[Path
         torch.distributed.destroy_process_group()
 
 
+def check_integrity(args: argparse.Namespace, folder: Path) -> None:
+    """Refuse --verify-integrity for an iteration that was saved without it."""
+    if args.verify_integrity and not (folder / INTEGRITY_FNAME).exists():
+        raise ConfigError(f"--verify-integrity: {folder} was saved without it; leave it out, for every checkpoint "
+                          "is verified")
+
+
 def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Callable[[Path], bool]) -> bool:
     """Verify the iteration that is about to be loaded, each rank a share; if it is damaged, raise ConfigError on all.
 
@@ -65,9 +72,6 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
     """
     if folder is None:
         return False
-    if args.verify_integrity and not (folder / INTEGRITY_FNAME).exists():
-        raise ConfigError(f"--verify-integrity: {folder} was saved without it; leave it out, for every checkpoint "
-                          "is verified")
     if not args.verify_checkpoint:
         log.info(f"checkpoint: {folder} {UNVERIFIED}")
         return False

@@ -300,12 +300,14 @@ def test_only_what_is_known_to_be_left_is_deleted(tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
     writers = {"ended": f"{platform.node()}-{ended.pid}-0a", "at it": f"{platform.node()}-{os.getpid()}-0b",
+               "of an older process of that number": f"{platform.node()}-1-0f",
                "elsewhere": f"another-host-{ended.pid}-0c", "elsewhere, long ago": "another-host-7-0d",
                "of an older version": "0e"}
     partials = {what: tmp_path / f"{name}.partial-{writer}" for what, writer in writers.items()}
     for partial in partials.values():
         partial.mkdir()
-    os.utime(partials["elsewhere, long ago"], (0, 0))
+    for what in ("elsewhere, long ago", "of an older process of that number"):
+        os.utime(partials[what], (0, 0))
     shutil.rmtree(tmp_path / name)
     row_plan(cache_folder=tmp_path).locate(0)
     assert {what for what, partial in partials.items() if partial.exists()} == {"at it", "elsewhere",

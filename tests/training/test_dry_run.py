@@ -179,7 +179,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_none_is_written_to(monkeyp
     words = ["--load", folder, "--dry-run", "--lr", "1e-3", "--train-iters", 400, "--seq-length", 96,
              "--num-attention-heads", 4, "--num-layers", 2]
     args = parsed(monkeypatch, *words, "--hidden-size", 32)
-    assert checked_start(args, None, NO_EVALUATION) == (folder / find_iteration(native_start).name, 0)
+    assert checked_start(args, None, NO_EVALUATION) == (folder / find_iteration(native_start).name, 0, True)
     with pytest.raises(ConfigError, match="its model has hidden_size=32, the command line makes 64"):
         checked_start(parsed(monkeypatch, *words, "--hidden-size", 64), None, NO_EVALUATION)
     assert written(folder) == before
@@ -201,6 +201,7 @@ def test_what_a_run_has_done_is_not_counted(launch, uninterrupted, fullbatch_arg
     (["--eval-weights", "ema"], "--eval-weights ema: has no effect, nothing is evaluated"),
     (["--load-newest-valid"], "--load-newest-valid: there is no checkpoint to load"),
     (["--eval-tasks", "nonsense", "--eval-tasks-data", "."], "tasks are answered at every validation of a"),
+    (["--load", "{0}", "--verify-integrity"], "--verify-integrity: {0}/iter_0000024 was saved without it"),
     (["--save", "{0}"], "--save {0}: holds iter_0000024 of another run"),
     (["--load", "{0}", "--save", "{0}", "--train-iters", 41], "trained with --train-iters 24 (the command line makes"),
 ])

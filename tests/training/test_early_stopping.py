@@ -115,6 +115,8 @@ def test_accuracies_on_other_examples_are_not_compared(tmp_path):
     args.data_digests["valid"] = "c"
     with pytest.raises(ConfigError, match=f"{RECORD_FILE}: has accuracies on other examples than those to validate on"):
         Record.read(args, 1)
+    args.data_digests = {}  # of a dry run without data
+    assert Record.read(args, 1).evaluations == {1: 0.5}
 
 
 OUT_OF_TIME = MEASURED + """

@@ -165,14 +165,16 @@ def test_what_a_new_run_does_not_take_from_a_checkpoint_is_said(launch, trained)
     assert f"--use-checkpoint-opt-param-scheduler takes none from {start}" in run.output
 
 
+@pytest.mark.parametrize("what", ["finetune", "skip_train"])
 @pytest.mark.parametrize("cycles, stored, given, ticks", [
     (1, 2, None, (2, 2)), (2, 8, None, (2, 8)), (2, 8, 3, (2, 3))])
-def test_gradient_ticks_are_those_of_the_checkpoint(single_rank, tmp_path, cycles, stored, given, ticks):
+def test_gradient_ticks_are_those_of_the_checkpoint(single_rank, tmp_path, cycles, stored, given, ticks, what):
     architecture = Architecture(1, 24, 3, 40, 250, h_cycles=cycles, l_cycles=1 if cycles == 1 else 3)
     write_megatron(Checkpoint(tmp_path, architecture, Training(bp_max_steps=stored), 0, 0, frozenset({"raw"}),
                               lambda _, entry: torch.zeros(entry.shape, dtype=torch.float32 if entry.trained else
                                                            torch.bfloat16)), tmp_path)
-    args = argparse.Namespace(**dict.fromkeys(MODEL_ARGUMENTS), finetune=True, load=None, ckpt_step=None,
+    args = argparse.Namespace(**dict.fromkeys(MODEL_ARGUMENTS), finetune=what == "finetune", load=None, ckpt_step=None,
+                              skip_train=what == "skip_train",
                               pretrained_checkpoint=str(tmp_path), load_newest_valid=False, seq_length=None,
                               bp_min_steps=None, bp_max_steps=given)
     take_model(args, {})

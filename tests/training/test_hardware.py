@@ -136,6 +136,8 @@ def test_precision_that_is_refused_in_one_line(machine, changes, parts):
     ("use_megatron_fsdp", dict(reuse_grad_buf_for_mxfp8_param_ag=True), "--reuse-grad-buf-for-mxfp8-param-ag"),
     ("use_torch_fsdp2", dict(save_wgrads_interval=4), r"--save-wgrads-interval \(it would save none\)"),
     ("use_megatron_fsdp", dict(save_wgrads_interval=4), r"--save-wgrads-interval \(it would save none\)"),
+    ("use_torch_fsdp2", dict(ckpt_fully_parallel_load_exchange_algo="gather_object"), "--ckpt-fully-parallel-load-exch"
+     r"ange-algo, -process-group \(ranks read their own shards\)"),
     ("use_torch_fsdp2", dict(save_params_interval=4), r"--save-params-interval \(it would save one rank's shards\)")])
 def test_what_megatron_would_turn_off_or_save_in_part_beside_fsdp_is_refused(fsdp, changes, flag):
     args = SimpleNamespace(**dict(
@@ -143,7 +145,8 @@ def test_what_megatron_would_turn_off_or_save_in_part_beside_fsdp_is_refused(fsd
         check_weight_hash_across_dp_replicas_interval=None, recompute_granularity=None, recompute_modules=None,
         data_parallel_sharding_strategy="optim_grads_params", recompute_ticks=0, skip_train=False,
         fp8_param_gather=False, reuse_grad_buf_for_mxfp8_param_ag=False, save_wgrads_interval=None,
-        save_params_interval=None) | {fsdp: True} | changes)
+        save_params_interval=None, ckpt_fully_parallel_load_exchange_algo="broadcast",
+        ckpt_fully_parallel_load_process_group="dp") | {fsdp: True} | changes)
     with pytest.raises(ConfigError, match=f"^--{fsdp.replace('_', '-')} is incompatible with {flag}: leave one of"):
         choose_fsdp(args, None)
 
