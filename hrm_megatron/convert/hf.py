@@ -146,6 +146,9 @@ def token_ids_of(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict
         raise ConfigError(f"{beside.text.path}: has {beside.text.vocab_size} tokens, the model {checkpoint.path} was "
                           f"trained with {architecture.vocab_size}; give its own tokenizer as --tokenizer-model")
     token_ids: dict[str, TokenIds] = dict(beside.token_ids if beside else checkpoint.token_ids or TOKEN_IDS)
+    theirs = checkpoint.token_ids.get("eos_token_id")
+    if beside and isinstance(theirs, list) and beside.text.eoa in theirs:  # further tokens that end an answer
+        token_ids["eos_token_id"] = [*dict.fromkeys([beside.text.eoa, *theirs])]
     for name, ids in token_ids.items():
         if not all(0 <= i < architecture.vocab_size for i in (ids if isinstance(ids, list) else [ids])):
             raise ConfigError(f"{checkpoint.path}: has {architecture.vocab_size} tokens, {name} would be {ids}; give "
@@ -227,10 +230,13 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def sampling_settings(folder: Path) -> list[str]:
-    """Name the settings by which a folder generates, beside tokens, which are read."""
-    return sorted(name for name, value in _generation_config(folder).items() if value is not None and name not in
-                  (*TOKEN_IDS, SUPPRESSED, "transformers_version") and not name.startswith("_"))
+def left_out(checkpoint: Checkpoint) -> str:
+    """Name the settings by which an hf folder generates and which no export of it has, as the rest of a sentence."""
+    generation, rows = _generation_config(checkpoint.path), checkpoint.architecture.padded_vocab_size
+    kept = {*TOKEN_IDS, "transformers_version", *([SUPPRESSED] if _tokens_of(generation, rows) < rows else [])}
+    names = sorted(name for name, value in generation.items()
+                   if value not in (None, []) and name not in kept and not name.startswith("_"))
+    return f"; {', '.join(names)} of its {GENERATION_FILE} left out" if names else ""
 
 
 def _tokens_of(generation: Mapping[str, Any], rows: int) -> int:

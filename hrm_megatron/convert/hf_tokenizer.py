@@ -11,39 +11,52 @@ from tokenizers import Tokenizer, processors
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.chat_template import chat_template
 from hrm_megatron.convert.checkpoint import Checkpoint
-from hrm_megatron.data.tokenizer import CONFIG_FILE, PAD_TOKENS, TextTokenizer, tokenizer_files
+from hrm_megatron.data.tokenizer import (
+    CONFIG_FILE,
+    PAD_TOKENS,
+    TOKENIZER_FILE,
+    VARIED_TEXT,
+    TextTokenizer,
+    tokenizer_files,
+)
 
 
 def check_vocabulary(tokenizer: TextTokenizer, checkpoint: Checkpoint) -> None:
-    """Refuse a tokenizer whose tokens are not those that a checkpoint says it was trained with."""
-    if checkpoint.vocabulary not in (None, tokenizer.vocabulary):
-        raise ConfigError(f"{tokenizer.path}: has other tokens than the tokenizer that {checkpoint.path} was trained "
-                          "with; give that one as --tokenizer-model")
+    """Refuse a tokenizer whose tokens are not those that a checkpoint says it was trained with, or that lie in it."""
+    if checkpoint.vocabulary in (None, tokenizer.vocabulary):
+        return
+    if (own := checkpoint.path / TOKENIZER_FILE).exists():
+        raise ConfigError(f"{tokenizer.path}: is another tokenizer than {own}, which is taken for the model's own; "
+                          "give that one as --tokenizer-model, or remove it from there if it is not the model's")
+    raise ConfigError(f"{tokenizer.path}: has other tokens than the tokenizer that {checkpoint.path} was trained with; "
+                      "give that one as --tokenizer-model")
 
 
 # Texts whose first or last character depends on what is beside it, in tokenizers of one kind or another.
-QUESTIONS = ("What is 2 + 3?", " a", "\na", "a ", "a\n", "\u00e9", "e\u0301")
+QUESTIONS = ("What is 2 + 3?", " a", "\na", "a ", "a\n", "\u00e9", "e\u0301", VARIED_TEXT, "a_b a-b aBc a1b a\u4e2db")
 
 
 @dataclass(frozen=True)
 class ExportTokenizer:
-    """A tokenizer as transformers shall load it; `pad_token` fills up batches."""
+    """A tokenizer as transformers shall load it, `between_controls`; `pad_token` fills up batches."""
 
     text: TextTokenizer
     pad_token: str
+    between_controls: Tokenizer
 
     @staticmethod
     def open(path: str | Path) -> ExportTokenizer:
         """Load a tokenizer folder or a tokenizer.json.
 
         It pads with the token that tokenizer_config.json names, if that is a special token of the tokenizer.json beside
-        it, else with the first of PAD_TOKENS that is.
+        it, else with the first of PAD_TOKENS that is. One that spells a text behind control tokens otherwise than
+        alone, as in training, is refused.
         """
         text = TextTokenizer(path)
         named = _config_beside(text.path).get("pad_token")
         own = named.get("content") if isinstance(named, dict) else named
         return ExportTokenizer(text, next(token for token in (str(own), *PAD_TOKENS, text.spelling.eoa)
-                                          if token in text.special_ids))
+                                          if token in text.special_ids), _between_controls(text))
 
     @property
     def token_ids(self) -> dict[str, int]:
@@ -53,11 +66,8 @@ class ExportTokenizer:
 
     def write(self, folder: Path, max_tokens: int, causal: bool = False) -> None:
         """Write files that let transformers mark a prompt as prefix, and a second text as response; for a `causal`
-        model, which has no prefix, they make no types.
-
-        A tokenizer that spells a text behind control tokens otherwise than alone, as in training, is refused.
-        """
-        tokenizer = self._between_controls()
+        model, which has no prefix, they make no types."""
+        tokenizer = Tokenizer.from_str(self.between_controls.to_str())
         single, pair = ("$A:0", "$A:0 $B:0") if causal else ("$A:1", "$A:1 $B:0")
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair)
         tokenizer.no_padding()
@@ -68,30 +78,31 @@ class ExportTokenizer:
         for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
 
-    def _between_controls(self) -> Tokenizer:
-        """Return the tokenizer as it spells texts between control tokens: those take nothing of the text beside them,
-        and behind each of them a text begins."""
-        text = self.text
-        config = json.loads(text.tokenizer.to_str())
-        for token in config["added_tokens"]:
-            if token["content"] in text.spelling.controls:
-                token |= dict(lstrip=False, rstrip=False, single_word=False, normalized=False)
-        splits = config["pre_tokenizer"] or {}
-        for step in splits.get("pretokenizers", [splits]):
-            if step.get("prepend_scheme") == "first":  # of Metaspace: of all that is spelled
-                step["prepend_scheme"] = "always"
-        tokenizer = Tokenizer.from_str(json.dumps(config))
-        in_text = [token.content for token in text.tokenizer.get_added_tokens_decoder().values() if not token.special]
-        texts = [*QUESTIONS, *(f"a{token}b" for token in in_text)]
-        condition = ",".join(text.spelling.tags)
-        head = text.spelling.boq + "".join(text.spelling.tags.values())
-        for question in texts:
-            spelled = tokenizer.encode(f"{head}{question}{text.spelling.eoq}", add_special_tokens=False).ids
-            if spelled != text.encode_prefix(condition, question):
-                raise ConfigError(f"{text.path}: spells {question!r} behind {text.spelling.boq} otherwise than alone, "
-                                  "as in training, so that transformers would read other tokens; leave "
-                                  "--tokenizer-model out and give the model token ids")
-        return tokenizer
+
+def _between_controls(text: TextTokenizer) -> Tokenizer:
+    """Return the tokenizer as it spells texts between control tokens: those take nothing of the text beside them,
+    and behind each of them a text begins."""
+    config = json.loads(text.tokenizer.to_str())
+    for token in config["added_tokens"]:
+        if token["content"] in text.spelling.controls:
+            token |= dict(lstrip=False, rstrip=False, single_word=False, normalized=False)
+    splits = config["pre_tokenizer"] or {}
+    # Behind another step "first" marks the first piece of a text alone, and "always" would mark each.
+    for step in splits.get("pretokenizers", [splits])[:1]:
+        if step.get("prepend_scheme") == "first":  # of Metaspace: of all that is spelled
+            step["prepend_scheme"] = "always"
+    tokenizer = Tokenizer.from_str(json.dumps(config))
+    in_text = [token.content for token in text.tokenizer.get_added_tokens_decoder().values() if not token.special]
+    texts = [*QUESTIONS, *(f"a{token}b" for token in in_text)]
+    condition = ",".join(text.spelling.tags)
+    head = text.spelling.boq + "".join(text.spelling.tags.values())
+    for question in texts:
+        spelled = tokenizer.encode(f"{head}{question}{text.spelling.eoq}", add_special_tokens=False).ids
+        if spelled != text.encode_prefix(condition, question):
+            raise ConfigError(f"{text.path}: spells {question!r} behind {text.spelling.boq} otherwise than alone, as "
+                              "in training, so that transformers would read other tokens; leave --tokenizer-model out "
+                              f"(and remove {TOKENIZER_FILE} from the folder of --load) and give the model token ids")
+    return tokenizer
 
 
 def _config_beside(tokenizer_file: Path) -> dict[str, Any]:

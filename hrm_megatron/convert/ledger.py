@@ -74,8 +74,8 @@ def digests_of(folder: Path) -> Mapping[str, str]:
 
 
 def origin_of(folder: Path, verify: bool) -> Origin | None:
-    """Read which weights a folder of weights alone holds; None if it has no manifest that says so. A damaged one says
-    nothing, and is refused unless nothing is to be verified."""
+    """Read which weights a folder of weights alone holds; None if it has no manifest. A damaged one says nothing, and
+    is refused unless nothing is to be verified."""
     try:
         found = _read(folder, lambda found: Origin(found.get("settings", {}).get("weights"),
                                                    int(found.get("iteration", 0))))
@@ -84,7 +84,8 @@ def origin_of(folder: Path, verify: bool) -> Origin | None:
             raise
         found = None
     # At iteration 0 both kinds are one, or the source did not say either.
-    return found if found and found.kind in (EMA, RAW) and found.iteration else None
+    known = found and found.kind in (EMA, RAW) and found.iteration
+    return found if known or found is None else Origin(None, found.iteration)
 
 
 def _read[T](folder: Path, take: Callable[[Any], T]) -> T | None:

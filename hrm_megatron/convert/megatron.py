@@ -13,7 +13,7 @@ from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.convert.adapters import Adapters
 from hrm_megatron.convert.casts import as_start
-from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint, Training
+from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint, Origin, Training
 from hrm_megatron.convert.ledger import origin_of
 from hrm_megatron.convert.table import Rename, check, table
 from hrm_megatron.optim.adam_atan2 import UPDATES
@@ -61,17 +61,19 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
     if adapters:
         return Checkpoint(path, architecture, training, iteration, 0, frozenset({RAW} | parts & {EMA}),
                           partial(adapters.merged, read), remark=remark, vocabulary=vocabulary, merged=True)
+    origin = None
+    if not iteration:  # a run that goes on in this folder has iterations of its own
+        origin = origin_of(path.parent, verify) or (None if parts.issuperset(PARTS) else Origin(None, 0))
     return Checkpoint(path, architecture, training, iteration, embedding_updates, frozenset({RAW} | parts), read,
-                      remark=remark, vocabulary=vocabulary,
-                      # A run that goes on in this folder has iterations of its own.
-                      origin=None if iteration else origin_of(path.parent, verify))
+                      remark=remark, vocabulary=vocabulary, origin=origin)
 
 
 def _training_of(args: argparse.Namespace, common: dict[str, Any]) -> Training:
     groups = common.get("optimizer", {}).get("optimizer", {}).get("param_groups", [])
     warmup_steps, total_steps = lr_steps_of(args)
+    context = context_of(args)
     return Training(
-        seq_length=context_of(args), row_tokens=args.seq_length,
+        seq_length=context, row_tokens=None if args.seq_length == context else args.seq_length,
         tokens_per_step=args.seq_length * args.global_batch_size, total_steps=total_steps,
         lr=args.lr, min_lr=args.min_lr, last_lr=float(groups[0]["lr"]) if groups else 0.0, warmup_steps=warmup_steps,
         weight_decay=args.weight_decay, beta1=args.adam_beta1, beta2=args.adam_beta2, ema_decay=args.ema_decay,

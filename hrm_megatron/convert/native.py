@@ -20,6 +20,7 @@ from hrm_megatron.convert.ledger import Ledger, origin_of
 from hrm_megatron.convert.native_recurrence import read_recurrence, write_recurrence
 from hrm_megatron.convert.table import Rename, check, is_embedding, table
 from hrm_megatron.data.spelling import BOQ, EOA, EOQ, TAG_TOKENS
+from hrm_megatron.data.tokenizer import vocabulary_beside
 from hrm_megatron.optim.schedule import as_fp32
 
 CONFIG_FILE, METADATA_FILE = "all_config.yaml", "train_metadata.yaml"
@@ -129,7 +130,7 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
 
     return Checkpoint(folder, architecture, training, iteration, embedding_updates,
                       frozenset({RAW, *(PART_NAMES if has_optimizer else ())}), read, remark=remark,
-                      origin=None if iteration else origin_of(folder, verify))
+                      vocabulary=vocabulary_beside(folder), origin=None if iteration else origin_of(folder, verify))
 
 
 def _counts(stored: DCPFolder, trained: list[Rename]) -> tuple[int, int]:

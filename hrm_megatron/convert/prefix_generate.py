@@ -8,20 +8,28 @@ from typing import Any
 
 import torch
 
+FIRST_CANDIDATES = "the first candidates for the answer would be read both ways"  # with the prompt, in one pass
+# Settings by which transformers would read otherwise than in training > what.
+OTHERWISE = {"prefill_chunk_size": "only the first part of a prompt would be read both ways",
+             "assistant_model": FIRST_CANDIDATES, "assistant_early_exit": FIRST_CANDIDATES,
+             "prompt_lookup_num_tokens": FIRST_CANDIDATES}
+
 
 def generate(inputs: torch.Tensor | None = None, *, model: Any, input_ids: torch.Tensor | None = None,
              attention_mask: torch.Tensor | None = None, token_type_ids: torch.Tensor | None = None,
              **options: Any) -> Any:
     """Call transformers' generate with the types of a prompt; those that are given stay as they are.
 
-    Settings by which transformers would read the answer both ways, or the prompt in parts, are a ValueError.
+    Settings by which transformers would read (a part of) the answer both ways, or the prompt in parts, are a
+    ValueError.
     """
     if _setting("use_cache", model, options) is False:
         raise ValueError("use_cache=False: the answer would be read both ways, which the model was not trained for; "
                          "pass use_cache=True")
-    if chunk := _setting("prefill_chunk_size", model, options):
-        raise ValueError(f"prefill_chunk_size={chunk}: only the first part of a prompt would be read both ways, which "
-                         "the model was not trained for; leave it out")
+    for name, what in OTHERWISE.items():
+        if value := _setting(name, model, options):
+            shown = type(value).__name__ if isinstance(value, torch.nn.Module) else value
+            raise ValueError(f"{name}={shown}: {what}, which the model was not trained for; leave it out")
     prompt = inputs if input_ids is None else input_ids
     if token_type_ids is None and prompt is not None:
         token_type_ids = torch.ones_like(prompt) if attention_mask is None else attention_mask.to(prompt.dtype)

@@ -20,15 +20,7 @@ from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint
 from hrm_megatron.convert.comparison import Loaded, compare, quantization_of
 from hrm_megatron.convert.gguf_file import BYTES_OF_WEIGHT, Q8_0, check_gguf, library, read_back, write_gguf
 from hrm_megatron.convert.gguf_names import NESTED
-from hrm_megatron.convert.hf import (
-    CONFIG_FILE,
-    FIXED,
-    GENERATION_FILE,
-    MAX_SHARD_SIZE,
-    read_hf,
-    sampling_settings,
-    write_hf,
-)
+from hrm_megatron.convert.hf import CONFIG_FILE, FIXED, MAX_SHARD_SIZE, left_out, read_hf, write_hf
 from hrm_megatron.convert.hf_files import read_json
 from hrm_megatron.convert.ledger import EXPORT_FILE, Ledger, progress
 from hrm_megatron.convert.megatron import read_megatron
@@ -157,8 +149,8 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
     if job.save_format == "hf" and job.tokenizer_model is None:
         said += "; no tokenizer beside them, and token ids of " + (
             str(job.load) if checkpoint.token_ids else "HRM-Text's tokenizers") + " (--tokenizer-model puts one there)"
-    if job.load_format == job.save_format == "hf" and (settings_left := sampling_settings(job.load)):
-        said += f"; {', '.join(settings_left)} of its {GENERATION_FILE} left out"
+    if job.load_format == job.save_format == "hf":
+        said += left_out(source)
     if ledger.not_finite:
         said += f"; warning: NaN or infinities in {', '.join(ledger.not_finite)} (--allow-nonfinite)"
     return f"{said}; {compared}"

@@ -126,10 +126,6 @@ def check_tokenizer(tokenizer: TextTokenizer, checkpoint: Checkpoint) -> None:
     if tokenizer.vocab_size > a.vocab_size or (tokenizer.vocab_size < a.vocab_size and not rows_only):
         raise ConfigError(f"{tokenizer.path}: {tokenizer.vocab_size} entries, the checkpoint has {a.vocab_size}; give "
                           "the tokenizer of its training data")
-    beside = checkpoint.path / TOKENIZER_FILE
-    if beside.exists() and TextTokenizer(checkpoint.path).vocabulary != tokenizer.vocabulary:
-        raise ConfigError(f"{tokenizer.path}: is another tokenizer than {beside}, the model's own; give that one, or "
-                          "leave --tokenizer-model out")
     check_vocabulary(tokenizer, checkpoint)
 
 

@@ -17,9 +17,17 @@ from tqdm import tqdm
 from hrm_megatron.config import PRESETS, Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
 from hrm_megatron.convert.comparison import Loaded, compare
-from hrm_megatron.convert.hf import CONFIG_FILE, DTYPES, check_shard_size, refuse_others, write_hf
+from hrm_megatron.convert.hf import (
+    CONFIG_FILE,
+    DTYPES,
+    check_shard_size,
+    left_out,
+    refuse_others,
+    token_ids_of,
+    write_hf,
+)
 from hrm_megatron.convert.hf_files import read_json
-from hrm_megatron.convert.hf_tokenizer import check_vocabulary
+from hrm_megatron.convert.hf_tokenizer import ExportTokenizer, check_vocabulary
 from hrm_megatron.convert.ledger import Ledger, progress
 from hrm_megatron.convert.low_bit import LowBit, Scheme
 from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization, Quantized
@@ -28,7 +36,7 @@ from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.manifest import manifest_path
-from hrm_megatron.data.tokenizer import TOKENIZER_FILE, TextTokenizer
+from hrm_megatron.data.tokenizer import TOKENIZER_FILE, TextTokenizer, spells_as
 from hrm_megatron.generate.load import opened, weights_kind
 from hrm_megatron.parallel.patching import temporarily
 from hrm_megatron.parallel.precision import multiply_in_fp32
@@ -105,6 +113,8 @@ def quantize(job: Job, say: Say = lambda line: None) -> list[str]:
         work = Work(job, checkpoint, kind, say)
         if job.save is None:
             return work.compared()
+        # What write_hf would refuse, before the work.
+        token_ids_of(checkpoint, ExportTokenizer.open(work.beside) if work.beside else None)
         size_bytes = job.quantization.size_bytes(checkpoint.architecture, DTYPES[job.dtype].itemsize)
         with new_folder(job.save, job.overwrite, size_bytes) as folder:
             lines = work.compared() if job.compare else []
@@ -169,6 +179,7 @@ class Work:
         self.row_tokens = job.seq_length or checkpoint.training.seq_length
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.found: dict[str, dict[str, LowBit]] = {}  # by method
+        self._unchecked: set[str] = set()  # datasets of which this was said
         self._quantizer: Quantizer | None = None
 
     def weight(self, entry: Rename) -> torch.Tensor:
@@ -184,10 +195,16 @@ class Work:
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer | None:
-        """The tokenizer that goes beside the model, refused where this was trained with other tokens."""
+        """The tokenizer that goes beside the model, refused where this was trained with other tokens; None where there
+        is none, or one that nobody named and that cannot be opened."""
         if self.beside is None:
             return None
-        tokenizer = TextTokenizer(self.beside)
+        try:
+            tokenizer = TextTokenizer(self.beside)
+        except ConfigError:
+            if self.job.tokenizer_model:
+                raise
+            return None
         check_vocabulary(tokenizer, self.checkpoint)
         return tokenizer
 
@@ -253,7 +270,7 @@ class Work:
             said += f", which {checkpoint.remark}"
         if self.beside is None:
             said += "; no tokenizer beside them (--tokenizer-model puts one there)"
-        return f"{said}; {self._verified(folder)}"
+        return f"{said}{left_out(checkpoint)}; {self._verified(folder)}"
 
     def _calibrated_by(self) -> str:
         job = self.job
@@ -290,13 +307,24 @@ class Work:
         if store.vocab_size > tokens or (store.vocab_size < tokens and not rows_alone):
             raise ConfigError(f"{prefix}: written with a tokenizer of {store.vocab_size} entries, the model has "
                               f"{tokens}; write it again with the tokenizer of the training data")
-        if self.tokenizer:
-            store.check_tokenizer(self.tokenizer.fingerprint)
+        self._check_tokenizer(prefix, store)
         if count is not None:
             return PackedRows(store, self.row_tokens, self.job.seed, count)
         rows = PackedRows(store, self.row_tokens, self.job.seed, 0, fixed=True)
         rows.num_rows = rows.rows_per_epoch
         return rows
+
+    def _check_tokenizer(self, prefix: str, store: IndexedExamples) -> None:
+        """Refuse data of another tokenizer; only say so where the one beside --load does not say which it spells as, as
+        in exports of older versions and where transformers has saved it again."""
+        tokenizer, named = self.tokenizer, self.job.tokenizer_model
+        if tokenizer and (named or tokenizer.fingerprint in spells_as(tokenizer.path).values()):
+            store.check_tokenizer(tokenizer.fingerprint)
+        elif self.beside and prefix not in self._unchecked and not (
+                tokenizer and tokenizer.fingerprint == store.metadata["tokenizer_fingerprint"]):
+            self._unchecked.add(prefix)
+            self.say(f"whether {prefix} is of the tokenizer beside --load was not checked, as that does not say which "
+                     "it was made with; --tokenizer-model checks it")
 
     def _batches(self, rows: Iterator[dict[str, torch.Tensor]]) -> Iterator[Rows]:
         return batches(rows, self.architecture, self.job.micro_batch_size, self.device)

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hrm_megatron.checkpoint.folders import find_iteration
@@ -279,9 +279,10 @@ def test_token_ids_are_those_that_transformers_generates_with(tmp_path, random_c
 def test_an_export_keeps_the_tokens_of_the_tokenizer_beside_it(tmp_path, checkpoint, tokenizer, export):
     other = renamed(tmp_path / "other", tokenizer, "<|fim_pad|>")
     write_megatron(read_hf(export), tmp_path / "megatron")
-    for source in (read_hf(export), read_megatron(find_iteration(tmp_path / "megatron"))):
+    for source, said in ((read_hf(export), f"is another tokenizer than {export / 'tokenizer.json'}.* or remove it"),
+                         (read_megatron(find_iteration(tmp_path / "megatron")), "than .* was trained with")):
         assert source.vocabulary == tokenizer.vocabulary
-        with pytest.raises(ConfigError, match="has other tokens than the tokenizer that .* was trained with"):
+        with pytest.raises(ConfigError, match=said):
             write_hf(source, tmp_path / "hf", "raw", tokenizer=other)
         assert token_ids_of(source, ExportTokenizer.open(tokenizer.path))["eos_token_id"] == tokenizer.eoa
     shutil.copytree(export, tmp_path / "foreign")
@@ -299,12 +300,14 @@ def test_an_exported_tokenizer_is_known_as_the_one_that_it_spells_as(tmp_path):
     assert TextTokenizer(tmp_path).fingerprint != trained.fingerprint
 
 
-def of_sentence_piece(folder, scheme, *, in_text=(), **flags):
+def of_sentence_piece(folder, scheme, *, in_text=(), before=None, **flags):
     """Train a BPE that marks the beginning of words, as Llama's do; control tokens have these flags."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    if before:
+        made.pre_tokenizer = pre_tokenizers.Sequence([before, made.pre_tokenizer])
     made.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    made.train_from_iterator(["What is 1 + 1?", "\na line\n"] * 3, trainers.BpeTrainer(
+    made.train_from_iterator(["What is 1 + 1?", "\na line\n", "a_b a\u4e2db"] * 3, trainers.BpeTrainer(
         vocab_size=420, min_frequency=1, show_progress=False,
         special_tokens=[AddedToken(token, special=True, normalized=False, **flags) for token in SPECIAL_TOKENS]))
     made.add_tokens([AddedToken(token, normalized=False) for token in in_text])
@@ -328,7 +331,20 @@ def test_an_export_spells_a_prompt_and_an_answer_as_training_does(tmp_path, sche
         assert theirs(f"<|im_start|>{EOQ}", f"{question}{EOA}").input_ids[2:] == text.encode_response(question)
 
 
-def test_a_tokenizer_that_no_export_spells_alike_is_refused(tmp_path):
-    text = of_sentence_piece(tmp_path / "tokenizer", "first", in_text=["<think>more"])
-    with pytest.raises(ConfigError, match=r"spells 'a<think>moreb' behind <\|im_start\|> otherwise than alone"):
-        ExportTokenizer.open(text.path).write(tmp_path, 99)
+@pytest.mark.parametrize("more, question", [
+    (dict(in_text=["<think>more"]), "'a<think>moreb'"),
+    (dict(before=pre_tokenizers.Split("_", "isolated")), ".*"),
+    (dict(before=pre_tokenizers.Split(Regex("[\u4e00-\u9fff]"), "isolated")), ".*")],
+    ids=["a token in texts", "underscores", "Chinese"])
+def test_a_tokenizer_that_no_export_spells_alike_is_refused(tmp_path, more, question):
+    text = of_sentence_piece(tmp_path / "tokenizer", "first", **more)
+    with pytest.raises(ConfigError, match=rf"spells {question} behind <\|im_start\|> otherwise than alone"):
+        ExportTokenizer.open(text.path)
+
+
+def test_further_ends_of_an_answer_stay_beside_a_tokenizer(tmp_path, export, tokenizer):
+    folder = shutil.copytree(export, tmp_path / "source")
+    path = folder / "generation_config.json"
+    for ends, kept in (([9, tokenizer.eoa], [tokenizer.eoa, 9]), ([9, 3], tokenizer.eoa)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(eos_token_id=ends)))
+        assert token_ids_of(read_hf(folder), ExportTokenizer.open(folder))["eos_token_id"] == kept

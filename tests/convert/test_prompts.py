@@ -146,6 +146,21 @@ def test_pipelines_are_causal_and_right_with_the_code_of_the_folder(export, chec
 
 
 @torch.no_grad()
+def test_candidates_of_an_assistant_are_another_function_and_refused(loaded, tokenizer):  # noqa: F811
+    model = loaded[1]
+    ids = torch.tensor([tokenizer.encode_prefix("", QUESTIONS[3])])
+    options = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    first = [model.generate(ids, token_type_ids=torch.ones_like(ids), **options, **more).logits[0]
+             for more in ({}, dict(assistant_model=model))]
+    assert float((first[1] - first[0]).norm() / first[0].norm()) > 0.01
+    for given in (dict(assistant_model=model), dict(prompt_lookup_num_tokens=3), dict(assistant_early_exit=1),
+                  dict(generation_config=GenerationConfig(prompt_lookup_num_tokens=3))):
+        with pytest.raises(ValueError, match="the first candidates .* would be read both ways") as refused:
+            prefix_generate.generate(ids, model=model, **given)
+        assert "\n" not in str(refused.value)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("setting", [dict(use_cache=False), dict(prefill_chunk_size=3)], ids=str)
 def test_generation_without_a_cache_or_in_chunks_is_another_function_and_refused(loaded, tokenizer,  # noqa: F811
                                                                                  monkeypatch, setting):

@@ -107,6 +107,25 @@ def test_weights_alone_stay_what_they_are_in_every_format(command, tmp_path, sav
 
 
 @pytest.mark.parametrize("save_format", ["megatron", "native"])
+def test_weights_of_which_nobody_says_the_kind_get_none_on_their_way(command, tmp_path, golden, save_format):
+    assert command("--no-verify", load=golden / "hf_export" / "ema", load_format="hf", save_format=save_format,
+                   save="alone")[0] == 0
+    alone = dict(load=tmp_path / "alone", load_format=save_format)
+    status, out, _ = command("--no-verify", **alone, save="hf")
+    assert status == 0 and "the weights of iteration 0" in out and read_hf(tmp_path / "hf").origin == (None, 0)
+    status, _, err = command("--weights", "ema", **alone, save="next")
+    assert status == 1 and "does not say of which; leave the flag out" in err
+    path = tmp_path / "alone" / EXPORT_FILE
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]["weights"]  # of an older version
+    path.write_text(json.dumps(manifest | dict(iteration=7)))
+    assert "the weights of iteration 7" in command("--no-verify", **alone, save="older")[1]
+    if save_format == "megatron":
+        path.unlink()
+        assert read_megatron(find_iteration(tmp_path / "alone")).origin == (None, 0)
+
+
+@pytest.mark.parametrize("save_format", ["megatron", "native"])
 def test_a_run_in_a_folder_of_weights_alone_is_not_taken_for_them(command, tmp_path, save_format):
     assert command("--no-verify", "--weights", "raw", save_format=save_format, save="alone")[0] == 0
     assert command("--no-verify", save_format=save_format, save="run")[0] == 0
@@ -166,6 +185,9 @@ def test_settings_of_sampling_that_are_lost_are_named(command, tmp_path):
     status, out, _ = command("--no-verify", load=tmp_path / "out", load_format="hf", save="next")
     assert status == 0 and "; do_sample, temperature of its generation_config.json left out;" in out
     assert json.loads((tmp_path / "next" / path.name).read_text())["eos_token_id"] == [11, 9]
+    path.write_text(json.dumps(dict(suppress_tokens=[5, 7])))  # of which nothing says why
+    _, out, _ = command("--no-verify", load=tmp_path / "out", load_format="hf", save="last")
+    assert "; suppress_tokens of its generation_config.json left out;" in out
 
 
 def test_an_existing_output_stays_unless_told(command, tmp_path):

@@ -244,6 +244,49 @@ def test_no_input_vanishes_with_the_old_output(tool, quantized, exported, store,
     assert f"holds what {flag} reads ({folder / 'input'}" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_nobody_named_and_that_says_nothing_of_itself_is_not_held_against_data(
+        exported, tokenizer, checkpoint_of, weights, tmp_path):
+    """That of an older export, and one without our control tokens, of which a comparison needs none."""
+    said, store = [], str(tmp_path / "store")
+    write_store(store, [([1], [2])], FakeTokenizer(tokenizer.vocab_size))
+    older = shutil.copytree(exported, tmp_path / "older")
+    (older / "tokenizer_info.json").unlink()
+    foreign = shutil.copytree(older, tmp_path / "foreign")
+    path = foreign / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|im_start|>", "<|begin|>"))
+    for folder in (older, foreign):
+        for _ in range(2):
+            work = Work(Job(folder), checkpoint_of(weights), "raw", said.append)
+            assert len(work._rows(store, None)) and len(work._rows(store, None))
+        assert said == [f"whether {store} is of the tokenizer beside --load was not checked, as that does not say "
+                        "which it was made with; --tokenizer-model checks it"] * 2
+        said.clear()
+        named = Work(Job(folder, tokenizer_model=folder), checkpoint_of(weights), "raw", said.append)
+        with pytest.raises(ConfigError, match="was written with tokenizer|special tokens missing"):
+            named._rows(store, None)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_tokenizer_that_no_export_takes_is_refused_before_the_work(tool, exported, store, tokenizer, tmp_path, capsys,
+                                                                     monkeypatch, named):
+    monkeypatch.setattr(Work, "compared", None)
+    monkeypatch.setattr("hrm_megatron.convert.hf_tokenizer.QUESTIONS", ["<|im_end|>"])
+    folder = shutil.copytree(exported, tmp_path / "in")
+    assert tool(["--load", str(folder), "--save", str(tmp_path / "out"), "--data-path", store, "--compare",
+                 "--valid-data-path", store, *(["--tokenizer-model", str(tokenizer.path)] if named else [])]) == 1
+    assert "leave --tokenizer-model out (and remove tokenizer.json from the folder " in capsys.readouterr().err
+
+
+def test_ends_of_an_answer_stay_and_other_settings_that_are_lost_are_named(tool, exported, tokenizer, tmp_path, capsys):
+    folder = shutil.copytree(exported, tmp_path / "in")
+    path = folder / "generation_config.json"
+    ends = [tokenizer.eoa, 9]
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(eos_token_id=ends, temperature=0.3)))
+    assert tool(["--load", str(folder), "--save", str(tmp_path / "out"), "--method", "rtn", "--no-verify"]) == 0
+    assert "; temperature of its generation_config.json left out; " in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / path.name).read_text())["eos_token_id"] == ends
+
+
 def test_a_comparison_knows_data_of_another_tokenizer(tool, exported, tokenizer, store, tmp_path, capsys):
     write_store(tmp_path / "other", [([1], [2])], FakeTokenizer(tokenizer.vocab_size))
     assert tool(["--load", str(exported), "--data-path", store, "--compare", "--valid-data-path",
