@@ -12,6 +12,7 @@ DATA=${DATA:-}
 OUT=${OUT:-runs/own_data}
 JSON_KEYS=${JSON_KEYS:-condition instruction response} # the names of these fields in your rows
 ROW_SHAPE=${ROW_SHAPE:-auto} # or fields, messages, alpaca: what the rows are, told from the first
+IGNORE_FIELDS=${IGNORE_FIELDS:-} # parts of prompts to leave out, such as context: a row with one ends the run
 SPLIT_SENTENCES=${SPLIT_SENTENCES:-} # 1: DATA holds plain documents, rows with a field text or files of .txt and .md
 DEFAULT_CONDITION=${DEFAULT_CONDITION-refuse} # of rows that have none: direct in the reference, '' for no tags
 ON_BAD_ROW=${ON_BAD_ROW:-error} # or skip: count and leave out rows that cannot be read
@@ -66,6 +67,10 @@ fi
 read -ra keys <<<"$JSON_KEYS"
 rows=(--input "$DATA" --json-keys "${keys[@]}" --row-shape "$ROW_SHAPE" --on-bad-row "$ON_BAD_ROW")
 if [ -n "$SPLIT_SENTENCES" ]; then rows+=(--split-sentences --sentence-model "$OUT/sentences"); fi
+if [ -n "$IGNORE_FIELDS" ]; then
+    read -ra ignored <<<"$IGNORE_FIELDS"
+    rows+=(--ignore-fields "${ignored[@]}")
+fi
 if [ "$DEFAULT_CONDITION" != refuse ]; then rows+=(--default-condition "$DEFAULT_CONDITION"); fi
 
 # Every command runs beside this script, so that a signal which the script alone gets can be passed on.

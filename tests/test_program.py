@@ -305,7 +305,8 @@ def run_tool(name, prelude, *arguments):
 def preprocess(prelude, rows, prefix, workers):
     """Return the exit status and what was said, but for the shape of the rows and what the golden tokenizer loses."""
     done = run_tool("preprocess_data.py", prelude, "--input", rows, "--output-prefix", prefix,
-                    "--tokenizer-model", ROOT / "tests" / "golden" / "tokenizer", "--workers", workers)
+                    "--tokenizer-model", ROOT / "tests" / "golden" / "tokenizer", "--tokenizer-engine", "tokenizers",
+                    "--workers", workers)
     return done.returncode, [line for line in done.stderr.splitlines()
                              if "bytes have no token" not in line and not line.startswith("row shape:")]
 

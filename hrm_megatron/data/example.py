@@ -111,7 +111,7 @@ class RowFormat:
         if self.condition_rules:
             settings["condition_rules"] = [list(astuple(rule)) for rule in self.condition_rules]  # as JSON has it
         if self.ignored_fields:
-            settings["ignored_fields"] = sorted(self.ignored_fields)
+            settings["ignored_fields"] = sorted({*self.ignored_fields})
         return settings
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from hrm_megatron.data.encoded import Encoded
 from hrm_megatron.data.example import BadRows
 from hrm_megatron.data.lint import Lint
 from hrm_megatron.data.manifest import (
+    READING,
     Left,
     Manifest,
     Source,
@@ -33,6 +35,8 @@ from hrm_megatron.program import signals_held
 
 SHOWN_NAMES = 5
 READ_BYTES = 1 << 20
+
+log = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[Path]], Generator[tuple[Piece, Encoded]]]
 
@@ -134,6 +138,11 @@ class Update:
                 self.done[given.name] = kept
             self.changes.add(given, known, kept, made=recorded is not None)
         self.changes.removed += sorted(before.keys() - {given.name for given in inputs})
+        older = sum(source.reading < READING for source in self.done.values())
+        if older and not settings.get("sentence_model"):  # documents are read as ever
+            log.warning("%s: %d of %d sources were read by an older version and stay so. It left out system and other "
+                        "parts of prompts, learned masked turns and split the turns of a chat; if there are such, make "
+                        "all of it again with --overwrite", folder.prefix, older, len(inputs))
 
     def make(self, inputs: Iterable[Input], encode: Encode, advance: Callable[[int, int], object]) -> None:
         """Make the shards of those of the `inputs` that have none; `advance` is told of bytes read and tokens."""
@@ -233,7 +242,7 @@ class Update:
                                 counts["defaulted"], dict(sorted(noted.items())),
                                 {kind: Left(count, skipped.first[kind])
                                  for kind, count in sorted(skipped.count.items())},
-                                None if self.lint == "off" else lint.to_json())
+                                None if self.lint == "off" else lint.to_json(), READING)
                 self.folder.record(source, self.settings, self.overwrite)
         self.done[given.name] = source
 

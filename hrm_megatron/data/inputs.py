@@ -17,7 +17,7 @@ from hrm_megatron.data.manifest import REPORT, shard_folder
 from hrm_megatron.data.readers import is_blank, sample_documents, with_shape
 from hrm_megatron.data.readers.documents import SUFFIXES as DOCUMENT_SUFFIXES
 from hrm_megatron.data.readers.saved_dataset import ITS_OWN_FILES, row_files, splits_of
-from hrm_megatron.data.row_shapes import CONTEXT, SHAPES, SYSTEM
+from hrm_megatron.data.row_shapes import CONTEXT, INPUT, SHAPES, SYSTEM
 from hrm_megatron.data.sentences import FILES, SAMPLE_CHARACTERS, fingerprint, save_sentences, train_sentences
 from hrm_megatron.data.spelling import TAG_TOKENS
 
@@ -43,9 +43,10 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
                              "assistant; alpaca: instruction, input, output (default: what the first row is; a "
                              "tokenizer is trained on files of different shapes, each told by its first row)")
     parser.add_argument("--ignore-fields", nargs="+", default=(), metavar="NAME",
+                        choices=(*SYSTEM, INPUT, *CONTEXT),
                         help=f"leave out parts of prompts that rows have in fields beside those of their shape: "
-                             f"{', '.join(SYSTEM)} and input, which are spelled, and {', '.join(CONTEXT)}, with which "
-                             "a row is bad")
+                             f"{', '.join(SYSTEM)} and {INPUT}, which are spelled, and {', '.join(CONTEXT)}, with "
+                             "which a row is bad")
     parser.add_argument("--split-sentences", action="store_true",
                         help="the rows are plain documents, and files of .txt and .md are: cut them at borders of "
                              "sentences into examples that fill the context")
@@ -78,11 +79,14 @@ def inputs_of(args: argparse.Namespace, tags: Iterable[str] = TAG_TOKENS,
     paths = find_inputs(args.input, args.split_sentences)
     rows = RowFormat(tuple(args.json_keys), args.default_condition, args.max_characters, tuple(tags),
                      ignored_fields=tuple(args.ignore_fields))
+    if meant := [name for name in rows.ignored_fields if name in rows.keys]:
+        raise ConfigError(f"--ignore-fields {meant[0]}: --json-keys says that it is read; drop one")
     if args.condition_rules:
         refuse_beside("--condition-rules", {"--split-sentences": args.split_sentences})
         rows = replace(rows, condition_rules=read_condition_rules(args.condition_rules, tags))
     named_keys = rows.keys[1:] != FIELDS[1:]
     if args.split_sentences:
+        refuse_beside("--split-sentences", {"--ignore-fields": args.ignore_fields})
         if named_keys or args.row_shape != AUTO:
             flag = "--json-keys" if named_keys else "--row-shape"
             raise ConfigError(f"--split-sentences reads documents, {flag} rows; leave one out")
@@ -91,9 +95,9 @@ def inputs_of(args: argparse.Namespace, tags: Iterable[str] = TAG_TOKENS,
         if named_keys and args.row_shape != "fields":
             raise ConfigError(f"--json-keys names fields that --row-shape {args.row_shape} does not read; drop one")
         return paths, replace(rows, shape=args.row_shape)
+    if not one_shape:
+        return paths, replace(rows, shape=AUTO)
     if not named_keys:
-        if not one_shape:
-            return paths, replace(rows, shape=AUTO)
         rows, place = with_shape(rows, paths)
         log.info("row shape: %s, as in %s", rows.shape, place or "no row")
     return paths, rows
@@ -136,10 +140,6 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
             files = sorted(match for match in matches if match.is_file() and not _ours(match))
             # a.jsonl.gz beside b.jsonl, for *.jsonl
             candidates = [*matches, *map(Path, glob.glob(f"{name}.*", recursive=True))]
-        if len(splits := splits_of(files)) > 1:
-            log.warning("--input %s: splits of a dataset are all read, to be trained on: %s; to keep some for "
-                        "evaluation, name the files or folders of the others", name,
-                        ", ".join(f"{split} ({file})" for split, file in splits.items()))
         read_here = set(files)
         unread.update(dict.fromkeys(file for file in candidates if file not in read_here))
         if not files:
@@ -149,6 +149,10 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
             _check_name(file)
             found.setdefault(os.path.abspath(file), file)
     read = {path for file in found.values() for path in (file.absolute(), *file.absolute().parents)}
+    if len(splits := splits_of([*found.values()])) > 1:
+        log.warning("--input: splits of a dataset are all read, to be trained on: %s; to keep some for evaluation, "
+                    "name the files or folders of the others",
+                    ", ".join(f"{split} ({file})" for split, file in splits.items()))
     if names := [path for path in unread if path.absolute() not in read]:
         log.warning("not read: %s", _listed(names))
     if twice := [path for path in found.values() if path.suffix in PACKED and path.absolute().with_suffix("") in read]:
@@ -160,7 +164,8 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
 
 def _without_rests(files: list[Path], candidates: list[Path]) -> tuple[list[Path], list[Path]]:
     """Leave out what a dataset saved to disk has beside its rows: caches of what was computed, and its description."""
-    rows_of = {folder: row_files(folder) for folder in {file.parent for file in files}}
+    listed = {folder: row_files(folder) for folder in {file.parent for file in files}}
+    rows_of = {folder: None if rows is None else {*rows} for folder, rows in listed.items()}
     described = {folder for folder, rows in rows_of.items() if rows is not None}
     described |= {folder.parent for folder in described}  # of several splits
     kept = [file for file in files if (rows := rows_of[file.parent]) is None or file in rows]

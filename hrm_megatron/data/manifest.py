@@ -14,6 +14,7 @@ from hrm_megatron.data.lint import Lint
 from hrm_megatron.data.shards import Shard
 from hrm_megatron.data.tokenizer import TextTokenizer
 
+READING = 2  # how rows are read; 1 dropped parts of prompts, learned masked turns and split the turns of a chat
 FORMAT = 2  # 1 was PREFIX.bin and PREFIX.idx, without "format"
 REPORT = ".report.md"
 PREPROCESS = "python tools/preprocess_data.py"
@@ -33,7 +34,7 @@ class Left:
 @dataclass(frozen=True)
 class Source:
     """An input file as it was read, and what became of it; `shard` is None where it gave no example,
-    `lint` (of `Lint.to_json`) where nobody has looked."""
+    `lint` (of `Lint.to_json`) where nobody has looked; `reading` is the `READING` of the version that made it."""
 
     name: str
     num_bytes: int
@@ -45,6 +46,7 @@ class Source:
     noted: Mapping[str, int] = field(default_factory=dict)
     bad_rows: Mapping[str, Left] = field(default_factory=dict)
     lint: Mapping[str, Any] | None = None
+    reading: int = 1  # manifests of before have none
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Source:

@@ -16,6 +16,7 @@ def show_log() -> None:
     """Show what is logged on stderr: of ours also what is no warning."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hrm_megatron").setLevel(logging.INFO)
+    logging.getLogger("hrm_megatron.data.plan").setLevel(logging.WARNING)  # of epochs, and a tool trains none
 
 
 class Bar:

@@ -69,10 +69,10 @@ def _from_chat(row: Row, place: str, rows: RowFormat, noted: Counter[str]) -> li
 
 def _system(row: Row, place: str, rows: RowFormat) -> list[str]:
     """The system message that stands in a field of its own, if one does."""
-    texts = _texts_beside(row, SYSTEM, place, rows)
+    texts = {text.strip(): text for text in _texts_beside(row, SYSTEM, place, rows)}
     if len(texts) > 1:
-        raise BadRow("two system messages", f"{place}: {' and '.join(SYSTEM)} both have a text; drop one")
-    return texts
+        raise BadRow("two system messages", f"{place}: {' and '.join(SYSTEM)} have different texts; drop one")
+    return [*texts.values()]
 
 
 def _texts_beside(row: Row, names: Iterable[str], place: str, rows: RowFormat) -> list[str]:
@@ -83,8 +83,18 @@ def _texts_beside(row: Row, names: Iterable[str], place: str, rows: RowFormat) -
 
 def _is_lost(row: Row, key: str, rows: RowFormat) -> bool:
     """Say whether there is something in a field that nobody reads."""
-    value = row.get(key)
-    return bool(value) and not (isinstance(value, str) and value.strip() in EMPTY) and bool(_of_ours((key,), rows))
+    return not _is_empty(row.get(key)) and bool(_of_ours((key,), rows))
+
+
+def _is_empty(value: Any) -> bool:
+    """Say whether there is no text at any depth: Arrow gives all structs of a column the same fields, of nulls."""
+    found = [value]
+    for item in found:  # which grows: nesting may be deep
+        if isinstance(item, dict | list):
+            found += item.values() if isinstance(item, dict) else item
+        elif item and not (isinstance(item, str) and item.strip() in EMPTY):
+            return False
+    return True
 
 
 def _of_ours(names: Iterable[str], rows: RowFormat) -> list[str]:
@@ -135,7 +145,7 @@ def examples_of(row: Row, place: str, rows: RowFormat, noted: Counter[str] | Non
         if "text" in row:
             raise BadRow("plain text", f"{place}: a document (its fields: {shown(sorted(row))}); --split-sentences "
                                        "makes examples of such")
-    if lost := next((key for key in shape.lost(rows) if _is_lost(row, key, rows)), None):
+    elif lost := next((key for key in shape.lost(rows) if _is_lost(row, key, rows)), None):
         raise BadRow("lost field", f"{place}: {lost}={shown(row[lost])} belongs to the prompt and would be lost; write "
                                    f"it into the question, or give --ignore-fields {lost}")
     return shape.examples(row, place, rows, noted)

@@ -48,17 +48,20 @@ class Spelling:
         for tag in self.tags:
             if not tag or tag != tag.strip() or "," in tag:
                 raise ConfigError(f"--tag {tag!r}: a tag's name has no comma and no space around it")
-        flags = {self.boq: "--boq", self.eoq: "--eoq", self.eoa: "--eoa"}  # of which two may name one token
-        for tag, token in self.tags.items():
-            if token in flags:
-                raise ConfigError(f"--tag {tag}={token}: {flags[token]} has that token too, and a model could not tell "
-                                  "them apart; give the tag a token of its own")
-            flags[token] = f"--tag {tag}"
 
     @property
     def controls(self) -> tuple[str, ...]:
         """The tokens that no text may ever hold."""
         return self.boq, self.eoq, self.eoa, *self.tags.values()
+
+    def confused(self) -> str | None:
+        """Say which tag has the token of another or of a turn, so that a model cannot tell them apart; None if none."""
+        flags = {self.boq: "--boq", self.eoq: "--eoq", self.eoa: "--eoa"}  # of which two may name one token
+        for tag, token in self.tags.items():
+            if token in flags:
+                return f"--tag {tag}={token}: {flags[token]} has that token too, and no model can tell them apart"
+            flags[token] = f"--tag {tag}"
+        return None
 
     def to_info(self) -> dict[str, Any]:
         """Spell it as HRM-Text's tokenizer_info.json does."""
@@ -127,4 +130,8 @@ def chosen_spelling(args: argparse.Namespace, tokenizer_file: Path) -> Spelling 
             raise ConfigError(f"--tag {' --tag '.join(args.tag)}: a tag has one token; name each once")
     in_text = own.in_text if args.control_tokens_in_text is None else tuple(args.control_tokens_in_text)
     chosen = Spelling(args.boq or own.boq, args.eoq or own.eoq, args.eoa or own.eoa, tags, in_text)
-    return None if chosen == own else chosen
+    if chosen == own:
+        return None
+    if confused := chosen.confused():
+        raise ConfigError(f"{confused}; give the tag a token of its own")
+    return chosen

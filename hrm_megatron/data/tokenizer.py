@@ -132,6 +132,8 @@ class TextTokenizer:
             raise ConfigError(f"{self.path}: no tokenizer there ({error.strerror}); train one with {TRAIN_COMMAND}"
                               ) from error
         self.spelling = spelling or Spelling.beside(self.path)
+        if not spelling and (confused := self.spelling.confused()):  # data and models may have been made so
+            log.warning("%s: %s", self.path.with_name(INFO_FILE), confused)
         self.tokenizer = self._load(contents)
         ids = self.special_ids = {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items()}
         if missing := [token for token in (*self.spelling.controls, *self.spelling.in_text) if token not in ids]:

@@ -13,6 +13,7 @@ from hrm_megatron.data import preprocess as module
 from hrm_megatron.data.dataset_folder import DatasetFolder, Task
 from hrm_megatron.data.incremental import Input, share_of
 from hrm_megatron.data.indexed_examples import IndexedExamples
+from hrm_megatron.data.manifest import READING, write_sealed
 from hrm_megatron.data.preprocess import preprocess
 from hrm_megatron.data.source_names import source_names
 from tests.stores import examples_of, files_of, write_single
@@ -174,6 +175,24 @@ def test_other_settings_and_other_data_are_refused(update, sources, write_jsonl,
     update(paths, overwrite=True, **options)
     update(paths, "fresh", **options)
     assert files_of(tmp_path / "x" / "x") == files_of(tmp_path / "fresh" / "x")
+
+
+def test_sources_that_an_older_version_read_are_counted_until_all_is_made_again(update, sources, tmp_path, caplog):
+    update(sources[:2])
+    path = tmp_path / "x" / "x.json"
+    content = json.loads(path.read_text())
+    for source in content["sources"]:
+        assert source.pop("reading") == READING
+    del content["sha256"]
+    write_sealed(path, content, tmp_path)
+    for changes in ("2 kept, 1 added (c.jsonl)", "3 kept"):
+        caplog.clear()
+        assert str(update(sources).changes) == f"sources: {changes}"
+        assert [f"{tmp_path}/x/x: 2 of 3 sources were read by an older version and stay so. " in line
+                for line in caplog.messages if "older" in line] == [True]
+    caplog.clear()
+    update(sources, overwrite=True)
+    assert "older" not in caplog.text
 
 
 def test_a_dataset_of_the_older_form_is_replaced_only_when_told(update, sources, tmp_path):

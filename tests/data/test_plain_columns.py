@@ -52,6 +52,8 @@ def test_a_plain_piece_is_read_at_once():
     table_of(dict(instruction="a\0b", response="\0")), table_of(dict(instruction="\U0010ffff\ud7ff\ue000")),
     table_of(dict(condition="cot,synth"), dict(condition=" cot , synth")), table_of(dict(response=" \u3000x\u2003")),
     table_of(instruction=pa.array(["a", "b"], pa.large_string()), condition=pa.array(["", ""], pa.large_string())),
+    table_of(system=[None, None], input=["", None], context=pa.array(["", ""], pa.large_string())),
+    table_of(tools=pa.array([None, None], pa.list_(pa.string()))),
     table_of(more=[b"\xff", b""], other=[[1], []]), table_of().select(["response", "condition", "instruction"]),
     table_of(instruction=pa.array(["cut", "a", "b"])[1:], response=pa.array(["a", "b", "cut"])[:2]),
 ])
@@ -67,7 +69,8 @@ def test_columns_that_are_read_at_once(table):
       for text in (b"\xff", b"caf\xe9", b"\xed\xa0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80", b"\x80")),
     # Two halves of a character, each in a text of its own.
     table_of(instruction=octets("a", b"\xc3"), response=octets("a", b"\xa9")),
-    table_of(input=["a", "b"]), table_of(context=["a", "b"]), table_of(system=[None, None]),
+    table_of(input=["a", "b"]), table_of(context=["a", "b"]), table_of(system=[None, "a"]),
+    table_of(tools=[["a"], None]), table_of(context=[" ", ""]),
     table_of(dict(condition=None)), table_of(dict(condition="loud")), table_of(dict(condition="direct,")),
     *(table_of(**{key: None}) for key in GOOD), *(table_of(**{key: column}) for key in GOOD for column in (
         [1, 2], [b"a", b"b"], [["a"], ["b"]], [{"a": "b"}] * 2, [None, None], pa.array(["a", "b"], pa.string_view()))),

@@ -77,7 +77,7 @@ def test_rows_that_are_read_at_once(text):
     b'{"instruction": "a", "response": "b"}', b'{"condition": "cot", "response": "b"}', line(condition="\ud800"),
     b'{"condition": "cot", "instruction": "a"}', b'{"messages": [{"role": "user", "content": "a"}]}',
     b'{"condition": "c\\u006ft", "instruction": "a", "response": "b"}',
-    b'{"instruction": "a", "input": "b", "output": "c"}', line(input="b"), line(context="c"), line(system=""),
+    b'{"instruction": "a", "input": "b", "output": "c"}', line(input="b"), line(context="c"), line(system=" "),
     line(**dict.fromkeys(("instruction", "response"), "x" * (BATCH_CHARACTERS // 2))),
 ], ids=lambda text: repr(text[:30]))
 def test_rows_that_are_left_to_the_reader_of_single_rows(text):
@@ -102,6 +102,7 @@ def test_rows_that_are_left_to_the_reader_of_single_rows(text):
     (RowFormat(shape="alpaca"), b'{"condition": "cot", "instruction": "a", "output": "c", "response": "d"}', False),
     (RowFormat(max_characters=len(GOOD["instruction"]) - 1), LINE, False),
     (RowFormat(max_characters=99), LINE, True), (RowFormat(ignored_fields=("input",)), line(input="b"), True),
+    (RowFormat(), line(input="", system=None, tools=None), True), (RowFormat(), line(input="", context=False), False),
     (RowFormat(("condition", "input", "system")), line(input="b", system="c"), True),
     (RowFormat(max_characters=1), b'{"condition": "cot", "instruction": "a", "response": "b"}' + b" " * 65_600, False),
     (RowFormat(max_characters=1), b" " * 65_600 + b"\n" + LINE, False),

@@ -150,6 +150,9 @@ def test_a_chat_whose_prefixes_grow_beyond_measure_is_one_bad_row():
      "Be brief.\n\na?\n\nb"),
     ({"instruction": "Sort it.", "input": "[]", "output": "5", "system": None}, "alpaca", "Sort it.\n\n[]"),
     ({"messages": [Q, A], "system": "Be brief.", "tools": None}, "messages", "Be brief.\n\n2 + 3?"),
+    ({"instruction": "a?", "response": "5", "context": {"a": None}, "tools": [{"a": None, "b": ""}]}, "fields", "a?"),
+    ({"instruction": "a?", "output": "5", "system": "Be brief.", "system_prompt": "Be brief."}, "alpaca",
+     "Be brief.\n\na?"),
     ({"messages": [SYSTEM, Q, A], "system": "Be brief.\n"}, "messages", "Be brief.\n\n2 + 3?")])
 def test_parts_of_a_prompt_in_fields_of_their_own_are_spelled(row, shape, prefix):
     rows = RowFormat(default_condition="", shape=shape)
@@ -183,6 +186,17 @@ def test_a_prompt_whose_parts_have_no_clear_place_is_a_bad_row(row, shape, messa
     keys = ("condition", "q", "a") if "q" in row else RowFormat().keys
     with pytest.raises(BadRow, match=f"x:1: .*{message}"):
         examples_of(row, "x:1", RowFormat(keys, default_condition="", shape=shape))
+
+
+def test_a_field_may_be_nested_as_deeply_as_json_is_read():
+    row = parse_object(json.dumps({"instruction": "a?", "response": "5"})[:-1].encode() + b', "tools": ' + b"[" * 800
+                       + b"]" * 800 + b"}", "x:1")
+    assert len(examples_of(row, "x:1", RowFormat(default_condition=""))) == 1
+
+
+def test_a_row_that_does_not_fit_is_refused_for_that_and_not_for_what_it_would_lose():
+    with pytest.raises(BadRow, match="no field 'instruction'.*--json-keys"):
+        examples_of({"context": "Long", "question": "q?", "answer": "a"}, "x:1", RowFormat(default_condition=""))
 
 
 FIELDS_ROW = {"condition": "", "instruction": "2 + 3?", "response": "5"}

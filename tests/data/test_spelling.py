@@ -93,14 +93,25 @@ def test_any_tokenizer_spells_with_the_tokens_that_are_named(foreign, write_json
     ({"tags": {"kurz": "<d>", "lang": "<d>"}}, "--tag lang=<d>: --tag kurz has that token too"),
     ({"tags": {"kurz": "<q>"}, "boq": "<q>"}, "--tag kurz=<q>: --boq has that token too"),
     ({"tags": {"kurz": "<e>"}, "eoq": "<e>", "eoa": "<e>"}, "--tag kurz=<e>: --eoa has that token too")])
-def test_a_token_has_one_meaning(tmp_path, more, said):
-    with pytest.raises(ConfigError, match=said):
-        Spelling(**more)
-    assert Spelling(eoq="<e>", eoa="<e>").eoq == "<e>"  # behind a turn, whosoever
-    named = {"condition_mapping" if key == "tags" else key: value for key, value in more.items()}
-    (tmp_path / INFO_FILE).write_text(json.dumps({**Spelling().to_info(), **named}))
-    with pytest.raises(ConfigError, match=f"{INFO_FILE}: {said}"):
-        Spelling.beside(tmp_path / "tokenizer.json")
+def test_a_token_has_one_meaning(more, said):
+    assert Spelling(**more).confused().startswith(said)
+    assert Spelling(eoq="<e>", eoa="<e>").confused() is None  # behind a turn, whosoever
+
+
+def test_a_tokenizer_that_was_made_with_two_tags_of_one_token_is_opened(tokenizer, write_jsonl, tmp_path, tool, caplog,
+                                                                        capsys):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
+    info = Spelling(tags={"direct": "<think>", "cot": "<think>"}).to_info()
+    (tmp_path / "theirs" / INFO_FILE).write_text(json.dumps(info))
+    rows = write_jsonl("rows.jsonl", [dict(condition="cot", instruction="a", response="b")])
+    arguments = ["--input", str(rows), "--output-prefix", str(tmp_path / "x"), "--tokenizer-model"]
+    said = "--tag cot=<think>: --tag direct has that token too"
+    assert tool("preprocess_data")([*arguments, str(tmp_path / "theirs")]) == 0
+    assert len([line for line in caplog.messages if f"{INFO_FILE}: {said}" in line]) == 1
+    flags = ["--tag", "direct=<think>", "--tag", "cot=<think>"]
+    assert tool("preprocess_data")([*arguments, str(tokenizer.path), *flags]) == 1
+    assert f"error: {said}" in (error := capsys.readouterr().err) and "give the tag a token of its own" in error
 
 
 def test_exports_spell_as_the_data_was_spelled(foreign, write_jsonl, tmp_path, tool):

@@ -38,9 +38,23 @@ def test_every_file_tells_its_own_shape(write_jsonl, tmp_path, tool, capsys, cap
     assert made_from["settings"]["row_shape"] == "alpaca, fields, messages"
     capsys.readouterr()
     assert tool("train_tokenizer")([*arguments, "--keep-same"]) == 0 and "kept" in capsys.readouterr().out
+    write_jsonl("in/messages.jsonl", [{"note": "header"}, rows["messages"]])
+    assert tool("train_tokenizer")([*arguments, "--overwrite", "--on-bad-row", "skip"]) == 0
+    assert "skipped 1: " in (said := capsys.readouterr().out) and said.count("skipped") == 1
+    assert f"row shape: messages, as in {tmp_path}/in/messages.jsonl:2" in caplog.messages
+    write_jsonl("in/fields.jsonl", [dict(q="d", a="e")])  # of which flags tell one of several shapes
+    named = [*arguments, "--overwrite", "--on-bad-row", "skip", "--json-keys", "condition", "q", "a"]
+    assert tool("train_tokenizer")(named) == 0 and "skipped 1: " in capsys.readouterr().out
     write_jsonl("in/fields.jsonl", [rows["fields"], rows["alpaca"]])
     assert tool("train_tokenizer")([*arguments, "--overwrite"]) == 1
     assert "fields.jsonl:2: a row of shape alpaca" in capsys.readouterr().err
+
+
+def test_a_tool_that_trains_nothing_says_nothing_of_epochs(caplog):
+    progress.show_log()
+    logging.getLogger("hrm_megatron.data.plan").info("data: planning the rows of 40400 examples, epoch 0")
+    logging.getLogger("hrm_megatron.data.inputs").info("row shape: fields")
+    assert caplog.messages == ["row shape: fields"]
 
 
 def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(monkeypatch, caplog):

@@ -108,13 +108,22 @@ def read_examples(paths: Iterable[Path], rows: RowFormat = ROWS, bad_rows: BadRo
 
 
 def with_shape(rows: RowFormat, paths: Sequence[Path]) -> tuple[RowFormat, str | None]:
-    """Tell the shape of the rows by the first that can be read, and say where that is; None where there is none."""
+    """Tell the shape of the rows by the first that has one, and say where that is; None where there is none.
+
+    Of each file the first piece that can be read is searched.
+    """
     rows = replace(rows, shape=ROWS.shape)
     for path in paths:
         for piece in pieces(path, rows=rows):
+            readable = False
             for place, row in piece.read(rows):
-                if not isinstance(row, BadRow):
-                    return replace(rows, shape=shape_of(row, rows) or rows.shape), place
+                if isinstance(row, BadRow):
+                    continue
+                if shape := shape_of(row, rows):
+                    return replace(rows, shape=shape), place
+                readable = True
+            if readable:
+                break
     return rows, None
 
 

@@ -17,7 +17,7 @@ Bytes = np.ndarray  # [n] uint8
 NEWLINE, TAB, RETURN, SPACE, QUOTE, BACKSLASH, COMMA, COLON, MINUS, PLUS, POINT, ZERO, NINE = map(
     ord, "\n\t\r \"\\,:-+.09")
 BRACE, BRACKET, BRACE_END, BRACKET_END = map(ord, "{[}]")
-SMALL_E, LARGE_E, SMALL_U = map(ord, "eEu")
+SMALL_E, LARGE_E, SMALL_N, SMALL_U = map(ord, "eEnu")
 ESCAPES = np.zeros(256, np.uint8)  # what stands for what behind a backslash
 for escape, character in zip('"\\/bfnrt', '"\\/\b\f\n\r\t', strict=True):
     ESCAPES[ord(escape)] = ord(character)
@@ -165,7 +165,7 @@ def field_at(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray) -> int
 @compiled
 def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, found: np.ndarray) -> int:
     """Behind the object that begins at a byte. `found`: where the texts of the fields begin and end, [2 x fields]; a
-    plain row has none of the fields that are named behind those."""
+    plain row has an empty text or null in the fields that are named behind those."""
     for i in range(len(found)):
         found[i] = -1
     depth = 0
@@ -174,12 +174,14 @@ def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, foun
     while True:
         if objects & 1:
             field = field_at(octets, at, names, name_ends) if depth == 1 else -1
-            if 2 * field >= len(found):
-                return -1
             at = behind_key(octets, at)
             if at < 0:
                 return -1
             at = behind_space(octets, at)
+            if 2 * field >= len(found):
+                if octets[at] != SMALL_N and not (octets[at] == QUOTE and octets[at + 1] == QUOTE):
+                    return -1
+                field = -1
         start = at
         empty = False
         if octets[at] == QUOTE:

@@ -19,7 +19,10 @@ NOTHING, NUL = (pa.scalar(value, pa.large_binary()) for value in (b"", b"\0"))
 def plain_columns(table: pa.Table, place: Callable[[int], str], rows: RowFormat) -> ExampleBatch | None:
     """Take the examples out of a table whose columns have names of their own; None unless all rows are plain and good.
     """
-    if not are_fields(rows) or not table.num_rows or set(SHAPES[rows.shape].beside(rows)) & {*table.column_names}:
+    if not are_fields(rows) or not table.num_rows:
+        return None
+    beside = {*SHAPES[rows.shape].beside(rows)}.intersection(table.column_names)
+    if not all(_is_empty(table.column(name)) for name in beside):
         return None
     condition, *texts = (_octets(table, key) for key in rows.keys)
     if condition is None:
@@ -43,6 +46,13 @@ def plain_columns(table: pa.Table, place: Callable[[int], str], rows: RowFormat)
     except UnicodeDecodeError:
         return None
     return good_rows(Texts(utf8, np.cumsum(lengths + 1)), given, place, rows)
+
+
+def _is_empty(column: pa.ChunkedArray) -> bool:
+    """Say whether no row has anything in a column: one schema for many kinds of rows leaves many columns so."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return not pc.any(pc.not_equal(column, "")).as_py()
+    return column.null_count == len(column)
 
 
 def _octets(table: pa.Table, name: str) -> pa.LargeBinaryArray | None:

@@ -13,15 +13,15 @@ STATE_FILE = "state.json"
 INFO_FILE, DICT_FILE = "dataset_info.json", "dataset_dict.json"
 ITS_OWN_FILES = (STATE_FILE, INFO_FILE, DICT_FILE)  # which hold no rows
 COMPUTED = re.compile(r"cache-.*\.arrow")  # by map, filter, shuffle: rows over again, or their numbers
-SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?![a-z])", re.IGNORECASE)  # how the name of one begins
+SPLIT = re.compile(r"(?:^|[-_.])(train|validation|valid|val|dev|test|eval)(?![a-z])", re.IGNORECASE)  # in a name
 
 
 def splits_of(files: Sequence[Path]) -> dict[str, Path]:
     """Name the splits of a dataset that files, or folders around them, are called after, and the first file of each."""
-    around = len(Path(os.path.commonpath([file.parent for file in files])).parts) if files else 0
+    around = len(Path(os.path.commonpath([file.absolute().parent for file in files])).parts) if files else 0
     found: dict[str, Path] = {}
     for file in files:
-        if split := next(filter(None, map(SPLIT.match, file.parts[around:])), None):
+        if split := next(filter(None, map(SPLIT.search, file.absolute().parts[around:])), None):
             found.setdefault(split[1].lower(), file)
     return found
 
