@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -31,6 +32,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers():
+    """Undo what a tool that was called has set for its process: which of our lines are shown."""
+    yield
+    for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "hrm_megatron"]:
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

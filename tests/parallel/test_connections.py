@@ -39,7 +39,8 @@ def test_an_exported_one_is_refused_under_fsdp(monkeypatch):
     args = SimpleNamespace(use_torch_fsdp2=True, use_megatron_fsdp=False, pipeline_model_parallel_size=1, fp16=False,
                            tensor_model_parallel_size=1, world_size=1, fp8_param_gather=False,
                            check_weight_hash_across_dp_replicas_interval=None, save_wgrads_interval=None,
-                           save_params_interval=None)
+                           save_params_interval=None, ckpt_fully_parallel_load_exchange_algo="broadcast",
+                           ckpt_fully_parallel_load_process_group="dp")
     with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS=1 is exported: .* unset it"):
         choose_fsdp(args, Architecture(1, 8, 1, 8, 8))
     monkeypatch.delenv(CONNECTIONS)
