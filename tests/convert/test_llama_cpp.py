@@ -4,6 +4,7 @@ HRM_LLAMA_CPP names an interpreter that has llama_cpp already; else one is built
 """
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -34,15 +35,17 @@ def llama_cpp():
         return named
     folder = ROOT / ".venv" / "llama-cpp"
     python, stamp = folder / "bin" / "python", folder / REQUIREMENT
-    if not stamp.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        built = subprocess.run(
-            [python, "-m", "pip", "install", "--no-binary", "llama-cpp-python", REQUIREMENT], capture_output=True,
-            text=True, env={**os.environ, "CMAKE_ARGS": "-DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF"})
-        if built.returncode:
-            pytest.skip(f"needs a package index with the source of {REQUIREMENT}, CMake and a C++ compiler: "
-                        f"{built.stderr.strip().splitlines()[-1]}")
-        stamp.touch()
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of pytest-xdist builds it
+        if not stamp.exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+            built = subprocess.run(
+                [python, "-m", "pip", "install", "--no-binary", "llama-cpp-python", REQUIREMENT], capture_output=True,
+                text=True, env={**os.environ, "CMAKE_ARGS": "-DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF"})
+            if built.returncode:
+                pytest.skip(f"needs a package index with the source of {REQUIREMENT}, CMake and a C++ compiler: "
+                            f"{built.stderr.strip().splitlines()[-1]}")
+            stamp.touch()
     return python
 
 
