@@ -174,9 +174,14 @@ def check_folder(flag: str, folder: Path, inputs: Mapping[str, Path | None] | No
 
 
 def _check_around(flag: str, path: Path) -> None:
-    around = next(folder for folder in followed(path).parents if folder.exists())
+    around = nearest(followed(path).parent)
     if not (around.is_dir() and os.access(around, os.W_OK | os.X_OK)):
         raise ConfigError(f"{flag} {path}: nothing can be written in {around}; choose another place")
+
+
+def nearest(path: Path) -> Path:
+    """The first that is there of an absolute path and the folders around it."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def followed(path: Path) -> Path:

@@ -24,7 +24,7 @@ import psutil
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.folder_lock import locked_in_place
-from hrm_megatron.program import listening, signals_held
+from hrm_megatron.program import listening, nearest, signals_held
 
 OFFSETS, EXAMPLE_IDS, COUNTS = "offsets.npy", "example_ids.bin", "plan.json"  # files of a planned epoch
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 5.0  # between two looks for what another process plans: at first, later
@@ -47,8 +47,8 @@ def writable_folder(*wanted: Path) -> Path:
     """
     own = Path(tempfile.gettempdir()) / f"hrm_megatron-{os.getuid()}" / "rows"
     for number, folder in enumerate([*wanted, own]):
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        around = nearest(folder.absolute())
+        if around.is_dir() and os.access(around, os.W_OK | os.X_OK):
             if number:
                 log.info("data: %s cannot be written: planned rows are kept in %s (another: --data-cache-path)",
                          wanted[0], folder)

@@ -22,6 +22,10 @@ class Part(NamedTuple):
     start: int
     end: int
 
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
 
 def parts_of_bucket(places: Mapping[int, tuple[int, int]], shard_size: int) -> list[Part]:
     """Say where the weights of a bucket lie: `places` are their elements [start, end) of it, by number, ascending."""
@@ -63,17 +67,22 @@ class Bucket:
     def _exchange(self, tensors: Sequence[torch.Tensor], parts: Sequence[Part], to: Callable[[Part], int],
                   wanted: Sequence[Part], sender: Callable[[Part], int]) -> list[torch.Tensor]:
         """Send `tensors`, one of each of `parts`, and return those of the `wanted` ones; own ones stay as they are."""
-        own, ranks = self.group.rank(), range(self.group.size())
+        own = self.group.rank()
         given = {part: tensor.detach() for part, tensor in zip(parts, tensors, strict=True)}
         if self.is_exchanged:
-            sent = [[part for part in parts if to(part) == rank != own] for rank in ranks]
-            brought = [[part for part in wanted if sender(part) == rank != own] for rank in ranks]
+            sent = sorted((part for part in parts if to(part) != own), key=to)
+            brought = sorted((part for part in wanted if sender(part) != own), key=sender)
             out = torch.cat([torch.empty(0, device=self.device), *(
-                given[part].to(self.device, torch.float32) for each in sent for part in each)])
-            found_sizes, out_sizes = ([sum(part.end - part.start for part in each) for each in side]
-                                      for side in (brought, sent))
+                given[part].to(self.device, torch.float32) for part in sent)])
+            found_sizes, out_sizes = self._sizes(brought, sender), self._sizes(sent, to)
             found = out.new_empty(sum(found_sizes))
             torch.distributed.all_to_all_single(found, out, found_sizes, out_sizes, group=self.group)
-            order = [part for each in brought for part in each]
-            given |= dict(zip(order, found.split([part.end - part.start for part in order]), strict=True))
+            given |= dict(zip(brought, found.split([part.size for part in brought]), strict=True))
         return [given[part] for part in wanted]
+
+    def _sizes(self, parts: Sequence[Part], rank_of: Callable[[Part], int]) -> list[int]:
+        """Count the elements of parts by the rank that each goes to, or comes from."""
+        sizes = [0] * self.group.size()
+        for part in parts:
+            sizes[rank_of(part)] += part.size
+        return sizes

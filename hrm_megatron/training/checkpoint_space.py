@@ -11,7 +11,7 @@ from hrm_megatron.checkpoint.folders import complete_iterations
 from hrm_megatron.checkpoint.retention import bytes_of_deleted
 from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import Architecture, ConfigError
-from hrm_megatron.program import followed
+from hrm_megatron.program import followed, nearest
 from hrm_megatron.training.lora import saved_bytes
 
 
@@ -43,7 +43,7 @@ def most_at_once(args: argparse.Namespace, saves: Sequence[int]) -> int:
 def check_space(args: argparse.Namespace, architecture: Architecture, done: int) -> None:
     """Refuse a `--save` that cannot be written, or has no room for the next checkpoint: with `--most-recent-k` for as
     many as are there at once, less those that are there."""
-    place = _existing(Path(args.save))
+    place = nearest(followed(Path(args.save)))
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"--save {args.save}: cannot write to {place}; choose another folder")
     count = min(1, len(coming := coming_saves(args, done)))
@@ -53,7 +53,7 @@ def check_space(args: argparse.Namespace, architecture: Architecture, done: int)
         if count > 1:
             what = f"{count} checkpoints (the last {kept} are kept, and one more is written) need"
     needed = count * saved_bytes(args, architecture)
-    if (free := shutil.disk_usage(place).free + bytes_of_deleted(Path(args.save))) < needed:
+    if (free := _free_bytes(args, place)) < needed:
         raise ConfigError(f"--save {args.save}: {what} {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; free some "
                           "space or choose another disk")
 
@@ -68,13 +68,12 @@ def describe_space(args: argparse.Namespace, architecture: Architecture, done: i
     there = [iteration_of(name) for name in complete_iterations(Path(args.save))]
     count = min(len(coming), max(1, most_at_once(args, sorted({*there, *coming})) - len(there)))
     at_once = f", of which {count} {'is' if count == 1 else 'are'} there at once," if count < len(coming) else ""
-    place = _existing(Path(args.save))
-    free = shutil.disk_usage(place).free + bytes_of_deleted(Path(args.save))
+    place = nearest(followed(Path(args.save)))
+    free = _free_bytes(args, place)
     return (f"{line}, {len(coming)} saves{at_once} take {count * size / 1e9:,.2f} GB; {place} has {free / 1e9:,.2f} GB "
             f"free{'' if free >= count * size else ': NOT ENOUGH for all of them'}")
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one around it that is there."""
-    path = followed(folder)
-    return next(parent for parent in (path, *path.parents) if parent.exists())
+def _free_bytes(args: argparse.Namespace, place: Path) -> int:
+    """Bytes that are free for the checkpoints of `--save`, which is in `place` or will be."""
+    return shutil.disk_usage(place).free + bytes_of_deleted(Path(args.save))

@@ -190,6 +190,17 @@ def test_a_file_of_another_iteration_is_refused_by_name(copy):
         verify(copy / "iter_0000012")
 
 
+def faults_of(folder, ranks):
+    """What each of so many ranks finds wrong with its share."""
+    faults = []
+    for rank in range(ranks):
+        try:
+            verify(folder, rank, ranks)
+        except DamagedError as error:
+            faults.append(str(error))
+    return faults
+
+
 def test_each_byte_is_read_by_one_rank_and_damage_found_by_one(copy):
     folder = find_iteration(copy)
     pieces, size = DCPFolder(folder).pieces(), (folder / "__0_0.distcp").stat().st_size
@@ -200,12 +211,7 @@ def test_each_byte_is_read_by_one_rank_and_damage_found_by_one(copy):
         assert max(sum(piece.length for piece in mine) for mine in shares) <= size / ranks + longest
     assert sum(verify(folder, rank, 3) for rank in range(3)) == size
     flip_bit_of_tensor(folder / "__0_0.distcp")
-    faults = []
-    for rank in range(3):
-        try:
-            verify(folder, rank, 3)
-        except DamagedError as error:
-            faults.append(str(error))
+    faults = faults_of(folder, 3)
     assert len(faults) == 1 and "do not have the CRC32 that was written with them" in faults[0]
 
 
@@ -217,12 +223,7 @@ def test_each_file_is_looked_at_by_one_rank(copy, monkeypatch):
         verify(folder, rank, 5)
     assert looked.count("__0_0.distcp") <= 4  # by .metadata, by the manifest, and twice for its digest
     (folder / "__0_0.distcp").unlink()
-    faults = []
-    for rank in range(5):
-        try:
-            verify(folder, rank, 5)
-        except DamagedError as error:
-            faults.append(str(error))
+    faults = faults_of(folder, 5)
     assert any("__0_0.distcp: 0 bytes are there, .metadata promises" in fault for fault in faults)
 
 
