@@ -32,8 +32,10 @@ from hrm_megatron.transformer_config import hrm_config
 STAND_IN = "sdpa"  # whose place a kernel that does nothing takes: it is chosen on any machine
 NARROW = Architecture(1, hidden_size=32, num_attention_heads=2, ffn_hidden_size=64, vocab_size=256)
 SHORTER = 32  # rows without a GPU, than the stated ones
-# Of layers/functions.py, on a GPU; of the last two Megatron has its own.
-ONE_KERNEL = ("normalize", "normalize_backward", "rotate", "swiglu_in_loops", "swiglu_gradient_in_loops")
+# Of layers/functions.py: what a GPU compiles into one kernel, and loops that stand here for such a kernel, ours or
+# Megatron's.
+ONE_KERNEL = ("normalize", "normalize_backward", "rotate", "norm_in_loops", "norm_gradient_in_loops", "gated_in_loops",
+              "gated_gradients_in_loops", "swiglu_in_loops", "swiglu_gradient_in_loops")
 # Operations that launch nothing, besides views.
 FREE = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense", "_efficientzerotensor")
 FEWER_TICKS, MORE_TICKS = 2, 5

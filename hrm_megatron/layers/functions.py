@@ -1,9 +1,9 @@
-"""The element-wise parts of a layer, three of them as autograd functions that keep little and walk memory seldom.
+"""The element-wise parts of a layer, four of them as autograd functions that keep little and walk memory seldom.
 
 Each computes its formula in fp32 and rounds once to the dtype of its input. The formulas stand first, as plain
 functions: a compiler that sees a whole layer takes these and decides by itself what to keep. Without one the functions
-below them run: norm and rotation as one compiled kernel each on a GPU (of SwiGLU Megatron has its own), SwiGLU as one
-loop each way on a CPU (on_cpu.py), else as written.
+below them run: norm and rotation as one compiled kernel each on a GPU (of SwiGLU and the gate Megatron has its own),
+norm, gate and SwiGLU as one loop each way on a CPU (on_cpu.py), else as written.
 """
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from typing import Any, Concatenate
 import torch
 import torch.nn.functional as F
 
-from hrm_megatron.layers.on_cpu import in_loops, swiglu_gradient_in_loops, swiglu_in_loops
+from hrm_megatron.layers.on_cpu import (
+    gated_gradients_in_loops,
+    gated_in_loops,
+    in_loops,
+    norm_gradient_in_loops,
+    norm_in_loops,
+    swiglu_gradient_in_loops,
+    swiglu_in_loops,
+)
 
 
 def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -132,13 +140,18 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, eps: float) -> torch.Tensor:
-        y, inverse = normalize(x, eps)
+        if in_loops(x):
+            inverse = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+            y = norm_in_loops(x, eps, inverse)
+        else:
+            y, inverse = normalize(x, eps)
         ctx.save_for_backward(y, inverse)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return normalize_backward(grads[0], *ctx.saved_tensors), None
+        y, inverse = ctx.saved_tensors
+        return (norm_gradient_in_loops if in_loops(y) else normalize_backward)(grads[0], y, inverse), None
 
 
 class SwiGLUFunction(torch.autograd.Function):
@@ -153,6 +166,20 @@ class SwiGLUFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         [x] = ctx.saved_tensors
         return swiglu_gradient_in_loops(grads[0], x) if in_loops(x) else swiglu_gradient(grads[0], x)
+
+
+class GatedFunction(torch.autograd.Function):
+    """`gated` with its own backward, which keeps both inputs; on a CPU in one pass each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, gate)
+        return (gated_in_loops if in_loops(x) else gated)(x, gate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, gate = ctx.saved_tensors
+        return (gated_gradients_in_loops if in_loops(x) else gated_gradients)(grads[0], x, gate)
 
 
 class RotateFunction(torch.autograd.Function):

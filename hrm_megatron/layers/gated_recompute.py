@@ -16,7 +16,15 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 
-from hrm_megatron.layers.functions import fused_on_a_gpu, gated, gated_gradients, swiglu, swiglu_gradient
+from hrm_megatron.layers.functions import (
+    GatedFunction,
+    fused_on_a_gpu,
+    gated,
+    gated_gradients,
+    run,
+    swiglu,
+    swiglu_gradient,
+)
 from hrm_megatron.transformer_config import HRMConfig
 
 
@@ -91,7 +99,9 @@ class GatedAttention(SelfAttention):  # type: ignore[misc]
 
     def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         if not self.config.recompute_gated_act:
-            gated_x: torch.Tensor = super()._apply_output_gate(x, gate)
+            own = not x.is_cuda and not torch.compiler.is_compiling()  # on a GPU Megatron's is one kernel
+            gated_x: torch.Tensor = (run(GatedFunction, x, gate.view(x.shape)) if own
+                                     else super()._apply_output_gate(x, gate))
             return gated_x
         self.discarded = DiscardedOutput(GATED)
         return self.discarded.of(x, gate.view(x.shape))

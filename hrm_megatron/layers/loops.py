@@ -1,5 +1,5 @@
-"""Norm and SwiGLU compiled by numba for the CPU, and what loops over numbers are made of: bfloat16 comes as its bits,
-uint16."""
+"""Norm, gate and SwiGLU compiled by numba for the CPU, and what loops over numbers are made of: bfloat16 comes as its
+bits, uint16."""
 from __future__ import annotations
 
 import math
@@ -82,7 +82,7 @@ def sigmoid(x: Any) -> Any:
 
 
 @loop
-def norm_part(first: int, last: int, x: Any, epsilon: Any, out: Any) -> None:
+def norm_part(first: int, last: int, x: Any, epsilon: Any, out: Any, factors: Any) -> None:
     """`norm_rows` for rows [first, last)."""
     h = x.shape[1]
     for row in range(first, last):
@@ -90,14 +90,66 @@ def norm_part(first: int, last: int, x: Any, epsilon: Any, out: Any) -> None:
         for i in range(h):
             squares += widened(x[row, i]) * widened(x[row, i])
         factor = np.float32(1) / np.sqrt(squares / np.float32(h) + epsilon)
+        if factors is not None:
+            factors[row] = factor
         for i in range(h):
             out[row, i] = stored(out, widened(x[row, i]) * factor)
 
 
 @loop
-def norm_rows(threads: int, x: Any, epsilon: Any, out: Any) -> None:
-    """Write `x / sqrt(mean(x^2) + epsilon)` over the last axis of x [n, h] to out."""
-    on_threads(norm_part, threads, len(x), (x, epsilon, out))
+def norm_rows(threads: int, x: Any, epsilon: Any, out: Any, factors: Any) -> None:
+    """Write `1 / sqrt(mean(x^2) + epsilon)` of rows of x [n, h] to factors [n] or None, and x times that to out."""
+    on_threads(norm_part, threads, len(x), (x, epsilon, out, factors))
+
+
+@loop
+def norm_gradient_part(first: int, last: int, grad: Any, y: Any, factors: Any, out: Any) -> None:
+    """`norm_gradient_rows` for rows [first, last)."""
+    h = grad.shape[1]
+    for row in range(first, last):
+        total = np.float32(0)
+        for i in range(h):
+            total += widened(grad[row, i]) * widened(y[row, i])
+        mean, factor = total / np.float32(h), factors[row]
+        for i in range(h):
+            out[row, i] = stored(out, (widened(grad[row, i]) - widened(y[row, i]) * mean) * factor)
+
+
+@loop
+def norm_gradient_rows(threads: int, grad: Any, y: Any, factors: Any, out: Any) -> None:
+    """Write the gradient of the x of `norm_rows` to out [n, h], from its results and that of y, grad [n, h]."""
+    on_threads(norm_gradient_part, threads, len(grad), (grad, y, factors, out))
+
+
+@loop
+def gated_part(first: int, last: int, x: Any, gate: Any, out: Any) -> None:
+    """`gated_rows` for rows [first, last)."""
+    for row in range(first, last):
+        for i in range(x.shape[1]):
+            out[row, i] = stored(out, widened(x[row, i]) * sigmoid(widened(gate[row, i])))
+
+
+@loop
+def gated_rows(threads: int, x: Any, gate: Any, out: Any) -> None:
+    """Write `x * sigmoid(gate)` of x and gate [n, h] to out [n, h]."""
+    on_threads(gated_part, threads, len(x), (x, gate, out))
+
+
+@loop
+def gated_gradients_part(first: int, last: int, grad: Any, x: Any, gate: Any, of_x: Any, of_gate: Any) -> None:
+    """`gated_gradients_rows` for rows [first, last)."""
+    for row in range(first, last):
+        for i in range(x.shape[1]):
+            s = sigmoid(widened(gate[row, i]))
+            g = widened(grad[row, i]) * s
+            of_x[row, i] = stored(of_x, g)
+            of_gate[row, i] = stored(of_gate, g * widened(x[row, i]) * (np.float32(1) - s))
+
+
+@loop
+def gated_gradients_rows(threads: int, grad: Any, x: Any, gate: Any, of_x: Any, of_gate: Any) -> None:
+    """Write the gradients of x and gate [n, h] to of_x and of_gate, from that of `x * sigmoid(gate)`, grad [n, h]."""
+    on_threads(gated_gradients_part, threads, len(x), (grad, x, gate, of_x, of_gate))
 
 
 @loop

@@ -21,11 +21,11 @@ def test_launches_and_calls_are_counted_per_tick(found):
     one, three = (found[layers]["tick without gradient"] for layers in (1, 3))
     layer = (three.launches - one.launches) / 2
     # Four products, two norms, one rotation, two gathers of queries and of keys and values each, two kernels; zeros and
-    # two copies into them; the copy of the gate and its product; SwiGLU, two sums.
-    assert 25 <= layer <= 32, layer
-    # 438, twenty of them around SwiGLU's loop on a CPU; it was 800 with stock forwards, stock products, and autograd
+    # two copies into them; the copy of the gate and its product; SwiGLU, two sums: 21, and what a kernel does in two.
+    assert 21 <= layer <= 28, layer
+    # 472 on a CPU, some sixty of them around loops; it was 800 with stock forwards, stock products, and autograd
     # functions where there is no gradient.
-    assert (three.calls - one.calls) / 2 < 440
+    assert (three.calls - one.calls) / 2 < 475
     assert one.seconds > 0 and one.device_seconds is None
 
 

@@ -12,7 +12,12 @@ activate()
 from megatron.core import jit  # noqa: E402
 
 from hrm_megatron.layers import functions, gated_recompute  # noqa: E402
-from hrm_megatron.layers.functions import RMSNormFunction, RotateFunction, SwiGLUFunction  # noqa: E402
+from hrm_megatron.layers.functions import (  # noqa: E402
+    GatedFunction,
+    RMSNormFunction,
+    RotateFunction,
+    SwiGLUFunction,
+)
 
 ANGLES = torch.arange(7)[:, None, None, None] * torch.tensor([1.0, 0.1, 0.01])
 COS, SIN = torch.cat((ANGLES.cos(), ANGLES.cos()), -1), ANGLES.sin()
@@ -21,6 +26,7 @@ COS, SIN = torch.cat((ANGLES.cos(), ANGLES.cos()), -1), ANGLES.sin()
 CASES = {
     "swiglu": (SwiGLUFunction.apply, functions.swiglu, (7, 2, 10)),
     "rms_norm": (lambda x: RMSNormFunction.apply(x, 1e-6), lambda x: functions.rms_norm(x, 1e-6), (7, 2, 6)),
+    "gated": (lambda x: GatedFunction.apply(*x.chunk(2, -1)), lambda x: functions.gated(*x.chunk(2, -1)), (7, 2, 10)),
     "rotate": (lambda x: RotateFunction.apply(COS, SIN, x)[0], lambda x: functions.rotated(x, COS, SIN), (7, 2, 3, 6)),
 }
 
