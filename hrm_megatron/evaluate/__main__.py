@@ -2,10 +2,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from traceback import walk_tb
 
+from hrm_megatron.config import ConfigError
 from hrm_megatron.parallel.cpu import activate
 from hrm_megatron.parallel.log_levels import be_quiet
 from hrm_megatron.program import listen, one_line
+
+
+def refusing(work: Callable[[], object]) -> Callable[[], object]:
+    """Make what the harness itself refuses, such as a task that it does not have, a refusal of ours."""
+    def call() -> None:
+        try:
+            work()
+        except ValueError as error:
+            *_, (frame, _) = walk_tb(error.__traceback__)
+            if not frame.f_globals["__name__"].startswith("lm_eval."):
+                raise
+            raise ConfigError(" ".join(str(error).split())) from error
+    return call
+
 
 if __name__ == "__main__":
     listen()
@@ -17,4 +34,4 @@ if __name__ == "__main__":
         sys.exit(f"error: lm_eval is not installed ({error}): pip install 'hrm_megatron[lm-eval]'")
     from hrm_megatron.evaluate import harness  # noqa: F401  registers the model
 
-    sys.exit(one_line(cli_evaluate))
+    sys.exit(one_line(refusing(cli_evaluate)))

@@ -90,7 +90,8 @@ class TaskAnswers:
     def check(self) -> None:
         """Refuse a file that was begun with other settings."""
         if self.note.exists():
-            check_settings(self.note, self.settings, f"{self.path.name}*", self.note, ", or choose another --output")
+            check_settings(self.note, self.settings, f"{self.path.name}*", self.note, ", or choose another --output; "
+                           "'questions' is a hash of rows and prompts, which --limit, --data and --shots decide")
 
     def records(self, max_rows: int, say: Callable[[str], object],
                 on_progress: Callable[[Progress], object] = lambda progress: None) -> list[dict[str, Any]]:

@@ -5,21 +5,24 @@ both ways; its continuation is the answer, which begins without the space that s
 """
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.model import LM
+from lm_eval.api.model import LM, CacheHook
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.chat import SPEAKERS, Turn, prefix_of
 from hrm_megatron.data.spelling import tags_of
 from hrm_megatron.evaluate.likelihood import Pair, likelihoods, rolling
+from hrm_megatron.generate.answer_file import check_same
 from hrm_megatron.generate.engine import Request
-from hrm_megatron.generate.questions import Question
+from hrm_megatron.generate.questions import check_text
 from hrm_megatron.generate.sampling import Sampling
 from hrm_megatron.generate.session import DTYPES, Answering, Session
 
@@ -27,6 +30,7 @@ log = logging.getLogger(__name__)
 
 NEW_TOKENS = 256  # the harness's own default
 TAG_SEPARATOR = "+"  # the harness ends an argument at a comma
+MADE_BY = "hrm_megatron"  # the key of a cache under which it says what answered
 KNOWN_SETTINGS = {"until", "max_gen_toks", "max_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "seed"}
 ARGUMENTS = ("load", "condition", "tokenizer", "weights", "dtype", "h_cycles", "l_cycles", "strip")
 
@@ -62,6 +66,25 @@ class HrmMegatron(LM):  # type: ignore[misc]
         self.empty = self.session.tokenizer.encode_prefix(self.condition, "")
         self.max_rows = min(int(batch_size), max_batch_size or int(batch_size))
 
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Take the cache of `--use_cache`, whose keys are requests alone: it is that of one model."""
+        cache = cache_hook.dbdict
+        begun = Path(cache.filename)
+        settings = json.loads(json.dumps(dict(self.session.identity, condition=self.condition, strip=self.strip)))
+        if MADE_BY not in cache and len(cache):
+            raise ConfigError(f"--use_cache {begun}: does not say which model answered; give another name")
+        check_same(cache.setdefault(MADE_BY, settings), settings, begun, ", or give another name as --use_cache")
+        super().set_cache_hook(cache_hook)
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]],
+                            add_generation_prompt: bool = True) -> str:
+        """Spell a chat as training does (data/chat.py); one question alone is its own text."""
+        if not add_generation_prompt:
+            raise ConfigError("--apply_chat_template: a task begins the answer itself (gen_prefix), which a chat "
+                              "cannot; leave the flag or the task out")
+        return prefix_of([Turn(SPEAKERS[message["role"]], message["content"]) for message in chat_history
+                          if message["content"].strip()])
+
     def _prompts(self, requests: Sequence[Any], rooms: Sequence[int]) -> list[Sequence[int]]:
         """Spell contexts; that of a prompt longer than its room, in tokens, loses its beginning, as in the harness's
         own models."""
@@ -69,8 +92,7 @@ class HrmMegatron(LM):  # type: ignore[misc]
         contexts = [request.args[0].strip() if self.strip else request.args[0] for request in requests]
         contexts = [context if context.strip() else "" for context in contexts]  # whose prompt is its tags alone
         for request, context in zip(requests, contexts, strict=True):
-            if context:
-                Question(_place(request), self.condition, context)  # refuses what no tokenizer takes
+            check_text(_place(request), context)
         prompts: list[Sequence[int]] = []
         spelled = self.session.tokenizer.encode_prefixes([self.condition] * len(contexts), contexts)
         for request, prompt, room in zip(requests, spelled, rooms, strict=True):
@@ -84,12 +106,19 @@ class HrmMegatron(LM):  # type: ignore[misc]
                         "cut off", cut, len(spelled), context_tokens)
         return prompts
 
-    def _answer_tokens(self, text: str) -> list[int]:
+    def _answer_tokens(self, request: Any, text: str) -> list[int]:
+        check_text(f"{_place(request)}: answer", text)
         return self.session.tokenizer.encode_response(text)[:-1]  # without its end
 
+    def _continuation(self, request: Any) -> list[int]:
+        text = request.args[1].lstrip() if self.strip else request.args[1]
+        if not text:
+            raise ConfigError(f"{_place(request)}: answer {request.args[1]!r} has no token to score; "
+                              f"{'pass strip=False, or ' if request.args[1] else ''}leave the task out")
+        return self._answer_tokens(request, text)
+
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        texts = [request.args[1] for request in requests]
-        answers = [self._answer_tokens(text.lstrip() if self.strip else text) for text in texts]
+        answers = list(map(self._continuation, requests))
         # The last token of an answer is only predicted.
         rooms = [self.session.decoder.context_tokens + 1 - len(answer) for answer in answers]
         pairs = list(map(Pair, self._prompts(requests, rooms), answers))
@@ -100,7 +129,8 @@ class HrmMegatron(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         found = []
         for request in tqdm(requests, desc="rolling log-likelihood"):
-            parts = rolling(self.empty, self._answer_tokens(request.args[0]), self.session.decoder.context_tokens)
+            text = self._answer_tokens(request, request.args[0])
+            parts = rolling(self.empty, text, self.session.decoder.context_tokens)
             found.append(sum(each.logprob for each in likelihoods(self.session.decoder, parts)))
         return found
 

@@ -15,6 +15,7 @@ from hrm_megatron.data.readers import ROWS, pieces
 from hrm_megatron.data.text_files import shown
 from hrm_megatron.evaluate.prompts import BadItem, Item
 from hrm_megatron.evaluate.tasks import Source, Task
+from hrm_megatron.generate.questions import check_text
 
 PlacedRow = tuple[str, Mapping[str, Any]]
 
@@ -63,10 +64,23 @@ def _item(task: Task, place: str, row: Mapping[str, Any]) -> Item:
                               f"{', '.join(row)}")
         if not isinstance(row[name], kinds):
             raise ConfigError(f"{place}: {name}={shown(row[name])} is not of type {wanted}, as in {task.title}")
+        _check_texts(f"{place}: {name}", row[name])
     try:
         return task.item(row)
     except BadItem as error:
         raise ConfigError(f"{place}: {error}") from error
+
+
+def _check_texts(place: str, value: object) -> None:
+    """Refuse texts that cannot be written as UTF-8, however deep in a field."""
+    if isinstance(value, str):
+        check_text(place, value)
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            _check_texts(f"{place}.{name}", each)
+    elif isinstance(value, list | tuple):
+        for number, each in enumerate(value, 1):
+            _check_texts(f"{place} {number}", each)
 
 
 def _local_rows(task: Task, split: str, data: Path) -> Iterator[PlacedRow]:

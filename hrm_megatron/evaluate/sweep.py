@@ -14,7 +14,7 @@ from hrm_megatron.evaluate.rows import PlacedItem
 from hrm_megatron.evaluate.summary import Estimate, estimate
 from hrm_megatron.evaluate.tasks import Task
 from hrm_megatron.generate.engine import Request
-from hrm_megatron.generate.questions import REFERENCE, of_jsonl
+from hrm_megatron.generate.questions import REFERENCE, check_text, of_jsonl
 from hrm_megatron.generate.session import Session
 
 
@@ -60,6 +60,7 @@ def exact_questions(path: Path, condition: str, session: Session) -> Questions:
     for question in questions:
         if not isinstance(question.others.get(REFERENCE), str):
             raise ConfigError(f"{question.place}: no field 'response' with the right answer; give it as a string")
+        check_text(f"{question.place}, response", question.others[REFERENCE])
     spelled = session.tokenizer.encode_responses([question.others[REFERENCE] for question in questions])
     right = [session.text(ids) for ids in spelled]  # in the form that an answer has, whose characters are composed
     longest = max(map(len, spelled))  # what goes on beyond the longest right answer is wrong anyway

@@ -15,6 +15,15 @@ WRITTEN_ANEW = ("condition", "instruction", "response", "finish")
 OF_SOME_ANSWERS = ("responses", "logprobs", "h_cycles")  # which those of this run need not have
 
 
+def check_text(place: str, text: str) -> None:
+    """Refuse a text that no tokenizer takes and no file: how Python takes a command line that is no UTF-8, or half a
+    \\u pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{place} {shown(text)}: not UTF-8 at character {error.start + 1}; correct it") from error
+
+
 @dataclass(frozen=True)
 class Question:
     """An instruction with its condition; `place` names it in messages, `others` are kept beside the answer."""
@@ -25,11 +34,7 @@ class Question:
     others: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        try:
-            self.instruction.encode("utf-8")
-        except UnicodeEncodeError as error:  # how Python takes a command line that is no UTF-8, or half a \\u pair
-            raise ConfigError(f"{self.place} {shown(self.instruction)}: not UTF-8 at character {error.start + 1}; "
-                              "correct it") from error
+        check_text(self.place, self.instruction)
         if not self.instruction.strip():
             raise ConfigError(f"{self.place}: empty instruction; write one, or leave it out")
 

@@ -74,7 +74,7 @@ class Service:
         answers = Answers(requests, self.spelling, self.model, self.fingerprint, chat,
                           isinstance(body, CompletionBody) and body.echo)
         if body.stream:
-            return _Stream(self, ticket, self._chunks(ticket, answers, body.with_usage))
+            return _Stream(self, ticket, self._chunks(http, ticket, answers, body.with_usage))
         try:
             await self._while_there(http, self._collect(ticket, answers))
         finally:
@@ -113,7 +113,7 @@ class Service:
                 with suppress(asyncio.CancelledError, ApiError):
                     await task
 
-    async def _chunks(self, ticket: Ticket, answers: Answers, with_usage: bool) -> AsyncIterator[str]:
+    async def _chunks(self, http: Request, ticket: Ticket, answers: Answers, with_usage: bool) -> AsyncIterator[str]:
         for chunk in answers.beginning():
             yield _event(chunk)
         try:
@@ -121,11 +121,13 @@ class Service:
                 for chunk in answers.piece(event):
                     yield _event(chunk)
         except ApiError as error:
+            http.state.failed = error.status  # which the metrics count, as the client has 200 already
             yield _event(error.body())
         else:
             if with_usage:
                 yield _event(answers.end())
         yield "data: [DONE]\n\n"
+
 
 class _Stream(StreamingResponse):
     """Server-sent events; the places of the ticket are free when it ends, whichever side ends it."""
@@ -223,4 +225,5 @@ def _spell_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        return JSONResponse(ApiError(500, f"{type(error).__name__} in the server; its log says more").body(), 500)
+        failure = ApiError(500, f"{type(error).__name__} in the server; its log says more")
+        return JSONResponse(failure.body(), 500, failure.headers)

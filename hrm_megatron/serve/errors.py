@@ -6,6 +6,9 @@ from typing import Any
 
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error",
          504: "timeout_error"}
+# What failed by the request itself would fail again, in as long a time: OpenAI's clients obey the last two.
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"},
+           500: {"X-Should-Retry": "false"}, 504: {"X-Should-Retry": "false"}}
 
 
 class ApiError(Exception):
@@ -17,8 +20,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}.get(
-            self.status, {})
+        return HEADERS.get(self.status, {})
 
     def body(self) -> dict[str, Any]:
         kind = KINDS.get(self.status, "invalid_request_error")
@@ -38,4 +40,5 @@ def of_validation(errors: list[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "missing" and not place:
         return ApiError(400, "the body is empty; send a JSON object")
     reason = str(first["msg"]).removeprefix("Value error, ")[:500]
-    return ApiError(400, f"{place}: {reason}" if place else reason, place or None)
+    return ApiError(400, f"{place}: {reason}" if place else reason,
+                    place or getattr(first.get("ctx", {}).get("error"), "parameter", None))

@@ -35,6 +35,14 @@ def _one_of(kinds: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+class Refused(ValueError):
+    """A parameter that pydantic does not name itself, since it is judged with others or before all."""
+
+    def __init__(self, parameter: str, reason: str) -> None:
+        super().__init__(f"{parameter}: {reason}")
+        self.parameter = parameter
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -78,9 +86,10 @@ class Common(Strict):
         for name, value in body.items():
             if name in WITHOUT_EFFECT and value is not None:
                 # type: True is 1 and "" is no list in JSON
+                idle = (*WITHOUT_EFFECT[name], *([body.get("n")] if name == "best_of" else []))  # the best n of n
                 if not any(value == nothing and isinstance(value, bool) == isinstance(nothing, bool)
-                           for nothing in WITHOUT_EFFECT[name]):
-                    raise ValueError(f"{name}: is without effect here; leave it out")
+                           for nothing in idle):
+                    raise Refused(name, "is without effect here; leave it out")
             elif value is not None:
                 kept[name] = value
         return kept
@@ -88,7 +97,7 @@ class Common(Strict):
     @model_validator(mode="after")
     def has_a_use(self) -> Common:
         if self.stream_options and not self.stream:
-            raise ValueError("stream_options: is without effect unless stream is true; leave it out")
+            raise Refused("stream_options", "is without effect unless stream is true; leave it out")
         return self
 
     @property
@@ -119,7 +128,7 @@ class CompletionBody(Common):
     @model_validator(mode="after")
     def writes_something(self) -> CompletionBody:
         if not self.max_tokens and not self.echo:
-            raise ValueError("max_tokens: 0 answers nothing; give at least 1, or echo too")
+            raise Refused("max_tokens", "0 answers nothing; give at least 1, or echo too")
         return self
 
 
@@ -160,7 +169,7 @@ class ChatBody(Common):
     @model_validator(mode="after")
     def says_it_once(self) -> ChatBody:
         if self.max_tokens and self.max_completion_tokens:
-            raise ValueError("max_tokens: is the old name of max_completion_tokens; give one of them")
+            raise Refused("max_tokens", "is the old name of max_completion_tokens; give one of them")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs: is without effect unless logprobs is true; leave it out")
+            raise Refused("top_logprobs", "is without effect unless logprobs is true; leave it out")
         return self

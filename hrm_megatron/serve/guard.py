@@ -51,6 +51,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        state = scope.setdefault("state", {})
         status: int | None = None
         whole = False
         self.in_flight += 1
@@ -75,7 +76,7 @@ class Guard:
         finally:
             self.in_flight -= 1
             path = scope["path"] if scope["path"] in ANSWERS else "other"
-            self.statuses[path, status if status and whole else GONE] += 1
+            self.statuses[path, state.get("failed", status) if status and whole else GONE] += 1
             if self.draining and not self.in_flight:
                 self.on_drained()
 

@@ -57,7 +57,7 @@ def chat_request(body: ChatBody, session: Session, longest: Longest) -> Request:
 def _conversation(messages: Sequence[Message]) -> str:
     """Spell a chat as training does (data/chat.py); one question alone is its own text."""
     for number, message in enumerate(messages):
-        if not message.text.strip() and message.role in ("user", "assistant"):
+        if not message.text.strip() and message.role == "user":  # an answer may have been empty
             raise ApiError(400, f"messages.{number}.content: empty; write something", "messages")
     if messages[-1].role != "user":
         raise ApiError(400, f"messages: the last is of the role {messages[-1].role}; end with a question of the user",
@@ -100,7 +100,12 @@ def _split(ids: Sequence[int], session: Session) -> tuple[list[int], list[int]]:
     if (largest := max(ids)) >= session.decoder.vocab_size:
         raise ApiError(400, f"prompt: token {largest} is not below the vocabulary's size of "
                             f"{session.decoder.vocab_size}", "prompt")
-    eoq = session.tokenizer.eoq
+    eoq, spelling = session.tokenizer.eoq, session.tokenizer.spelling
+    if eoq in ids and ids[0] != session.tokenizer.boq:
+        raise ApiError(400, f"prompt: token ids with {spelling.eoq} that do not begin with {spelling.boq} are a "
+                            "question that has lost its beginning; send all of it, within the model's context of "
+                            f"{session.decoder.context_tokens} tokens (lm-eval cuts off what exceeds its max_length)",
+                       "prompt")
     end = ids.index(eoq) + 1 if eoq in ids else len(ids)
     return list(ids[:end]), list(ids[end:])
 

@@ -1,5 +1,6 @@
 """tools/evaluate.py from made-up rows of the tasks' schemas to its reports, in one process."""
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 from hrm_megatron.config import ConfigError
 from hrm_megatron.evaluate.report import how_answered
 from hrm_megatron.evaluate.tasks import TASKS
-from tests.evaluate.conftest import HERE, TOKENIZER, made_rows
+from tests.evaluate.conftest import DATE, HERE, TOKENIZER, made_rows
 
 FEW_SHOTS = [f"--shots={name}={number}" for name, number in dict(
     drop=0, mmlu=2, arc_challenge=2, hellaswag=1, winogrande=2, boolq=1).items()]
@@ -73,6 +74,8 @@ def test_an_interrupted_run_goes_on_and_other_settings_are_refused(tool, tmp_pat
     status, _, [error] = tool("--output", tmp_path / "run", *flags, "--condition", "gsm8k=direct", tasks=tasks)
     assert status == 1 and "gsm8k.settings.json: was begun with condition='synth,cot', not 'direct'" in error
     assert tool("--output", tmp_path / "run", *flags, "--seed", "5", tasks=tasks)[0] == 1
+    [error] = tool("--output", tmp_path / "run", *flags, "--limit", "2", tasks=tasks)[2]
+    assert "was begun with questions='" in error and "which --limit, --data and --shots decide" in error
     with monkeypatch.context() as patch:
         patch.setattr(AnswerFile, "write", lambda self, record: written.append(record) or stock(self, record))
         assert tool("--output", tmp_path / "run", *flags, tasks=tasks)[0] == 0
@@ -219,12 +222,29 @@ def test_bad_input_is_one_line(tool, tmp_path, tasks, flags, message):
     ("test", dict(question=3, answer=""), "test.jsonl:1: question=3 is not of type str, as in GSM8K"),
     ("test", dict(question="x", answer="3"), ""),
     ("test", dict(question="x", answer="#### x"), "test.jsonl:1: answer ends with 'x', no whole number"),
+    ("test", dict(question="x\ud800", answer="#### 3"), r"1: question 'x\ud800': not UTF-8 at character 2; correct"),
 ])
 def test_a_bad_row_is_named(tool, tmp_path, name, row, message):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     status, _, errors = tool("--output", tmp_path / "out", "--max-new-tokens", "1", tasks=["gsm8k"], rows=tmp_path)
     assert status == bool(message) and (message in errors[0] if message else not errors)
+
+
+@pytest.mark.parametrize(("task", "change", "place"), [
+    ("mmlu_pro", dict(options=["a", "\ud800"]), "options 2"), ("mmlu_pro", dict(category="\udfff"), "category"),
+    ("arc_challenge", dict(choices=dict(text=["\ud800"], label=["A"])), "choices.text 1"),
+    ("drop", dict(answer=dict(number="", spans=["\ud800"], date=DATE)), "answer.spans 1"),
+])
+def test_half_a_character_is_named_wherever_it_is(tmp_path, task, change, place):
+    """Also in what only the reports have."""
+    from hrm_megatron.evaluate.rows import read_items
+
+    (tmp_path / task).mkdir()
+    path = tmp_path / task / f"{TASKS[task].source.split}.jsonl"
+    path.write_text(json.dumps(made_rows(0)[task]) + "\n" + json.dumps(made_rows(1)[task] | change) + "\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{path}:2: {place} '\\ud")):
+        read_items(TASKS[task], tmp_path)
 
 
 def test_math_without_math_verify_is_refused_before_anything_is_answered(tool, tmp_path, monkeypatch):

@@ -102,3 +102,59 @@ def test_answers_end_where_the_harness_wants_it(model):
     assert greedy == cold == stated == Sampling() and warm == Sampling(1.0)
     with pytest.raises(ConfigError, match="generation setting 'beams': unknown"):
         model.generate_until(asked(("What is 1?", dict(beams=2))))
+
+
+def test_a_cache_is_that_of_one_model(checkpoint, tmp_path):
+    """The harness' own key is the request alone."""
+    from lm_eval.api.model import CachingLM
+
+    from hrm_megatron.evaluate.harness import HrmMegatron
+
+    def cached(name="cache", **arguments):
+        return CachingLM(HrmMegatron(str(checkpoint), tokenizer=str(TOKENIZER), **arguments), str(tmp_path / name))
+    first, wanted = cached(), asked(("What is 1?", "one"))
+    found = first.loglikelihood(wanted)
+    again = cached(batch_size=3)
+    again.lm.loglikelihood = None  # whose answers are there
+    assert again.loglikelihood(wanted) == found
+    for change in (dict(weights="raw"), dict(condition="synth"), dict(dtype="bfloat16"), dict(h_cycles=1),
+                   dict(strip=False)):
+        with pytest.raises(ConfigError, match=r"cache: was begun with .* or give another name as --use_cache"):
+            cached(**change)
+    assert cached().loglikelihood(wanted) == found
+    with first.dbdict.__class__(str(tmp_path / "other"), autocommit=True) as other:
+        other["request"] = (-1.0, False)
+    with pytest.raises(ConfigError, match="other: does not say which model answered; give another name"):
+        cached("other")
+
+
+def test_a_chat_is_a_prompt_as_in_training(model):
+    question = [dict(role="user", content="What is 1?")]
+    assert model.apply_chat_template(question) == "What is 1?"
+    shots = [dict(role="system", content="Count."), *question, dict(role="assistant", content="one"), *question]
+    assert model.apply_chat_template(shots) == "Count.\n\nUser: What is 1?\n\nAssistant: one\n\nUser: What is 1?"
+    with pytest.raises(ConfigError, match=r"--apply_chat_template: a task begins the answer itself \(gen_prefix\)"):
+        model.apply_chat_template([*question, dict(role="assistant", content="So")], add_generation_prompt=False)
+
+
+@pytest.mark.parametrize(("answer", "message"), [
+    (" ", "task toy, document 1: answer ' ' has no token to score; pass strip=False, or leave the task out"),
+    ("", "task toy, document 1: answer '' has no token to score; leave the task out"),
+    ("x\ud800", r"task toy, document 1: answer 'x\\ud800': not UTF-8 at character 2; correct it"),
+])
+def test_an_answer_that_cannot_be_scored_is_named(model, answer, message):
+    with pytest.raises(ConfigError, match=message):
+        model.loglikelihood(asked(("q", "one"), ("q", answer)))
+
+
+def test_what_the_harness_refuses_is_one_line(monkeypatch, capsys):
+    from lm_eval.__main__ import cli_evaluate
+
+    from hrm_megatron.evaluate.__main__ import refusing
+    from hrm_megatron.program import one_line
+
+    monkeypatch.setattr("sys.argv", ["lm_eval", "run", "--model", "hrm_megatron", "--tasks", "nosuch"])
+    assert one_line(refusing(cli_evaluate)) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: Tasks not found: nosuch"
+    with pytest.raises(ValueError, match="invalid literal"):  # a fault of ours keeps its lines
+        refusing(lambda: int("x"))()

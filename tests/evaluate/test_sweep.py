@@ -101,13 +101,15 @@ def test_questions_none_of_which_fits_are_refused(swept, tmp_path):
     (["--task", "mmlu_pro", "--repeats", 0], "--repeats 0: must be at least 1"),
     (["--input", "ROWS", "--limit", 2], "--limit: is about a --task, and --input is given"),
     (["--input", "ROWS", "--h-cycles", 1], "rows.jsonl:1: no field 'response' with the right answer"),
+    (["--input", "HALF", "--h-cycles", 1], r"rows.jsonl:1, response 'x\ud800': not UTF-8 at character 2; correct it"),
     (["--task", "mmlu_pro", "--png", "cycles.pdf"], "--png cycles.pdf: the name of this file must end with .png"),
     (["--task", "mmlu_pro", "--png", "."], "--png .: the name of this file must end with .png"),
 ])
 def test_bad_input_is_refused_in_one_line(swept, data, tmp_path, flags, message):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps(dict(instruction="What?")) + "\n")
-    flags = [str(rows) if flag == "ROWS" else flag for flag in flags]
+    response = dict(response="x\ud800") if "HALF" in flags else {}
+    rows.write_text(json.dumps(dict(instruction="What?") | response) + "\n")
+    flags = [str(rows) if flag in ("ROWS", "HALF") else flag for flag in flags]
     status, out, err, found = swept(*flags, *(["--data", data] if "--task" in flags else []))
     assert (status, out, found) == (1, "", None)
     assert [line for line in err.splitlines() if line.startswith("error: ")] and message in err

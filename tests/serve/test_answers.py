@@ -142,6 +142,23 @@ def test_token_ids_go_on_with_an_answer_that_has_begun(ask, answered, session):
     assert whole == sample.text and rest == session.text(sample.tokens[8:])
 
 
+def test_a_question_without_its_beginning_is_refused(ask, session):
+    """As a client sends it that cuts what is too long from the left."""
+    pair = session.tokenizer.encode_prefix("direct", QUESTIONS[0]) + session.tokenizer.encode_response("12")
+    for body in (dict(echo=True, logprobs=1, max_tokens=0), dict(max_tokens=4)):
+        replies = [ask(COMPLETIONS, dict(body, prompt=[pair, pair[begin:]], temperature=0)) for begin in (0, 1, 3)]
+        assert [reply.status_code for reply in replies] == [200, 400, 400]
+        error = replies[1].json()["error"]
+        assert error["param"] == "prompt" and "<|im_end|> that do not begin with <|im_start|>" in error["message"]
+
+
+def test_an_empty_answer_may_come_back(ask, answered):
+    chat = [*user("Hello"), dict(role="assistant", content=""), *user("Who are you?")]
+    [[sample]] = answered(["User: Hello\n\nUser: Who are you?"], max_new_tokens=10)
+    assert ask(CHAT, dict(messages=chat, temperature=0, max_tokens=10)).json()["choices"][0]["message"]["content"] \
+        == sample.text
+
+
 def test_a_chat_is_spelled_as_in_training(ask, answered):
     chat = [dict(role="system", content="Be brief."), *user("Hello"), dict(role="assistant", content="Hi"),
             dict(role="user", content=[dict(type="text", text="Who "), dict(type="text", text="are you?")])]

@@ -50,6 +50,7 @@ def error_of(reply, status=400):
     (CHAT, dict(messages=[]), "messages: List should have at least 1 item"),
     (CHAT, dict(messages=[dict(role="tool", content="x")]), "messages.0.role: Input should be 'system'"),
     (CHAT, dict(messages=[dict(role="user", content=" ")]), "messages.0.content: empty"),
+    (CHAT, dict(messages=[*GOOD_CHAT["messages"], dict(role="assistant", content="")] * 2), "the last is of the role"),
     (CHAT, dict(messages=[dict(role="assistant", content="x")]), "end with a question of the user"),
 ])
 def test_a_body_is_refused_by_name(ask, path, change, message):
@@ -75,9 +76,21 @@ def test_a_value_of_no_type_that_is_taken_is_told_the_types(served):
         assert message in error["message"] and error["param"] == error["message"].split(":")[0]
 
 
+def test_a_parameter_that_is_judged_with_others_is_named(served):
+    bodies = ((COMPLETIONS, GOOD | dict(best_of=3)), (COMPLETIONS, GOOD | dict(max_tokens=0)),
+              (COMPLETIONS, GOOD | dict(stream_options={})), (CHAT, GOOD_CHAT | dict(top_logprobs=2)),
+              (CHAT, GOOD_CHAT | dict(max_completion_tokens=3)), (CHAT, GOOD_CHAT | dict(user="me")))
+
+    async def work(server):
+        return [await server.client.post(path, json=body) for path, body in bodies]
+    assert [error_of(reply)["param"] for reply in served(work)] == [
+        "best_of", "max_tokens", "stream_options", "top_logprobs", "max_tokens", "user"]
+
+
 def test_values_that_ask_for_nothing_are_taken(ask):
     nothing = dict(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, user=None, best_of=1, suffix=None)
     assert ask(COMPLETIONS, GOOD | nothing).status_code == 200
+    assert ask(COMPLETIONS, GOOD | dict(n=2, best_of=2)).status_code == 200
     assert ask(CHAT, GOOD_CHAT | dict(tools=[], response_format=dict(type="text"))).status_code == 200
 
 
@@ -169,7 +182,7 @@ def test_a_prompt_has_its_place_while_it_is_spelled(served, session, monkeypatch
 
 
 def test_a_prompt_without_finite_logits_gets_an_error_alone(served, session, monkeypatch):
-    bad = 7  # which the answer to the good one has not
+    boq, bad = session.tokenizer.boq, session.tokenizer.eoq  # which the answer to the good one has not
     embedding = session.decoder.weights.embedding.clone()
     embedding[bad] = np.nan
     monkeypatch.setattr(session.decoder, "weights", replace(session.decoder.weights, embedding=embedding))
@@ -177,8 +190,8 @@ def test_a_prompt_without_finite_logits_gets_an_error_alone(served, session, mon
     async def work(server):
         post = server.client.post
         replies = await asyncio.gather(*(post(COMPLETIONS, json=GOOD | change) for change in (
-            dict(prompt=[[3, 4], [3, bad, 4]]), dict(prompt=[3, 4], max_tokens=40),
-            dict(prompt=[3, bad], stream=True))))
+            dict(prompt=[[3, 4], [boq, bad, 4]]), dict(prompt=[3, 4], max_tokens=40),
+            dict(prompt=[boq, bad], stream=True))))
         return *replies, await server.client.get("/health"), server.live.prompts
     failed, good, stream, health, left = served(work)
     message = "the model's logits are not finite; send another, or serve other weights"
@@ -236,9 +249,10 @@ def test_an_answer_in_no_time_is_ended(served):
     async def work(server):
         late = await server.client.post(COMPLETIONS, json=GOOD | dict(max_tokens=4000))
         stream = await server.client.post(COMPLETIONS, json=GOOD | dict(max_tokens=4000, stream=True))
-        return late, stream, server.live.prompts
-    late, stream, left = served(work, timeout_seconds=1e-6)
+        return late, stream, server.live.prompts, server.guard.statuses
+    late, stream, left, statuses = served(work, timeout_seconds=1e-6)
     assert error_of(late, 504)["type"] == "timeout_error" and left == 0
+    assert late.headers["x-should-retry"] == "false" and statuses == {(COMPLETIONS, 504): 2}
     error, done = [event for event in stream.text.split("\n\n") if event]
     assert "took more than 1e-06 seconds" in json.loads(error.removeprefix("data: "))["error"]["message"]
     assert done == "data: [DONE]"
