@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import glob
 import io
 import logging
@@ -202,8 +203,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())  # a name may reach the disk before what it names
+            _bring_to_disk(partial)  # a name may reach the disk before what it names
             if place.exists():
                 shutil.copymode(place, partial)
             partial.replace(place)
@@ -213,6 +213,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         if error.filename not in (None, str(partial)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # the partial one is not the user's concern
+
+
+def _bring_to_disk(path: Path) -> None:
+    """Wait until what a file holds, or the names that a folder holds, are on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # some file systems sync no folders, and one that takes files may not show them
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EACCES):
+            raise
 
 
 def write_aside(path: Path, content: str | bytes) -> None:
@@ -225,8 +238,9 @@ def write_aside(path: Path, content: str | bytes) -> None:
 def whole_folder(place: Path) -> Iterator[Path]:
     """Give an empty folder beside `place` that replaces it when the block ends well, and vanishes otherwise.
 
-    A link stays, and what it leads to is replaced. What kill -9 left beside that is named: hidden, it may fill a disk,
-    or be all that is left of what was replaced.
+    What it holds is on the disk before it has its name, and that is before what it replaces is removed. A link stays,
+    and what it leads to is replaced. What kill -9 left beside that is named: hidden, it may fill a disk, or be all that
+    is left of what was replaced.
     """
     place = followed(place)
     for state, what in (("partial", "half-written; remove it"), ("replaced", "what was there before; move it back, or "
@@ -238,9 +252,12 @@ def whole_folder(place: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        for path in (*partial.rglob("*"), partial):
+            _bring_to_disk(path)
         if place.exists():
             place.rename(replaced)
         partial.rename(place)
+        _bring_to_disk(place.parent)
     finally:
         with signals_held():
             if replaced.exists() and not place.exists():

@@ -3,6 +3,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,38 @@ def test_what_a_killed_run_left_beside_a_folder_is_named_and_kept(tmp_path, capl
         pass
     assert [record.getMessage().split(": ")[0] for record in caplog.records] == [*map(str, left)]
     assert {*left, tmp_path / "[a]"} < {*tmp_path.iterdir()}
+
+
+def test_a_folder_is_on_the_disk_before_its_name_and_that_before_the_old_one_goes(tmp_path, monkeypatch):
+    place, sync, rename, remove, done = tmp_path / "a", os.fsync, Path.rename, shutil.rmtree, []
+
+    def name(path):
+        relative = Path(path).relative_to(tmp_path)
+        first = re.sub("^\\.a\\.(.*)-.*", r"\1", relative.parts[0]) if relative.parts else "around"
+        return str(Path(first, *relative.parts[1:]))
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(name(os.readlink(f"/proc/self/fd/{fd}"))), sync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (done.append(f"{name(path)} > {name(to)}"), rename(path, to)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (done.append(f"no {name(path)}"), remove(path, **how)))
+    place.mkdir()
+    with whole_folder(place) as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "file").touch()
+    assert sorted(done[:3]) == ["partial", "partial/sub", "partial/sub/file"]
+    assert done[3:] == ["a > replaced", "partial > a", "around", "no partial", "no replaced"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES])
+def test_folders_that_cannot_be_synced_are_written_all_the_same(tmp_path, monkeypatch, number):
+    def sync(descriptor):
+        raise OSError(number, "why")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with whole_folder(tmp_path / "a"):
+        pass
+    with pytest.raises(OSError, match="why"), whole_folder(tmp_path / "b") as partial:
+        (partial / "file").touch()
+    assert [*tmp_path.iterdir()] == [tmp_path / "a"]
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -3,12 +3,11 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -42,6 +41,16 @@ class LazyTensor:
         if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
             return tensor
         return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def write_archive(value: object, file: IO[bytes]) -> None:
+    """Write what torch.save makes of a value, or raise the OSError that its writer hides behind an error of its own."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def save_lazily(state: Mapping[str, Any], folder: Path, flatten: bool = True) -> None:
@@ -98,12 +107,10 @@ class _OneByOne(FileSystemWriter):
                 if isinstance(data, io.BytesIO):
                     file.write(data.getbuffer())
                 else:
-                    torch.save(data, file)
+                    write_archive(data, file)
                 length = file.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
                 del data  # before the next one is made
-            file.flush()
-            os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

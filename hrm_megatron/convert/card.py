@@ -79,10 +79,11 @@ READS = """\
 **Pass `token_type_ids`.** The model was trained to read a prompt both ways, and transformers lets it do so only where
 the type is 1. Without `token_type_ids` a prompt is causal, which is another function; nothing warns of it.
 `pipeline("text-generation")` does not pass them, unless it is made with `trust_remote_code=True`: then
-`custom_generate/generate.py` of this folder does, for every prompt that comes without. **Keep the cache:** with
-`use_cache=False` transformers reads the answer both ways, too, with `prefill_chunk_size` only the first part of a
-prompt, and with `assistant_model`, `assistant_early_exit` or `prompt_lookup_num_tokens` the first candidates for the
-answer both ways; that file refuses all of them."""
+`custom_generate/generate.py` of this folder does, for every prompt that comes without. **Neither `save_pretrained` nor
+`Trainer` copies `custom_generate`**, and without it such a pipeline is causal again: copy it into what they save.
+**Keep the cache:** with `use_cache=False` transformers reads the answer both ways, too, with `prefill_chunk_size` only
+the first part of a prompt, and with `assistant_model`, `assistant_early_exit` or `prompt_lookup_num_tokens` the first
+candidates for the answer both ways; that file refuses all of them."""
 READS_CAUSALLY = """\
 The model reads prompts causally, as it was trained to: `prefix_lm` is false in config.json, and there are no
 `token_type_ids` to pass. **vLLM (0.33) ignores that setting** and reads a prompt both ways: another function."""

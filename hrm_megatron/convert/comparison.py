@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from megatron.core import dist_checkpointing
 from safetensors import safe_open
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -113,8 +114,12 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
     quantization = quantization_of(loaded.folder)
     # compressed-tensors makes that of 4-bit floats, whatever else the model is in, when it is first called.
     in_bfloat16 = quantization is not None and quantization.linear.is_float
-    model, info = HrmTextForCausalLM.from_pretrained(
-        loaded.folder, dtype=torch.bfloat16 if in_bfloat16 else torch.float32, output_loading_info=True)
+    try:
+        model, info = HrmTextForCausalLM.from_pretrained(
+            loaded.folder, dtype=torch.bfloat16 if in_bfloat16 else torch.float32, output_loading_info=True)
+    except StrictDataclassError as error:
+        raise ConfigError(f"{loaded.folder / CONFIG_FILE}: transformers refuses it ({' '.join(str(error).split())}); "
+                          "correct it, or pass --no-verify") from error
     if lost := [name for names in info.values() for name in names]:
         raise ConfigError(f"{loaded.folder}: transformers does not load {lost[0]}; please report it")
     if in_bfloat16:

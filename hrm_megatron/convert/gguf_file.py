@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -121,6 +121,13 @@ def _write_settings(writer: gguf.GGUFWriter, architecture: Architecture, max_tok
     writer.add_bool(f"{recurrence}prefix_lm", not architecture.causal)
 
 
+class _Bytes(np.ndarray):
+    """An array that goes into a file by the file's own `write`: numpy's way loses what the system said of a failure."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        fid.write(self)
+
+
 def _write_tensors(writer: gguf.GGUFWriter, checkpoint: Checkpoint, kind: str, dtype: str, ledger: Ledger) -> None:
     from gguf import GGMLQuantizationType
 
@@ -142,7 +149,7 @@ def _write_tensors(writer: gguf.GGUFWriter, checkpoint: Checkpoint, kind: str, d
         for name, part in zip(names, whole.chunk(len(names)), strict=True):
             stored = as_stored(name, part.contiguous(), stored_as)
             ledger.note(name, part, stored, stored_as)
-            writer.write_tensor_data(stored.numpy())
+            writer.write_tensor_data(stored.numpy().view(_Bytes))
 
     for entry, names in parts:
         write(entry, names)

@@ -24,6 +24,7 @@ from hrm_megatron.convert.hf_tokenizer import ExportTokenizer, check_vocabulary
 from hrm_megatron.convert.ledger import Ledger, origin_of
 from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization, Quantized
 from hrm_megatron.convert.safetensors_file import write_safetensors
+from hrm_megatron.convert.setting import number, whole
 from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.data.spelling import BOQ, EOA, PAD, SPECIAL_TOKENS, Spelling
 from hrm_megatron.data.tokenizer import vocabulary_beside
@@ -166,20 +167,23 @@ def _architecture(config: dict[str, Any]) -> Architecture:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise ConfigError(f"rope_type: {rope_type!r} is not built here ('default')")
-    h = int(config["hidden_size"])
-    scale = float(config.get("embedding_scale") or 1 / float(config["initializer_range"]))
+    depth = "num_layers_per_stack" if config.get("num_layers_per_stack") else "num_hidden_layers"
+    sizes = {name: whole(name, config[name]) for name in (
+        depth, "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "H_cycles", "L_cycles")}
+    h, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    scale = number("embedding_scale", config.get("embedding_scale") or 1 / number(
+        "initializer_range", config["initializer_range"]))
     # transformers keeps the scale alone; it says what the initial weights' standard deviation was.
-    lecun = scale == Architecture(1, h, int(config["num_attention_heads"]), 1, 1).embedding_scale
+    lecun = scale == Architecture(1, h, heads, 1, 1).embedding_scale
     architecture = Architecture(
-        num_layers=int(config.get("num_layers_per_stack") or config["num_hidden_layers"]), hidden_size=h,
-        num_attention_heads=int(config["num_attention_heads"]), ffn_hidden_size=int(config["intermediate_size"]),
-        vocab_size=int(config["vocab_size"]), h_cycles=int(config["H_cycles"]), l_cycles=int(config["L_cycles"]),
+        num_layers=sizes[depth], hidden_size=h, num_attention_heads=heads,
+        ffn_hidden_size=sizes["intermediate_size"], vocab_size=sizes["vocab_size"], h_cycles=sizes["H_cycles"],
+        l_cycles=sizes["L_cycles"],
         init_scheme="lecun_normal" if lecun else "fixed_normal", init_std=None if lecun else 1 / scale,
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-        norm_epsilon=float(config["rms_norm_eps"]), attention_mask=PREFIX_LM if prefix_lm else CAUSAL)
-    if int(config.get("head_dim", 128)) != architecture.head_dim:
-        raise ConfigError(f"head_dim: {config.get('head_dim', 128)} is not hidden_size / num_attention_heads = "
-                          f"{architecture.head_dim}")
+        rope_theta=number("rope_theta", rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        norm_epsilon=number("rms_norm_eps", config["rms_norm_eps"]), attention_mask=PREFIX_LM if prefix_lm else CAUSAL)
+    if (head_dim := whole("head_dim", config.get("head_dim", 128))) != architecture.head_dim:
+        raise ConfigError(f"head_dim: {head_dim} is not hidden_size / num_attention_heads = {architecture.head_dim}")
     if architecture.padded_vocab_size != architecture.vocab_size:
         raise ConfigError(f"vocab_size: {architecture.vocab_size} is no multiple of 256, as HRM-Text pads it")
     return architecture
@@ -197,8 +201,8 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
         architecture = _architecture(config)
         quantization = Quantization.of_config(config)
         # transformers: [2] by default, and 1 for every earlier cycle.
-        l_bp = [1] * architecture.h_cycles + [int(n) for n in config.get("L_bp_cycles") or [2]]
-        training = Training(seq_length=int(config["max_position_embeddings"]),
+        l_bp = [1] * architecture.h_cycles + [whole("L_bp_cycles", n) for n in config.get("L_bp_cycles") or [2]]
+        training = Training(seq_length=whole("max_position_embeddings", config["max_position_embeddings"]),
                             bp_max_steps=max(2, architecture.h_cycles + sum(l_bp[-architecture.h_cycles:])))
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error

@@ -11,13 +11,14 @@ import yaml
 from hrm_megatron.checkpoint.archive import check_archive_file
 from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.manifest import describe_folder, write_manifest
-from hrm_megatron.checkpoint.stream import LazyTensor, save_lazily
+from hrm_megatron.checkpoint.stream import LazyTensor, save_lazily, write_archive
 from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.config import CAUSAL, PREFIX_LM, Architecture, ConfigError, ffn_hidden_size
 from hrm_megatron.convert.casts import as_start
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Training
 from hrm_megatron.convert.ledger import Ledger, origin_of
 from hrm_megatron.convert.native_recurrence import read_recurrence, write_recurrence
+from hrm_megatron.convert.setting import whole
 from hrm_megatron.convert.table import Rename, check, is_embedding, table
 from hrm_megatron.data.spelling import BOQ, EOA, EOQ, TAG_TOKENS
 from hrm_megatron.data.tokenizer import vocabulary_beside
@@ -70,24 +71,27 @@ def _architecture(arch: dict[str, Any], vocab_size: int) -> Architecture:
         raise ConfigError(f"arch.H_override: {override}: only norm_type may differ in the H stack")
     recurrence = read_recurrence(arch)
     return Architecture(
-        model_type=recurrence.model_type, num_layers=recurrence.num_layers, hidden_size=int(arch["hidden_size"]),
-        num_attention_heads=int(arch["num_heads"]), vocab_size=vocab_size,
-        ffn_hidden_size=ffn_hidden_size(int(arch["hidden_size"]), float(arch["expansion"])),
+        model_type=recurrence.model_type, num_layers=recurrence.num_layers,
+        hidden_size=whole("arch.hidden_size", arch["hidden_size"]),
+        num_attention_heads=whole("arch.num_heads", arch["num_heads"]), vocab_size=vocab_size,
+        ffn_hidden_size=ffn_hidden_size(arch["hidden_size"], float(arch["expansion"])),
         h_cycles=recurrence.h_cycles, l_cycles=recurrence.l_cycles, norm_placement=arch["norm_type"],
         h_norm_placement=h_norm_placement, init_scheme=arch["init_type"], init_std=arch.get("init_std"),
         rope_theta=float(arch["rope_theta"]), norm_epsilon=float(arch["norm_eps"]),
         attention_mask=CAUSAL if arch.get("attn_type") == CAUSAL else PREFIX_LM)
 
 
-def _training(config: dict[str, Any], metadata: dict[str, Any], last_lr: float) -> Training:
-    tokens, (bp_min, bp_max, rise) = int(config["global_batch_size"]), read_recurrence(config["arch"]).bp
+def _training(config: dict[str, Any], metadata: dict[str, int], last_lr: float) -> Training:
+    tokens, epochs, warmup_steps, seed = (whole(name, config[name]) for name in (
+        "global_batch_size", "epochs", "lr_warmup_steps", "seed"))
+    bp_min, bp_max, rise = read_recurrence(config["arch"]).bp
     return Training(
-        seq_length=int(metadata["max_seq_len"]), tokens_per_step=tokens,
-        total_steps=max(1, int(config["epochs"]) * int(metadata["total_length"]) // tokens),
+        seq_length=metadata["max_seq_len"], tokens_per_step=tokens,
+        total_steps=max(1, epochs * metadata["total_length"] // tokens),
         lr=float(config["lr"]), min_lr=float(config["lr"]) * float(config["lr_min_ratio"]), last_lr=last_lr,
-        warmup_steps=int(config["lr_warmup_steps"]), weight_decay=float(config["weight_decay"]),
+        warmup_steps=warmup_steps, weight_decay=float(config["weight_decay"]),
         beta1=float(config["beta1"]), beta2=float(config["beta2"]), ema_decay=float(config["ema"]),
-        bp_min_steps=bp_min, bp_max_steps=bp_max, bp_warmup_fraction=rise, seed=int(config["seed"]),
+        bp_min_steps=bp_min, bp_max_steps=bp_max, bp_warmup_fraction=rise, seed=seed,
         loss_on_prefix=not config["data"].get("target_only", True))
 
 
@@ -105,11 +109,14 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
     shapes = stored.shapes()
     has_optimizer = any(key.startswith("optim.") for key in stored.keys())  # noqa: SIM118  # keys() is no dict's
     last_lr = float(stored.tensor("optim.param_groups.0.lr")) if has_optimizer else 0.0
+    place = folder / METADATA_FILE
     try:
-        architecture = _architecture(config["arch"], int(metadata["vocab_size"]))
-        training = _training(config, metadata, last_lr)
+        counts = {name: whole(name, metadata[name]) for name in ("vocab_size", "max_seq_len", "total_length")}
+        place = folder / CONFIG_FILE
+        architecture = _architecture(config["arch"], counts["vocab_size"])
+        training = _training(config, counts, last_lr)
     except ConfigError as error:
-        raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
+        raise ConfigError(f"{place}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{folder}: {CONFIG_FILE} or {METADATA_FILE} lacks a setting or has an odd one ({error}); "
                           "copy the checkpoint again") from error
@@ -210,7 +217,8 @@ def write_native(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None = N
     folder.mkdir(parents=True, exist_ok=True)
     save_lazily({"model": model, "optim": {"state": state, "param_groups": [group]}}, folder / f"fsdp2_epoch_{epoch}")
     carry, settings = f"carry_epoch_{epoch}.0.pt", {CONFIG_FILE: config, METADATA_FILE: metadata}
-    torch.save(None, folder / carry)
+    with (folder / carry).open("wb") as file:
+        write_archive(None, file)
     for name, values in settings.items():
         (folder / name).write_text(yaml.safe_dump(values), encoding="utf-8")
     target = folder / f"fsdp2_epoch_{epoch}"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import Training
+from hrm_megatron.convert.setting import whole
 from hrm_megatron.model.schedule import gradient_ticks
 from hrm_megatron.model_types import HRM, MODEL_TYPES
 
@@ -22,25 +23,28 @@ class Recurrence(NamedTuple):
 
 def read_recurrence(arch: Mapping[str, Any]) -> Recurrence:
     """Read the `arch` section of a configuration."""
+    def count(name: str, *default: int) -> int:
+        return whole(f"arch.{name}", arch.get(name, *default) if default else arch[name])
+
     types = [name for name, kind in MODEL_TYPES.items() if kind.native == arch.get("name")]
     if not types:
         raise ConfigError(f"arch.name: {arch.get('name')!r} is no network that is built here "
                           f"({', '.join(dict.fromkeys(kind.native for kind in MODEL_TYPES.values()))})")
-    layers, half = int(arch["n_layers"]), bool(arch.get("half_layers"))
+    layers, half = count("n_layers"), bool(arch.get("half_layers"))
     if half and layers % 2:
         raise ConfigError(f"arch.n_layers: {layers} layers cannot be shared evenly by two stacks")
     model_type = types[0]
     if len(types) > 1:  # TRM and its twin differ in the layers that their preset gives them
         model_type = next(name for name in types if (MODEL_TYPES[name].preset_stacks == 1) == half)
     kind = MODEL_TYPES[model_type]
-    h_cycles, l_cycles = int(arch.get("H_cycles", kind.h_cycles)), int(
-        arch.get("L_cycles", arch.get("cycles", kind.l_cycles)))
+    h_cycles = count("H_cycles", kind.h_cycles)
+    l_cycles = count("L_cycles" if "L_cycles" in arch else "cycles", kind.l_cycles)
     if model_type == HRM:
-        bp = int(arch["bp_min_steps"]), int(arch["bp_max_steps"]), float(arch["bp_warmup_ratio"])
+        bp = count("bp_min_steps"), count("bp_max_steps"), float(arch["bp_warmup_ratio"])
     else:
-        outer = int(arch["H_bp_steps"]) if "H_bp_steps" in arch else int(kind.outer is not None)
-        inner = int(arch["L_bp_steps" if "L_bp_steps" in arch else "L_bp_cycles" if "L_bp_cycles" in arch else
-                    "bp_cycles"]) if kind.inner else 0
+        outer = count("H_bp_steps", int(kind.outer is not None))
+        inner = count("L_bp_steps" if "L_bp_steps" in arch else "L_bp_cycles" if "L_bp_cycles" in arch else
+                      "bp_cycles") if kind.inner else 0
         bp = outer + inner, outer + inner, 0.0
         if (outer, inner) != gradient_ticks(kind, h_cycles, l_cycles, outer + inner):
             raise ConfigError(f"arch.H_bp_steps and L_bp_steps: {outer} and {inner} are no split that is built here; "

@@ -17,6 +17,7 @@ from hrm_megatron.convert.table import Rename, is_embedding, table
 
 CONFIG_KEY = "quantization_config"
 METHOD, MIXED = "compressed-tensors", "mixed-precision"
+STATUS, CODES = "quantization_status", "compressed"
 # Modules of transformers > by what compressed-tensors finds them.
 LAYERS, HEAD_TARGET, EMBEDDING = "Linear", "re:.*lm_head$", "Embedding"
 
@@ -61,13 +62,13 @@ class Quantization:
             groups.append(group(EMBEDDING, self.embedding))
         formats = {each["format"] for each in groups}
         return dict(quant_method=METHOD, format=formats.pop() if len(formats) == 1 else MIXED,
-                    quantization_status="compressed", ignore=[],
+                    **{STATUS: CODES}, ignore=[],
                     config_groups={f"group_{i}": each for i, each in enumerate(groups)})
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Quantization | None:
         """Read the settings of a folder; refuse those of another make than ours. None: it is not quantized."""
-        given = config.get(CONFIG_KEY)
+        given = _without_nulls(config.get(CONFIG_KEY))
         if given is None:
             return None
         for scheme in (Scheme(name, size) for name, sizes in (("int4", (32, 64, 128)), ("int8", (0,)), ("mxfp4", (32,)))
@@ -75,9 +76,12 @@ class Quantization:
             for embedding in (None, Scheme("int8", 0)):
                 if (found := cls(scheme, embedding)).config() == given:
                     return found
-        method = given.get("quant_method") if isinstance(given, Mapping) else given
-        raise ConfigError(f"{CONFIG_KEY}: {method!r} of a kind that tools/quantize_checkpoint.py does not write; load "
-                          "it with transformers and save it dequantized")
+        said = given if isinstance(given, Mapping) else {"quant_method": given}
+        if (status := said.get(STATUS, CODES)) != CODES:
+            raise ConfigError(f"{CONFIG_KEY}: {STATUS}: {status!r} is what transformers saves again, without the "
+                              "codes; give the folder that it had loaded")
+        raise ConfigError(f"{CONFIG_KEY}: {said.get('quant_method')!r} of a kind that tools/quantize_checkpoint.py "
+                          "does not write; give the model that it was made from")
 
     def stored(self, entry: Rename) -> list[Rename]:
         """The tensors of a file that hold one of the table."""
@@ -130,6 +134,13 @@ class Quantized:
             return LazyTensor(stored.shape, stored.dtype, lambda: stored.make(self.matrix(entry, scheme)))
         return {entry.hf + stored.suffix: lazy(stored, scheme)
                 for stored in stored_tensors(scheme, entry.shape, _modules(entry))}
+
+
+def _without_nulls(settings: Any) -> Any:
+    """Leave out what is not set, which transformers writes of every setting that there is."""
+    if isinstance(settings, Mapping):
+        return {name: _without_nulls(value) for name, value in settings.items() if value is not None}
+    return settings
 
 
 def _modules(entry: Rename) -> int:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import math
 import os
 import shutil
@@ -225,10 +224,6 @@ def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
                 if (hidden := str(partial)) not in str(error):
                     raise
                 raise ConfigError(str(error).replace(hidden, str(save))) from error
-            except Exception as error:  # torch reports a full disk in a class of its own
-                if shutil.disk_usage(partial).free >= RESERVE_BYTES:
-                    raise
-                raise OSError(errno.ENOSPC, "no space left on device") from error
             if held is None:  # something may have come there during the block
                 held = _claim(save, overwrite)
     except OSError as error:

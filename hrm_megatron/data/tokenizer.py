@@ -272,11 +272,22 @@ def vocabulary_of(tokenizer: Tokenizer) -> str:
 
 
 def vocabulary_beside(folder: Path) -> str | None:
-    """Hash the tokens of a folder's tokenizer.json, of any making; None where there is none that can be read."""
+    """Hash the tokens of a folder's tokenizer.json; None where there is none, or one of a kind that is not known here,
+    which a line says. One that is damaged is refused."""
     path = folder / TOKENIZER_FILE
     try:
-        return vocabulary_of(parsed(path, path.read_bytes()))
-    except (OSError, ConfigError):
+        contents = path.read_bytes()
+        json.loads(contents)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot read ({error}); copy it again, or remove it to take the model without its "
+                          "tokens") from error
+    try:
+        return vocabulary_of(parsed(path, contents))
+    except ConfigError as error:
+        log.warning("%s: a tokenizer of a kind that is not known here (%s); any other of as many tokens is taken for "
+                    "the model's own", path, " ".join(str(error.__cause__).split()))
         return None
 
 

@@ -12,6 +12,7 @@ from hrm_megatron.planner.machines import LINK_SHARE, Cluster
 from hrm_megatron.planner.search import FILLED, Plan, Question, Rejected
 
 SHOWN, KINDS = 5, 6  # plans, and kinds of reasons against others
+WARMUP_STEPS, LEAST_WARMUPS = 2000, 25  # of the rate, as in README; a run is no shorter than 25 of its warm-ups
 NOTE = ("Times are predictions: {source}; links at {link:.0%} of the makers' figures; nothing overlaps but the "
         "messages of a pipeline.")
 
@@ -71,11 +72,12 @@ def explain(question: Question, plan: Plan) -> Iterator[str]:
 
 
 def command(plan: Plan, question: Question, preset: str | None) -> str:
-    """Return the line that starts a plan; DATA and RUN are the user's to fill in."""
+    """Return the line that starts a plan; DATA, TOKENIZER and RUN are the user's to fill in."""
     layout, a = plan.layout, question.architecture
-    flags = ["--data-path", "DATA", "--save", "RUN", "--load", "RUN", "--bf16", "--seq-length",
-             str(layout.row_tokens), "--micro-batch-size", str(layout.micro_batch_size), "--global-batch-size",
-             str(layout.rows), "--train-iters", str(question.steps)]
+    flags = ["--data-path", "DATA", "--tokenizer-model", "TOKENIZER", "--save", "RUN", "--load", "RUN", "--bf16",
+             "--seq-length", str(layout.row_tokens), "--micro-batch-size", str(layout.micro_batch_size),
+             "--global-batch-size", str(layout.rows), "--train-iters", str(question.steps), "--lr-warmup-iters",
+             str(min(WARMUP_STEPS, question.steps // LEAST_WARMUPS))]
     if preset is None:
         flags += ["--num-layers", str(a.num_layers), "--hidden-size", str(a.hidden_size), "--num-attention-heads",
                   str(a.num_attention_heads), "--ffn-hidden-size", str(a.ffn_hidden_size), "--lr", "RATE"]

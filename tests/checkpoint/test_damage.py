@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hrm_megatron.checkpoint import archive as archive_module
+from hrm_megatron.checkpoint import retention
 from hrm_megatron.checkpoint.archive import DamagedError, archives, check_archive, frame_digest, read_archive
 from hrm_megatron.checkpoint.dcp import DCPFolder, _fill
 from hrm_megatron.checkpoint.folders import TRACKER_FILE, find_iteration, is_complete, last_saved_first
@@ -253,6 +254,16 @@ def test_what_a_finished_iteration_lacks_is_damage(copy):
         verify(folder)
     (folder / MANIFEST_FILE).unlink()
     assert not is_complete(folder)
+
+
+def test_an_iteration_that_its_run_deletes_meanwhile_is_not_called_damaged(copy):
+    folder = find_iteration(copy)
+    with pytest.raises(ConfigError, match=r"iter_0000012: was deleted while it was read, .*; start again$"), \
+            naming_another(folder):
+        read_megatron(folder)
+        retention.delete(copy, [12])
+        retention.finish_deletion(copy)
+        verify(folder)
 
 
 def test_the_other_iteration_is_named_only_if_it_verifies(copy):

@@ -3,6 +3,7 @@
 Arguments: the folder, the question (JSON), and where the answer goes (tensors and plain values).
 """
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,7 +27,12 @@ for name, batch in batches.items():
     if name != "pairs":
         output = model.generate(**batch, **options)
         found[f"{name} answers"] = output[:, batch["input_ids"].shape[1]:].tolist()
-for name, trust in (("trusted", dict(trust_remote_code=True)), ("causal", {})):
-    pipe = pipeline("text-generation", model=folder, device="cpu", **trust)
+again = Path(answer).with_name("saved again")
+for part in (tokenizer, model):
+    part.save_pretrained(again)
+shutil.copytree(Path(folder, "custom_generate"), again / "custom_generate")  # which the card asks for
+trusting = dict(trust_remote_code=True)
+for name, place, trust in (("trusted", folder, trusting), ("causal", folder, {}), ("saved again", again, trusting)):
+    pipe = pipeline("text-generation", model=str(place), device="cpu", **trust)
     found[name] = [out[0]["generated_text"] for out in pipe(asked["prompts"], return_full_text=False, **options)]
 torch.save(found, answer)

@@ -205,6 +205,7 @@ def test_the_card_says_how_to_ask(export, checkpoint, tokenizer, monkeypatch, ca
     assert "Pass `token_type_ids`" in card and f"{checkpoint.architecture.num_parameters:,} parameters" in card
     assert card.startswith("---\nlibrary_name: transformers\n") and "{" not in card.replace("{question}", "")
     assert "Without `token_type_ids` a prompt is causal" in card and "trust_remote_code=True" in card
+    assert "**Neither `save_pretrained` nor\n`Trainer` copies `custom_generate`**" in card
     for name, value in (("hidden_size", 24), ("l_cycles", 3), ("steps", 7), ("tokens_per_step", 96)):
         assert f"| `{name}` | {value} |" in card
     assert "## Data" not in card and "## Evaluation" not in card
@@ -285,9 +286,22 @@ def test_an_export_keeps_the_tokens_of_the_tokenizer_beside_it(tmp_path, checkpo
         with pytest.raises(ConfigError, match=said):
             write_hf(source, tmp_path / "hf", "raw", tokenizer=other)
         assert token_ids_of(source, ExportTokenizer.open(tokenizer.path))["eos_token_id"] == tokenizer.eoa
-    shutil.copytree(export, tmp_path / "foreign")
-    (tmp_path / "foreign" / "tokenizer.json").write_text("{")
-    assert read_hf(tmp_path / "foreign").vocabulary is None
+
+
+def test_a_tokenizer_beside_an_export_that_cannot_be_read_is_none_that_is_not_there(tmp_path, export, caplog):
+    folder = shutil.copytree(export, tmp_path / "foreign")
+    path = folder / "tokenizer.json"
+    whole = path.read_bytes()
+    for damaged in (whole[:5000], b"", b"\xff"):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"foreign/tokenizer\.json: cannot read \(.*\); copy it again, or remove"):
+            read_hf(folder)
+    path.write_text('{"model": {"type": "of next year"}}')  # which somebody else's program may know
+    assert not caplog.records and read_hf(folder).vocabulary is None
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{path}: a tokenizer of a kind that is not known here (") and "\n" not in line
+    path.unlink()
+    assert read_hf(folder).vocabulary is None and len(caplog.records) == 1
 
 
 def test_an_exported_tokenizer_is_known_as_the_one_that_it_spells_as(tmp_path):

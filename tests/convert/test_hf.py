@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -160,11 +161,12 @@ def test_post_norm_has_no_place_in_transformers(tmp_path, random_checkpoint):
     (dict(rope_parameters={"rope_type": "yarn"}), "rope_type: 'yarn' is not built here"),
     (dict(rope_scaling={"type": "linear", "factor": 4.0}), "rope_type: 'linear' is not built here"),
     (dict(rope_scaling=[4]), "odd one"),
-    (dict(hidden_size="wide"), "odd one .*'wide'"),
+    (dict(hidden_size="64"), r"config\.json: hidden_size: '64' is no whole number"),
     (dict(eos_token_id=[11, "end"]), r"config\.json: eos_token_id: .*'end'\] is no token id"),
     (dict(num_layers_per_stack=10**9), "8,000,000,000 layers one after the other, of at most 1,000,000; correct them"),
     (dict(L_cycles=10**9), "layers one after the other, of at most 1,000,000; correct them"),
-    (dict(H_cycles=None), "lacks a setting or has an odd one"),
+    (dict(H_cycles=None), "H_cycles: None is no whole number"),
+    (dict(initializer_range="0.02", embedding_scale=None), "initializer_range: '0.02' is no number"),
     (dict(max_position_embeddings=0), r"config\.json: seq_length=0: must be at least 1"),
     (dict(rope_parameters={"rope_theta": 0}), r"config\.json: rope_theta=0.0: must be a number above 0"),
     (dict(rms_norm_eps=math.nan), r"config\.json: norm_epsilon=nan: must be a number from 0 on"),
@@ -176,6 +178,20 @@ def test_a_config_that_does_not_fit_is_refused_by_name(golden, tmp_path, change,
     config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message):
+        read_hf(tmp_path)
+
+
+@pytest.mark.parametrize("value", [1.5, 2.0, "2", True], ids=repr)
+@pytest.mark.parametrize("name", ["H_cycles", "L_cycles", "L_bp_cycles", "hidden_size", "num_hidden_layers",
+                                  "num_attention_heads", "head_dim", "intermediate_size", "vocab_size",
+                                  "max_position_embeddings"])
+def test_a_count_that_is_no_whole_number_is_not_made_one(golden, tmp_path, name, value):
+    shutil.copytree(golden / "hf_export" / "ema", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {name: [value, 2] if name == "L_bp_cycles" else value}
+    config.pop("num_layers_per_stack", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=rf"config\.json: {name}: {re.escape(repr(value))} is no whole number"):
         read_hf(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Ways to prompt an export: which of them read a prompt both ways, each against our own logits."""
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import Counter
 
@@ -122,7 +123,7 @@ def test_a_second_turn_of_a_chat_has_the_logits_and_the_answer_of_our_model(load
     assert without_ends(model, output, batch["input_ids"].shape[1]) == of_ours(checkpoint, tokenizer, prompts, 6)
 
 
-def test_pipelines_are_causal_and_right_with_the_code_of_the_folder(export, checkpoint, tokenizer,  # noqa: F811
+def test_pipelines_are_causal_and_right_with_the_code_of_the_folder(export, loaded, checkpoint, tokenizer,  # noqa: F811
                                                                     monkeypatch, tmp_path):
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
@@ -131,12 +132,17 @@ def test_pipelines_are_causal_and_right_with_the_code_of_the_folder(export, chec
     options = dict(max_new_tokens=6, do_sample=False, return_full_text=False)
     ours = of_ours(checkpoint, tokenizer, [tokenizer.encode_prefix("", question) for question in QUESTIONS], 6)
 
-    def answers(**trust):
-        asked = pipeline("text-generation", model=str(export), device="cpu", **trust)
+    def answers(folder=export, **trust):
+        asked = pipeline("text-generation", model=str(folder), device="cpu", **trust)
         return [out[0]["generated_text"] for out in asked(texts, batch_size=len(texts), **options)], asked.model
 
     (trusted, model), (causal, _) = answers(trust_remote_code=True), answers()
     assert trusted == [tokenizer.decode(answer) for answer in ours] != causal
+    for part in loaded:
+        part.save_pretrained(tmp_path / "again")
+    assert answers(tmp_path / "again", trust_remote_code=True)[0] == causal  # as the card says
+    shutil.copytree(export / "custom_generate", tmp_path / "again" / "custom_generate")
+    assert answers(tmp_path / "again", trust_remote_code=True)[0] == trusted
     ids = torch.tensor([tokenizer.encode_prefix("", QUESTIONS[0])])
     for asked in (model.generate(ids, max_new_tokens=6), model.generate(input_ids=ids, max_new_tokens=6)):
         assert without_ends(model, asked, ids.shape[1]) == ours[:1]

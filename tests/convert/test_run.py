@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import re
+import resource
 import shutil
+import sys
 
 import pytest
 import torch
@@ -177,6 +179,21 @@ def test_what_another_conversion_wrote_meanwhile_stays(command, tmp_path, monkey
     assert find_iteration(tmp_path / "out") and _entries(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("verify", ["--verify", "--no-verify"])
+def test_a_config_that_transformers_would_refuse_is_one_line(command, tmp_path, verify):
+    assert command("--no-verify")[0] == 0
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    again = dict(load=tmp_path / "out", load_format="hf", save_format="megatron", save="m")
+    path.write_text(json.dumps(config | dict(H_cycles=1.5)))  # of which int() would make another model
+    assert command(verify, **again) == (1, "", f"error: {path}: H_cycles: 1.5 is no whole number; correct it, or copy "
+                                               "the folder again\n")
+    path.write_text(json.dumps(config | dict(attention_dropout="much")))  # which is not read here
+    status, _, err = command(verify, **again)
+    assert status == (verify == "--verify")
+    assert not status or (f"error: {path}: transformers refuses it (" in err and err.count("\n") == 1)
+
+
 def test_settings_of_sampling_that_are_lost_are_named(command, tmp_path):
     assert command("--no-verify")[0] == 0
     path = tmp_path / "out" / "generation_config.json"
@@ -256,6 +273,23 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(command, tmp_pat
     status, _, err = command()
     needed, free = re.search(r"needs ([\d.]+) MB, ([\d.]+) MB are free; free some space", err).groups()
     assert status == 1 and float(needed) > float(free) == 1
+    assert _entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("save_format", run.SAVE_FORMATS)
+def test_a_quota_that_is_used_up_is_one_line_whoever_writes(command, tmp_path, monkeypatch, save_format):
+    """Which statvfs does not know of: the disk has room."""
+    if save_format == "gguf":
+        pytest.importorskip("gguf")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # or modules would be cut short as the output is
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        status, out, err = command("--no-verify", save_format=save_format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (status, out, err) == (1, "", f"error: --save {tmp_path / 'out'}: cannot write (File too large); nothing "
+                                         "was left there\n")
     assert _entries(tmp_path) == []
 
 

@@ -58,4 +58,4 @@ def test_an_export_is_read_as_by_our_model(export, checkpoint, tokenizer, tmp_pa
             expected = of_ours(checkpoint, tokenizer, [prefix for prefix, _ in rows], asked["max_new_tokens"])
             assert without_ends(found[f"{name} answers"]) == expected
     texts = [tokenizer.decode(answer) for answer in of_ours(checkpoint, tokenizer, prompts, asked["max_new_tokens"])]
-    assert found["trusted"] == texts != found["causal"]
+    assert found["trusted"] == found["saved again"] == texts != found["causal"]

@@ -1,5 +1,6 @@
 """What the planner predicts and finds, by arithmetic that can be followed by hand."""
 import json
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -180,6 +181,19 @@ def test_the_command_starts_the_plan():
     assert line.startswith(f"PRESET=B TP={plan.layout.tensor} PP={plan.layout.pipeline} CP={plan.layout.context} "
                            f"DP={plan.layout.replicas} launch_scripts/train_node.sh ")
     assert f"--global-batch-size 24 --train-iters {question.steps}" in line and "--bp-" not in line
+
+
+@pytest.mark.parametrize("tokens, warmup", [(4e7, 1628 // 25), (1e10, 2000)])
+def test_the_command_has_what_the_readme_trains_with(tokens, warmup):
+    """But for the layout and what is recomputed, which the plan chooses."""
+    question = ask(tokens=tokens)
+    line = report.command(search(question)[0][0], question, "B")
+    [started, *_] = re.findall(r"^PRESET=XL launch_scripts/train_node\.sh (.*?)^```", (ROOT / "README.md").read_text(),
+                               re.M | re.S)
+    theirs, ours = (set(re.findall(r"--[a-z-]+", text)) for text in (started, line))
+    chosen = {flag for flag in theirs if flag.startswith("--recompute")}
+    assert theirs - ours - chosen == {"--save-interval", "--tensorboard-dir"}  # goodput says the first
+    assert f" --lr-warmup-iters {warmup}" in line and " --tokenizer-model TOKENIZER " in line
 
 
 def test_the_command_of_a_job_asks_for_whole_nodes():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -347,6 +348,14 @@ def test_folders_of_another_make_and_damaged_ones_are_refused(quantized):
     with pytest.raises(ConfigError, match="quantization_config: 'compressed-tensors' of a kind that .* does not write"):
         read_hf(folder)
     given["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+    written = {**given, "kv_cache_scheme": None, "config_groups": {
+        name: {**group, "input_activations": None} for name, group in given["config_groups"].items()}}
+    for status, said in (("compressed", None), ("decompressed", r"quantization_status: 'decompressed' .*without the "
+                                                                "codes; give the folder that it had loaded")):
+        written["quantization_status"] = status
+        (folder / "config.json").write_text(json.dumps(config | dict(quantization_config=written)))
+        with pytest.raises(ConfigError, match=said) if said else contextlib.nullcontext():
+            read_hf(folder)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
     (folder / "conversion.json").unlink()

@@ -54,6 +54,12 @@ def another(action):
     return [word] * (action.nargs if isinstance(action.nargs, int) else 1)
 
 
+def test_no_reason_denies_the_blends_that_there_are():
+    for verdict in TABLE.values():
+        if isinstance(verdict, Refused):
+            assert "blends" not in verdict.why and "one indexed dataset" not in verdict.why, verdict
+
+
 def test_the_table_and_the_parser_have_the_same_flags_group_by_group():
     theirs = {group.title: [a.option_strings[0] for a in group._group_actions] for group in PARSER._action_groups
               if group._group_actions and group.title not in (OURS, "options")}

@@ -7,7 +7,7 @@ from hrm_megatron.training.flags.verdict import Group, Harmless, Refused, Used
 ONE_SIZE = "not built: learning rate and gradient ticks are counted in steps of one size"
 OWN_SWIGLU = "an HRM has a SwiGLU of its own where Megatron's fused one does not run"
 ADAM = "not built for this model: it would train by Adam; data parallel ranks share the state already"
-ONE_STORE = "each part of the data is one indexed dataset"
+ONE_FIGURE = "the sets of --valid-data-path are evaluated as one"
 OWN_RESTART = "our start does not restart ranks in a process"
 NO_LOGITS = "not built: an HRM learns from labels alone"
 FAULTS = "--fault-injector-ranks --fault-injector-num-ranks"
@@ -60,7 +60,8 @@ VALIDATION: Group = (
     Used("megatron.training.training", "--eval-iters --eval-interval --start-eval-at-iter --eval-global-batch-size "
          "--eval-micro-batch-size --skip-train --full-validation"),
     Used("megatron.core.transformer.attention", "--test-mode"),
-    Refused(ONE_STORE, "--multiple-validation-sets --validation-set-names", "give one --valid-data-path"),
+    Refused(ONE_FIGURE, "--multiple-validation-sets --validation-set-names",
+            "leave it out: --skip-train evaluates each by itself"),
 )
 LOGGING: Group = (
     Used("megatron.training.training", "--log-interval --log-params-norm --log-throughput --log-progress "

@@ -70,8 +70,9 @@ DATA: Group = (
     Refused(EXAMPLES, "--sample-rate --mask-prob --short-seq-prob --fim-data --fim-rate --fim-spm-rate "
             "--fim-split-sample --fim-fragment-rate --fim-no-prefix --fim-prefix-token --fim-middle-token "
             "--fim-suffix-token --fim-pad-token --fim-eod-token --allow-ambiguous-pad-tokens"),
-    Refused("blends of datasets are not built", "--data-args-path --per-split-data-args-path "
-            "--per-dataset-sequences-path", "give one --data-path"),
+    Refused("no file of paths is read", "--data-args-path --per-split-data-args-path",
+            "write its weights and prefixes behind --data-path, or --train-data-path and --valid-data-path"),
+    Refused(OWN_STORES, "--per-dataset-sequences-path"),
     Refused("a run has one length of rows", "--encoder-seq-length --decoder-seq-length", "give --seq-length"),
     Refused("a run goes through its data in one phase", "--phase-transition-iterations"),
     Refused("there are no made-up examples", "--mock-data", "give --data-path or --sampled-data-path"),
