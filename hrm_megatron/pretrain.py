@@ -49,6 +49,7 @@ from hrm_megatron.training.evaluation import Evaluation, install_evaluation, set
 from hrm_megatron.training.exit_signal import install_exit_signal  # noqa: E402
 from hrm_megatron.training.finetune import install_finetune  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
+from hrm_megatron.training.going_back import go_back, step_to_go_back_to  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
 from hrm_megatron.training.loss_spikes import install_loss_spikes  # noqa: E402
 from hrm_megatron.training.match_flops import match_flops  # noqa: E402
@@ -58,6 +59,7 @@ from hrm_megatron.training.own_flags import given_by_hand  # noqa: E402
 from hrm_megatron.training.params_norm import install_params_norm  # noqa: E402
 from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.restarts import check_launch, check_restarts  # noqa: E402
+from hrm_megatron.training.run_files import on_rank_0  # noqa: E402
 from hrm_megatron.training.save_lock import SaveLock  # noqa: E402
 from hrm_megatron.training.scalars import flush_scalars, guard_curves  # noqa: E402
 from hrm_megatron.training.schedule import install_schedule  # noqa: E402
@@ -99,6 +101,7 @@ def train(console: Console, saves: SaveLock) -> None:
     data = sources["all"]
     saves.hold(args)
     start, is_left = check_checkpoint(args, evaluation)
+    back_to = step_to_go_back_to(args)
     fits = functools.partial(check_fit, args, evaluation)
     if start and not is_left and not verify_end(args, start, fits):
         return write_report(args)
@@ -139,6 +142,7 @@ def train(console: Console, saves: SaveLock) -> None:
 
     def ready(train_rows: PackedRows | None) -> None:
         saves.hold(args, make=True)
+        on_rank_0(functools.partial(go_back, args, back_to))
         reporter.begin(train_rows)
         end_where_stopped(args)
         step.meter.restart()

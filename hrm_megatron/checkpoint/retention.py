@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from hrm_megatron.checkpoint.archive import DamagedError
@@ -69,7 +69,12 @@ def finish_deletion(save: Path) -> None:
 
 def bytes_of_deleted(save: Path) -> int:
     """Bytes of iterations that were deleted, but for their files: the next save has them."""
-    return sum(size_of(path) or 0 for folder in _deleted(save) for path in folder.iterdir())
+    return bytes_of(_deleted(save))
+
+
+def bytes_of(folders: Iterable[Path]) -> int:
+    """Bytes of the files in these folders of iterations."""
+    return sum(size_of(path) or 0 for folder in folders for path in folder.iterdir())
 
 
 def _deleted(save: Path) -> list[Path]:

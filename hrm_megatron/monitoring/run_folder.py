@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrm_megatron.checkpoint.archive import DamagedError
-from hrm_megatron.checkpoint.manifest import METADATA_FILE, TRACKER_FILE, read_manifest
+from hrm_megatron.checkpoint.manifest import ABANDONED, METADATA_FILE, TRACKER_FILE, read_manifest
 from hrm_megatron.cluster.attempts import ATTEMPTS_FILE, Attempt, History
 from hrm_megatron.config import ConfigError
 
@@ -51,8 +51,9 @@ class RunFolder:
                               "around both")
         arguments = _arguments(folder)
         log = _only(folder, {path.parent for path in _below(folder, EVENT_FILES)}, "TensorBoard logs")
-        saved = (*_below(folder, TRACKER_FILE), *_below(folder, "iter_*"))
-        checkpoints = _only(folder, {path.parent for path in saved}, "folders of checkpoints")
+        saved = {path.parent for path in (*_below(folder, TRACKER_FILE), *_below(folder, "iter_*"))}
+        checkpoints = _only(folder, {path for path in saved if path == folder or path.name != ABANDONED},
+                            "folders of checkpoints")
         log = log or _named(arguments, "tensorboard_dir")
         checkpoints = checkpoints or _named(arguments, "save")
         if not (log or checkpoints or arguments):

@@ -43,6 +43,7 @@ from hrm_megatron.training.conversion_command import by_converting, converting
 from hrm_megatron.training.early_stopping import delete_older, stopped_early
 from hrm_megatron.training.evaluation import EVALUATED, RAW, Evaluation
 from hrm_megatron.training.finetune import choose_source, go_on, how_to_evaluate, remark_on_weights
+from hrm_megatron.training.going_back import went_back
 from hrm_megatron.training.lora import check_adapters, lora_of
 from hrm_megatron.training.loss_spikes import take_losses
 from hrm_megatron.training.restarts import end_helpers_with_their_rank
@@ -76,7 +77,7 @@ def starting_point(args: argparse.Namespace) -> Path | None:
     for flag, load in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         if load is None:
             continue
-        if args.ckpt_step and not (args.finetune and flag == "--load"):
+        if args.ckpt_step and not (args.finetune and flag == "--load") and not went_back(args):
             return find_iteration(load, args.ckpt_step)
         tracker, complete = Path(load) / TRACKER_FILE, last_saved_first(Path(load))
         if tracker.exists() or complete:
@@ -142,6 +143,9 @@ def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[
     damaged, of which all ranks must hear together.
     """
     folder = check_start(args)
+    if made := went_back(args):
+        log.info(made)
+        args.ckpt_step = None  # Megatron loads what the tracker names
     if folder is not None:
         try:
             if not check_fit(args, evaluation, folder):

@@ -12,7 +12,7 @@ from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import last_saved_first, read_run
 from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import PRESETS, ConfigError
-from hrm_megatron.training.checkpoint import starting_point
+from hrm_megatron.training.checkpoint import starting_point, starts_new
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ OF_A_PRESET = ("num_layers", "hidden_size", "num_attention_heads")
 
 
 def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
-    """Set the model's arguments, and the row's length and the gradient ticks of a fine-tuning or an evaluation unless
-    they are `given`, on the command line.
+    """Set the model's arguments, and unless they are `given`, on the command line, the row's length, the gradient ticks
+    of a fine-tuning or an evaluation, and the rate of a run that goes on by the checkpoint's schedule.
 
     Where the run begins because there is no checkpoint yet, the command line's stay.
     """
@@ -47,6 +47,9 @@ def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         args.seq_length = stored.seq_length
     if (args.finetune or args.skip_train) and args.bp_max_steps is None:  # those of its last step
         args.bp_max_steps = stored.bp_max_steps
+    keeps_schedule = args.use_checkpoint_opt_param_scheduler and not (args.no_load_optim or starts_new(args, folder))
+    if keeps_schedule and args.lr is None:  # with all else of the schedule it is taken when that is compared
+        args.lr = stored.lr
     log.info(f"checkpoint: {folder}: model " + ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_ARGUMENTS))
 
 

@@ -49,7 +49,7 @@ def check_space(args: argparse.Namespace, architecture: Architecture, done: int)
     count = min(1, len(coming := coming_saves(args, done)))
     what = "one checkpoint needs"
     if kept := kept_saves(args):
-        count = min(len(coming), max(count, kept + 1 - len(complete_iterations(Path(args.save)))))
+        count = min(len(coming), max(count, kept + 1 - len(_there(args, done))))
         if count > 1:
             what = f"{count} checkpoints (the last {kept} are kept, and one more is written) need"
     needed = count * saved_bytes(args, architecture)
@@ -65,13 +65,19 @@ def describe_space(args: argparse.Namespace, architecture: Architecture, done: i
     if not args.save:
         return f"{line}; nothing is saved (--save DIR)"
     coming = coming_saves(args, done)
-    there = [iteration_of(name) for name in complete_iterations(Path(args.save))]
+    there = _there(args, done)
     count = min(len(coming), max(1, most_at_once(args, sorted({*there, *coming})) - len(there)))
     at_once = f", of which {count} {'is' if count == 1 else 'are'} there at once," if count < len(coming) else ""
     place = nearest(followed(Path(args.save)))
     free = _free_bytes(args, place)
     return (f"{line}, {len(coming)} saves{at_once} take {count * size / 1e9:,.2f} GB; {place} has {free / 1e9:,.2f} GB "
             f"free{'' if free >= count * size else ': NOT ENOUGH for all of them'}")
+
+
+def _there(args: argparse.Namespace, done: int) -> list[int]:
+    """List the iterations in `--save` of a run that goes on behind step `done`; none of the later ones is deleted."""
+    there = (iteration_of(name) for name in complete_iterations(Path(args.save)))
+    return [iteration for iteration in there if iteration <= done]
 
 
 def _free_bytes(args: argparse.Namespace, place: Path) -> int:

@@ -28,11 +28,13 @@ from hrm_megatron.training.early_stopping import stopped_early
 from hrm_megatron.training.evaluation import Evaluation
 from hrm_megatron.training.finetune import how_to_evaluate
 from hrm_megatron.training.fsdp import sharded_by_fsdp
+from hrm_megatron.training.going_back import describe_return, step_to_go_back_to, went_back
 from hrm_megatron.training.layout import describe, gradient_itemsize, layers_of_stages
 from hrm_megatron.training.lora import lora_of
 from hrm_megatron.training.resume import nothing_left
 from hrm_megatron.training.step import TrainingStep, innermost
-from hrm_megatron.training.summary import describe_model
+from hrm_megatron.training.step_schedules import bp_schedule
+from hrm_megatron.training.summary import describe_model, describe_schedule
 from hrm_megatron.transformer_config import architecture_of
 
 
@@ -147,8 +149,14 @@ def describe_dry_run(args: argparse.Namespace, data: Sources | None, evaluation:
         made_up = "; its last evaluation is made up" if is_left else ""
         yield (f"checkpoint: {start}: {finished}{made_up}" if finished else
                f"checkpoint: begins from {start}, after step {done}")
+        if made := went_back(args):
+            yield made
+        elif not finished and (step := step_to_go_back_to(args)):
+            yield describe_return(args, step)
         if finished:
             done = args.train_iters
+    if not args.skip_train and done < args.train_iters:
+        yield describe_schedule(argparse.Namespace(**{**vars(args), "iteration": done}), bp_schedule(args))
     architecture = architecture_of(args, args.vocab_size)
     layers, tp = layers_of_stages(args), args.tensor_model_parallel_size
     counts = stage_parameters(architecture, layers)

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,29 +42,39 @@ class Record:
     stopped: int | None = None
 
     @classmethod
+    def load(cls, path: Path) -> Record | None:
+        """Read all that a run has measured, None if it has written down nothing."""
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            evaluations = {int(iteration): float(value) for iteration, value in found["evaluations"].items()}
+            return cls(found["weights"], found.get("data"), evaluations, found["stopped"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{path}: cannot read what was measured ({error}); remove it to begin to count "
+                               "anew") from error
+
+    @classmethod
     def read(cls, args: argparse.Namespace, until: int) -> Record:
         """Read what was measured in --save up to an iteration, from which the run goes on."""
         path = Path(args.save) / RECORD_FILE
         weights = RAW if args.eval_weights == RAW else EMA  # of both the EMA, which is evaluated behind them
         data = digest_of_data(args, "valid")
-        if not path.exists():
+        if (found := cls.load(path)) is None:
             return cls(weights, data)
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            evaluations = {int(iteration): float(value) for iteration, value in found["evaluations"].items()}
-            stopped, measured, examples = found["stopped"], found["weights"], found.get("data")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedError(f"{path}: cannot read what was measured ({error}); remove it to begin to count "
-                               "anew") from error
-        if measured != weights and evaluations:
+        if found.weights != weights and found.evaluations:
             raise ConfigError(f"--eval-weights {args.eval_weights}: early stopping judges by the {weights} weights, "
-                              f"but {path} has accuracies of the {measured} ones; give --eval-weights {measured}, or "
-                              "remove the file to begin to count anew")
-        if examples and data and examples != data and evaluations:
+                              f"but {path} has accuracies of the {found.weights} ones; give --eval-weights "
+                              f"{found.weights}, or remove the file to begin to count anew")
+        if found.data and data and found.data != data and found.evaluations:
             raise ConfigError(f"{path}: has accuracies on other examples than those to validate on now; give the same "
                               "data, or remove the file to begin to count anew")
-        return cls(weights, data, {i: value for i, value in evaluations.items() if i <= until},
-                   stopped if stopped == until else None)
+        return replace(found.until(until), weights=weights, data=data)
+
+    def until(self, iteration: int) -> Record:
+        """Return what was known of it at an iteration."""
+        return replace(self, evaluations={i: value for i, value in self.evaluations.items() if i <= iteration},
+                       stopped=self.stopped if self.stopped == iteration else None)
 
     def write(self, save: str) -> None:
         best = self.best

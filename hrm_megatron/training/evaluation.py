@@ -34,7 +34,7 @@ class Evaluation:
     """Which of the held-out parts have examples; `whole`: an evaluation reads all rows of its part, each once.
 
     `suffix` names the weights that are being evaluated: nothing, or OF_EMA. `out_of_time`: --exit-duration-in-mins came
-    in an evaluation, behind which the run ends.
+    in an evaluation, behind which the run ends. `validated`: the last iteration that this start has validated.
     """
 
     validates: bool
@@ -44,6 +44,7 @@ class Evaluation:
     weights: str = RAW
     suffix: str = field(default="", init=False)
     out_of_time: bool = field(default=False, init=False)
+    validated: int | None = field(default=None, init=False)
     optimizer: Any = field(default=None, init=False)  # known once the loop has built it
     counted_passes: int = field(default=1, init=False)  # in the count of rows with which the run begins
 
@@ -130,7 +131,8 @@ def check_weights(args: argparse.Namespace, evaluates: bool) -> None:
 
 
 def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None:
-    """Let the loop evaluate the parts that are there, and log a test as a test."""
+    """Let the loop evaluate the parts that are there, log a test as a test, and validate no iteration twice: at its end
+    it would do once more what an interval has done."""
     validate: Callable[..., None] = megatron_training.evaluate_and_print_results
 
     def in_time(stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
@@ -153,7 +155,7 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
             return not out_of_time
 
         tests = prefix.endswith(ON_TEST_SET)
-        if evaluation.out_of_time or not (tests or evaluation.validates):
+        if evaluation.out_of_time or not (tests or (evaluation.validates and evaluation.validated != iteration)):
             return
         part, iters = ("test", evaluation.test_iters) if tests else ("validation", args.eval_iters)
         before = args.consumed_valid_samples
@@ -173,6 +175,7 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
             whole = args.consumed_valid_samples - before == rows * evaluation.passes
             # Out of time the run ends, and the next start reads all rows of one.
             args.consumed_valid_samples = before + (rows if whole else 0)
+            evaluation.validated = iteration
 
     megatron_training.evaluate = around(megatron_training.evaluate, in_time)
     megatron_training.evaluate_and_print_results = evaluate_and_print_results

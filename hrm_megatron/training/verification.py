@@ -26,6 +26,7 @@ from hrm_megatron.checkpoint.manifest import (
 from hrm_megatron.checkpoint.verify import UNVERIFIED, WITHOUT_MANIFEST, iteration_of, verify
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.training.early_stopping import delete_older
+from hrm_megatron.training.going_back import way_back
 from hrm_megatron.transformer_config import architecture_of
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
     if other is None:
         raise ConfigError(f"{damage}; no other iteration in {folder.parent} verifies")
     if not args.load_newest_valid:
-        raise ConfigError(f"{damage}; the newest that verifies: --ckpt-step {iteration_of(other)}, which "
+        raise ConfigError(f"{damage}; the newest that verifies: {way_back(args, iteration_of(other))}, which "
                           "--load-newest-valid takes by itself")
     args.ckpt_step = iteration_of(other)
     log.info(f"checkpoint: {damage}; going on from {other}, the newest that verifies")

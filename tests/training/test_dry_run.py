@@ -110,6 +110,7 @@ def test_all_is_told_and_nothing_is_written(monkeypatch, tmp_path):
     assert "layout: 1024 ranks = TP 2 x PP 4 x CP 1 x DP 128, sequence parallel" in text
     assert [line.split(":")[1].strip() for line in lines if line.startswith("built")] == [
         "stage 0", "stage 1 to 2 (all alike)", "stage 3"]
+    assert "\nschedule: steps 1 to 4 of 98,304 tokens; lr 0.001 after 0 steps of warm-up, constant; bp_steps " in text
     assert "data: none given, 512 tokens in the vocabulary assumed; 4 steps of 1024 rows read 4,096 rows" in lines
     space = ARCHITECTURE.num_parameters * (2 + 16) / 1e9
     assert f"checkpoint: {space:.2f} GB each, 2 saves take {2 * space:,.2f} GB; {tmp_path} has " in text
@@ -194,6 +195,7 @@ def test_what_a_run_has_done_is_not_counted(launch, uninterrupted, fullbatch_arg
     assert run.code == 0 and f"data: {left} steps of 8 rows read {8 * left} rows, " in run.output, run.output[-2000:]
     assert str(find_iteration(folder)) in run.output and checkpoint in run.output
     assert f", {saves} saves take" in run.output
+    assert ("schedule: steps 25 to 41 of" in run.output) == (left > 0) == ("schedule: steps" in run.output)
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -248,13 +250,15 @@ def test_a_run_wants_room_for_as_many_as_it_keeps_and_one_more(tmp_path, monkeyp
     for number in range(there):
         (tmp_path / f"iter_{number:07d}").mkdir()
         (tmp_path / f"iter_{number:07d}" / "manifest.json").touch()
+    (tmp_path / "iter_0000900").mkdir()  # behind the step from which it goes on
+    (tmp_path / "iter_0000900" / "manifest.json").touch()
     args, free = arguments_of_saves(tmp_path, **given), wanted * 18 * ARCHITECTURE.num_parameters
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=free))
-    check_space(args, ARCHITECTURE, 0)
+    check_space(args, ARCHITECTURE, 499)
     free -= 1
     what = "one checkpoint needs" if wanted == 1 else f"{wanted} checkpoints .* need"
     with pytest.raises(ConfigError, match=f"^--save {tmp_path}: {what} .* are free; free some space"):
-        check_space(args, ARCHITECTURE, 0)
+        check_space(args, ARCHITECTURE, 499)
 
 
 def test_the_program_answers_and_ends(launch, tmp_path):

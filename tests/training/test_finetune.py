@@ -176,7 +176,7 @@ def test_gradient_ticks_are_those_of_the_checkpoint(single_rank, tmp_path, cycle
     args = argparse.Namespace(**dict.fromkeys(MODEL_ARGUMENTS), finetune=what == "finetune", load=None, ckpt_step=None,
                               skip_train=what == "skip_train",
                               pretrained_checkpoint=str(tmp_path), load_newest_valid=False, seq_length=None,
-                              bp_min_steps=None, bp_max_steps=given)
+                              bp_min_steps=None, bp_max_steps=given, use_checkpoint_opt_param_scheduler=False)
     take_model(args, {})
     fill_cycles(args)
     assert (args.bp_min_steps, args.bp_max_steps) == ticks

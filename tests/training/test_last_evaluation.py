@@ -9,7 +9,7 @@ from tests.training.conftest import written
 from tests.training.test_validation import MODEL, WHOLE, printed, store  # noqa: F401  # a fixture
 
 STEPS = 4
-# Evaluations of a run in order: validation behind its last step, the last validation, the test.
+# Evaluations of a run in order: validation behind its last step, or with BEHIND_ITS_END behind all saves, and the test.
 AT_CALL = """
 import os, signal
 from megatron.training import training
@@ -24,6 +24,7 @@ training.evaluate = evaluate
 KILL, TERMINATE = "os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGTERM)"
 OUT_OF_TIME = "training._TRAIN_START_TIME = 0.0"
 LIMIT = "--exit-duration-in-mins", 1_000_000
+BEHIND_ITS_END = "--eval-interval", STEPS + 1
 MADE_UP, NOTHING = f"iteration {STEPS} of {STEPS} is done; its last evaluation is made up", "nothing to train"
 
 
@@ -43,14 +44,16 @@ def whole(train, tmp_path_factory):
     run = train(folder)
     assert run.code == 0 and printed(run).keys() == {"validation", "test"}, run.output[-3000:]
     assert json.loads((folder / EVALUATED).read_text()) == {"iteration": STEPS}
+    assert run.output.count("  validation: loss ") == 1  # of its last step, which is its end
     assert NOTHING in train(folder).output
     return printed(run)
 
 
 @pytest.mark.parametrize("code, flags, prelude, ranks", [
-    (-9, [], AT_CALL.format(call=2, act=KILL), 2), (-9, [], AT_CALL.format(call=3, act=KILL), 1),
+    (-9, BEHIND_ITS_END, AT_CALL.format(call=1, act=KILL), 2), (-9, [], AT_CALL.format(call=2, act=KILL), 1),
     (0, ["--exit-signal-handler"], AT_CALL.format(call=1, act=TERMINATE), 1),
-    (0, ["--exit-interval", STEPS], "", 1), (0, LIMIT, AT_CALL.format(call=2, act=OUT_OF_TIME), 1),
+    (0, ["--exit-interval", STEPS], "", 1),
+    (0, [*LIMIT, *BEHIND_ITS_END], AT_CALL.format(call=1, act=OUT_OF_TIME), 1),
 ], ids=["killed in the validation", "killed in the test", "stopped in the last step", "--exit-interval", "out of time"])
 def test_the_last_evaluation_is_made_up_once(train, whole, tmp_path, code, flags, prelude, ranks):
     stopped = train(tmp_path, *flags, prelude=prelude, ranks=ranks)
@@ -68,13 +71,13 @@ def test_the_last_evaluation_is_made_up_once(train, whole, tmp_path, code, flags
 def test_other_weights_of_the_same_iteration_are_evaluated(train, tmp_path):
     assert train(tmp_path, "--save-interval", 2).code == 0 and (tmp_path / EVALUATED).exists()
     killed = train(tmp_path, "--save-interval", 2, "--ckpt-step", 2, "--seed", 99,
-                   prelude=AT_CALL.format(call=3, act=KILL))
+                   prelude=AT_CALL.format(call=2, act=KILL))
     assert killed.code == -9 and "test" not in printed(killed), killed.output[-3000:]
     assert MADE_UP in train(tmp_path, "--save-interval", 2, "--seed", 99).output
 
 
 def test_what_cannot_be_evaluated_is_not_made_up(train, tmp_path):
-    killed = train(tmp_path, "--no-save-optim", prelude=AT_CALL.format(call=3, act=KILL))
+    killed = train(tmp_path, "--no-save-optim", prelude=AT_CALL.format(call=2, act=KILL))
     assert killed.code == -9, killed.output[-3000:]
     for flags in (), ("--no-load-optim", "--eval-weights", "both"):
         again = train(tmp_path, "--no-save-optim", *flags)

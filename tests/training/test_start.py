@@ -129,6 +129,16 @@ def test_a_new_optimizer_goes_on_by_the_same_clock(launch, fullbatch_arguments, 
     assert scalars(tmp_path, "bp steps") == {step: ticks.at(step) for step in (13, 14)}
 
 
+def test_the_checkpoints_schedule_brings_its_rate(launch, files_of, reference, tmp_path):
+    flags = [*DATA, *LAYOUT, "--train-iters", 24, "--ema-decay", 0.9, "--eval-iters", 0, "--use-checkpoint-args",
+             "--use-checkpoint-opt-param-scheduler", "--load", files_of, "--ckpt-step", 12]
+    run = launch(*flags, "--exit-interval", 14, "--tensorboard-dir", tmp_path)
+    assert run.code == 0, run.output[-3000:]
+    assert scalars(tmp_path, "learning-rate") == {step: reference[0][step] for step in (13, 14)}
+    unused = launch(*flags, "--no-load-optim")  # the schedule is the command line's then
+    assert unused.code == 2 and "--lr is not set: give it" in unused.errors[0]
+
+
 def test_a_checkpoint_gives_its_model_and_the_row_length(launch, files_of, uninterrupted, tmp_path):
     schedule = ["--train-iters", 24, "--lr", 4e-3, "--min-lr", 4e-4, "--lr-warmup-iters", 4, "--bp-warmup-fraction",
                 0.6, "--ema-decay", 0.9, "--eval-iters", 0, "--log-interval", 1]
