@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import glob
 import io
 import logging
@@ -216,16 +215,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def _bring_to_disk(path: Path) -> None:
-    """Wait until what a file holds, or the names that a folder holds, are on the disk."""
-    try:
+    """Wait until what a file holds is on the disk, or the names that a folder holds, where its file system can."""
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:  # some file systems sync no folders, and one that takes files may not show them
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EACCES):
-            raise
 
 
 def write_aside(path: Path, content: str | bytes) -> None:

@@ -184,7 +184,7 @@ def test_a_folder_is_on_the_disk_before_its_name_and_that_before_the_old_one_goe
     assert done[3:] == ["a > replaced", "partial > a", "around", "no partial", "no replaced"]
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES, errno.EBADF, errno.EOPNOTSUPP, errno.EIO])
 def test_folders_that_cannot_be_synced_are_written_all_the_same(tmp_path, monkeypatch, number):
     def sync(descriptor):
         raise OSError(number, "why")

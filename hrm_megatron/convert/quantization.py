@@ -77,7 +77,7 @@ class Quantization:
                 if (found := cls(scheme, embedding)).config() == given:
                     return found
         said = given if isinstance(given, Mapping) else {"quant_method": given}
-        if (status := said.get(STATUS, CODES)) != CODES:
+        if said.get("quant_method") == METHOD and (status := said.get(STATUS, CODES)) != CODES:
             raise ConfigError(f"{CONFIG_KEY}: {STATUS}: {status!r} is what transformers saves again, without the "
                               "codes; give the folder that it had loaded")
         raise ConfigError(f"{CONFIG_KEY}: {said.get('quant_method')!r} of a kind that tools/quantize_checkpoint.py "

@@ -18,7 +18,7 @@ def refusing(work: Callable[[], object]) -> Callable[[], object]:
             work()
         except ValueError as error:
             *_, (frame, _) = walk_tb(error.__traceback__)
-            if not frame.f_globals["__name__"].startswith("lm_eval."):
+            if not frame.f_globals.get("__name__", "").startswith("lm_eval."):
                 raise
             raise ConfigError(" ".join(str(error).split())) from error
     return call

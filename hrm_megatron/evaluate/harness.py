@@ -19,6 +19,7 @@ from tqdm import tqdm
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.chat import SPEAKERS, Turn, prefix_of
 from hrm_megatron.data.spelling import tags_of
+from hrm_megatron.data.text_files import shown
 from hrm_megatron.evaluate.likelihood import Pair, likelihoods, rolling
 from hrm_megatron.generate.answer_file import check_same
 from hrm_megatron.generate.engine import Request
@@ -82,6 +83,10 @@ class HrmMegatron(LM):  # type: ignore[misc]
         if not add_generation_prompt:
             raise ConfigError("--apply_chat_template: a task begins the answer itself (gen_prefix), which a chat "
                               "cannot; leave the flag or the task out")
+        for message in chat_history:
+            if message["role"] not in SPEAKERS or not isinstance(message["content"], str):
+                raise ConfigError(f"--apply_chat_template: a turn of {shown(message)} is no text of "
+                                  f"{' or '.join(SPEAKERS)}; leave the flag or the task out")
         return prefix_of([Turn(SPEAKERS[message["role"]], message["content"]) for message in chat_history
                           if message["content"].strip()])
 

@@ -63,15 +63,15 @@ def same_math(one: str, other: str) -> bool:
 
 
 def equal_math(gold: str, answer: str) -> bool:
-    """Compare by math-verify: what it finds in `answer` with what it finds in `gold`; as it is written where either
-    has an exponent above LARGEST_EXPONENT, or a degree above LARGEST_DEGREE."""
+    """Compare by math-verify: what it finds in `answer` with what it finds in `gold`; as it is written, but for the order
+    of sums and products, where either has an exponent above LARGEST_EXPONENT, or a degree above LARGEST_DEGREE."""
     try:
         from math_verify import verify
     except ImportError as error:
         raise ConfigError("MATH is scored by math-verify, which is not installed: pip install 'hrm_megatron[evaluate]'"
                           ) from error
     if _is_huge(gold) or _is_huge(answer):
-        return any(one == other for one in _parsed(gold) for other in _parsed(answer))
+        return any(_in_order(one) == _in_order(other) for one in _parsed(gold) for other in _parsed(answer))
     return bool(verify(_parsed(gold), _parsed(answer), timeout_seconds=MATH_TIMEOUT_SECONDS))
 
 
@@ -91,16 +91,33 @@ def _is_huge(text: str) -> bool:
     from sympy.functions.combinatorial.factorials import CombinatorialFunction
 
     def is_huge(node: Any) -> bool:
-        if not isinstance(node, Pow | exp | CombinatorialFunction) or node.args[0] in (0, 1, -1):
+        if not isinstance(node, Pow | exp | CombinatorialFunction):
             return False
-        last = node.args[-1]  # the exponent; of a binomial the lower number
-        most = LARGEST_DEGREE if node.args[0].free_symbols and node.args[0].has(Add) else LARGEST_EXPONENT
-        return bool(last.is_number and abs(last.evalf(5)) > most)
+        base, size = node.args[0], node.args[-1]  # of a binomial the lower number
+        while isinstance(base, Pow) and isinstance(node, Pow):  # a power of a power
+            base, size = base.args[0], base.args[-1] * size
+        if base in (0, 1, -1) or not size.is_number:
+            return False
+        most = LARGEST_DEGREE if base.free_symbols and base.has(Add) else LARGEST_EXPONENT
+        try:
+            return bool(abs(size.evalf(5)) > most)
+        except (TypeError, ValueError, ArithmeticError, NotImplementedError):  # 0/0, a sum without end
+            return False
     try:  # from within, so that what is evaluated has no huge parts
         return bool(timeout(MATH_TIMEOUT_SECONDS)(any)(
             is_huge(node) for each in _parsed(text) for node in postorder_traversal(each)))
     except TimeoutException:
         return True
+
+
+def _in_order(node: Any) -> Any:
+    """Return what a formula is made of, sums and products in one order of their parts, nothing evaluated."""
+    from sympy import Add, Basic, Mul
+
+    if not isinstance(node, Basic) or not node.args:
+        return node
+    parts = [_in_order(part) for part in node.args]
+    return (node.func, *(sorted(parts, key=repr) if isinstance(node, Add | Mul) else parts))
 
 
 def letter_answer(text: str, item: Item) -> Verdict:

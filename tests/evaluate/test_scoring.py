@@ -136,7 +136,7 @@ def test_math(gold, text, acc, latex):
     ("5", "9^{9^{9^{9}}}", 0), ("5", r"\binom{10^9}{10^8}", 0), ("5", "(1+x)^{1000000}", 0), ("5", "1000000000!", 0),
     ("5", "e^{e^{e^{e^{e}}}}", 0), (r"\{1,2\}", "\\{1,10^{10^{10}}\\}", 0),
     ("10^{10^{10}}", "10^{10^{10}}", 1), ("-1", "(-1)^{1000001}", 1), ("4999950000", r"\binom{100000}{2}", 1),
-    ("1" + 100 * "0", "10^{10^2}", 1),
+    ("1" + 100 * "0", "10^{10^2}", 1), ("5", r"((10^{9999})^{9999})^{9999}", 0),
 ])
 def test_numbers_without_end_are_compared_as_they_are_written(gold, stated, latex, monkeypatch):
     """math-verify would work on these until its time is out."""
@@ -145,3 +145,17 @@ def test_numbers_without_end_are_compared_as_they_are_written(gold, stated, late
     monkeypatch.setattr(math_verify, "verify", lambda *args, **how: compared.append(args) or stock(*args, **how))
     assert math_answer(rf"\boxed{{{stated}}}", Item("", gold)).scores[1] == latex
     assert same_math(stated, stated) and len(compared) == 1 + 2 * (latex and gold != stated)  # one is bare
+
+
+@pytest.mark.parametrize(("gold", "stated", "same"), [
+    ("(x+1)^{200}", "(1+x)^{200}", True), ("2\\cdot 3^{20000}", "3^{20000}\\cdot 2", True),
+    ("x^{20000}+1", "1+x^{20001}", False), ("2^{20000}", "20000^2", False)])
+def test_what_is_compared_as_it_is_written_may_stand_in_another_order(gold, stated, same):
+    pytest.importorskip("math_verify", reason="needs math-verify, extra evaluate")
+    assert same_math(gold, stated) == same
+
+
+@pytest.mark.parametrize("stated", [r"2^{\frac{0}{0}}", r"(\frac{0}{0})!", r"2^{\sum_{k=1}^{\infty}\frac{1}{k}}"])
+def test_an_exponent_that_is_none_is_a_wrong_answer(stated):
+    pytest.importorskip("math_verify", reason="needs math-verify, extra evaluate")
+    assert not math_answer(rf"\boxed{{{stated}}}", Item("", "5")).scores[1]
