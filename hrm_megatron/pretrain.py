@@ -100,10 +100,10 @@ def train(console: Console, saves: SaveLock) -> None:
     console.settle(args.save or args.tensorboard_dir, args.verbose)
     data = sources["all"]
     saves.hold(args)
-    start, is_left = check_checkpoint(args, evaluation)
     back_to = step_to_go_back_to(args)
+    start, is_left = check_checkpoint(args, evaluation)
     fits = functools.partial(check_fit, args, evaluation)
-    if start and not is_left and not verify_end(args, start, fits):
+    if start and not is_left and not verify_end(args, start, fits, back_to):
         return write_report(args)
     set_global_variables(args, build_tokenizer=False)  # rows are ids; it would import transformers, 2 s of a start
     guard_curves(args)
@@ -137,7 +137,7 @@ def train(console: Console, saves: SaveLock) -> None:
             check_agreement(data.files, start)
             if args.verify_data:
                 verify_data(data.stores)
-            verify_start(args, start, fits)
+            verify_start(args, start, fits, back_to)
         return step.build_model(vp_stage=vp_stage, **options)
 
     def ready(train_rows: PackedRows | None) -> None:

@@ -17,7 +17,7 @@ from hrm_megatron.program import write_aside
 
 MANIFEST_FILE = "manifest.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron's, beside the iterations: the one that is whole
-ABANDONED = "abandoned"  # folder beside the iterations: those that the run has gone back from
+ABANDONED = "abandoned"  # (.2, .3 ...) folder beside the iterations: those that the run has gone back from
 METADATA_FILE = ".metadata"  # of torch.distributed.checkpoint
 TENSORS = ".distcp"  # ends the names of files of tensors and states, each of them stored by torch.save
 

@@ -79,8 +79,8 @@ def naming_another(folder: Path) -> Iterator[None]:
         yield
     except DamagedError as error:
         if not folder.exists():
-            raise ConfigError(f"{folder}: was deleted while it was read, by a run that saves there and keeps no more "
-                              "(--save-retain-interval, --most-recent-k); start again") from error
+            raise ConfigError(f"{folder}: was deleted or moved while it was read, by a run that saves there "
+                              "(--save-retain-interval, --most-recent-k, --ckpt-step); start again") from error
         for name in last_saved_first(folder.parent):
             if name != folder.name and _is_whole(folder.parent / name):
                 raise ConfigError(f"{error}; the newest that verifies: --ckpt-step {iteration_of(name)}") from error

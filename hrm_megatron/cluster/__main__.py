@@ -77,8 +77,9 @@ def end(arguments: argparse.Namespace, history: History) -> Verdict:
     step, logs = saved_step(arguments.checkpoints), _logs(arguments)
     failures = read_failures(logs)
     outcome, why = first_cause(failures, arguments.code)
-    # One that was told of the limit may never have launched, and then it has made up no evaluation.
-    began = None if arguments.signalled else attempt.first_step
+    # One that was told of the limit may never have launched, and then it has made up no evaluation; one that went back
+    # began elsewhere.
+    began = None if arguments.signalled or history.returned != attempt.returned else attempt.first_step
     how = how_it_ended(arguments.code, outcome, is_done(arguments.checkpoints, began, step, arguments.train_iters),
                        arguments.signalled)
     if arguments.cancelled:
@@ -138,7 +139,7 @@ def main() -> None:
     arguments = parser().parse_args()
 
     def answer() -> None:
-        history = History(arguments.folder)
+        history = History(arguments.folder, arguments.checkpoints)
         verdict = arguments.ask(arguments, history)
         print(f"slurm: {verdict.why}", file=sys.stderr)
         print(verdict.action, ",".join(history.excluded))

@@ -18,6 +18,7 @@ from hrm_megatron.program import write_aside
 ATTEMPTS_FILE, EXCLUDED_FILE = "attempts.json", "excluded.json"
 # Of training:
 ARGUMENTS_FILE, EARLY_STOPPING_FILE, EVALUATED_FILE = "arguments.txt", "early_stopping.json", "evaluated.json"
+RETURN_FILE = "went_back.json"
 MATCHED = re.compile(r"^match_flops_of \.+ (?!None$).*^train_iters \.+ (\d+)$", re.MULTILINE | re.DOTALL)  # sorted
 
 # How an attempt ended, beside the outcomes of a launch that failed. LOST: nobody wrote down its end, as when the node
@@ -35,7 +36,8 @@ DAY_SECONDS, A_DAY = 24 * 3600, 4
 class Attempt:
     """One start of a job: `first_step` and `last_step` are the last saved steps when it began and when it ended.
 
-    `ended` is when it did, in seconds since 1970; 0: not yet, or nobody wrote it down.
+    `ended` is when it did, in seconds since 1970; 0: not yet, or nobody wrote it down. `returned`: when the run had
+    last gone back by --ckpt-step, as this start began; `went_back`: it did so itself, and its steps are other ones.
     """
 
     job: str
@@ -46,6 +48,12 @@ class Attempt:
     end: str = RUNNING
     why: str = ""
     ended: float = 0.0
+    returned: str = ""
+    went_back: bool = False
+
+    @property
+    def saved(self) -> bool:
+        return self.went_back or self.last_step > self.first_step
 
 
 @dataclass(frozen=True)
@@ -69,15 +77,16 @@ def decide(attempts: list[Attempt], most_failures: int) -> Verdict:
         return Verdict(STOP, f"{last.end}{f': {last.why}' if last.why else ''}")
     # An attempt that a bad node kept from training says nothing about the run.
     trained = [attempt for attempt in mine if attempt.end != BAD_NODE]
-    if trained == [last] and last.end == ENDED and last.last_step == last.first_step:
+    if trained == [last] and last.end == ENDED and last.last_step == last.first_step and not last.went_back:
         return Verdict(DONE, f"ended well and saved no step after {last.last_step} (--skip-train, --print-config and "
                              "the like): not queued again")
-    # One that went back leaves out more rows than the one before, and bounds by itself how often.
-    if last.end not in (BAD_NODE, WENT_BACK) and len(trained) > 1 and last.last_step <= trained[-2].last_step:
+    # A rollback leaves out more rows than the one before, and bounds by itself how often; by --ckpt-step it comes once.
+    returns = last.end in (BAD_NODE, WENT_BACK) or last.went_back
+    if not returns and len(trained) > 1 and last.last_step <= trained[-2].last_step:
         return Verdict(STOP, f"no progress: step {last.last_step} was the last one saved when attempt "
                              f"{trained[-2].restart} ended ({trained[-2].end}), and still is after attempt "
                              f"{last.restart} ({last.end})")
-    in_a_row = _failures(itertools.takewhile(lambda attempt: attempt.last_step <= attempt.first_step, reversed(mine)))
+    in_a_row = _failures(itertools.takewhile(lambda attempt: not attempt.saved, reversed(mine)))
     in_a_day = _failures(attempt for attempt in mine if attempt.ended > last.ended - DAY_SECONDS)
     too_many = (f"{in_a_row} failures without a new save, {most_failures} are allowed (MAX_FAILURES)"
                 if in_a_row > most_failures else
@@ -136,10 +145,11 @@ def saved_step(checkpoints: Path) -> int:
 
 
 class History:
-    """The attempts of a run and the nodes that it avoids, in `folder`."""
+    """The attempts of a run and the nodes that it avoids, in `folder`; of the run in `checkpoints`, if that has any."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, checkpoints: Path | None = None) -> None:
         self.folder = folder
+        self.returned = str(_entry(checkpoints / RETURN_FILE, "time") or "") if checkpoints else ""
         entries: list[dict[str, Any]] = _read(folder / ATTEMPTS_FILE, [])
         self.attempts = [Attempt(**{**entry, "nodes": tuple(entry["nodes"])}) for entry in entries]
         self.excluded: dict[str, str] = _read(folder / EXCLUDED_FILE, {})  # node > why
@@ -150,7 +160,7 @@ class History:
         for one in [one for one in self.attempts if one.end == RUNNING]:
             ended = self.end(one.job, one.restart, LOST, attempt.first_step, "node failure, or killed")
             lost = ended if one.job == attempt.job else lost
-        self.attempts.append(attempt)
+        self.attempts.append(replace(attempt, returned=self.returned))
         self._write()
         return lost
 
@@ -165,7 +175,8 @@ class History:
     def end(self, job: str, restart: int, end: str, last_step: int, why: str = "") -> list[Attempt]:
         """Write down how a start ended; return the attempts up to it."""
         ended = self.up_to(job, restart)
-        ended[-1] = replace(ended[-1], end=end, last_step=last_step, why=why, ended=time.time())
+        ended[-1] = replace(ended[-1], end=end, last_step=last_step, why=why, ended=time.time(),
+                            went_back=self.returned != ended[-1].returned)
         self.attempts[:len(ended)] = ended
         self._write()
         return ended

@@ -63,8 +63,9 @@ def same_math(one: str, other: str) -> bool:
 
 
 def equal_math(gold: str, answer: str) -> bool:
-    """Compare by math-verify: what it finds in `answer` with what it finds in `gold`; as it is written, but for the order
-    of sums and products, where either has an exponent above LARGEST_EXPONENT, or a degree above LARGEST_DEGREE."""
+    """Compare by math-verify: what it finds in `answer` with what it finds in `gold`; as it is written, but for the
+    order of sums and products, where either has an exponent above LARGEST_EXPONENT, or a degree above LARGEST_DEGREE.
+    """
     try:
         from math_verify import verify
     except ImportError as error:

@@ -52,7 +52,7 @@ class RunFolder:
         arguments = _arguments(folder)
         log = _only(folder, {path.parent for path in _below(folder, EVENT_FILES)}, "TensorBoard logs")
         saved = {path.parent for path in (*_below(folder, TRACKER_FILE), *_below(folder, "iter_*"))}
-        checkpoints = _only(folder, {path for path in saved if path == folder or path.name != ABANDONED},
+        checkpoints = _only(folder, {path for path in saved if path == folder or path.name.split(".")[0] != ABANDONED},
                             "folders of checkpoints")
         log = log or _named(arguments, "tensorboard_dir")
         checkpoints = checkpoints or _named(arguments, "save")

@@ -43,7 +43,7 @@ from hrm_megatron.training.conversion_command import by_converting, converting
 from hrm_megatron.training.early_stopping import delete_older, stopped_early
 from hrm_megatron.training.evaluation import EVALUATED, RAW, Evaluation
 from hrm_megatron.training.finetune import choose_source, go_on, how_to_evaluate, remark_on_weights
-from hrm_megatron.training.going_back import went_back
+from hrm_megatron.training.going_back import refuse_half_a_return, went_back
 from hrm_megatron.training.lora import check_adapters, lora_of
 from hrm_megatron.training.loss_spikes import take_losses
 from hrm_megatron.training.restarts import end_helpers_with_their_rank
@@ -74,6 +74,7 @@ def starting_point(args: argparse.Namespace) -> Path | None:
     A run that was killed while it saved goes on from the latest complete iteration: the tracker file is put right.
     One that names a complete iteration, but not the latest, is put right only with --load-newest-valid.
     """
+    refuse_half_a_return(args)
     for flag, load in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
         if load is None:
             continue
@@ -145,7 +146,8 @@ def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[
     folder = check_start(args)
     if made := went_back(args):
         log.info(made)
-        args.ckpt_step = None  # Megatron loads what the tracker names
+        # Said to Megatron, so that no rank reads a tracker that may be seen later than other files.
+        args.ckpt_step = iteration_of(folder.name) if folder else None
     if folder is not None:
         try:
             if not check_fit(args, evaluation, folder):

@@ -1,7 +1,8 @@
 """`--ckpt-step N` of a run that saves where it loads: it goes back to an older iteration once, and nothing is lost.
 
 What was saved behind that iteration is moved aside, and a record says so: later starts of the same command go on from
-their newest iteration. Without the record, as behind a kill in between, a start begins at N and moves what is left.
+their newest iteration. Behind a kill in between, the next start with the flag begins at N and moves what is left, and
+one without it is refused.
 """
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hrm_megatron.checkpoint.folders import complete_iterations
@@ -26,43 +28,74 @@ from hrm_megatron.training.summary import only_evaluates
 
 log = logging.getLogger(__name__)
 
-RECORD_FILE = "went_back.json"  # beside the checkpoints: which step the run went back to last, and when
+RECORD_FILE = "went_back.json"  # beside the checkpoints: the last return of the run
+
+
+def _asked(args: argparse.Namespace) -> int | None:
+    """Return the iteration that a run is asked to go back to within its own folder; None for one that moves nothing."""
+    return args.ckpt_step if args.ckpt_step and _trains_on(args) else None
+
+
+def _trains_on(args: argparse.Namespace) -> bool:
+    return bool(args.load and args.load == args.save and not (args.finetune or args.skip_train))
 
 
 def step_to_go_back_to(args: argparse.Namespace) -> int | None:
-    """Return the iteration that a run goes back to within its own folder; None for one that moves nothing."""
-    within = args.ckpt_step and args.load and args.load == args.save and not (args.finetune or args.skip_train)
-    return args.ckpt_step if within else None
+    """Return the iteration that this start is to go back to; None where it moves nothing, or the run has gone back."""
+    step = _asked(args)
+    return None if step is None or went_back(args) else step
 
 
 def went_back(args: argparse.Namespace) -> str | None:
     """Say in one line that the run has gone back as it is asked to, and goes on from its newest iteration; None where
     it has not."""
-    step = step_to_go_back_to(args)
-    if step is None or (record := _recorded(args.save)) is None or record[0] != step:
+    step, made = _asked(args), _recorded(args.save) if _asked(args) else None
+    if made is None or not made.finished or made.step != step:
         return None
-    return (f"checkpoint: --ckpt-step {step}: this run went back to it on {record[1]}, and goes on from its newest "
+    return (f"checkpoint: --ckpt-step {step}: this run went back to it on {made.time}, and goes on from its newest "
             f"iteration; remove {Path(args.save) / RECORD_FILE} to go back once more")
+
+
+def refuse_half_a_return(args: argparse.Namespace) -> None:
+    """Raise ConfigError for a start without --ckpt-step in a folder that a run has gone back in, but not to the end."""
+    if args.ckpt_step or not _trains_on(args):
+        return
+    made = _recorded(args.save)
+    if made and not made.finished:
+        raise ConfigError(f"--save {args.save}: a start that went back to iteration {made.step} was interrupted; give "
+                          f"--ckpt-step {made.step} to end that, or remove {Path(args.save) / RECORD_FILE}")
 
 
 def way_back(args: argparse.Namespace, step: int) -> str:
     """Name the flag by which this run begins at iteration `step`, and what would keep it from that."""
-    record = _recorded(args.save) if args.save and args.load == args.save and not args.skip_train else None
-    made = record is not None and record[0] == step
-    return f"--ckpt-step {step}" + (f" without {Path(args.save) / RECORD_FILE}" if made else "")
+    made = _recorded(args.save) if _trains_on(args) else None
+    blocked = made is not None and made.finished and made.step == step
+    return f"--ckpt-step {step}" + (f" without {Path(args.save) / RECORD_FILE}" if blocked else "")
 
 
-def _recorded(save: str) -> tuple[int, str] | None:
-    """Read which step the run in `save` went back to last, and when."""
+@dataclass(frozen=True)
+class _Return:
+    """The last return of a run: to which step, when it began, and whether all is moved."""
+
+    step: int
+    time: str
+    finished: bool
+
+    def write(self, save: str) -> None:
+        write_file(save, RECORD_FILE, json.dumps(asdict(self)) + "\n")
+
+
+def _recorded(save: str) -> _Return | None:
+    """Read the last return of the run in `save`."""
     place = Path(save) / RECORD_FILE
     try:
         found = json.loads(place.read_text(encoding="utf-8"))
-        return int(found["step"]), str(found["time"])
+        return _Return(int(found["step"]), str(found["time"]), bool(found["finished"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{place}: does not say which iteration the run went back to ({error}); remove it to go back "
-                          "once more, or leave --ckpt-step out") from error
+                          "once more, or to go on") from error
 
 
 def describe_return(args: argparse.Namespace, step: int, moved: str = "would be moved") -> str:
@@ -81,19 +114,20 @@ def go_back(args: argparse.Namespace, step: int | None) -> None:
     if step is None or step != args.iteration or only_evaluates(args):
         return
     save = Path(args.save)
-    aside, measured = save / ABANDONED, Measured.load(save / MEASURED_FILE)
+    measured = Measured.load(save / MEASURED_FILE)
+    made = _Return(step, time.strftime("%Y-%m-%d %H:%M:%S"), finished=False)
     try:
         line = describe_return(args, step, "was moved")
-        # First: until all is moved, a start without the flag is refused, which would take the newest that is left.
+        made.write(args.save)  # first: until all is moved, a start without the flag is refused
         write_file(args.save, TRACKER_FILE, str(step))
         for folder in _later(save, step):
-            _move(folder, aside)
+            _move(folder, save)
         if measured and measured != (kept := measured.until(step)):
-            write_aside(_free(aside / MEASURED_FILE), (save / MEASURED_FILE).read_bytes())
+            write_aside(_free(save, MEASURED_FILE), (save / MEASURED_FILE).read_bytes())
             kept.write(args.save)
     except OSError as error:
-        raise unwritten(args.save, f"what is behind iteration {step} into {aside}", error) from error
-    write_file(args.save, RECORD_FILE, json.dumps({"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+        raise unwritten(args.save, f"what is behind iteration {step} into {save / ABANDONED}", error) from error
+    replace(made, finished=True).write(args.save)
     log.info(line)
 
 
@@ -106,10 +140,10 @@ def _named(folders: Sequence[Path]) -> str:
     return f"what was saved behind it ({names}: {len(folders)}, {bytes_of(folders) / 1e9:.3g} GB)"
 
 
-def _move(folder: Path, aside: Path) -> None:
-    """Move an iteration into `aside`, over nothing that is there; a link goes on to lead where it does."""
-    aside.mkdir(exist_ok=True)
-    place = _free(aside / folder.name)
+def _move(folder: Path, save: Path) -> None:
+    """Move an iteration aside, over nothing that is there; a link goes on to lead where it does."""
+    place = _free(save, folder.name)
+    place.parent.mkdir(exist_ok=True)
     if folder.is_symlink():
         place.symlink_to(followed(folder))
         folder.unlink()
@@ -117,7 +151,8 @@ def _move(folder: Path, aside: Path) -> None:
         folder.rename(place)
 
 
-def _free(place: Path) -> Path:
-    """Return the first of NAME, NAME.2, NAME.3, ... that is not there."""
-    numbered = (place.with_name(f"{place.name}.{count}") for count in itertools.count(2))
-    return next(one for one in itertools.chain([place], numbered) if not (one.exists() or one.is_symlink()))
+def _free(save: Path, name: str) -> Path:
+    """Return the place of this name in the first of abandoned, abandoned.2, abandoned.3, ... that does not have it."""
+    asides = (save / f"{ABANDONED}.{count}" for count in itertools.count(2))
+    places = (aside / name for aside in itertools.chain([save / ABANDONED], asides))
+    return next(place for place in places if not (place.exists() or place.is_symlink()))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -42,7 +43,8 @@ def check_verification_flags(args: argparse.Namespace) -> None:
             raise ConfigError(f"{flag}: there is no checkpoint to load; give --load, or leave it out")
 
 
-def verify_end(args: argparse.Namespace, folder: Path, check_fit: Callable[[Path], bool]) -> bool:
+def verify_end(args: argparse.Namespace, folder: Path, check_fit: Callable[[Path], bool],
+               back_to: int | None = None) -> bool:
     """Verify the iteration with which a run is done, by `verify_start`, before there is a model or a process group.
 
     Returns whether something is left after all, because an older iteration stands in for it.
@@ -53,7 +55,7 @@ def verify_end(args: argparse.Namespace, folder: Path, check_fit: Callable[[Path
     store = PrefixStore("verify_end", next(rendezvous("env://", args.rank, args.world_size))[0])
     torch.distributed.init_process_group("gloo", store=store, rank=args.rank, world_size=args.world_size)
     try:
-        return verify_start(args, folder, check_fit)
+        return verify_start(args, folder, check_fit, back_to)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -65,11 +67,13 @@ def check_integrity(args: argparse.Namespace, folder: Path) -> None:
                           "is verified")
 
 
-def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Callable[[Path], bool]) -> bool:
+def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Callable[[Path], bool],
+                 back_to: int | None = None) -> bool:
     """Verify the iteration that is about to be loaded, each rank a share; if it is damaged, raise ConfigError on all.
 
-    With --load-newest-valid, the newest other one that verifies is loaded instead, if `check_fit` accepts it. Returns
-    whether it is another one that leaves something to train.
+    With --load-newest-valid, the newest other one that verifies is loaded instead, if `check_fit` accepts it; not where
+    the run goes back to this one, iteration `back_to`, and from all behind it. Returns whether it is another one that
+    leaves something to train.
     """
     if folder is None:
         return False
@@ -83,10 +87,13 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
             _complete_save(args, folder, has_manifest)
         return False
     # Megatron cannot be told to load iteration 0, a model before its first step.
-    others = (name for name in last_saved_first(folder.parent) if name != folder.name and iteration_of(name))
+    others = (name for name in last_saved_first(folder.parent) if name != folder.name
+              and 0 < iteration_of(name) < (back_to or math.inf))
     other = next((name for name in others if _verify_together(folder.parent / name) is None), None)
     if other is None:
-        raise ConfigError(f"{damage}; no other iteration in {folder.parent} verifies")
+        raise ConfigError(f"{damage}; no {'earlier' if back_to else 'other'} iteration in {folder.parent} verifies")
+    if back_to:
+        raise ConfigError(f"{damage}; the newest before it that verifies: {way_back(args, iteration_of(other))}")
     if not args.load_newest_valid:
         raise ConfigError(f"{damage}; the newest that verifies: {way_back(args, iteration_of(other))}, which "
                           "--load-newest-valid takes by itself")

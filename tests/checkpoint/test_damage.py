@@ -258,7 +258,7 @@ def test_what_a_finished_iteration_lacks_is_damage(copy):
 
 def test_an_iteration_that_its_run_deletes_meanwhile_is_not_called_damaged(copy):
     folder = find_iteration(copy)
-    with pytest.raises(ConfigError, match=r"iter_0000012: was deleted while it was read, .*; start again$"), \
+    with pytest.raises(ConfigError, match=r"iter_0000012: was deleted or moved while it was read, .*; start again$"), \
             naming_another(folder):
         read_megatron(folder)
         retention.delete(copy, [12])

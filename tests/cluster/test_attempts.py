@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -126,6 +127,30 @@ def test_a_job_that_saves_a_step_each_time_it_fails_is_bounded_by_the_day(hours,
     verdict = decide(history(*ends, hours=hours), most_failures=2)
     assert verdict.action == action
     assert "9 failures within 24 hours, 8 are allowed (4 x MAX_FAILURES)" in verdict.why or action == REQUEUE
+
+
+def test_one_that_went_back_by_itself_is_not_measured_by_what_was_saved_before():
+    """By --ckpt-step 20, in the second start and in the first."""
+    later = replace(history((FAILED, 60), (LIMIT, 40))[-1], went_back=True)
+    assert decide([*history((FAILED, 60)), later], most_failures=2).action == REQUEUE
+    first = replace(history((ENDED, 0))[0], first_step=60, last_step=60, went_back=True)
+    assert decide([first], most_failures=2).action == REQUEUE
+    failed = replace(first, end=FAILED, last_step=40)
+    assert decide([*history((FAILED, 60), (FAILED, 60))[:1], failed], most_failures=0).action == STOP  # 2 in a day
+    assert decide([failed], most_failures=1).action == REQUEUE
+    none_behind = replace(failed, went_back=False, last_step=60)
+    assert decide([none_behind], most_failures=0).action == STOP
+
+
+def test_a_start_that_went_back_is_known_by_the_record(tmp_path):
+    record = tmp_path / attempts.RETURN_FILE
+    record.write_text('{"step": 20, "time": "yesterday", "finished": true}')
+    History(tmp_path, tmp_path).begin(Attempt("7", 0, ("n1",), 60, 60))
+    assert not History(tmp_path, tmp_path).end("7", 0, LIMIT, 80)[-1].went_back
+    assert History(tmp_path, tmp_path).attempts[-1].returned == "yesterday"
+    record.write_text('{"step": 20, "time": "today", "finished": true}')
+    assert History(tmp_path, tmp_path).end("7", 0, LIMIT, 40)[-1].went_back
+    assert History(tmp_path).attempts[-1].went_back
 
 
 def test_a_job_that_is_submitted_again_begins_anew():

@@ -135,7 +135,7 @@ def test_a_chat_is_a_prompt_as_in_training(model):
     assert model.apply_chat_template(shots) == "Count.\n\nUser: What is 1?\n\nAssistant: one\n\nUser: What is 1?"
     with pytest.raises(ConfigError, match=r"--apply_chat_template: a task begins the answer itself \(gen_prefix\)"):
         model.apply_chat_template([*question, dict(role="assistant", content="So")], add_generation_prompt=False)
-    for odd in (dict(role="tool", content="1"), dict(role="user", content=[dict(type="text", text="1")])):
+    for odd in (dict(role="critic", content="1"), dict(role="user", content=[dict(type="text", text="1")])):
         with pytest.raises(ConfigError, match="--apply_chat_template: a turn of .* is no text of"):
             model.apply_chat_template([*question, odd])
 

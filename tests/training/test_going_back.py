@@ -64,7 +64,8 @@ going_back._move = killing
 """)
     assert killed.code == -9 and complete_iterations(saved) == names(2, 6)
     other = train()
-    assert other.code == 2 and "names iter_0000002, but iter_0000006 was saved after it; say which" in other.errors[0]
+    assert other.code == 2 and "a start that went back to iteration 2 was interrupted; give --ckpt-step 2" in \
+        other.errors[0]
 
     back = train("--ckpt-step", 2, "--exit-interval", 4, ranks=2)
     assert back.code == 0 and f" GB) was moved to {saved / ABANDONED}, and" in back.output, back.output
@@ -83,12 +84,24 @@ going_back._move = killing
 def test_another_step_is_gone_back_to_and_who_removes_the_record_goes_back_again(saved, train):
     for step in (4, 2):
         assert train("--ckpt-step", step, "--exit-interval", 6).code == 0
-    assert sorted(path.name for path in (saved / ABANDONED).iterdir()) == [
-        "iter_0000004", "iter_0000006", "iter_0000006.2"]
+    aside = [saved / f"{ABANDONED}{number}" for number in ("", ".2", ".3")]
+    assert [complete_iterations(one) for one in aside[:2]] == [names(4, 6), names(6)] and not aside[2].exists()
+    assert RunFolder.find(saved).saves()
     (saved / RECORD_FILE).unlink()
     back = train("--ckpt-step", 2, "--exit-interval", 4, "--async-save", "--use-persistent-ckpt-worker")
     assert back.code == 0 and "goes on after step 2," in back.output and complete_iterations(saved) == names(2, 4)
-    assert (saved / ABANDONED / "iter_0000004.2").is_dir() and (saved / ABANDONED / "iter_0000006.3").is_dir()
+    assert [complete_iterations(one) for one in aside] == [names(4, 6), names(4, 6), names(6)]
+
+
+def test_a_damaged_iteration_is_no_way_back_to_what_was_saved_behind_it(train, saved):
+    damaged = next((saved / "iter_0000004").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    before = written(saved)
+    for flags in ([], ["--load-newest-valid"]):
+        done = train("--ckpt-step", 4, *flags)
+        assert done.code == 2 and done.errors[0].endswith("; the newest before it that verifies: --ckpt-step 2"), done
+    assert complete_iterations(saved) == names(2, 4, 6) and {*written(saved)} >= {*before}
+    assert not (saved / RECORD_FILE).exists() and not (saved / ABANDONED).exists()
 
 
 class Killed(BaseException):
@@ -105,7 +118,7 @@ def folder(tmp_path):
     shutil.move(save / "iter_0000008", tmp_path / "elsewhere")
     (save / "iter_0000008").symlink_to("../elsewhere")
     (save / TRACKER_FILE).write_text("8")
-    (save / RECORD_FILE).write_text('{"step": 6, "time": "before"}')
+    (save / RECORD_FILE).write_text('{"step": 6, "time": "before", "finished": true}')
     Record("raw", "digest", {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.2}, 8).write(save)
     return save
 
@@ -121,9 +134,10 @@ OPERATIONS = [(going_back, "write_file"), (going_back, "_move"), (going_back, "w
               (early_stopping, "write_file")]
 
 
-@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize("moment", range(9))
 def test_a_kill_between_two_operations_is_mended_by_the_next_start(folder, monkeypatch, moment):
-    """Tracker, three iterations, what was measured (kept aside, then forgotten), record; and one moment behind all."""
+    """Record, tracker, three iterations, what was measured (kept aside, then forgotten), record; and one moment behind
+    all."""
     done = []
 
     def counted(stock):
@@ -140,14 +154,20 @@ def test_a_kill_between_two_operations_is_mended_by_the_next_start(folder, monke
         try:
             go_back(args, 2)
         except Killed:
-            assert len(done) == moment < 7
+            assert len(done) == moment < 8
         else:
-            assert len(done) == moment == 7
-    try:  # without the flag: all as it was before, or all that is wanted
-        assert check_start(arguments(folder, ckpt_step=None)).name == ("iter_0000002" if moment else "iter_0000008")
-    except ConfigError as error:
-        assert moment < 4 and "iter_0000008 was saved after it; say which one with --ckpt-step" in str(error)
-    if moment < 7:
+            assert len(done) == moment == 8
+    for newest in (False, True):  # without the flag: all as it was before, or all that is wanted
+        without = arguments(folder, ckpt_step=None, load_newest_valid=newest)
+        if 0 < moment < 8:
+            with pytest.raises(ConfigError, match="went back to iteration 2 was interrupted; give --ckpt-step 2 to"):
+                check_start(without)
+        else:
+            assert check_start(without).name == ("iter_0000002" if moment else "iter_0000008")
+    if moment in (1, 2, 3):  # the step of the return before this one is one like any other
+        earlier = arguments(folder, ckpt_step=6)
+        assert check_start(earlier) == folder / "iter_0000006" and step_to_go_back_to(earlier) == 6
+    if moment < 8:
         assert check_start(args) == folder / "iter_0000002" and not went_back(args)
         go_back(args, 2)
     assert complete_iterations(folder) == names(2) and (folder / TRACKER_FILE).read_text() == "2"
@@ -179,12 +199,12 @@ def test_who_only_reads_or_begins_elsewhere_moves_nothing(folder, changes):
     before, args = written(folder), arguments(folder, **changes)
     go_back(args, step_to_go_back_to(args))
     assert written(folder) == before
-    (folder / RECORD_FILE).write_text('{"step": 2, "time": "before"}')
+    (folder / RECORD_FILE).write_text('{"step": 2, "time": "before", "finished": true}')
     assert bool(went_back(args)) == (changes.keys() <= {"iteration", "train_iters"})
 
 
 def test_a_record_that_says_nothing_is_refused(folder):
-    for content in ("{", "[]", "{}", '{"step": "two", "time": ""}'):
+    for content in ("{", "[]", "{}", '{"step": "two", "time": "", "finished": true}'):
         (folder / RECORD_FILE).write_text(content)
         with pytest.raises(ConfigError, match=f"{RECORD_FILE}: does not say which .*; remove it to go back once more"):
             check_start(arguments(folder))
