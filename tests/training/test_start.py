@@ -165,7 +165,8 @@ def test_an_iteration_is_named_by_the_folder_around_it_and_its_step(tmp_path, mo
     monkeypatch.setattr(checkpoint, "is_complete", lambda folder: True)
     (tmp_path / "best").symlink_to(tmp_path / "iter_0000040")
     for load in ("iter_0000040", "best"):
-        args = argparse.Namespace(load=str(tmp_path / load), pretrained_checkpoint=None, ckpt_step=None)
+        args = argparse.Namespace(load=str(tmp_path / load), pretrained_checkpoint=None, ckpt_step=None, save=None,
+                                  finetune=False, skip_train=False)
         with pytest.raises(ConfigError, match=f"{load}: is one iteration; give --load {tmp_path} --ckpt-step 40"):
             checkpoint.starting_point(args)
 
