@@ -79,7 +79,7 @@ def end(arguments: argparse.Namespace, history: History) -> Verdict:
     outcome, why = first_cause(failures, arguments.code)
     # One that was told of the limit may never have launched, and then it has made up no evaluation; one that went back
     # began elsewhere.
-    began = None if arguments.signalled or history.returned != attempt.returned else attempt.first_step
+    began = None if arguments.signalled or history.went_back_in(attempt) else attempt.first_step
     how = how_it_ended(arguments.code, outcome, is_done(arguments.checkpoints, began, step, arguments.train_iters),
                        arguments.signalled)
     if arguments.cancelled:

@@ -172,11 +172,15 @@ class History:
         raise ConfigError(f"{self.folder / ATTEMPTS_FILE}: start {restart} of job {job} is not in it; is --save kept "
                           "between two commands, and mounted in the container (MOUNTS)?")
 
+    def went_back_in(self, attempt: Attempt) -> bool:
+        """Say whether the run has gone back since this start began."""
+        return self.returned != attempt.returned
+
     def end(self, job: str, restart: int, end: str, last_step: int, why: str = "") -> list[Attempt]:
         """Write down how a start ended; return the attempts up to it."""
         ended = self.up_to(job, restart)
         ended[-1] = replace(ended[-1], end=end, last_step=last_step, why=why, ended=time.time(),
-                            went_back=self.returned != ended[-1].returned)
+                            went_back=self.went_back_in(ended[-1]))
         self.attempts[:len(ended)] = ended
         self._write()
         return ended

@@ -49,8 +49,8 @@ def step_to_go_back_to(args: argparse.Namespace) -> int | None:
 def went_back(args: argparse.Namespace) -> str | None:
     """Say in one line that the run has gone back as it is asked to, and goes on from its newest iteration; None where
     it has not."""
-    step, made = _asked(args), _recorded(args.save) if _asked(args) else None
-    if made is None or not made.finished or made.step != step:
+    step = _asked(args)
+    if step is None or (made := _recorded(args.save)) is None or not made.finished or made.step != step:
         return None
     return (f"checkpoint: --ckpt-step {step}: this run went back to it on {made.time}, and goes on from its newest "
             f"iteration; remove {Path(args.save) / RECORD_FILE} to go back once more")
