@@ -74,8 +74,8 @@ def test_no_damage_of_the_tracker_file_is_silent(uninterrupted, tmp_path, caplog
     tracker = folder / TRACKER_FILE
     text = bytearray(tracker.read_bytes())
     text[bit // 8] ^= 1 << bit % 8
-    args = SimpleNamespace(load=str(folder), pretrained_checkpoint=None, ckpt_step=None, load_newest_valid=False,
-                           dry_run=False)
+    args = SimpleNamespace(load=str(folder), save=str(folder), pretrained_checkpoint=None, ckpt_step=None,
+                           load_newest_valid=False, finetune=False, skip_train=False, dry_run=False)
     caplog.set_level("INFO", "hrm_megatron")
     for content in (bytes(text), b"12", b""):
         tracker.write_bytes(content)
