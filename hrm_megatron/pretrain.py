@@ -33,7 +33,7 @@ from hrm_megatron.program import write_aside  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import no_rows, parse_arguments  # noqa: E402
 from hrm_megatron.training.bad_steps import install_bad_steps  # noqa: E402
-from hrm_megatron.training.checkpoint import check_checkpoint, check_fit, guard_saves  # noqa: E402
+from hrm_megatron.training.checkpoint import check_checkpoint, check_fit  # noqa: E402
 from hrm_megatron.training.console import Console  # noqa: E402
 from hrm_megatron.training.curves import install_curves  # noqa: E402
 from hrm_megatron.training.data import Sources, count_rows, datasets_provider, open_sources  # noqa: E402
@@ -50,6 +50,7 @@ from hrm_megatron.training.exit_signal import install_exit_signal  # noqa: E402
 from hrm_megatron.training.finetune import install_finetune  # noqa: E402
 from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
 from hrm_megatron.training.going_back import go_back, step_to_go_back_to  # noqa: E402
+from hrm_megatron.training.guarded_saves import guard_saves  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
 from hrm_megatron.training.loss_spikes import install_loss_spikes  # noqa: E402
 from hrm_megatron.training.match_flops import match_flops  # noqa: E402
@@ -62,10 +63,10 @@ from hrm_megatron.training.restarts import check_launch, check_restarts  # noqa:
 from hrm_megatron.training.run_files import on_rank_0  # noqa: E402
 from hrm_megatron.training.save_lock import SaveLock  # noqa: E402
 from hrm_megatron.training.scalars import flush_scalars, guard_curves  # noqa: E402
-from hrm_megatron.training.schedule import install_schedule  # noqa: E402
 from hrm_megatron.training.source_losses import find_sources, install_source_losses  # noqa: E402
 from hrm_megatron.training.step import TrainingStep  # noqa: E402
 from hrm_megatron.training.summary import describe_model  # noqa: E402
+from hrm_megatron.training.two_phase_pipeline import install_schedule  # noqa: E402
 from hrm_megatron.training.verification import verify_end, verify_start  # noqa: E402
 from hrm_megatron.training.watchdog import install_watchdog  # noqa: E402
 

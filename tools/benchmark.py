@@ -64,7 +64,7 @@ from hrm_megatron.data.batch import IGNORED_LABEL, PackedBatch, assemble_row  # 
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.data.sampled import SampledFolder  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402
-from hrm_megatron.model.schedule import split_bp_steps  # noqa: E402
+from hrm_megatron.model.ticks import split_bp_steps  # noqa: E402
 from hrm_megatron.parallel.machine import Machine  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402

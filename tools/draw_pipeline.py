@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.write_report import can_draw
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.ticks import unroll
 from hrm_megatron.parallel.simulate import stock, two_phase
 
 

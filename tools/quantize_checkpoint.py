@@ -29,8 +29,9 @@ activate()
 
 from hrm_megatron.convert.checkpoint import EMA, RAW  # noqa: E402
 from hrm_megatron.convert.hf import DTYPES  # noqa: E402
+from hrm_megatron.quantize.job import EMBEDDINGS, GROUP_SIZES, Job, size_table  # noqa: E402
 from hrm_megatron.quantize.methods import METHODS  # noqa: E402
-from hrm_megatron.quantize.run import EMBEDDINGS, GROUP_SIZES, Job, quantize, size_table  # noqa: E402
+from hrm_megatron.quantize.run import quantize  # noqa: E402
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> Job | None:

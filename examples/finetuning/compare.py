@@ -37,7 +37,7 @@ from hrm_megatron.data.mixture import Mixture, Selection  # noqa: E402
 from hrm_megatron.generate.load import load_model, open_checkpoint  # noqa: E402
 from hrm_megatron.model.hrm import STACKS, HRMModel  # noqa: E402
 from hrm_megatron.model.lora import adapt  # noqa: E402
-from hrm_megatron.model.schedule import split_bp_steps  # noqa: E402
+from hrm_megatron.model.ticks import split_bp_steps  # noqa: E402
 from hrm_megatron.optim.adam_atan2 import AdamATan2  # noqa: E402
 from hrm_megatron.optim.schedule import LRSchedule  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402

@@ -18,7 +18,7 @@ from hrm_megatron.benchmark.record import device_name
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.batch import PackedBatch, assemble_row
 from hrm_megatron.model.hrm import HRMModel
-from hrm_megatron.model.schedule import trains_embedding, unroll
+from hrm_megatron.model.ticks import trains_embedding, unroll
 from hrm_megatron.optim.builder import build_optimizer
 from hrm_megatron.planner.calibration import Calibration, Case, Measured, fit
 from hrm_megatron.training.metrics import loss_sums

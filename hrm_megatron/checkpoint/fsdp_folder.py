@@ -10,7 +10,7 @@ from megatron.core.safe_globals import SAFE_GLOBALS
 
 from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.model.hrm import EMBEDDING_WEIGHT
-from hrm_megatron.optim.adam_atan2 import UPDATES
+from hrm_megatron.optim.adam_atan2 import UPDATES, state_key
 from hrm_megatron.optim.sharded import EMBEDDING
 
 COMMON = "common_state/shard_0_1"  # where torch_dist keeps what is no tensor
@@ -41,7 +41,7 @@ class MegatronFSDPFolder(DCPFolder):
                 name, prefix = key.removeprefix(WEIGHT), ""
             elif key.startswith(STATE):
                 name, _, part = key.removeprefix(STATE).rpartition(".")
-                prefix = f"optimizer.state.{part}."
+                prefix = state_key(part, "")
             else:
                 continue
             self.sources.setdefault(prefix + name.removesuffix(GATE).removesuffix(UP), []).append(key)

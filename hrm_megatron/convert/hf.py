@@ -28,7 +28,7 @@ from hrm_megatron.convert.setting import number, whole
 from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.data.spelling import BOQ, EOA, PAD, SPECIAL_TOKENS, Spelling
 from hrm_megatron.data.tokenizer import vocabulary_beside
-from hrm_megatron.model.schedule import split_bp_steps
+from hrm_megatron.model.ticks import split_bp_steps
 from hrm_megatron.model_types import HRM
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"

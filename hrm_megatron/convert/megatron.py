@@ -16,7 +16,7 @@ from hrm_megatron.convert.casts import as_start
 from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint, Origin, Training
 from hrm_megatron.convert.ledger import origin_of
 from hrm_megatron.convert.table import Rename, check, table
-from hrm_megatron.optim.adam_atan2 import UPDATES
+from hrm_megatron.optim.adam_atan2 import UPDATES, state_key
 from hrm_megatron.optim.schedule import lr_steps_of
 from hrm_megatron.optim.sharded import EMBEDDING
 from hrm_megatron.training.lora import lora_of
@@ -48,14 +48,14 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
           {key: shape for key, shape in shapes.items() if not key.startswith("optimizer.")})
     trained = factors or [entry for entry in entries if entry.trained]
     parts = {part for part, name in STATE_NAMES.items()
-             if all(f"optimizer.state.{name}.{entry.megatron}" in shapes for entry in trained)}
+             if all(state_key(name, entry.megatron) in shapes for entry in trained)}
     stateful = {entry.megatron for entry in trained} if RAW in parts else set()
     groups = common.get("optimizer", {}).get("optimizer", {}).get("param_groups", [])
     embedding_updates = next((int(group[UPDATES]) for group in groups if group.get(EMBEDDING)), 0)
 
     def read(part: str, entry: Rename) -> torch.Tensor:
         plain = not entry.trained or (part == RAW and entry.megatron not in stateful)
-        tensor = stored.tensor(entry.megatron if plain else f"optimizer.state.{STATE_NAMES[part]}.{entry.megatron}")
+        tensor = stored.tensor(entry.megatron if plain else state_key(STATE_NAMES[part], entry.megatron))
         return tensor.float() if entry.trained else as_start(f"{path}: {entry.megatron}", tensor)
 
     if adapters:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import Training
 from hrm_megatron.convert.setting import whole
-from hrm_megatron.model.schedule import gradient_ticks
+from hrm_megatron.model.ticks import gradient_ticks
 from hrm_megatron.model_types import HRM, MODEL_TYPES
 
 

@@ -23,7 +23,7 @@ from hrm_megatron.convert.ledger import Ledger
 from hrm_megatron.convert.megatron import STATE_NAMES
 from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.model.hrm import HRMModel
-from hrm_megatron.optim.adam_atan2 import UPDATES
+from hrm_megatron.optim.adam_atan2 import UPDATES, state_key
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.optim.sharded import BY_NAME, EMBEDDING
 from hrm_megatron.parallel.single import single_rank
@@ -89,7 +89,7 @@ def write_megatron(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None =
                                "param_state_sharding_type": SHARDING["distrib_optim_sharding_type"]}
         for entry in table(checkpoint.architecture):
             for part, name in STATE_NAMES.items() if entry.trained else ():
-                key = f"optimizer.state.{name}.{entry.megatron}"
+                key = state_key(name, entry.megatron)
                 state[key] = ledger.noting(key, _stored(checkpoint, part, entry))
     args.no_save_optim = not checkpoint.has_state
     state[COMMON] = _saved([common])

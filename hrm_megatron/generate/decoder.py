@@ -20,7 +20,7 @@ from hrm_megatron.generate.weights import LayerWeights, Weights
 from hrm_megatron.layers.functions import normalize, swiglu
 from hrm_megatron.layers.on_cpu import norm_in_loops, swiglu_in_loops
 from hrm_megatron.model.recurrence import summed
-from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.model.ticks import ticks_of
 
 log = logging.getLogger(__name__)
 

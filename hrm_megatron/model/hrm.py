@@ -21,8 +21,8 @@ from hrm_megatron.layers.offload import keep_on_device, offloaded
 from hrm_megatron.model.head import LabelHead
 from hrm_megatron.model.initialize import draw, initialize, leave_to_checkpoint
 from hrm_megatron.model.recurrence import Recorder, Stack, recomputed, run_ticks
-from hrm_megatron.model.schedule import Tick, ticks_of
 from hrm_megatron.model.specs import linear_layers, stack_spec
+from hrm_megatron.model.ticks import Tick, ticks_of
 from hrm_megatron.parallel.context import context_spans
 from hrm_megatron.transformer_config import HRMConfig
 

@@ -19,7 +19,7 @@ from hrm_megatron.attention.prefix_lm import PrefixSequences
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.recurrence import Stack, summed
-from hrm_megatron.model.schedule import Tick, ticks_of
+from hrm_megatron.model.ticks import Tick, ticks_of
 from hrm_megatron.transformer_config import HRMConfig
 
 

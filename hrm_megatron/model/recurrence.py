@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from megatron.core import tensor_parallel
 
-from hrm_megatron.model.schedule import Tick
+from hrm_megatron.model.ticks import Tick
 
 Stack = Callable[[torch.Tensor], torch.Tensor]
 Recorder = Callable[[str, torch.Tensor], None]

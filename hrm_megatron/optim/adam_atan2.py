@@ -16,6 +16,17 @@ UPDATES = "updates"
 ADAM_EPSILON = 1e-8
 
 
+def state_prefix(state: str) -> str:
+    """Return what stands before a weight's name in the name of its `state` in a checkpoint: one of STATE_KEYS, or
+    "param", the master. Source: Megatron-Core, dist_checkpointing/optimizer.py."""
+    return f"optimizer.state.{state}"
+
+
+def state_key(state: str, weight: str) -> str:
+    """Name the tensor of a checkpoint that holds `state` of a weight."""
+    return f"{state_prefix(state)}.{weight}"
+
+
 def atan2_of(m: torch.Tensor, v: torch.Tensor, correction: float) -> torch.Tensor:
     """The direction of AdamATan2."""
     return torch.atan2(m, v.sqrt().div_(correction))

@@ -14,14 +14,13 @@ from megatron.core.optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.utils import to_local_if_dtensor
 
-from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_states
+from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_states, state_prefix
 from hrm_megatron.optim.flat import Shard
 from hrm_megatron.optim.whole_weights import Bucket, parts_of_bucket
 
 # How the distributed optimizer says that its state is stored by the names of the weights (distrib_optimizer.py).
 BY_NAME = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 EMBEDDING = "is_embedding"
-STATE = "optimizer.state"  # the names of all state begin so
 PARTS = ("param", *STATE_KEYS)  # the master, and what belongs to it
 
 
@@ -125,7 +124,7 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
                     # The writer takes its copies of tensors on a GPU at once, but may share those on a CPU.
                     if not is_loading and tensor.device.type == "cpu":
                         tensor = tensor.clone()
-                    of_weight = make_sharded_optimizer_tensor(place, tensor.view(place.data.shape), f"{STATE}.{name}")
+                    of_weight = make_sharded_optimizer_tensor(place, tensor.view(place.data.shape), state_prefix(name))
                     found.setdefault(number, {})[name] = replace(of_weight, replica_id=(*place.replica_id[:-1], 0))
         return found
 
@@ -164,7 +163,7 @@ class NamedState:
     def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False,
                            metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         places = get_param_id_to_sharded_param_map(model_sharded_state_dict, self.weights())
-        state = {number: {name: make_sharded_optimizer_tensor(places[number], tensor, f"{STATE}.{name}")
+        state = {number: {name: make_sharded_optimizer_tensor(places[number], tensor, state_prefix(name))
                           for name, tensor in self.parts(master).items()}
                  for number, master in enumerate(self.masters())}
         return {"optimizer": {"param_groups": settings_of_groups(self.optimizer)}, "param_state": state,

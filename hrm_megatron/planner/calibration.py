@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hrm_megatron.config import Architecture, ConfigError, ffn_hidden_size
-from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.model.ticks import ticks_of
 from hrm_megatron.planner.layout import Layout
 from hrm_megatron.planner.machines import Cluster, Speeds
 from hrm_megatron.planner.memory import Memory, Saving, memory_of_stages

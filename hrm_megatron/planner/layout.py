@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hrm_megatron.config import Architecture, ConfigError, LoRA
-from hrm_megatron.model.schedule import states_between, ticks_of
+from hrm_megatron.model.ticks import states_between, ticks_of
 from hrm_megatron.parallel.simulate import AUTO, Estimate, second_phase, stock, two_phase
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hrm_megatron.config import Architecture, LoRA
-from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.model.ticks import ticks_of
 from hrm_megatron.planner.layout import GRADIENT_BYTES, Layout, PipelinePlan, counted, weight_bytes
 
 BF16, FP32 = 2, 4  # bytes of a number

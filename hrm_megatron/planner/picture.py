@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from hrm_megatron.config import Architecture
-from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.model.ticks import ticks_of
 from hrm_megatron.parallel.simulate import Estimate
 from hrm_megatron.planner.search import FILLED, Plan, Question
 from hrm_megatron.program import whole_file

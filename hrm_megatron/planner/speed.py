@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hrm_megatron.config import Architecture
-from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.model.ticks import ticks_of
 from hrm_megatron.planner.flops import score_elements, training_flops
 from hrm_megatron.planner.layout import Layout, PipelinePlan, stage_parameters
 from hrm_megatron.planner.machines import Cluster, Speeds

@@ -13,7 +13,7 @@ from hrm_megatron.attention.rotary import Rotation
 from hrm_megatron.config import Architecture
 from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.layers.functions import RMSNormFunction, SwiGLUFunction, gated, run
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.ticks import unroll
 
 Weights = Mapping[str, torch.Tensor]  # fp32 [out, in], by transformers' names
 Matmul = Callable[[str, torch.Tensor], torch.Tensor]  # name of a weight, x [..., in] -> x times it, [..., out]

@@ -5,41 +5,37 @@ import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from hrm_megatron.config import PRESETS, Architecture, ConfigError
+from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
 from hrm_megatron.convert.comparison import Loaded, compare
 from hrm_megatron.convert.hf import (
-    CONFIG_FILE,
     DTYPES,
-    check_shard_size,
     left_out,
     refuse_others,
     token_ids_of,
     write_hf,
 )
-from hrm_megatron.convert.hf_files import read_json
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer, check_vocabulary
 from hrm_megatron.convert.ledger import Ledger, progress
 from hrm_megatron.convert.low_bit import LowBit, Scheme
-from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization, Quantized
-from hrm_megatron.convert.run import VERIFIED_PARAMETERS, check_save, new_folder
+from hrm_megatron.convert.quantization import Quantized
+from hrm_megatron.convert.run import VERIFIED_PARAMETERS, new_folder
 from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.data.indexed_examples import IndexedExamples
-from hrm_megatron.data.manifest import manifest_path
 from hrm_megatron.data.tokenizer import TOKENIZER_FILE, TextTokenizer, spells_as
 from hrm_megatron.generate.load import opened, weights_kind
 from hrm_megatron.parallel.patching import temporarily
 from hrm_megatron.parallel.precision import multiply_in_fp32
+from hrm_megatron.quantize.job import EXTRA, Job, check
 from hrm_megatron.quantize.methods import FIRST_TICK, PLAIN, RECURRENT, Calibration, Quantizer, Say
 from hrm_megatron.quantize.recurrence import Rows, batches
 from hrm_megatron.quantize.rounding import round_plainly
@@ -47,58 +43,12 @@ from hrm_megatron.quantize.scores import score
 from hrm_megatron.quantize.scores import table as table_of
 from hrm_megatron.quantize.tuning import Tuning
 
-CALIBRATION = ("calibration_rows", "seq_length", "micro_batch_size", "tuning_steps", "seed")  # fields of a Job
-OF_OUTPUT = ("method", "max_shard_size", "verify", "overwrite")  # likewise
-GROUP_SIZES = {"int4": 64, "int8": 0, "mxfp4": 32}  # 0: a scale for each row; 32 is what MX prescribes
-EMBEDDINGS = {"int8": Scheme("int8", 0), "keep": None}
-EXTRA = "compressed_tensors"
 LARGEST = 2.0 ** 126  # weight, which no scheme rounds up beyond what fp32 and bfloat16 have
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model to quantize; `save` None: only compare. `seq_length` None: the model's own.
-
-    `given` names the fields that were asked for, which are refused where they would be without effect.
-    """
-
-    load: Path
-    save: Path | None = None
-    scheme: str = "int4"
-    group_size: int | None = None
-    embedding: str = "int8"
-    method: str = RECURRENT
-    data_path: str | None = None
-    calibration_rows: int = 64
-    seq_length: int | None = None
-    micro_batch_size: int = 4
-    tuning_steps: int = 200
-    seed: int = 1234
-    compare: bool = False
-    valid_data_path: str | None = None
-    weights: str | None = None
-    ckpt_step: int | None = None
-    tokenizer_model: Path | None = None
-    dtype: str = "bfloat16"
-    max_shard_size: str = "5GB"
-    overwrite: bool = False
-    verify_checkpoint: bool = True
-    verify: bool | None = None
-    given: frozenset[str] = frozenset()
-
-    @property
-    def quantization(self) -> Quantization:
-        sizes = GROUP_SIZES[self.scheme] if self.group_size is None else self.group_size
-        return Quantization(Scheme(self.scheme, sizes), EMBEDDINGS[self.embedding])
-
-    @property
-    def calibrates(self) -> bool:
-        return self.compare or self.method != PLAIN
 
 
 def quantize(job: Job, say: Say = lambda line: None) -> list[str]:
     """Do one job and return lines about it; raise ConfigError with one line, and then leave no output."""
-    _check(job)
+    check(job)
     with opened(job.load, job.ckpt_step, job.verify_checkpoint) as checkpoint:
         kind = weights_kind(checkpoint, job.weights)
         job.quantization.check(table(checkpoint.architecture))
@@ -119,52 +69,6 @@ def quantize(job: Job, say: Say = lambda line: None) -> list[str]:
         with new_folder(job.save, job.overwrite, size_bytes) as folder:
             lines = work.compared() if job.compare else []
             return [*lines, work.written(job.save, folder, size_bytes)]
-
-
-def _check(job: Job) -> None:
-    """Refuse settings that contradict each other or would be without effect, before anything is read."""
-    if (job.load / CONFIG_FILE).exists() and CONFIG_KEY in read_json(job.load / CONFIG_FILE):
-        raise ConfigError(f"--load {job.load}: is quantized already; give the checkpoint that it was made from")
-    if job.group_size is not None and job.scheme != "int4":
-        raise ConfigError(f"--group-size {job.group_size}: {job.scheme} has its own; leave the flag out")
-    if job.quantization.linear.is_float and job.dtype == "float32":
-        raise ConfigError(f"--dtype {job.dtype}: transformers computes {job.scheme} in bfloat16 alone; leave the flag "
-                          "out")
-    if job.calibrates and job.data_path is None:
-        raise ConfigError(f"--data-path: {'--compare' if job.compare else f'--method {job.method}'} calibrates with "
-                          "rows of a dataset; name one that tools/preprocess_data.py made, or choose --method rtn")
-    if not job.calibrates and job.data_path is not None:
-        raise ConfigError(f"--data-path {job.data_path}: --method {PLAIN} reads no data; leave the flag out")
-    if job.compare != (job.valid_data_path is not None):
-        raise ConfigError("--compare and --valid-data-path belong together: the rows that the table is made of")
-    if job.save is None and not job.compare:
-        raise ConfigError("--save: nothing to do without it; give a folder to write, or --compare")
-    if not job.calibrates:
-        _refuse_given(job, CALIBRATION, f"--method {PLAIN} reads no data")
-    elif not job.compare and job.method != RECURRENT:
-        _refuse_given(job, ("tuning_steps",), f"--method {job.method} tunes nothing")
-    if job.save is None:
-        _refuse_given(job, OF_OUTPUT, "is about --save, which is not given; --compare shows every method")
-    for name in ("calibration_rows", "micro_batch_size", "seq_length"):
-        if (value := getattr(job, name)) is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for name in ("tuning_steps", "seed"):
-        if getattr(job, name) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(job, name)}: must not be negative")
-    if job.save and job.verify is not False and find_spec(EXTRA) is None:
-        raise ConfigError("the package compressed-tensors is missing, by which transformers loads what is written; "
-                          "pip install 'hrm_megatron[quantize]', or pass --no-verify to write without a look")
-    if job.save:
-        check_shard_size(job.max_shard_size)
-        data = {"--data-path": job.data_path, "--valid-data-path": job.valid_data_path}
-        check_save(job.save, job.load, {"--tokenizer-model": job.tokenizer_model} | {
-            flag: manifest_path(prefix) if prefix else None for flag, prefix in data.items()})
-
-
-def _refuse_given(job: Job, names: Iterable[str], why: str) -> None:
-    for name in names:
-        if name in job.given:
-            raise ConfigError(f"--{name.replace('_', '-')}: {why}; leave the flag out")
 
 
 class Work:
@@ -340,17 +244,3 @@ def quiet_loading() -> Iterator[None]:
         shown(bar, *args, **{**options, "disable": True})
     with temporarily(tqdm, __init__=hidden), temporarily(logger, level=logging.ERROR):
         yield
-
-
-def size_table(vocab_size: int = 65_536) -> list[str]:
-    """Lines with the size of the files of each preset in GiB, by arithmetic over the shapes of its tensors."""
-    kinds = {f"{scheme.name} g{scheme.group_size}" if scheme.group_size else scheme.name: scheme
-             for scheme in (Scheme("int4", 64), Scheme("int4", 128), Scheme("mxfp4", 32), Scheme("int8", 0))}
-    lines = [f"{'GiB':10} {'parameters':>14} {'bf16':>7} " + " ".join(f"{name:>10}" for name in kinds)
-             + "   (head as layers, int8 embedding)"]
-    for name, p in PRESETS.items():
-        a = Architecture(p.num_layers, p.hidden_size, p.num_attention_heads, p.ffn_hidden_size, vocab_size)
-        sizes = [Quantization(scheme, EMBEDDINGS["int8"]).size_bytes(a) for scheme in kinds.values()]
-        lines.append(f"{name:10} {a.num_parameters:14,} {2 * a.num_parameters / 2**30:7.3f} "
-                     + " ".join(f"{size / 2**30:10.3f}" for size in sizes))
-    return lines

@@ -17,7 +17,7 @@ from hrm_megatron.attention.core import kernel_of
 from hrm_megatron.attention.te_attention import check_backend
 from hrm_megatron.config import PRESETS, Architecture, ConfigError, ffn_hidden_size, refuse_beside
 from hrm_megatron.data.plan import PLAN_VERSION
-from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.model.ticks import ticks_of
 from hrm_megatron.model_types import MODEL_TYPES
 from hrm_megatron.parallel.machine import Machine
 from hrm_megatron.parallel.simulate import TWO_PHASE

@@ -1,52 +1,37 @@
-"""Which checkpoint a run resumes from, what the two must agree on, and saves that never damage an older iteration."""
+"""Which checkpoint a run resumes from, and what the two must agree on."""
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import re
-import shutil
-import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
-from megatron.training import checkpointing
-from megatron.training import training as megatron_training
-from torch.distributed.checkpoint.api import CheckpointException
-
 from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import (
-    COMPLETE_FILES,
     complete_iterations,
     find_iteration,
     is_complete,
     last_saved_first,
-    listed,
     read_run,
 )
 from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
-from hrm_megatron.checkpoint.manifest import TENSORS, TRACKER_FILE
-from hrm_megatron.checkpoint.retention import finish_deletion
+from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import ConfigError
-from hrm_megatron.optim.adam_atan2 import STATE_KEYS
+from hrm_megatron.optim.adam_atan2 import STATE_KEYS, state_key
 from hrm_megatron.optim.builder import STEPS_DONE
-from hrm_megatron.parallel.patching import around, temporarily
 from hrm_megatron.program import followed, write_aside
 from hrm_megatron.training.bad_steps import last_step_taken
 from hrm_megatron.training.checkpoint_space import check_space
 from hrm_megatron.training.conversion_command import by_converting, converting
-from hrm_megatron.training.early_stopping import delete_older, stopped_early
-from hrm_megatron.training.evaluation import EVALUATED, RAW, Evaluation
+from hrm_megatron.training.early_stopping import stopped_early
+from hrm_megatron.training.evaluation import RAW, Evaluation
 from hrm_megatron.training.finetune import choose_source, go_on, how_to_evaluate, remark_on_weights
 from hrm_megatron.training.going_back import refuse_half_a_return, went_back
 from hrm_megatron.training.lora import check_adapters, lora_of
 from hrm_megatron.training.loss_spikes import take_losses
-from hrm_megatron.training.restarts import end_helpers_with_their_rank
 from hrm_megatron.training.resume import (
     KEEP,
     changes,
@@ -59,8 +44,7 @@ from hrm_megatron.training.resume import (
     settle_length,
     settle_schedule,
 )
-from hrm_megatron.training.run_files import unwritten
-from hrm_megatron.training.verification import check_integrity, check_verification_flags, record_save
+from hrm_megatron.training.verification import check_integrity, check_verification_flags
 from hrm_megatron.transformer_config import architecture_of
 
 log = logging.getLogger(__name__)
@@ -253,7 +237,7 @@ def _missing_state(args: argparse.Namespace, shapes: Iterable[str], keys: set[st
     trains = (".lora.A", ".lora.B") if lora_of(args) else (".weight",)  # all else is frozen
     weights = [key for key in shapes if key.endswith(trains) and not key.startswith("optimizer.")]
     return next((f"{name} of the optimizer for {key}" for name in STATE_KEYS for key in weights
-                 if f"optimizer.state.{name}.{key}" not in keys), None)
+                 if state_key(name, key) not in keys), None)
 
 
 def starts_new(args: argparse.Namespace, folder: Path) -> bool:
@@ -265,81 +249,3 @@ def starts_new(args: argparse.Namespace, folder: Path) -> bool:
 def steps_done(args: argparse.Namespace, folder: Path) -> int:
     """Count the steps that a run has done which loads this iteration."""
     return 0 if args.skip_train or starts_new(args, folder) else iteration_of(folder.name)
-
-
-def guard_saves(args: argparse.Namespace) -> None:
-    """Let Megatron's loop save through functions that keep a half-written iteration from looking whole.
-
-    A save in the background fails when its end is waited for. An iteration that is saved is not saved once more, as
-    behind Megatron's loop: that would begin by breaking it.
-    """
-    end_helpers_with_their_rank(args.async_save)
-    stock: Callable[..., None] = megatron_training.save_checkpoint
-    stock_schedule: Callable[[Any], None] = checkpointing.schedule_async_save
-    stock_end: Callable[..., None] = megatron_training.maybe_finalize_async_save
-    begun: list[int] = []
-    retain_interval = args.save_retain_interval
-
-    def record(folder: Path) -> None:
-        record_save(args, folder)
-        if not torch.distributed.get_rank():
-            with temporarily(args, save_retain_interval=retain_interval):  # ours, within Megatron's save or behind it
-                delete_older(args, iteration_of(folder.name))
-
-    def without_megatrons_deletion() -> AbstractContextManager[None]:  # it comes before the manifest of what stays
-        return temporarily(args, save_retain_interval=None)
-
-    def schedule(folder: Path, request: Any) -> None:
-        scheduled = time.monotonic()
-
-        def finish() -> None:
-            record(folder)
-            log.info(f"checkpoint: {folder}: whole {time.monotonic() - scheduled:.1f} s after it was handed over")
-        request.add_finalize_fn(finish)  # behind all of Megatron's own
-        stock_schedule(request)
-
-    def refuse(iteration: int, error: OSError | CheckpointException) -> ConfigError:
-        refusal = unwritten(args.save, f"iteration {iteration}", error,
-                            f" with --load {args.save}{listed(Path(args.save))}")
-        shutil.rmtree(Path(args.save) / f"iter_{iteration:07d}", ignore_errors=True)  # give its space back
-        return refusal
-
-    @functools.wraps(stock)
-    def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> None:
-        folder = Path(args.save) / f"iter_{iteration:07d}"
-        if not torch.distributed.get_rank():
-            finish_deletion(Path(args.save))  # whose space may be wanted
-            for name in COMPLETE_FILES:  # an older save of the same iteration is about to be written over
-                (folder / name).unlink(missing_ok=True)
-            (Path(args.save) / EVALUATED).unlink(missing_ok=True)  # it was of other weights
-            for path in folder.glob(f"*{TENSORS}"):  # by other ranks perhaps
-                path.unlink()
-        torch.distributed.barrier()
-        begun.append(iteration)
-        try:
-            with without_megatrons_deletion(), temporarily(checkpointing,
-                                                           schedule_async_save=functools.partial(schedule, folder)):
-                stock(iteration, *rest, **options)
-            if not args.async_save:
-                record(folder)
-        except (OSError, CheckpointException) as error:
-            raise refuse(iteration, error) from error
-
-    @functools.wraps(stock_end)
-    def maybe_finalize_async_save(*rest: Any, **options: Any) -> None:
-        try:
-            with without_megatrons_deletion():
-                stock_end(*rest, **options)
-        except (OSError, CheckpointException) as error:  # of the oldest save that has not come to its end
-            whole = set(complete_iterations(Path(args.save)))
-            raise refuse(next((i for i in begun if f"iter_{i:07d}" not in whole), begun[-1]), error) from error
-
-    def save_once(stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
-        saved = iteration in (args.iteration, *begun[-1:])  # the first: from which the run goes on
-        # What Megatron has found about a step goes into a checkpoint, for the next start to run it again.
-        if not saved or get_rerun_state_machine().state == RerunState.WILL_RERUN_FROM_CHECKPOINT:
-            stock(iteration, *rest, **options)
-
-    megatron_training.save_checkpoint_and_time = around(megatron_training.save_checkpoint_and_time, save_once)
-    megatron_training.save_checkpoint = save_checkpoint
-    megatron_training.maybe_finalize_async_save = maybe_finalize_async_save

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.training import training as megatron_training
 
 from hrm_megatron.model.hrm import STACKS, HRMModel
-from hrm_megatron.model.schedule import Tick
+from hrm_megatron.model.ticks import Tick
 from hrm_megatron.optim.sizes import sizes
 from hrm_megatron.parallel.patching import around
 from hrm_megatron.training.scalars import write_scalars, writes

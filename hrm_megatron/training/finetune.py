@@ -25,6 +25,7 @@ from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.model.lora import without_adapters
+from hrm_megatron.optim.adam_atan2 import state_key, state_prefix
 from hrm_megatron.parallel.patching import temporarily
 from hrm_megatron.training.conversion_command import by_converting
 from hrm_megatron.training.lora import lora_of
@@ -138,7 +139,7 @@ def remark_on_weights(folder: Path, keys: Collection[str]) -> None:
 
 
 def _has(part: str, keys: Collection[str]) -> bool:
-    return any(key.startswith(f"optimizer.state.{part}.") for key in keys)
+    return any(key.startswith(state_key(part, "")) for key in keys)
 
 
 def install_finetune(args: argparse.Namespace) -> None:
@@ -180,7 +181,7 @@ def take_ema(model: list[torch.nn.Module], folder: Path) -> None:
         for weight in nested_values(chunk.sharded_state_dict(metadata=dict(dp_cp_group=group))):
             if isinstance(weight, ShardedTensor | ShardedTensorFactory) and isinstance(weight.data, torch.nn.Parameter):
                 fp32 = torch.empty_like(weight.data, dtype=torch.float32)
-                wanted[weight.key] = make_sharded_optimizer_tensor(weight, fp32, f"optimizer.state.{EMA}")
+                wanted[weight.key] = make_sharded_optimizer_tensor(weight, fp32, state_prefix(EMA))
                 weights[weight.key] = weight.data
     loaded: Mapping[str, torch.Tensor] = dist_checkpointing.load(wanted, str(folder))
     for key, weight in weights.items():

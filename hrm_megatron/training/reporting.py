@@ -12,7 +12,7 @@ import torch
 from megatron.training import training as megatron_training
 
 from hrm_megatron.data.dataset import PackedRows
-from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.model.ticks import ticks_of
 from hrm_megatron.parallel.patching import around
 from hrm_megatron.planner.flops import rows_flops
 from hrm_megatron.planner.machines import known_peak

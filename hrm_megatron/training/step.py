@@ -16,7 +16,7 @@ from hrm_megatron.data.batch import PackedBatch
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.model.lora import adapt
 from hrm_megatron.model.pipeline import PipelinedHRM, TickChunk
-from hrm_megatron.model.schedule import Tick, ticks_of, trains_embedding
+from hrm_megatron.model.ticks import Tick, ticks_of, trains_embedding
 from hrm_megatron.optim.schedule import BPSchedule
 from hrm_megatron.parallel.context import context_positions
 from hrm_megatron.training.arguments import model_config

@@ -5,7 +5,7 @@ import argparse
 
 from megatron.training.checkpointing import get_loaded_iteration
 
-from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.model.ticks import ticks_of
 from hrm_megatron.optim.schedule import BPSchedule
 from hrm_megatron.training.early_stopping import stopped_early
 from hrm_megatron.training.lora import describe_lora

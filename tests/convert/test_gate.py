@@ -19,7 +19,8 @@ from hrm_megatron.data.batch import PackedBatch, assemble_row
 from hrm_megatron.generate.decode import generate
 from hrm_megatron.generate.load import load_model, open_checkpoint
 from hrm_megatron.parallel.single import single_rank
-from hrm_megatron.quantize.run import Job, quantize
+from hrm_megatron.quantize.job import Job
+from hrm_megatron.quantize.run import quantize
 
 UNGATED = Architecture(2, 24, 3, 256, 256, attention_gate="none")
 

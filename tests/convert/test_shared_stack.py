@@ -16,7 +16,8 @@ from hrm_megatron.data.batch import PackedBatch, assemble_row
 from hrm_megatron.generate.load import load_model
 from hrm_megatron.model_types import MODEL_TYPES
 from hrm_megatron.parallel.single import single_rank
-from hrm_megatron.quantize.run import Job, quantize
+from hrm_megatron.quantize.job import Job
+from hrm_megatron.quantize.run import quantize
 
 AS_HRM = {"ut": (1, 3), "trm": (2, 1), "trm_match_recurrence": (2, 3)}  # cycles of H and of L
 

@@ -23,7 +23,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig  # noqa: E4
 from hrm_megatron.config import Architecture  # noqa: E402
 from hrm_megatron.data.batch import PackedBatch, assemble_row  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402
-from hrm_megatron.model.schedule import trains_embedding, unroll  # noqa: E402
+from hrm_megatron.model.ticks import trains_embedding, unroll  # noqa: E402
 from hrm_megatron.optim.builder import build_optimizer  # noqa: E402
 from hrm_megatron.parallel.context import context_positions  # noqa: E402
 from hrm_megatron.training.metrics import loss_sums  # noqa: E402

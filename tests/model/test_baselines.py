@@ -5,7 +5,7 @@ import torch
 from hrm_megatron.config import PRESETS, Architecture, ConfigError
 from hrm_megatron.convert.native_recurrence import read_recurrence
 from hrm_megatron.convert.table import table
-from hrm_megatron.model.schedule import ticks_of, trains_embedding, unroll
+from hrm_megatron.model.ticks import ticks_of, trains_embedding, unroll
 from hrm_megatron.model_types import HRM, MODEL_TYPES
 from hrm_megatron.planner.flops import training_flops
 from tests.model.baselines import NETS, architecture_of, filled

@@ -33,7 +33,7 @@ def trainer(single_rank):
     from megatron.core.optimizer.optimizer_config import OptimizerConfig
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from hrm_megatron.model.schedule import ticks_of, trains_embedding
+    from hrm_megatron.model.ticks import ticks_of, trains_embedding
     from hrm_megatron.optim.builder import StepScheduler, build_optimizer
     from hrm_megatron.training.metrics import loss_sums
 

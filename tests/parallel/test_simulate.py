@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hrm_megatron.model.schedule import unroll
+from hrm_megatron.model.ticks import unroll
 from hrm_megatron.parallel.simulate import (
     AUTO,
     STOCK,

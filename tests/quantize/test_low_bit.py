@@ -8,8 +8,8 @@ from hrm_megatron.checkpoint.stream import LazyTensor
 from hrm_megatron.config import PRESETS, Architecture
 from hrm_megatron.convert.low_bit import Scheme, from_stored, stored_tensors
 from hrm_megatron.convert.safetensors_file import write_safetensors
+from hrm_megatron.quantize.job import size_table
 from hrm_megatron.quantize.rounding import round_plainly
-from hrm_megatron.quantize.run import size_table
 
 SCHEMES = [Scheme("int4", 32), Scheme("int4", 64), Scheme("int8", 0), Scheme("mxfp4", 32)]
 SHAPE = (6, 192)

@@ -25,9 +25,10 @@ from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.convert.table import table
 from hrm_megatron.generate.load import opened
 from hrm_megatron.generate.weights import take_weights
+from hrm_megatron.quantize.job import Job
 from hrm_megatron.quantize.recurrence import HEAD
 from hrm_megatron.quantize.rounding import round_plainly
-from hrm_megatron.quantize.run import Job, Work
+from hrm_megatron.quantize.run import Work
 from tests.stores import FakeTokenizer, write_store
 
 needs_the_extra = pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None,
@@ -296,7 +297,7 @@ def test_a_comparison_knows_data_of_another_tokenizer(tool, exported, tokenizer,
 
 
 def test_a_missing_package_is_named_with_the_extra(tool, exported, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hrm_megatron.quantize.run.find_spec", lambda name: None)
+    monkeypatch.setattr("hrm_megatron.quantize.job.find_spec", lambda name: None)
     assert tool(["--load", str(exported), "--save", str(tmp_path / "out"), "--method", "rtn"]) == 1
     error = capsys.readouterr().err
     assert "pip install 'hrm_megatron[quantize]'" in error and error.count("\n") == 1

@@ -10,7 +10,7 @@ import torch
 from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.folders import find_iteration
 from hrm_megatron.config import ConfigError
-from hrm_megatron.model.schedule import ticks_of
+from hrm_megatron.model.ticks import ticks_of
 from hrm_megatron.monitoring.run_folder import WHOLE, RunFolder
 from hrm_megatron.optim import sizes
 from hrm_megatron.optim.adam_atan2 import UPDATES, AdamATan2

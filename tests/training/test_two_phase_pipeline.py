@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hrm_megatron.model.schedule import states_between, unroll
+from hrm_megatron.model.ticks import states_between, unroll
 from hrm_megatron.parallel.simulate import Operation, interleaved, stock, two_phase, two_phase_orders
 from hrm_megatron.parallel.stages import microbatch_group, microbatch_windows
 from tests.training.test_gradients import ROWS

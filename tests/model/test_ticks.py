@@ -2,7 +2,7 @@
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.model.schedule import split_bp_steps, states_between, trains_embedding, unroll
+from hrm_megatron.model.ticks import split_bp_steps, states_between, trains_embedding, unroll
 
 
 def test_the_split_equals_the_reference(golden_case):
