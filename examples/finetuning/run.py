@@ -27,6 +27,7 @@ if __name__ == "__main__":
 from examples.demo.commands import CommandFailed, flags, python, run  # noqa: E402
 from examples.demo.progress import minutes, training_progress  # noqa: E402
 from examples.finetuning.chats import Row, questions_of, write_chats  # noqa: E402
+from hrm_megatron.checkpoint.iterations import folder_name  # noqa: E402
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.data.tokenizer import TextTokenizer  # noqa: E402
 
@@ -121,7 +122,7 @@ def example(demo: Path, folder: Path, scale: Scale, old_questions: int | None, j
     training_seconds = time.monotonic() - training_began
     best = json.loads((folder / "checkpoints" / "early_stopping.json").read_text())["best_iteration"]
     print(f"\nThe best iteration, {best}, answers:", flush=True)
-    after = right_shares(folder / "checkpoints" / f"iter_{best:07d}")
+    after = right_shares(folder / "checkpoints" / folder_name(best))
 
     print(f"\nRight answers          before    after\n  new kind ({len(new):4})    {before[0]:6.1%}   {after[0]:6.1%}\n"
           f"  old kinds ({len(old):4})   {before[1]:6.1%}   {after[1]:6.1%}\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from hrm_megatron.checkpoint.verify import iteration_of
+from hrm_megatron.checkpoint.iterations import iteration_of
 from hrm_megatron.training.bad_steps import ROLLBACK
 from hrm_megatron.training.checkpoint import starting_point, starts_new
 from hrm_megatron.training.finetune import settle_folders

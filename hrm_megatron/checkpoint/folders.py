@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from megatron.core.safe_globals import SAFE_GLOBALS
 from hrm_megatron.checkpoint.archive import WAY_OUT, DamagedError
 from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.fsdp_folder import COMMON, is_megatron_fsdp
+from hrm_megatron.checkpoint.iterations import RELEASE, folder_name, is_iteration, iteration_of
 from hrm_megatron.checkpoint.manifest import MANIFEST_FILE, METADATA_FILE, TRACKER_FILE, read_manifest
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.program import followed
@@ -36,7 +36,7 @@ def is_complete(folder: Path) -> bool:
 def complete_iterations(load: Path) -> list[str]:
     """Names of the complete iterations under `load`, ascending."""
     folders = load.iterdir() if load.is_dir() else ()
-    return sorted(path.name for path in folders if re.fullmatch(r"iter_\d{7,}", path.name) and is_complete(path))
+    return sorted((path.name for path in folders if is_iteration(path.name) and is_complete(path)), key=iteration_of)
 
 
 def last_saved_first(load: Path) -> list[str]:
@@ -44,16 +44,16 @@ def last_saved_first(load: Path) -> list[str]:
 
     One without manifest counts as saved behind all that are below it: its run was killed before it wrote that.
     """
-    return [name for *_, name in _by_save(load)]
+    return [folder_name(iteration) for *_, iteration in _by_save(load)]
 
 
-def _by_save(load: Path) -> list[tuple[int, bool, str]]:
-    """List (count of the save, whether that is a guess for want of a manifest, name), the last saved first."""
+def _by_save(load: Path) -> list[tuple[int, int]]:
+    """List (count of the save, iteration), the last saved first."""
     found, latest = [], 0
     for name in complete_iterations(load):
         save = _save(load / name)
         latest = max(latest, save)
-        found.append((save or latest, not save, name))
+        found.append((save or latest, iteration_of(name)))
     return sorted(found, reverse=True)
 
 
@@ -65,11 +65,11 @@ def _save(folder: Path) -> int:
 def find_iteration(load: str | Path, step: int | None = None) -> Path:
     """Return the folder of one iteration: `load` itself if it is one, else that of `step`, else the latest."""
     load = Path(load)
-    named = next((path for path in (load, followed(load)) if re.fullmatch(r"iter_\d{7,}|release", path.name)), None)
+    named = next((path for path in (load, followed(load)) if path.name == RELEASE or is_iteration(path.name)), None)
     if named and step is None and not (load / TRACKER_FILE).exists():
         folder, load = named, named.parent
     elif step is not None:
-        folder = load / f"iter_{step:07d}"
+        folder = load / folder_name(step)
     else:
         folder = load / _tracked(load)
         _check_tracked(load, folder)
@@ -83,7 +83,7 @@ def _tracked(load: Path) -> str:
     place = load / TRACKER_FILE
     try:
         text = place.read_text().strip()
-        return text if text == "release" else f"iter_{int(text):07d}"
+        return text if text == RELEASE else folder_name(int(text))
     except OSError as error:
         raise ConfigError(f"{place}: cannot read ({error.strerror}); give the folder that --save named, or one of its "
                           f"iterations{listed(load)}") from error
@@ -94,10 +94,9 @@ def _tracked(load: Path) -> str:
 def _check_tracked(load: Path, folder: Path) -> None:
     """Refuse a tracker file that names another iteration than the last one whose save came to its end."""
     save = _save(folder)
-    others = _by_save(load) if save else []
-    if later := next((name for count, guessed, name in others if count > save and not guessed), None):
-        raise DamagedError(f"{load / TRACKER_FILE}: names {folder.name}, but {later} was saved after it; say which one "
-                           "with --ckpt-step")
+    if save and (later := [iteration for count, iteration in _by_save(load) if count > save]):
+        raise DamagedError(f"{load / TRACKER_FILE}: names {folder.name}, but {folder_name(later[0])} was saved after "
+                           "it; say which one with --ckpt-step")
 
 
 def listed(load: Path) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import complete_iterations
+from hrm_megatron.checkpoint.iterations import folder_name, iteration_of
 from hrm_megatron.checkpoint.manifest import read_manifest, size_of
-from hrm_megatron.checkpoint.verify import iteration_of
 
 ASIDE = ".deleted"
 
@@ -37,12 +37,12 @@ def expendable(save: Path, latest: int, keep: int, interval: int | None, protect
     the reason wants it. Nothing goes unless `latest` is whole. Iteration 0 is what a run began with, not its own.
     """
     numbers = [iteration_of(name) for name in complete_iterations(save)]
-    whole = [number for number in numbers if number <= latest and is_whole(save / f"iter_{number:07d}")]
+    whole = [number for number in numbers if number <= latest and is_whole(save / folder_name(number))]
     if latest not in whole:
         return []
     stays = {0, *whole[-keep:], *protected}
     return [number for number in whole if number not in stays and not (interval and number % interval == 0)
-            and not (save / f"iter_{number:07d}").is_symlink()]
+            and not (save / folder_name(number)).is_symlink()]
 
 
 def delete(save: Path, iterations: Collection[int]) -> None:
@@ -53,7 +53,7 @@ def delete(save: Path, iterations: Collection[int]) -> None:
     """
     finish_deletion(save)
     for number in iterations:
-        folder = save / f"iter_{number:07d}"
+        folder = save / folder_name(number)
         folder.rename(save / f".{folder.name}{ASIDE}")
     thread = threading.Thread(target=_remove_files, args=(save,))
     thread.start()

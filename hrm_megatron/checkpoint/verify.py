@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +13,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from hrm_megatron.checkpoint.archive import WAY_OUT, DamagedError, naming
 from hrm_megatron.checkpoint.dcp import DCPFolder
 from hrm_megatron.checkpoint.folders import CONFIG_FILE, last_saved_first
+from hrm_megatron.checkpoint.iterations import is_iteration, iteration_of
 from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
 from hrm_megatron.config import ConfigError
 
@@ -44,8 +44,7 @@ def check_around_tensors(stored: DCPFolder, rank: int = 0, ranks: int = 1) -> st
     _check_config(stored.path / CONFIG_FILE)
     stored.check_files(rank, ranks)
     if manifest := stored.manifest:
-        named = re.fullmatch(r"iter_(\d{7,})", stored.path.name)
-        if named and int(named[1]) != manifest.iteration:
+        if is_iteration(stored.path.name) and iteration_of(stored.path.name) != manifest.iteration:
             raise DamagedError(f"{stored.path / MANIFEST_FILE}: of iteration {manifest.iteration}; {WAY_OUT}")
         manifest.check_sizes(rank, ranks)
         for name in sorted(manifest.files)[rank::ranks]:
@@ -85,10 +84,6 @@ def naming_another(folder: Path) -> Iterator[None]:
             if name != folder.name and _is_whole(folder.parent / name):
                 raise ConfigError(f"{error}; the newest that verifies: --ckpt-step {iteration_of(name)}") from error
         raise ConfigError(f"{error}; no other in {folder.parent} verifies") from error
-
-
-def iteration_of(name: str) -> int:
-    return int(name.removeprefix("iter_"))
 
 
 def _is_whole(folder: Path) -> bool:

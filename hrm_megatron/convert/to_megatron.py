@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from hrm_megatron.checkpoint.folders import CONFIG_FILE
 from hrm_megatron.checkpoint.fsdp_folder import COMMON
+from hrm_megatron.checkpoint.iterations import folder_name
 from hrm_megatron.checkpoint.manifest import TRACKER_FILE, describe_folder, write_manifest
 from hrm_megatron.checkpoint.stream import LazyTensor, save_lazily
 from hrm_megatron.checkpoint.verify import FORMAT
@@ -76,7 +77,7 @@ def write_megatron(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None =
     memory at a time; `ledger` notes them.
     """
     ledger, args = ledger or Ledger(), _arguments_for(checkpoint)
-    target = folder / f"iter_{checkpoint.iteration:07d}"
+    target = folder / folder_name(checkpoint.iteration)
     target.mkdir(parents=True)
     common: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": checkpoint.iteration,
                               "opt_param_scheduler": {STEPS_DONE: checkpoint.iteration},

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrm_megatron.checkpoint.archive import DamagedError
+from hrm_megatron.checkpoint.iterations import is_iteration, iteration_of
 from hrm_megatron.checkpoint.manifest import ABANDONED, METADATA_FILE, TRACKER_FILE, read_manifest
 from hrm_megatron.cluster.attempts import ATTEMPTS_FILE, Attempt, History
 from hrm_megatron.config import ConfigError
@@ -79,7 +80,7 @@ class RunFolder:
     def saves(self) -> list[Save]:
         """List the iterations by step."""
         folders = self.checkpoints.iterdir() if self.checkpoints else ()
-        found = [_save(path) for path in folders if re.fullmatch(r"iter_\d{7,}", path.name) and path.is_dir()]
+        found = [_save(path) for path in folders if is_iteration(path.name) and path.is_dir()]
         return sorted((save for save in found if save), key=lambda save: save.step)
 
     def starts(self) -> int:
@@ -132,7 +133,7 @@ def _save(folder: Path) -> Save | None:
         state = _state(folder)
     except FileNotFoundError:
         return None
-    return Save(int(folder.name.removeprefix("iter_")), folder, max((file.st_mtime for file in files), default=0.0),
+    return Save(iteration_of(folder.name), folder, max((file.st_mtime for file in files), default=0.0),
                 sum(file.st_size for file in files), state)
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from hrm_megatron.checkpoint.folders import (
     read_run,
 )
 from hrm_megatron.checkpoint.fsdp_folder import is_megatron_fsdp, open_run
+from hrm_megatron.checkpoint.iterations import RELEASE, is_iteration, iteration_of
 from hrm_megatron.checkpoint.manifest import TRACKER_FILE
-from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS, state_key
 from hrm_megatron.optim.builder import STEPS_DONE
@@ -72,7 +71,7 @@ def starting_point(args: argparse.Namespace) -> Path | None:
                 if not complete or (isinstance(error, DamagedError) and not args.load_newest_valid):
                     raise
                 log.info(f"checkpoint: {error}; going on from {complete[0]}, the latest that is complete")
-                step = int(complete[0].removeprefix("iter_"))
+                step = iteration_of(complete[0])
                 if not args.dry_run:  # which writes nothing
                     try:
                         write_aside(tracker, str(step))
@@ -85,7 +84,7 @@ def starting_point(args: argparse.Namespace) -> Path | None:
             raise ConfigError(f"{flag} {load}: a folder of the format {form}; convert it once, by "
                               f"`{converting(load, form, converted)}`, and give {converted}")
         place = followed(Path(load))
-        if re.fullmatch(r"iter_\d{7,}", place.name) and is_complete(place):
+        if is_iteration(place.name) and is_complete(place):
             raise ConfigError(f"{flag} {load}: is one iteration; give {flag} {place.parent} --ckpt-step "
                               f"{iteration_of(place.name)}")
         begins_here = flag == "--load" and (args.pretrained_checkpoint or load == args.save)
@@ -243,7 +242,7 @@ def _missing_state(args: argparse.Namespace, shapes: Iterable[str], keys: set[st
 def starts_new(args: argparse.Namespace, folder: Path) -> bool:
     """Tell whether Megatron will take nothing but weights from `folder`: for fine-tuning, and from a release."""
     of_pretrained = args.load is None or folder.parent.resolve() != Path(args.load).resolve()
-    return of_pretrained or folder.name == "release"
+    return of_pretrained or folder.name == RELEASE
 
 
 def steps_done(args: argparse.Namespace, folder: Path) -> int:

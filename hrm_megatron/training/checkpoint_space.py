@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hrm_megatron.checkpoint.folders import complete_iterations
+from hrm_megatron.checkpoint.iterations import iteration_of
 from hrm_megatron.checkpoint.retention import bytes_of_deleted
-from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.program import followed, nearest
 from hrm_megatron.training.lora import saved_bytes

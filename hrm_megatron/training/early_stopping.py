@@ -18,6 +18,7 @@ import torch
 from megatron.training import training as megatron_training
 
 from hrm_megatron.checkpoint.archive import DamagedError
+from hrm_megatron.checkpoint.iterations import folder_name
 from hrm_megatron.checkpoint.retention import delete, expendable
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.patching import around
@@ -95,7 +96,7 @@ class Record:
     def describe_best(self, save: str) -> str:
         return (f"no {MEASURE} was measured" if self.best is None else
                 f"the best is iteration {self.best} with {self.evaluations[self.best]:.1%} exact: "
-                f"{save}/iter_{self.best:07d}")
+                f"{save}/{folder_name(self.best)}")
 
 
 def stopped_early(args: argparse.Namespace, iteration: int) -> str | None:

@@ -22,7 +22,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import training as megatron_training
 
 from hrm_megatron.checkpoint.folders import find_iteration
-from hrm_megatron.checkpoint.verify import iteration_of
+from hrm_megatron.checkpoint.iterations import RELEASE, iteration_of
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.model.lora import without_adapters
 from hrm_megatron.optim.adam_atan2 import state_key, state_prefix
@@ -124,7 +124,7 @@ def choose_source(args: argparse.Namespace, folder: Path, keys: Collection[str])
         raise ConfigError(f"--finetune-from {EMA}: is not built under FSDP; give --finetune-from {RAW}, or convert "
                           f"it, {by_converting(folder, EMA, '--weights', EMA)}")
     args.finetune_from = source
-    args.finetune_step = None if folder.name == "release" else iteration_of(folder.name)
+    args.finetune_step = None if folder.name == RELEASE else iteration_of(folder.name)
     what = {EMA: "the EMA of its weights, a new optimizer",
             RAW: f"its {'raw ' if has[EMA] else ''}weights, a new optimizer",
             STATE: "its weights, EMA, moments and counts of updates"}[source]

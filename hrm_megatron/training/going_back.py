@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hrm_megatron.checkpoint.folders import complete_iterations
+from hrm_megatron.checkpoint.iterations import iteration_of
 from hrm_megatron.checkpoint.manifest import ABANDONED, TRACKER_FILE
 from hrm_megatron.checkpoint.retention import bytes_of
-from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import ConfigError
 from hrm_megatron.program import followed, write_aside
 from hrm_megatron.training.early_stopping import RECORD_FILE as MEASURED_FILE

@@ -18,9 +18,9 @@ from megatron.training import training as megatron_training
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hrm_megatron.checkpoint.folders import COMPLETE_FILES, complete_iterations, listed
+from hrm_megatron.checkpoint.iterations import folder_name, iteration_of
 from hrm_megatron.checkpoint.manifest import TENSORS
 from hrm_megatron.checkpoint.retention import finish_deletion
-from hrm_megatron.checkpoint.verify import iteration_of
 from hrm_megatron.config import ConfigError
 from hrm_megatron.parallel.patching import around, temporarily
 from hrm_megatron.training.early_stopping import delete_older
@@ -66,12 +66,12 @@ def guard_saves(args: argparse.Namespace) -> None:
     def refuse(iteration: int, error: OSError | CheckpointException) -> ConfigError:
         refusal = unwritten(args.save, f"iteration {iteration}", error,
                             f" with --load {args.save}{listed(Path(args.save))}")
-        shutil.rmtree(Path(args.save) / f"iter_{iteration:07d}", ignore_errors=True)  # give its space back
+        shutil.rmtree(Path(args.save) / folder_name(iteration), ignore_errors=True)  # give its space back
         return refusal
 
     @functools.wraps(stock)
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> None:
-        folder = Path(args.save) / f"iter_{iteration:07d}"
+        folder = Path(args.save) / folder_name(iteration)
         if not torch.distributed.get_rank():
             finish_deletion(Path(args.save))  # whose space may be wanted
             for name in COMPLETE_FILES:  # an older save of the same iteration is about to be written over
@@ -97,7 +97,7 @@ def guard_saves(args: argparse.Namespace) -> None:
                 stock_end(*rest, **options)
         except (OSError, CheckpointException) as error:  # of the oldest save that has not come to its end
             whole = set(complete_iterations(Path(args.save)))
-            raise refuse(next((i for i in begun if f"iter_{i:07d}" not in whole), begun[-1]), error) from error
+            raise refuse(next((i for i in begun if folder_name(i) not in whole), begun[-1]), error) from error
 
     def save_once(stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
         saved = iteration in (args.iteration, *begun[-1:])  # the first: from which the run goes on

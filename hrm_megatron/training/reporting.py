@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.training import training as megatron_training
 
+from hrm_megatron.checkpoint.iterations import folder_name
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model.ticks import ticks_of
 from hrm_megatron.parallel.patching import around
@@ -152,7 +153,7 @@ class Reporter:
         write_scalars({SAVE_SECONDS: seconds}, iteration)
         flush_scalars()
         if self.console.last:
-            folder = f"{self.args.save}/iter_{iteration:07d}"
+            folder = f"{self.args.save}/{folder_name(iteration)}"
             self.console.line(saved_line(iteration, self.args.train_iters, folder, seconds,
                                          in_background=self.args.async_save))
 

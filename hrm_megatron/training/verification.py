@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from hrm_megatron.checkpoint.folders import last_saved_first
+from hrm_megatron.checkpoint.iterations import iteration_of
 from hrm_megatron.checkpoint.manifest import (
     MANIFEST_FILE,
     TENSORS,
@@ -24,7 +25,7 @@ from hrm_megatron.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from hrm_megatron.checkpoint.verify import UNVERIFIED, WITHOUT_MANIFEST, iteration_of, verify
+from hrm_megatron.checkpoint.verify import UNVERIFIED, WITHOUT_MANIFEST, verify
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.training.early_stopping import delete_older
 from hrm_megatron.training.going_back import way_back

@@ -11,25 +11,17 @@ import pytest
 from hrm_megatron.checkpoint.folders import complete_iterations
 from hrm_megatron.checkpoint.manifest import MANIFEST_FILE, describe_folder, write_manifest
 from hrm_megatron.checkpoint.retention import bytes_of_deleted, delete, expendable, finish_deletion
+from tests.checkpoint.conftest import add_iteration
 
 
 @pytest.fixture
 def save(tmp_path):
     """Iterations 0, 3, 6, 9, 12, and what else may stand beside them."""
     for number in range(0, 15, 3):
-        add(tmp_path, number)
+        add_iteration(tmp_path, number)
     for name in ("release", "iter_0000003_ema", "iter_0000006_hf", "logs"):
         shutil.copytree(tmp_path / "iter_0000003", tmp_path / name)
     return tmp_path
-
-
-def add(save, number, manifest=True):
-    folder = save / f"iter_{number:07d}"
-    folder.mkdir()
-    for name in ("metadata.json", ".metadata", "common.pt"):
-        (folder / name).write_text("{}")
-    if manifest:
-        write_manifest(folder, number, {}, describe_folder(folder))
 
 
 def gone(save, latest, keep, interval=None, protected=()):
@@ -43,7 +35,7 @@ def test_the_last_ones_stay(save):
 
 
 def test_nothing_goes_before_the_newer_one_is_whole(save):
-    add(save, 15, manifest=False)  # as in a save whose tracker is written already
+    add_iteration(save, 15, manifest=False)  # as in a save whose tracker is written already
     assert complete_iterations(save)[-1] == "iter_0000015" and gone(save, 15, 1) == []
     write_manifest(save / "iter_0000015", 15, {}, describe_folder(save / "iter_0000015"))
     assert gone(save, 15, 1) == [3, 6, 9, 12]

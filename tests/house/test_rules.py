@@ -20,7 +20,9 @@ ORDER = ("model_types", "config", "program", "transformer_config", "data", "para
 RANKS = {name: rank for rank, name in enumerate(ORDER)} | {"pretrain": len(ORDER)}
 FREE_FOR_ALL = "hrm_megatron.parallel.cpu"  # must come before the first import of Megatron, wherever that is
 NO_TORCH = ("hrm_megatron/config.py", "hrm_megatron/model_types.py", "hrm_megatron/model/ticks.py",
-            "hrm_megatron/optim/schedule.py", "hrm_megatron/data/plan.py")
+            "hrm_megatron/optim/schedule.py", "hrm_megatron/data/plan.py", "hrm_megatron/checkpoint/archive.py",
+            "hrm_megatron/checkpoint/iterations.py", "hrm_megatron/checkpoint/manifest.py",
+            "hrm_megatron/cluster/attempts.py", "hrm_megatron/monitoring/")
 NO_MEGATRON = (*NO_TORCH, "hrm_megatron/convert/table.py", "hrm_megatron/data/mixture.py", "hrm_megatron/planner/")
 TOP_LEVEL = {"hrm_megatron", "tools", "examples", "tests", "launch_scripts", "docs", "setup.py", "README.md",
              "pyproject.toml", "Makefile", "LICENSE"}  # and what starts with a dot
@@ -73,7 +75,7 @@ def imports_run_downhill(path: str, source: str) -> list[str]:
 def thinks_without_megatron(path: str, source: str) -> list[str]:
     if not path.startswith(NO_MEGATRON):
         return []
-    forbidden = ("megatron", "torch") if path in NO_TORCH else ("megatron", "torch.cuda")
+    forbidden = ("megatron", "torch") if path.startswith(NO_TORCH) else ("megatron", "torch.cuda")
     attributes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
     used = [*imports(path, source), *((node.lineno, ast.unparse(node)) for node in attributes)]
     return [f"{path}:{line}: uses {name}" for line, name in used
@@ -150,6 +152,14 @@ def tools_start_without_extras(path: str, source: str) -> list[str]:
             if normalize(DISTRIBUTIONS.get(root, root)) in declared() - declared(extras=False)]
 
 
+def names_iterations_in_one_place(path: str, source: str) -> list[str]:
+    if path == "hrm_megatron/checkpoint/iterations.py":
+        return []
+    return [f"{path}:{node.lineno}: makes or reads the name of an iteration's folder; let checkpoint/iterations.py"
+            for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            and re.search(r"iter_(\(|\\d|$)", node.value)]
+
+
 def keeps_the_top_level(paths: list[str]) -> list[str]:
     entries = {path.split("/")[0] for path in paths}
     return [f"{entry}: not at the top of the project" for entry in sorted(entries - TOP_LEVEL)
@@ -190,6 +200,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...], str], ...] = (  # rule, where it holds
     (names_no_private_place, ("",), ""),
     (declares_its_imports, ("hrm_megatron/", "tools/"), ".py"),
     (tools_start_without_extras, ("tools/",), ".py"),
+    (names_iterations_in_one_place, OURS, ".py"),
 )
 
 
@@ -210,6 +221,13 @@ def test_nothing_lies_about_at_the_top() -> None:
     assert not keeps_the_top_level(tracked())
     assert keeps_the_top_level(["hrm_megatron/config.py", "notes.txt", ".gitignore"]) \
         == ["notes.txt: not at the top of the project"]
+
+
+def test_the_order_of_packages_is_told_as_it_is() -> None:
+    told = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("which a test enforces: ")[2]
+    assert tuple(re.findall(r"`(\w+)`", told.partition(".")[0])) == ORDER
+    told = (ROOT / "README.md").read_text(encoding="utf-8").partition("\nhrm_megatron/ ")[2]
+    assert tuple(re.findall(r"\w+", told.partition(";")[0])) == ORDER
 
 
 MODEL = "hrm_megatron/model/hrm.py"
@@ -245,6 +263,8 @@ MODEL = "hrm_megatron/model/hrm.py"
     (declares_its_imports, MODEL, "import pandas.io"),
     (tools_start_without_extras, "tools/plan.py", "import json\nimport matplotlib.pyplot as plt"),
     (declares_its_imports, "tools/plan.py", "def f():\n    from einops import rearrange"),
+    (names_iterations_in_one_place, MODEL, "folder = f'iter_{step:07d}'"),
+    (names_iterations_in_one_place, MODEL, "import re\nre.fullmatch(r'iter_(\\d{7,})|release', 'x')"),
 ])
 def test_a_rule_catches(rule: Rule, path: str, source: str) -> None:
     assert rule(path, source)
@@ -267,6 +287,7 @@ def test_a_rule_catches(rule: Rule, path: str, source: str) -> None:
     (names_no_private_place, "README.md", "8 GPUs/workers, docs/work, --workers"),
     (declares_its_imports, MODEL, "import os\nimport yaml\nfrom megatron.core import mpu\nfrom . import specs"),
     (tools_start_without_extras, "tools/plan.py", "import torch\ndef f():\n    from matplotlib import cm"),
+    (names_iterations_in_one_place, MODEL, "folder.glob('iter_*')\nprint('iter_0000012')"),
 ])
 def test_a_rule_lets_pass(rule: Rule, path: str, source: str) -> None:
     assert not rule(path, source)
@@ -275,9 +296,9 @@ def test_a_rule_lets_pass(rule: Rule, path: str, source: str) -> None:
 def test_thinking_modules_import_alone() -> None:
     """Import them in a fresh process, those without torch first: neither Megatron nor torch comes along."""
     files = sorted((path for path in tracked() if path.startswith(NO_MEGATRON) and path.endswith(".py")),
-                   key=lambda path: path not in NO_TORCH)
+                   key=lambda path: not path.startswith(NO_TORCH))
     steps = [f"import {path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}\n"
-             f"for name in {('megatron', 'torch') if path in NO_TORCH else ('megatron',)}:\n"
+             f"for name in {('megatron', 'torch') if path.startswith(NO_TORCH) else ('megatron',)}:\n"
              f"    assert name not in sys.modules, {path!r} + ' brings in ' + name\n" for path in files]
     program = "import sys\n" + "".join(steps)
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
