@@ -9,7 +9,7 @@ import pytest
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data import walk
 from hrm_megatron.data.kept_examples import kept_files, write_kept
-from hrm_megatron.data.mixture import MAX_ROW_TOKENS, WALK_STREAM, Mixture, Selection, distinct_tails
+from hrm_megatron.data.mixture import MAX_ROW_TOKENS, WALK_STREAM, Mixture, Selection, distinct_tails, weighted_quotas
 from hrm_megatron.data.plan import RowPlan
 from hrm_megatron.data.sampling_rules import Rule, Rules, read_rules
 from hrm_megatron.data.shuffle import stream_key
@@ -224,6 +224,10 @@ def test_one_question_is_on_one_side(tmp_path):
         assert part.count_examples() == counted
 
 
+def test_a_dataset_of_the_smallest_weight_gives_one_example():
+    assert weighted_quotas((1e-9, 1.0), (10, 10), (100, 100)) == [1, 20]
+
+
 def test_a_question_keeps_its_side_when_the_data_grows():
     keys = np.random.default_rng(0).integers(0, 2**64, 5000, np.uint64)
     before, after = (example_parts(count, "90,9,1", 3, keys[:count]) for count in (2000, 5000))
@@ -237,6 +241,7 @@ def test_no_part_with_a_weight_is_empty_while_there_are_two_questions():
         sizes = [len(part) for part in split_examples(12, "98,1,1", seed, keys)]
         assert sum(sizes) == 12 and min(sizes) >= 3 and not any(size % 3 for size in sizes)
     assert [len(part) for part in split_examples(3, "98,2", 1, keys[:3])] in ([3, 0, 0], [0, 3, 0])
+    assert not any(prompts_for_empty_parts([(3, keys[:3])], "98,2", seed) for seed in range(40))  # it is the only one
     assert [len(part) for part in split_examples(12, "1", 1, keys)] == [12, 0, 0]
 
 

@@ -345,6 +345,12 @@ def test_the_next_epoch_is_planned_while_this_one_is_read(tmp_path, monkeypatch)
     assert len(list(tmp_path.iterdir())) == 2  # num_rows ends in epoch 1: epoch 2 is not planned
 
 
+def test_no_epoch_is_planned_of_which_no_row_is_read(tmp_path):
+    epoch_rows = [epoch for epoch, _ in walk(row_plan(), range(90))].count(0)
+    row_plan(cache_folder=tmp_path, num_rows=epoch_rows).locate(0)
+    assert all(thread.name != "plan" for thread in threading.enumerate()) and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_run_that_goes_on_reads_counts_of_earlier_epochs_only(tmp_path, monkeypatch):
     fresh = walk(row_plan(cache_folder=tmp_path), range(90))
     opened = []
