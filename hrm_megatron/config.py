@@ -11,6 +11,7 @@ EXPANSION = 4  # HRM-Text, config/arch: ffn = expansion * hidden * 2/3, rounded 
 VOCAB_MULTIPLE = 256  # HRM-Text pads the vocabulary to this, whatever the parallel layout
 DEFAULT_FIXED_STD = 0.02  # HRM-Text, init_type fixed_normal without an init_std
 PRESET_VOCAB_SIZE = 65_536  # HRM-Text's tokenizer
+HEAD_CHUNK_BYTES = 1 << 29  # of logits in fp32 at once on a rank: 2,048 positions of 65,536 tokens
 MOST_LAYERS = 1_000_000  # that a token runs through, ticks counted: far beyond what is ever built
 INIT_SCHEMES = ("lecun_normal", "fixed_normal", "megatron")
 PREFIX_LM, CAUSAL = ATTENTION_MASKS = ("prefix-lm", "causal")

@@ -28,7 +28,7 @@ be_quiet()
 activate()
 
 from hrm_megatron.convert.checkpoint import EMA, RAW  # noqa: E402
-from hrm_megatron.convert.hf import DTYPES  # noqa: E402
+from hrm_megatron.parallel.precision import DTYPES  # noqa: E402
 from hrm_megatron.quantize.job import EMBEDDINGS, GROUP_SIZES, Job, size_table  # noqa: E402
 from hrm_megatron.quantize.methods import METHODS  # noqa: E402
 from hrm_megatron.quantize.run import quantize  # noqa: E402

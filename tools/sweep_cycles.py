@@ -42,7 +42,8 @@ from hrm_megatron.evaluate.sweep import (  # noqa: E402
 )
 from hrm_megatron.evaluate.tasks import TASKS, chosen  # noqa: E402
 from hrm_megatron.generate.flags import add_model_flags  # noqa: E402
-from hrm_megatron.generate.session import DTYPES, Answering, Session  # noqa: E402
+from hrm_megatron.generate.session import Answering, Session  # noqa: E402
+from hrm_megatron.parallel.precision import DTYPES  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:

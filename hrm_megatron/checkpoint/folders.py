@@ -16,8 +16,8 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.program import followed
 from hrm_megatron.transformer_config import architecture_of
 
-CONFIG_FILE = "metadata.json"
-COMPLETE_FILES = (MANIFEST_FILE, CONFIG_FILE, METADATA_FILE)  # written last; the first of them behind all others
+DCP_CONFIG_FILE = "metadata.json"
+COMPLETE_FILES = (MANIFEST_FILE, DCP_CONFIG_FILE, METADATA_FILE)  # written last; the first of them behind all others
 
 
 def is_complete(folder: Path) -> bool:
@@ -25,9 +25,9 @@ def is_complete(folder: Path) -> bool:
     if (folder / MANIFEST_FILE).exists():
         return True
     try:
-        if not (folder / CONFIG_FILE).exists():  # Megatron-FSDP writes none
+        if not (folder / DCP_CONFIG_FILE).exists():  # Megatron-FSDP writes none
             return (folder / METADATA_FILE).is_file() and is_megatron_fsdp(DCPFolder(folder))
-        json.loads((folder / CONFIG_FILE).read_text())
+        json.loads((folder / DCP_CONFIG_FILE).read_text())
     except (OSError, ValueError):  # which a ConfigError is, too
         return False
     return (folder / METADATA_FILE).is_file()

@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from hrm_megatron.checkpoint.archive import WAY_OUT, DamagedError, naming
 from hrm_megatron.checkpoint.dcp import DCPFolder
-from hrm_megatron.checkpoint.folders import CONFIG_FILE, last_saved_first
+from hrm_megatron.checkpoint.folders import DCP_CONFIG_FILE, last_saved_first
 from hrm_megatron.checkpoint.iterations import is_iteration, iteration_of
 from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
 from hrm_megatron.config import ConfigError
@@ -41,7 +41,7 @@ def check_around_tensors(stored: DCPFolder, rank: int = 0, ranks: int = 1) -> st
 
     Returns a remark where there is no manifest, "" otherwise.
     """
-    _check_config(stored.path / CONFIG_FILE)
+    _check_config(stored.path / DCP_CONFIG_FILE)
     stored.check_files(rank, ranks)
     if manifest := stored.manifest:
         if is_iteration(stored.path.name) and iteration_of(stored.path.name) != manifest.iteration:

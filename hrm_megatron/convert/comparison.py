@@ -17,7 +17,7 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
 from hrm_megatron.convert.engine_names import check_names
 from hrm_megatron.convert.gguf_file import rounding
-from hrm_megatron.convert.hf import CONFIG_FILE
+from hrm_megatron.convert.hf import HF_CONFIG_FILE
 from hrm_megatron.convert.hf_files import read_json
 from hrm_megatron.convert.native import PART_NAMES, model_key, read_native, state_key
 from hrm_megatron.convert.quantization import Quantization
@@ -118,8 +118,8 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
         model, info = HrmTextForCausalLM.from_pretrained(
             loaded.folder, dtype=torch.bfloat16 if in_bfloat16 else torch.float32, output_loading_info=True)
     except StrictDataclassError as error:
-        raise ConfigError(f"{loaded.folder / CONFIG_FILE}: transformers refuses it ({' '.join(str(error).split())}); "
-                          "correct it, or pass --no-verify") from error
+        raise ConfigError(f"{loaded.folder / HF_CONFIG_FILE}: transformers refuses it ({' '.join(str(error).split())});"
+                          " correct it, or pass --no-verify") from error
     if lost := [name for names in info.values() for name in names]:
         raise ConfigError(f"{loaded.folder}: transformers does not load {lost[0]}; please report it")
     if in_bfloat16:
@@ -136,7 +136,7 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
 
 def quantization_of(folder: Path) -> Quantization | None:
     """Which tensors of a transformers folder are codes; None: it is not quantized."""
-    return Quantization.of_config(read_json(folder / CONFIG_FILE))
+    return Quantization.of_config(read_json(folder / HF_CONFIG_FILE))
 
 
 def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:

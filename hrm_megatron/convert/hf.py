@@ -30,12 +30,12 @@ from hrm_megatron.data.spelling import BOQ, EOA, PAD, SPECIAL_TOKENS, Spelling
 from hrm_megatron.data.tokenizer import vocabulary_beside
 from hrm_megatron.model.ticks import split_bp_steps
 from hrm_megatron.model_types import HRM
+from hrm_megatron.parallel.precision import DTYPES
 
-CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+HF_CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 GENERATE_FILE = "custom_generate/generate.py"  # of transformers
 WITHOUT_CHECKSUMS = "has no checksums, so that its files were held against their headers only"
 MAX_SHARD_SIZE = "5GB"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What an HRM is in transformers' words.
 FIXED: dict[str, Any] = dict(model_type="hrm_text", tie_word_embeddings=False)
 PREFIX = "prefix_lm"  # false in a causal model's config
@@ -105,7 +105,7 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     for file, names in plan.filename_to_tensors.items():
         write_safetensors(folder / file, {name: ledger.noting(name, tensors[name]) for name in names})
     padding = list(range(num_tokens(architecture, beside), architecture.padded_vocab_size))
-    files = {CONFIG_FILE: config, GENERATION_FILE: {**token_ids, **({SUPPRESSED: padding} if padding else {})}}
+    files = {HF_CONFIG_FILE: config, GENERATION_FILE: {**token_ids, **({SUPPRESSED: padding} if padding else {})}}
     if plan.is_sharded:
         files[INDEX_FILE] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     for file, values in files.items():
@@ -196,7 +196,7 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
     what they stand for is read.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG_FILE)
+    config = read_json(folder / HF_CONFIG_FILE)
     try:
         architecture = _architecture(config)
         quantization = Quantization.of_config(config)
@@ -205,12 +205,12 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
         training = Training(seq_length=whole("max_position_embeddings", config["max_position_embeddings"]),
                             bp_max_steps=max(2, architecture.h_cycles + sum(l_bp[-architecture.h_cycles:])))
     except ConfigError as error:
-        raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
+        raise ConfigError(f"{folder / HF_CONFIG_FILE}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ConfigError(f"{folder / CONFIG_FILE}: lacks a setting or has an odd one ({error}); copy the folder again"
-                          ) from error
+        raise ConfigError(f"{folder / HF_CONFIG_FILE}: lacks a setting or has an odd one ({error}); copy the "
+                          "folder again") from error
     generation = _generation_config(folder)
-    token_ids = _ids_of({folder / CONFIG_FILE: config, folder / GENERATION_FILE: generation})
+    token_ids = _ids_of({folder / HF_CONFIG_FILE: config, folder / GENERATION_FILE: generation})
     architecture = replace(architecture, vocab_size=_tokens_of(generation, architecture.vocab_size))
     entries = table(architecture)
     if quantization is None:

@@ -12,8 +12,8 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.chat_template import chat_template
 from hrm_megatron.convert.checkpoint import Checkpoint
 from hrm_megatron.data.tokenizer import (
-    CONFIG_FILE,
     PAD_TOKENS,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     VARIED_TEXT,
     TextTokenizer,
@@ -106,7 +106,7 @@ def _between_controls(text: TextTokenizer) -> Tokenizer:
 
 
 def _config_beside(tokenizer_file: Path) -> dict[str, Any]:
-    path = tokenizer_file.with_name(CONFIG_FILE)
+    path = tokenizer_file.with_name(TOKENIZER_CONFIG_FILE)
     if not path.is_file():
         return {}
     try:

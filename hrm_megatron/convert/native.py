@@ -24,7 +24,7 @@ from hrm_megatron.data.spelling import BOQ, EOA, EOQ, TAG_TOKENS
 from hrm_megatron.data.tokenizer import vocabulary_beside
 from hrm_megatron.optim.schedule import as_fp32
 
-CONFIG_FILE, METADATA_FILE = "all_config.yaml", "train_metadata.yaml"
+NATIVE_CONFIG_FILE, METADATA_FILE = "all_config.yaml", "train_metadata.yaml"
 PART_NAMES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", EMA: "param_ema"}
 # What all networks are that are built here.
 FIXED = {"head": "lm_head@LMHead", "pos_emb_type": "rope"}
@@ -105,21 +105,21 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
     remark = check_around_tensors(stored) if verify else UNVERIFIED
     for carry in sorted(folder.glob(f"carry_epoch_{epoch}.*.pt")) if verify else ():
         check_archive_file(carry)
-    config, metadata = _load_yaml(folder / CONFIG_FILE), _load_yaml(folder / METADATA_FILE)
+    config, metadata = _load_yaml(folder / NATIVE_CONFIG_FILE), _load_yaml(folder / METADATA_FILE)
     shapes = stored.shapes()
     has_optimizer = any(key.startswith("optim.") for key in stored.keys())  # noqa: SIM118  # keys() is no dict's
     last_lr = float(stored.tensor("optim.param_groups.0.lr")) if has_optimizer else 0.0
     place = folder / METADATA_FILE
     try:
         counts = {name: whole(name, metadata[name]) for name in ("vocab_size", "max_seq_len", "total_length")}
-        place = folder / CONFIG_FILE
+        place = folder / NATIVE_CONFIG_FILE
         architecture = _architecture(config["arch"], counts["vocab_size"])
         training = _training(config, counts, last_lr)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ConfigError(f"{folder}: {CONFIG_FILE} or {METADATA_FILE} lacks a setting or has an odd one ({error}); "
-                          "copy the checkpoint again") from error
+        raise ConfigError(f"{folder}: {NATIVE_CONFIG_FILE} or {METADATA_FILE} lacks a setting or has an odd one ({error})"
+                          "; copy the checkpoint again") from error
     entries = table(architecture)
     check(stored.path, "native", entries, {key.removeprefix("model."): shape for key, shape in shapes.items()
                                            if key.startswith("model.")})
@@ -216,7 +216,7 @@ def write_native(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None = N
     epoch = min(1, checkpoint.iteration)
     folder.mkdir(parents=True, exist_ok=True)
     save_lazily({"model": model, "optim": {"state": state, "param_groups": [group]}}, folder / f"fsdp2_epoch_{epoch}")
-    carry, settings = f"carry_epoch_{epoch}.0.pt", {CONFIG_FILE: config, METADATA_FILE: metadata}
+    carry, settings = f"carry_epoch_{epoch}.0.pt", {NATIVE_CONFIG_FILE: config, METADATA_FILE: metadata}
     with (folder / carry).open("wb") as file:
         write_archive(None, file)
     for name, values in settings.items():

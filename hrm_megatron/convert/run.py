@@ -19,12 +19,11 @@ from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint
 from hrm_megatron.convert.comparison import Loaded, compare, quantization_of
 from hrm_megatron.convert.gguf_file import BYTES_OF_WEIGHT, Q8_0, check_gguf, library, read_back, write_gguf
 from hrm_megatron.convert.gguf_names import NESTED
-from hrm_megatron.convert.hf import CONFIG_FILE, FIXED, MAX_SHARD_SIZE, left_out, read_hf, write_hf
+from hrm_megatron.convert.hf import FIXED, HF_CONFIG_FILE, MAX_SHARD_SIZE, left_out, read_hf, write_hf
 from hrm_megatron.convert.hf_files import read_json
 from hrm_megatron.convert.ledger import EXPORT_FILE, Ledger, progress
 from hrm_megatron.convert.megatron import read_megatron
-from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
-from hrm_megatron.convert.native import read_native, write_native
+from hrm_megatron.convert.native import NATIVE_CONFIG_FILE, read_native, write_native
 from hrm_megatron.convert.shared_stack import as_hrm
 from hrm_megatron.convert.table import table
 from hrm_megatron.convert.to_megatron import write_megatron
@@ -203,7 +202,7 @@ def is_checkpoint(folder: Path) -> bool:
     if (folder / NATIVE_CONFIG_FILE).exists():
         return any(folder.glob("fsdp2_epoch_*"))
     try:
-        return read_json(folder / CONFIG_FILE).get("model_type") == FIXED["model_type"]
+        return read_json(folder / HF_CONFIG_FILE).get("model_type") == FIXED["model_type"]
     except ConfigError:
         return False
 

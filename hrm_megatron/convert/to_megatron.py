@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from hrm_megatron.checkpoint.folders import CONFIG_FILE
+from hrm_megatron.checkpoint.folders import DCP_CONFIG_FILE
 from hrm_megatron.checkpoint.fsdp_folder import COMMON
 from hrm_megatron.checkpoint.iterations import folder_name
 from hrm_megatron.checkpoint.manifest import TRACKER_FILE, describe_folder, write_manifest
@@ -95,7 +95,7 @@ def write_megatron(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None =
     args.no_save_optim = not checkpoint.has_state
     state[COMMON] = _saved([common])
     save_lazily(state, target, flatten=False)
-    (target / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(FORMAT)))
+    (target / DCP_CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(FORMAT)))
     (folder / TRACKER_FILE).write_text(str(checkpoint.iteration))
     write_manifest(target, checkpoint.iteration, dataclasses.asdict(checkpoint.architecture), describe_folder(target))
 

@@ -23,7 +23,7 @@ BYTES = 256
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + BYTES
 
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 MADE_FROM_FILE = "made_from.json"  # where it was trained here
 SPELLS_AS = "spells_as"  # in INFO_FILE, where it is beside an export: its own fingerprint > the trained tokenizer's
 VARIED_TEXT = "It's Caf\u00e9 no. 12, \u4f60\u597d \U0001f600 x\u00b2:\n\n\tif a  < b { print(\"c\\\\d\") }"
@@ -67,7 +67,7 @@ def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, spell
     known = {SPELLS_AS: {fingerprint_of(contents.encode(), spelling): of_export}} if of_export else {}
     return {
         TOKENIZER_FILE: contents,
-        CONFIG_FILE: json.dumps({
+        TOKENIZER_CONFIG_FILE: json.dumps({
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": spelling.boq,
             "eos_token": spelling.eoa, "pad_token": pad_token,
             "padding_side": "left",  # an answer goes on after the last token of its row
@@ -109,8 +109,8 @@ def check_output_folder(folder: Path, overwrite: bool, flag: str = "--output") -
     check_folder(flag, folder)
     if not folder.exists():
         return
-    foreign = {path.name for path in folder.iterdir()} - {TOKENIZER_FILE, CONFIG_FILE, INFO_FILE, MADE_FROM_FILE} \
-        if folder.is_dir() else {folder.name}
+    own = {TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, INFO_FILE, MADE_FROM_FILE}
+    foreign = {path.name for path in folder.iterdir()} - own if folder.is_dir() else {folder.name}
     if foreign:
         raise ConfigError(f"{folder} holds something else than a tokenizer ({min(foreign)}); choose another {flag}")
     if not overwrite and any(folder.iterdir()):

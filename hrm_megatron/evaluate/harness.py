@@ -25,7 +25,8 @@ from hrm_megatron.generate.answer_file import check_same
 from hrm_megatron.generate.engine import Request
 from hrm_megatron.generate.questions import check_text
 from hrm_megatron.generate.sampling import Sampling
-from hrm_megatron.generate.session import DTYPES, Answering, Session
+from hrm_megatron.generate.session import Answering, Session
+from hrm_megatron.parallel.precision import DTYPES
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from hrm_megatron.convert.checkpoint import EMA, RAW
-from hrm_megatron.generate.session import DTYPES
+from hrm_megatron.parallel.precision import DTYPES
 
 Flags = argparse.ArgumentParser | argparse._ArgumentGroup
 

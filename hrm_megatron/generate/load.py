@@ -14,13 +14,11 @@ from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import EMA, Checkpoint
-from hrm_megatron.convert.hf import CONFIG_FILE as HF_CONFIG_FILE
-from hrm_megatron.convert.hf import read_hf
+from hrm_megatron.convert.hf import HF_CONFIG_FILE, read_hf
 from hrm_megatron.convert.hf_tokenizer import check_vocabulary
 from hrm_megatron.convert.ledger import EXPORT_FILE
 from hrm_megatron.convert.megatron import read_megatron
-from hrm_megatron.convert.native import CONFIG_FILE as NATIVE_CONFIG_FILE
-from hrm_megatron.convert.native import read_native
+from hrm_megatron.convert.native import NATIVE_CONFIG_FILE, read_native
 from hrm_megatron.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 
 if TYPE_CHECKING:

@@ -22,9 +22,7 @@ from hrm_megatron.generate.questions import Question
 from hrm_megatron.generate.sampling import Sampling
 from hrm_megatron.generate.transcript import Transcript
 from hrm_megatron.generate.weights import Weights, take_weights
-from hrm_megatron.parallel.precision import multiply_in_fp32
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from hrm_megatron.parallel.precision import DTYPES, multiply_in_fp32
 
 
 @dataclass(frozen=True)

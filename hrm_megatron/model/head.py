@@ -13,10 +13,9 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
+from hrm_megatron.config import HEAD_CHUNK_BYTES
 from hrm_megatron.parallel.main_grad import add_weight_gradient, already_added
 from hrm_megatron.parallel.processor import matmul
-
-CHUNK_BYTES = 1 << 29  # of the logits of a chunk in fp32: 2,048 positions of 65,536 tokens
 
 
 @torch.compile(dynamic=True)
@@ -121,7 +120,7 @@ class LabelHead(ColumnParallelLinear):  # type: ignore[misc]
 
     def __init__(self, input_size: int, output_size: int, *, config: ModelParallelConfig, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, bias=False, **options)
-        self.chunk_rows = max(1, CHUNK_BYTES // (4 * self.output_size_per_partition))
+        self.chunk_rows = max(1, HEAD_CHUNK_BYTES // (4 * self.output_size_per_partition))
 
     def forward(self, input_: torch.Tensor, *arguments: Any, labels: torch.Tensor | None = None, **options: Any) -> Any:
         """Apply the head to [s, b, h] as Megatron's does; or score `labels` [n] at [n, h], see `LabelScores`."""

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import torch
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of weights that tools read and write
+
 
 def multiply_in_fp32() -> None:
     """Let fp32 be fp32 in this whole process, which a tool has to itself.

@@ -4,12 +4,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hrm_megatron.config import Architecture, LoRA
+from hrm_megatron.config import HEAD_CHUNK_BYTES, Architecture, LoRA
 from hrm_megatron.model.ticks import ticks_of
 from hrm_megatron.planner.layout import GRADIENT_BYTES, Layout, PipelinePlan, counted, weight_bytes
 
 BF16, FP32 = 2, 4  # bytes of a number
-CHUNK_BYTES = 1 << 29  # model/head.py: of the logits of a chunk in fp32
 CUDA_CONTEXT = 2 << 30  # assumed: context, NCCL's buffers, workspace of cuBLAS
 
 
@@ -140,7 +139,7 @@ def activations_by_tick(architecture: Architecture, layout: Layout, layers: int,
 
 def chunk_rows(architecture: Architecture, layout: Layout) -> float:
     """Labels whose logits a rank holds at a time, if there are so many (model/head.py)."""
-    return CHUNK_BYTES / (FP32 * architecture.padded_vocab_size / layout.tensor)
+    return HEAD_CHUNK_BYTES / (FP32 * architecture.padded_vocab_size / layout.tensor)
 
 
 def _head_bytes(architecture: Architecture, layout: Layout, saving: Saving) -> float:

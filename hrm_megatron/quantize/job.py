@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hrm_megatron.config import PRESETS, Architecture, ConfigError
-from hrm_megatron.convert.hf import CONFIG_FILE, check_shard_size
+from hrm_megatron.convert.hf import HF_CONFIG_FILE, check_shard_size
 from hrm_megatron.convert.hf_files import read_json
 from hrm_megatron.convert.low_bit import Scheme
 from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization
@@ -65,7 +65,7 @@ class Job:
 
 def check(job: Job) -> None:
     """Refuse settings that contradict each other or would be without effect, before anything is read."""
-    if (job.load / CONFIG_FILE).exists() and CONFIG_KEY in read_json(job.load / CONFIG_FILE):
+    if (job.load / HF_CONFIG_FILE).exists() and CONFIG_KEY in read_json(job.load / HF_CONFIG_FILE):
         raise ConfigError(f"--load {job.load}: is quantized already; give the checkpoint that it was made from")
     if job.group_size is not None and job.scheme != "int4":
         raise ConfigError(f"--group-size {job.group_size}: {job.scheme} has its own; leave the flag out")

@@ -17,7 +17,6 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import RAW, Checkpoint
 from hrm_megatron.convert.comparison import Loaded, compare
 from hrm_megatron.convert.hf import (
-    DTYPES,
     left_out,
     refuse_others,
     token_ids_of,
@@ -34,7 +33,7 @@ from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.tokenizer import TOKENIZER_FILE, TextTokenizer, spells_as
 from hrm_megatron.generate.load import opened, weights_kind
 from hrm_megatron.parallel.patching import temporarily
-from hrm_megatron.parallel.precision import multiply_in_fp32
+from hrm_megatron.parallel.precision import DTYPES, multiply_in_fp32
 from hrm_megatron.quantize.job import EXTRA, Job, check
 from hrm_megatron.quantize.methods import FIRST_TICK, PLAIN, RECURRENT, Calibration, Quantizer, Say
 from hrm_megatron.quantize.recurrence import Rows, batches

@@ -159,8 +159,8 @@ def test_the_model_scores_in_chunks_of_so_many_bytes(single_rank, monkeypatch):
     row = assemble_row([(range(1, 9), range(7))], 17)
     batch = PackedBatch.from_rows({name: tensor[None] for name, tensor in row.items()})
     scores = []
-    for chunk_bytes, rows in ((head.CHUNK_BYTES, 1 << 19), (4 * 256 * 3 + 5, 3), (5, 1)):
-        monkeypatch.setattr(head, "CHUNK_BYTES", chunk_bytes)
+    for chunk_bytes, rows in ((head.HEAD_CHUNK_BYTES, 1 << 19), (4 * 256 * 3 + 5, 3), (5, 1)):
+        monkeypatch.setattr(head, "HEAD_CHUNK_BYTES", chunk_bytes)
         model = HRMModel(hrm_config(Architecture(1, H, 2, 16, 250)), seed=3)
         assert model.output_layer.chunk_rows == rows
         scores.append(model(batch=batch).detach())
