@@ -18,7 +18,7 @@
 # MASTER_ADDR, MASTER_PORT  where all meet: the first node by another name, two free ports from this (default: by the
 #         number of the job, from 20000)
 # LAUNCH  torchrun (default), or srun for a task per GPU without torchrun
-# NUMA    torchrun's --numa-binding (default node where there are GPUs; none turns it off)
+# NUMA    torchrun's --numa-binding: none, node, ... (default node on nodes with GPUs, several NUMA nodes and numactl)
 # CPU_BIND  srun's --cpu-bind (default none under torchrun, which binds itself, and cores for a task per GPU)
 # CONTAINER  image for pyxis and enroot, with this project's requirements; it sees this project, the folder of
 #         submission, and MOUNTS, SRC:DST,...: --save and data must lie in one of them
@@ -78,6 +78,8 @@ if ! [ -d "$root/hrm_megatron" ]; then # sbatch runs a copy of this file: Slurm 
 fi
 preset=${PRESET:-B} tp=${TP:-1} pp=${PP:-1} cp=${CP:-1} launch=${LAUNCH:-torchrun}
 nodes=${SLURM_NNODES:?not inside a Slurm job: use sbatch or salloc, or launch_scripts/train_node.sh for one node}
+slurm_id=$SLURM_JOB_ID # of a task of an array, whose number alone may mean all of the array's:
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then slurm_id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 gpus=${GPUS:-${SLURM_GPUS_ON_NODE:?Slurm gave no GPUs: add --gpus-per-node, or set GPUS}}
 for size in "$tp" "$pp" "$cp" "$nodes" "$gpus"; do
     if ! [[ $size =~ ^[1-9][0-9]*$ ]]; then
@@ -158,12 +160,9 @@ training=(-m hrm_megatron.pretrain --hrm-preset "$preset" "${layout[@]}")
 training+=(${arguments[@]+"${arguments[@]}"})
 task=("$python" -m hrm_megatron.cluster.node ${logs[@]+"${logs[@]}"})
 if [ "$launch" = torchrun ]; then
-    binding=()
-    numa=${NUMA:-$(if command -v nvidia-smi >/dev/null; then echo node; else echo none; fi)}
-    if [ "$numa" != none ]; then binding=(--numa-binding "$numa"); fi # torch.numa: each rank on its GPU's NUMA node
     command=(srun --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=1 --cpu-bind="${CPU_BIND:-none}"
-        ${container[@]+"${container[@]}"} "${task[@]}" -- "$torchrun"
-        --nnodes "$nodes" --nproc-per-node "$gpus" ${binding[@]+"${binding[@]}"}
+        ${container[@]+"${container[@]}"} "${task[@]}" ${NUMA:+--numa-binding "$NUMA"} -- "$torchrun"
+        --nnodes "$nodes" --nproc-per-node "$gpus"
         --rdzv-id "${SLURM_JOB_ID:?}" --rdzv-backend c10d --rdzv-endpoint "$master:$port" "${training[@]}")
 else
     # Equal shares of a node's cores in the order of ranks, with memory beside them. No --gpus-per-task: each rank must
@@ -210,16 +209,16 @@ requeue() {
     # there are KillWait seconds (slurm.conf, 30 by default).
     trap '' TERM
     if [ -n "$excluded" ]; then
-        job=$(patiently scontrol show job "$SLURM_JOB_ID") || known=false
+        job=$(patiently scontrol show job "$slurm_id") || known=false
         if [[ $job =~ ExcNodeList=([^[:space:]]+) ]] && [ "${BASH_REMATCH[1]}" != "(null)" ]; then
             excluded=${BASH_REMATCH[1]},$excluded
         fi
         unique=$(scontrol show hostnames "$excluded" | sort -u | paste -sd ,) && excluded=${unique:-$excluded}
         count_what_is_left
     fi
-    patiently scontrol requeue "$SLURM_JOB_ID" || fail "Slurm did not queue the job again: submit the same once more"
+    patiently scontrol requeue "$slurm_id" || fail "Slurm did not queue the job again: submit the same once more"
     if [ -z "$excluded" ]; then exit 0; fi
-    if ! $known || ! patiently scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded"; then
+    if ! $known || ! patiently scontrol update "JobId=$slurm_id" "ExcNodeList=$excluded"; then
         echo "slurm: Slurm was not told to avoid $excluded: a start that is given one is queued once more" >&2
     fi
     exit 0
@@ -230,7 +229,7 @@ count_what_is_left() { # Slurm lets a job wait for nodes that it will never have
     left=$(grep -cvxFf <(tr , '\n' <<<"$excluded") <<<"$there") || true # none is an error of grep
     if [ -z "$there" ] || ((left >= nodes)); then return; fi
     echo "slurm: only $left of $nodes nodes are left without $excluded, so the job waits until you mend one, delete" \
-        "its line in $slurm/excluded.json, and type: scontrol update JobId=$SLURM_JOB_ID ExcNodeList=" >&2
+        "its line in $slurm/excluded.json, and type: scontrol update JobId=$slurm_id ExcNodeList=" >&2
 }
 jobs_of_the_run() { # that Slurm has on nodes, by the folders of their starts
     local jobs
@@ -267,7 +266,7 @@ if ((${#signalled[@]} == 0)); then
     done
 fi
 # A job that is cancelled, preempted or over its limit is not running any more; of these only the limit has a name.
-state=$(patiently squeue --noheader --jobs "$SLURM_JOB_ID" --format '%T %r') || state=unknown
+state=$(patiently squeue --noheader --jobs "$slurm_id" --format '%T %r') || state=unknown
 case $state in
     RUNNING*) ;;
     unknown) if $terminated && ((${#signalled[@]} == 0)); then cancelled=(--cancelled); fi ;;

@@ -1,7 +1,7 @@
-"""What launch_scripts/train_slurm.sh asks between two launches: `python -m hrm_megatron.cluster begin|judge|end ...`.
+"""Decisions for launch_scripts/train_slurm.sh between launches: `python -m hrm_megatron.cluster begin|judge|end ...`.
 
-Answers on stdout in one line: what to do (go, requeue, done, stop), and the nodes to avoid, with commas. Why is on
-stderr.
+Prints one line on stdout: the action (go, requeue, done, stop) and the nodes to exclude, comma-separated. The reason
+goes to stderr.
 """
 from __future__ import annotations
 
@@ -26,18 +26,26 @@ from hrm_megatron.cluster.attempts import (
     saved_step,
 )
 from hrm_megatron.cluster.failures import FAILED, REFUSED, SUMMARY_FILE, first_cause, read_failures, summarize
-from hrm_megatron.cluster.node_check import Limits, find_bad_nodes, read_reports, trouble_of_all
+from hrm_megatron.cluster.node_check import (
+    Limits,
+    all_are_bad,
+    find_bad_nodes,
+    nothing_known,
+    read_reports,
+    trouble_of_all,
+)
 from hrm_megatron.cluster.record import describe_start
 from hrm_megatron.config import ConfigError
 from hrm_megatron.program import one_line, write_aside
 
-SUMMARY_LINES = 40  # of an error summary in the job's log; the file has all
+SUMMARY_LINES = 40  # of an error summary shown in the job's log; the file has all
 
 
 def begin(arguments: argparse.Namespace, history: History) -> Verdict:
-    """Write down a start, unless the run is over or has been given a node that it avoids."""
+    """Record a start and decide whether to launch: not if another job trains this run, too many starts have failed, or
+    an excluded node was allocated."""
     logs = _logs(arguments)
-    if not logs.is_dir():  # the batch script has made it
+    if not logs.is_dir():  # created by the batch script
         raise ConfigError(f"--save {arguments.checkpoints}: not mounted in the container; add it to MOUNTS")
     unended = {one.job for one in history.attempts if one.end == RUNNING} - {arguments.job}
     if rivals := unended & {*arguments.running.split()}:
@@ -54,16 +62,18 @@ def begin(arguments: argparse.Namespace, history: History) -> Verdict:
 
 
 def judge(arguments: argparse.Namespace, history: History) -> Verdict:
-    """Name the bad nodes of this start by their reports, and remember them."""
+    """Find the bad nodes of this start from their reports, and exclude them from now on."""
     attempt, reports = history.up_to(arguments.job, arguments.restart)[-1], read_reports(arguments.reports)
     not_ended = Verdict(GO, f"the check has not ended on any node ({arguments.reports}), so it blames none")
-    if not reports:  # not all nodes at once: to avoid them would only empty the cluster
+    if not reports:  # do not blame all nodes at once: excluding them would only empty the cluster
         return not_ended
-    if why := trouble_of_all(reports, attempt.nodes):
-        return decide(history.end(attempt.job, attempt.restart, REFUSED, saved_step(arguments.checkpoints), why),
-                      arguments.max_failures)
     bad = find_bad_nodes(reports, attempt.nodes, Limits(**{
         name: value for name, value in vars(arguments).items() if name in Limits.__dataclass_fields__}))
+    if why := trouble_of_all(reports, attempt.nodes) or all_are_bad(bad, attempt.nodes):
+        return decide(history.end(attempt.job, attempt.restart, REFUSED, saved_step(arguments.checkpoints), why),
+                      arguments.max_failures)
+    if why := nothing_known(reports):
+        print(f"slurm: {why}", file=sys.stderr)
     if not bad and all(report.error for report in reports):
         return not_ended
     if bad:
@@ -72,20 +82,20 @@ def judge(arguments: argparse.Namespace, history: History) -> Verdict:
 
 
 def end(arguments: argparse.Namespace, history: History) -> Verdict:
-    """Write down how a launch ended, with one summary of its errors."""
-    attempt = history.up_to(arguments.job, arguments.restart)[-1]  # else nobody has begun it
+    """Record how a launch ended, and write one summary of its errors."""
+    attempt = history.up_to(arguments.job, arguments.restart)[-1]  # raises if it was never begun
     step, logs = saved_step(arguments.checkpoints), _logs(arguments)
     failures = read_failures(logs)
     outcome, why = first_cause(failures, arguments.code)
-    # One that was told of the limit may never have launched, and then it has made up no evaluation; one that went back
-    # began elsewhere.
+    # A launch signalled at the time limit may not have run, so it has made up no missing evaluation; one that rolled
+    # back began at another step.
     began = None if arguments.signalled or history.went_back_in(attempt) else attempt.first_step
     how = how_it_ended(arguments.code, outcome, is_done(arguments.checkpoints, began, step, arguments.train_iters),
                        arguments.signalled)
     if arguments.cancelled:
         how = CANCELLED
     elif arguments.code:
-        summary = summarize(failures, arguments.code)
+        summary = summarize(failures, arguments.code, logs)
         write_aside(logs / SUMMARY_FILE, summary)
         shown = summary.splitlines()
         print(*shown[:SUMMARY_LINES], f"all of it, and the log of each rank: {logs}", sep="\n", file=sys.stderr)
@@ -103,7 +113,7 @@ def _avoid(arguments: argparse.Namespace, history: History, bad: dict[str, str])
 
 
 def _logs(arguments: argparse.Namespace) -> Path:
-    """The folder of a start, below the run's."""
+    """Return the folder of a start, inside the run's."""
     folder: Path = arguments.folder
     return folder / f"{arguments.job}.{arguments.restart}"
 

@@ -1,4 +1,5 @@
-"""The starts of a run under Slurm, and whether it starts once more: a file in its folder and one table of rules."""
+"""The starts of a run under Slurm, recorded in a file of its folder, and the rules that decide whether it is
+requeued."""
 from __future__ import annotations
 
 import itertools
@@ -16,28 +17,29 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.program import write_aside
 
 ATTEMPTS_FILE, EXCLUDED_FILE = "attempts.json", "excluded.json"
-# Of training:
+# Files that training writes:
 ARGUMENTS_FILE, EARLY_STOPPING_FILE, EVALUATED_FILE = "arguments.txt", "early_stopping.json", "evaluated.json"
 RETURN_FILE = "went_back.json"
 MATCHED = re.compile(r"^match_flops_of \.+ (?!None$).*^train_iters \.+ (\d+)$", re.MULTILINE | re.DOTALL)  # sorted
 
-# How an attempt ended, beside the outcomes of a launch that failed. LOST: nobody wrote down its end, as when the node
-# of the batch script dies. CANCELLED: also preempted, or another node was lost; if Slurm queues the job once more, that
-# is its own doing.
+# How an attempt ended, besides the outcomes of a failed launch. LOST: its end was not recorded, e.g. because the node
+# of the batch script died. CANCELLED: also preempted, or a node was lost; Slurm itself decides whether to requeue the
+# job.
 RUNNING, FINISHED, LIMIT, ENDED, BAD_NODE, LOST, CANCELLED = (
     "running", "finished", "time limit", "ended early", "bad node", "lost", "stopped by Slurm")
 FAILURES = (FAILED, BAD_NODE, LOST)
-# A job that fails again and again, but saves a step each time, stops at so many times MAX_FAILURES within a day: 20 by
-# default, where 1,024 GPUs fail 3 times (planner/goodput.py: GPU_MTTF_HOURS).
+# A job that keeps failing but saves a step each time is stopped after A_DAY x MAX_FAILURES failures within a day: 20 by
+# default, while 1,024 GPUs are expected to fail 3 times (planner/goodput.py: GPU_MTTF_HOURS).
 DAY_SECONDS, A_DAY = 24 * 3600, 4
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job: `first_step` and `last_step` are the last saved steps when it began and when it ended.
+    """One start of a job: `first_step` and `last_step` are the latest saved steps when it began and when it ended.
 
-    `ended` is when it did, in seconds since 1970; 0: not yet, or nobody wrote it down. `returned`: when the run had
-    last gone back by --ckpt-step, as this start began; `went_back`: it did so itself, and its steps are other ones.
+    `ended` is the time of its end in seconds since 1970; 0: still running, or not recorded. `returned` is the time of
+    the run's latest rollback by --ckpt-step when this start began; `went_back`: it rolled back itself, so its steps are
+    not comparable with earlier ones.
     """
 
     job: str
@@ -58,7 +60,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the batch script does next, and the line that says why."""
+    """The batch script's next action, and the reason in one line."""
 
     action: str
     why: str
@@ -68,19 +70,19 @@ GO, REQUEUE, DONE, STOP = "go", "requeue", "done", "stop"
 
 
 def decide(attempts: list[Attempt], most_failures: int) -> Verdict:
-    """Say whether the job of the last attempt, which has ended, is queued once more."""
+    """Decide whether the job of the last attempt, which has ended, is requeued."""
     last = attempts[-1]
     mine = [attempt for attempt in attempts if attempt.job == last.job]
     if last.end == FINISHED:
         return Verdict(DONE, f"done at step {last.last_step}")
     if last.end in (REFUSED, CANCELLED):
         return Verdict(STOP, f"{last.end}{f': {last.why}' if last.why else ''}")
-    # An attempt that a bad node kept from training says nothing about the run.
+    # Attempts that ended because of a bad node do not count.
     trained = [attempt for attempt in mine if attempt.end != BAD_NODE]
     if trained == [last] and last.end == ENDED and last.last_step == last.first_step and not last.went_back:
         return Verdict(DONE, f"ended well and saved no step after {last.last_step} (--skip-train, --print-config and "
                              "the like): not queued again")
-    # A rollback leaves out more rows than the one before, and bounds by itself how often; by --ckpt-step it comes once.
+    # A rollback skips more rows than the one before and limits its own number; one by --ckpt-step happens once.
     returns = last.end in (BAD_NODE, WENT_BACK) or last.went_back
     if not returns and len(trained) > 1 and last.last_step <= trained[-2].last_step:
         return Verdict(STOP, f"no progress: step {last.last_step} was the last one saved when attempt "
@@ -102,19 +104,19 @@ def _failures(attempts: Iterable[Attempt]) -> int:
 
 
 def how_it_ended(code: int, outcome: str, done: bool, signalled: bool) -> str:
-    """Name the end of a launch that returned `code`; `outcome` is of one that failed, `signalled`: it was told of the
-    limit before."""
+    """Return how a launch with exit code `code` ended; `outcome` is that of a failed one, `signalled`: it was signalled
+    at the time limit."""
     if code == 0:
         return FINISHED if done else LIMIT if signalled else ENDED
     return LIMIT if signalled and outcome == FAILED else outcome
 
 
 def is_done(checkpoints: Path, first_step: int | None, last_step: int, train_iters: int) -> bool:
-    """Say whether a run that has ended in peace behind `last_step` has come to its end: `train_iters`, the number of
-    steps that --match-flops-of makes of it, or where it was stopped early.
+    """Whether a run that exited with code 0 after `last_step` is complete: at `train_iters` (or the number of steps
+    that --match-flops-of makes of it), or where early stopping ended it.
 
-    Its last evaluation must have come, too. One that began at that step, `first_step`, was there to make it up, and no
-    other could do more; None: it may have done nothing.
+    Its last evaluation must be done, too. A start that began at that step (`first_step`) had only the missing
+    evaluation to make up, so another start could do no more; None: this start may have done nothing.
     """
     if last_step not in (first_step, _entry(checkpoints / EVALUATED_FILE, "iteration")):
         return False
@@ -129,12 +131,12 @@ def is_done(checkpoints: Path, first_step: int | None, last_step: int, train_ite
 def _entry(place: Path, name: str) -> Any:
     try:
         return json.loads(place.read_text(encoding="utf-8")).get(name)
-    except (FileNotFoundError, ValueError, AttributeError):  # a damaged one, training refuses or writes anew
+    except (FileNotFoundError, ValueError, AttributeError):  # training refuses or rewrites a damaged file
         return None
 
 
 def saved_step(checkpoints: Path) -> int:
-    """Return the last step that is completely saved, 0 before the first."""
+    """Return the step of the latest complete checkpoint, 0 before the first."""
     place = checkpoints / TRACKER_FILE
     try:
         return int(place.read_text())
@@ -145,7 +147,8 @@ def saved_step(checkpoints: Path) -> int:
 
 
 class History:
-    """The attempts of a run and the nodes that it avoids, in `folder`; of the run in `checkpoints`, if that has any."""
+    """The attempts of a run and its excluded nodes, kept in `folder`; `checkpoints` is the run's --save, to detect
+    rollbacks."""
 
     def __init__(self, folder: Path, checkpoints: Path | None = None) -> None:
         self.folder = folder
@@ -155,7 +158,8 @@ class History:
         self.excluded: dict[str, str] = _read(folder / EXCLUDED_FILE, {})  # node > why
 
     def begin(self, attempt: Attempt) -> list[Attempt]:
-        """Write down a start, and as lost all whose end nobody wrote down; return its job's up to the last of those."""
+        """Record a start, and mark as lost all whose end was not recorded; return the attempts up to the last lost one
+        of this job."""
         lost: list[Attempt] = []
         for one in [one for one in self.attempts if one.end == RUNNING]:
             ended = self.end(one.job, one.restart, LOST, attempt.first_step, "node failure, or killed")
@@ -165,7 +169,7 @@ class History:
         return lost
 
     def up_to(self, job: str, restart: int) -> list[Attempt]:
-        """Return the attempts up to this one; those of other jobs may come after it."""
+        """Return the attempts up to this one; attempts of other jobs may follow it."""
         for count in range(len(self.attempts), 0, -1):
             if (self.attempts[count - 1].job, self.attempts[count - 1].restart) == (job, restart):
                 return self.attempts[:count]
@@ -173,11 +177,11 @@ class History:
                           "between two commands, and mounted in the container (MOUNTS)?")
 
     def went_back_in(self, attempt: Attempt) -> bool:
-        """Say whether the run has gone back since this start began."""
+        """Whether the run has rolled back since this start began."""
         return self.returned != attempt.returned
 
     def end(self, job: str, restart: int, end: str, last_step: int, why: str = "") -> list[Attempt]:
-        """Write down how a start ended; return the attempts up to it."""
+        """Record how a start ended; return the attempts up to it."""
         ended = self.up_to(job, restart)
         ended[-1] = replace(ended[-1], end=end, last_step=last_step, why=why, ended=time.time(),
                             went_back=self.went_back_in(ended[-1]))
@@ -186,7 +190,7 @@ class History:
         return ended
 
     def exclude(self, nodes: dict[str, str]) -> None:
-        """Remember nodes that the run is to avoid, and why; delete a line of the file when a node is mended."""
+        """Record nodes to exclude, and why; delete a node's line from the file when it is repaired."""
         self.excluded |= nodes
         self.folder.mkdir(parents=True, exist_ok=True)
         write_aside(self.folder / EXCLUDED_FILE, json.dumps(self.excluded, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Why a launch failed: the error files of all ranks in one summary, the one that failed first on top."""
+"""Why a launch failed: one summary of the error files of all ranks, the first failure on top."""
 from __future__ import annotations
 
 import json
@@ -6,19 +6,21 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-ERROR_FILE, SUMMARY_FILE = "error.json", "errors.txt"  # the first is torchrun's, and training/error_file.py's
-# What a rank says that only lost another one.
+from hrm_megatron.program import write_aside
+
+ERROR_FILE, SUMMARY_FILE = "error.json", "errors.txt"  # the first is written by torchrun and training/error_file.py
+# Errors of a rank that only lost its connection to another one.
 LOST_A_PEER = re.compile(r"Connection (?:refused|(?:closed|reset) by (?:remote )?peer)|Software caused connection abort"
                          r"|NCCL (?:communicator was aborted|remote process exited)"
                          r"|Broken pipe|Timed? ?out|ncclRemoteError|DistNetworkError|SignalException|recvValue failed",
                          re.IGNORECASE)
-ONE_LINE = "error: "  # how training begins what one line says
-FAILED, REFUSED, WENT_BACK = "failed", "refused", "went back"  # how a launch may end, as training/error_file.py says
+ONE_LINE = "error: "  # prefix of training's one-line errors
+FAILED, REFUSED, WENT_BACK = "failed", "refused", "went back"  # outcomes, as in training/error_file.py
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What one rank left: `written_ns` is the file server's time, the same clock for all nodes."""
+    """The error file of one rank; `written_ns` is the file server's time, one clock for all nodes."""
 
     place: str
     written_ns: int
@@ -35,24 +37,28 @@ class Failure:
 
 
 def read_failures(logs: Path) -> list[Failure]:
-    """Read all error files under `logs`: the first cause before those that only lost a peer, then by time."""
+    """Read all error files under `logs`, sorted: ranks that only lost a peer last, else by time."""
     found = []
     for path in logs.rglob(ERROR_FILE):
-        node, *_, local_rank = path.parent.relative_to(logs).parts
-        found.append(Failure(f"node {node}, local rank {local_rank}", path.stat().st_mtime_ns, *_read(path)))
+        node, *inner = path.parent.relative_to(logs).parts
+        place = f"node {node}, local rank {inner[-1]}" if inner else f"node {node}"
+        found.append(Failure(place, path.stat().st_mtime_ns, *_read(path)))
     return sorted(found, key=lambda failure: (failure.lost_a_peer, failure.written_ns, failure.place))
 
 
 def first_cause(failures: list[Failure], code: int) -> tuple[str, str]:
-    """Return the outcome of a launch that failed, and why in one line."""
+    """Return the outcome of a failed launch, and the reason in one line."""
     if not failures:
         return FAILED, f"exit code {code}, no trace"
     first = failures[0]
     return first.outcome, first.last_line if first.outcome == FAILED else first.trace.removeprefix(ONE_LINE).strip()
 
 
-def summarize(failures: list[Failure], code: int) -> str:
-    """Write the summary; the trace of the first cause comes first."""
+def summarize(failures: list[Failure], code: int, logs: Path) -> str:
+    """Return the summary, with the trace of the first cause on top."""
+    if not failures and not any(path.stat().st_size for path in logs.rglob("std*.log")):
+        return (f"exit code {code}, and no rank has said anything: the launcher failed, or was killed; see the log of "
+                "the job\n")
     if not failures:
         return (f"exit code {code}, and no rank left a trace: it was killed (memory, a signal, its node); see the "
                 "logs beside this file\n")
@@ -64,8 +70,15 @@ def summarize(failures: list[Failure], code: int) -> str:
     return text + "".join(f"then {other.place}: {other.last_line}\n" for other in others)
 
 
+def write_refusal(folder: Path, line: str) -> None:
+    """Write an error file to the folder of a node or rank that says why its launcher starts nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    message = dict(message=line, extraInfo=dict(py_callstack=f"{ONE_LINE}{line}", outcome=REFUSED))
+    write_aside(folder / ERROR_FILE, json.dumps(dict(message=message)))
+
+
 def _read(path: Path) -> tuple[str, str]:
-    """Return the trace in an error file, and the outcome; torch's own say none."""
+    """Return the trace and the outcome in an error file; torch's own files have no outcome."""
     try:
         message = json.loads(path.read_text(encoding="utf-8"))["message"]
         if isinstance(message, str):

@@ -1,4 +1,4 @@
-"""Which nodes are bad, by what each measured of itself: plain rules over reports, no node is asked again."""
+"""Find bad nodes from the report that each node wrote about itself, by fixed rules."""
 from __future__ import annotations
 
 import argparse
@@ -12,27 +12,29 @@ from pathlib import Path
 from hrm_megatron.cluster.failures import LOST_A_PEER
 from hrm_megatron.program import write_aside
 
-NOT_DONE = "the nodes were not done after"  # begins the error of one that waited for others in vain
+MOST_NAMED = 3  # nodes named when all are bad
+NOT_DONE = "the nodes were not done after"  # start of the error of a node that waited for others in vain
 
 
 @dataclass
 class Report:
-    """What a node measured. Rates are of its slowest GPU, or of its CPU; None: not measured, or not reached."""
+    """Measurements of a node. Rates are those of its slowest GPU, or of its CPU; None: not measured, or not reached."""
 
     node: str
-    gpus: int
+    gpus: int  # seen by torch
     expected_gpus: int
-    faults: list[str] = field(default_factory=list)  # what nvidia-smi knows: ECC, rows, clocks
+    faults: list[str] = field(default_factory=list)  # reported by nvidia-smi: ECC, row remapping, clocks
+    nvidia_smi_error: str | None = None  # why it reports nothing
     matmul_tflops: float | None = None
     storage_write_gbs: float | None = None
     storage_read_gbs: float | None = None
-    clock_ahead_seconds: float | None = None  # of the first node's
+    clock_ahead_seconds: float | None = None  # relative to the first node
     node_all_reduce_gbs: float | None = None  # bus bandwidth among its GPUs
-    pair_all_reduce_gbs: dict[str, float] = field(default_factory=dict)  # other node > bus bandwidth between both
+    pair_all_reduce_gbs: dict[str, float] = field(default_factory=dict)  # other node > bus bandwidth of the pair
     seconds: float | None = None
     error: str | None = None  # what ended the measurement
     storage_error: str | None = None
-    run_fault: str | None = None  # what no node is to blame for, and would keep the run from training anywhere
+    run_fault: str | None = None  # a fault of the run, not of a node, which would stop it on any nodes
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,12 +43,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a good node has. Shares are of the median of the job's nodes; the other limits are off at 0."""
+    """Limits for a good node. Shares are relative to the median of the job's nodes; the other limits are off at 0."""
 
-    matmul_share: float = 0.85  # GPUs of a kind differ by some percent (power, temperature)
+    matmul_share: float = 0.85  # GPUs of one kind differ by a few percent (power, temperature)
     all_reduce_share: float = 0.7
     storage_share: float = 0.2  # nodes share the file system, and measure it at the same time
-    clock_seconds: float = 1.0  # more confuses logs and file times; training itself asks no clock
+    clock_seconds: float = 1.0  # more confuses logs and file times; training itself does not depend on clocks
     matmul_tflops: float = 0.0
     node_all_reduce_gbs: float = 0.0
     pair_all_reduce_gbs: float = 0.0
@@ -61,25 +63,44 @@ class Limits:
 
 
 def read_reports(folder: Path) -> list[Report]:
-    """Read what the nodes wrote; a report that is not whole counts as none."""
+    """Read the reports of the nodes; an incomplete report counts as none."""
     found = []
-    for path in sorted(folder.glob("[!.]*.json")):  # hidden: half of one, whose writer was killed
+    for path in sorted(folder.glob("[!.]*.json")):  # hidden: incomplete, its writer was killed
         with contextlib.suppress(ValueError, TypeError):
             found.append(Report(**json.loads(path.read_text(encoding="utf-8"))))
     return found
 
 
 def trouble_of_all(reports: Sequence[Report], nodes: Sequence[str]) -> str | None:
-    """Say what is no node's fault, but the run's, or of the storage that all of `nodes` share."""
+    """Return a fault of the run or of the storage shared by all of `nodes`, for which no node is to blame, or None."""
     storage = {report.node: report.storage_error for report in reports if report.storage_error}
     return next((report.run_fault for report in reports if report.run_fault),
                 storage[nodes[0]] if storage.keys() >= set(nodes) else None)
 
 
+def nothing_known(reports: Sequence[Report]) -> str | None:
+    """Return a line if nvidia-smi works on no node, which is no fault of nodes whose GPUs compute; else None."""
+    if not reports or not all(report.nvidia_smi_error for report in reports):
+        return None
+    return f"{reports[0].nvidia_smi_error}, on all nodes: ECC errors, row remappings and slowdowns are not checked"
+
+
+def all_are_bad(bad: dict[str, str], nodes: Sequence[str]) -> str | None:
+    """Return a line if all of several nodes are bad, else None: excluding them would only bring more nodes of the same
+    kind."""
+    if len(bad) < len(nodes) or len(nodes) == 1:
+        return None
+    named = "; ".join(f"{node}: {why}" for node, why in [*bad.items()][:MOST_NAMED])
+    more = f"; and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
+    return (f"no node of the job is good, so none is avoided: {named}{more}. Mend what they have in common (GPUS, "
+            "PREFLIGHT_LIMITS, NVIDIA_DRIVER_CAPABILITIES=compute,utility in a container), or set PREFLIGHT=0")
+
+
 def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limits) -> dict[str, str]:
-    """Name each bad node of `nodes` and why: node > reasons."""
+    """Return the bad nodes of `nodes` with reasons: node > reasons."""
     by_node = {report.node: report for report in reports}
-    shared = len(reports) > 1 and all(report.storage_error for report in reports)  # and not of these nodes
+    shared = len(reports) > 1 and all(report.storage_error for report in reports)  # so not these nodes' fault
+    unknown = nothing_known(reports)
     bad: dict[str, list[str]] = {node: [] for node in nodes}
     for node in nodes:
         if (report := by_node.get(node)) is None:
@@ -88,9 +109,11 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
         if report.gpus < report.expected_gpus:
             bad[node].append(f"{report.gpus} of {report.expected_gpus} GPUs")
         bad[node] += report.faults
+        if report.nvidia_smi_error and not unknown:
+            bad[node].append(report.nvidia_smi_error)
         if report.storage_error and not shared:
             bad[node].append(report.storage_error)
-        if report.matmul_tflops is None and report.error:  # it failed alone, before it could wait for another
+        if report.matmul_tflops is None and report.error:  # failed by itself, before waiting for others
             bad[node].append(report.error)
     present = [by_node[node] for node in nodes if node in by_node]
     for what, unit, share, least, value in _rates(limits):
@@ -110,8 +133,8 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
     waited = {node: error for node, error in failed.items() if error.startswith(NOT_DONE)}
     own = {node: error for node, error in failed.items()
            if node not in waited and ("CUDA error" in error or not LOST_A_PEER.search(error))}
-    # An error follows from another node's fault, where there is one, or from its end; if all waited in vain, nobody
-    # knows for whom.
+    # An error may follow from another node's fault or death, if there is one; if all waited in vain, no one knows for
+    # whom.
     if not any(bad.values()):
         for node, error in (own or (waited if len(failed) < len(nodes) else {})).items():
             bad[node].append(error)
@@ -119,7 +142,7 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
 
 
 def _slow_links(reports: Sequence[Report], limits: Limits) -> dict[str, str]:
-    """Blame a node that is slow with two partners; with one it may be the partner."""
+    """Return nodes that are slow with both of their partners; if slow with one only, the partner may be the cause."""
     best = [max(report.pair_all_reduce_gbs.values()) for report in reports if report.pair_all_reduce_gbs]
     wanted = max(limits.pair_all_reduce_gbs, limits.all_reduce_share * statistics.median(best)) if best else 0.0
     return {report.node: "all-reduce with " + " and ".join(
@@ -130,7 +153,7 @@ def _slow_links(reports: Sequence[Report], limits: Limits) -> dict[str, str]:
 
 
 def _rates(limits: Limits) -> list[tuple[str, str, float, float, Callable[[Report], float | None]]]:
-    """List (what, unit, share of the median, least, how to read it)."""
+    """Return (name, unit, share of the median, minimum, getter) of each rate."""
     return [
         ("matmul", "TFLOP/s", limits.matmul_share, limits.matmul_tflops, lambda report: report.matmul_tflops),
         ("all-reduce within the node", "GB/s", limits.all_reduce_share, limits.node_all_reduce_gbs,

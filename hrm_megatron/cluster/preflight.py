@@ -1,7 +1,7 @@
-"""Measure a node before a run is trusted to it: `python -m hrm_megatron.cluster.preflight`, a task for each node.
+"""Check a node before a run uses it: `python -m hrm_megatron.cluster.preflight`, one task per node.
 
-A report is written before nodes talk to each other, and again after, so that a node which cannot be reached is known
-by what it lacks. On a machine without GPUs the same is measured of the CPU, over gloo.
+A report is written before the nodes communicate and again afterwards, so that an unreachable node is known by what its
+report lacks. Without GPUs the CPU is measured instead, over gloo.
 """
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 
-from hrm_megatron.cluster.node import node_name
+from hrm_megatron.cluster.host import node_name, raise_file_limit
 from hrm_megatron.cluster.node_check import NOT_DONE, Report
 
 MATMUL_SIZE, ALL_REDUCE_BYTES, STORAGE_BYTES = 8192, 256 << 20, 256 << 20
 CPU_MATMUL_SIZE, CPU_ALL_REDUCE_BYTES = 512, 4 << 20
-WARMUP_ROUNDS, ROUNDS = 3, 5  # the first connects
-WARMUP_SECONDS = 0.5  # clocks of an idle GPU rise within that
-# Between a node's limit and its end, which breaks the connections of others: so much later they may have started.
+WARMUP_ROUNDS, ROUNDS = 3, 5  # the first round connects
+WARMUP_SECONDS = 0.5  # for the clocks of an idle GPU to rise
+# From a node's time limit until it exits, which breaks the connections of others, that may have started this much
+# later.
 GRACE_SECONDS = 10.0
-# Of nvidia-smi (`--help-query-gpu`); what an older driver or a GPU does not know it calls N/A or not supported.
+# Queries of nvidia-smi (`--help-query-gpu`); unsupported ones give N/A or Not Supported.
 FAULTS = {
     "ecc.errors.uncorrected.volatile.total": "uncorrected ECC errors",
     "remapped_rows.failure": "failed row remappings",
@@ -46,27 +47,27 @@ FAULTS = {
 FINE = ("0", "No", "Not Active", "N/A", "[N/A]", "[Not Supported]", "Not Supported")
 
 
-def look_at_gpus() -> tuple[int, list[str]]:
-    """Return the number of GPUs that answer, and the faults that nvidia-smi knows of them."""
+def look_at_gpus() -> tuple[list[str], str | None]:
+    """Return the faults that nvidia-smi reports, and an error if it does not work."""
     try:
         done = subprocess.run(["nvidia-smi", f"--query-gpu=index,{','.join(FAULTS)}", "--format=csv,noheader,nounits"],
                               capture_output=True, text=True, timeout=20)
     except FileNotFoundError:
-        return 0, []
+        return [], "nvidia-smi: not found"
     except subprocess.TimeoutExpired:
-        return 0, ["nvidia-smi does not answer"]
+        return [], "nvidia-smi does not answer"
     if done.returncode:
-        return 0, [f"nvidia-smi: {(done.stderr or done.stdout).strip()}"]
+        return [], f"nvidia-smi: {(done.stderr or done.stdout).strip()}"
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
-    return len(rows), [f"GPU {index}: {name} ({value})" for index, *values in rows
-                       for name, value in zip(FAULTS.values(), values, strict=True) if value not in FINE]
+    return [f"GPU {index}: {name} ({value})" for index, *values in rows
+            for name, value in zip(FAULTS.values(), values, strict=True) if value not in FINE], None
 
 
 def storage_gbs(folder: Path, size_bytes: int = STORAGE_BYTES) -> tuple[float, float]:
-    """Write and read a file in the run's folder, past the page cache as far as the system allows; GB/s of both."""
+    """Write and read a file in the run's folder, bypassing the page cache as far as possible; return GB/s of both."""
     block = os.urandom(min(size_bytes, 16 << 20))
     blocks = size_bytes // len(block)
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:  # without a name, so that no kill leaves it behind
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:  # unnamed, so it vanishes even if killed
         begun = time.perf_counter()
         for _ in range(blocks):
             file.write(block)
@@ -90,12 +91,12 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def _best_seconds(run: Callable[[], object]) -> float:
-    """Time `run` as often as every other process does: it may be a collective."""
+    """Return the best time of a fixed number of runs, the same on every process since `run` may be a collective."""
     return min(_timed(run) for _ in range(WARMUP_ROUNDS + ROUNDS))
 
 
 def matmul_tflops() -> float:
-    """Best rate of matmuls: bf16 on a GPU, fp32 on a CPU."""
+    """Return the best rate of matmuls: bf16 on a GPU, fp32 on a CPU."""
     cuda = torch.cuda.is_available()
     size = MATMUL_SIZE if cuda else CPU_MATMUL_SIZE
     a, b = (torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
@@ -105,13 +106,13 @@ def matmul_tflops() -> float:
         return a @ b
 
     warm = time.perf_counter() + WARMUP_SECONDS
-    while cuda and time.perf_counter() < warm:  # clocks rise under load
+    while cuda and time.perf_counter() < warm:  # let clocks rise under load
         _timed(multiply)
     return 2 * size ** 3 / _best_seconds(multiply) / 1e12
 
 
 def all_reduce_gbs(group: dist.ProcessGroup) -> float:
-    """Bus bandwidth of an all-reduce: 2 (n - 1) / n of its bytes cross each link."""
+    """Return the bus bandwidth of an all-reduce: 2 (n - 1) / n of its bytes cross each link."""
     cuda, n = torch.cuda.is_available(), group.size()
     size = ALL_REDUCE_BYTES if cuda else CPU_ALL_REDUCE_BYTES
     buffer = torch.ones(size // 4, device="cuda" if cuda else "cpu")
@@ -123,7 +124,8 @@ def all_reduce_gbs(group: dist.ProcessGroup) -> float:
 
 
 def clock_ahead_seconds(rank: int, first_ranks: list[int]) -> float:
-    """How far this node's clock is ahead of the first's, to half a round trip: each node in turn asks the first."""
+    """Return how far this node's clock is ahead of the first node's, accurate to half a round trip. Nodes ask the first
+    in turn."""
     ahead, theirs = 0.0, torch.zeros(1, dtype=torch.float64)
     for other, _ in itertools.product(first_ranks[1:], range(2)):  # twice: the first time connects
         if rank == 0:
@@ -138,8 +140,8 @@ def clock_ahead_seconds(rank: int, first_ranks: list[int]) -> float:
 
 
 def rounds_of_pairs(nodes: int) -> list[list[tuple[int, int]]]:
-    """Rounds of disjoint pairs in which every node has two partners, as far as there are so many nodes: at most three,
-    for a ring of any length."""
+    """Return rounds of disjoint pairs in which every node gets two partners, if there are enough nodes: the edges of a
+    ring, in at most three rounds."""
     rounds = [[(first, first + 1) for first in range(start, nodes - 1, 2)] for start in (0, 1)] + [[]]
     if nodes > 2:
         rounds[1 + nodes % 2].append((0, nodes - 1))
@@ -147,9 +149,9 @@ def rounds_of_pairs(nodes: int) -> list[list[tuple[int, int]]]:
 
 
 def group_of(nodes: Sequence[int], per_node: int) -> dist.ProcessGroup:
-    """Make a group of all processes of these nodes; no others wait for it.
+    """Return a process group of all processes of these nodes; no other process takes part in creating it.
 
-    All must have made as many before, for torch names it by its ranks and that number.
+    All members must have created equally many groups before, since torch names a group by its ranks and that count.
     """
     return dist.new_group([node * per_node + local for node in nodes for local in range(per_node)],
                           use_local_synchronization=True)
@@ -157,7 +159,7 @@ def group_of(nodes: Sequence[int], per_node: int) -> dist.ProcessGroup:
 
 def measure_process(local_rank: int, options: argparse.Namespace, results: SimpleQueue[tuple[str, Any]],
                     alone_done: Barrier) -> None:
-    """Be the process of one GPU: alone, then with the node's others, then with other nodes."""
+    """Measure as the process of one GPU: alone, then within the node, then with other nodes."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -167,7 +169,7 @@ def measure_process(local_rank: int, options: argparse.Namespace, results: Simpl
     alone_done.wait()
     per_node, nodes = options.processes, options.nodes
     rank = options.node * per_node + local_rank
-    # nodes wait as long as the slowest needs for what it measures alone
+    # nodes wait until the slowest has finished measuring alone
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=f"tcp://{options.master}", rank=rank,
                             world_size=nodes * per_node,
                             timeout=timedelta(seconds=options.timeout_seconds + GRACE_SECONDS))
@@ -178,7 +180,7 @@ def measure_process(local_rank: int, options: argparse.Namespace, results: Simpl
         results.put(("clock", ahead))
     if per_node > 1:
         results.put(("node", all_reduce_gbs(group_of([options.node], per_node))))
-    for pairs in rounds_of_pairs(nodes):  # a round's pairs all at once: training loads all links, too
+    for pairs in rounds_of_pairs(nodes):  # the pairs of a round run at once, since training loads all links too
         pair = next((pair for pair in pairs if options.node in pair), (options.node,))
         group = group_of(pair, per_node)
         for other in {*pair} - {options.node}:
@@ -190,11 +192,16 @@ def measure_process(local_rank: int, options: argparse.Namespace, results: Simpl
 
 
 def measure_node(options: argparse.Namespace) -> Report:
-    """Measure this node, and write its report twice."""
+    """Measure this node and write its report, before and after communicating."""
     begun = time.monotonic()
-    gpus, faults = look_at_gpus()
-    report = Report(node_name(), gpus, options.gpus, faults)
-    options.processes = torch.cuda.device_count() or 1
+    report = Report(node_name(), torch.cuda.device_count(), options.gpus)
+    options.processes = report.gpus or 1
+    report.run_fault = raise_file_limit(options.nodes * options.processes)
+    if report.run_fault:
+        report.write(options.output)
+        return report
+    if options.gpus:
+        report.faults, report.nvidia_smi_error = look_at_gpus()
     try:
         report.storage_write_gbs, report.storage_read_gbs = storage_gbs(options.storage, options.storage_bytes)
     except OSError as error:
@@ -211,7 +218,7 @@ def measure_node(options: argparse.Namespace) -> Report:
     deadline = begun + options.timeout_seconds
     try:
         while alone_done.n_waiting < options.processes:
-            running.join(timeout=0.1)  # one that has failed raises its error here
+            running.join(timeout=0.1)  # raises the error of a failed process
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"what is measured alone was not done after {options.timeout_seconds:g} s")
         alone_done.wait()
@@ -220,16 +227,18 @@ def measure_node(options: argparse.Namespace) -> Report:
         if not _ended(running, deadline):
             report.error = f"{NOT_DONE} {options.timeout_seconds:g} s"
             report.write(options.output)
-            with contextlib.suppress(Exception):  # as others end
+            with contextlib.suppress(Exception):  # errors from other nodes that end
                 if _ended(running, deadline + GRACE_SECONDS):
                     report.error = None
-    except Exception as error:  # whatever ended it: the report says so, and who is to blame is found out from all
+    except Exception as error:  # any error goes into the report; find_bad_nodes decides who is to blame
         report.error = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         if "EADDRINUSE" in report.error:
             report.run_fault = taken(options.master.rpartition(":")[2])
+        elif os.strerror(errno.EMFILE) in report.error:
+            report.run_fault = f"{report.error} ({report.node}): raise the limit of open files (ulimit -Hn)"
     for process in running.processes:
         process.kill()
-    if report.matmul_tflops is not None:  # else a GPU failed alone, which the others' rates would hide
+    if report.matmul_tflops is not None:  # else a GPU failed by itself, which the others' rates would hide
         _take(results, report)
     report.seconds = time.monotonic() - begun
     report.write(options.output)
@@ -237,7 +246,7 @@ def measure_node(options: argparse.Namespace) -> Report:
 
 
 def _ended(running: ProcessContext, deadline: float) -> bool:
-    """Tell whether all processes have ended by then; one that has failed raises its error."""
+    """Whether all processes have ended by `deadline`; raises the error of a failed one."""
     while not running.join(timeout=max(0.0, deadline - time.monotonic())):
         if time.monotonic() >= deadline:
             return False
@@ -245,7 +254,8 @@ def _ended(running: ProcessContext, deadline: float) -> bool:
 
 
 def look_at_port(port: int) -> str | None:
-    """Say that something listens where training will: its ranks would meet there with another job's, unawares."""
+    """Return an error if training's port is taken: its ranks would otherwise connect to another job's without
+    noticing."""
     try:
         socket.create_server(("", port)).close()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The record of one start: which code, command, versions, data and nodes a run had."""
+"""The record of one start: code, command, versions, data and nodes of a run."""
 from __future__ import annotations
 
 import hashlib
@@ -20,7 +20,8 @@ KEPT_VARIABLES = re.compile(r"^(NCCL_|TORCH_|TORCHELASTIC_|NVTE_|CUDA_|OMP_|SLUR
 
 
 def describe_start(arguments: Sequence[str], nodes: Sequence[str]) -> dict[str, Any]:
-    """Describe this start, beside what training itself writes down (arguments.txt, the checkpoints' manifests)."""
+    """Return a description of this start, in addition to what training records (arguments.txt, the checkpoints'
+    manifests)."""
     root = Path(hrm_megatron.__file__).parents[1]
     return {
         "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -36,8 +37,8 @@ def describe_start(arguments: Sequence[str], nodes: Sequence[str]) -> dict[str, 
 
 
 def _data(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (path, SHA-256): of a dataset's manifest, which names its shards by their contents, or of what a folder
-    says about itself."""
+    """Yield (path, SHA-256) of each dataset's manifest, which names its shards by content, or of a folder's
+    metadata.json."""
     flag = ""
     for argument in arguments:
         if argument.startswith("--"):

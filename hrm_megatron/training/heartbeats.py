@@ -6,6 +6,7 @@ of nodes may differ.
 """
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ START, READING, FORWARD, BETWEEN, GRADIENTS, OPTIMIZER, LOGS, EVALUATION, LOAD, 
     "logs", "evaluation", "load", "save")
 ORDER = (START, LOAD, READING, FORWARD, BETWEEN, GRADIENTS, OPTIMIZER, LOGS, EVALUATION, SAVE)  # in a step
 MOST_NAMED = 8
+READS = 3  # of a file that its rank replaces meanwhile, of which NFS says that it is stale
 BACKSTOP = 1.5  # timeouts after which C code ends a rank whose own watchdog cannot run
 
 
@@ -43,8 +45,18 @@ def write_beat(folder: Path, beat: Beat) -> None:
 
 def read_beats(folder: Path, ranks: int) -> list[Beat | None]:
     """Read what every rank last said; None for one that has said nothing."""
-    files = [folder / f"rank-{rank}.json" for rank in range(ranks)]
-    return [Beat(**json.loads(file.read_text())) if file.exists() else None for file in files]
+    return [_read_beat(folder / f"rank-{rank}.json") for rank in range(ranks)]
+
+
+def _read_beat(file: Path, reads: int = READS) -> Beat | None:
+    try:
+        return Beat(**json.loads(file.read_text()))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ESTALE or reads == 1:
+            raise
+        return _read_beat(file, reads - 1)
 
 
 def answers(before: Beat | None, now: Beat | None) -> bool:

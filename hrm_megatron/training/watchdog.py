@@ -2,7 +2,7 @@
 
 The main thread of a rank notes where it is, which costs a few assignments a step. A thread beside it writes that to a
 file (training/heartbeats.py) and looks how long ago it was. The first rank that has not got on for the time raises the
-alarm; every rank that still runs then writes its stacks, and the lowest of them names the silent ones.
+alarm; every rank that still runs then writes its stacks, and one of them names the silent ones.
 """
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from hrm_megatron.parallel.patching import around
 from hrm_megatron.program import write_aside
 from hrm_megatron.training import heartbeats
 from hrm_megatron.training.error_file import OneLineErrors, RestartableError
-from hrm_megatron.training.heartbeats import BACKSTOP, Beat, answers, describe_hang, read_beats, write_beat
+from hrm_megatron.training.heartbeats import BACKSTOP, Beat, describe_hang, read_beats, write_beat
 from hrm_megatron.training.step import TrainingStep
 
-BEATS, STACKS, ALARM, VERDICT = "heartbeats", "stacks", "alarm", "verdict"
+BEATS, STACKS, ALARM, JUDGE, VERDICT = "heartbeats", "stacks", "alarm", "judge", "verdict"
 BEATS_IN_TIMEOUT = 20
 GRACE_BEATS = 4  # between two looks at the others: as many beats of each that runs, and its stacks
 EXIT_CODE = 1
@@ -115,13 +115,13 @@ class Watchdog:
         (self.folder / ALARM).touch()
         self.dump()
         self.beat_for(GRACE_BEATS)  # all that run have seen the alarm
-        before = read_beats(self.folder, self.ranks)
+        judges = self.is_first()  # alone: were each to read what all others say, storage would answer ranks x ranks
+        before = read_beats(self.folder, self.ranks) if judges else []
         self.beat_for(GRACE_BEATS)
-        now = read_beats(self.folder, self.ranks)
-        first = next((rank for rank in range(self.ranks) if answers(before[rank], now[rank])), self.rank)
         verdict = self.folder / VERDICT
-        if self.rank == first:
-            line = f"hang: {describe_hang(before, now)}; stacks of all that answer are in {self.save / STACKS}"
+        if judges:
+            silent = describe_hang(before, read_beats(self.folder, self.ranks))
+            line = f"hang: {silent}; stacks of all that answer are in {self.save / STACKS}"
             print(line, file=sys.stderr, flush=True)
             write_aside(verdict, line)
         for _ in range(GRACE_BEATS):
@@ -130,6 +130,14 @@ class Watchdog:
         # The launcher ends all ranks when the first has ended.
         OneLineErrors(self.rank).record_exception(HangError(verdict.read_text() if verdict.exists() else "hang"))
         os._exit(EXIT_CODE)
+
+    def is_first(self) -> bool:
+        """Say whether this rank is the first that asks."""
+        try:
+            (self.folder / JUDGE).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def end_alone(self, error: OSError) -> NoReturn:
         """End where ranks cannot tell each other where they are; any other that hangs does so too."""

@@ -8,7 +8,15 @@ import os
 import pytest
 import torch
 
-from hrm_megatron.cluster.failures import FAILED, REFUSED, WENT_BACK, first_cause, read_failures, summarize
+from hrm_megatron.cluster.failures import (
+    FAILED,
+    REFUSED,
+    WENT_BACK,
+    first_cause,
+    read_failures,
+    summarize,
+    write_refusal,
+)
 from hrm_megatron.config import ConfigError
 from hrm_megatron.parallel.cpu import activate
 
@@ -25,7 +33,7 @@ def test_the_first_cause_is_on_top(tmp_path):
     leave(tmp_path, "n1", 0, "Traceback\nRuntimeError: Connection closed by peer [10.0.0.2]", 99)
     leave(tmp_path, "n2", 1, "Traceback\n  in step\nZeroDivisionError: division by zero", 100)
     leave(tmp_path, "n1", 1, "Traceback\nValueError: later", 102)
-    lines = summarize(read_failures(tmp_path), 1).splitlines()
+    lines = summarize(read_failures(tmp_path), 1, tmp_path).splitlines()
     assert lines[0] == "first failure: node n2, local rank 1"
     assert lines[1:4] == ["Traceback", "  in step", "ZeroDivisionError: division by zero"]
     assert lines[4] == "then node n1, local rank 1: ValueError: later"
@@ -34,8 +42,24 @@ def test_the_first_cause_is_on_top(tmp_path):
 
 def test_a_killed_rank_is_not_taken_for_the_one_that_lost_it(tmp_path):
     leave(tmp_path, "n1", 0, "Traceback\nRuntimeError: Connection closed by peer [10.0.0.2]", 99)
-    assert summarize(read_failures(tmp_path), 1).startswith("every trace is of a rank that lost another one")
-    assert "no rank left a trace" in summarize([], 137)
+    assert summarize(read_failures(tmp_path), 1, tmp_path).startswith("every trace is of a rank that lost another one")
+
+
+def test_a_launcher_that_starts_no_rank_is_not_taken_for_a_rank_that_was_killed(tmp_path):
+    log = tmp_path / "n1" / "4_x" / "attempt_0" / "0" / "stdout.log"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    assert "the launcher failed, or was killed; see the log of the job" in summarize([], 1, tmp_path)
+    log.write_text("step 1")
+    assert "no rank left a trace: it was killed" in summarize([], 137, tmp_path)
+
+
+def test_what_a_launcher_refuses_is_told_from_what_fails(tmp_path):
+    leave(tmp_path, "n1", 0, "Traceback\nRuntimeError: Connection closed by peer [10.0.0.2]", 99)
+    write_refusal(tmp_path / "n2", "no files")
+    failures = read_failures(tmp_path)
+    assert first_cause(failures, 1) == (REFUSED, "no files")
+    assert summarize(failures, 1, tmp_path).startswith("first failure: node n2\nerror: no files\n")
 
 
 def test_what_training_writes_is_understood(tmp_path, monkeypatch):
@@ -77,4 +101,4 @@ def test_what_training_writes_is_understood(tmp_path, monkeypatch):
 def test_a_damaged_error_file_is_said(tmp_path):
     leave(tmp_path, "n1", 0, "x", 1)
     (tmp_path / "n1" / "4_x" / "attempt_0" / "0" / "error.json").write_text("{")
-    assert "damaged" in summarize(read_failures(tmp_path), 1)
+    assert "damaged" in summarize(read_failures(tmp_path), 1, tmp_path)

@@ -1,13 +1,16 @@
-"""A rank is told of a limit once, as soon as it listens, whoever started it."""
+"""A rank is told of a limit once, as soon as it listens, whoever started it; what a node cannot do is refused."""
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from hrm_megatron.cluster.failures import REFUSED, first_cause, read_failures
 
 RANK = """
 import os, pathlib, signal, sys, time
@@ -58,3 +61,30 @@ def test_a_rank_hears_of_the_limit_once(tmp_path, by):
     assert out.split() == ["told", "1", "5" if by == "srun" else "None"] and node.returncode == 3
     if by == "srun":
         assert (tmp_path / "logs" / "n2" / "1" / "stdout.log").read_text() == out
+
+
+SLURM = dict(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_NUM_TASKS="1024", SLURM_STEP_TASKS_PER_NODE="8(x128)")
+LIMITS = [sys.executable, "-c", "import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE))"]
+
+
+def run_node(folder, hard, *command, flags=(), soft=512):
+    return subprocess.run(
+        [sys.executable, "-m", "hrm_megatron.cluster.node", "--logs", folder, *flags, "--", *command],
+        capture_output=True, text=True, env={**os.environ, **SLURM, "SLURMD_NODENAME": "n2"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
+
+
+def test_ranks_may_open_all_the_files_that_the_node_allows(tmp_path):
+    assert run_node(tmp_path, 4096, *LIMITS, flags=["--rank"]).stdout.split() == ["4096", "4096"]
+
+
+@pytest.mark.parametrize("flags, command, said", [
+    (["--rank"], LIMITS, "a process on n2 may open 1024 files (ulimit -Hn), and 1024 ranks need 2304: raise that"),
+    ([], ["torchrun", "--nnodes", "128", "--nproc-per-node=8", "-m", "x"], "and 1024 ranks need 2304: raise that"),
+    (["--numa-binding", "node"], ["torchrun", "--nnodes", "1:2", "--nproc-per-node", "gpu"], "say none (NUMA=none)"),
+])
+def test_what_a_node_cannot_do_is_one_line_and_stops_the_job(tmp_path, flags, command, said):
+    done = run_node(tmp_path, 1024, *command, flags=flags)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr
+    assert first_cause(read_failures(tmp_path), 1) == (REFUSED, done.stderr.removeprefix("error: ").strip())

@@ -6,6 +6,9 @@ import itertools
 
 import pytest
 
+from hrm_megatron.cluster.__main__ import judge as ask_judge
+from hrm_megatron.cluster.__main__ import parser
+from hrm_megatron.cluster.attempts import Attempt, History
 from hrm_megatron.cluster.node_check import NOT_DONE, Limits, Report, find_bad_nodes, read_reports, trouble_of_all
 from hrm_megatron.cluster.preflight import rounds_of_pairs
 
@@ -94,6 +97,42 @@ def test_what_all_nodes_share_is_no_nodes_fault():
     assert trouble_of_all([report("n3", **stale)], NODES) is None  # of the others nobody knows
     assert list(judge({"n1": "silent", "n2": stale}, nodes=NODES[:2])) == ["n1", "n2"]
     assert list(judge(dict.fromkeys(NODES, stale) | {"n3": "silent"})) == ["n3"]
+
+
+def verdict(folder, changes, *flags, nodes=NODES):
+    """What the batch script is told of reports, and the nodes that are avoided from then on."""
+    history = History(folder)
+    history.begin(Attempt("7", 0, nodes, 0, 0))
+    for node in nodes:
+        report(node, **changes.get(node, {})).write(folder / "reports")
+    arguments = parser().parse_args(["judge", "--folder", str(folder), "--checkpoints", str(folder), "--job", "7",
+                                     "--reports", str(folder / "reports"), *flags])
+    said = ask_judge(arguments, history)
+    return said.action, said.why, [*history.excluded]
+
+
+@pytest.mark.parametrize("lack, flags, reason", [
+    (dict(gpus=0), (), "0 of 8 GPUs"),
+    (dict(gpus=4), (), "4 of 8 GPUs"),
+    ({}, ("--matmul-tflops", "800"), "matmul 700 TFLOP/s, expected 800"),
+])
+def test_what_every_node_lacks_excludes_none(tmp_path, lack, flags, reason):
+    action, why, excluded = verdict(tmp_path, dict.fromkeys(NODES, lack), *flags)
+    assert action == "stop" and not excluded, why
+    assert f"no node of the job is good, so none is avoided: n1: {reason}" in why and "; and 1 more. Mend" in why
+
+
+def test_one_of_many_and_a_node_alone_are_avoided(tmp_path):
+    assert verdict(tmp_path / "many", {"n3": dict(gpus=7)})[::2] == ("requeue", ["n3"])
+    assert verdict(tmp_path / "alone", {"n1": dict(gpus=7)}, nodes=NODES[:1])[::2] == ("requeue", ["n1"])
+
+
+def test_nvidia_smi_that_fails_on_all_nodes_is_said_and_blames_none(tmp_path, capsys):
+    fails = dict(nvidia_smi_error="nvidia-smi: Field x is not a valid field to query.")
+    for number, nodes in enumerate((NODES, NODES[:1])):
+        assert verdict(tmp_path / str(number), dict.fromkeys(nodes, fails), nodes=nodes)[::2] == ("go", [])
+        assert f"slurm: {fails['nvidia_smi_error']}, on all nodes: ECC errors" in capsys.readouterr().err
+    assert judge({"n2": fails}) == {"n2": fails["nvidia_smi_error"]}
 
 
 def test_a_limit_holds_where_all_nodes_are_equally_slow():

@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -14,21 +15,24 @@ from unittest.mock import Mock
 
 import pytest
 
-from hrm_megatron.cluster import preflight
+from hrm_megatron.cluster import host, preflight
 from hrm_megatron.cluster.node_check import NOT_DONE, Limits, find_bad_nodes, read_reports
 from tests.ports import free_port
 
 NODES = ("n1", "n2", "n3")
+FEW_FILES = 24  # as few for these as a login shell's 1,024 are for hundreds of GPUs
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Reports of nodes that check themselves at the same time."""
     folder, port = tmp_path_factory.mktemp("preflight"), free_port()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     running = [subprocess.Popen(
         [sys.executable, "-m", "hrm_megatron.cluster.preflight", "--output", folder / "reports", "--storage", folder,
          "--storage-bytes", str(1 << 20), "--gpus", "0", "--nodes", str(len(NODES)), "--node", str(node),
-         "--master", f"127.0.0.1:{port}", "--timeout-seconds", "200"], env={**os.environ, "SLURMD_NODENAME": name})
+         "--master", f"127.0.0.1:{port}", "--timeout-seconds", "200"], env={**os.environ, "SLURMD_NODENAME": name},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FEW_FILES, hard)))
         for node, name in enumerate(NODES)]
     assert [process.wait() for process in running] == [0] * len(NODES)
     assert sorted(path.name for path in folder.iterdir()) == ["reports"]  # nothing of the storage's check is left
@@ -167,7 +171,8 @@ def test_nobody_is_blamed_for_a_pair_that_hangs_where_nodes_start_one_after_the_
     monkeypatch.setattr(preflight, "storage_gbs", lambda *_: (1.0, 1.0))
     monkeypatch.setattr(preflight, "node_name", lambda: threading.current_thread().name)
     nodes = [threading.Thread(name=NODES[node], target=preflight.measure_node, args=[Namespace(
-        gpus=0, storage=tmp_path, storage_bytes=0, node=node, training_port=None, timeout_seconds=3, output=tmp_path)])
+        gpus=0, storage=tmp_path, storage_bytes=0, nodes=2, node=node, training_port=None, timeout_seconds=3,
+        output=tmp_path)])
         for node in range(2)]
     nodes[0].start()
     time.sleep(1.5)
@@ -188,14 +193,33 @@ def test_what_nvidia_smi_knows_is_a_fault(tmp_path, monkeypatch):
 
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     fine = ", 0, No, No, Not Active, Not Active\\n"
-    assert says(f"0{fine}1{fine}") == (2, [])
-    assert says(f"0{fine}1, [N/A], [N/A], [N/A], Not Active, Not Active\\n") == (2, [])
-    assert says(f"0{fine}1, 3, No, Yes, Active, Not Active\\n") == (2, [
-        "GPU 1: uncorrected ECC errors (3)", "GPU 1: pending row remappings (Yes)", "GPU 1: thermal slowdown (Active)"])
+    assert says(f"0{fine}1{fine}") == ([], None)
+    assert says(f"0{fine}1, [N/A], [N/A], [N/A], Not Active, Not Active\\n") == ([], None)
+    assert says(f"0{fine}1, 3, No, Yes, Active, Not Active\\n") == ([
+        "GPU 1: uncorrected ECC errors (3)", "GPU 1: pending row remappings (Yes)", "GPU 1: thermal slowdown (Active)"],
+        None)
     assert says("Unable to determine the device handle\\n", code=9) == (
-        0, ["nvidia-smi: Unable to determine the device handle"])
+        [], "nvidia-smi: Unable to determine the device handle")
+    (tmp_path / "nvidia-smi").unlink()
+    assert preflight.look_at_gpus() == ([], "nvidia-smi: not found")
 
 
-def test_without_nvidia_smi_there_are_no_gpus(tmp_path, monkeypatch):
+def test_gpus_are_counted_by_torch(tmp_path, monkeypatch):
+    """A container may have them without nvidia-smi."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert preflight.look_at_gpus() == (0, [])
+    monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(preflight, "measure_process", fails)
+    found = measure(tmp_path, monkeypatch, "--gpus", 2, nodes="1")
+    assert (found.gpus, found.faults, found.nvidia_smi_error) == (2, [], "nvidia-smi: not found")
+
+
+def too_many(*_):
+    raise RuntimeError("[enforce fail at gloo/transport/tcp/socket.cc:24] fd != -1. socket: Too many open files")
+
+
+def test_a_limit_of_open_files_is_nobodys_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "measure_process", too_many)
+    assert "socket: Too many open files (n1): raise the limit" in measure(tmp_path, monkeypatch).run_fault
+    monkeypatch.setattr(host.resource, "getrlimit", lambda _: (1024, 1024))
+    said = "a process on n1 may open 1024 files (ulimit -Hn), and 400 ranks need 1056: raise that limit"
+    assert measure(tmp_path, monkeypatch, nodes="400").run_fault.startswith(said)

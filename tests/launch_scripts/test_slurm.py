@@ -38,13 +38,15 @@ echo "$*" >>asked
 case "$*" in
     "show hostnames node[1-2]") printf 'node1\\nnode2\\n' ;;
     "show hostnames "*) tr , '\\n' <<<"${*: -1}" ;;
-    "show job 77") printf "JobId=77 ExcNodeList=${EXCLUDED:-(null)} Requeue=1\\n   Command=$COMMAND\\n" ;;
+    "show job 77" | "show job 70_3")
+        printf "JobId=77 ExcNodeList=${EXCLUDED:-(null)} Requeue=1\\n   Command=$COMMAND\\n" ;;
 esac
 """
 SQUEUE = SILENT + """
 case "$*" in
     *"--jobs $OTHER,77 --states RUNNING,COMPLETING,SUSPENDED "*) echo "$OTHER" ;;
     *--states*) ;;
+    *"--jobs 70 "*) printf 'PENDING JobArrayTaskLimit\\nRUNNING None\\n' ;;
     *) answers && echo "$STATE" ;;
 esac
 """
@@ -125,6 +127,13 @@ def test_a_preset_brings_its_layout(script):
 def test_help_needs_no_job(script):
     shown = script("--help", **OUTSIDE)
     assert shown.returncode == 0 and "GPUS    per node" in shown.stdout and "#" not in shown.stdout
+
+
+def test_the_binding_to_numa_nodes_is_left_to_the_nodes(script, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert "numa" not in script("--dry-run").stdout
+    assert "hrm_megatron.cluster.node --numa-binding socket -- " in script("--dry-run", NUMA="socket").stdout
 
 
 def test_what_the_user_exported_reaches_the_ranks(script):
@@ -228,6 +237,15 @@ def test_a_bad_node_is_left_out_and_remembered(run):
     assert not (run.run / "steps").exists()
     again = run(restart=1)  # Slurm gave it to the job once more
     assert run.asked[0] == "requeue 77" and run.ends == ["bad node", "bad node"] and "7 of 8 GPUs" in again.stderr
+
+
+@pytest.mark.parametrize("job", ["70", "77"])  # the first is the array's own number
+def test_a_task_of_an_array_speaks_for_itself_alone(run, job):
+    task = dict(SLURM_JOB_ID=job, SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="3")
+    found = run(PREFLIGHT="1", PYTHON=str(run.folder / "python"), SICK_NODE="node2", **task)
+    assert run.asked == ["requeue 70_3", "update JobId=70_3 ExcNodeList=node2"], found.stderr
+    run(restart=1, FAIL_AT="11", **task)
+    assert run.ends[0] == "bad node"
 
 
 def test_nodes_to_avoid_are_named_once_and_must_leave_enough(run):

@@ -1,7 +1,9 @@
 """Which ranks a run that hangs waits for, from what ranks said last."""
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +60,23 @@ def test_beats_are_read_as_written(tmp_path):
     beat = Beat(1, "n0", 3, 5, READING, 1.5)
     write_beat(tmp_path, beat)
     assert read_beats(tmp_path, 3) == [None, beat, None]
+
+
+@pytest.mark.parametrize("stale, read", [(2, True), (3, False)])
+def test_a_beat_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch, stale, read):
+    """As NFS has it: the handle of a file over which another was renamed is stale."""
+    beat, stock, left = Beat(0, "n0", 3, 5, READING, 1.5), Path.read_text, [None] * stale
+    write_beat(tmp_path, beat)
+
+    def read_text(path):
+        if left:
+            left.pop()
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return stock(path)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    if read:
+        assert read_beats(tmp_path, 1) == [beat]
+    else:
+        with pytest.raises(OSError, match="Stale"):
+            read_beats(tmp_path, 1)

@@ -118,6 +118,32 @@ def test_a_rank_ends_for_a_hang_where_it_cannot_write(tmp_path, monkeypatch, cap
     assert "and cannot ask the others" in (tmp_path / "error.json").read_text()
 
 
+def test_one_rank_reads_what_all_said_whatever_their_number(tmp_path, monkeypatch, capsys):
+    from hrm_megatron.training import watchdog
+
+    ranks, reads, stock = 16, [], Path.read_text
+
+    def read_text(path, *arguments, **options):
+        reads.append(path)
+        return stock(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(watchdog.time, "sleep", lambda _: None)
+    monkeypatch.setattr(watchdog.os, "_exit", sys.exit)
+    for name in ("dump_traceback_later", "dump_traceback"):
+        monkeypatch.setattr(watchdog.faulthandler, name, lambda *_, **__: None)
+    dogs = [watchdog.Watchdog(tmp_path, 1.0, running_step=lambda: 7) for _ in range(ranks)]
+    for rank, dog in enumerate(dogs):
+        dog.rank, dog.ranks, dog.folder = rank, ranks, tmp_path
+        dog.beat()
+    for dog in dogs:
+        with pytest.raises(SystemExit):
+            dog.sound()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hang: ")]
+    assert len(said) == 1 and said[0].startswith("hang: rank 1 on ") and "does not answer" in said[0]
+    assert sum(path.name.startswith("rank-") and path.parent == tmp_path for path in reads) <= 4 * ranks
+
+
 @pytest.mark.parametrize("flags, said", [
     ((), "--hang-timeout-minutes 2: ranks tell each other where they are by files in --save; give that too"),
     (("--save", "x", "--distributed-timeout-minutes", 3), "--hang-timeout-minutes 2: the collectives end the run after "
