@@ -1,4 +1,4 @@
-"""Train a small model in this process, and measure it on held-out questions: what studies of many small runs share."""
+"""Train a small model in this process and measure it on held-out questions; shared by studies of many small runs."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ MIN_LR_RATIO, WARMUP_FRACTION, BP_WARMUP_FRACTION = 0.1, 0.05, 0.2
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training: `steps` of `rows_per_step` rows of `row_tokens`, whose weights and order are drawn from `seed`."""
+    """A training run: `steps` steps of `rows_per_step` rows of `row_tokens`; `seed` determines weights and order."""
 
     architecture: Architecture
     lr: float
@@ -42,17 +42,17 @@ class Recipe:
 
 
 def train_rows(recipe: Recipe, prefix: Path) -> PackedRows:
-    """The rows of a training, in their order."""
+    """Return the rows of a training run, in order."""
     return PackedRows(Mixture([IndexedExamples(prefix)], recipe.row_tokens, Selection(seed=recipe.seed)),
                       recipe.row_tokens, recipe.seed, recipe.steps * recipe.rows_per_step)
 
 
 def training(recipe: Recipe, prefix: Path) -> Iterator[tuple[int, int, HRMModel]]:
-    """Train on a dataset; yield (step, FLOPs so far, model) behind each. Needs Megatron's groups, as `single_rank()`
-    makes them."""
+    """Train on a dataset; yield (step, FLOPs so far, model) after each step. Needs Megatron's process groups, as made
+    by `single_rank()`."""
     architecture = recipe.architecture
     model = HRMModel(hrm_config(architecture), recipe.seed)
-    embedding = model.embedding.word_embeddings.weight  # its updates are counted apart, as in a run
+    embedding = model.embedding.word_embeddings.weight  # its updates are counted separately, as in a run
     groups = [[embedding], [p for p in model.parameters() if p is not embedding]]
     optimizer = AdamATan2([dict(params=group) for group in groups], recipe.lr,
                           has_gradient=lambda group: any(p.grad is not None for p in group["params"]))
@@ -72,8 +72,8 @@ def training(recipe: Recipe, prefix: Path) -> Iterator[tuple[int, int, HRMModel]
 
 @torch.no_grad()
 def held_out(model: HRMModel, prefix: Path, recipe: Recipe) -> dict[str, float]:
-    """Mean loss of the labels of a dataset, and the share of its examples whose labels are all right, as a greedy
-    answer would be; each example is read once."""
+    """Return the mean loss per label of a dataset, and the share of its examples whose labels are all the argmax, as in
+    a greedy answer; each example is read once."""
     rows = PackedRows(IndexedExamples(prefix), recipe.row_tokens, 0, 0, fixed=True)
     rows.num_rows = rows.rows_per_epoch
     reports = [loss_sums(batch, model.eval()(batch))[2] for batch in _batches(rows, recipe.rows_per_step)]

@@ -1,4 +1,4 @@
-"""What studies of many small models on the demo's questions have in common: command line, plan, data."""
+"""Shared parts of studies of many small models on the demo's questions: command line, plan, data."""
 from __future__ import annotations
 
 import argparse
@@ -14,7 +14,7 @@ from hrm_megatron.data.write_report import can_draw
 
 
 def study_parser(description: str | None, output: str, quick: str) -> argparse.ArgumentParser:
-    """Make a parser with --demo, --output (a folder in runs/) and --quick, whose help is `quick`."""
+    """Return a parser with --demo, --output (a folder in runs/) and --quick, whose help is `quick`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), metavar="DIR",
                         help="what the demo left: its questions as token ids (default: %(default)s)")
@@ -25,13 +25,13 @@ def study_parser(description: str | None, output: str, quick: str) -> argparse.A
 
 
 def check_pictures() -> None:
-    """Refuse to begin hours of work whose end draws, where matplotlib is missing."""
+    """Refuse to start hours of work whose last step needs matplotlib if that is missing."""
     if not can_draw():
         raise ConfigError('the results are drawn by matplotlib, which is not installed; pip install -e ".[plan]"')
 
 
 def chosen_plan[Plan: Any](args: argparse.Namespace, full: Plan, quick: Plan) -> Plan:
-    """Return `quick` with --quick, else `full` with what was given in the place of its fields."""
+    """Return `quick` with --quick, else `full` with its fields replaced by the given flags."""
     given = {name: value for name in vars(full) if (value := getattr(args, name, None)) is not None}
     if args.quick and given:
         raise ConfigError(f"--quick has sizes of its own; leave it or --{next(iter(given)).replace('_', '-')} out")
@@ -40,7 +40,7 @@ def chosen_plan[Plan: Any](args: argparse.Namespace, full: Plan, quick: Plan) ->
 
 @dataclass(frozen=True)
 class Questions:
-    """The demo's questions as indexed datasets; `digest` tells them from others."""
+    """The demo's questions as indexed datasets; `digest` identifies them."""
 
     train: Path
     valid: Path
@@ -49,7 +49,7 @@ class Questions:
 
     @classmethod
     def of(cls, demo: Path) -> Questions:
-        """Find them in what the demo left; raise ConfigError if it left none."""
+        """Return those in the demo's folder; raises ConfigError if there are none."""
         train, valid = (demo / "stores" / name for name in ("train", "valid"))
         manifests = [prefix.with_suffix(".json") for prefix in (train, valid)]
         for path in (*manifests, demo / "tokenizer"):

@@ -1,4 +1,4 @@
-"""Draw how a step of an HRM goes through a pipeline, by the simulation that chooses its schedule.
+"""Draw the pipeline schedules of an HRM's step, by the simulation that chooses between them.
 
     python tools/draw_pipeline.py --stages 4 --microbatches 8 --output docs/pipeline.png
 """
@@ -20,7 +20,7 @@ from hrm_megatron.parallel.simulate import stock, two_phase
 
 
 def draw(stages: int, microbatches: int, bp_steps: int, output: Path) -> None:
-    """Write a picture of both schedules, one under the other, on one axis of time."""
+    """Write a picture of both schedules, one below the other, on one time axis."""
     import matplotlib.pyplot as plt
 
     from hrm_megatron.planner.picture import LEGEND, draw_schedule
@@ -49,6 +49,9 @@ def main() -> int:
         for flag in ("stages", "microbatches", "bp_steps"):
             if getattr(args, flag) < 1:
                 raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+        if args.microbatches < args.stages:
+            raise ConfigError(f"--microbatches {args.microbatches}: fewer than the {args.stages} stages; give at least "
+                              f"{args.stages}, or fewer --stages")
         if not can_draw():
             raise ConfigError('a picture needs matplotlib, which is not installed; pip install -e ".[plan]"')
         draw(args.stages, args.microbatches, args.bp_steps, args.output)

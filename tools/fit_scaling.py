@@ -1,9 +1,9 @@
-"""Fit a scaling law to runs, predict those that are held out, and draw both.
+"""Fit a scaling law to runs, predict the held-out runs, and draw both.
 
     python tools/fit_scaling.py --input runs.jsonl --png law.png --predict 1e9 4e10
 
-A row of the input is {"parameters": 1.2e6, "tokens": 3e7, "loss": 2.31} and may have "model" (each has a law of its
-own), "flops" of the whole training, and "held_out": true, for a run that is predicted and not fitted.
+A row of the input is {"parameters": 1.2e6, "tokens": 3e7, "loss": 2.31} and may have "model" (one law is fitted per
+model), "flops" of the whole training, and "held_out": true for a run that is predicted, not fitted.
 """
 from __future__ import annotations
 
@@ -22,13 +22,23 @@ import numpy as np
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.write_report import can_draw
-from hrm_megatron.planner.scaling_law import LEAST_SIZE, MOST_SIZE, Law, Run, fit, is_size, read_runs, resampled
+from hrm_megatron.planner.scaling_law import (
+    LEAST_SIZE,
+    MOST_SIZE,
+    Law,
+    Run,
+    fit,
+    is_size,
+    read_runs,
+    resampled,
+    undetermined,
+)
 
 MIDDLE = (5, 95)  # percentiles of the resampled fits that are printed
 
 
 def describe(runs: list[Run], samples: int, seed: int, predict: list[tuple[float, float]]) -> dict[str, Any]:
-    """Fit one model's runs; print its law, what it predicts and how far that is from what was measured."""
+    """Fit one model's runs; print the law, its predictions and their errors; return all of it."""
     law, laws = fit(runs), list(resampled(runs, samples, seed))
     spread = {name: [float(x) for x in np.percentile([getattr(one, name) for one in laws], MIDDLE)]
               for name in Law.__dataclass_fields__} if laws else {}
@@ -39,9 +49,10 @@ def describe(runs: list[Run], samples: int, seed: int, predict: list[tuple[float
     if spread:
         print(f"  {MIDDLE[1] - MIDDLE[0]}% of {samples} resampled fits: " + "; ".join(
             f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in spread.items()))
-    for name in law.at_the_edge:
-        print(f"  {name} stands at the edge of what was tried: these runs do not determine it")
-    found: dict[str, Any] = dict(law=vars(law), resampled=spread, predictions=[])
+    remarks = undetermined(law, runs)
+    for remark in remarks:
+        print(f"  {remark}")
+    found: dict[str, Any] = dict(law=vars(law), resampled=spread, undetermined=remarks, predictions=[])
 
     def say(parameters: float, tokens: float, loss: float | None) -> None:
         predicted = law.loss(parameters, tokens)
@@ -58,15 +69,27 @@ def describe(runs: list[Run], samples: int, seed: int, predict: list[tuple[float
     for parameters, tokens in predict:
         say(parameters, tokens, None)
     costs = [run.flops / run.parameters / run.tokens for run in runs if run.flops is not None]
-    if costs:
+    if costs and remarks:
+        print("  no lowest loss for a number of FLOPs: that takes a law which these runs determine")
+    elif costs:
         for flops in (max(run.flops for run in runs if run.flops is not None) * scale for scale in (1, 10)):
-            n, d = law.best_size(flops, float(np.median(costs)))
-            print(f"  lowest loss for {flops:.3g} FLOPs: {n:.3g} parameters, {d:.3g} tokens")
+            print(f"  lowest loss for {flops:.3g} FLOPs: {lowest(law, laws, flops, float(np.median(costs)))}")
     return found
 
 
+def lowest(law: Law, laws: list[Law], flops: float, flops_per_parameter_token: float) -> str:
+    """Return the compute-optimal size as text, with its spread among the resampled laws."""
+    sizes = law.best_size(flops, flops_per_parameter_token)
+    spread = np.percentile([one.best_size(flops, flops_per_parameter_token) for one in laws] or [sizes], MIDDLE, axis=0,
+                           method="nearest").T  # no interpolation: a size may be infinite
+    if not all(map(is_size, spread.flat)):
+        return "not determined, as resampled fits have only one of the two terms"
+    return ", ".join(f"{size:.3g} {name} ({low:.3g} to {high:.3g})" for size, (low, high), name in zip(
+        sizes, spread.tolist(), ("parameters", "tokens"), strict=True))
+
+
 def draw(runs: list[Run], laws: dict[str, Law], path: Path) -> None:
-    """Draw loss against tokens, a line for each size of each model; runs that are held out are hollow."""
+    """Draw loss against tokens, a line for each size of each model; held-out runs are hollow."""
     import matplotlib
 
     matplotlib.use("Agg")

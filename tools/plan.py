@@ -1,9 +1,9 @@
-"""Find how to train a model on a cluster: layout, micro-batches, recomputation; memory, time, and the command.
+"""Plan the training of a model on a cluster: parallel layout, micro-batch size, recompute; memory, time and command.
 
     python tools/plan.py --hrm-preset XXXL --gpus 64 --gpu h100-80gb
     python tools/plan.py --sizes 48 4096 32 --gpus 512 --explain --json plan.json --png plan.png
 
-Memory is a sum over shapes, time a prediction; --calibrate takes what `python tools/benchmark.py calibrate` measured.
+Memory is a sum over tensor shapes; times are predictions. --calibrate takes speeds that tools/benchmark.py measured.
 """
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if __name__ == "__main__":
     listen()
 
 from hrm_megatron.config import PRESET_VOCAB_SIZE, PRESETS, Architecture, ConfigError, ffn_hidden_size
+from hrm_megatron.model.ticks import ticks_of
 from hrm_megatron.planner import calibration, goodput, report
 from hrm_megatron.planner.goodput import GPU_MTTF_HOURS
 from hrm_megatron.planner.machines import DEVICE_NAMES, GPUS, Cluster
@@ -26,7 +27,7 @@ from hrm_megatron.planner.search import Question, search
 from hrm_megatron.planner.speed import EXAMPLE
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al., arXiv 2203.15556
-MOST = 1e18  # of what is given as a number; the least is 1 / MOST
+MOST = 1e18  # largest number accepted; the smallest is 1 / MOST
 PRECISIONS = {"bf16": ("bf16",), "fp8": ("fp8",), "auto": ("bf16", "fp8")}
 
 
@@ -45,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=float, help=f"of the run (default: {TOKENS_PER_PARAMETER} a parameter)")
     parser.add_argument("--tokens-per-step", type=int, help="default: the preset's")
     parser.add_argument("--seq-length", type=int, default=4096, help="positions of a row")
-    parser.add_argument("--example", type=int, nargs=2, metavar=("PREFIX", "RESPONSE"), default=EXAMPLE,
-                        help="tokens of a usual example")
+    parser.add_argument("--example", type=int, nargs=2, metavar=("PREFIX", "RESPONSE"),
+                        help=f"tokens of a usual example (default: {' '.join(map(str, EXAMPLE))}, and in shorter rows "
+                             "one that fills a row, of the same proportions)")
     parser.add_argument("--bp-min-steps", type=int, default=2)
     parser.add_argument("--bp-max-steps", type=int, default=5)
     parser.add_argument("--bp-warmup-fraction", type=float, default=0.2)
@@ -66,12 +68,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def question(args: argparse.Namespace) -> Question:
-    """Read what is asked off the arguments."""
+    """Return the planner's question from the arguments; raises ConfigError for values that are out of range."""
     for name in ("gpus", "gpus_per_node", "seq_length", "tokens", "tokens_per_step", "vocab_size"):
         if (value := getattr(args, name)) is not None and not 1 <= value <= MOST:  # NaN too
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1, and at most {MOST:g}")
-    if args.example[0] < 0 or args.example[1] < 1:
-        raise ConfigError(f"--example {' '.join(map(str, args.example))}: a prefix has at least 0 tokens, a response 1")
+    example = args.example or usual_example(args.seq_length)
+    if example[0] < 0 or example[1] < 1 or sum(example) > args.seq_length:
+        raise ConfigError(f"--example {' '.join(map(str, example))}: a prefix has at least 0 tokens, a response 1, and "
+                          f"both together the {args.seq_length} of a row (--seq-length) at most")
     for name in ("memory_gb", "nvlink_gb", "network_gb", "price", "gpu_mttf_hours",
                  *(f"{part}_seconds" for part in goodput.Measured.__annotations__)):
         if (value := getattr(args, name)) is not None and not 1 / MOST <= value <= MOST:
@@ -83,6 +87,13 @@ def question(args: argparse.Namespace) -> Question:
         layers, hidden, heads = args.sizes
         architecture = Architecture(layers, hidden, heads, ffn_hidden_size(hidden), args.vocab_size)
         step = args.tokens_per_step
+    for flag, bp_steps in (("--bp-max-steps", args.bp_max_steps), ("--bp-min-steps", args.bp_min_steps)):
+        try:
+            ticks_of(architecture, bp_steps)
+        except ConfigError as error:
+            raise ConfigError(f"{flag} {bp_steps}: {error}") from error
+    if args.precision == "fp8" and not GPUS[args.gpu].fp8:
+        raise ConfigError(f"--precision fp8: {args.gpu} has no FP8; leave it out, or plan for another --gpu")
     if not step:
         raise ConfigError("--tokens-per-step is not set: give it, or a --hrm-preset, which has one")
     if step % args.seq_length:
@@ -106,11 +117,18 @@ def question(args: argparse.Namespace) -> Question:
     return Question(architecture, cluster, args.tokens or TOKENS_PER_PARAMETER * architecture.num_parameters,
                     step // args.seq_length, args.seq_length,
                     (args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction), PRECISIONS[args.precision],
-                    tuple(args.example))
+                    tuple(example))
+
+
+def usual_example(row_tokens: int) -> tuple[int, int]:
+    """Return prefix and response of EXAMPLE, scaled down if rows are shorter."""
+    whole = min(row_tokens, sum(EXAMPLE))
+    prefix = EXAMPLE[0] * whole // sum(EXAMPLE)
+    return prefix, whole - prefix
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Search, and print what was found."""
+    """Search, and print the result."""
     check_outputs({"--json": args.json, "--png": args.png})
     asked = question(args)
     name = args.hrm_preset or f"{asked.architecture.num_layers} layers of {asked.architecture.hidden_size}"
@@ -118,8 +136,9 @@ def plan(args: argparse.Namespace) -> None:
     print(*report.head(name, asked), "", sep="\n")
     if not plans:
         print(*report.reasons(rejected), sep="\n")
-        raise ConfigError(f"--gpus {args.gpus}: {name} fits no layout; give more GPUs or ones with more memory, or "
-                          "change --tokens-per-step")
+        raise ConfigError(f"--gpus {args.gpus}: {name} fits no layout; " + (
+            "give more GPUs or ones with more memory, or change --tokens-per-step"
+            if any(one.too_large for one in rejected) else "none lacks memory: change what the reasons above name"))
     print(*report.table(asked, plans, args.price), "", report.command(plans[0], asked, args.hrm_preset), "", sep="\n")
     measured = goodput.Measured(**{name: getattr(args, f"{name}_seconds") for name in goodput.Measured.__annotations__})
     hazards = goodput.hazards_of(plans[0], asked, args.gpu_mttf_hours, measured)

@@ -1,9 +1,9 @@
-"""Draw the curves of a run, or of several over one another, from their TensorBoard logs.
+"""Draw the curves of a run, or of several runs in one picture, from their TensorBoard logs.
 
     python tools/plot_run.py runs/XL --output curves.png
     python tools/plot_run.py runs/raw runs/no_warmup --output compared.png
 
-Norms of z_H and z_L by tick are there where the run had --log-hrm-norms.
+Norms of z_H and z_L by tick are included if the run had --log-hrm-norms.
 """
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Write what became of a run as one HTML file: curves, evaluation, checkpoints, restarts, settings.
+"""Write a report of a run as one HTML file: curves, evaluation, checkpoints, restarts, settings.
 
     python tools/report_run.py runs/XL --output runs/XL/report.html
     python tools/report_run.py runs/XL --output runs/XL/report.html --verify
 
-The file needs no network and has no scripts. It may be written at any time, also while the run trains.
+The file needs no network and contains no scripts. It can be written at any time, also while the run trains.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def verified(run: RunFolder) -> dict[int, str]:
-    """Read all saves; say what was found by step."""
+    """Read all checkpoints; return the result of the check by step."""
     from hrm_megatron.parallel.cpu import activate
     from hrm_megatron.parallel.log_levels import be_quiet
 

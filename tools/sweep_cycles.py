@@ -1,9 +1,9 @@
-"""Measure what depth buys: a checkpoint's accuracy and time at other numbers of cycles, and with early exit.
+"""Measure a checkpoint's accuracy and time at other numbers of cycles and with early exit.
 
     python tools/sweep_cycles.py --load runs/demo/hf --input runs/demo/questions/test.jsonl --h-cycles 1 2 3 4 \
         --exit-threshold 0.3 0.1 --png cycles.png
 
-Prints a table; its first line is the depth of training. Early exit has the largest of --h-cycles as its most.
+Prints a table whose first line is the depth of training. With early exit the largest of --h-cycles is the limit.
 """
 from __future__ import annotations
 
@@ -84,6 +84,8 @@ def check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.input:
+        if not args.input.exists() or args.input.is_dir():
+            raise ConfigError(f"--input {args.input}: is no file; give a jsonl file of questions")
         for name in ("data", "limit"):
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name}: is about a --task, and --input is given; leave one of them out")
@@ -95,7 +97,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def depths_of(args: argparse.Namespace, h_trained: int, l_trained: int) -> list[Depth]:
-    """List the depths, that of training first and none twice."""
+    """Return the depths without duplicates, that of training first."""
     outer, inner = args.h_cycles or [h_trained], args.l_cycles or [l_trained]
     found = [Depth(h_trained, l_trained), *itertools.starmap(Depth, itertools.product(outer, inner))]
     found += [Depth(max(outer), l_cycles, threshold) for l_cycles in inner for threshold in args.exit_threshold]
@@ -107,7 +109,7 @@ def questions_of(args: argparse.Namespace, session: Session) -> Questions:
         return exact_questions(args.input, "direct" if args.condition is None else args.condition, session)
     [task] = chosen([args.task], {} if args.condition is None else {args.task: args.condition})
     if task.name == "math":
-        equal_math("1", "1")  # refused now, not after hours
+        equal_math("1", "1")  # fail now, not after hours of work
     return task_questions(task, read_items(task, args.data, args.limit), session)
 
 

@@ -1,4 +1,4 @@
-"""Watch a run in the terminal: where it stands, its curves, its saves; from its files, whether it runs or not.
+"""Watch a run in the terminal: progress, curves and checkpoints, read from its files, whether it is running or not.
 
     python tools/watch.py runs/XL
     python tools/watch.py runs/XL --once
@@ -47,11 +47,11 @@ def watch(args: argparse.Namespace) -> None:
 
     def look() -> RenderableType:
         nonlocal log
-        run = RunFolder.find(args.run)  # each time: a run that has just begun has no log yet, or no save
+        run = RunFolder.find(args.run)  # each time: a run that has just started may have no log or save yet
         if run.log and (log is None or log.folder != run.log):
             log = Log(run.log)
         return frame(run, log, time.time(), console.width)
-    if args.once or not console.is_terminal:  # a pipe gets one frame below another
+    if args.once or not console.is_terminal:  # a pipe gets one frame after another
         console.print(look())
         while not args.once:
             time.sleep(args.every)

@@ -1,4 +1,5 @@
-"""What the comparison trains: every architecture at the FLOPs of one HRM, at its own best rate, from several seeds."""
+"""The plan of the comparison: every architecture at the FLOPs of one HRM run, at its own best rate, from several
+seeds."""
 from __future__ import annotations
 
 import math
@@ -18,8 +19,8 @@ FIRST_SEED = 1234
 
 @dataclass(frozen=True)
 class Plan:
-    """FLOPs are those of `hrm_steps` steps of the HRM. All `rates` are tried with the first seed; the others train at
-    the best of them. Each run is measured at `points` places, evenly spaced in FLOPs."""
+    """The FLOP budget is that of `hrm_steps` steps of the HRM. All `rates` are tried with the first seed; the other
+    seeds train at the best one. Each run is measured at `points` evenly spaced steps."""
 
     hrm_steps: int
     rates: Sequence[float]
@@ -40,11 +41,11 @@ class Plan:
             raise ConfigError("--models, --rates: one is given twice; leave it out")
 
     def trials(self) -> list[Run]:
-        """List the runs of the first seed."""
+        """Return the runs of the first seed."""
         return [Run(model, rate, FIRST_SEED) for model in self.models for rate in self.rates]
 
     def repeats(self, best: dict[str, float]) -> list[Run]:
-        """List the runs of the other seeds at these rates."""
+        """Return the runs of the other seeds at these rates."""
         return [Run(model, best[model], FIRST_SEED + seed) for model in self.models for seed in range(1, self.seeds)]
 
 
@@ -58,14 +59,15 @@ class Run:
 
 
 def architecture_of(model: str, vocab_size: int) -> Architecture:
-    """All have as many weights as the HRM, `trm_match_recurrence` half as many in its layers."""
+    """Return the architecture of a model type: all have as many weights as the HRM, except `trm_match_recurrence` with
+    half as many in its layers."""
     kind = MODEL_TYPES[model]
     return Architecture(LAYERS * kind.preset_stacks, WIDTH, HEADS, 2 * WIDTH, vocab_size, kind.h_cycles, kind.l_cycles,
                         model_type=model)
 
 
 def steps_of(plan: Plan, model: str, vocab_size: int, rows: Rows) -> tuple[int, float]:
-    """Return a model's number of steps, and their FLOPs over those of the HRM, on rows like these."""
+    """Return a model's number of steps, and their FLOPs / those of the HRM, on rows like these."""
     def recipe(model: str) -> Recipe:
         return Recipe(architecture_of(model, vocab_size), (*MODEL_TYPES[model].bp_steps, BP_WARMUP_FRACTION))
     budget = run_flops(recipe(HRM), plan.hrm_steps, ROW_TOKENS, ROWS_PER_STEP, rows)
@@ -74,7 +76,7 @@ def steps_of(plan: Plan, model: str, vocab_size: int, rows: Rows) -> tuple[int, 
 
 
 def best_rates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the rate of each model at which its loss ends lowest, of the rows of `trials`; raise ConfigError where it
+    """Return each model's rate with the lowest final loss, from the rows of `trials`; raises ConfigError if a model
     diverges at all of them."""
     found: dict[str, dict[float, float]] = {}
     for row in rows:

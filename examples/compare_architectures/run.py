@@ -1,8 +1,9 @@
 """Compare HRM with HRM-Text's baselines at equal FLOPs, on the demo's questions (`make demo` first).
 
-Every architecture trains for as many steps as cost what the HRM's cost, counted (within 1 %), at the best of the same
-learning rates, from several seeds of weights and rows. What is printed and drawn is the validation loss and the share
-of validation questions that are answered exactly, against FLOPs. The same command goes on where it was interrupted.
+Every architecture trains for the number of steps that costs the same counted FLOPs as the HRM's run (within 1 %), at
+the best of the same learning rates, with several seeds for weights and rows. Prints and draws the validation loss and
+the share of validation questions answered exactly right, against FLOPs. The same command resumes an interrupted
+comparison.
 """
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for a start by path
+sys.path.insert(0, str(ROOT))  # so that it can be run by path
 
 from hrm_megatron.program import listen, one_line, write_aside  # noqa: E402
 
 if __name__ == "__main__":
     listen()
+
+import numpy as np  # noqa: E402
 
 from examples.compare_architectures.plan import Plan, Run, best_rates  # noqa: E402
 from examples.demo.progress import minutes  # noqa: E402
@@ -38,7 +41,7 @@ Row = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     return one_line(lambda: compare(args))
 
 
@@ -54,7 +57,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Do all runs that are not there yet, and print and draw what came out."""
+    """Train all runs that are not recorded yet, and print and draw the results."""
     check_pictures()
     began, plan, questions = time.monotonic(), chosen_plan(args, FULL, QUICK), Questions.of(args.demo)
     from examples.compare_architectures import picture, train
@@ -70,7 +73,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def all_runs(plan: Plan, folder: Path, settings: Mapping[str, Any], train: Callable[[Run], Row]) -> list[Row]:
-    """Return the rows of all runs: those that look for the best rate, then the other seeds at these."""
+    """Return the rows of all runs: those that search for the best rates, then the other seeds at these."""
     rows = recorded(folder / "rates.jsonl", settings, plan.trials(), train, described)
     best = best_rates(rows)
     return rows + recorded(folder / "seeds.jsonl", dict(settings, best=best), plan.repeats(best), train, described)
@@ -82,27 +85,28 @@ def described(row: Row) -> str:
 
 
 def chosen(plan: Plan, rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return the runs of each model at its best rate, one of each seed."""
+    """Return the runs of each model at its best rate, one per seed."""
     best = best_rates(rows[:len(plan.trials())])
     return {model: [row for row in rows if (row["model"], row["lr"]) == (model, best[model])] for model in plan.models}
 
 
 def figures(plan: Plan, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What the table says: mean and standard error over the seeds, None for that of one."""
+    """Return the data of the table: mean and standard error over the seeds; NaN if one diverged; error None with one
+    seed."""
     found = []
     for model, runs in chosen(plan, rows).items():
         line = dict(model=model, parameters=runs[0]["parameters"], lr=runs[0]["lr"], steps=runs[0]["steps"],
                     flops=statistics.fmean(run["flops"][-1] for run in runs), seeds=len(runs))
         for name in ("loss", "exact"):
             ends = [run[name][-1] for run in runs]
-            error = statistics.stdev(ends) / len(ends) ** 0.5 if len(ends) > 1 else None
+            error = float(np.std(ends, ddof=1)) / len(ends) ** 0.5 if len(ends) > 1 else None
             line |= {name: statistics.fmean(ends), f"{name}_error": error}
         found.append(line)
     return found
 
 
 def table(plan: Plan, rows: Sequence[Row]) -> str:
-    """Write Markdown, the most accurate first."""
+    """Return a Markdown table, most accurate model first."""
     lines = ["| model | weights, M | steps | FLOPs, 1e12 | rate | loss | exactly right, % |",
              "|---|---|---|---|---|---|---|"]
     for line in sorted(figures(plan, rows), key=lambda line: -line["exact"]):

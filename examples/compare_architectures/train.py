@@ -1,4 +1,4 @@
-"""Train one architecture of the comparison, and measure it on the way."""
+"""Train one architecture of the comparison, and measure it during training."""
 from __future__ import annotations
 
 from typing import Any
@@ -10,7 +10,8 @@ from hrm_megatron.training.data import MEASURED_ROWS, first_rows
 
 
 def train(plan: Plan, run: Run, questions: Questions) -> dict[str, Any]:
-    """Train a model and return its row: steps, and FLOPs, validation loss and exact accuracy at each point."""
+    """Train a model and return its row: steps, parameters, and FLOPs, validation loss and exact accuracy at each
+    point."""
     architecture = architecture_of(run.model, questions.vocab_size)
     first = train_rows(Recipe(architecture, run.lr, MEASURED_ROWS, ROW_TOKENS, 1, run.seed), questions.train)
     steps, of_budget = steps_of(plan, run.model, questions.vocab_size, first_rows(first)[0])

@@ -1,4 +1,4 @@
-"""Let models answer the demo's questions: ours through hrm_megatron.generate, the export through transformers."""
+"""Answer the demo's questions: with our models through hrm_megatron.generate, with the export through transformers."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ from hrm_megatron.model.hrm import HRMModel  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
 
-UNFINISHED = " ..."  # no right answer ends so
+UNFINISHED = " ..."  # no right answer ends like this
 
 
 def of_untrained(architecture: Architecture, seed: int, tokenizer: TextTokenizer, rows: Sequence[Row]) -> list[str]:
-    """Answer with the model that a run of this seed begins with: weights depend on the seed and their names alone."""
+    """Answer with the initial model of a run with this seed: weights depend only on the seed and their names."""
     with single_rank():
         return _answers(HRMModel(hrm_config(architecture), seed), tokenizer, rows)
 
@@ -45,18 +45,18 @@ def _answers(model: HRMModel, tokenizer: TextTokenizer, rows: Sequence[Row]) -> 
 
 
 def longest_answer(tokenizer: TextTokenizer, rows: Sequence[Row]) -> int:
-    """Tokens of the longest right answer, its end included: what goes on beyond it is wrong anyway."""
+    """Return the tokens of the longest right answer, end token included: anything longer is wrong anyway."""
     return max(map(len, tokenizer.encode_responses([row["response"] for row in rows])))
 
 
 def of_export(folder: Path, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
-    """Answer with a Hugging Face folder in plain transformers: nothing of this project takes part."""
+    """Answer with a Hugging Face folder in plain transformers, without any code of this project."""
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     answers = []
     for row in rows:
-        # The tokenizer gives every token of a prompt the type 1, a prefix, which the model reads both ways.
+        # The tokenizer gives every token of a prompt the type 1 (prefix), which the model attends to bidirectionally.
         prompt = tokenizer(f"{BOQ}{TAG_TOKENS[row['condition']]}{row['instruction']}{EOQ}", return_tensors="pt")
         assert prompt["token_type_ids"].eq(1).all()
         out = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)[0]
@@ -66,5 +66,5 @@ def of_export(folder: Path, rows: Sequence[Row], max_new_tokens: int) -> list[st
 
 
 def right_share(answers: Sequence[str], rows: Sequence[Row]) -> float:
-    """Share of the answers that are exactly right."""
+    """Return the share of exactly right answers."""
     return sum(answer == row["response"] for answer, row in zip(answers, rows, strict=True)) / len(rows)

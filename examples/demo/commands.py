@@ -1,4 +1,4 @@
-"""Run command lines as a user would: shown, logged whole, a few of their lines passed on, ended with the demo."""
+"""Run command lines as a user would: they are shown, fully logged, partly echoed, and stopped with the demo."""
 from __future__ import annotations
 
 import contextlib
@@ -15,31 +15,31 @@ import psutil
 from hrm_megatron.program import signals_held
 
 TAIL_LINES = 20
-LAUNCHER_REPORTS = " failed (exitcode: "  # what torchrun says from here on is long and no cause
-GRACE_SECONDS = 10  # for a launcher and its ranks, between asking and killing
+LAUNCHER_REPORTS = " failed (exitcode: "  # torchrun's output from here on is long and not the cause
+GRACE_SECONDS = 10  # between SIGTERM and SIGKILL, for a launcher and its ranks
 WIDTH = 110
 
-Watch = Callable[[str], str | None]  # a line of output > what the user sees of it
+Watch = Callable[[str], str | None]  # a line of output > what is shown of it, or None
 
 
 class CommandFailed(Exception):
-    """A command ended with an error; the message has its last lines and the place of the others."""
+    """A command failed; the message has its last lines and the place of the whole output."""
 
 
 def python(*arguments: str | Path) -> list[str]:
-    """Put this interpreter before the arguments, by the short path that works from here."""
+    """Return a command with this interpreter, by its relative path if possible."""
     executable, here = Path(sys.executable), Path.cwd()
     name = executable.relative_to(here) if executable.is_relative_to(here) else executable
     return [str(name), *map(str, arguments)]
 
 
 def flags(**values: object) -> list[str]:
-    """Spell settings as command-line flags."""
+    """Return settings as command-line flags."""
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def shown(command: list[str]) -> str:
-    """Spell a command so that a shell takes it, one line per few flags."""
+    """Return a command in shell syntax, wrapped with a few flags per line."""
     pieces: list[str] = []
     for word in map(shlex.quote, command):
         if word.startswith("--") or not pieces:
@@ -56,16 +56,16 @@ def shown(command: list[str]) -> str:
 
 
 def run(command: list[str], log: Path, watch: Watch = lambda line: None) -> None:
-    """Show the command, run it, append its output to `log` and print what `watch` makes of each line.
+    """Print the command, run it, append its output to `log` and print what `watch` returns for each line.
 
-    Raises CommandFailed. Whatever is raised here, Ctrl-C included, the command and its children have ended.
+    Raises CommandFailed. On any exception, Ctrl-C included, the command and its children have ended.
     """
     print(f"  $ {shown(command)}", flush=True)
     last: deque[str] = deque(maxlen=TAIL_LINES)
     reported = False
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with open(log, "a", encoding="utf-8") as file, _ended(subprocess.Popen(
-            # A session of its own: Ctrl-C reaches it once, through us, and a launcher can end its ranks in peace.
+            # A new session: Ctrl-C reaches it once, through us, so that a launcher can end its ranks cleanly.
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", env=environment, start_new_session=True)) as process:
         file.write(f"$ {shlex.join(command)}\n")
@@ -85,7 +85,7 @@ def run(command: list[str], log: Path, watch: Watch = lambda line: None) -> None
 
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
-    """Hold a process; at the end of the block it has ended, and so has what it started."""
+    """Yield a process; at the end of the block it and its children have ended."""
     try:
         yield process
     finally:
@@ -94,7 +94,7 @@ def _ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-@signals_held()  # a second Ctrl-C would leave ranks behind
+@signals_held()  # else a second Ctrl-C would leave ranks running
 def _stop(launcher: psutil.Process) -> None:
     alive = [launcher, *launcher.children(recursive=True)]
     for send in (psutil.Process.terminate, psutil.Process.kill):

@@ -1,4 +1,4 @@
-"""The curves of a run as a picture, read from its TensorBoard log."""
+"""Draw the curves of a run from its TensorBoard log."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from hrm_megatron.monitoring.picture import running_mean
 from hrm_megatron.monitoring.scalars import Curve, Log
 from hrm_megatron.program import whole_file
 
-SHARE_OF_STEPS = 0.02  # in the running mean of the training curves
+SHARE_OF_STEPS = 0.02  # window of the running mean of the training curves
 BLUE, ORANGE, GREY = "#1f77b4", "#d95f02", "#888888"
 
 

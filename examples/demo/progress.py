@@ -1,4 +1,4 @@
-"""Which lines of a training run the demo passes on."""
+"""Filter the lines of a training run that the demo shows."""
 from __future__ import annotations
 
 import re
@@ -7,10 +7,10 @@ SHOWN = re.compile(r"(?:step +\d+/|checkpoint: |warning: )")
 
 
 def training_progress(line: str) -> str | None:
-    """Pass on how training goes: steps, validations, saves, and where the run begins."""
+    """Return lines about steps, validations, saves, warnings and the starting checkpoint; None for others."""
     return line.rstrip() if SHOWN.match(line) else None
 
 
 def minutes(seconds: float) -> str:
-    """Spell a time as m:ss."""
+    """Format a time as m:ss."""
     return f"{round(seconds) // 60}:{round(seconds) % 60:02}"

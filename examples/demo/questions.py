@@ -1,4 +1,4 @@
-"""Write questions of DeepMind's mathematics_dataset as train, validation and test rows that share no question."""
+"""Write questions of DeepMind's mathematics_dataset as disjoint train, validation and test rows."""
 from __future__ import annotations
 
 import json
@@ -19,26 +19,27 @@ from hrm_megatron.config import ConfigError
 
 Row = dict[str, str]  # condition, instruction, response, module
 
-# The best constant answers get a tenth and a quarter of these, a model of a million parameters most of them in minutes.
+# The best constant answer is right for a tenth and a quarter of these; a model of a million parameters learns most of
+# them in minutes.
 MODULES = ("numbers__place_value", "comparison__pair")
 CONDITION = "direct"
-CHUNK_QUESTIONS = 1000  # generated from one seed, so that the rows do not depend on the number of processes
-MIN_NEW_SHARE = 0.02  # a round with fewer unseen questions than this means that the module has no more
+CHUNK_QUESTIONS = 1000  # per seed, so that the rows do not depend on the number of processes
+MIN_NEW_SHARE = 0.02  # of a round; with fewer new questions than this the module is exhausted
 
 
 def write_questions(folder: str | Path, train_count: int, valid_count: int, test_count: int, seed: int = 0,
                     modules: Sequence[str] = MODULES, processes: int = 2) -> dict[str, list[Row]]:
     """Write train.jsonl, valid.jsonl and test.jsonl into `folder` and return their rows.
 
-    The counts are rows per file, shared evenly by the modules. The same seed gives the same bytes. No question
-    text occurs twice. Raises ConfigError for a module that is unknown or has too few different questions. Starts
-    processes: a program that calls this needs `if __name__ == "__main__":`.
+    The counts are rows per file, divided evenly among the modules. The same seed gives the same bytes. No question text
+    occurs twice. Raises ConfigError for a module that is unknown or has too few different questions. Starts processes:
+    the calling program needs `if __name__ == "__main__":`.
     """
     if unknown := set(modules) - set(_generators()):
         raise ConfigError(f"modules={sorted(unknown)}: not in mathematics_dataset; choose from {sorted(_generators())}")
     counts = {"train": train_count, "valid": valid_count, "test": test_count}
     files: dict[str, list[Row]] = {name: [] for name in counts}
-    # Ctrl-C is for this process, which ends them.
+    # Workers ignore Ctrl-C: this process ends them.
     with _fixed_hashes(), multiprocessing.get_context("spawn").Pool(
             processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         for place, module in enumerate(modules):
@@ -58,7 +59,7 @@ def write_questions(folder: str | Path, train_count: int, valid_count: int, test
 
 
 def constant_answer_accuracy(train: Iterable[Row], test: Iterable[Row]) -> float:
-    """Share of `test` that is right by giving, in each module, the most frequent answer of `train`."""
+    """Return the share of `test` answered right by the most frequent answer of each module in `train`."""
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
         seen[row["module"]][row["response"]] += 1
@@ -68,7 +69,7 @@ def constant_answer_accuracy(train: Iterable[Row], test: Iterable[Row]) -> float
 
 
 def _distinct_rows(pool: Pool, module: str, count: int, seed: int) -> list[Row]:
-    """Return `count` rows of a module, no question twice, in an order that says nothing about when they came."""
+    """Return `count` rows of a module without duplicate questions, shuffled."""
     answers: dict[str, str] = {}
     chunks = 0
     while (missing := count - len(answers)) > 0:
@@ -80,7 +81,7 @@ def _distinct_rows(pool: Pool, module: str, count: int, seed: int) -> list[Row]:
         if len(answers) < count and len(answers) - before < MIN_NEW_SHARE * wanted * CHUNK_QUESTIONS:
             raise ConfigError(f"{module}: {count} different questions wanted, there are about {len(answers)}; "
                               "ask for fewer")
-    # The rare questions come late: shuffled before anyone takes the first ones, so that all files are alike.
+    # Rare questions come late, so shuffle before the rows are divided: all files get the same distribution.
     pairs = list(answers.items())
     random.Random(f"{seed} {module}").shuffle(pairs)
     return [{"condition": CONDITION, "instruction": question, "response": answer, "module": module}
@@ -88,7 +89,7 @@ def _distinct_rows(pool: Pool, module: str, count: int, seed: int) -> list[Row]:
 
 
 def _generate(module: str, seed: int, chunk: int) -> list[tuple[str, str]]:
-    """Return the (question, answer) pairs of one chunk; its only source of chance is what it is given."""
+    """Return the (question, answer) pairs of one chunk; the arguments are its only source of randomness."""
     import numpy as np
 
     random.seed(f"{seed} {module} {chunk}")
@@ -100,11 +101,11 @@ def _generate(module: str, seed: int, chunk: int) -> list[tuple[str, str]]:
 
 @cache
 def _generators() -> dict[str, Callable[[], Any]]:
-    """Return the generators by name (area__module), those of compositions left out: they fail with numpy 2."""
+    """Return the generators by name (area__module), without those of compositions, which fail with numpy 2."""
     import sympy.solvers.diophantine  # noqa: F401
 
-    # mathematics_dataset 1.0.1 looks for this where sympy no longer has it. By name, because the attribute
-    # `sympy.solvers.diophantine` is a function that hides the module.
+    # mathematics_dataset 1.0.1 expects this function in a place where sympy no longer has it. By name, because the
+    # attribute `sympy.solvers.diophantine` is a function that hides the module.
     outer = sys.modules["sympy.solvers.diophantine"]
     outer.base_solution_linear = sys.modules[f"{outer.__name__}.diophantine"].base_solution_linear  # type: ignore
     from mathematics_dataset.modules import modules
@@ -121,7 +122,7 @@ def _easiest_third(entropy: tuple[float, float]) -> tuple[float, float]:
 
 @contextmanager
 def _fixed_hashes() -> Iterator[None]:
-    """Give processes started inside the same string hashes: some generators choose from a set of letters."""
+    """Fix the string hashes of processes started in the block: some generators choose from a set of letters."""
     before = os.environ.get("PYTHONHASHSEED")
     os.environ["PYTHONHASHSEED"] = "0"
     try:

@@ -1,7 +1,7 @@
-"""Show everything once, on a machine without a GPU: arithmetic questions become a trained and exported HRM.
+"""Show the whole workflow on a machine without a GPU: from arithmetic questions to a trained and exported HRM.
 
 It makes questions, a tokenizer and indexed datasets, trains with a stop and a resume in the middle, answers unseen
-questions before and after, and lets plain transformers answer from the export. It shows each command line.
+questions before and after, and answers some with the export in plain transformers. It prints each command line.
 """
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for a start by path, as `make demo` does
+sys.path.insert(0, str(ROOT))  # so that it can be run by path, as `make demo` does
 
 from hrm_megatron.program import Stopped, listen, one_line  # noqa: E402
 
 if __name__ == "__main__":
     listen()
 
-# No torch and no Megatron up here: the processes that make the questions import this file again.
+# No torch or Megatron at module level: the processes that make the questions import this file again.
 from examples.demo.commands import CommandFailed, flags, python, run, shown  # noqa: E402
 from examples.demo.progress import minutes, training_progress  # noqa: E402
 from examples.demo.questions import Row, constant_answer_accuracy, write_questions  # noqa: E402
@@ -31,16 +31,16 @@ from hrm_megatron.config import Architecture, ConfigError  # noqa: E402
 from hrm_megatron.data.tokenizer import TextTokenizer  # noqa: E402
 
 HIDDEN_SIZE = 128
-VOCAB_SIZE = 512  # at most: these questions make about 400
-RANKS = 2  # data parallel, a core each
-# Packing puts examples of like length together: many short rows make a more even step than a few long ones.
+VOCAB_SIZE = 512  # at most; these questions give about 400
+RANKS = 2  # data parallel, one core each
+# Packing groups examples of similar length: many short rows give a more balanced step than a few long ones.
 ROWS_PER_STEP, ROW_TOKENS = 8, 256
 SEED = 1234
 SHOWN_QUESTIONS = 10
 PROMISED_ACCURACY, PROMISED_TIMES_CONSTANT = 0.4, 2.0
-STEPS = 7  # of the demo
+STEPS = 7  # sections of the demo
 
-# What the demo leaves in its folder. Nothing else in there is ever touched.
+# What the demo writes to its folder. Nothing else in it is touched.
 RESULTS = {
     "questions": "train, validation and test questions (jsonl)",
     "tokenizer": "the tokenizer",
@@ -55,12 +55,12 @@ MARKER = ".made-by-demo"
 
 
 class DemoFailed(Exception):
-    """The demo does not show what it promises; the message is one line."""
+    """The demo misses the figures it promises; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything; `eval_rows` are the packed rows that hold all validation questions."""
+    """Sizes of the demo; `eval_rows` is the number of packed rows that hold all validation questions."""
 
     train_questions: int
     valid_questions: int
@@ -72,15 +72,15 @@ class Scale:
     log_interval: int
 
 
-# 40,300 questions fill the rows of 350 steps once. The last step is no multiple of the evaluation interval: Megatron
-# evaluates there anyway.
+# 40,300 questions fill the rows of 350 steps once. The last step is not a multiple of the evaluation interval, since
+# Megatron evaluates there anyway.
 FULL = Scale(40_300, 562, 500, train_iters=350, stop_after=175, eval_interval=60, eval_rows=40, log_interval=10)
 QUICK = Scale(300, 110, 40, train_iters=5, stop_after=3, eval_interval=2, eval_rows=8, log_interval=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    # Before torch comes. The two ranks share the cores; a thread that waits for a busy core costs more than it brings.
+    # Before torch is imported. The two ranks share the cores; more threads than cores cost more than they gain.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         return one_line(lambda: demo(args.output, QUICK if args.quick else FULL, judged=not args.quick),
@@ -101,7 +101,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def demo(folder: Path, scale: Scale, judged: bool) -> None:
-    """Do all steps and print what came out."""
+    """Run all steps and print the results."""
     clock = Clock()
     prepare(folder)
     log = folder / "commands.log"
@@ -151,14 +151,14 @@ def demo(folder: Path, scale: Scale, judged: bool) -> None:
 
 
 def judge(after: float, constant: float) -> None:
-    """Refuse an accuracy below what the demo promises."""
+    """Raise DemoFailed for an accuracy below what the demo promises."""
     if after < max(PROMISED_ACCURACY, PROMISED_TIMES_CONSTANT * constant):
         raise DemoFailed(f"{after:.1%} right after training; the demo promises at least {PROMISED_ACCURACY:.0%} and "
                          f"{PROMISED_TIMES_CONSTANT:g} times the {constant:.1%} of the best constant answer")
 
 
 class Clock:
-    """Headings with a number and the time since the start."""
+    """Prints numbered headings with the time since the start."""
 
     def __init__(self) -> None:
         self.started, self.step = time.monotonic(), 0
@@ -173,7 +173,7 @@ class Clock:
 
 
 def prepare(folder: Path) -> None:
-    """Make the folder without the results of an earlier demo; refuse to replace what no demo has made."""
+    """Create the folder, removing the results of an earlier demo; refuse to replace files that no demo has made."""
     for package in ("matplotlib", "mathematics_dataset"):
         if find_spec(package) is None:
             raise ConfigError(f"the package {package} is missing; run `make setup`, or pip install -e '.[demo]'")
@@ -199,7 +199,7 @@ def make_stores(folder: Path, log: Path) -> TextTokenizer:
 
 
 def train_with_a_stop(folder: Path, scale: Scale, architecture: Architecture, log: Path) -> float:
-    """Train by two command lines, the second resuming what the first has saved; return the seconds that took."""
+    """Train with two command lines, the second resuming from the first's checkpoint; return the seconds taken."""
     checkpoints = folder / "checkpoints"
     command = python(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "-m", "hrm_megatron.pretrain",
@@ -222,21 +222,21 @@ def train_with_a_stop(folder: Path, scale: Scale, architecture: Architecture, lo
 
 
 def tool(name: str) -> str:
-    """Path of a program in tools/, as short as it can be from here."""
+    """Return the relative path of a program in tools/."""
     return os.path.relpath(ROOT / "tools" / name)
 
 
 def show_answers(rows: Sequence[Row], answers: Sequence[str]) -> None:
     width = max(len(row["instruction"]) for row in rows)
     for row, answer in zip(rows, answers, strict=True):
-        # Escaped: what an untrained model says is no text for a terminal.
+        # Escaped: an untrained model's output may contain control characters.
         said = f"{row['instruction']:{width}}  {answer.encode('unicode_escape').decode('ascii')}"
         print(f"  right  {said}" if answer == row["response"] else f"  wrong  {said}, not {row['response']}")
 
 
 def summarize(folder: Path, count: int, before: float, constant: float, after: float, clock: Clock,
               training_seconds: float) -> None:
-    """Print the figures, what there is now and where, and what to try next."""
+    """Print the figures, the files written, and what to try next."""
     print(f"\nRight answers to {count} unseen questions\n"
           f"  before training                  {before:6.1%}\n"
           f"  best constant answer per module  {constant:6.1%}\n"

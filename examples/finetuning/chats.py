@@ -1,4 +1,4 @@
-"""Chats of a kind that the demo's model has never seen: write a number backwards, and perhaps another one."""
+"""Chats of a kind that the demo's model has never seen: write a number backwards, and in some a second one."""
 from __future__ import annotations
 
 import json
@@ -14,12 +14,13 @@ Chat = dict[str, Any]
 
 CONDITION = "direct"
 DIGITS = (2, 3, 4, 5)
-HELD_OUT_SHARE = 0.1  # of all numbers: those of training are in no other chat
-SHARE_OF_TWO = 1 / 3  # of the chats that go on with a second number
+HELD_OUT_SHARE = 0.1  # of all numbers; training chats have numbers of their own
+SHARE_OF_TWO = 1 / 3  # of the chats, which have a second number
 
 
 def write_chats(folder: Path, counts: dict[str, int], seed: int = 0) -> dict[str, list[Chat]]:
-    """Write NAME.jsonl for every count into the folder; `train` has its own numbers, all others the rest."""
+    """Write NAME.jsonl for every count into the folder and return the chats; `train` uses its own numbers, all others
+    the held-out ones."""
     training: dict[int, list[int]] = {}
     held_out: dict[int, list[int]] = {}
     for digits in DIGITS:
@@ -45,7 +46,7 @@ def _chat(chance: random.Random, numbers: dict[int, list[int]]) -> Chat:
 
 
 def questions_of(chats: list[Chat]) -> list[Row]:
-    """Return a question and its answer for each turn of the assistant, as preprocessing does."""
+    """Return a question with its answer for each turn of the assistant, as preprocessing does."""
     return [{"condition": example.condition, "instruction": example.instruction, "response": example.response}
             for number, chat in enumerate(chats)
             for example in examples_of(chat, f"chat {number}", RowFormat(shape="messages"))]

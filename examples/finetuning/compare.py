@@ -1,24 +1,29 @@
-"""Compare ways of fine-tuning at equal updates: one rate for all weights, a rate per stack, LoRA on the shared weights.
+"""Compare ways of fine-tuning with equal numbers of updates: one learning rate, a rate per stack, LoRA.
 
-A stack of an HRM runs several times in a step, so that its gradient is a sum over ticks. Does that call for a rate
-divided by the ticks, or for small adapters instead of all weights? Every way trains the same rows, of new questions and
-some old ones, by the same optimizer; each has its best of several rates. Prints a table (Markdown) of the share of
-held-out answers that are exactly right, of the new kind and of the old ones.
+A stack of an HRM runs several times in a step, so its gradient is a sum over ticks. Does that call for a rate divided
+by the number of ticks, or for small adapters instead of all weights? Every way trains on the same rows, of new
+questions and some old ones, with the same optimizer, at several rates. Prints a Markdown table of the share of exactly
+right held-out answers, of the new kind and of the old ones.
 
     python examples/finetuning/compare.py --load runs/demo/checkpoints --train runs/finetuning/stores/train \
-        runs/finetuning/stores/old --new runs/finetuning/stores/valid --old runs/demo/stores/valid
+        runs/finetuning/stores/old --new runs/finetuning/stores/held_out --old runs/demo/stores/valid
 """
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for a start by path
+sys.path.insert(0, str(ROOT))  # so that it can be run by path
+
+from hrm_megatron.program import listen, one_line  # noqa: E402
+
+if __name__ == "__main__":
+    listen()
 
 from hrm_megatron.parallel.cpu import activate  # noqa: E402
 from hrm_megatron.parallel.log_levels import be_quiet  # noqa: E402
@@ -29,7 +34,7 @@ activate()
 import torch  # noqa: E402
 from torch.utils.data import default_collate  # noqa: E402
 
-from hrm_megatron.config import LoRA  # noqa: E402
+from hrm_megatron.config import ConfigError, LoRA  # noqa: E402
 from hrm_megatron.data.batch import PackedBatch  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.data.indexed_examples import IndexedExamples  # noqa: E402
@@ -48,7 +53,7 @@ ROWS_PER_STEP, ROW_TOKENS, BP_STEPS, MIN_LR_RATIO = 8, 256, 5, 0.1
 
 @dataclass(frozen=True)
 class Way:
-    """A way to fine-tune, and the rates that it is tried with; `rank` of its adapters, 0 where all weights train."""
+    """A way to fine-tune, and the rates to try; `rank` is that of its adapters, 0: all weights are trained."""
 
     name: str
     rates: tuple[float, ...]
@@ -72,7 +77,7 @@ def batches(rows: PackedRows) -> Iterator[PackedBatch]:
 
 @torch.no_grad()
 def exact(model: HRMModel, prefix: Path) -> float:
-    """Share of the examples all of whose labels are the likeliest token: what greedy decoding would answer."""
+    """Return the share of examples whose labels are all the argmax, so that greedy decoding answers exactly right."""
     store = IndexedExamples(prefix)
     rows = PackedRows(store, ROW_TOKENS, 0, 0, fixed=True)
     rows.num_rows = rows.rows_per_epoch
@@ -82,7 +87,7 @@ def exact(model: HRMModel, prefix: Path) -> float:
 
 
 def groups(model: HRMModel, way: Way) -> list[dict[str, object]]:
-    """The parameters that train, with the share of the rate that each group has."""
+    """Return the trained parameters as optimizer groups, each with its factor on the rate."""
     arch = model.config.arch
     h, l_ = split_bp_steps(arch.h_cycles, arch.l_cycles, BP_STEPS)
     ticks = {STACKS["H"]: h, STACKS["L"]: l_} if way.by_ticks else {}
@@ -91,7 +96,7 @@ def groups(model: HRMModel, way: Way) -> list[dict[str, object]]:
 
 
 def tune(model: HRMModel, way: Way, rate: float, rows: PackedRows, updates: int, seed: int) -> None:
-    """Fine-tune the model in its place."""
+    """Fine-tune the model in place."""
     if way.rank:
         adapt(model, LoRA(way.rank, way.rank), seed)
     optimizer = AdamATan2(groups(model, way), rate)
@@ -105,19 +110,27 @@ def tune(model: HRMModel, way: Way, rate: float, rows: PackedRows, updates: int,
         optimizer.step()
 
 
-def parse_arguments() -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    return one_line(lambda: compare(args))
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=Path, required=True, help="checkpoints to begin from, by their EMA")
     parser.add_argument("--train", type=Path, nargs="+", required=True, help="datasets to train on")
     parser.add_argument("--new", type=Path, required=True, help="held-out dataset of the new kind")
     parser.add_argument("--old", type=Path, required=True, help="held-out dataset of what the model knew")
-    parser.add_argument("--updates", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=2)
-    return parser.parse_args()
+    parser.add_argument("--updates", type=int, default=60, help="of each way (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="of the rows' order (default: %(default)s)")
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    args = parse_arguments()
+def compare(args: argparse.Namespace) -> None:
+    """Fine-tune in every way, and print the results."""
+    for name in ("updates", "seeds"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")
     found: dict[tuple[str, float], list[tuple[float, float]]] = {}
     began = time.monotonic()
     with single_rank():
@@ -143,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

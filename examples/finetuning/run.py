@@ -1,7 +1,7 @@
 """Teach the demo's model a new kind of question without forgetting the old ones: chats, `--finetune`, early stopping.
 
-It needs what the demo left (`make demo`): checkpoints, tokenizer and questions. A part of the demo's own training
-questions is mixed into the new chats; without them (--old-questions 0) the model forgets what it knew.
+It needs the demo's results (`make demo`): checkpoints, tokenizer and questions. Some of the demo's own training
+questions are mixed into the new chats; without them (--old-questions 0) the model forgets the old kinds.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for a start by path
+sys.path.insert(0, str(ROOT))  # so that it can be run by path
 
 from hrm_megatron.program import listen, one_line  # noqa: E402
 
@@ -31,22 +31,23 @@ from hrm_megatron.checkpoint.iterations import folder_name  # noqa: E402
 from hrm_megatron.config import ConfigError  # noqa: E402
 from hrm_megatron.data.tokenizer import TextTokenizer  # noqa: E402
 
-RANKS = 2  # data parallel, a core each
+RANKS = 2  # data parallel, one core each
 ROWS_PER_STEP = 8
 SHOWN_QUESTIONS = 5
 PROMISED_NEW, PROMISED_FALL = 0.9, 0.05
 OWN_LINES = ("fine-tuning: ", "early stopping: ")
 MARKER = ".made-by-finetuning"
+STORES = ("train", "held_out", "old")  # the last only if old questions are mixed in
 RESULTS = ("questions", "stores", "checkpoints", "commands.log")
 
 
 class Failed(Exception):
-    """The example does not show what it promises; the message is one line."""
+    """The example misses the figures it promises; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """Sizes of the example."""
 
     train_chats: int
     held_out_chats: int
@@ -57,7 +58,7 @@ class Scale:
     patience: int
 
 
-# The reference's rate and step are for a billion parameters; these are for one, and for a hundred steps.
+# The reference's rate is for a billion parameters; this one is for a million, and for about a hundred steps.
 LR = 1e-3
 FULL = Scale(8000, 300, 300, 3500, train_iters=140, eval_interval=20, patience=2)
 QUICK = Scale(60, 20, 10, 60, train_iters=4, eval_interval=1, patience=4)
@@ -65,7 +66,7 @@ QUICK = Scale(60, 20, 10, 60, train_iters=4, eval_interval=1, patience=4)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes; the two ranks share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the two ranks share the cores
     scale = QUICK if args.quick else FULL
     return one_line(lambda: example(args.demo, args.output, scale, args.old_questions, judged=not args.quick),
                     (CommandFailed, Failed))
@@ -85,7 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def example(demo: Path, folder: Path, scale: Scale, old_questions: int | None, judged: bool) -> None:
-    """Do all steps and print what came out."""
+    """Run all steps and print the results."""
     began = time.monotonic()
     if old_questions is not None and old_questions < 0:
         raise ConfigError(f"--old-questions {old_questions}: must be at least 0")
@@ -100,7 +101,7 @@ def example(demo: Path, folder: Path, scale: Scale, old_questions: int | None, j
     (folder / "questions" / "old.jsonl").write_text("".join(mixed_in))
     print(f"{scale.train_chats:,} chats of a new kind and {len(mixed_in):,} of the demo's training questions; "
           f"{len(new)} new and {len(old)} old questions to test with, none of them trained on", flush=True)
-    names = ["train", "held_out", *(["old"] if wanted else [])]
+    names = STORES if wanted else STORES[:-1]
     for name in names:
         run(python(tool("preprocess_data.py"), "--input", folder / "questions" / f"{name}.jsonl", "--output-prefix",
                    folder / "stores" / name, "--tokenizer-model", demo / "tokenizer"), log)
@@ -132,14 +133,15 @@ def example(demo: Path, folder: Path, scale: Scale, old_questions: int | None, j
 
 
 def judge(before: Sequence[float], after: Sequence[float]) -> None:
-    """Refuse figures below what is promised; each pair is of the new kind and of the old ones."""
+    """Raise Failed for figures below what is promised; each pair is (new kind, old kinds)."""
     if after[0] < PROMISED_NEW or before[1] - after[1] > PROMISED_FALL:
         raise Failed(f"{after[0]:.1%} of the new kind right, old kinds from {before[1]:.1%} to {after[1]:.1%}; "
                      f"promised are {PROMISED_NEW:.0%}, and a fall of at most {100 * PROMISED_FALL:.0f} points")
 
 
 def prepare(demo: Path, folder: Path) -> None:
-    """Make the folder without the results of an earlier run; refuse to replace what is not of this example."""
+    """Create the folder, removing the results of an earlier run; refuse to replace files that are not from this
+    example."""
     for name in ("checkpoints", "tokenizer", "questions/train.jsonl", "questions/test.jsonl"):
         if not (demo / name).exists():
             raise ConfigError(f"--demo {demo}: no {name} in it; run `make demo`, or give the folder of one")
@@ -167,7 +169,7 @@ def finetune(demo: Path, folder: Path, scale: Scale, names: Sequence[str], log: 
 
 
 def progress(line: str) -> str | None:
-    """Pass on how training goes, what it begins from and which iteration is the best."""
+    """Return lines about training progress, the starting checkpoint and the best iteration; drop others."""
     return line.rstrip() if line.startswith(OWN_LINES) else training_progress(line)
 
 
@@ -176,7 +178,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def tool(name: str) -> str:
-    """Path of a program in tools/, as short as it can be from here."""
+    """Return the relative path of a program in tools/."""
     return os.path.relpath(ROOT / "tools" / name)
 
 

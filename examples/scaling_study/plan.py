@@ -1,4 +1,4 @@
-"""What a scaling study trains, as plain values: sizes, numbers of tokens, rates, and which runs are held out."""
+"""The plan of a scaling study: sizes, numbers of tokens, learning rates and held-out runs."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,17 +8,17 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.model_types import MODEL_TYPES
 
 HEAD_DIM = 16
-LAYERS = 2  # of each stack of an HRM; a Transformer has as many in its one stack as an HRM in both
+LAYERS = 2  # of each stack of an HRM; a Transformer's one stack has as many as both stacks of an HRM
 TOKENS_PER_STEP = 1024
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
-# What the narrowest model begins the search with. A hidden matrix's update shall change its outputs as much at any
-# width (Yang et al., arXiv 2203.03466), as in the presets: the rate falls as 1 / width.
+# Rate around which the search at the narrowest width is centred. As in the presets, the rate falls as 1 / width, so
+# that an update changes outputs equally at every width (muP, arXiv 2203.03466).
 FIRST_LR = 4e-3
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model to train; it sees `tokens` positions of packed rows."""
+    """One model to train, on `tokens` positions of packed rows."""
 
     model: str
     width: int
@@ -38,9 +38,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """Widths and tokens of the runs that are fitted; the largest number of tokens at `held_out_width` is predicted.
+    """Widths and tokens of the fitted runs; the run at `held_out_width` with the most tokens is predicted.
 
-    At each of `lr_widths` all multiples of the rule's rate are tried, with the fewest tokens.
+    At each of `lr_widths` all multiples of the rule's rate are tried, on the fewest tokens.
     """
 
     widths: Sequence[int]
@@ -68,17 +68,17 @@ class Study:
                               f"narrowest, {min(self.widths)}, among them")
 
     def rate(self, width: int, multiple: float) -> float:
-        """Transfer a rate to another width: `multiple` is that of the rule's."""
+        """Return `multiple` times the rule's rate at this width."""
         return multiple * FIRST_LR * min(self.widths) / width
 
     def trials(self) -> list[Run]:
-        """List the runs that look for the best rate."""
+        """Return the runs that search for the best rate."""
         return [Run(model, width, min(self.tokens), self.rate(width, multiple))
                 for model in self.models for width in sorted(self.lr_widths) for multiple in self.multiples]
 
     def runs(self, multiples: Mapping[str, float]) -> Iterator[Run]:
-        """List the runs that a law is fitted to, and the held-out ones, with these multiples of the rule's rate; the
-        cheapest first."""
+        """Yield the runs that the law is fitted to, cheapest first for each model, then the held-out ones, with these
+        multiples of the rule's rate."""
         for model in self.models:
             points = [(width, tokens) for width in self.widths for tokens in self.tokens]
             for width, tokens in sorted(points, key=lambda point: (point[0] * point[0] * point[1], point)):
@@ -89,8 +89,8 @@ class Study:
 
 
 def best_multiples(study: Study, losses: Sequence[float]) -> dict[tuple[str, int], float]:
-    """Return the multiple of lowest loss by model and width; `losses` are those of `study.trials()`. Raises ConfigError
-    where all diverge."""
+    """Return the multiple with the lowest loss by (model, width); `losses` are those of `study.trials()`. Raises
+    ConfigError if all rates of a model and width diverge."""
     found: dict[tuple[str, int], float] = {}
     lowest: dict[tuple[str, int], float] = {}
     for trial, loss, multiple in zip(study.trials(), losses, [*study.multiples] * (

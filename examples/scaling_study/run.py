@@ -1,13 +1,15 @@
 """Predict a larger model from small ones: train five sizes at several numbers of tokens, fit L(N, D), and train the
 held-out model that the law has predicted. HRM and Transformer, on the demo's questions (`make demo` first).
 
-The learning rate is searched for at the narrowest width and transferred by the rule rate x width = constant, with all
-weights alike; at other widths the same multiples of the rule's rate are tried, to see whether the best stays put.
-The same command goes on where it was interrupted, with the run that was then in progress.
+The learning rate is searched at the narrowest width and transferred by the rule rate x width = constant, for all
+weights; at other widths the same multiples of the rule's rate are tried, to test whether the best one stays the same.
+The same command resumes an interrupted study with the run that was in progress.
 """
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
 import time
@@ -17,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for a start by path
+sys.path.insert(0, str(ROOT))  # so that it can be run by path
 
-from hrm_megatron.program import listen, one_line  # noqa: E402
+from hrm_megatron.program import listen, one_line, write_aside  # noqa: E402
 
 if __name__ == "__main__":
     listen()
@@ -37,7 +39,7 @@ Trainer = Callable[[Run], dict[str, Any]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
     return one_line(lambda: study(args), (CommandFailed,))
 
 
@@ -53,7 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def study(args: argparse.Namespace) -> None:
-    """Do all runs that are not there yet, and print what came out."""
+    """Train all runs that are not recorded yet, and print the results."""
     check_pictures()
     began, planned, questions = time.monotonic(), chosen_plan(args, FULL, QUICK), Questions.of(args.demo)
     from examples.scaling_study import train
@@ -64,12 +66,13 @@ def study(args: argparse.Namespace) -> None:
         rows = all_runs(planned, args.output, settings, lambda one: train.train(one, questions))
     print(f"{len(rows)} runs in {args.output / 'runs.jsonl'}; this start took {minutes(time.monotonic() - began)}\n",
           flush=True)
-    run(python(os.path.relpath(ROOT / "tools" / "fit_scaling.py"), "--input", args.output / "runs.jsonl", "--png",
+    write_aside(args.output / "fitted.jsonl", "".join(json.dumps(row) + "\n" for row in converged(rows)))
+    run(python(os.path.relpath(ROOT / "tools" / "fit_scaling.py"), "--input", args.output / "fitted.jsonl", "--png",
                args.output / "law.png", "--json", args.output / "law.json"), args.output / "commands.log", str.rstrip)
 
 
 def all_runs(planned: Study, folder: Path, settings: Mapping[str, Any], train: Trainer) -> list[dict[str, Any]]:
-    """Search the rates, print where they are best, and return the rows of the runs to fit and to predict."""
+    """Search the rates, print the best ones, and return the rows of the fitted and the held-out runs."""
     trials = recorded(folder / "rates.jsonl", settings, planned.trials(), train, described)
     best = best_multiples(planned, [trial["loss"] for trial in trials])
     print(rates_table(planned, [trial["loss"] for trial in trials]), flush=True)
@@ -83,13 +86,22 @@ def all_runs(planned: Study, folder: Path, settings: Mapping[str, Any], train: T
                     described)
 
 
+def converged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of runs that converged; print the others."""
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            print(f"left out of the fit: {described(row)}: it diverged, at a rate that is the best of those tried at "
+                  "the narrowest width with the fewest tokens", flush=True)
+    return [row for row in rows if math.isfinite(row["loss"])]
+
+
 def described(row: Mapping[str, Any]) -> str:
     return (f"{row['model']} of width {row['width']}, {row['parameters'] / 1e6:.2f} M parameters, {row['tokens']:,} "
             f"tokens, lr {row['lr']:.3g}: loss {row['loss']:.4f}")
 
 
 def rates_table(planned: Study, losses: Sequence[float]) -> str:
-    """Write Markdown: the loss of every multiple of the rule's rate at every width that was tried."""
+    """Return a Markdown table of the loss at every multiple of the rule's rate and every width tried."""
     lines = ["", "| model | width | " + " | ".join(f"{multiple:g} x" for multiple in planned.multiples) + " |",
              "|---|---|" + "---|" * len(planned.multiples)]
     left, best = iter(losses), best_multiples(planned, losses)

@@ -1,4 +1,4 @@
-"""Train one model of the study in this process, and measure its loss on the validation questions."""
+"""Train one model of the study in this process and measure its loss on the validation questions."""
 from __future__ import annotations
 
 from typing import Any
@@ -13,7 +13,7 @@ SEED = 1234  # of weights and rows, the same for all runs
 
 def train(run: Run, questions: Questions) -> dict[str, Any]:
     """Train a model and return its row: parameters, tokens, FLOPs of the whole training and validation loss. Needs
-    Megatron's groups, as `single_rank()` makes them."""
+    Megatron's process groups, as made by `single_rank()`."""
     recipe = Recipe(run.architecture(questions.vocab_size), run.lr, run.steps, ROW_TOKENS,
                     TOKENS_PER_STEP // ROW_TOKENS, SEED)
     *_, (_, flops, model) = training(recipe, questions.train)

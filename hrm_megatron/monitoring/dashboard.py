@@ -1,4 +1,4 @@
-"""A frame of the dashboard, from the files of a run. Needs rich, which is optional."""
+"""Render one frame of the dashboard from the files of a run. Needs rich, which is optional."""
 from __future__ import annotations
 
 import math
@@ -16,19 +16,19 @@ from hrm_megatron.monitoring.status import Progress, evaluations, last, sparklin
 from hrm_megatron.training.console_lines import duration, thousands
 
 LAST_SAVES = 5
-QUIET_STEPS, QUIET_INTERVALS = 10, 3  # so many steps' time, and such as lie between lines, without a line is too long
+QUIET_STEPS, QUIET_INTERVALS = 10, 3  # longer without a line, in steps or in log intervals, is late
 Curves = Mapping[str, Curve]
 
 
 def frame(run: RunFolder, log: Log | None, now: float, width: int) -> RenderableType:
-    """Draw where the run stands at `now` (seconds since the epoch) into `width` columns."""
+    """Render the state of the run at `now` (seconds since the epoch) in `width` columns."""
     parts: list[RenderableType] = []
     curves = log.curves() if log else {}
     if LOSS in curves:
         progress = Progress.of(curves[LOSS], run.train_iters)
         parts += [_progress(progress, now, width, run.steps_between_lines), _numbers(curves, width)]
     else:
-        parts.append(Text("no step is logged yet"))
+        parts.append(Text(run.missing_log or "no step is logged yet"))
     if found := evaluations(curves):
         parts.append(_evaluations(found))
     if tasks := tasks_of(curves):
@@ -42,7 +42,7 @@ def frame(run: RunFolder, log: Log | None, now: float, width: int) -> Renderable
 
 
 def _progress(progress: Progress, now: float, width: int, steps_between: int) -> RenderableType:
-    silence = max(0, now - progress.logged)  # another machine's clock may be ahead
+    silence = max(0, now - progress.logged)  # the clock of the run's machine may be ahead
     line = Text(f"step {progress.step:,}{f' of {progress.steps:,}' if progress.steps else ''}", "bold")
     if progress.done:
         line.append(", done", "green")
@@ -53,7 +53,7 @@ def _progress(progress: Progress, now: float, width: int, steps_between: int) ->
         line.append(f", last line {duration(silence)} ago", "bold red" if late else "default")
     if not progress.steps:
         return line
-    bar = Table.grid()  # a bar alone ends no line
+    bar = Table.grid()  # a bare bar has no line end
     bar.add_row(ProgressBar(progress.steps, min(progress.step, progress.steps), width=width - 4))
     return Group(line, bar)
 

@@ -1,4 +1,4 @@
-"""Curves of one run or several as a picture. Needs matplotlib, which is optional."""
+"""Draw the curves of one run or several. Needs matplotlib, which is optional."""
 from __future__ import annotations
 
 import io
@@ -17,15 +17,15 @@ from hrm_megatron.monitoring.scalars import Curve, in_groups
 from hrm_megatron.monitoring.status import OF_TASKS, tasks_of
 
 Curves = Mapping[str, Curve]
-SHARE_OF_STEPS = 0.02  # in the running mean of the noisy curves
+SHARE_OF_STEPS = 0.02  # window of the running mean of noisy curves
 MARKERS = {" validation": "o", " validation EMA": "^", " test": "s", " test EMA": "v"}
 COLOURS, GROUP_COLOURS = "tab10", "viridis"
-WIDTH, HEIGHT = 6.0, 3.2  # inches of a panel
+WIDTH, HEIGHT = 6.0, 3.2  # of a panel, in inches
 PANELS_IN_A_ROW = 2
 
 
 class Panel(NamedTuple):
-    """Axes: one curve of all runs, or a group of curves of one run, by tick or by source."""
+    """One panel: a curve of all runs, or a group of curves of one run, by tick or by source."""
 
     title: str
     curve: str = ""
@@ -54,7 +54,7 @@ GROUPS = {"loss by source": "loss per token by source (nats)",
 
 
 def panels(runs: Mapping[str, Curves]) -> list[Panel]:
-    """Choose the panels for which there is something to draw."""
+    """Return the panels for which there is data."""
     logged = {name for curves in runs.values() for name in curves}
     found = [panel for panel in ONE_CURVE if not logged.isdisjoint(names_of(panel))]
     groups = [(title, run, in_groups(curves, [prefix])) for prefix, title in GROUPS.items()
@@ -66,12 +66,12 @@ def panels(runs: Mapping[str, Curves]) -> list[Panel]:
 
 
 def names_of(panel: Panel) -> list[str]:
-    """List the curves of a panel, those of held-out parts too."""
+    """Return the names of a panel's curves, including those of held-out parts."""
     return [*panel.group] or [panel.curve, *(panel.curve + suffix for suffix in MARKERS)]
 
 
 def draw(runs: Mapping[str, Curves], title: str) -> bytes:
-    """Draw all curves of these runs as a PNG; raises ConfigError if there is none."""
+    """Return a PNG of all curves of these runs; raises ConfigError if there are none."""
     if not (chosen := panels(runs)):
         raise ConfigError(f"{', '.join(runs)}: no curve in the log that is drawn; train for longer, or with a smaller "
                           "--tensorboard-log-interval")
@@ -108,7 +108,7 @@ def draw_panel(axes: Axes, panel: Panel, runs: Mapping[str, Curves]) -> None:
 
 
 def missing_steps(panel: Panel, runs: Mapping[str, Curves]) -> list[int]:
-    """List the steps at which a curve of this panel is NaN or infinite, which no line shows."""
+    """Return the steps at which a curve of this panel is NaN or infinite, which lines do not show."""
     shown = [curves[name] for run, curves in runs.items() if panel.run in ("", run) for name in names_of(panel)
              if name in curves]
     return sorted({step for curve in shown for step, value in zip(curve.steps, curve.values, strict=True)
@@ -137,15 +137,15 @@ def _draw_group(axes: Axes, names: Sequence[str], curves: Curves) -> None:
         axes.plot(curve.steps, curve.values, marker=_mark(curve), color=colour,
                   linestyle="--" if name.endswith("z_H") else "-",
                   label=(name.partition("/")[2] or name).removesuffix(OF_TASKS))
-    axes.set_ylim(bottom=0)  # behind an exit norm all are 1: rounding is not to look like a change
+    axes.set_ylim(bottom=0)  # after an exit norm all are 1: do not magnify rounding
 
 
 def _mark(curve: Curve) -> str:
-    return "." if len(curve.steps) == 1 else ""  # a line through one point is nothing
+    return "." if len(curve.steps) == 1 else ""  # a line through one point is invisible
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and the up to `width` - 1 before it."""
+    """Return the mean of each value and up to `width` - 1 values before it."""
     sums = np.convolve(values, np.ones(width))[:len(values)]
     return [float(mean) for mean in sums / np.minimum(np.arange(1, len(values) + 1), width)]
 

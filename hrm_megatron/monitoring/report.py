@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs nothing else: no script, no network, pictures within. Needs matplotlib."""
+"""A self-contained HTML report of a run: no scripts, no network, embedded pictures. Needs matplotlib."""
 from __future__ import annotations
 
 import base64
@@ -17,14 +17,14 @@ from hrm_megatron.monitoring.scalars import LOSS, Curve, Log
 from hrm_megatron.monitoring.status import Progress, evaluations, last, tasks_of
 from hrm_megatron.training.console_lines import duration, thousands
 
-# What a reader asks first; all others stand folded below.
+# Shown first; all other settings are folded below.
 SETTINGS = ("model_kind", "hrm_preset", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size",
             "padded_vocab_size", "h_cycles", "l_cycles", "bp_min_steps", "bp_max_steps", "bp_warmup_fraction",
             "norm_placement", "seq_length", "global_batch_size", "micro_batch_size", "train_iters", "lr", "min_lr",
             "lr_warmup_iters", "weight_decay", "ema_decay", "clip_grad", "seed", "params_dtype", "world_size",
             "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "data_parallel_size",
             "data_path", "train_data_path", "valid_data_path", "sampled_data_path", "split")
-EVALUATION_FILE = "evaluation/results.json"  # where docs/evaluation.md lets tools/evaluate.py write
+EVALUATION_FILE = "evaluation/results.json"  # where tools/evaluate.py writes in docs/evaluation.md
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: .5em 0 1.5em } th, td { text-align: left; padding: .2em 1em .2em 0;
 border-bottom: 1px solid #ddd; vertical-align: top } img { max-width: 100% } code { font-size: 90% }"""
@@ -33,7 +33,7 @@ Rows = Iterable[Sequence[object]]
 
 
 def report(run: RunFolder, log: Log, verified: Mapping[int, str]) -> str:
-    """Write the page; `verified` says by step what reading the bytes of a save found."""
+    """Return the page; `verified` maps steps to the result of reading the bytes of a save."""
     title, measured, curves = html.escape(run.name), tasks(run), log.curves()
     picture = base64.b64encode(draw({run.name: curves}, run.name)).decode()
     parts = [
@@ -55,7 +55,7 @@ def report(run: RunFolder, log: Log, verified: Mapping[int, str]) -> str:
 
 
 def standing(run: RunFolder, curves: Mapping[str, Curve]) -> list[tuple[str, object]]:
-    """List what a reader wants to know first."""
+    """Return the rows of the overview."""
     rows: list[tuple[str, object]] = [("folder", run.folder.resolve())]
     if LOSS in curves:
         progress = Progress.of(curves[LOSS], run.train_iters)
@@ -76,18 +76,18 @@ def standing(run: RunFolder, curves: Mapping[str, Curve]) -> list[tuple[str, obj
 
 
 def duration_of(seconds: float | None) -> str:
-    """Spell the time of a step, which may be a fraction of a second."""
+    """Format the time of a step, which may be a fraction of a second."""
     return "?" if seconds is None else f"{seconds:.3g}s" if seconds < 10 else duration(seconds)
 
 
 def starts(log: Log) -> list[tuple[str, int, int]]:
-    """List (begun, first step, last step) of each start that logged a step."""
+    """Return (begun, first step, last step) of each start that logged a step."""
     found = [file.curves[LOSS] for file in log.starts() if LOSS in file.curves]
     return [(_date(loss.times[0]), loss.steps[0], loss.steps[-1]) for loss in found]
 
 
 def tasks(run: RunFolder) -> list[tuple[object, ...]]:
-    """List what tools/evaluate.py found, if it wrote beside the run, and of which checkpoint."""
+    """Return the results of tools/evaluate.py in the run's folder, if any, with the checkpoint of each."""
     file = run.folder / EVALUATION_FILE
     if not file.exists():
         return []
@@ -106,7 +106,7 @@ def _measured(settings: Mapping[str, Any], run: RunFolder) -> str:
     place = Path(settings["checkpoint"])
     own = run.checkpoints is not None and place.is_relative_to(run.checkpoints.resolve())
     of = f"iteration {settings['iteration']}, {settings['weights'] or 'weights of one kind'}"
-    return of if own else f"{of}, of {place}"  # also the run's own, if it has moved since
+    return of if own else f"{of}, of {place}"  # shown for the run's own checkpoint too, if it has moved
 
 
 def _evaluations(curves: Mapping[str, Curve]) -> list[tuple[object, ...]]:
@@ -147,7 +147,7 @@ def _folded(title: str, content: str) -> str:
 
 
 def _table(columns: Sequence[str], rows: Rows) -> str:
-    """Make a table, or nothing where there are no rows."""
+    """Return a table, or "" if there are no rows."""
     lines = ["<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]
     head = "<tr>" + "".join(f"<th>{html.escape(column)}</th>" for column in columns) + "</tr>" if columns else ""
     return f"<table>{head}{''.join(lines)}</table>" if lines else ""

@@ -1,10 +1,11 @@
-"""What the folder of a run says of it, from files alone: arguments, saves, starts, steps that were gone back from.
+"""The state of a run, from the files in its folder only: arguments, saves, starts, steps that were rolled back.
 
-The run itself is never asked: it may be running, on another machine, or over.
+It works whether the run is running, on this machine or another, or has ended.
 """
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,17 +17,18 @@ from hrm_megatron.checkpoint.manifest import ABANDONED, METADATA_FILE, TRACKER_F
 from hrm_megatron.cluster.attempts import ATTEMPTS_FILE, Attempt, History
 from hrm_megatron.config import ConfigError
 
-ARGUMENTS_FILE, BAD_STEPS_FILE = "arguments.txt", "bad_steps.json"  # training/console.py, training/bad_steps.py
+ARGUMENTS_FILE, STARTED_IN, BAD_STEPS_FILE = "arguments.txt", "started_in", "bad_steps.json"  # of training
+NOT_GIVEN = "None"  # value of a flag that was not given
 SLURM_FOLDER = "slurm"  # launch_scripts/train_slurm.sh
 EVENT_FILES = "events.out.tfevents.*"
-DEEPEST = 3  # folders below the run's own in which its log and its checkpoints are looked for
+DEEPEST = 3  # levels of folders in which the log and the checkpoints are searched
 WHOLE, NO_MANIFEST, PARTIAL = "complete", "complete, no manifest", "not complete"
 
 
 @dataclass(frozen=True)
 class Save:
-    """An iteration in the folder of checkpoints. `state`: WHOLE if all files are there, as long as the manifest says,
-    and the manifest has its own digest; contents are read by nobody here."""
+    """An iteration in the folder of checkpoints. `state` is WHOLE if all files exist with the sizes in the manifest and
+    the manifest matches its own digest; file contents are not read."""
 
     step: int
     folder: Path
@@ -37,7 +39,7 @@ class Save:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the parts of a run are; None for what is not there."""
+    """The paths of a run's parts; None for missing ones."""
 
     folder: Path
     log: Path | None
@@ -46,17 +48,19 @@ class RunFolder:
 
     @classmethod
     def find(cls, folder: Path) -> RunFolder:
-        """Look for the log and the checkpoints in a folder, or where the arguments that are kept there say."""
+        """Find the log and the checkpoints in a folder, or where the arguments recorded there say."""
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no folder; give the one that --save or --tensorboard-dir named, or the one "
                               "around both")
-        arguments = _arguments(folder)
+        listed = next(iter(_below(folder, ARGUMENTS_FILE)), None)
+        arguments = _arguments(listed) if listed else {}
         log = _only(folder, {path.parent for path in _below(folder, EVENT_FILES)}, "TensorBoard logs")
         saved = {path.parent for path in (*_below(folder, TRACKER_FILE), *_below(folder, "iter_*"))}
         checkpoints = _only(folder, {path for path in saved if path == folder or path.name.split(".")[0] != ABANDONED},
                             "folders of checkpoints")
-        log = log or _named(arguments, "tensorboard_dir")
-        checkpoints = checkpoints or _named(arguments, "save")
+        if listed and arguments.get("save", NOT_GIVEN) != NOT_GIVEN:  # else `listed` is in the log's folder
+            log = log or _named_log(arguments, listed.parent)
+            checkpoints = checkpoints or listed.parent
         if not (log or checkpoints or arguments):
             raise ConfigError(f"{folder}: neither a TensorBoard log nor checkpoints are there; give the folder that "
                               "--save or --tensorboard-dir named, or the one around both")
@@ -72,28 +76,37 @@ class RunFolder:
         return int(value) if value.isdecimal() else None
 
     @property
+    def missing_log(self) -> str | None:
+        """A line about the log that the arguments name but that is not found; None if it is found or they name none."""
+        name = self.arguments.get("tensorboard_dir", NOT_GIVEN)
+        if self.log or name == NOT_GIVEN:
+            return None
+        return (f"{ARGUMENTS_FILE} names --tensorboard-dir {name}, which is not found from here and for this run; give "
+                "that folder, or the one around it and --save")
+
+    @property
     def steps_between_lines(self) -> int:
-        """Steps after which a healthy run has written to its log: those of its intervals, 1 where nobody knows."""
+        """Steps between log lines of a healthy run, from its intervals; 1 if unknown."""
         values = [self.arguments.get(name, "") for name in ("log_interval", "tensorboard_log_interval")]
         return max((int(value) for value in values if value.isdecimal()), default=1)
 
     def saves(self) -> list[Save]:
-        """List the iterations by step."""
+        """Return the iterations sorted by step."""
         folders = self.checkpoints.iterdir() if self.checkpoints else ()
         found = [_save(path) for path in folders if is_iteration(path.name) and path.is_dir()]
         return sorted((save for save in found if save), key=lambda save: save.step)
 
     def starts(self) -> int:
-        """Count the starts that came as far as their first curve: each has a file of events of its own."""
+        """Return the number of starts that logged anything: each has its own event file."""
         return len([*self.log.glob(EVENT_FILES)]) if self.log else 0
 
     def attempts(self) -> list[Attempt]:
-        """List the starts that Slurm's script wrote down."""
+        """Return the starts that the Slurm script recorded."""
         place = next(iter(_below(self.folder, ATTEMPTS_FILE)), None)
         return History(place.parent).attempts if place else []
 
     def bad_steps(self) -> list[int]:
-        """List the steps whose rows are left out because the run went back from them."""
+        """Return the steps whose rows are skipped because the run rolled back from them."""
         place = self.checkpoints / BAD_STEPS_FILE if self.checkpoints else None
         if place is None or not place.exists():
             return []
@@ -114,20 +127,32 @@ def _only(folder: Path, found: set[Path], what: str) -> Path | None:
     return next(iter(found), None)
 
 
-def _named(arguments: Mapping[str, str], name: str) -> Path | None:
-    place = Path(arguments.get(name, ""))
-    return place if arguments.get(name) and place.is_dir() else None
+def _named_log(arguments: Mapping[str, str], home: Path) -> Path | None:
+    """Return the log named by the arguments in `home`, the folder of --save, or None.
+
+    A relative name is relative to where the run was started; from elsewhere it may lead to another run's log. If --save
+    is relative too, the starting folder is one from which it leads to `home`, even if all was moved; else the arguments
+    record it.
+    """
+    name, save = Path(arguments.get("tensorboard_dir", NOT_GIVEN)), Path(os.path.normpath(arguments["save"]))
+    if name.is_absolute():
+        return name if name.is_dir() else None
+    if save.is_absolute() or os.pardir in save.parts:
+        starts = [Path(arguments.get(STARTED_IN, Path.cwd()))]  # not recorded by older runs: assume here
+    else:
+        starts = [home, *home.absolute().parents, *home.resolve().parents, Path.cwd()]
+    return next((start / name for start in starts if (start / name).is_dir() and (start / save).is_dir()
+                 and (start / save).samefile(home)), None)
 
 
-def _arguments(folder: Path) -> dict[str, str]:
-    """Read the list of arguments that a run leaves in --save or, without it, in --tensorboard-dir."""
-    place = next(iter(_below(folder, ARGUMENTS_FILE)), None)
-    lines = place.read_text(encoding="utf-8", errors="replace").splitlines() if place else ()
+def _arguments(listed: Path) -> dict[str, str]:
+    """Read the arguments that a run writes to --save or, without it, to --tensorboard-dir."""
+    lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
     return {found[1]: found[2] for line in lines if (found := re.fullmatch(r"(\w+) \.* (.*)", line))}
 
 
 def _save(folder: Path) -> Save | None:
-    """Describe an iteration; None if it was deleted meanwhile."""
+    """Return an iteration as a Save; None if it was deleted meanwhile."""
     try:
         files = [path.stat() for path in folder.iterdir() if path.is_file()]
         state = _state(folder)

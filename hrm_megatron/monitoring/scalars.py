@@ -14,13 +14,13 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.monitoring.run_folder import EVENT_FILES, RunFolder
 
 LOSS = "lm loss"
-BY_SAMPLES = " vs samples"  # ends the names of curves whose steps are counts of samples
-# A record of a log: its length and the CRC32C of that, the event, the CRC32C of that.
+BY_SAMPLES = " vs samples"  # suffix of curves whose x axis is samples, not steps
+# A record of a log: length, CRC32C of the length, event, CRC32C of the event.
 HEADER, FRAME_BYTES = struct.Struct("<QI"), 16
 
 
 class Curve(NamedTuple):
-    """Values by step, ascending, and when each was written (seconds since the epoch)."""
+    """Values by ascending step, and the time each was written (seconds since the epoch)."""
 
     steps: list[int]
     values: list[float]
@@ -28,17 +28,17 @@ class Curve(NamedTuple):
 
 
 class EventFile:
-    """The file that one start wrote, or is writing: `read` takes in what is new."""
+    """The event file of one start, which may still grow: `read` reads what is new."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.loader = path, RawEventFileLoader(str(path))
         self.begun = 0.0  # seconds since the epoch
         self.read_bytes = 0
         self.curves: dict[str, Curve] = {}
-        self.damage: str | None = None  # why the file is not read to its end
+        self.damage: str | None = None  # why the file was not read to its end
 
     def read(self) -> None:
-        size = self.path.stat().st_size  # before reading: what is written meanwhile is no damage
+        size = self.path.stat().st_size  # taken first: what is written meanwhile is not damage
         for record in self.loader.Load():
             self.read_bytes += FRAME_BYTES + len(record)
             event = Event.FromString(record)
@@ -67,8 +67,8 @@ class EventFile:
 class Log:
     """A log that may still grow: `curves` reads what is new.
 
-    Each start writes a file. One that went on from an earlier step than its forerunner had reached makes void what
-    that logged from there on.
+    Each start writes a file. If one resumed from an earlier step than the previous start had reached, the values that
+    the previous one logged from there on are dropped.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -95,30 +95,31 @@ class Log:
                 for name, by_step in found.items() if (steps := sorted(by_step))}
 
     def starts(self) -> list[EventFile]:
-        """List the files that were read, in the order in which they were begun."""
+        """Return the files that were read, in the order in which they were begun."""
         return sorted(self.files.values(), key=lambda file: (file.begun, file.path))
 
     def damages(self) -> list[str]:
-        """Say which files were not read to their end."""
+        """Return a line for each file that was not read to its end."""
         return [file.damage for file in self.starts() if file.damage]
 
 
 def read_log(run: RunFolder) -> Log:
-    """Read the log of a run, in which there must be curves."""
+    """Read the log of a run; raises ConfigError if it has no curves."""
     log = Log(run.log) if run.log else None
     if log and log.curves():
         return log
     damaged = f" ({'; '.join(log.damages())})" if log and log.damages() else ""
-    raise ConfigError(f"{run.folder}: has no TensorBoard log with curves{damaged}; train with --tensorboard-dir")
+    raise ConfigError(f"{run.folder}: has no TensorBoard log with curves{damaged}; "
+                      f"{run.missing_log or 'train with --tensorboard-dir'}")
 
 
 def in_groups(names: Iterable[str], prefixes: Sequence[str]) -> list[str]:
-    """Return the names that begin with one of these and a slash, ticks in their order."""
+    """Return the names that begin with one of `prefixes` and a slash, sorted by prefix and tick."""
     found = [name for name in names if name.partition("/")[0] in prefixes]
     return sorted(found, key=lambda name: (name.partition("/")[0], tick_of(name)))
 
 
 def tick_of(name: str) -> int:
-    """Number of the tick that a curve is about, 0 if it is about none."""
+    """Return the number of the tick in a curve's name, 0 if there is none."""
     words = name.partition("/")[2].split()
     return int(words[1]) if len(words) > 1 and words[0] == "tick" and words[1].isdecimal() else 0

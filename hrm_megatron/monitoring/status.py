@@ -1,4 +1,4 @@
-"""Where a run stands: what the dashboard and the report say beside curves."""
+"""The state of a run that the dashboard and the report show besides curves."""
 from __future__ import annotations
 
 import itertools
@@ -11,12 +11,13 @@ from hrm_megatron.monitoring.scalars import LOSS, Curve
 
 BLOCKS, CROSS = "▁▂▃▄▅▆▇█", "×"
 OF_TASKS = " tasks EMA"  # evaluate/live_tasks.py
-LAST_STEPS = 50  # whose median time tells how long the rest takes
+LAST_STEPS = 50  # whose median time predicts the remaining time
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The last logged step of `steps` (None: unknown), when it was logged, and the seconds that a step takes now."""
+    """The last logged step, of `steps` in all (None: unknown), the time it was logged, and the current seconds per
+    step."""
 
     step: int
     steps: int | None
@@ -25,7 +26,8 @@ class Progress:
 
     @classmethod
     def of(cls, loss: Curve, steps: int | None) -> Progress:
-        """Read it off the times of the losses; pauses of saves, evaluations and restarts are not the median."""
+        """Return the progress from the times of the losses; the median ignores pauses for saves, evaluations and
+        restarts."""
         recent = [*zip(loss.steps, loss.times, strict=True)][-LAST_STEPS:]
         paces = [(time - before) / (step - earlier) for (earlier, before), (step, time) in
                  itertools.pairwise(recent) if time > before]
@@ -37,16 +39,16 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time to the last step at the pace of now; None where nobody can know."""
+        """Seconds to the last step at the current pace; None if unknown."""
         if self.steps is None or self.seconds_per_step is None:
             return None
         return max(0, self.steps - self.step) * self.seconds_per_step
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Draw values in one line of at most `width` characters; where there are more values, means of neighbours.
+    """Return values as a line of at most `width` block characters; if there are more values, means of neighbours.
 
-    Where one of them is NaN or infinite there is a cross.
+    A cross marks NaN or infinity.
     """
     count = min(width, len(values))
     means = [statistics.fmean(values[i * len(values) // count:(i + 1) * len(values) // count]) for i in range(count)]
@@ -58,7 +60,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def last(curves: Mapping[str, Curve], name: str) -> float | None:
-    """The last value of a curve, None if it has none."""
+    """Return the last value of a curve, None if there is no such curve."""
     return curves[name].values[-1] if name in curves else None
 
 
@@ -69,7 +71,7 @@ def tasks_of(curves: Mapping[str, Curve]) -> dict[str, Curve]:
 
 
 def evaluations(curves: Mapping[str, Curve]) -> list[tuple[str, int, dict[str, float]]]:
-    """List the last evaluation of each held-out part: its name, its step, and values by metric."""
+    """Return the last evaluation of each held-out part: name, step, and values by metric."""
     found = []
     for part in ("validation", "validation EMA", "test", "test EMA"):
         values = {metric: curves[f"{metric} {part}"] for metric in (LOSS, "accuracy", "exact accuracy")

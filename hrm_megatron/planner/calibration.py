@@ -1,4 +1,4 @@
-"""Speeds of a machine, fitted to steps of small models that tools/benchmark.py measured on it."""
+"""Speeds of a machine, fitted to training steps of small models measured on it by tools/benchmark.py."""
 from __future__ import annotations
 
 import itertools
@@ -22,7 +22,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a step of it on one device, of one micro-batch of `rows` rows full of equal examples."""
+    """A model and a step of it on one device: one micro-batch of `rows` rows filled with equal examples."""
 
     num_layers: int
     hidden_size: int
@@ -43,14 +43,14 @@ class Case:
         return Layout(1, row_tokens=self.row_tokens, micro_batch_size=self.rows)
 
     def saving(self, itemsize: int, on_cpu: bool) -> Saving:
-        """What the step keeps: each example has a label more than its response is long, but for the last in a row."""
+        """Return what the step keeps. Each example has one label more than its response has positions."""
         labels = (self.example[1] + 1) / sum(self.example)
         return Saving(self.bp_steps, itemsize=itemsize, labels=labels, on_cpu=on_cpu)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a step of `case`, and the most bytes that torch's allocator held."""
+    """Seconds of a step of `case`, and the peak bytes of torch's allocator."""
 
     case: Case
     seconds: float
@@ -59,7 +59,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Speeds that explain what was measured on `device`, and the two kinds of steps: those `fitted`, and others."""
+    """Speeds of `device`, and the measured steps: those `fitted`, and those `held_out` to test the fit."""
 
     device: str
     itemsize: int
@@ -69,7 +69,7 @@ class Calibration:
     held_out: tuple[Measured, ...]
 
     def write(self, file: Path) -> None:
-        """Write to `file`, which appears whole."""
+        """Write to `file` atomically."""
         write_aside(file, json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
 
     def step(self, case: Case) -> Step:
@@ -79,7 +79,7 @@ class Calibration:
                             cluster, example=case.example)
 
     def memory(self, case: Case) -> Memory:
-        """Predict the memory of a step on this device, without what torch does not allocate."""
+        """Predict the memory of a step on this device, only what torch allocates."""
         found = memory_of_stages(case.architecture, case.layout, [case.num_layers],
                                  case.saving(self.itemsize, self.on_cpu))[0]
         found.parts.pop("CUDA and NCCL (assumed)", None)
@@ -87,7 +87,7 @@ class Calibration:
 
 
 def read(file: Path) -> Calibration:
-    """Read what `write` has written; raises ConfigError where `file` is something else."""
+    """Read a file that `write` has written; raises ConfigError for any other."""
     try:
         found = json.loads(file.read_text())
         if found.pop("version") != VERSION:
@@ -104,7 +104,8 @@ def read(file: Path) -> Calibration:
 
 
 def work_of(case: Case, itemsize: int) -> list[float]:
-    """Work of a step: FLOPs of matmuls and attention, bytes of element-wise work and of the update, calls of layers."""
+    """Return the work of a step: FLOPs of matmuls, FLOPs of attention, bytes of element-wise operations, bytes of the
+    update, number of layer calls."""
     architecture, layout = case.architecture, case.layout
     tick = tick_work(architecture, layout, case.num_layers, itemsize, case.example)
     ticks = ticks_of(architecture, case.bp_steps)
@@ -115,9 +116,9 @@ def work_of(case: Case, itemsize: int) -> list[float]:
 
 
 def fit(measured: Sequence[Measured], itemsize: int, hidden: bool, source: str) -> Speeds:
-    """Find the speeds by which these steps take the time that they took: least squares of the relative differences,
-    over each choice of kinds of work that take time at all."""
-    # Attention is matmuls too: what is small in these steps would be told apart badly.
+    """Fit the speeds to the measured seconds by least squares of relative errors, over every subset of kinds of work
+    whose speeds are finite."""
+    # Attention counts as matmul: its share of these steps is too small to be fitted separately.
     rows = []
     for one in measured:
         matmul, attention, traffic, update, layers = work_of(one.case, itemsize)
@@ -133,5 +134,5 @@ def fit(measured: Sequence[Measured], itemsize: int, hidden: bool, source: str) 
         if (found > 0).all() and error < least:
             best, least = np.zeros(work.shape[1]), error
             best[list(chosen)] = found
-    rates = [float(1 / cost) if cost else 1e30 for cost in best[:3]]  # what takes no time is as fast as that
+    rates = [float(1 / cost) if cost else 1e30 for cost in best[:3]]  # 1e30: takes no time
     return Speeds(rates[0], rates[0], rates[1], rates[2], float(best[3]), hidden, source)

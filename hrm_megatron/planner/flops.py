@@ -1,4 +1,4 @@
-"""Floating point operations of a training step, from the architecture; a multiplication and an addition count as 2."""
+"""FLOPs of a training step, from the architecture; a multiply-add counts as 2."""
 from __future__ import annotations
 
 from bisect import bisect_right
@@ -11,7 +11,8 @@ from hrm_megatron.optim.schedule import BPSchedule
 
 
 def steps_by_bp(schedule: BPSchedule) -> dict[int, int]:
-    """Count the steps of a run that have so many gradient ticks, which never fall: only their rises are looked up."""
+    """Return {bp_steps: number of steps of the run with so many gradient ticks}. bp_steps never falls, so only its
+    rises are searched."""
     steps, counts, done = range(1, schedule.total_steps + 1), dict[int, int](), 0
     while done < len(steps):
         bp_steps, before = schedule.at(done + 1), done
@@ -21,19 +22,20 @@ def steps_by_bp(schedule: BPSchedule) -> dict[int, int]:
 
 
 def score_elements(lengths: Iterable[tuple[int, int]]) -> int:
-    """Count the (query, key) pairs of packed examples: prefixes see all of themselves, responses what lies before."""
+    """Return the number of (query, key) pairs of packed examples: prefixes attend to the whole prefix, responses
+    causally."""
     return sum(p * p + r * p + r * (r + 1) // 2 for p, r in lengths)
 
 
 def training_flops(architecture: Architecture, bp_steps: int, tokens: int, labels: int, scores: int = 0,
                    lora: LoRA | None = None) -> int:
-    """FLOPs of `tokens` positions, `labels` of them with a label, and `scores` (query, key) pairs.
+    """Return the FLOPs of `tokens` positions, `labels` of them with a label, and `scores` (query, key) pairs.
 
     Every tick runs its stack's layers forward, those with gradient also backward, at twice the cost. The head is
     applied to labels only. A pair costs 2 multiplications per channel forward, in Q K^T and in P V. Element-wise
-    work, recomputation and the optimizer are not counted, as in model FLOPs utilization (Chowdhery et al.,
-    arXiv 2204.02311, appendix B). Under `lora` the adapters' matmuls come on top, and the weights, which are frozen,
-    have no gradient: their backward costs once the forward.
+    operations, recompute and the optimizer are not counted, as in MFU (Chowdhery et al., arXiv 2204.02311, appendix B).
+    With `lora` the adapters' matmuls are added; the frozen weights have no gradient, so their backward costs as much as
+    the forward.
     """
     h = architecture.hidden_size
     ticks = ticks_of(architecture, bp_steps)
@@ -48,11 +50,12 @@ def training_flops(architecture: Architecture, bp_steps: int, tokens: int, label
 
 def rows_flops(architecture: Architecture, bp_steps: int, row_tokens: int,
                rows: Sequence[Sequence[tuple[int, int]]], labels: int | None = None, lora: LoRA | None = None) -> int:
-    """FLOPs of packed rows of `row_tokens` positions; each is a list of its examples' (prefix, response) lengths.
+    """Return the FLOPs of packed rows of `row_tokens` positions; each row lists its examples' (prefix, response)
+    lengths.
 
-    `labels` is how many there are; None: those of the responses, which a causal model's lengths do not tell.
+    `labels` is their number; None: derived from the responses, which works for PrefixLM only, not for a causal model.
     """
     examples = [*chain.from_iterable(rows)]
     if labels is None:
-        labels = sum(response + 1 for _, response in examples)  # the last prefix position has one too
+        labels = sum(response + 1 for _, response in examples)  # the last position of the prefix has a label too
     return training_flops(architecture, bp_steps, row_tokens * len(rows), labels, score_elements(examples), lora)

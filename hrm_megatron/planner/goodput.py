@@ -1,7 +1,7 @@
-"""Effective training time: the share of a run's time in which steps are made that a later failure does not take back.
+"""Effective training time (goodput): the fraction of wall-clock time spent on steps that no later failure discards.
 
-Failures come at a constant rate for each GPU. After one the run is found dead, starts again, loads the newest complete
-checkpoint, and makes again what was made since.
+Failures occur at a constant rate per GPU. After one, the failure is detected, the run restarts, loads the latest
+complete checkpoint and repeats the steps since.
 """
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from hrm_megatron.config import Architecture
 from hrm_megatron.planner.memory import BF16
 from hrm_megatron.planner.search import Plan, Question
 
-SAVED_BYTES = 4 * 4  # of a weight beside itself in a checkpoint: master, both moments and EMA in fp32
-GPU_MTTF_HOURS = 8 * 1024.0  # a failure every 8 hours on 1,024 GPUs
-# Assumed until measured.
+SAVED_BYTES = 4 * 4  # per weight in a checkpoint, besides the weight: master, both moments and EMA in fp32
+GPU_MTTF_HOURS = 8 * 1024.0  # one failure per 8 hours on 1,024 GPUs
+# Assumptions where nothing was measured.
 STORAGE_PER_NODE = 1e9  # bytes/s of a shared file system
-COPY_PER_GPU = 1e10  # bytes/s from a GPU to its host, for a save that is written behind the training
+COPY_PER_GPU = 1e10  # bytes/s from a GPU to its host, for an asynchronous save
 START_SECONDS, DETECT_SECONDS = 90.0, 120.0
 
-RUNS, MIDDLE = 200, (5, 95)  # simulated, and the percentiles of them that are told
+RUNS, MIDDLE = 200, (5, 95)  # simulated runs, and their reported percentiles
 MOST_FAILURES = 1000  # of a simulated run
-LEAST_SHARE = 0.01  # of the time, below which no run gets on
-MOST_EXPONENT = 700  # of e, in fp64
-# Between saves, where stalls cost less than LEAST_SHARE by then: failures of GPUs are not all that a run goes back for.
+LEAST_SHARE = 0.01  # effective share below which a run makes no progress
+MOST_EXPONENT = 700  # of math.exp in fp64
+# Longest time between saves, if stalls then cost less than LEAST_SHARE: a run also restarts for other reasons than GPU
+# failures.
 MOST_SECONDS = 3600
 ASYNC = "--async-save --use-persistent-ckpt-worker"
-KEPT = 2  # checkpoints: the newest, and one should that be damaged
+KEPT = 2  # checkpoints: the latest, and one more in case it is damaged
 
 
 @dataclass(frozen=True)
 class Hazards:
-    """Seconds. `mttf` of the whole job; a save stops training for `stall` and is complete `write` after it began;
-    a failure is noticed after `detect`, and training goes on `restart` later, start and load together."""
+    """All in seconds. `mttf` is that of the whole job. A save blocks training for `stall` and is complete `write` after
+    it began. A failure is detected after `detect`, and training resumes `restart` later (start and load)."""
 
     mttf: float
     stall: float
@@ -46,23 +47,23 @@ class Hazards:
 
     @property
     def lost(self) -> float:
-        """Until training goes on, in which a further failure begins it again."""
+        """Time from a failure until training resumes; another failure within it starts it over."""
         return self.detect + self.restart
 
     def expected_share(self, interval: float) -> float:
-        """Share of the time that is kept when a save comes after each `interval` seconds of steps.
+        """Return the expected share of the time that is not lost, with a save after each `interval` seconds of steps.
 
         `interval / (M e^(R/M) (e^((interval + stall)/M) - 1))` of J. Daly, A higher order estimate of the optimum
-        checkpoint interval for restart dumps, Future Generation Computer Systems 22 (2006), equation 20: exact where
-        training waits for a save. What is written behind it is lost for so much longer, here part of R.
+        checkpoint interval for restart dumps, Future Generation Computer Systems 22 (2006), equation 20: exact for
+        synchronous saves. An asynchronous save is unusable while it is written; that time is added to R.
         """
         behind = max(0.0, self.write - self.stall)
         lost, cycle = (self.lost + behind) / self.mttf, (interval + self.stall) / self.mttf
         return interval / (self.mttf * math.exp(lost) * math.expm1(cycle)) if lost + cycle < MOST_EXPONENT else 0.0
 
     def best_interval(self, step_seconds: float) -> int:
-        """Return the steps between saves with the highest expected share; the next save waits for the last, and comes
-        each MOST_SECONDS if stalls take no more than LEAST_SHARE of the time by then."""
+        """Return the steps between saves with the highest expected share: at least as long as a save takes to write, at
+        most MOST_SECONDS, or more if stalls would then cost more than LEAST_SHARE of the time."""
         least = max(1, math.ceil(self.write / step_seconds))
         most = max(MOST_SECONDS, self.stall / LEAST_SHARE)
         young = math.sqrt(2 * max(self.stall, step_seconds / 100) * self.mttf)
@@ -72,14 +73,15 @@ class Hazards:
 
 
 def simulate(hazards: Hazards, step_seconds: float, interval: int, steps: int, runs: int, seed: int) -> np.ndarray:
-    """Return the effective training time of so many runs of `steps`, with a save after each `interval` steps."""
+    """Return the effective share of the time of each of `runs` simulated runs of `steps` steps, [runs], with a save
+    after each `interval` steps."""
     rng = np.random.default_rng(seed)
     return np.array([steps * step_seconds / _one_run(hazards, step_seconds, interval, steps, rng)
                      for _ in range(runs)])
 
 
 def _one_run(hazards: Hazards, step_seconds: float, interval: int, steps: int, rng: np.random.Generator) -> float:
-    """Seconds of one run."""
+    """Return the simulated seconds of one run."""
     kept, seconds, cycle = 0, 0.0, interval * step_seconds + hazards.stall
     while True:
         rest = steps - kept
@@ -97,22 +99,22 @@ def _one_run(hazards: Hazards, step_seconds: float, interval: int, steps: int, r
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds that a run has measured, None where it has not."""
+    """Seconds measured by a run; None: not measured."""
 
     save: float | None = None
-    stall: float | None = None  # of a save behind the training
+    stall: float | None = None  # of an asynchronous save
     load: float | None = None
     start: float | None = None
     detect: float | None = None
 
 
 def checkpoint_bytes(architecture: Architecture) -> int:
-    """Bytes of one checkpoint, with weights in bf16."""
+    """Return the bytes of one checkpoint, with weights in bf16."""
     return architecture.num_parameters * (BF16 + SAVED_BYTES)
 
 
 def hazards_of(plan: Plan, question: Question, gpu_mttf_hours: float, measured: Measured) -> Hazards:
-    """What a run by `plan` is up against, with a save behind the training; what was not measured is assumed."""
+    """Return the hazards of a run of `plan` with asynchronous saves; values that were not measured are assumed."""
     written, ranks = checkpoint_bytes(question.architecture), plan.layout.ranks
     through_storage = written / (STORAGE_PER_NODE * -(-ranks // question.cluster.gpus_per_node))
 
@@ -125,10 +127,10 @@ def hazards_of(plan: Plan, question: Question, gpu_mttf_hours: float, measured: 
 
 
 def compare_saves(plan: Plan, question: Question, hazards: Hazards, seed: int = 0) -> list[dict[str, Any]]:
-    """Simulate a run whose training waits for its saves, and one that saves behind it, each at its best interval.
+    """Simulate runs with synchronous and with asynchronous saves, each at its best interval; return a record of each.
 
-    A run of more than MOST_FAILURES is simulated as far as those reach, one that does not get on not at all: its shares
-    are those expected.
+    The simulation covers about MOST_FAILURES failures at most. A run that makes no progress is not simulated: its
+    shares are the expected ones.
     """
     found = []
     for flags, one in (("", replace(hazards, stall=hazards.write)), (ASYNC, hazards)):
@@ -147,7 +149,7 @@ def compare_saves(plan: Plan, question: Question, hazards: Hazards, seed: int = 
 
 
 def describe(plan: Plan, hazards: Hazards, measured: Measured, saves: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Say what failures cost, and which of the `saves` that were compared cost least."""
+    """Yield lines about the cost of failures and the effective training time with each of `saves`."""
     assumed = [name for name, value in vars(measured).items() if value is None]
     every = f"{hazards.mttf / 3600:.1f} h" if hazards.mttf > 360 else f"{hazards.mttf:.3g} s"
     yield (f"effective training time with a failure every {every}, noticed after "

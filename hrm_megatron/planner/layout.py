@@ -1,5 +1,5 @@
-"""How a model is shared among ranks: what divides, who owns which layers, and bytes per weight; plain arithmetic that
-the command line, the dry run and the planner all ask."""
+"""Parallel layout of a model: divisibility, layers per stage and bytes per weight. Plain arithmetic, used by the
+command line, the dry run and the planner."""
 from __future__ import annotations
 
 import functools
@@ -11,12 +11,12 @@ from hrm_megatron.model.ticks import states_between, ticks_of
 from hrm_megatron.parallel.simulate import AUTO, Estimate, second_phase, stock, two_phase
 from hrm_megatron.parallel.stages import head_in_layers, microbatch_group, microbatch_windows, stage_layers
 
-GRADIENT_BYTES, STATE_BYTES = 4, 4  # gradients are reduced, and the optimizer's state is kept, in fp32
+GRADIENT_BYTES, STATE_BYTES = 4, 4  # gradient reduction and optimizer state are fp32
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks of a run, and the rows of its step; sizes of parallelism are Megatron's."""
+    """Ranks of a run and rows of its step; `tensor`, `pipeline` and `context` are Megatron's parallel sizes."""
 
     ranks: int
     tensor: int = 1
@@ -29,7 +29,7 @@ class Layout:
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one replica together."""
+        """Ranks that together hold one model replica."""
         return self.tensor * self.pipeline * self.context
 
     @property
@@ -38,7 +38,7 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """Rows of a step: one micro-batch on each replica where nobody says."""
+        """Rows of a step; by default one micro-batch on each replica."""
         return self.global_batch_size or self.micro_batch_size * self.replicas
 
     @property
@@ -48,12 +48,12 @@ class Layout:
 
     @property
     def cuts(self) -> int:
-        """Ranks among which the positions of a micro-batch are shared between layers."""
+        """Number of ranks over which the positions of a micro-batch are sharded between layers."""
         return self.context * (self.tensor if self.sequence_parallel else 1)
 
 
 def check_division(architecture: Architecture, layout: Layout) -> None:
-    """Refuse ranks that the architecture or the rows do not allow, naming sizes that would work."""
+    """Refuse parallel sizes that do not divide the architecture, the rows or the ranks, and name sizes that work."""
     tp, row_tokens = layout.tensor, layout.row_tokens
     for name, size in (("attention heads", architecture.num_attention_heads),
                        ("FFN columns", architecture.ffn_hidden_size),
@@ -74,7 +74,7 @@ def check_division(architecture: Architecture, layout: Layout) -> None:
 
 
 def check_rows(rows: int | None, micro_batch_size: int, replicas: int, prefix: str = "") -> None:
-    """Refuse a step of `rows` rows that micro-batches on all replicas do not divide; flags begin with `prefix`."""
+    """Refuse a step whose `rows` are no multiple of micro-batch size x replicas; flag names begin with `prefix`."""
     unit = micro_batch_size * replicas
     if rows and rows % unit:
         near = [multiple for multiple in (rows // unit * unit, (rows // unit + 1) * unit) if multiple]
@@ -84,7 +84,7 @@ def check_rows(rows: int | None, micro_batch_size: int, replicas: int, prefix: s
 
 
 def check_fp8(hidden_size: int, ffn_hidden_size: int, layout: Layout, multiple: int, recipe: str) -> None:
-    """Refuse sizes on a rank that FP8 matmuls of this recipe cannot take."""
+    """Refuse sizes per rank that FP8 matmuls of this recipe do not support."""
     for what, size in (("positions", layout.row_tokens * layout.micro_batch_size // layout.cuts),
                        ("hidden channels", hidden_size // layout.tensor),
                        ("FFN channels", ffn_hidden_size // layout.tensor)):
@@ -94,15 +94,15 @@ def check_fp8(hidden_size: int, ffn_hidden_size: int, layout: Layout, multiple: 
 
 
 def check_pipeline(layout: Layout, window: int | None = None) -> None:
-    """Refuse steps of fewer micro-batches than stages."""
+    """Refuse steps with fewer micro-batches than stages, or a `window` that does not work."""
     if layout.pipeline > 1:
         microbatch_group(layout.microbatches, layout.pipeline)
         microbatch_windows(layout.microbatches, layout.pipeline, window)
 
 
 def check_stages(num_layers: int, stages: int, first: int | None, last: int | None) -> None:
-    """Refuse layers of the first and the last stage (None: as many as the others) that leave the others no equal
-    shares."""
+    """Refuse numbers of layers on the first and last stage (None: as many as the others) that leave unequal shares to
+    the other stages."""
     given = {flag: layers for flag, layers in (("--decoder-first-pipeline-num-layers", first),
                                                ("--decoder-last-pipeline-num-layers", last)) if layers is not None}
     others, left = stages - len(given), num_layers - sum(given.values())
@@ -113,7 +113,7 @@ def check_stages(num_layers: int, stages: int, first: int | None, last: int | No
 
 
 def check(architecture: Architecture, layout: Layout, most_bp_steps: int) -> list[int]:
-    """Refuse a layout for any of the reasons above; return the layers per stack of each stage."""
+    """Refuse a layout for any of the reasons above; else return the layers per stack on each stage."""
     check_division(architecture, layout)
     check_rows(layout.global_batch_size, layout.micro_batch_size, layout.replicas)
     check_pipeline(layout)
@@ -121,15 +121,15 @@ def check(architecture: Architecture, layout: Layout, most_bp_steps: int) -> lis
 
 
 def cut_layers(architecture: Architecture, stages: int, most_bp_steps: int) -> list[int]:
-    """Layers per stack on each stage where nobody says otherwise."""
+    """Return the default layers per stack on each stage."""
     if stages == 1:
         return [architecture.num_layers]
     return stage_layers(architecture.num_layers, stages, head_in_layers(architecture, most_bp_steps))
 
 
 def stage_parameters(architecture: Architecture, layers: Sequence[int]) -> list[int]:
-    """Count the weights of each pipeline stage, over all its tensor parallel ranks."""
-    table = architecture.padded_vocab_size * architecture.hidden_size  # embedding on the first, head on the last
+    """Return the number of weights of each pipeline stage, over all its tensor parallel ranks."""
+    table = architecture.padded_vocab_size * architecture.hidden_size  # embedding on the first stage, head on the last
     counts = [len(architecture.kind.stacks) * architecture.layer_parameters * n for n in layers]
     counts[0] += table
     counts[-1] += table
@@ -137,8 +137,8 @@ def stage_parameters(architecture: Architecture, layers: Sequence[int]) -> list[
 
 
 def counted(architecture: Architecture, layers: Sequence[int], lora: LoRA | None) -> list[tuple[int, int]]:
-    """Count the weights of each pipeline stage, and those of them that train, over all its tensor parallel ranks; whole
-    factors of adapters, which are not cut, are taken to be."""
+    """Return (weights, trained weights) of each pipeline stage, over all its tensor parallel ranks. Replicated factors
+    of adapters are counted as if sharded."""
     found = []
     for n, weights in zip(layers, stage_parameters(architecture, layers), strict=True):
         adapters = len(architecture.kind.stacks) * n * lora.layer_parameters(architecture) if lora else 0
@@ -148,7 +148,7 @@ def counted(architecture: Architecture, layers: Sequence[int], lora: LoRA | None
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes that a rank holds for each weight of its stage and tensor parallel part."""
+    """Bytes that a rank holds per weight of its stage and tensor parallel shard."""
 
     weights: float
     gradients: float
@@ -167,9 +167,10 @@ class WeightBytes:
 
 def weight_bytes(itemsize: int, shards: int, sharded: Sequence[str] = (),
                  gradient_itemsize: int = GRADIENT_BYTES) -> WeightBytes:
-    """Share the optimizer's state among `shards` ranks, and what else `sharded` names; `itemsize` is the weights'.
+    """Return the bytes per weight with the optimizer state, and whatever `sharded` names, sharded over `shards` ranks;
+    `itemsize` is that of the weights.
 
-    fp32 weights are their own masters.
+    fp32 weights have no separate master weights.
     """
     return WeightBytes(itemsize / (shards if "weights" in sharded else 1),
                        gradient_itemsize / (shards if "gradients" in sharded else 1),
@@ -178,8 +179,8 @@ def weight_bytes(itemsize: int, shards: int, sharded: Sequence[str] = (),
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """The schedule of a step: `first` is the first tick of its second phase (0: one phase), `parked` the states
-    [rows of a micro-batch, s, h] that the first stage keeps between the phases."""
+    """The schedule of a step: `first` is the first tick of its second phase (0: one phase), `parked` the number of
+    states [rows of a micro-batch, s, h] that the first stage keeps between the phases."""
 
     first: int
     windows: int
@@ -190,7 +191,7 @@ class PipelinePlan:
 @functools.lru_cache(maxsize=4096)
 def plan_pipeline(architecture: Architecture, bp_steps: int, microbatches: int, stages: int, schedule: str = AUTO,
                   window: int | None = None) -> PipelinePlan:
-    """Simulate the schedule that a step with so many gradient ticks runs."""
+    """Simulate the schedule of a step with `bp_steps` gradient ticks."""
     ticks = ticks_of(architecture, bp_steps)
     with_grad = [tick.with_grad for tick in ticks]
     if first := second_phase(schedule, with_grad, microbatches, stages, window):

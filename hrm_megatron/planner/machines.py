@@ -1,21 +1,21 @@
-"""What machines can do: GPUs by their makers' data sheets, and the shares of that which steps of an HRM reach."""
+"""Speeds of machines: GPUs by their data sheets, and the fraction of those figures that steps of an HRM reach."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
 from hrm_megatron.config import ConfigError
 
-# Of the makers' figures. Matmuls: what makes XL 22.6 thousand tokens/s on an H100, as HRM-Text publishes; L, at 39
-# thousand, tests it. The others are usual for kernels of their kind.
+# Fractions of the data sheet figures. Matmuls: fitted to XL's 22.6 thousand tokens/s on an H100, as HRM-Text publishes,
+# and tested on L's 39 thousand. The others are typical of such kernels.
 MATMUL_SHARE, ATTENTION_SHARE, MEMORY_SHARE, LINK_SHARE = 0.57, 0.35, 0.75, 0.8
-FP8_GAIN = 1.4  # of matmuls over bf16: makes a step 1.26 times as fast, as torchtitan reports of plain models (1.28)
-# Host's time to launch one layer, forward or backward: python tools/benchmark.py host counts its launches.
+FP8_GAIN = 1.4  # of matmuls over bf16: makes a step 1.26 times as fast; torchtitan reports 1.28 for plain transformers
+# Host time to launch one layer, forward or backward; `python tools/benchmark.py host` counts its launches.
 HOST_SECONDS = 0.7e-3
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense bf16 FLOP/s, bytes and bytes/s of memory, bytes/s of NVLink and of the network, one way and per GPU."""
+    """Dense bf16 FLOP/s; memory in bytes and bytes/s; NVLink and network in bytes/s, one direction, per GPU."""
 
     flops_per_second: float
     memory_bytes: float
@@ -25,7 +25,7 @@ class Gpu:
     fp8: bool
 
 
-GPUS = {  # data sheets of NVIDIA; the network as in DGX systems of that kind
+GPUS = {  # NVIDIA's data sheets; network as in the DGX system with that GPU
     "a100-40gb": Gpu(312e12, 40e9, 1.555e12, 300e9, 25e9, fp8=False),
     "a100-80gb": Gpu(312e12, 80e9, 2.039e12, 300e9, 25e9, fp8=False),
     "h100-80gb": Gpu(989e12, 80e9, 3.35e12, 450e9, 50e9, fp8=True),
@@ -33,22 +33,23 @@ GPUS = {  # data sheets of NVIDIA; the network as in DGX systems of that kind
     "b200-180gb": Gpu(2250e12, 180e9, 8e12, 900e9, 50e9, fp8=True),
 }
 
-# What torch calls those whose peak is the one above. Other builds run slower: an H100 PCIe has 756e12.
+# torch's names of the devices with the peaks above. Other variants are slower: an H100 PCIe has 756e12.
 DEVICE_NAMES = {"NVIDIA A100-SXM4-40GB": "a100-40gb", "NVIDIA A100-PCIE-40GB": "a100-40gb",
                 "NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA A100 80GB PCIe": "a100-80gb",
                 "NVIDIA H100 80GB HBM3": "h100-80gb", "NVIDIA H200": "h200-141gb", "NVIDIA B200": "b200-180gb"}
 
 
 def known_peak(device_name: str) -> float | None:
-    """Return the dense bf16 FLOP/s of a device by its maker, None where no data sheet here speaks of it."""
+    """Return the dense bf16 FLOP/s of a device by its data sheet, None if it is not in GPUS."""
     name = DEVICE_NAMES.get(device_name)
     return GPUS[name].flops_per_second if name else None
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a step reaches: FLOP/s of matmuls and attention, bytes/s of element-wise work and of the optimizer, and the
-    host's seconds for one pass through a layer, which on a GPU (`hidden`) take no time unless the GPU is faster."""
+    """Speeds that a step reaches: FLOP/s of matmuls and attention, bytes/s of element-wise operations and the
+    optimizer, and host seconds per pass through a layer, which on a GPU (`hidden`) count only where the device is
+    faster."""
 
     matmul: float
     attention: float
@@ -66,9 +67,9 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs of one kind, in nodes; `speeds` are measured ones where a calibration was given.
+    """GPUs of one kind, in nodes; `speeds` come from a calibration if one was given.
 
-    `gpu` is a name in GPUS; or that of the device of a calibration, whose `peak` nobody knows.
+    `gpu` is a name in GPUS, or the device name of a calibration, which has no known `peak`.
     """
 
     gpu: str
@@ -82,7 +83,7 @@ class Cluster:
     @classmethod
     def of(cls, name: str, gpus: int, gpus_per_node: int = 8, memory_gb: float | None = None,
            nvlink_gb: float | None = None, network_gb: float | None = None, speeds: Speeds | None = None) -> Cluster:
-        """Describe `gpus` GPUs called `name`; figures that are given replace the maker's."""
+        """Return a cluster of `gpus` GPUs called `name`; given figures replace those of the data sheet."""
         if name not in GPUS:
             raise ConfigError(f"--gpu {name}: choose one of {', '.join(GPUS)}")
         if gpus > gpus_per_node and gpus % gpus_per_node:
@@ -95,13 +96,13 @@ class Cluster:
 
     @property
     def peak(self) -> float:
-        """Dense bf16 FLOP/s of a GPU by its maker."""
+        """Dense bf16 FLOP/s of a GPU by its data sheet."""
         return GPUS[self.gpu].flops_per_second
 
     def link(self, ranks: int, stride: int = 1) -> float:
-        """Bytes/s of a rank within a group of `ranks` that are `stride` apart."""
+        """Return the bytes/s of a rank within a group of `ranks` that are `stride` apart."""
         return self.nvlink if ranks * stride <= self.gpus_per_node else self.network
 
     def with_fp8(self) -> Cluster:
-        """The same with matmuls in FP8."""
+        """Return the same cluster with matmuls in FP8."""
         return replace(self, speeds=replace(self.speeds, matmul=FP8_GAIN * self.speeds.matmul))

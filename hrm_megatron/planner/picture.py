@@ -1,4 +1,4 @@
-"""Draw plans: memory by part, and the schedule of a step (needs matplotlib)."""
+"""Draw plans: memory by part and the schedule of a step. Needs matplotlib."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ LEGEND = "Light: a tick without gradient, dark: with, orange: backward. Figures:
 
 
 def draw_schedule(axes: Axes, title: str, found: Estimate, with_grad: Sequence[bool]) -> None:
-    """Draw one schedule: a line per stage, a bar per operation, with its tick inside."""
+    """Draw one schedule: a line per stage, a bar per operation, labelled with its tick."""
     for stage, timeline in enumerate(found.timelines):
         for operation, start, end in timeline:
             if end == start:
-                continue  # zeros that a tick without gradient answers
+                continue  # zeros that a tick without gradient returns
             color = BACKWARD if operation.backward else FORWARD if with_grad[operation.tick] else NO_GRADIENT
             axes.barh(stage, end - start, left=start, color=color, edgecolor="white", linewidth=0.3)
             if operation.microbatch == 0:
@@ -40,7 +40,7 @@ def draw_schedule(axes: Axes, title: str, found: Estimate, with_grad: Sequence[b
 
 
 def draw_memory(axes: Axes, question: Question, plans: Sequence[Plan]) -> None:
-    """Draw a bar for each plan, made of its parts, and the line that none may cross."""
+    """Draw a stacked bar of memory by part for each plan, and a line at the limit."""
     names = [name for name in plans[0].memory.parts if any(plan.memory.parts.get(name) for plan in plans)]
     left = [0.0] * len(plans)
     for number, name in enumerate(names):
@@ -55,7 +55,7 @@ def draw_memory(axes: Axes, question: Question, plans: Sequence[Plan]) -> None:
 
 
 def draw_step(axes: Axes, plan: Plan, architecture: Architecture) -> None:
-    """Draw the schedule of the longest step, or where there is no pipeline the parts of its time."""
+    """Draw the schedule of the longest step; without a pipeline, its time by part."""
     if plan.pipeline is None:
         left = 0.0
         for number, (name, seconds) in enumerate(plan.step.parts.items()):
@@ -74,7 +74,7 @@ def draw_step(axes: Axes, plan: Plan, architecture: Architecture) -> None:
 
 
 def draw(question: Question, plans: Sequence[Plan], title: str, output: Path) -> None:
-    """Write a picture of the memory of all `plans` and a step of the first."""
+    """Write a picture of the memory of all `plans` and a step of the first one."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(14, 7), layout="constrained")
     figure.suptitle(title, fontsize=10)
     draw_memory(above, question, plans)

@@ -1,4 +1,4 @@
-"""Show the presets: all of one, a table of all, or the flags of a default layout for launch scripts.
+"""Show the presets: a table of all, or the flags of a default layout for the launch scripts.
 
     python -m hrm_megatron.planner.presets               # the table of docs/scaling.md
     python -m hrm_megatron.planner.presets XXXL 64       # flags of hrm_megatron.pretrain
@@ -17,7 +17,7 @@ GPU_COUNTS = (8, 64, 512)
 
 
 def layout_flags(layout: DefaultLayout) -> list[str]:
-    """Flags of hrm_megatron.pretrain for a default layout."""
+    """Return the flags of hrm_megatron.pretrain for a default layout."""
     flags = ["--tensor-model-parallel-size", str(layout.tensor), "--pipeline-model-parallel-size",
              str(layout.pipeline), "--context-parallel-size", str(layout.context), "--micro-batch-size",
              str(layout.micro_batch_size)]
@@ -28,7 +28,7 @@ def layout_flags(layout: DefaultLayout) -> list[str]:
 
 
 def default_layout(name: str, gpus: int) -> DefaultLayout:
-    """Return the layout of a preset for so many GPUs; raises ConfigError where it has none."""
+    """Return the default layout of a preset on `gpus` GPUs; raises ConfigError if there is none."""
     if name not in PRESETS:
         raise ConfigError(f"preset {name}: choose one of {', '.join(PRESETS)}")
     layouts = PRESETS[name].layouts
@@ -43,8 +43,8 @@ def default_layout(name: str, gpus: int) -> DefaultLayout:
 
 
 def describe_preset(name: str, preset: Preset, given: Mapping[str, object]) -> str:
-    """List all that a preset sets, and where it comes from; what was `given` on the command line (name > value)
-    stands in its place."""
+    """Return lines with all values that a preset sets and their sources; values `given` on the command line (name >
+    value) replace them."""
     architecture = preset.architecture()
     rows = [("layers per stack", "num_layers", preset.num_layers, preset.sizes),
             ("hidden size", "hidden_size", preset.hidden_size, preset.sizes),

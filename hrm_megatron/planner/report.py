@@ -1,4 +1,5 @@
-"""Say what the planner found: the best layouts, why others are none, the command to start, and all of it as data."""
+"""Report the planner's result: the best layouts, why others were rejected, the command to start, and all of it as
+data."""
 from __future__ import annotations
 
 import re
@@ -11,14 +12,14 @@ from typing import Any
 from hrm_megatron.planner.machines import LINK_SHARE, Cluster
 from hrm_megatron.planner.search import FILLED, Plan, Question, Rejected
 
-SHOWN, KINDS = 5, 6  # plans, and kinds of reasons against others
-WARMUP_STEPS, LEAST_WARMUPS = 2000, 25  # of the rate, as in README; a run is no shorter than 25 of its warm-ups
+SHOWN, KINDS = 5, 6  # plans, and kinds of reasons for rejection
+WARMUP_STEPS, LEAST_WARMUPS = 2000, 25  # of the learning rate (README); a run is at least 25 times as long
 NOTE = ("Times are predictions: {source}; links at {link:.0%} of the makers' figures; nothing overlaps but the "
         "messages of a pipeline.")
 
 
 def table(question: Question, plans: Sequence[Plan], price: float | None) -> Iterator[str]:
-    """Compare the best plans, a line for each."""
+    """Yield a table of the best plans, a line for each."""
     yield (f"{'':2} {'layout':72} {'GB':>5} {'s/step':>8} {'tokens/s/GPU':>12} {'MFU':>6} {'bubble':>6} {'days':>8} "
            f"{'GPU hours':>10}{'      cost' if price else ''}")
     for number, plan in enumerate(plans[:SHOWN], 1):
@@ -29,7 +30,7 @@ def table(question: Question, plans: Sequence[Plan], price: float | None) -> Ite
 
 
 def head(name: str, question: Question) -> Iterator[str]:
-    """Say what was asked."""
+    """Yield lines that describe the question."""
     cluster, architecture = question.cluster, question.architecture
     low, high, fraction = question.bp
     yield (f"{name}: {architecture.num_parameters / 1e9:.2f} B parameters on {cluster.gpus} x {cluster.gpu}, "
@@ -40,7 +41,7 @@ def head(name: str, question: Question) -> Iterator[str]:
 
 
 def reasons(rejected: Sequence[Rejected], most: int | None = None) -> Iterator[str]:
-    """Say why the other layouts are none, the most frequent kind of reason first, by an example of each."""
+    """Yield why the other layouts were rejected: an example of each kind of reason, the most frequent first."""
     yield f"{len(rejected)} other layouts:"
     kinds = Counter(_kind(one) for one in rejected)
     examples = {_kind(one): one for one in reversed(rejected)}
@@ -51,12 +52,12 @@ def reasons(rejected: Sequence[Rejected], most: int | None = None) -> Iterator[s
 
 
 def _kind(one: Rejected) -> str:
-    """A reason without its figures."""
+    """Return the reason with its figures masked."""
     return re.sub(r"[\d.]+(, [\d.]+)*( or [\d.]+)?", "N", one.reason)
 
 
 def explain(question: Question, plan: Plan) -> Iterator[str]:
-    """Take the memory and the time of a plan apart."""
+    """Yield the memory and the time of a plan by part."""
     yield (f"memory of the fullest GPU (stage {plan.memory.stage}), {plan.memory.total / 1e9:.2f} GB of "
            f"{FILLED:.0%} x {question.cluster.memory_bytes / 1e9:.0f}:")
     for name, size in plan.memory.parts.items():
@@ -72,7 +73,7 @@ def explain(question: Question, plan: Plan) -> Iterator[str]:
 
 
 def command(plan: Plan, question: Question, preset: str | None) -> str:
-    """Return the line that starts a plan; DATA, TOKENIZER and RUN are the user's to fill in."""
+    """Return the command that starts a plan; the user fills in DATA, TOKENIZER and RUN."""
     layout, a = plan.layout, question.architecture
     flags = ["--data-path", "DATA", "--tokenizer-model", "TOKENIZER", "--save", "RUN", "--load", "RUN", "--bf16",
              "--seq-length", str(layout.row_tokens), "--micro-batch-size", str(layout.micro_batch_size),
@@ -93,7 +94,7 @@ def command(plan: Plan, question: Question, preset: str | None) -> str:
         flags += ["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"]
     nodes = -(-layout.ranks // question.cluster.gpus_per_node)
     sizes = f"PRESET={preset or 'B'} TP={layout.tensor} PP={layout.pipeline} CP={layout.context}"
-    if nodes == 1:  # which may have more GPUs
+    if nodes == 1:  # the node may have more GPUs
         sizes += f" DP={layout.replicas}"
     start = ("launch_scripts/train_node.sh" if nodes == 1 else
              f"sbatch --nodes {nodes} --gpus-per-node {question.cluster.gpus_per_node} --exclusive "
@@ -103,7 +104,7 @@ def command(plan: Plan, question: Question, preset: str | None) -> str:
 
 def as_data(name: str, question: Question, plans: Sequence[Plan], rejected: Sequence[Rejected],
             preset: str | None) -> dict[str, Any]:
-    """All of it, for programs."""
+    """Return all of it as a JSON-serializable dict."""
     return {
         "model": name, "parameters": question.architecture.num_parameters, "cluster": asdict(question.cluster),
         "tokens": question.tokens, "steps": question.steps, "rows": question.rows, "row_tokens": question.row_tokens,

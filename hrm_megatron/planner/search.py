@@ -1,4 +1,4 @@
-"""Find layouts that fit a cluster, the fastest first, and say of the others why not."""
+"""Find the layouts that fit a cluster, fastest first, and the reason why each other one was rejected."""
 from __future__ import annotations
 
 import math
@@ -13,16 +13,16 @@ from hrm_megatron.planner.machines import GPUS, Cluster
 from hrm_megatron.planner.memory import BF16, Memory, Saving, fullest
 from hrm_megatron.planner.speed import EXAMPLE, Step, predict_step
 
-FILLED = 0.95  # of a GPU's memory: what the allocator loses between tensors is not predicted
-TIMED = 8  # layouts whose whole run is predicted: those with the fastest of their longest steps
-MOST_ROWS, MOST_CONTEXT = 16, 16  # rows of a micro-batch, context parallel ranks
+FILLED = 0.95  # of a GPU's memory: fragmentation is not predicted
+TIMED = 8  # layouts whose whole run is predicted: those whose longest step is fastest
+MOST_ROWS, MOST_CONTEXT = 16, 16  # largest micro-batch and context parallel size tried
 STATES = ("weights", "gradients", "masters", "moments", "EMA")
 FP8_MULTIPLE, FP8_RECIPE = 16, "tensorwise"  # training/hardware.py
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a model, a cluster, and a run over `tokens`."""
+    """The planner's input: a model, a cluster, and a run over `tokens`."""
 
     architecture: Architecture
     cluster: Cluster
@@ -38,13 +38,13 @@ class Question:
         return max(1, math.ceil(self.tokens / (self.rows * self.row_tokens)))
 
     def steps_by_bp(self) -> dict[int, int]:
-        """Count the steps that have so many gradient ticks."""
+        """Return {bp_steps: number of steps}."""
         return steps_by_bp(BPSchedule(*self.bp, self.steps))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout that fits; `memory` is that of its fullest GPU, `step` its longest step, `seconds` those of the run."""
+    """A layout that fits: `memory` of its fullest GPU, `step` its longest step, `seconds` of the whole run."""
 
     layout: Layout
     layers: list[int]
@@ -73,23 +73,25 @@ class Plan:
 
 
 def recomputed(saving: Saving) -> str:
-    """Name what is recomputed."""
+    """Return a description of what is recomputed."""
     kinds = ["gated_act"] * saving.gated_act + [f"{saving.recompute_ticks} ticks"] * (saving.recompute_ticks > 0)
     return f"{' and '.join(kinds)} recomputed" if kinds else "nothing recomputed"
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A layout that is none, and why."""
+    """A rejected layout and the reason; `too_large`: the sizes divide, but memory does not suffice."""
 
     layout: Layout
     reason: str
+    too_large: bool = False
 
 
 def layouts(question: Question) -> Iterator[Layout]:
-    """Yield every way to share the model and its rows, with one micro-batch size after the other.
+    """Yield every layout of the model and its rows, with each micro-batch size.
 
-    Tensor parallel ranks stay within a node. Where rows of a replica cannot be told, one is tried, to be refused.
+    Tensor parallel ranks stay within a node. If replicas do not divide the rows, micro-batch size 1 is yielded, which
+    is then rejected.
     """
     cluster = question.cluster
     for tp in _divisors(cluster.gpus_per_node):
@@ -107,10 +109,10 @@ def _divisors(number: int) -> list[int]:
 
 
 def search(question: Question) -> tuple[list[Plan], list[Rejected]]:
-    """Return the plans that fit, by the time of the run, and all layouts that do not, with the reason.
+    """Return the plans that fit, sorted by the time of the run, and all rejected layouts with reasons.
 
-    A pipeline's schedule is simulated only where a step could be among the fastest: not below the time that it would
-    take without a bubble and with nothing recomputed.
+    A schedule is simulated only if the step could be among the fastest, judged by a lower bound: its time without
+    bubble and recompute.
     """
     possible: list[tuple[float, Layout, str]] = []
     plans: list[Plan] = []
@@ -127,14 +129,14 @@ def search(question: Question) -> tuple[list[Plan], list[Rejected]]:
         elif isinstance(found := settle(question, layout, precision), Plan):
             plans = sorted([*plans, found], key=lambda plan: (plan.step.seconds, plan.memory.total))
         else:
-            rejected.append(Rejected(layout, found))
+            rejected.append(Rejected(layout, found, too_large=True))
     counts = question.steps_by_bp()
     timed = [_whole_run(question, plan, counts) for plan in plans[:TIMED]]
     return sorted(timed, key=lambda plan: (plan.seconds, plan.memory.total)), rejected
 
 
 def _least_seconds(question: Question, layout: Layout, precision: str) -> float:
-    """A bound of a step's time; raises ConfigError where the layout is none, as the command line does."""
+    """Return a lower bound of a step's time; raises ConfigError for an invalid layout, as the command line does."""
     layers = check(question.architecture, layout, question.bp[1])
     cluster = question.cluster
     if precision == "fp8":
@@ -148,8 +150,8 @@ def _least_seconds(question: Question, layout: Layout, precision: str) -> float:
 
 
 def savings(question: Question, precision: str) -> Iterator[Saving]:
-    """Yield what may be recomputed, the least first: FP8 layers keep their own copies, so that gated_act saves nothing
-    there."""
+    """Yield the recompute choices, from none to most. FP8 layers keep their own copies of inputs, so gated_act would
+    save nothing there."""
     labels = (question.example[1] + 1) / sum(question.example)
     most = question.bp[1]
     yield Saving(most, itemsize=BF16, labels=labels)
@@ -159,7 +161,7 @@ def savings(question: Question, precision: str) -> Iterator[Saving]:
 
 
 def settle(question: Question, layout: Layout, precision: str = "bf16") -> Plan | str:
-    """Plan a run in a layout that divides, with as little recomputed as fits, or say how far from fitting it is."""
+    """Plan a run in a valid layout with as little recompute as fits; or return why it does not fit."""
     architecture = question.architecture
     cluster = question.cluster.with_fp8() if precision == "fp8" else question.cluster
     layers = check(architecture, layout, question.bp[1])
@@ -182,7 +184,7 @@ def _too_large(cluster: Cluster, needed: float, what: str) -> str:
 
 def _memory(question: Question, layout: Layout, layers: list[int], saving: Saving,
             precision: str) -> tuple[Memory, PipelinePlan | None]:
-    """The most that any number of gradient ticks of the run needs, and the schedule with the most of them."""
+    """Return the largest memory over the run's smallest and largest bp_steps, and the schedule at the largest."""
     found = []
     for bp_steps in sorted({question.bp[0], question.bp[1]}):
         one = replace(saving, bp_steps=bp_steps, recompute_ticks=min(saving.recompute_ticks, bp_steps),
@@ -200,7 +202,7 @@ def _pipeline(question: Question, layout: Layout, bp_steps: int) -> PipelinePlan
 
 
 def _whole_run(question: Question, plan: Plan, counts: dict[int, int]) -> Plan:
-    """Add the time of all steps, through the warm-up of gradient ticks."""
+    """Return the plan with the time of all steps, including the bp_steps warm-up."""
     cluster = question.cluster.with_fp8() if plan.precision == "fp8" else question.cluster
     by_bp = {}
     for bp_steps in counts:

@@ -1,4 +1,4 @@
-"""Time of a training step by sums: work over speed, volumes over links, and the bubble of the schedule that runs."""
+"""Time of a training step as a sum: work / speed, communication volume / bandwidth, and the pipeline bubble."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,17 +12,18 @@ from hrm_megatron.planner.machines import Cluster, Speeds
 from hrm_megatron.planner.memory import Saving, chunk_rows
 
 EXAMPLE = (288, 544)  # mean prefix and response of the benchmark's rows (benchmark/rows.py)
-# States that the element-wise work of a layer reads and writes, forward: norms 4, rotation 4, gate 3, sums 6; of the
-# width of the MLP SwiGLU's 3. Backward twice that.
+# States that the element-wise operations of a layer read and write in forward: norms 4, rotation 4, gate 3, residual
+# sums 6; at the width of the MLP SwiGLU's 3. Backward twice that.
 LAYER_TRAFFIC, GATE_TRAFFIC, FFN_TRAFFIC = 14, 3, 3
-# Bytes a weight that an update reads and writes: master, both moments and EMA twice, the gradient, the bf16 weight.
+# Bytes per weight that an update reads and writes: master, both moments and EMA twice; gradient and bf16 weight once.
 UPDATE_BYTES = 2 * 4 * 4 + 4 + 2
 REDUCED_BYTES, GATHERED_BYTES = 4, 2  # fp32 gradients, bf16 weights
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass over `positions` costs one rank with all the layers of a stage, for one tick forward."""
+    """Cost of one tick forward over one micro-batch, for a rank with the layers of its stage: FLOPs, bytes, layer
+    calls."""
 
     matmul: float
     attention: float
@@ -30,7 +31,7 @@ class Work:
     layers: int
 
     def seconds(self, speeds: Speeds, times: float = 1.0) -> float:
-        """Time of this work, `times` over (2: a backward) in one call of each layer."""
+        """Return the seconds of `times` this work (2: a backward) in one call of each layer."""
         device = times * (self.matmul / speeds.matmul + self.attention / speeds.attention
                           + self.traffic / speeds.elementwise)
         host = self.layers * speeds.host_seconds
@@ -39,11 +40,12 @@ class Work:
 
 def tick_work(architecture: Architecture, layout: Layout, layers: int, itemsize: int,
               example: tuple[int, int] = EXAMPLE) -> Work:
-    """Count one tick of one micro-batch, forward, on a rank of a stage with `layers` layers of each stack."""
+    """Return the work of one tick forward of one micro-batch, on a rank of a stage with `layers` layers of each
+    stack."""
     h, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     positions = layout.micro_batch_size * layout.row_tokens / layout.context
     pairs = positions * score_elements([example]) / sum(example)
-    # Without sequence parallelism norms and sums are done by every tensor parallel rank.
+    # Without sequence parallelism every tensor parallel rank repeats norms and sums.
     states = positions / layout.tensor if layout.sequence_parallel else positions
     traffic = LAYER_TRAFFIC + GATE_TRAFFIC * architecture.gated
     return Work(layers * 2 * architecture.layer_parameters * positions / layout.tensor,
@@ -52,8 +54,8 @@ def tick_work(architecture: Architecture, layout: Layout, layers: int, itemsize:
 
 
 def head_flops(architecture: Architecture, layout: Layout, labels: float) -> float:
-    """FLOPs of the head for one micro-batch on a rank: forward, backward, and forward again of all but its last chunk
-    of logits (model/head.py)."""
+    """Return the FLOPs of the head for one micro-batch on a rank: forward, backward, and recompute of all but the last
+    chunk of logits (model/head.py)."""
     count = labels * layout.micro_batch_size * layout.row_tokens / layout.context
     width = architecture.padded_vocab_size / layout.tensor
     again = max(0.0, 1 - chunk_rows(architecture, layout) / count)
@@ -62,7 +64,7 @@ def head_flops(architecture: Architecture, layout: Layout, labels: float) -> flo
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step by part, and what it computes; times on GPUs are predictions."""
+    """Seconds of a step by part, its tokens and FLOPs; times on GPUs are predictions."""
 
     parts: dict[str, float]
     tokens: int
@@ -76,7 +78,7 @@ class Step:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one rank."""
+        """Tokens/s per rank."""
         return self.tokens / self.seconds / self.ranks
 
     def mfu(self, peak: float) -> float:
@@ -85,8 +87,8 @@ class Step:
 
 def predict_step(architecture: Architecture, layout: Layout, layers: Sequence[int], saving: Saving, cluster: Cluster,
                  plan: PipelinePlan | None = None, example: tuple[int, int] = EXAMPLE) -> Step:
-    """Predict one step. Nothing is assumed to overlap but the messages of a pipeline, whose latency the simulation has;
-    a pipeline is as fast as its slowest stage, which waits for the share of time that the simulation says."""
+    """Predict one step. Only the messages of a pipeline are assumed to overlap; the simulation includes their latency.
+    A pipeline is as fast as its slowest stage plus the bubble of the simulation."""
     speeds = cluster.speeds
     ticks = ticks_of(architecture, saving.bp_steps, saving.recompute_ticks)
     gradients = sum(tick.with_grad for tick in ticks)
@@ -113,7 +115,7 @@ def predict_step(architecture: Architecture, layout: Layout, layers: Sequence[in
     parts["bubble"] = sum(parts.values()) * bubble / (1 - bubble)
     weights = max(stage_parameters(architecture, layers)) / layout.tensor
     shards = layout.replicas * layout.context
-    # Data parallel ranks lie behind tensor and context parallel ones, so between nodes unless all fit into one.
+    # Data parallel ranks are strided over tensor parallel ones, so they span nodes unless all fit into one.
     volume = (shards - 1) / shards * weights * (REDUCED_BYTES + GATHERED_BYTES)
     parts["data parallel"] = volume / cluster.link(shards, layout.tensor) if shards > 1 else 0.0
     parts["optimizer"] = weights / shards * UPDATE_BYTES / speeds.optimizer
@@ -125,8 +127,8 @@ def predict_step(architecture: Architecture, layout: Layout, layers: Sequence[in
 
 def _tensor_seconds(architecture: Architecture, layout: Layout, layers: int, saving: Saving, cluster: Cluster,
                     forwards: int, backwards: int) -> float:
-    """A layer gathers and scatters its states twice forward (an all-reduce is both); backward too, and gathers the
-    inputs of both column parallel matmuls again."""
+    """Return the seconds of tensor parallel communication: a layer gathers and scatters its states twice in forward (an
+    all-reduce is both) and in backward, where it also gathers the inputs of both column parallel matmuls again."""
     tp = layout.tensor
     if tp == 1:
         return 0.0
@@ -137,7 +139,8 @@ def _tensor_seconds(architecture: Architecture, layout: Layout, layers: int, sav
 
 def _context_seconds(architecture: Architecture, layout: Layout, layers: int, saving: Saving, cluster: Cluster,
                      forwards: int, backwards: int) -> float:
-    """Keys and values of whole rows are gathered forward, their gradients scattered backward."""
+    """Return the seconds of context parallel communication: keys and values of whole rows are gathered in forward,
+    their gradients reduce-scattered in backward."""
     cp = layout.context
     if cp == 1:
         return 0.0

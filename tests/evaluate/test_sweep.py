@@ -99,6 +99,7 @@ def test_questions_none_of_which_fits_are_refused(swept, tmp_path):
     (["--task", "mmlu_pro", "--h-cycles", 1, "--exit-threshold", 0.1], "exit threshold 0.1: has no effect"),
     (["--task", "mmlu_pro", "--h-cycles", 3, "--exit-threshold", -1], "exit_threshold=-1.0: must be a number above 0"),
     (["--task", "mmlu_pro", "--repeats", 0], "--repeats 0: must be at least 1"),
+    (["--input", "nope.jsonl", "--h-cycles", 1], "--input nope.jsonl: is no file; give a jsonl file of questions"),
     (["--input", "ROWS", "--limit", 2], "--limit: is about a --task, and --input is given"),
     (["--input", "ROWS", "--h-cycles", 1], "rows.jsonl:1: no field 'response' with the right answer"),
     (["--input", "HALF", "--h-cycles", 1], r"rows.jsonl:1, response 'x\ud800': not UTF-8 at character 2; correct it"),

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
+from examples.compare_architectures.picture import draw
 from examples.compare_architectures.plan import Plan, architecture_of, best_rates, steps_of
 from examples.compare_architectures.run import FULL, QUICK, all_runs, chosen, figures, main, parse_arguments, table
 from examples.study import chosen_plan
@@ -72,6 +74,14 @@ def test_a_rate_that_diverges_is_never_the_best():
     assert best_rates(rows) == {"hrm": 2e-3}
     with pytest.raises(ConfigError, match="--rates: hrm ends without a finite loss at all of them"):
         best_rates(rows[:1])
+
+
+def test_a_seed_that_diverges_is_in_the_table_as_no_number():
+    rows = [made_row(run) for run in (*SMALL.trials(), *SMALL.repeats(dict.fromkeys(SMALL.models, 1e-3)))]
+    rows[-1]["loss"][-1] = float("nan")
+    line = next(line for line in figures(SMALL, rows) if line["model"] == rows[-1]["model"])
+    assert math.isnan(line["loss"]) and math.isnan(line["loss_error"]) and math.isfinite(line["exact_error"])
+    assert "| nan ± nan | " in table(SMALL, rows) and draw(chosen(SMALL, rows)).startswith(b"\x89PNG")
 
 
 def test_what_was_given_replaces_what_is_planned():

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 import pytest
 
 from examples.finetuning.chats import questions_of, write_chats
-from examples.finetuning.run import MARKER, Failed, judge, main, prepare
+from examples.finetuning.run import MARKER, STORES, Failed, judge, main, prepare
 from hrm_megatron.config import ConfigError
+from tests.random_checkpoint import write_random_checkpoint
+from tests.stores import write_store
 
 COUNTS = {"train": 300, "held_out": 40, "test": 50}
 
@@ -77,3 +80,36 @@ def test_a_rate_by_ticks_only_divides(single_rank):
     assert {name.split(".")[0]: share for name, share in shares.items()} == {
         "embedding": 1, "h_stack": 1 / 2, "l_stack": 1 / 3, "output_layer": 1}
     assert {group["share"] for group in groups(model, Way("", ()))} == {1}
+
+
+@pytest.fixture
+def compare_command(single_rank, tmp_path):
+    """The command that compare.py's docstring shows, on a small model and stores named as those of the example."""
+    from examples.finetuning import compare
+
+    runs = tmp_path / "runs"
+    write_random_checkpoint(runs / "demo" / "checkpoints", seq_length=compare.ROW_TOKENS)
+    for prefix in (*(runs / "finetuning" / "stores" / name for name in STORES), runs / "demo" / "stores" / "valid"):
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        write_store(prefix, [([6, 20 + i, 7], [30 + i, 11]) for i in range(4)])
+    [shown] = re.findall(r"python examples/finetuning/compare\.py (.*?)\n\n?$", compare.__doc__, re.S)
+    return [word.replace("runs/", f"{runs}/") for word in shlex.split(shown.replace("\\\n", " "))]
+
+
+def test_the_comparison_runs_by_the_command_that_it_shows(compare_command, capsys):
+    from examples.finetuning.compare import WAYS, main
+
+    assert main([*compare_command, "--updates", "1", "--seeds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| ") for line in lines) == 1 + sum(len(way.rates) for way in WAYS)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--seeds", "0"], "--seeds 0: must be at least 1"), (["--updates", "-1"], "--updates -1: must be at least 1"),
+    (["--load", "nope"], "nope"), (["--new", "nope"], "nope.json missing; write the dataset with")])
+def test_a_comparison_that_cannot_be_is_refused_in_one_line(compare_command, capsys, flags, message):
+    from examples.finetuning.compare import main
+
+    assert main([*compare_command, *flags]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line

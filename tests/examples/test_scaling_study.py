@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from examples.scaling_study.plan import TOKENS_PER_STEP, Run, Study, best_multip
 from examples.scaling_study.run import FULL, QUICK, all_runs, described, main
 from hrm_megatron.config import ConfigError
 from hrm_megatron.planner.scaling_law import read_runs
+from hrm_megatron.program import one_line
 
 ROOT = Path(__file__).parents[2]
 VOCAB_SIZE = 405
@@ -91,6 +93,52 @@ def test_runs_of_other_settings_and_of_others_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"rates.jsonl: is not of this example"):
         recorded(tmp_path / "rates.jsonl", {}, SMALL.trials(), made_row, described)
     assert (tmp_path / "rates.jsonl").read_text() == "mine\n"
+
+
+def without_last(lines):
+    return lines[:-1]
+
+
+def cut(lines):
+    return [*lines[:-1], lines[-1][:-40]]
+
+
+def of_another_run(lines):
+    return [*lines[:-1], lines[0]]
+
+
+@pytest.mark.parametrize("name", ["rates", "runs"])
+@pytest.mark.parametrize("damage", [without_last, cut, of_another_run, lambda lines: [*lines, "{}"],
+                                    lambda lines: ["[]", *lines[1:]], lambda lines: ["{}", *lines[1:]]])
+def test_a_finished_file_that_is_damaged_is_refused_in_one_line(tmp_path, capsys, name, damage):
+    all_runs(SMALL, tmp_path, {"data": "x"}, made_row)
+    capsys.readouterr()
+    path = tmp_path / f"{name}.jsonl"
+    damaged = "\n".join(damage(path.read_text().splitlines())) + "\n"
+    path.write_text(damaged)
+    assert one_line(lambda: all_runs(SMALL, tmp_path, {"data": "x"}, lambda run: pytest.fail("trained"))) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path}:") and line.endswith(
+        f"remove it and {name}.settings.json to begin again") and path.read_text() == damaged
+
+
+def test_a_run_that_diverges_is_named_and_left_out_of_the_fit(tmp_path, monkeypatch, capsys):
+    """The tool that fits gets all others, of a study that is done as of one that is begun again."""
+    study = Study((32, 48, 64), (2048, 3072, 4096), 80, (32,), multiples=(1.0,))
+    fitted = []
+
+    def train(run, questions):
+        return made_row(run) | (dict(loss=float("nan")) if (run.model, run.width, run.tokens) == ("hrm", 64, 3072)
+                                else {})
+    monkeypatch.setattr("examples.scaling_study.train.train", train)
+    monkeypatch.setattr("examples.scaling_study.run.QUICK", study)
+    monkeypatch.setattr("examples.scaling_study.run.Questions.of", lambda demo: SimpleNamespace(digest="x"))
+    monkeypatch.setattr("examples.scaling_study.run.run", lambda command, *_: fitted.append(
+        read_runs(Path(command[command.index("--input") + 1]))))
+    for _ in range(2):
+        assert main(["--quick", "--output", str(tmp_path)]) == 0
+        assert capsys.readouterr().out.count("left out of the fit: hrm of width 64, 0.20 M parameters, 3,072 tok") == 1
+    assert [len(runs) for runs in fitted] == [19, 19]
 
 
 @pytest.mark.parametrize(("flags", "message"), [

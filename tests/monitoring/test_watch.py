@@ -1,5 +1,6 @@
 """The dashboard says what the files of a run say, and no more."""
 import io
+import os
 import re
 import runpy
 import sys
@@ -186,3 +187,56 @@ def test_two_runs_in_one_folder_are_not_mixed(written, tmp_path):
         (tmp_path / name / "events.out.tfevents.1").touch()
     with pytest.raises(ConfigError, match="several TensorBoard logs are in it"):
         RunFolder.find(tmp_path)
+
+
+@pytest.fixture
+def apart():
+    """Make a run that was started in a folder, where its command named log and checkpoints; return the latter."""
+    def make(start, steps, save="runs/XL", log="logs/XL", **more):
+        write_log(start / log, range(1, steps + 1), 0)
+        write_save(start / save, steps)
+        (start / save / "arguments.txt").write_text("".join(f"{name} {'.' * 9} {value}\n" for name, value in dict(
+            save=save, tensorboard_dir=log, **more).items()))
+        return start / save
+    return make
+
+
+@pytest.mark.parametrize("save", ["runs/XL", "./runs/../XL", "."])
+def test_a_relative_log_is_that_of_the_run_and_of_no_other_of_its_name(apart, tmp_path, monkeypatch, call, save):
+    """Both were started by the same command, in two folders; the first then loses its log."""
+    for name in ("own", "other"):
+        (tmp_path / name / "runs").mkdir(parents=True)
+    run, other = apart(tmp_path / "own", 3, save), apart(tmp_path / "other", 5, save)
+    (tmp_path / "link").symlink_to(run)
+    for start in ("own", "other"):
+        monkeypatch.chdir(tmp_path / start)
+        for folder in (run, Path(os.path.relpath(run)), tmp_path / "link"):
+            assert Log(RunFolder.find(folder).log).curves()["lm loss"].steps == [1, 2, 3]
+    assert RunFolder.find(other).log.samefile("logs/XL")
+    (tmp_path / "own" / "logs").rename(tmp_path / "logs of own")
+    assert RunFolder.find(run).log is None and RunFolder.find(tmp_path / "link").log is None
+    named = "arguments.txt names --tensorboard-dir logs/XL, which is not found from here and for this run; give that"
+    status, (line,) = call("report_run.py")(run, "--output", tmp_path / "a.html")
+    assert status == 1 and line.startswith(f"error: {run}: has no TensorBoard log with curves; {named}")
+    assert named.startswith(shown(RunFolder.find(run), None, 0)[1][:60])
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("save", ["../saved", "{}/saved"])
+def test_the_log_of_a_run_that_saves_elsewhere_is_found(apart, tmp_path, monkeypatch, save, told):
+    """The arguments say where it was started; of an older run, which does not, it is found from there."""
+    for name in ("own", "other"):
+        (tmp_path / name).mkdir()
+    run = apart(tmp_path / "own", 3, save.format(tmp_path), **dict(started_in=tmp_path / "own") if told else {})
+    monkeypatch.chdir(tmp_path / "own")
+    assert RunFolder.find(run).log.samefile("logs/XL")
+    monkeypatch.chdir(tmp_path)
+    assert (RunFolder.find(run).log is not None) == told
+    write_log(tmp_path / "other" / "logs" / "XL", [1], 0)
+    monkeypatch.chdir(tmp_path / "other")
+    assert not told or RunFolder.find(run).log.samefile(tmp_path / "own" / "logs" / "XL")
+
+
+def test_an_absolute_log_is_the_one_that_is_named(apart, tmp_path):
+    (tmp_path / "own").mkdir()
+    assert RunFolder.find(apart(tmp_path / "own", 4, log=str(tmp_path / "log"))).log == tmp_path / "log"

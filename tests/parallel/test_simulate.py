@@ -110,4 +110,5 @@ def test_the_picture_is_drawn_and_what_cannot_be_is_refused(tmp_path):
     assert draw("--stages", "2", "--microbatches", "4").returncode == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     refused = draw("--stages", "4", "--microbatches", "3")
-    assert refused.returncode == 1 and refused.stderr.startswith("error: 3 micro-batches per step are fewer")
+    assert refused.returncode == 1 and refused.stderr == (
+        "error: --microbatches 3: fewer than the 4 stages; give at least 4, or fewer --stages\n")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.planner.scaling_law import Law, Run, fit, read_runs, resampled
+from hrm_megatron.planner.scaling_law import Law, Run, fit, read_runs, resampled, undetermined
+from tests.tools import load_tool
 
 ROOT = Path(__file__).parents[2]
 # Hoffmann et al., arXiv 2203.15556, equation 10, and the same with a steep and a flat exponent and without a floor.
@@ -32,7 +33,7 @@ def test_the_law_that_made_the_runs_comes_back(law):
     found = fit(made_by(law))
     for name in ("alpha", "beta", "a", "b"):
         assert getattr(found, name) == pytest.approx(getattr(law, name), rel=1e-3)
-    assert found.e == pytest.approx(law.e, abs=1e-4) and not found.at_the_edge
+    assert found.e == pytest.approx(law.e, abs=1e-4) and not undetermined(found, made_by(law))
     assert found.loss(1e8, 1e10) == pytest.approx(law.loss(1e8, 1e10), rel=1e-3)
 
 
@@ -81,9 +82,41 @@ def test_the_spread_of_resampled_fits_holds_the_law():
     assert predicted[0] < LAWS[0].loss(1e7, 3e8) < predicted[-1]
 
 
-def test_exponents_that_the_runs_do_not_determine_are_named():
-    steep = fit([Run(n, d, 1 + 1e13 / n ** 2.5 + 30 * d ** -0.3) for n in SIZES for d in TOKENS])
-    assert steep.at_the_edge == ["alpha"]
+def grid(loss) -> list[Run]:
+    return [Run(n, d, loss(n, d), flops=30 * n * d) for n in SIZES for d in TOKENS]
+
+
+@pytest.mark.parametrize("runs, said", [
+    (grid(lambda n, d: 1 + 1e13 / n ** 2.5 + 30 * d ** -0.3), ["alpha stands at the edge"]),
+    (grid(lambda n, d: 2 + 100 / d ** 0.3), ["parameters make no difference"]),
+    (grid(lambda n, d: 2 + 100 / n ** 0.3), ["tokens make no difference"]),
+    (grid(lambda n, d: 2.5), ["parameters make no difference", "tokens make no difference"]),
+    (grid(lambda n, d: 2 + 1e-7 * n + 1e-8 * d), ["parameters make no difference", "tokens make no difference"]),
+    ([Run(n, 20 * n, LAWS[0].loss(n, 20 * n), flops=600 * n * n) for n in (*SIZES, 1e7, 3e7)],
+     ["parameters and tokens grow together"]),
+], ids=["steep", "no parameters", "no tokens", "constant", "rising", "along a line"])
+def test_what_the_runs_do_not_determine_is_said_and_not_answered(tmp_path, monkeypatch, capsys, runs, said):
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(vars(run)) + "\n" for run in runs))
+    monkeypatch.setattr(sys, "argv", ["fit_scaling.py", "--input", str(tmp_path / "runs.jsonl"), "--resamples", "3",
+                                      "--json", str(tmp_path / "law.json")])
+    assert runpy.run_path(str(ROOT / "tools" / "fit_scaling.py"))["main"]() == 0
+    remarks = json.loads((tmp_path / "law.json").read_text())[""]["undetermined"]
+    printed = capsys.readouterr().out
+    assert len(remarks) == len(said) and all(map(str.startswith, remarks, said))
+    assert all(f"  {remark}\n" in printed for remark in remarks)
+    assert "  no lowest loss for a number of FLOPs: " in printed and "  lowest loss for" not in printed
+
+
+def test_the_size_of_lowest_loss_has_the_spread_of_the_resampled_fits():
+    lowest = load_tool("fit_scaling").lowest
+    law, one_term = LAWS[0], Law(2.0, 0.0, 100.0, 0.3, 0.3)
+    n, d = law.best_size(1e20, 30)
+    steeper = Law(law.e, law.a, law.b, 0.35, law.beta)
+    low, high = sorted((n, steeper.best_size(1e20, 30)[0]))
+    assert lowest(law, [], 1e20, 30) == f"{n:.3g} parameters ({n:.3g} to {n:.3g}), {d:.3g} tokens ({d:.3g} to {d:.3g})"
+    assert lowest(law, [law, steeper], 1e20, 30).startswith(f"{n:.3g} parameters ({low:.3g} to {high:.3g}), ")
+    assert lowest(law, [law] * 9 + [one_term], 1e20, 30).startswith("not determined")
+    assert lowest(law, [law, Law(2.0, 1e-300, 100.0, 0.02, 0.02)], 1e20, 30).startswith("not determined")
 
 
 @pytest.mark.parametrize("row, message", [

@@ -16,6 +16,7 @@ from hrm_megatron.planner.machines import Cluster, Speeds
 from hrm_megatron.planner.memory import Saving, layer_states, memory_of_stages
 from hrm_megatron.planner.search import Question, Rejected, search
 from hrm_megatron.planner.speed import predict_step
+from tests.tools import load_tool
 
 ROOT = Path(__file__).parents[2]
 SMALL = Architecture(6, 512, 4, 1536, 4096)
@@ -146,12 +147,28 @@ def test_the_tool_answers_in_text_data_and_a_picture(monkeypatch, capsys, tmp_pa
     (("--hrm-preset", "XL", "--gpus", 8, "--tokens", "inf"), "--tokens inf: must be at least 1, and at most"),
     (("--hrm-preset", "XL", "--gpus", 8, "--tokens", "nan"), "--tokens nan: must be at least 1, and at most"),
     (("--hrm-preset", "XL", "--gpus", 8, "--example", 0, 0), "--example 0 0: a prefix has at least 0 tokens, a resp"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--example", 4000, 97), "--example 4000 97: a prefix has .* the 4096 of a ro"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--bp-max-steps", 12), "--bp-max-steps 12: bp_steps=12 does not fit h_cyc"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--bp-min-steps", 1), "--bp-min-steps 1: bp_steps=1 does not fit h_cycles=2"),
+    (("--hrm-preset", "XL", "--gpus", 8, "--gpu", "a100-40gb", "--precision", "fp8"),
+     "--precision fp8: a100-40gb has no FP8; leave it out, or plan for another --gpu"),
+    (("--sizes", 4, 520, 4, "--gpus", 8, "--tokens-per-step", 65536, "--precision", "fp8"),
+     "4 layers of 520 fits no layout; none lacks memory: change what the reasons above name"),
     (("--hrm-preset", "XL", "--gpus", 8, "--memory-gb", -3), "--memory-gb -3.0: must be above 0"),
     (("--hrm-preset", "XL", "--gpus", 8, "--network-gb", 0), "--network-gb 0.0: must be above 0"),
 ])
 def test_the_tool_refuses_in_one_line(monkeypatch, capsys, words, says):
     assert run_tool(monkeypatch, *words) != 0
-    assert says in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: .*{says}", line)
+
+
+def test_the_usual_example_fits_into_a_row():
+    plan = load_tool("plan")
+    for row_tokens, example in ((4096, (288, 544)), (832, (288, 544)), (416, (144, 272)), (1, (0, 1))):
+        args = plan.parser().parse_args(["--hrm-preset", "XL", "--gpus", "8", "--seq-length", str(row_tokens),
+                                         "--tokens-per-step", str(64 * row_tokens)])
+        assert plan.question(args).example == example
 
 
 def test_speeds_of_a_cpu_are_none_of_a_gpu(monkeypatch, capsys, tmp_path):
