@@ -10,7 +10,7 @@ from hrm_megatron.config import Architecture
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer"
 
 
-def write_random_checkpoint(folder: Path, seq_length: int, std: float = 0.7) -> Path:
+def write_random_checkpoint(folder: Path, seq_length: int, std: float = 0.7, ffn_hidden_size: int = 40) -> Path:
     """Write one whose raw and EMA weights are unlike; needs Megatron's single rank.
 
     At a std of 0.7 attention matters much, and so does rounding; 1 / sqrt(24) is that of initial weights.
@@ -27,6 +27,6 @@ def write_random_checkpoint(folder: Path, seq_length: int, std: float = 0.7) -> 
         tensor = torch.randn(entry.shape, generator=generator) * std
         return tensor if entry.trained else tensor.bfloat16()
 
-    write_megatron(Checkpoint(Path("random"), Architecture(1, 24, 3, 40, vocab_size), Training(
+    write_megatron(Checkpoint(Path("random"), Architecture(1, 24, 3, ffn_hidden_size, vocab_size), Training(
         seq_length=seq_length, tokens_per_step=96, total_steps=9), 7, 5, frozenset(PARTS), read), folder)
     return folder

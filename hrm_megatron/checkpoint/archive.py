@@ -1,6 +1,6 @@
-"""The zip archives that torch.save writes, one behind the other in a file: where they are, and whether they are whole.
+"""The zip archives of torch.save, concatenated in a file: locate them, and verify them.
 
-torch stores a CRC32 with every entry and never looks at it when it reads.
+torch stores a CRC32 with every entry but never checks it on reading.
 """
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ BLOCK_BYTES = 1 << 20  # read at a time, however large a tensor is
 # APPNOTE.TXT 4.3.7: signature, version, flags, method, time, date, CRC32, two sizes, lengths of name and extra field
 HEADER = struct.Struct("<4s5H3L2H")
 END_BYTES, END_SIGNATURE = 22, b"PK\5\6"
-DESCRIPTOR_FLAG, DESCRIPTOR_BYTES = 8, (16, 24)  # behind the data; with sizes of 32 or 64 bits
+DESCRIPTOR_FLAG, DESCRIPTOR_BYTES = 8, (16, 24)  # follows the data; with sizes of 32 or 64 bits
 
 
 class DamagedError(ConfigError):
-    """Bytes of a checkpoint are not those that were written, or are not there."""
+    """Bytes of a checkpoint are missing or not those that were written."""
 
 
 @contextlib.contextmanager
 def naming(place: Path, what: str = "it") -> Iterator[None]:
-    """Raise DamagedError that names the file for whatever the block raises: over damaged bytes that is not bounded."""
+    """Turn whatever the block raises into a DamagedError that names the file: over damaged bytes it may be anything."""
     try:
         yield
     except ConfigError:
@@ -46,7 +46,7 @@ def naming(place: Path, what: str = "it") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Archive:
-    """One archive from `start` to `end` in a file, and its entries: name, start of the data, their size and CRC32."""
+    """One archive from `start` to `end` in a file, and its entries: name, start of the data, size and CRC32."""
 
     start: int
     end: int
@@ -54,7 +54,7 @@ class Archive:
 
 
 class _UpTo(io.RawIOBase):
-    """A file that ends at `end`."""
+    """A view of a file that ends at `end`."""
 
     def __init__(self, file: BinaryIO, end: int) -> None:
         self.file, self.end = file, end
@@ -74,7 +74,7 @@ class _UpTo(io.RawIOBase):
 
 
 def read_archive(file: BinaryIO, end: int) -> Archive:
-    """Read the directory of the archive that ends at `end`, and hold all that describes its entries against it."""
+    """Read the central directory of the archive that ends at `end`, and check all local headers against it."""
     file.seek(max(0, end - END_BYTES))
     if not file.read(END_BYTES).startswith(END_SIGNATURE):
         raise zipfile.BadZipFile(f"no archive of torch.save ends at byte {end}")
@@ -120,13 +120,13 @@ def check_archive(file: BinaryIO, start: int, end: int) -> None:
 
 
 def check_archive_file(path: Path) -> None:
-    """Raise DamagedError unless the file is one archive, all of whose data is as it was written."""
+    """Raise DamagedError unless the file is a single archive with intact data."""
     with naming(path), path.open("rb") as file:
         check_archive(file, 0, path.stat().st_size)
 
 
 def archives(file: BinaryIO, size: int) -> Iterator[Archive]:
-    """Yield the archives that fill a file of this size, from the last to the first."""
+    """Yield the archives that fill a file of this size, from last to first."""
     while size:
         archive = read_archive(file, size)
         yield archive
@@ -134,7 +134,7 @@ def archives(file: BinaryIO, size: int) -> Iterator[Archive]:
 
 
 def frame_digest(path: Path) -> str:
-    """Hash all bytes of a file of archives but the data that CRC32s cover: few, however large the file is."""
+    """Hash all bytes of a file of archives except the data that CRC32s cover: few, however large the file is."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for archive in archives(file, path.stat().st_size):
@@ -152,7 +152,7 @@ def file_digest(path: Path) -> str:
 
 
 def _blocks(file: BinaryIO, start: int, size: int) -> Iterator[memoryview]:
-    """Yield a stretch of a file block by block, each in the same place of memory."""
+    """Yield a byte range of a file block by block, reusing one buffer."""
     block = memoryview(bytearray(min(size, BLOCK_BYTES)))
     file.seek(start)
     while size:

@@ -1,8 +1,8 @@
-"""Read a torch.distributed.checkpoint folder, HRM-Text's or Megatron's, without running anything that is in it.
+"""Read a torch.distributed.checkpoint folder, HRM-Text's or Megatron's, without executing anything in it.
 
-torch's own reader unpickles `.metadata` freely, which can execute code. Here only the classes pass that such a
-file needs, and the data itself is read with `weights_only`. Nor does torch's reader see damage: here nothing is
-handed out whose checksum is not right.
+torch's own reader unpickles `.metadata` without restrictions, which can execute code. Here only the classes that such a
+file needs are allowed, and the data is read with `weights_only`. torch's reader does not detect damage either: here
+nothing is returned whose checksum is wrong.
 """
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ ALLOWED: dict[tuple[str, str], Any] = {
         metadata.Metadata, MetadataIndex, TensorStorageMetadata, BytesStorageMetadata, metadata.ChunkStorageMetadata,
         metadata.TensorProperties, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING)},
     (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # a look-up in a table
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # only a table look-up
     ("torch", "Size"): torch.Size,
     ("collections", "OrderedDict"): dict,
-    # The folder that the checkpoint was written to: a value that nothing here uses.
+    # The path that the checkpoint was written to, which nothing here uses.
     **{(module, f"{pure}{system}Path"): PurePosixPath for module in ("pathlib", "pathlib._local")
        for pure in ("", "Pure") for system in ("", "Posix", "Windows")},
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
@@ -49,7 +49,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class Piece:
-    """One archive of torch.save: its file, its first byte there, its length, and what it is a piece of."""
+    """One torch.save archive: its file, offset, length, and the key that it belongs to."""
 
     file: str
     start: int
@@ -58,9 +58,9 @@ class Piece:
 
 
 class DCPFolder:
-    """Tensors and small objects of one folder, by key; a tensor is read when it is asked for.
+    """Tensors and small objects of one folder, by key; a tensor is read on request.
 
-    With `verify`, all that is read is held against its checksum, in the folder's manifest if it has one.
+    With `verify`, everything read is compared with its checksum, and with the manifest if the folder has one.
     """
 
     def __init__(self, path: str | Path, verify: bool = True) -> None:
@@ -69,7 +69,7 @@ class DCPFolder:
         place = self.path / METADATA_FILE
         try:
             contents = place.read_bytes()
-            if self.manifest:  # before damaged bytes are unpickled
+            if self.manifest:  # before unpickling: the bytes may be damaged
                 self.manifest.check_contents(METADATA_FILE, contents)
             loaded = _MetadataUnpickler(io.BytesIO(contents)).load()
             self._entries: dict[str, Any] = loaded.state_dict_metadata
@@ -84,24 +84,23 @@ class DCPFolder:
         except OSError as error:
             raise DamagedError(f"{place}: cannot read ({error.strerror}); the folder is no torch.distributed "
                                "checkpoint, or its writing was cut off") from error
-        except Exception as error:  # what pickle raises over damaged bytes is not bounded
+        except Exception as error:  # over damaged bytes pickle may raise anything
             raise DamagedError(f"{place}: damaged ({error}); copy the checkpoint again") from error
 
     def keys(self) -> list[str]:
         return list(self._entries)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by key."""
+        """Return the shape of every tensor by key."""
         return {key: tuple(entry.size) for key, entry in self._entries.items()
                 if isinstance(entry, TensorStorageMetadata)}
 
     def pieces(self) -> list[Piece]:
-        """Everything that is stored, file after file, in the order in which it stands there."""
+        """Return everything that is stored, file by file, in the order of offsets."""
         return self._pieces
 
     def check_files(self, rank: int = 0, ranks: int = 1) -> None:
-        """Raise DamagedError unless the pieces fill the files, or this rank's share of them, from the first byte to the
-        last."""
+        """Raise DamagedError unless the pieces are contiguous and exactly fill this rank's share of the files."""
         ends: dict[str, int] = {}
         for piece in self._pieces:
             if piece.start != ends.get(piece.file, 0):
@@ -114,7 +113,7 @@ class DCPFolder:
                 raise DamagedError(f"{place}: {size} bytes are there, {METADATA_FILE} promises {end}; {WAY_OUT}")
 
     def check_pieces(self, pieces: Iterable[Piece]) -> None:
-        """Raise DamagedError unless the bytes of these pieces are those that were written."""
+        """Raise DamagedError unless the bytes of these pieces match their checksums."""
         for name, of_file in itertools.groupby(pieces, key=lambda piece: piece.file):
             place = self.path / name
             with naming(place), place.open("rb", buffering=0) as file:
@@ -123,7 +122,7 @@ class DCPFolder:
                         check_archive(file, piece.start, piece.start + piece.length)
 
     def _check_entries(self) -> None:
-        """Raise an error unless every tensor is cut into pieces exactly, and it is known where each of them is."""
+        """Raise an error unless the pieces of every tensor cover it exactly, and the location of each is known."""
         wanted: set[MetadataIndex] = set()
         for key, entry in self._entries.items():
             if isinstance(entry, TensorStorageMetadata):
@@ -140,7 +139,7 @@ class DCPFolder:
             _check_plain(name)
 
     def tensor(self, key: str) -> torch.Tensor:
-        """Read one tensor, put together from the pieces that all ranks wrote."""
+        """Read one tensor, assembled from the pieces that all ranks wrote."""
         entry = self._entry(key, TensorStorageMetadata)
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
@@ -155,7 +154,7 @@ class DCPFolder:
         return whole
 
     def object(self, key: str, classes: Sequence[Any] = ()) -> Any:
-        """Read a value that is no tensor; beside plain values it may hold instances of `classes`."""
+        """Read a value that is not a tensor; beside plain values it may contain instances of `classes`."""
         self._entry(key, BytesStorageMetadata)
         return self._load(MetadataIndex(key), classes)
 
@@ -189,7 +188,7 @@ class DCPFolder:
                 check_archive(io.BytesIO(contents), 0, len(contents))
             with torch.serialization.safe_globals(list(classes)):
                 return torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises anything over damaged bytes
+        except Exception as error:  # over damaged bytes torch.load may raise anything
             raise DamagedError(f"{place}: {index.fqn} is damaged or unsafe ({_first_line(error)}); copy "
                                "the checkpoint again") from error
 
@@ -205,11 +204,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _fill(size: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
-    """Tell whether boxes, each an offset and a size, cover a tensor of this size, every element once."""
+    """Return whether boxes (offset, size) cover a tensor of this size, every element exactly once."""
     if any(len(offset) != len(size) or len(extent) != len(size) or min((*offset, *extent), default=0) < 0
            or any(a + b > whole for a, b, whole in zip(offset, extent, size, strict=True)) for offset, extent in boxes):
         return False
-    # The cuts of all boxes make a grid, of whose cells each belongs to as many boxes as its first element does.
+    # The borders of all boxes form a grid; within a cell every element belongs to the same boxes.
     cuts = [sorted({0, whole, *(o[dim] for o, _ in boxes), *(o[dim] + e[dim] for o, e in boxes)})
             for dim, whole in enumerate(size)]
     owners = np.zeros([len(cut) - 1 for cut in cuts], dtype=np.int32)

@@ -1,4 +1,4 @@
-"""The folder that `--save` names: its iterations, which are complete, and the run that saved one."""
+"""The folder that `--save` names: its iterations, which of them are complete, and the run that saved one."""
 from __future__ import annotations
 
 import json
@@ -17,38 +17,39 @@ from hrm_megatron.program import followed
 from hrm_megatron.transformer_config import architecture_of
 
 DCP_CONFIG_FILE = "metadata.json"
-COMPLETE_FILES = (MANIFEST_FILE, DCP_CONFIG_FILE, METADATA_FILE)  # written last; the first of them behind all others
+COMPLETE_FILES = (MANIFEST_FILE, DCP_CONFIG_FILE, METADATA_FILE)  # written last, the manifest after all others
 
 
 def is_complete(folder: Path) -> bool:
-    """Tell whether the save of this iteration came to its end; what it lacks although it did is damage."""
+    """Return whether the save of this iteration has finished; a file that is missing nevertheless is damage."""
     if (folder / MANIFEST_FILE).exists():
         return True
     try:
         if not (folder / DCP_CONFIG_FILE).exists():  # Megatron-FSDP writes none
             return (folder / METADATA_FILE).is_file() and is_megatron_fsdp(DCPFolder(folder))
         json.loads((folder / DCP_CONFIG_FILE).read_text())
-    except (OSError, ValueError):  # which a ConfigError is, too
+    except (OSError, ValueError):  # ConfigError is a ValueError
         return False
     return (folder / METADATA_FILE).is_file()
 
 
 def complete_iterations(load: Path) -> list[str]:
-    """Names of the complete iterations under `load`, ascending."""
+    """Return the names of the complete iterations under `load`, ascending."""
     folders = load.iterdir() if load.is_dir() else ()
     return sorted((path.name for path in folders if is_iteration(path.name) and is_complete(path)), key=iteration_of)
 
 
 def last_saved_first(load: Path) -> list[str]:
-    """Names of the complete iterations, the last one that was saved first.
+    """Return the names of the complete iterations, the last saved first.
 
-    One without manifest counts as saved behind all that are below it: its run was killed before it wrote that.
+    An iteration without a manifest counts as saved after all lower ones: its run was killed before it wrote the
+    manifest.
     """
     return [folder_name(iteration) for *_, iteration in _by_save(load)]
 
 
 def _by_save(load: Path) -> list[tuple[int, int]]:
-    """List (count of the save, iteration), the last saved first."""
+    """Return (save count, iteration), the last saved first."""
     found, latest = [], 0
     for name in complete_iterations(load):
         save = _save(load / name)
@@ -63,7 +64,7 @@ def _save(folder: Path) -> int:
 
 
 def find_iteration(load: str | Path, step: int | None = None) -> Path:
-    """Return the folder of one iteration: `load` itself if it is one, else that of `step`, else the latest."""
+    """Return an iteration's folder: `load` itself if it is one, else that of `step`, else the tracked one."""
     load = Path(load)
     named = next((path for path in (load, followed(load)) if path.name == RELEASE or is_iteration(path.name)), None)
     if named and step is None and not (load / TRACKER_FILE).exists():
@@ -92,7 +93,7 @@ def _tracked(load: Path) -> str:
 
 
 def _check_tracked(load: Path, folder: Path) -> None:
-    """Refuse a tracker file that names another iteration than the last one whose save came to its end."""
+    """Refuse a tracker file that names another iteration than the last one whose save has finished."""
     save = _save(folder)
     if save and (later := [iteration for count, iteration in _by_save(load) if count > save]):
         raise DamagedError(f"{load / TRACKER_FILE}: names {folder.name}, but {folder_name(later[0])} was saved after "
@@ -105,7 +106,7 @@ def listed(load: Path) -> str:
 
 
 def read_run(stored: DCPFolder) -> tuple[dict[str, Any], Architecture]:
-    """Read what a Megatron checkpoint holds beside tensors, and which model it is of."""
+    """Return what a Megatron checkpoint holds beside tensors, and the architecture of its model."""
     try:
         common: dict[str, Any] = stored.object(COMMON, SAFE_GLOBALS)[0]
         args = common["args"]

@@ -1,6 +1,6 @@
-"""`manifest.json`: what was in the folder of an iteration when its save was done, written behind everything else.
+"""`manifest.json`: what an iteration's folder held when its save was done, written after everything else.
 
-It covers what the CRC32s inside the files of tensors do not, so that writing it reads next to nothing of a checkpoint.
+It covers what the CRC32s inside the tensor files do not, so writing it reads hardly anything of a checkpoint.
 """
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from hrm_megatron.checkpoint.archive import WAY_OUT, DamagedError, file_digest, 
 from hrm_megatron.program import write_aside
 
 MANIFEST_FILE = "manifest.json"
-TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron's, beside the iterations: the one that is whole
-ABANDONED = "abandoned"  # (.2, .3 ...) folder beside the iterations: those that the run has gone back from
+TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron's, beside the iterations: the last complete one
+ABANDONED = "abandoned"  # (.2, .3 ...) folder beside the iterations: those that the run has rolled back from
 METADATA_FILE = ".metadata"  # of torch.distributed.checkpoint
-TENSORS = ".distcp"  # ends the names of files of tensors and states, each of them stored by torch.save
+TENSORS = ".distcp"  # suffix of the files that hold tensors and states, each stored by torch.save
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and SHA-256 of a file; where tensors are in it, the digest of all that their CRC32s leave out."""
+    """Size and SHA-256 of a file; for a tensor file, the digest of everything that its CRC32s leave out."""
 
     size_bytes: int
     sha256: str
@@ -32,7 +32,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was saved: `save` counts the saves into the folder around it; names are relative to `folder`."""
+    """What was saved: `save` counts the saves into the surrounding folder; file names are relative to `folder`."""
 
     folder: Path
     iteration: int
@@ -41,7 +41,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
 
     def check_sizes(self, rank: int = 0, ranks: int = 1) -> None:
-        """Raise DamagedError unless all files, or this rank's share of them, are there and as long as they were."""
+        """Raise DamagedError unless all files, or this rank's share of them, exist with the recorded sizes."""
         for name, record in [*self.files.items()][rank::ranks]:
             place = self.folder / name
             if (size := size_of(place)) != record.size_bytes:
@@ -49,11 +49,11 @@ class Manifest:
                 raise DamagedError(f"{place}: {state}, {MANIFEST_FILE} says {record.size_bytes} bytes; {WAY_OUT}")
 
     def check_file(self, name: str) -> None:
-        """Raise DamagedError unless the digest of this file is the one that was written down."""
+        """Raise DamagedError unless this file has the recorded digest."""
         self._compare(name, describe(self.folder / name))
 
     def check_contents(self, name: str, contents: bytes) -> None:
-        """Do the same for a file whose contents have been read already."""
+        """Do the same for contents that have already been read."""
         self._compare(name, FileRecord(len(contents), hashlib.sha256(contents).hexdigest()))
 
     def _compare(self, name: str, found: FileRecord) -> None:
@@ -63,7 +63,7 @@ class Manifest:
 
 
 def size_of(path: Path) -> int | None:
-    """Return the bytes of a file, None where there is none, by one question: storage has many ranks to answer."""
+    """Return the size of a regular file, None if there is none, with a single stat: storage serves many ranks."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -72,13 +72,13 @@ def size_of(path: Path) -> int | None:
 
 
 def describe(path: Path) -> FileRecord:
-    """Describe one file; raise DamagedError if it cannot be read, or is not the kind of file that its name says."""
+    """Return the record of one file; raise DamagedError if it cannot be read or is not the kind that its name says."""
     with naming(path):
         return FileRecord(path.stat().st_size, (frame_digest if path.suffix == TENSORS else file_digest)(path))
 
 
 def write_manifest(folder: Path, iteration: int, settings: Mapping[str, Any], files: Mapping[str, FileRecord]) -> None:
-    """Write the manifest of the folder of an iteration, whole or not at all."""
+    """Write the manifest of an iteration's folder atomically."""
     others = (read_manifest(path.parent, or_none=True) for path in folder.parent.glob(f"*/{MANIFEST_FILE}"))
     saves = [other.save for other in others if other and other.folder != folder]
     content = dict(iteration=iteration, save=max(saves, default=0) + 1, settings=dict(settings),
@@ -88,8 +88,8 @@ def write_manifest(folder: Path, iteration: int, settings: Mapping[str, Any], fi
 
 def describe_folder(folder: Path, beside: Iterable[str] = (),
                     known: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:
-    """Describe the files of a folder and those `beside` it that belong to it, but not again those that are known."""
-    # A name that begins with a dot, but for one, is of no file that outlives its writer.
+    """Return the records of all files in a folder and `beside` it; `known` ones are not read again."""
+    # Files whose names begin with a dot are temporary, except .metadata.
     names = {path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST_FILE
              and (path.name == METADATA_FILE or not path.name.startswith("."))}
     files = dict(known or {})
@@ -97,7 +97,7 @@ def describe_folder(folder: Path, beside: Iterable[str] = (),
 
 
 def read_manifest(folder: Path, or_none: bool = False) -> Manifest | None:
-    """Read the manifest of a folder; None if it has none or, `or_none`, if that is damaged."""
+    """Read the manifest of a folder; None if it has none or, with `or_none`, if the manifest is damaged."""
     place = folder / MANIFEST_FILE
     try:
         content = json.loads(place.read_text(encoding="utf-8"))

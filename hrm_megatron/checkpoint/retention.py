@@ -1,4 +1,4 @@
-"""Which iterations of a run are deleted, once a newer one is whole and its manifest says so."""
+"""Decide which iterations of a run to delete once a newer one is whole, as its manifest proves, and delete them."""
 from __future__ import annotations
 
 import logging
@@ -19,7 +19,7 @@ _threads: list[threading.Thread] = []
 
 
 def is_whole(folder: Path) -> bool:
-    """Tell whether the manifest of an iteration is there, and all files that it lists are as long as it says."""
+    """Return whether an iteration has a manifest, and all files that it lists have the recorded sizes."""
     manifest = read_manifest(folder, or_none=True)
     try:
         if manifest:
@@ -30,11 +30,12 @@ def is_whole(folder: Path) -> bool:
 
 
 def expendable(save: Path, latest: int, keep: int, interval: int | None, protected: Collection[int]) -> list[int]:
-    """Return the iterations before `latest` that may go: all but the last `keep`, multiples of `interval`, and those
-    that are protected.
+    """Return the iterations before `latest` that may be deleted: all but the last `keep`, multiples of `interval`, and
+    `protected` ones.
 
-    Only whole iterations count as kept, and only they go: what is damaged is no copy of anything, and whoever looks for
-    the reason wants it. Nothing goes unless `latest` is whole. Iteration 0 is what a run began with, not its own.
+    Only whole iterations count as kept, and only they are deleted: a damaged one is no valid copy, and it is evidence
+    of what went wrong. Nothing is deleted unless `latest` is whole. Iteration 0 is what the run started from, not its
+    own save.
     """
     numbers = [iteration_of(name) for name in complete_iterations(save)]
     whole = [number for number in numbers if number <= latest and is_whole(save / folder_name(number))]
@@ -46,10 +47,10 @@ def expendable(save: Path, latest: int, keep: int, interval: int | None, protect
 
 
 def delete(save: Path, iterations: Collection[int]) -> None:
-    """Delete iterations so that a kill leaves none that looks whole and is not.
+    """Delete iterations such that a kill leaves none that looks whole but is not.
 
-    They are renamed now. Their files, one or more of each rank, go in a thread beside the training, for which all ranks
-    would wait; `finish_deletion` waits for that.
+    Each is renamed at once. The files, one or more per rank, are removed in a thread, since all ranks would otherwise
+    wait for it; `finish_deletion` joins it.
     """
     finish_deletion(save)
     for number in iterations:
@@ -61,19 +62,19 @@ def delete(save: Path, iterations: Collection[int]) -> None:
 
 
 def finish_deletion(save: Path) -> None:
-    """Have the space of all iterations that were deleted, also of those that a kill has left in part."""
+    """Remove all files of deleted iterations, including those that a killed process left, and wait for it."""
     while _threads:
         _threads.pop().join()
     _remove_files(save)
 
 
 def bytes_of_deleted(save: Path) -> int:
-    """Bytes of iterations that were deleted, but for their files: the next save has them."""
+    """Return the bytes of deleted iterations whose files still exist: the next save can count on them."""
     return bytes_of(_deleted(save))
 
 
 def bytes_of(folders: Iterable[Path]) -> int:
-    """Bytes of the files in these folders of iterations."""
+    """Return the bytes of the files in these iteration folders."""
     return sum(size_of(path) or 0 for folder in folders for path in folder.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Write a torch.distributed.checkpoint folder tensor by tensor, whatever the size of the model."""
+"""Write a torch.distributed.checkpoint folder one tensor at a time, whatever the size of the model."""
 from __future__ import annotations
 
 import io
@@ -24,7 +24,7 @@ from hrm_megatron.checkpoint.manifest import TENSORS
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that `make` makes on the CPU when its turn has come to be written."""
+    """A tensor that `make` creates on the CPU when it is about to be written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def made(self) -> torch.Tensor:
-        """Make it, in a storage of its own: files hold storages, not views of them."""
+        """Create it in a storage of its own: torch.save writes whole storages, not views."""
         tensor = self.make()
         assert (tensor.shape, tensor.dtype) == (self.shape, self.dtype), (tensor.shape, tensor.dtype, self)
         if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
@@ -44,7 +44,7 @@ class LazyTensor:
 
 
 def write_archive(value: object, file: IO[bytes]) -> None:
-    """Write what torch.save makes of a value, or raise the OSError that its writer hides behind an error of its own."""
+    """Write the torch.save archive of a value, or raise the OSError that torch hides behind a RuntimeError."""
     try:
         torch.save(value, file)
     except RuntimeError as error:
@@ -54,23 +54,24 @@ def write_archive(value: object, file: IO[bytes]) -> None:
 
 
 def save_lazily(state: Mapping[str, Any], folder: Path, flatten: bool = True) -> None:
-    """Write `state` into a folder that torch.distributed.checkpoint and Megatron load, with one tensor in memory.
+    """Write `state` into a folder that torch.distributed.checkpoint and Megatron load, with one tensor in memory at a
+    time.
 
     Its leaves are LazyTensors, tensors, io.BytesIO (stored as they are) and values for torch.save. With `flatten`,
-    nested dictionaries become keys with dots, and `.metadata` says how they nest.
+    nested dictionaries become dotted keys, and `.metadata` records the nesting.
     """
     lazy: dict[int, LazyTensor] = {}
     planned = _on_no_device(state, lazy)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch remarks on the absence of a process group, which is meant
+        warnings.simplefilter("ignore")  # torch warns of the missing process group, which is intended
         try:
             save(planned, storage_writer=_OneByOne(folder), planner=_Planner(lazy, flatten), no_dist=True)
-        except CheckpointException as error:  # in which torch hides what happened, a signal too
+        except CheckpointException as error:  # hides the original exception, even of a signal
             raise error.failures[0][0] from error
 
 
 def _on_no_device(state: Any, lazy: dict[int, LazyTensor]) -> Any:
-    """Replace each LazyTensor by a meta tensor for torch to plan with, and note it in `lazy` by that one's id."""
+    """Replace each LazyTensor by a meta tensor for torch to plan with; `lazy` maps the id of that to the LazyTensor."""
     if isinstance(state, Mapping):
         return {name: _on_no_device(value, lazy) for name, value in state.items()}
     if not isinstance(state, LazyTensor):
@@ -81,7 +82,7 @@ def _on_no_device(state: Any, lazy: dict[int, LazyTensor]) -> Any:
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans as torch does, and makes a tensor only when the writer asks for it."""
+    """Plans as torch does, and creates a tensor only when the writer asks for it."""
 
     def __init__(self, lazy: Mapping[int, LazyTensor], flatten: bool) -> None:
         super().__init__(flatten_state_dict=flatten)
@@ -96,7 +97,7 @@ class _Planner(DefaultSavePlanner):
 
 
 class _OneByOne(FileSystemWriter):
-    """torch's writer, whose own loop holds on to all that it has written."""
+    """torch's writer, whose own loop keeps everything it has written in memory."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"__0_0{TENSORS}"
@@ -110,7 +111,7 @@ class _OneByOne(FileSystemWriter):
                     write_archive(data, file)
                 length = file.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-                del data  # before the next one is made
+                del data  # free it before the next one is created
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

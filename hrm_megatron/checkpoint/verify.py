@@ -1,4 +1,4 @@
-"""Verify every byte of a checkpoint's folder, alone or as one of several ranks that share the work."""
+"""Verify every byte of a checkpoint folder, alone or as one of several ranks that share the work."""
 from __future__ import annotations
 
 import contextlib
@@ -23,10 +23,10 @@ FORMAT = CheckpointingConfig("torch_dist")
 
 
 def verify(folder: Path, rank: int = 0, ranks: int = 1) -> int:
-    """Verify this rank's share of the folder of an iteration, and return of how many bytes the contents were read.
+    """Verify this rank's share of an iteration's folder; return the number of bytes whose contents were read.
 
-    Each rank reads what `.metadata` says; each file is looked at, and its contents read, once by the ranks together.
-    Raises DamagedError with the first thing that is wrong.
+    Each rank reads `.metadata`; every file is checked, and its contents read, once by the ranks together. Raises
+    DamagedError at the first problem.
     """
     with naming(folder):
         stored = DCPFolder(folder)
@@ -37,9 +37,10 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> int:
 
 
 def check_around_tensors(stored: DCPFolder, rank: int = 0, ranks: int = 1) -> str:
-    """Verify what is cheap of this rank's share of the files: that they are there, how long, what the manifest covers.
+    """Verify the cheap part of this rank's share: that all files exist with the right size, and everything that the
+    manifest covers.
 
-    Returns a remark where there is no manifest, "" otherwise.
+    Returns a remark if there is no manifest, else "".
     """
     _check_config(stored.path / DCP_CONFIG_FILE)
     stored.check_files(rank, ranks)
@@ -53,14 +54,14 @@ def check_around_tensors(stored: DCPFolder, rank: int = 0, ranks: int = 1) -> st
 
 
 class Stretch(Protocol):
-    """Something that is read as a whole."""
+    """A byte range that is read as a whole."""
 
     @property
     def length(self) -> int: ...
 
 
 def share[T: Stretch](pieces: Sequence[T], rank: int, ranks: int) -> list[T]:
-    """Choose the pieces whose middle lies in this rank's part of all bytes: each rank reads one long stretch."""
+    """Return the pieces whose middle lies in this rank's share of all bytes: each rank reads one contiguous stretch."""
     total_bytes = sum(piece.length for piece in pieces)
     chosen: list[T] = []
     before = 0
@@ -73,7 +74,7 @@ def share[T: Stretch](pieces: Sequence[T], rank: int, ranks: int) -> list[T]:
 
 @contextlib.contextmanager
 def naming_another(folder: Path) -> Iterator[None]:
-    """Let an error about this iteration's damage name the newest one that verifies."""
+    """Add the newest iteration that verifies to an error about a damaged iteration."""
     try:
         yield
     except DamagedError as error:

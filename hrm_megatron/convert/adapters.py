@@ -1,4 +1,4 @@
-"""Merge the adapters of a fine-tuning into the weights that they change, as these are read."""
+"""Merge the LoRA adapters of a fine-tuned checkpoint into the weights that they change, while these are read."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,16 +16,16 @@ A, B = "lora.A", "lora.B"
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of a checkpoint, on those tensors of its table that they are on."""
+    """The adapters of a checkpoint, and the tensors of its table that they adapt."""
 
     lora: LoRA
 
     def on(self, entry: Rename) -> bool:
-        """Tell whether this tensor is the weight of an adapted layer."""
+        """Return whether this tensor is the weight of an adapted layer."""
         return entry.trained and entry.megatron.split(".")[-2] in self.lora.targets
 
     def factors(self, entries: Iterable[Rename]) -> Iterator[Rename]:
-        """List the factors beside these tensors; nothing but Megatron's format has them."""
+        """Yield the entries of the factors A and B of these tensors; they exist only in Megatron's format."""
         for entry in filter(self.on, entries):
             n, k = entry.shape
             layer = entry.megatron.removesuffix("weight")
@@ -33,7 +33,7 @@ class Adapters:
                 yield Rename(f"{layer}{name}", "", "", shape)
 
     def merged(self, read: Callable[[str, Rename], torch.Tensor], part: str, entry: Rename) -> torch.Tensor:
-        """Read a frozen weight in fp32, with B A of this part (raw, or the EMA of each factor) where it is adapted."""
+        """Read a frozen fp32 weight, plus scale * B A of this part (raw, or EMA of each factor) if adapted."""
         weight = read(RAW, entry)
         if not self.on(entry):
             return weight

@@ -1,4 +1,4 @@
-"""The README.md of an export: what the model is, how it was trained, and the calls that answer as in training."""
+"""The README.md of an export: what the model is, how it was trained, and code that generates as in training."""
 from __future__ import annotations
 
 import dataclasses
@@ -70,7 +70,7 @@ Run this in the model's folder:
 
 {spelling}{padding}
 {sections}"""
-# What is said only of a model that reads prompts both ways, and of a causal one in its place.
+# Text for a model with bidirectional prompts, and its replacement for a causal one.
 RETURNED = "  # input_ids, token_type_ids and attention_mask"
 TYPES_GIVEN = "token_type_ids=torch.ones_like(prompt), "
 BOTH_WAYS = ', kv_overrides={"hrm_text.attention.causal": False}'
@@ -135,14 +135,14 @@ An answer ends with `{eoa}`."""
 
 @dataclasses.dataclass(frozen=True)
 class Sections:
-    """Markdown that others have written about a model: of its data, and of how well it does."""
+    """Markdown written elsewhere about a model: its data report, and its evaluation."""
 
     data_report: str = ""
     evaluation: str = ""
 
     @staticmethod
     def read(data_report: Path | None, evaluation: Path | None) -> Sections:
-        """Read files; without their pictures, which stay where they are."""
+        """Read the files, without their pictures, which are not copied."""
         texts = []
         for flag, path in (("--data-report", data_report), ("--evaluation", evaluation)):
             try:
@@ -160,7 +160,7 @@ NO_SECTIONS = Sections()
 
 def model_card(checkpoint: Checkpoint, dtype: str, pad_token: str | None, first_token: object, spelling: Spelling,
                sections: Sections, quantized: Quantized | None = None) -> str:
-    """Write the card of a transformers folder; `pad_token` None: there is no tokenizer beside the model, whose prompts
+    """Return the card of a transformers folder; `pad_token` None: there is no tokenizer beside the model, whose prompts
     begin with `first_token`."""
     tag, token = next(iter(spelling.tags.items()), ("", ""))
     causal = checkpoint.architecture.causal
@@ -181,8 +181,8 @@ def model_card(checkpoint: Checkpoint, dtype: str, pad_token: str | None, first_
 
 def gguf_card(checkpoint: Checkpoint, dtype: str, tokens: int, end: int, spelling: Spelling | None, sections: Sections
               ) -> str:
-    """Write the card of a file for llama.cpp, whose head has `tokens` rows that stand for one, and where an answer ends
-    with the token `end`; `spelling` None: there is no tokenizer in it."""
+    """Return the card of a GGUF file whose head has `tokens` rows that stand for a token, and whose answers end with
+    the token `end`; `spelling` None: the file has no tokenizer."""
     max_tokens, ours = checkpoint.training.seq_length, spelling or Spelling()
     question = f"{ours.boq}{next(iter(ours.tags.values()), '')}What is 2 + 3?{ours.eoq}"
     prompt = "prompt = [0]  # put your token ids here" if spelling is None else \
@@ -210,7 +210,7 @@ def _spelled(spelling: Spelling) -> str:
 
 
 def _sections(checkpoint: Checkpoint, sections: Sections) -> str:
-    """Settings of the model, and of its training if there was any, and what else is known."""
+    """Return the settings of the model, and of its training if there was any, followed by the other sections."""
     settings = dataclasses.asdict(checkpoint.architecture)
     if checkpoint.iteration:
         settings |= dict(steps=checkpoint.iteration, **dataclasses.asdict(checkpoint.training))

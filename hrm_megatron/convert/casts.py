@@ -1,4 +1,4 @@
-"""Floats in a narrower type, refused where that has no such number."""
+"""Cast floats to a narrower dtype, refusing values that it cannot represent."""
 from __future__ import annotations
 
 import torch
@@ -7,7 +7,7 @@ from hrm_megatron.config import ConfigError
 
 
 def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Round a tensor to this type; NaN and infinities stay, a number that would become infinite is refused."""
+    """Round a tensor to this dtype; NaN and infinities are kept, a finite value that would overflow is refused."""
     cast = tensor.to(dtype)
     if cast is tensor or all(end.isfinite() for end in cast.aminmax()):
         return cast
@@ -18,7 +18,7 @@ def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 
 def as_start(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return the start of z_L, which is one of bfloat16 in every run, in that type; refuse any other."""
+    """Return the initial z_L in bfloat16, as in every run; refuse values that bfloat16 cannot hold exactly."""
     cast = tensor.to(torch.bfloat16)
     if (lost := (cast.to(tensor.dtype) != tensor) & ~tensor.isnan()).any():
         raise ConfigError(f"{name}: holds {float(tensor[lost][0]):.9g}, which bfloat16 does not have, and the start of "

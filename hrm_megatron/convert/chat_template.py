@@ -1,4 +1,4 @@
-"""The chat template of an export, in Jinja: it spells chats as data/chat.py does, and condition tags before them."""
+"""The chat template of an export, in Jinja: formats chats as data/chat.py does, with condition tags before them."""
 from __future__ import annotations
 
 import json
@@ -7,7 +7,7 @@ import re
 from hrm_megatron.data.chat import CALLS, SPEAKERS
 from hrm_megatron.data.spelling import Spelling
 
-# Statements trim the white space around them; what is written here in lines becomes one line.
+# The statements trim surrounding whitespace; `chat_template` joins these lines into one.
 TEMPLATE = """
 {%- set speakers = SPEAKERS -%}
 {%- set tokens = TAGS -%}
@@ -63,11 +63,11 @@ TEMPLATE = """
 
 
 def chat_template(spelling: Spelling) -> str:
-    """Spell all that was said as a prefix; `condition` may be given to apply_chat_template."""
-    # llama.cpp's Jinja does not join the keys of an object.
+    """Return the template, which formats everything said as a prefix; apply_chat_template accepts `condition`."""
+    # Joined here: llama.cpp's Jinja cannot join the keys of an object.
     literals = {"ROLES": ", ".join(SPEAKERS), "NAMES": ", ".join(spelling.tags), "SPEAKERS": SPEAKERS,
                 "TAGS": dict(spelling.tags), "BOQ": spelling.boq, "EOQ": spelling.eoq}
-    # Jinja reads an escaped character of two code units as two characters, which are none.
+    # ensure_ascii=False: Jinja would decode an escaped surrogate pair as two invalid characters.
     values = {name: json.dumps(value, ensure_ascii=False) for name, value in literals.items()} | {
         "CALLED": " or ".join(f"message['{call}']" for call in CALLS)}
     spelled = "".join(line.strip() for line in TEMPLATE.splitlines())

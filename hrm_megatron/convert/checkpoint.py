@@ -1,4 +1,4 @@
-"""What every reader hands over and every writer takes: plain values, and a function that reads one tensor."""
+"""The interface between readers and writers of all formats: plain values, and a function that reads one tensor."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
@@ -8,25 +8,25 @@ from typing import NamedTuple
 
 import torch
 
-from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
 from hrm_megatron.convert.table import Rename, table
 
-TokenIds = int | list[int]  # transformers takes several that end an answer
+TokenIds = int | list[int]  # transformers accepts several eos ids
 RAW, EMA = "raw", "ema"
 PARTS = (RAW, "exp_avg", "exp_avg_sq", EMA)  # of every trained tensor, fp32
 
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of the run, as far as formats carry them; the defaults are HRM-Text's (cfg_pretrain, size XL)."""
+    """Settings of the run, as far as the formats hold them; the defaults are HRM-Text's (cfg_pretrain, size XL)."""
 
-    seq_length: int = 4096  # of the model: the longest rows that it was trained with
-    row_tokens: int | None = None  # of the latest training's rows; None: as many
+    seq_length: int = 4096  # context of the model: the longest rows that it was trained with
+    row_tokens: int | None = None  # row length of the latest training; None: seq_length
     tokens_per_step: int = 196_608
     total_steps: int = 1
     lr: float = 2.2e-4
     min_lr: float = 2.2e-4
-    last_lr: float = 0.0  # of the latest step
+    last_lr: float = 0.0  # at the latest step
     warmup_steps: int = 0
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -45,7 +45,7 @@ class Training:
 
 
 class Origin(NamedTuple):
-    """Which weights a folder of one kind has, and of which iteration of their run; None and 0 where it does not say."""
+    """Kind and iteration of the weights in a weights-only folder; None and 0 if it does not record them."""
 
     kind: str | None
     iteration: int
@@ -53,11 +53,11 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model and its optimizer's state, read from a folder of any format.
+    """A model and its optimizer state, read from a folder of any format.
 
-    `iteration` counts optimizer steps and `embedding_updates` those that reached the embedding. `parts` names
-    what is stored of the trained tensors (PARTS); `read(part, entry)` reads one, full, in Megatron's layout.
-    `token_ids` are those that transformers asks for by role, where the format names them.
+    `iteration` counts optimizer steps, `embedding_updates` those that updated the embedding. `parts` lists what is
+    stored of the trained tensors (PARTS); `read(part, entry)` reads one, unsharded, in Megatron's layout. `token_ids`
+    are the special token ids of transformers' configs, if the format has them.
     """
 
     path: Path
@@ -68,18 +68,18 @@ class Checkpoint:
     parts: frozenset[str]
     read: Callable[[str, Rename], torch.Tensor]
     token_ids: Mapping[str, TokenIds] = field(default_factory=dict)
-    remark: str = ""  # what could not be verified of it, as the rest of a sentence
-    vocabulary: str | None = None  # hash of its tokens (data/tokenizer.py), where training was given them
-    origin: Origin | None = None  # of a folder of weights alone, whose own `iteration` is 0
-    merged: bool = False  # weights are read with adapters merged into them, which have the state that is stored
+    remark: str = ""  # what could not be verified, as the end of a sentence
+    vocabulary: str | None = None  # hash of its tokens (data/tokenizer.py), if training knew them
+    origin: Origin | None = None  # of a weights-only folder, whose own `iteration` is 0
+    merged: bool = False  # adapters are merged into the weights; the stored optimizer state is theirs
 
     def part_of(self, kind: str, entry: Rename) -> torch.Tensor:
-        """Read one tensor of the weights of this kind; one that is not trained has no EMA, a model before its first
-        step need not have one."""
+        """Read one tensor of this kind of weights; falls back to raw for an untrained tensor, which has no EMA, and if
+        this kind is not stored, as in a model before its first step."""
         return self.read(kind if entry.trained and kind in self.parts else RAW, entry)
 
     def require(self, kind: str) -> None:
-        """Refuse a kind of weights that is not stored; before the first step the EMA is the weights."""
+        """Refuse a kind of weights that is not stored; before the first step the EMA equals the weights."""
         if self.origin and self.origin.kind not in (None, kind):
             raise ConfigError(f"{self.path}: holds the {str(self.origin.kind).upper()} weights of iteration "
                               f"{self.origin.iteration} alone; leave --weights {kind} out")
@@ -88,13 +88,21 @@ class Checkpoint:
                               f"choose --weights {RAW if kind == EMA else EMA}")
 
     def check_asked(self, kind: str | None) -> None:
-        """Refuse to be asked for weights of a kind by a folder of one kind that does not say which."""
+        """Refuse --weights for a weights-only folder that does not record its kind."""
         if kind and self.origin and self.origin.kind is None:
             raise ConfigError(f"--weights {kind}: {self.path} holds weights of one kind and does not say of which; "
                               "leave the flag out")
 
+    def takes(self, num_tokens: int) -> bool:
+        """Return whether a tokenizer with `num_tokens` tokens can belong to the model. If the model has as many tokens
+        as rows, only its padded size may be known, as in HRM-Text's folders, many of transformers and everything
+        converted from them."""
+        a = self.architecture
+        rows_alone = a.vocab_size == a.padded_vocab_size
+        return a.vocab_size == (padded_vocab_size(num_tokens) if rows_alone else num_tokens)
+
     def weights(self, kind: str = EMA) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (Megatron's name, full tensor), one at a time; `kind` is "ema" or "raw" (fp32 masters)."""
+        """Yield (Megatron's name, unsharded tensor), one at a time; `kind` is "ema" or "raw" (fp32 masters)."""
         self.require(kind)
         for entry in table(self.architecture):
             yield entry.megatron, self.part_of(kind, entry)
@@ -107,24 +115,24 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """The iteration that its weights are of."""
+        """The iteration that the weights come from."""
         return self.origin.iteration if self.origin else self.iteration
 
     def named(self, kind: str) -> str | None:
-        """Name the weights that are read as this kind; None where nobody knows."""
+        """Return the true kind of the weights that are read as `kind`; None if it is not recorded."""
         return self.origin.kind if self.origin else kind
 
     def default_kind(self) -> str:
-        """Return the kind that is read unless another is asked for: the EMA where there is one."""
+        """Return the kind that is read by default: the EMA if there is one."""
         return (self.origin and self.origin.kind) or (EMA if EMA in self.parts else RAW)
 
     @property
     def has_state(self) -> bool:
-        """Tell whether optimizer state and EMA are stored, all of them."""
+        """Whether optimizer state and EMA are stored completely."""
         return self.parts >= frozenset(PARTS)
 
     def state(self, part: str, entry: Rename) -> torch.Tensor:
-        """Read a part of one trained tensor in fp32; what is not stored is as before the first step."""
+        """Read a part of one trained tensor in fp32; a part that is not stored is as before the first step."""
         if part in self.parts:
             return self.read(part, entry).float()
         return self.read(RAW, entry).float() if part == EMA else torch.zeros(entry.shape)

@@ -1,4 +1,4 @@
-"""Whether what a conversion wrote computes what its source computes, loaded by the code that will load it."""
+"""Check that a converted checkpoint computes the same logits as its source, loaded by the code that will use it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.parallel.single import single_rank
 from hrm_megatron.transformer_config import hrm_config, swiglu_settings
 
-LENGTHS = ((5, 4), (1, 9), (12, 2), (3, 1))  # of prefix and target
-# Of the norm of all logits. fp32 adds up a dot product of thousands of terms with an error of some 1e-6, which tens of
+LENGTHS = ((5, 4), (1, 9), (12, 2), (3, 1))  # (prefix, target) of the compared examples
+# Relative to the norm of all logits. An fp32 dot product of thousands of terms has an error of some 1e-6, which tens of
 # normalized layers do not raise beyond 1e-4; a swapped block, gate or head gives some 0.1 to 1.
 TOLERANCE = 1e-3
 
@@ -40,15 +40,15 @@ class Loaded:
 
     folder: Path
     format: str
-    checkpoint: Checkpoint | None = None  # what was read of it already
+    checkpoint: Checkpoint | None = None  # if it has already been opened
     kind: str = RAW
     dtype: str = "float32"
 
 
 def compare(source: Loaded, target: Loaded, architecture: Architecture, max_tokens: int) -> str:
-    """Compare the logits of two folders on PrefixLM rows, one model in memory at a time; refuse a difference.
+    """Compare the logits of two folders on PrefixLM rows, with one model in memory at a time; refuse a difference.
 
-    Returns a sentence about it.
+    Returns a clause that reports the result.
     """
     check_keys(target, architecture)
     rows = examples(architecture, max_tokens)
@@ -64,14 +64,14 @@ def compare(source: Loaded, target: Loaded, architecture: Architecture, max_toke
 
 
 def examples(architecture: Architecture, max_tokens: int) -> list[tuple[TokenIds, TokenIds]]:
-    """A few (prefix, target) pairs of tokens that the model knows, no longer than it takes."""
+    """Return a few random (prefix, target) pairs within vocabulary and context of the model."""
     rng = np.random.default_rng(0)
     return [(rng.integers(0, architecture.vocab_size, prefix), rng.integers(0, architecture.vocab_size, target))
             for prefix, target in LENGTHS if prefix + target <= max(max_tokens, 4)]
 
 
 def check_keys(target: Loaded, architecture: Architecture) -> None:
-    """Refuse names, shapes and types that the code which loads the target would not find."""
+    """Refuse names, shapes and dtypes that the loading code of the target would not find."""
     if target.format == "hf":
         names: set[str] = set()
         for path in target.folder.glob("*.safetensors"):
@@ -88,7 +88,7 @@ def check_keys(target: Loaded, architecture: Architecture) -> None:
 
 
 def native_tensors(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of every tensor of HRM-Text's checkpoint, by key."""
+    """Return shape and dtype of every tensor of HRM-Text's checkpoint, by key."""
     tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"optim.param_groups.0.lr": ((), torch.float32)}
     for entry in table(architecture):
         tensors[model_key(entry)] = entry.foreign_shape, torch.float32 if entry.trained else torch.bfloat16
@@ -100,19 +100,19 @@ def native_tensors(architecture: Architecture) -> dict[str, tuple[tuple[int, ...
 
 @torch.no_grad()
 def logits_of(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:
-    """Logits [positions of all rows, v] in fp32 on the CPU, without the rows of the head that stand for no token."""
+    """Return logits [positions of all rows, v] in fp32 on the CPU, without head rows that stand for no token."""
     by_transformers = loaded.format == "hf" and loaded.checkpoint is None
     logits = _of_transformers(loaded, rows) if by_transformers else _of_ours(loaded, architecture, rows)
     return logits[:, :architecture.vocab_size].float()
 
 
 def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> torch.Tensor:
-    from transformers import HrmTextForCausalLM  # takes seconds, which other formats need not wait for
+    from transformers import HrmTextForCausalLM  # imported late: takes seconds
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     quantization = quantization_of(loaded.folder)
-    # compressed-tensors makes that of 4-bit floats, whatever else the model is in, when it is first called.
+    # compressed-tensors dequantizes 4-bit floats to bf16 at the first call, whatever the dtype of the model.
     in_bfloat16 = quantization is not None and quantization.linear.is_float
     try:
         model, info = HrmTextForCausalLM.from_pretrained(
@@ -124,7 +124,7 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
         raise ConfigError(f"{loaded.folder}: transformers does not load {lost[0]}; please report it")
     if in_bfloat16:
         model(torch.tensor([[0]]))
-        torch.nn.Module.float(model)  # its own refuses models of codes, which this is no more
+        torch.nn.Module.float(model)  # the model's own float() refuses quantized models, which it no longer is
     _round(model, loaded.dtype)
     logits = []
     for prefix, target in rows:
@@ -135,7 +135,7 @@ def _of_transformers(loaded: Loaded, rows: list[tuple[TokenIds, TokenIds]]) -> t
 
 
 def quantization_of(folder: Path) -> Quantization | None:
-    """Which tensors of a transformers folder are codes; None: it is not quantized."""
+    """Return the quantization of a transformers folder; None: it is not quantized."""
     return Quantization.of_config(read_json(folder / HF_CONFIG_FILE))
 
 
@@ -143,8 +143,8 @@ def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenI
     as_megatron = loaded.checkpoint is None and loaded.format == "megatron"
     checkpoint = loaded.checkpoint or (None if as_megatron else read_native(loaded.folder))
     with single_rank():
-        # HRM-Text's have a gate, also where the model that was converted has none. On the CPU as transformers' is: a
-        # GPU can be full, and multiply fp32 in TF32.
+        # HRM-Text's models have a gate even if the converted one has none. On the CPU, like transformers' model: a GPU
+        # can be full, and can multiply fp32 in TF32.
         config = hrm_config(checkpoint.architecture if checkpoint else architecture, use_cpu_initialization=True,
                             **swiglu_settings(own=True))
         model = HRMModel(config, seed=0).eval()
@@ -165,11 +165,11 @@ def _of_ours(loaded: Loaded, architecture: Architecture, rows: list[tuple[TokenI
 def _load_as_megatron(model: HRMModel, folder: Path) -> None:
     stored = dist_checkpointing.load(stock_state(model), str(find_iteration(folder)))
     model.load_state_dict({name: value for name, value in stored.items() if isinstance(value, torch.Tensor)},
-                          strict=False)  # but for what stock layers keep beside tensors
+                          strict=False)  # not strict: stock layers store more than tensors
 
 
 def _round(model: torch.nn.Module, dtype: str) -> None:
     rounded = rounding(dtype)
     for weight in model.parameters():
-        if weight.dim() > 1 and weight.is_floating_point():  # not the start of z_L, nor codes
+        if weight.dim() > 1 and weight.is_floating_point():  # neither the initial z_L nor codes
             weight.copy_(rounded(weight))

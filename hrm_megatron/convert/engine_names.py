@@ -1,6 +1,6 @@
-"""Tensor names that the programs take which load an export, and what they do with others: data, with their versions.
+"""Tensor names accepted by the programs that load an export, and what they do with others, as data with versions.
 
-Layers are counted by {i}, stacks are H and L. A name that a program does not take is lost in it, in some silently.
+{i} numbers the layers; the stacks are H and L. A tensor whose name a program does not know is lost, in some silently.
 """
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ IN_MODULES = ("self_attn.gate_proj.weight", "self_attn.q_proj.weight", "self_att
 
 @dataclass(frozen=True)
 class Engine:
-    """A program that loads safetensors, where its names were read, the sets of names in a layer that it takes (one of
-    them must be there in full), and what it does with a name that it does not take."""
+    """A program that loads safetensors: its version, the source file of its names, the sets of names per layer that it
+    accepts (one of them must be complete), and what it does with unknown names."""
 
     name: str
     version: str
@@ -42,7 +42,7 @@ ENGINES = (
 
 
 def complaints(names: Iterable[str], num_layers: int) -> list[str]:
-    """List what the programs would not find, or not take, among the tensors of a model with so many layers a stack."""
+    """List the tensors that the programs would miss or not accept, for a model with `num_layers` per stack."""
     found, said = set(names), []
     for engine in ENGINES:
         wanted = min((_names(layer, num_layers) for layer in engine.layer), key=lambda names: len(names ^ found))
@@ -53,13 +53,13 @@ def complaints(names: Iterable[str], num_layers: int) -> list[str]:
 
 
 def weight_of(name: str) -> str:
-    """Name of the weight that a tensor of an export belongs to: of few bits, a weight is several tensors."""
+    """Return the weight that a tensor of an export belongs to: a quantized weight is several tensors."""
     place, _, last = name.rpartition(".")
     return f"{place}.weight" if last.startswith("weight_") else name
 
 
 def check_names(place: object, names: Iterable[str], num_layers: int) -> None:
-    """Refuse an export of which one of the programs would lose a tensor."""
+    """Refuse an export in which one of the programs would lose a tensor."""
     if said := complaints({weight_of(name) for name in names}, num_layers):
         more = f"; and {len(said) - 1} more" if len(said) > 1 else ""
         raise ConfigError(f"{place}: {said[0]}{more}; export it from a checkpoint with --save-format hf")

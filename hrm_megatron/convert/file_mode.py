@@ -1,4 +1,4 @@
-"""Files and folders that a library makes for their owner alone, opened to whom the umask lets in."""
+"""Apply the umask to files and folders that a library creates for their owner alone."""
 from __future__ import annotations
 
 import stat
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def follow_umask(path: Path) -> None:
-    """Give `path`, which is new, the mode that its folder gives to what is made there in the ordinary way.
+    """Give the new `path` the mode that an ordinarily created file or folder gets at its place.
 
-    safetensors and tempfile choose 0600 and 0700, which keeps a cluster's other users from a model. Something is made
-    to see the mode: a process can only read its umask by changing it, and folders may have rules (ACLs) of their own.
+    safetensors and tempfile create with 0600 and 0700, which hides a model from other users of a cluster. The mode is
+    found by creating a probe: a process can read its umask only by changing it, and folders may have ACLs of their own.
     """
     probe = path.with_name(f".{path.name}.mode-{uuid.uuid4().hex}")
     folder = path.is_dir()

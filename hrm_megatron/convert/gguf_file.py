@@ -1,4 +1,4 @@
-"""The file that llama.cpp loads: settings, tokenizer, and tensors in fp32, bf16 or blocks of 8 bits."""
+"""The GGUF file that llama.cpp loads: settings, tokenizer, and tensors in fp32, bf16 or blocks of 8 bits (Q8_0)."""
 from __future__ import annotations
 
 import logging
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 GGUF_FILE = "model.gguf"
 Q8_0 = "q8_0"
 KINDS = {"float32": ("F32", "ALL_F32"), "bfloat16": ("BF16", "MOSTLY_BF16"), Q8_0: ("Q8_0", "MOSTLY_Q8_0")}
-BLOCK, BLOCK_BYTES = 32, 34  # weights that share a scale in Q8_0, and their bytes with it
+BLOCK, BLOCK_BYTES = 32, 34  # weights that share a scale in Q8_0, and the bytes of a block with its scale
 BYTES_OF_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, Q8_0: BLOCK_BYTES / BLOCK}
-LARGEST = 127 * float(np.finfo(np.float16).max)  # the scale of a block is of fp16
+LARGEST = 127 * float(np.finfo(np.float16).max)  # the scale of a block is fp16
 
 
 def library() -> ModuleType:
-    """Import gguf; say where to get it if it is not there."""
+    """Import gguf; if it is not installed, say how to get it."""
     try:
         import gguf
     except ModuleNotFoundError as error:
@@ -52,16 +52,16 @@ def library() -> ModuleType:
             raise
         raise ConfigError("--save-format gguf needs gguf, which is not installed; pip install 'hrm-megatron[gguf]'"
                           ) from error
-    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of its plans
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it logs what it is about to do
     return gguf
 
 
 def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str = "float32",
                tokenizer: str | Path | None = None, keys: str = NESTED, ledger: Ledger | None = None,
                sections: Sections = NO_SECTIONS) -> None:
-    """Write the weights of this kind for llama.cpp, with keys of this generation and, if given, the tokenizer.
+    """Write the weights of this kind for llama.cpp, with keys of generation `keys` and, if given, the tokenizer.
 
-    One tensor is in memory at a time; `ledger` notes them, by the names that they have in the file.
+    One tensor is in memory at a time; `ledger` records them under their names in the file.
     """
     library()
     from gguf import GGUFWriter
@@ -103,7 +103,7 @@ def _write_settings(writer: gguf.GGUFWriter, architecture: Architecture, max_tok
     writer.add_context_length(max_tokens)
     writer.add_embedding_length(architecture.hidden_size)
     writer.add_feed_forward_length(architecture.ffn_hidden_size)
-    # Every tick of a layer has keys and values of its own, which llama.cpp counts as layers.
+    # llama.cpp counts layers of the KV cache: each layer has its own keys and values at every tick.
     writer.add_block_count(architecture.num_layers * architecture.h_cycles * (architecture.l_cycles + 1))
     writer.add_vocab_size(architecture.padded_vocab_size)
     writer.add_embedding_scale(architecture.embedding_scale)
@@ -114,7 +114,7 @@ def _write_settings(writer: gguf.GGUFWriter, architecture: Architecture, max_tok
     writer.add_layer_norm_rms_eps(architecture.norm_epsilon)
     writer.add_rope_dimension_count(architecture.head_dim)
     writer.add_rope_freq_base(architecture.rope_theta)
-    recurrence = f"{ARCHITECTURE}.{GENERATIONS[keys]}"  # the library does not know these keys
+    recurrence = f"{ARCHITECTURE}.{GENERATIONS[keys]}"  # the gguf library has no methods for these keys
     writer.add_uint32(f"{recurrence}layers_per_stack", architecture.num_layers)
     writer.add_uint32(f"{recurrence}h_cycles", architecture.h_cycles)
     writer.add_uint32(f"{recurrence}l_cycles", architecture.l_cycles)
@@ -122,7 +122,7 @@ def _write_settings(writer: gguf.GGUFWriter, architecture: Architecture, max_tok
 
 
 class _Bytes(np.ndarray):
-    """An array that goes into a file by the file's own `write`: numpy's way loses what the system said of a failure."""
+    """An array that is written by the file object's own `write`: numpy's tofile loses the errno of a failure."""
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
         fid.write(self)
@@ -144,7 +144,7 @@ def _write_tensors(writer: gguf.GGUFWriter, checkpoint: Checkpoint, kind: str, d
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
 
-    def write(entry: Rename, names: tuple[str, ...]) -> None:  # keeps nothing of one tensor while the next is read
+    def write(entry: Rename, names: tuple[str, ...]) -> None:  # frees one tensor before the next is read
         whole, stored_as = entry.from_megatron(checkpoint.part_of(kind, entry)).float(), _stored_as(entry, dtype)
         for name, part in zip(names, whole.chunk(len(names)), strict=True):
             stored = as_stored(name, part.contiguous(), stored_as)
@@ -156,12 +156,12 @@ def _write_tensors(writer: gguf.GGUFWriter, checkpoint: Checkpoint, kind: str, d
 
 
 def _stored_as(entry: Rename, dtype: str) -> str:
-    """llama.cpp adds the start of z_L to states, which it does in fp32 only."""
+    """Return the type to store; the initial z_L stays fp32, because llama.cpp adds it to states only in fp32."""
     return dtype if entry.trained else "float32"
 
 
 def as_stored(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Round a tensor of fp32 as GGUF stores it; bytes [rows, bytes of a row], or fp32 as it is."""
+    """Round an fp32 tensor as GGUF stores it: uint8 [rows, bytes of a row], or fp32 unchanged."""
     if dtype == "float32":
         return tensor
     if dtype != Q8_0:
@@ -174,7 +174,7 @@ def as_stored(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def rounding(dtype: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that rounds a matrix of fp32 as a file with this --dtype does."""
+    """Return a function that rounds an fp32 matrix as a file with this --dtype does."""
     if dtype != Q8_0:
         return lambda tensor: tensor.to(getattr(torch, dtype))
     from gguf import GGMLQuantizationType, dequantize
@@ -184,7 +184,7 @@ def rounding(dtype: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def read_back(folder: Path, source: Checkpoint) -> Checkpoint:
-    """Open the file with the library's reader, as a model of the settings of `source`, from which it was made."""
+    """Open the file with the library's reader, as a checkpoint with the settings of its `source`."""
     library()
     from gguf import GGUFReader, dequantize
 
@@ -199,13 +199,13 @@ def read_back(folder: Path, source: Checkpoint) -> Checkpoint:
 
 
 def check_gguf(folder: Path, architecture: Architecture, keys: str, with_tokenizer: bool) -> None:
-    """Refuse a file of which llama.cpp would miss, or not know, a key or a tensor."""
+    """Refuse a file with a key or tensor that llama.cpp would miss or not know."""
     library()
     from gguf import GGUFReader
 
     reader = GGUFReader(folder / GGUF_FILE)
     found = {name: field.types[0].name for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    suppressed = "tokenizer.ggml.suppress_tokens" in found  # if every row has a token there is no such key
+    suppressed = "tokenizer.ggml.suppress_tokens" in found  # absent if every row has a token
     refuse(folder / GGUF_FILE, complaints(found, expected_keys(keys, with_tokenizer, suppressed)))
     shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
     refuse(folder / GGUF_FILE, complaints(shapes, expected_tensors(architecture)))

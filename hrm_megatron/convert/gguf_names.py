@@ -1,6 +1,6 @@
-"""What llama.cpp's `hrm_text` takes of a GGUF file: data, with the version that it was read in.
+"""The keys and tensors that llama.cpp's `hrm_text` expects in a GGUF file, with the version in which they were read.
 
-Settings are counted in two generations of keys, which differ in where the recurrence is said.
+There are two generations of keys, which differ in the names of the recurrence settings.
 """
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hrm_megatron.config import Architecture, ConfigError
 
 LLAMA_CPP = "llama.cpp in the source package of llama_cpp_python 0.3.36"
 ARCHITECTURE = "hrm_text"
-# Generation > what stands before the four settings of the recurrence. "nested": src/llama-arch.cpp. "flat": what
-# ggml-org/llama.cpp#27625 had before it was merged.
+# Generation -> prefix of the four recurrence settings. "nested": src/llama-arch.cpp. "flat": ggml-org/llama.cpp#27625
+# before it was merged.
 NESTED = "nested"
 GENERATIONS = {NESTED: "hrm.", "flat": ""}
 RECURRENCE = {"layers_per_stack": "UINT32", "h_cycles": "UINT32", "l_cycles": "UINT32", "prefix_lm": "BOOL"}
@@ -34,10 +34,10 @@ TOKENIZER = {
     "tokenizer.ggml.add_eos_token": "BOOL", "tokenizer.ggml.add_space_prefix": "BOOL",
     "tokenizer.chat_template": "STRING",
 }
-SUPPRESSED = {"tokenizer.ggml.suppress_tokens": "ARRAY"}  # where rows of the head stand for no token
+SUPPRESSED = {"tokenizer.ggml.suppress_tokens": "ARRAY"}  # present if the head has rows that stand for no token
 OUTSIDE_LAYERS = {"model.z_L_init": "hrm.z_l_init", "model.embed_tokens.weight": "token_embd.weight",
                   "lm_head.weight": "output.weight"}
-# A tensor of transformers > what its rows are called. The L stack is in the blocks before the H stack.
+# Tensor in transformers -> GGUF names of its row blocks. The blocks of the L stack come before those of the H stack.
 PARTS = {
     "attn.gqkv_proj.weight": ("attn_gate", "attn_q", "attn_k", "attn_v"),
     "attn.o_proj.weight": ("attn_output",),
@@ -47,7 +47,7 @@ PARTS = {
 
 
 def names_of(hf_name: str, num_layers: int) -> tuple[str, ...]:
-    """Names in GGUF of the parts of a tensor, which is cut along its rows."""
+    """Return the GGUF names of the parts of a tensor, which is split along its rows."""
     if hf_name in OUTSIDE_LAYERS:
         return (OUTSIDE_LAYERS[hf_name],)
     _, stack, _, layer, name = hf_name.split(".", 4)  # model.L_module.layers.0.attn.o_proj.weight
@@ -56,14 +56,14 @@ def names_of(hf_name: str, num_layers: int) -> tuple[str, ...]:
 
 
 def expected_keys(generation: str, tokenizer: bool, suppressed: bool) -> dict[str, str]:
-    """Types of all keys of a file, by name."""
+    """Return the type of every key of a file, by name."""
     return {**GENERAL, **(TOKENIZER if tokenizer else NO_TOKENIZER), **(SUPPRESSED if tokenizer and suppressed else {}),
             **{f"{ARCHITECTURE}.{name}": kind for name, kind in SETTINGS.items()},
             **{f"{ARCHITECTURE}.{GENERATIONS[generation]}{name}": kind for name, kind in RECURRENCE.items()}}
 
 
 def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of a file, by name, rows first."""
+    """Return the shape of every tensor of a file, by name, rows first."""
     h, ffn, vocab = architecture.hidden_size, architecture.ffn_hidden_size, architecture.padded_vocab_size
     shapes = {"attn_gate": (h, h), "attn_q": (h, h), "attn_k": (h, h), "attn_v": (h, h), "attn_output": (h, h),
               "ffn_gate": (ffn, h), "ffn_up": (ffn, h), "ffn_down": (h, ffn)}
@@ -73,7 +73,7 @@ def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def complaints(found: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
-    """List what llama.cpp would miss, would not know, or would find to be something else."""
+    """List what llama.cpp would miss, not know, or find with another type or shape."""
     return [*(f"{LLAMA_CPP} needs {name}" for name in sorted(expected.keys() - found.keys())),
             *(f"{LLAMA_CPP} does not know {name}" for name in sorted(found.keys() - expected.keys())),
             *(f"{name} is {found[name]}, {LLAMA_CPP} wants {kind}" for name, kind in expected.items()
@@ -81,7 +81,7 @@ def complaints(found: Mapping[str, object], expected: Mapping[str, object]) -> l
 
 
 def refuse(place: object, said: list[str]) -> None:
-    """Raise the first of the complaints, if there are any."""
+    """Raise ConfigError with the first of the complaints, if there are any."""
     if said:
         more = f"; and {len(said) - 1} more" if len(said) > 1 else ""
         raise ConfigError(f"{place}: {said[0]}{more}; please report it")

@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp reads it: byte-level BPE, its control tokens, and that none of them are to be added."""
+"""Write a tokenizer for llama.cpp: byte-level BPE, its control tokens, and flags that no token is added to prompts."""
 from __future__ import annotations
 
 import json
@@ -12,15 +12,14 @@ from hrm_megatron.data.engine import PATTERNS
 if TYPE_CHECKING:
     import gguf
 
-# How the tokenizer splits a text, and whether it takes whole words without merges > llama.cpp's name of that:
-# src/llama-vocab.cpp, llm_tokenizer_bpe.
+# (split pattern, ignore_merges) -> llama.cpp's name of the pre-tokenizer: src/llama-vocab.cpp, llm_tokenizer_bpe.
 PRE_TOKENIZERS = {(PATTERNS[0], False): "qwen2", (PATTERNS[1], False): "dbrx", (PATTERNS[1], True): "llama-bpe"}
 SETTINGS_OF_BPE = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk",
                    "byte_fallback")
 
 
 def write_tokenizer(writer: gguf.GGUFWriter, beside: ExportTokenizer, rows: int) -> None:
-    """Write the fields of a tokenizer; `rows` of the head, of which those beyond its tokens are never to be chosen."""
+    """Write the tokenizer fields; the head has `rows` rows, those beyond the tokens are never to be sampled."""
     from gguf import TokenType
 
     text = beside.text
@@ -34,7 +33,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, beside: ExportTokenizer, rows: int)
     added = text.tokenizer.get_added_tokens_decoder()
     kinds = [TokenType.UNUSED if i not in words else TokenType.NORMAL if i not in added else
              TokenType.CONTROL if added[i].special else TokenType.USER_DEFINED for i in range(rows)]
-    writer.add_tokenizer_model("gpt2")  # llama.cpp's name of byte-level BPE
+    writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
@@ -42,9 +41,9 @@ def write_tokenizer(writer: gguf.GGUFWriter, beside: ExportTokenizer, rows: int)
     ids = beside.token_ids
     writer.add_bos_token_id(ids["bos_token_id"])
     writer.add_eos_token_id(ids["eos_token_id"])
-    writer.add_eot_token_id(ids["eos_token_id"])  # llama.cpp would take <|im_end|>, which ends a question here
+    writer.add_eot_token_id(ids["eos_token_id"])  # else llama.cpp takes <|im_end|>, which ends a question here
     writer.add_pad_token_id(ids["pad_token_id"])
-    # A prompt is spelled in full, by its template or by hand.
+    # Prompts already hold all control tokens, from the template or from the caller.
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
@@ -53,7 +52,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, beside: ExportTokenizer, rows: int)
 
 
 def _pre_tokenizer(beside: ExportTokenizer, config: dict[str, Any]) -> str:
-    """Return llama.cpp's name of the way in which texts are split; refuse what it does not do."""
+    """Return llama.cpp's name of the pre-tokenizer; refuse a tokenizer that llama.cpp cannot reproduce."""
     model, steps = config["model"], (config["pre_tokenizer"] or {}).get("pretokenizers", [])
     splits = [step for step in steps if step["type"] == "Split"]
     how = (str(splits[0]["pattern"].get("Regex")) if splits else "", bool(model.get("ignore_merges")))

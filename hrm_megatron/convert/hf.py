@@ -1,4 +1,4 @@
-"""The folder that transformers' HrmText loads: config.json, safetensors and, if wanted, the tokenizer."""
+"""The folder that transformers' HrmText loads: config.json, safetensors and, optionally, the tokenizer."""
 from __future__ import annotations
 
 import json
@@ -20,41 +20,35 @@ from hrm_megatron.convert.card import CARD_FILE, NO_SECTIONS, Sections, model_ca
 from hrm_megatron.convert.casts import as_start, rounded
 from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Origin, TokenIds, Training
 from hrm_megatron.convert.hf_files import FLOATS, INDEX_FILE, LOW_BIT, HFFiles, read_json
+from hrm_megatron.convert.hf_ticks import BP_CYCLES, bp_list, bp_steps_of
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer, check_vocabulary
-from hrm_megatron.convert.ledger import Ledger, origin_of
+from hrm_megatron.convert.ledger import Ledger, bp_max_steps_of, origin_of
 from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization, Quantized
 from hrm_megatron.convert.safetensors_file import write_safetensors
 from hrm_megatron.convert.setting import number, whole
 from hrm_megatron.convert.table import Rename, table
 from hrm_megatron.data.spelling import BOQ, EOA, PAD, SPECIAL_TOKENS, Spelling
 from hrm_megatron.data.tokenizer import vocabulary_beside
-from hrm_megatron.model.ticks import split_bp_steps
 from hrm_megatron.model_types import HRM
 from hrm_megatron.parallel.precision import DTYPES
 
 HF_CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-GENERATE_FILE = "custom_generate/generate.py"  # of transformers
+GENERATE_FILE = "custom_generate/generate.py"  # name that transformers looks for
 WITHOUT_CHECKSUMS = "has no checksums, so that its files were held against their headers only"
 MAX_SHARD_SIZE = "5GB"
-# What an HRM is in transformers' words.
+# Settings that every HRM has in transformers.
 FIXED: dict[str, Any] = dict(model_type="hrm_text", tie_word_embeddings=False)
 PREFIX = "prefix_lm"  # false in a causal model's config
 SUPPRESSED = "suppress_tokens"  # in GENERATION_FILE: the rows of the head that stand for no token
-# In HRM-Text's tokenizers, for a model that comes without any.
+# Ids in HRM-Text's tokenizers, for a model without a tokenizer.
 TOKEN_IDS = {name: SPECIAL_TOKENS.index(token) for name, token in (
     ("pad_token_id", PAD), ("bos_token_id", BOQ), ("eos_token_id", EOA))}
-# Settings that a config may leave out, and what they must be where it has them.
+# Settings that a config may omit, and the only values supported.
 OPTIONAL: dict[str, Any] = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
 
 
-def bp_list(h_cycles: int, l_cycles: int, bp_steps: int) -> list[int]:
-    """Gradient ticks of the L stack in each H cycle: the last ones of all."""
-    _, l_bp = split_bp_steps(h_cycles, l_cycles, bp_steps)
-    return [min(l_cycles, max(0, l_bp - l_cycles * (h_cycles - 1 - cycle))) for cycle in range(h_cycles)]
-
-
 def refuse_others(checkpoint: Checkpoint, program: str, way_out: str = "save as megatron or native") -> None:
-    """Refuse a model that this program does not have."""
+    """Refuse a model that `program` does not support."""
     if checkpoint.architecture.model_type != HRM:
         raise ConfigError(f"{checkpoint.path}: a {checkpoint.architecture.kind.title}, which {program} does not have "
                           f"(gated PrefixLM layers with norms without weights, in its recurrence); {way_out}")
@@ -69,7 +63,7 @@ def _config_of(checkpoint: Checkpoint, dtype: str, token_ids: Mapping[str, Token
         FIXED, prefix_lm=not a.causal, architectures=["HrmTextForCausalLM"], vocab_size=a.padded_vocab_size,
         hidden_size=a.hidden_size, intermediate_size=a.ffn_hidden_size, num_hidden_layers=a.num_layers,  # per stack
         num_attention_heads=a.num_attention_heads, head_dim=a.head_dim, H_cycles=a.h_cycles, L_cycles=a.l_cycles,
-        L_bp_cycles=bp_list(a.h_cycles, a.l_cycles, t.bp_max_steps), max_position_embeddings=t.seq_length,
+        **{BP_CYCLES: bp_list(a.h_cycles, a.l_cycles, t.bp_max_steps)}, max_position_embeddings=t.seq_length,
         rms_norm_eps=a.norm_epsilon, rope_parameters=dict(rope_type="default", rope_theta=a.rope_theta),
         initializer_range=a.input_std, embedding_scale=a.embedding_scale, dtype=dtype, **token_ids)
 
@@ -78,10 +72,11 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
              tokenizer: str | Path | None = None, max_shard_size: str = MAX_SHARD_SIZE,
              ledger: Ledger | None = None, sections: Sections = NO_SECTIONS,
              quantized: Quantized | None = None) -> None:
-    """Write the weights of this kind so that unmodified transformers computes the same logits.
+    """Write the weights of this kind such that unmodified transformers computes the same logits.
 
-    With a `tokenizer` (folder or tokenizer.json), `generate(**tokenizer(prompt))` sees the prompt both ways, as
-    in training. One tensor is in memory at a time; `ledger` notes them. `quantized` has the matrices of few bits.
+    With a `tokenizer` (folder or tokenizer.json), `generate(**tokenizer(prompt))` attends bidirectionally in the
+    prompt, as in training. One tensor is in memory at a time; `ledger` records them. `quantized` provides quantized
+    matrices.
     """
     ledger = ledger or Ledger()
     check_shard_size(max_shard_size)
@@ -113,15 +108,15 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
     card = model_card(checkpoint, dtype, beside.pad_token if beside else None, token_ids.get("bos_token_id", 0),
                       beside.text.spelling if beside else Spelling(), sections, quantized)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
-    if not architecture.causal:  # whose prompts need no types
+    if not architecture.causal:  # a causal model needs no token types
         (folder / GENERATE_FILE).parent.mkdir(exist_ok=True)
         shutil.copyfile(prefix_generate.__file__, folder / GENERATE_FILE)
 
 
 def check_shard_size(spelled: str) -> None:
-    """Refuse what is no size of a file of weights."""
+    """Refuse a value that is not a valid file size."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[KMGT]B\s*", spelled, re.IGNORECASE)
-    if found is None or float(found[1]) * 1000 < 1:  # less than a byte, or few
+    if found is None or float(found[1]) * 1000 < 1:  # zero or almost zero
         raise ConfigError(f"--max-shard-size {spelled}: no size of a file; write for example 5GB")
 
 
@@ -131,24 +126,21 @@ def _exported(checkpoint: Checkpoint, kind: str, entry: Rename, dtype: torch.dty
 
 
 def num_tokens(architecture: Architecture, beside: ExportTokenizer | None) -> int:
-    """Count the rows of the head that stand for a token; a model that knows rows only has them from its tokenizer."""
+    """Return how many head rows stand for a token; if the model knows only its rows, the tokenizer decides."""
     return min(architecture.vocab_size, beside.text.vocab_size if beside else architecture.vocab_size)
 
 
 def token_ids_of(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict[str, TokenIds]:
-    """Return the ids of the tokens that transformers asks for by role, all of them rows of the model."""
+    """Return the special token ids for transformers, all of them tokens of the model."""
     architecture = checkpoint.architecture
     if beside:
         check_vocabulary(beside.text, checkpoint)
-    # A vocabulary of as many tokens as there are rows may be one that was padded.
-    rows_alone = architecture.vocab_size == architecture.padded_vocab_size
-    if beside and architecture.vocab_size != (
-            padded_vocab_size(beside.text.vocab_size) if rows_alone else beside.text.vocab_size):
+    if beside and not checkpoint.takes(beside.text.vocab_size):
         raise ConfigError(f"{beside.text.path}: has {beside.text.vocab_size} tokens, the model {checkpoint.path} was "
                           f"trained with {architecture.vocab_size}; give its own tokenizer as --tokenizer-model")
     token_ids: dict[str, TokenIds] = dict(beside.token_ids if beside else checkpoint.token_ids or TOKEN_IDS)
     theirs = checkpoint.token_ids.get("eos_token_id")
-    if beside and isinstance(theirs, list) and beside.text.eoa in theirs:  # further tokens that end an answer
+    if beside and isinstance(theirs, list) and beside.text.eoa in theirs:  # keep further eos ids of the source
         token_ids["eos_token_id"] = [*dict.fromkeys([beside.text.eoa, *theirs])]
     for name, ids in token_ids.items():
         if not all(0 <= i < architecture.vocab_size for i in (ids if isinstance(ids, list) else [ids])):
@@ -163,7 +155,7 @@ def _architecture(config: dict[str, Any]) -> Architecture:
             raise ConfigError(f"{name}: {found!r} is not the HRM that is built here ({value!r})")
     if not isinstance(prefix_lm := config.get(PREFIX, True), bool):
         raise ConfigError(f"{PREFIX}: {prefix_lm!r} is neither true nor false")
-    # The first is the older name, which transformers takes before the other, as it takes "type".
+    # "rope_scaling" is the older name and takes precedence in transformers, which also accepts the older "type".
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise ConfigError(f"rope_type: {rope_type!r} is not built here ('default')")
@@ -173,7 +165,7 @@ def _architecture(config: dict[str, Any]) -> Architecture:
     h, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     scale = number("embedding_scale", config.get("embedding_scale") or 1 / number(
         "initializer_range", config["initializer_range"]))
-    # transformers keeps the scale alone; it says what the initial weights' standard deviation was.
+    # transformers stores only the scale, from which the standard deviation of the initial weights follows.
     lecun = scale == Architecture(1, h, heads, 1, 1).embedding_scale
     architecture = Architecture(
         num_layers=sizes[depth], hidden_size=h, num_attention_heads=heads,
@@ -192,18 +184,15 @@ def _architecture(config: dict[str, Any]) -> Architecture:
 def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
     """Open a transformers folder as a model before its first step.
 
-    Tensors are read when they are asked for, and verified if the folder is an export from here; of those of few bits
-    what they stand for is read.
+    Tensors are read on request, and verified if the folder is an export of these tools; quantized ones are dequantized.
     """
     folder = Path(folder)
-    config = read_json(folder / HF_CONFIG_FILE)
+    config, noted = read_json(folder / HF_CONFIG_FILE), bp_max_steps_of(folder, verify)
     try:
         architecture = _architecture(config)
         quantization = Quantization.of_config(config)
-        # transformers: [2] by default, and 1 for every earlier cycle.
-        l_bp = [1] * architecture.h_cycles + [whole("L_bp_cycles", n) for n in config.get("L_bp_cycles") or [2]]
         training = Training(seq_length=whole("max_position_embeddings", config["max_position_embeddings"]),
-                            bp_max_steps=max(2, architecture.h_cycles + sum(l_bp[-architecture.h_cycles:])))
+                            bp_max_steps=bp_steps_of(config, architecture.h_cycles, noted))
     except ConfigError as error:
         raise ConfigError(f"{folder / HF_CONFIG_FILE}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -235,7 +224,7 @@ def _generation_config(folder: Path) -> dict[str, Any]:
 
 
 def left_out(checkpoint: Checkpoint) -> str:
-    """Name the settings by which an hf folder generates and which no export of it has, as the rest of a sentence."""
+    """Name the generation settings of an hf folder that its exports do not keep, as the end of a sentence."""
     generation, rows = _generation_config(checkpoint.path), checkpoint.architecture.padded_vocab_size
     kept = {*TOKEN_IDS, "transformers_version", *([SUPPRESSED] if _tokens_of(generation, rows) < rows else [])}
     names = sorted(name for name, value in generation.items()
@@ -244,15 +233,15 @@ def left_out(checkpoint: Checkpoint) -> str:
 
 
 def _tokens_of(generation: Mapping[str, Any], rows: int) -> int:
-    """Return the number of tokens, which no config tells from rows: exports suppress the rows that stand for none."""
+    """Return the number of tokens, which no config holds: exports suppress the rows that stand for none."""
     suppressed = generation.get(SUPPRESSED)
     tokens = rows - len(suppressed) if isinstance(suppressed, list) else rows
     return tokens if suppressed == [*range(tokens, rows)] and padded_vocab_size(tokens) == rows else rows
 
 
 def _ids_of(configs: Mapping[Path, Mapping[str, Any]]) -> dict[str, TokenIds]:
-    """Return the token ids of files of settings, of which later ones go before; if they name no end there are none.
-    Without a pad token the end is it, as when transformers generates."""
+    """Return the token ids of the configs, where later configs take precedence; empty if they name no eos. Without a
+    pad token eos is used, as when transformers generates."""
     ids = {}
     for path, config in configs.items():
         for name in TOKEN_IDS:

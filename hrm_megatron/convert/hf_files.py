@@ -1,4 +1,4 @@
-"""The safetensors files of a transformers folder: which tensor is in which, whole or in the parts of its modules."""
+"""The safetensors files of a transformers folder: which file holds a tensor, whole or split by modules."""
 from __future__ import annotations
 
 import dataclasses
@@ -17,10 +17,10 @@ from hrm_megatron.convert.table import Rename, check
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-FLOATS = ("F32", "BF16", "F16")  # of safetensors
+FLOATS = ("F32", "BF16", "F16")  # safetensors' dtype names
 LOW_BIT = ("I8", "U8", "I32", "I64")
-# Rows of a tensor of the checkpoint > names of transformers' modules, which save_pretrained writes with
-# save_original_format=False; transformers 5.24, conversion_mapping.py, "hrm_text".
+# Fused tensor -> transformers' modules that hold its row blocks, as save_pretrained(save_original_format=False) writes
+# them; transformers 5.24, conversion_mapping.py, "hrm_text".
 MODULES = {
     ".attn.gqkv_proj.": tuple(f".self_attn.{name}_proj." for name in ("gate", "q", "k", "v")),
     ".attn.o_proj.": (".self_attn.o_proj.",),
@@ -29,7 +29,7 @@ MODULES = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read settings; refuse what is none."""
+    """Read a JSON object of settings; ConfigError if the file holds anything else."""
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -42,15 +42,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parts_of(name: str) -> list[str]:
-    """Names under which transformers' modules know the parts of a tensor, in the order of their rows."""
+    """Return the names of a tensor's parts in transformers' modules, in the order of their rows."""
     return [name.replace(fused, part) for fused, parts in MODULES.items() if fused in name for part in parts]
 
 
 class HFFiles:
-    """Tensors of a folder by the entries of the table, each read when it is asked for.
+    """Tensors of a folder by entries of the table, each read on request.
 
-    Exactly those of the table must be there. With `verify`, they are held against the checksums of the folder's
-    manifest, if it has one (`has_digests`).
+    Exactly the tensors of the table must be present. With `verify`, they are compared with the checksums of the
+    folder's conversion.json, if it has one (`has_digests`).
     """
 
     def __init__(self, folder: Path, entries: Iterable[Rename], verify: bool = True,
@@ -62,7 +62,7 @@ class HFFiles:
         named = self._index()
         for path in sorted({folder / WEIGHTS_FILE} if named is None else set(named.values())):
             with _open(path) as opened:
-                for name in opened.keys():  # noqa: SIM118  # no dict
+                for name in opened.keys():  # noqa: SIM118  # not a dict
                     if name in self.file_of:
                         raise ConfigError(f"{path}: holds {name}, which {self.file_of[name]} holds too; copy the "
                                           "folder again")
@@ -83,7 +83,7 @@ class HFFiles:
         return self.digests.keys() >= self.file_of.keys()
 
     def tensor(self, entry: Rename) -> torch.Tensor:
-        """Read one tensor, put together from its parts where it is stored in parts."""
+        """Read one tensor, concatenated from its parts if it is stored in parts."""
         parts = [self._read(name) for name in self.names[entry.hf]]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -102,9 +102,9 @@ class HFFiles:
         return parts if in_parts else [entry.hf]
 
     def _index(self) -> dict[str, Path] | None:
-        """Read which file each tensor should be in; None where there is one file. All are files of the folder."""
+        """Read which file of this folder each tensor should be in; None if there is a single file."""
         place = self.folder / INDEX_FILE
-        if (self.folder / WEIGHTS_FILE).exists():  # which transformers takes, whatever an index beside it says
+        if (self.folder / WEIGHTS_FILE).exists():  # transformers prefers it to an index
             return None
         if not place.exists():
             pickled = [path.name for pattern in PICKLES for path in sorted(self.folder.glob(pattern))]

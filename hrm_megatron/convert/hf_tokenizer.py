@@ -1,4 +1,4 @@
-"""The tokenizer beside an export: prompts as prefixes, batches padded on the left with a token that exists."""
+"""The tokenizer of an export: prompts are marked as prefixes, and batches are left-padded with an existing token."""
 from __future__ import annotations
 
 import json
@@ -22,7 +22,7 @@ from hrm_megatron.data.tokenizer import (
 
 
 def check_vocabulary(tokenizer: TextTokenizer, checkpoint: Checkpoint) -> None:
-    """Refuse a tokenizer whose tokens are not those that a checkpoint says it was trained with, or that lie in it."""
+    """Refuse a tokenizer whose tokens are not those that a checkpoint records, or has in its folder."""
     if checkpoint.vocabulary in (None, tokenizer.vocabulary):
         return
     if (own := checkpoint.path / TOKENIZER_FILE).exists():
@@ -32,13 +32,13 @@ def check_vocabulary(tokenizer: TextTokenizer, checkpoint: Checkpoint) -> None:
                       "give that one as --tokenizer-model")
 
 
-# Texts whose first or last character depends on what is beside it, in tokenizers of one kind or another.
+# Texts whose first or last token depends on the neighbouring text in some kind of tokenizer.
 QUESTIONS = ("What is 2 + 3?", " a", "\na", "a ", "a\n", "\u00e9", "e\u0301", VARIED_TEXT, "a_b a-b aBc a1b a\u4e2db")
 
 
 @dataclass(frozen=True)
 class ExportTokenizer:
-    """A tokenizer as transformers shall load it, `between_controls`; `pad_token` fills up batches."""
+    """A tokenizer as transformers is to load it, `between_controls`; `pad_token` pads batches."""
 
     text: TextTokenizer
     pad_token: str
@@ -48,9 +48,9 @@ class ExportTokenizer:
     def open(path: str | Path) -> ExportTokenizer:
         """Load a tokenizer folder or a tokenizer.json.
 
-        It pads with the token that tokenizer_config.json names, if that is a special token of the tokenizer.json beside
-        it, else with the first of PAD_TOKENS that is. One that spells a text behind control tokens otherwise than
-        alone, as in training, is refused.
+        The pad token is the one that tokenizer_config.json names, if it is a special token of the tokenizer.json beside
+        it, else the first of PAD_TOKENS that is one, else eoa. A tokenizer that encodes a text after control tokens
+        differently from the text alone, as in training, is refused.
         """
         text = TextTokenizer(path)
         named = _config_beside(text.path).get("pad_token")
@@ -60,13 +60,13 @@ class ExportTokenizer:
 
     @property
     def token_ids(self) -> dict[str, int]:
-        """Ids by the names of transformers' configurations."""
+        """Ids under transformers' configuration names."""
         return dict(pad_token_id=self.text.special_ids[self.pad_token], bos_token_id=self.text.boq,
                     eos_token_id=self.text.eoa)
 
     def write(self, folder: Path, max_tokens: int, causal: bool = False) -> None:
-        """Write files that let transformers mark a prompt as prefix, and a second text as response; for a `causal`
-        model, which has no prefix, they make no types."""
+        """Write files with which transformers marks a prompt as prefix (token type 1) and a second text as response;
+        for a `causal` model, which has no prefix, they return no token types."""
         tokenizer = Tokenizer.from_str(self.between_controls.to_str())
         single, pair = ("$A:0", "$A:0 $B:0") if causal else ("$A:1", "$A:1 $B:0")
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair)
@@ -80,16 +80,16 @@ class ExportTokenizer:
 
 
 def _between_controls(text: TextTokenizer) -> Tokenizer:
-    """Return the tokenizer as it spells texts between control tokens: those take nothing of the text beside them,
-    and behind each of them a text begins."""
+    """Return the tokenizer, changed to encode texts between control tokens: control tokens consume none of the text
+    beside them, and after each of them a text begins."""
     config = json.loads(text.tokenizer.to_str())
     for token in config["added_tokens"]:
         if token["content"] in text.spelling.controls:
             token |= dict(lstrip=False, rstrip=False, single_word=False, normalized=False)
     splits = config["pre_tokenizer"] or {}
-    # Behind another step "first" marks the first piece of a text alone, and "always" would mark each.
+    # Only as first step: after another, "first" marks only a text's first piece, and "always" would mark each piece.
     for step in splits.get("pretokenizers", [splits])[:1]:
-        if step.get("prepend_scheme") == "first":  # of Metaspace: of all that is spelled
+        if step.get("prepend_scheme") == "first":  # of Metaspace: applies to the whole input only
             step["prepend_scheme"] = "always"
     tokenizer = Tokenizer.from_str(json.dumps(config))
     in_text = [token.content for token in text.tokenizer.get_added_tokens_decoder().values() if not token.special]

@@ -1,4 +1,4 @@
-"""What a conversion has written: each tensor held against NaN, hashed and counted on its way to the disk."""
+"""A record of what a conversion writes: each tensor is checked for NaN, hashed and counted on its way to the disk."""
 from __future__ import annotations
 
 import contextlib
@@ -21,14 +21,15 @@ from hrm_megatron.convert.safetensors_file import tensor_bytes
 from hrm_megatron.program import write_aside
 
 EXPORT_FILE = "conversion.json"
-LINE_SECONDS = 10.0  # between lines about the progress where there is no terminal
+LINE_SECONDS = 10.0  # between progress lines without a terminal
 
 
 @dataclass
 class Ledger:
-    """Notes the tensors that a writer makes, by the names that they have in the file.
+    """Records the tensors that a writer creates, under their names in the file.
 
-    `passed` is told the bytes of each. Tensors that hold NaN or an infinity are refused, or listed in `not_finite`.
+    `passed` is called with the bytes of each. Tensors with NaN or infinities are refused, or, with `allow_nonfinite`,
+    listed in `not_finite`.
     """
 
     allow_nonfinite: bool = False
@@ -37,7 +38,7 @@ class Ledger:
     not_finite: list[str] = field(default_factory=list)
 
     def noting(self, name: str, lazy: LazyTensor) -> LazyTensor:
-        """Return the same tensor, which is noted when it is made."""
+        """Return the same lazy tensor, which is recorded when it is created."""
         def make() -> torch.Tensor:
             tensor = lazy.made()
             self.note(name, tensor)
@@ -45,8 +46,8 @@ class Ledger:
         return LazyTensor(lazy.shape, lazy.dtype, make)
 
     def note(self, name: str, tensor: torch.Tensor, stored: torch.Tensor | None = None, kind: str = "") -> None:
-        """Note a tensor, and the bytes of this kind that are stored for it where they are not its own."""
-        if tensor.is_floating_point() and not all(end.isfinite() for end in tensor.aminmax()):  # NaN passes through it
+        """Record a tensor; `stored` are the bytes of this `kind` that the file holds for it, if not its own."""
+        if tensor.is_floating_point() and not all(end.isfinite() for end in tensor.aminmax()):  # aminmax propagates NaN
             if not self.allow_nonfinite:
                 count = int((~tensor.isfinite()).sum())
                 raise ConfigError(f"{name}: {count} of {tensor.numel()} numbers are NaN or infinite; choose an earlier "
@@ -58,34 +59,42 @@ class Ledger:
         self.passed(stored.nbytes)
 
     def write(self, folder: Path, **facts: object) -> None:
-        """Write the manifest of the export: `facts` about it, and dtype, shape and checksum of each tensor."""
+        """Write conversion.json: `facts` about the export, and dtype, shape and checksum of each tensor."""
         content = dict(**facts, tensors=dict(sorted(self.tensors.items())))
         write_aside(folder / EXPORT_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a contiguous tensor's bytes."""
+    """Return the SHA-256 of a contiguous tensor's bytes."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def digests_of(folder: Path) -> Mapping[str, str]:
-    """Read the checksums of an export's tensors; none if it has no manifest."""
+    """Read the checksums of an export's tensors; empty if it has no conversion.json."""
     return _read(folder, lambda found: {name: str(facts["sha256"]) for name, facts in found["tensors"].items()}) or {}
 
 
 def origin_of(folder: Path, verify: bool) -> Origin | None:
-    """Read which weights a folder of weights alone holds; None if it has no manifest. A damaged one says nothing, and
-    is refused unless nothing is to be verified."""
+    """Read which weights a weights-only folder holds; None if it has no record. With `verify`, refuse a damaged one."""
+    found = _noted(folder, verify, lambda found: Origin(found.get("settings", {}).get("weights"),
+                                                        int(found.get("iteration", 0))))
+    # At iteration 0 both kinds are equal, or the source did not record it either.
+    known = found and found.kind in (EMA, RAW) and found.iteration
+    return found if known or found is None else Origin(None, found.iteration)
+
+
+def bp_max_steps_of(folder: Path, verify: bool) -> object:
+    """Read how many gradient ticks a weights-only folder records, else None; a damaged record as in `origin_of`."""
+    return _noted(folder, verify, lambda found: found.get("settings", {}).get("bp_max_steps"))
+
+
+def _noted[T](folder: Path, verify: bool, take: Callable[[Any], T]) -> T | None:
     try:
-        found = _read(folder, lambda found: Origin(found.get("settings", {}).get("weights"),
-                                                   int(found.get("iteration", 0))))
+        return _read(folder, take)
     except ConfigError:
         if verify:
             raise
-        found = None
-    # At iteration 0 both kinds are one, or the source did not say either.
-    known = found and found.kind in (EMA, RAW) and found.iteration
-    return found if known or found is None else Origin(None, found.iteration)
+        return None
 
 
 def _read[T](folder: Path, take: Callable[[Any], T]) -> T | None:
@@ -107,8 +116,8 @@ def written(done_bytes: int, total_bytes: int, seconds: float) -> str:
 def progress(total: int, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
              describe: Callable[[int, int, float], str] = written,
              **looks: Any) -> Iterator[Callable[[int], object]]:
-    """Give a function that counts what is done, bytes if nothing else is said: a bar on a terminal, of such `looks`,
-    elsewhere a line at times, as `describe` spells how much is done, of how much, in so many seconds."""
+    """Yield a callback that counts what is done, by default bytes: a tqdm bar with options `looks` on a terminal,
+    otherwise a line formatted by `describe(done, total, seconds)` at most every LINE_SECONDS."""
     out = out or sys.stderr
     if out.isatty():
         with tqdm(total=total, file=out, **(looks or dict(unit="B", unit_scale=True))) as bar:

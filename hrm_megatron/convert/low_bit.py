@@ -1,6 +1,6 @@
-"""Matrices of few bits a weight: codes and scales, and the tensors of a file that they are in compressed-tensors.
+"""Quantized matrices: codes and scales, and the tensors that represent them in compressed-tensors' files.
 
-A weight is its code times the scale of its group, exactly: the product of a code and a bfloat16 scale fits fp32.
+A weight equals its code times the scale of its group exactly: the product of a code and a bfloat16 scale fits in fp32.
 """
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # magnitudes of OCP's 4-bit float, doubled, by their 3 bits (MX v1.0, 5.3.3)
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # doubled magnitudes of OCP's 4-bit float, indexed by their 3 bits (MX v1.0, 5.3.3)
 E2M1_LARGEST_EXPONENT = 2  # of 6 = 1.5 * 2^2
 E8M0_BIAS = 127  # of MX's shared scale, a power of two in a byte
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a matrix [out, in] is stored: its name, and how many weights of a row share a scale (0: all of them)."""
+    """How a matrix [out, in] is stored: format name, and number of weights of a row that share a scale (0: all)."""
 
     name: str
     group_size: int
@@ -32,7 +32,7 @@ class Scheme:
 
     @property
     def format(self) -> str:
-        """compressed-tensors' name of the layout in a file."""
+        """compressed-tensors' name of the storage layout."""
         return {"int4": "pack-quantized", "int8": "int-quantized", "mxfp4": "mxfp4-pack-quantized"}[self.name]
 
     @property
@@ -45,14 +45,14 @@ class Scheme:
 
     @property
     def unit(self) -> float:
-        """What a code counts, in scales."""
+        """Value of code 1 in units of the scale."""
         return 0.5 if self.is_float else 1.0
 
     def groups(self, columns: int) -> int:
         return columns // (self.group_size or columns)
 
     def arguments(self) -> dict[str, Any]:
-        """Spell it as compressed-tensors' `weights` of a group of modules."""
+        """Return it as compressed-tensors' `weights` of a config group."""
         strategy: dict[str, Any] = dict(strategy="group", group_size=self.group_size) if self.group_size else dict(
             strategy="channel")
         scale = dict(scale_dtype="torch.uint8") if self.is_float else {}
@@ -60,44 +60,44 @@ class Scheme:
                     **strategy, **scale)
 
     def nearest(self, codes: torch.Tensor) -> torch.Tensor:
-        """Round numbers, counted in units, to the codes that there are."""
+        """Round numbers, in units of a code, to the nearest valid codes."""
         if not self.is_float:
             return codes.round().clamp(self.smallest, self.largest)
         levels = torch.tensor(E2M1, dtype=codes.dtype, device=codes.device)
         return levels[torch.bucketize(codes.abs(), (levels[1:] + levels[:-1]) / 2)] * codes.sign()
 
     def scales(self, largest: torch.Tensor) -> torch.Tensor:
-        """Scales of groups whose largest magnitudes these are, as compressed-tensors' own observers choose them: in
-        fp32, of values that a file keeps."""
+        """Return fp32 scales for groups with these largest magnitudes, chosen as by compressed-tensors' observers and
+        rounded to values that a file can hold."""
         if self.is_float:
-            # 7 and more would round to 8, which there is not: the next power of two. 7 = 0.875 * 2^3.
+            # 7 and above would round to 8, which does not exist: take the next power of two. 7 = 0.875 * 2^3.
             exponents = torch.frexp(largest.clamp_min(2.0 ** -100) / 0.875).exponent - 1
             return torch.exp2((exponents - E2M1_LARGEST_EXPONENT).float())
         return stored_scale(largest / ((self.largest - self.smallest) / 2))
 
 
 def stored_scale(scale: torch.Tensor) -> torch.Tensor:
-    """Round scales as a file keeps them, none to zero."""
+    """Round scales to the bfloat16 that a file holds, none to zero."""
     return scale.clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16().float()
 
 
 @dataclass(frozen=True)
 class LowBit:
-    """A matrix [out, in]: codes int8 [out, in], doubled where they are floats, and scales fp32 [out, groups]."""
+    """A matrix [out, in]: codes int8 [out, in], doubled for float formats, and scales fp32 [out, groups]."""
 
     codes: torch.Tensor
     scales: torch.Tensor
     scheme: Scheme
 
     def dequantized(self) -> torch.Tensor:
-        """The matrix in fp32."""
+        """Return the matrix in fp32."""
         codes = self.codes.float().mul_(self.scheme.unit).unflatten(1, (self.scales.shape[1], -1))
         return codes.mul_(self.scales.unsqueeze(-1)).flatten(1)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a matrix in a file: what follows the weight's name, and how it is made of the matrix."""
+    """One tensor of a matrix in a file: the suffix after the weight's name, and how to make it from the matrix."""
 
     suffix: str
     dtype: torch.dtype
@@ -106,7 +106,7 @@ class StoredTensor:
 
 
 def stored_tensors(scheme: Scheme, shape: tuple[int, ...], parts: int) -> list[StoredTensor]:
-    """List the tensors of a matrix of this shape, of as many modules of transformers as there are `parts`."""
+    """List the tensors of a matrix of this shape that spans `parts` modules of transformers."""
     rows, columns = shape
     scale = StoredTensor("_scale", torch.bfloat16, (rows, scheme.groups(columns)), lambda m: m.scales.bfloat16())
     if scheme.name == "int8":
@@ -114,13 +114,13 @@ def stored_tensors(scheme: Scheme, shape: tuple[int, ...], parts: int) -> list[S
     if scheme.is_float:
         return [StoredTensor("_packed", torch.uint8, (rows, columns // 2), _packed_floats),
                 StoredTensor("_scale", torch.uint8, (rows, scheme.groups(columns)), _exponents)]
-    # transformers cuts this one by its rows too, so that each module finds its own shape.
+    # transformers splits `_shape` by rows, too, so that each module gets its own shape.
     return [StoredTensor("_packed", torch.int32, (rows, columns // 8), _packed_integers), scale,
             StoredTensor("_shape", torch.int64, (2 * parts,), lambda m: torch.tensor([rows // parts, columns] * parts))]
 
 
 def from_stored(scheme: Scheme, shape: tuple[int, ...], tensors: dict[str, torch.Tensor]) -> LowBit:
-    """Put a matrix together from its tensors by their suffixes."""
+    """Build a matrix from its tensors, keyed by suffix."""
     if scheme.name == "int8":
         return LowBit(tensors[""], tensors["_scale"].float(), scheme)
     if scheme.is_float:
@@ -133,7 +133,7 @@ def from_stored(scheme: Scheme, shape: tuple[int, ...], tensors: dict[str, torch
 
 
 def _packed_integers(matrix: LowBit) -> torch.Tensor:
-    return _paired((matrix.codes + 8).to(torch.uint8)).view(torch.int32)  # the first one in the lowest bits
+    return _paired((matrix.codes + 8).to(torch.uint8)).view(torch.int32)  # the first code in the lowest bits
 
 
 def _packed_floats(matrix: LowBit) -> torch.Tensor:

@@ -28,8 +28,8 @@ STATE_NAMES = {RAW: "param", **{part: part for part in PARTS if part != RAW}}  #
 def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
     """Open the folder of one iteration (see `find_iteration`), saved under any parallel layout.
 
-    Adapters are merged into the weights that they change, which alone can be read of such a checkpoint. Tensors are
-    verified when they are read, all else at once; raises DamagedError.
+    Adapters are merged into the weights that they change; only merged weights can be read of such a checkpoint. Tensors
+    are verified when they are read, everything else at once; raises DamagedError.
     """
     path = Path(path)
     stored = open_run(path, verify)
@@ -62,7 +62,7 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
         return Checkpoint(path, architecture, training, iteration, 0, frozenset({RAW} | parts & {EMA}),
                           partial(adapters.merged, read), remark=remark, vocabulary=vocabulary, merged=True)
     origin = None
-    if not iteration:  # a run that goes on in this folder has iterations of its own
+    if not iteration:  # a run that trains on in this folder has later iterations of its own
         origin = origin_of(path.parent, verify) or (None if parts.issuperset(PARTS) else Origin(None, 0))
     return Checkpoint(path, architecture, training, iteration, embedding_updates, frozenset({RAW} | parts), read,
                       remark=remark, vocabulary=vocabulary, origin=origin)

@@ -26,7 +26,7 @@ from hrm_megatron.optim.schedule import as_fp32
 
 NATIVE_CONFIG_FILE, METADATA_FILE = "all_config.yaml", "train_metadata.yaml"
 PART_NAMES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", EMA: "param_ema"}
-# What all networks are that are built here.
+# Settings that all supported networks share.
 FIXED = {"head": "lm_head@LMHead", "pos_emb_type": "rope"}
 
 
@@ -51,7 +51,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 
 def find_epoch(folder: Path, epoch: int | None = None) -> int:
-    """Choose the checkpoint of an epoch, the latest one if `epoch` is None."""
+    """Return the epoch to read: `epoch` if it exists, the latest one if it is None."""
     epochs = sorted(int(found[1]) for path in (folder.iterdir() if folder.is_dir() else ())
                     if (found := re.fullmatch(r"fsdp2_epoch_(\d+)", path.name)))
     if not epochs:
@@ -96,9 +96,9 @@ def _training(config: dict[str, Any], metadata: dict[str, int], last_lr: float) 
 
 
 def read_native(folder: str | Path, epoch: int | None = None, verify: bool = True) -> Checkpoint:
-    """Open a checkpoint of HRM-Text, written by any number of ranks; its steps count as iterations.
+    """Open a checkpoint of HRM-Text, written by any number of ranks; its optimizer steps are the iterations.
 
-    Tensors are verified when they are read, all else at once; raises DamagedError.
+    Tensors are verified when they are read, everything else at once; raises DamagedError.
     """
     folder, epoch = Path(folder), find_epoch(Path(folder), epoch)
     stored = DCPFolder(folder / f"fsdp2_epoch_{epoch}", verify)
@@ -107,7 +107,7 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
         check_archive_file(carry)
     config, metadata = _load_yaml(folder / NATIVE_CONFIG_FILE), _load_yaml(folder / METADATA_FILE)
     shapes = stored.shapes()
-    has_optimizer = any(key.startswith("optim.") for key in stored.keys())  # noqa: SIM118  # keys() is no dict's
+    has_optimizer = any(key.startswith("optim.") for key in stored.keys())  # noqa: SIM118  # not a dict
     last_lr = float(stored.tensor("optim.param_groups.0.lr")) if has_optimizer else 0.0
     place = folder / METADATA_FILE
     try:
@@ -118,8 +118,8 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ConfigError(f"{folder}: {NATIVE_CONFIG_FILE} or {METADATA_FILE} lacks a setting or has an odd one ({error})"
-                          "; copy the checkpoint again") from error
+        raise ConfigError(f"{folder}: {NATIVE_CONFIG_FILE} or {METADATA_FILE} lacks a setting or has an odd one "
+                          f"({error}); copy the checkpoint again") from error
     entries = table(architecture)
     check(stored.path, "native", entries, {key.removeprefix("model."): shape for key, shape in shapes.items()
                                            if key.startswith("model.")})
@@ -141,7 +141,7 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
 
 
 def _counts(stored: DCPFolder, trained: list[Rename]) -> tuple[int, int]:
-    """Number of updates of the weights and of the embedding; all others must agree."""
+    """Return the number of updates of the weights and of the embedding; all weights must agree."""
     steps = {entry.native: int(stored.tensor(state_key(entry, "step"))) for entry in trained}
     embedding = next(steps.pop(entry.native) for entry in trained if is_embedding(entry))
     if len(set(steps.values())) > 1:
@@ -196,9 +196,9 @@ def _metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def write_native(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None = None) -> None:
-    """Write a folder that HRM-Text resumes from, of epoch 1 (0 for a model before its first step).
+    """Write a folder that HRM-Text resumes from, as epoch 1 (0 for a model before its first step).
 
-    One tensor is in memory at a time; `ledger` notes them.
+    One tensor is in memory at a time; `ledger` records them.
     """
     ledger, t = ledger or Ledger(), checkpoint.training
     config, metadata = _config_of(checkpoint), _metadata_of(checkpoint)
@@ -227,6 +227,6 @@ def write_native(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None = N
 
 
 def _stored(checkpoint: Checkpoint, part: str, entry: Rename) -> LazyTensor:
-    if not entry.trained:  # HRM-Text's start of z_L, which it keeps in bf16
+    if not entry.trained:  # the initial z_L, which HRM-Text stores in bf16
         return LazyTensor(entry.shape, torch.bfloat16, lambda: checkpoint.read(RAW, entry))
     return LazyTensor(entry.foreign_shape, torch.float32, lambda: entry.from_megatron(checkpoint.state(part, entry)))

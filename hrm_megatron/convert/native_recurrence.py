@@ -1,4 +1,4 @@
-"""How HRM-Text's configurations spell an architecture and its gradient ticks, for each of its networks."""
+"""How HRM-Text's configurations express an architecture and its gradient ticks, for each of its networks."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from hrm_megatron.model_types import HRM, MODEL_TYPES
 
 
 class Recurrence(NamedTuple):
-    """What a configuration says of stacks and ticks; `bp` is (first gradient ticks, last ones, share of their rise)."""
+    """Stacks and ticks of a configuration; `bp`: (initial, final gradient ticks, fraction of training they rise)."""
 
     model_type: str
     num_layers: int  # per stack
@@ -34,7 +34,7 @@ def read_recurrence(arch: Mapping[str, Any]) -> Recurrence:
     if half and layers % 2:
         raise ConfigError(f"arch.n_layers: {layers} layers cannot be shared evenly by two stacks")
     model_type = types[0]
-    if len(types) > 1:  # TRM and its twin differ in the layers that their preset gives them
+    if len(types) > 1:  # TRM and its twin share a name and differ in `half_layers`
         model_type = next(name for name in types if (MODEL_TYPES[name].preset_stacks == 1) == half)
     kind = MODEL_TYPES[model_type]
     h_cycles = count("H_cycles", kind.h_cycles)
@@ -53,7 +53,7 @@ def read_recurrence(arch: Mapping[str, Any]) -> Recurrence:
 
 
 def write_recurrence(a: Architecture, t: Training) -> dict[str, Any]:
-    """Spell an architecture and its gradient ticks; raises ConfigError where the network cannot say them."""
+    """Return the `arch` settings for an architecture and its gradient ticks; ConfigError if none express them."""
     kind = a.kind
     halves = kind.preset_stacks == 1
     said: dict[str, Any] = dict(name=kind.native, n_layers=a.num_layers * (2 if halves else 1))

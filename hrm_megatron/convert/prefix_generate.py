@@ -1,4 +1,5 @@
-"""custom_generate of an HRM for transformers: a prompt without token_type_ids is all prefix, read both ways.
+"""custom_generate of an HRM for transformers: a prompt without token_type_ids counts as prefix, with bidirectional
+attention.
 
 transformers' own `generate`, and `pipeline` with it, reads such a prompt causally, which the model was not trained for.
 """
@@ -8,8 +9,8 @@ from typing import Any
 
 import torch
 
-FIRST_CANDIDATES = "the first candidates for the answer would be read both ways"  # with the prompt, in one pass
-# Settings by which transformers would read otherwise than in training > what.
+FIRST_CANDIDATES = "the first candidates for the answer would be read both ways"  # they run in one pass with the prompt
+# Settings with which transformers would attend otherwise than in training -> what would differ.
 OTHERWISE = {"prefill_chunk_size": "only the first part of a prompt would be read both ways",
              "assistant_model": FIRST_CANDIDATES, "assistant_early_exit": FIRST_CANDIDATES,
              "prompt_lookup_num_tokens": FIRST_CANDIDATES}
@@ -18,10 +19,10 @@ OTHERWISE = {"prefill_chunk_size": "only the first part of a prompt would be rea
 def generate(inputs: torch.Tensor | None = None, *, model: Any, input_ids: torch.Tensor | None = None,
              attention_mask: torch.Tensor | None = None, token_type_ids: torch.Tensor | None = None,
              **options: Any) -> Any:
-    """Call transformers' generate with the types of a prompt; those that are given stay as they are.
+    """Call transformers' generate with token types that mark the prompt as prefix; given token_type_ids are kept.
 
-    Settings by which transformers would read (a part of) the answer both ways, or the prompt in parts, are a
-    ValueError.
+    Settings with which transformers would attend bidirectionally in (a part of) the answer, or process the prompt in
+    parts, raise ValueError.
     """
     if _setting("use_cache", model, options) is False:
         raise ValueError("use_cache=False: the answer would be read both ways, which the model was not trained for; "
@@ -39,7 +40,7 @@ def generate(inputs: torch.Tensor | None = None, *, model: Any, input_ids: torch
 
 
 def _setting(name: str, model: Any, options: dict[str, Any]) -> Any:
-    """Find a setting where transformers does, which takes the first that is not None."""
+    """Return a setting as transformers resolves it: the first that is not None."""
     places = (options.get("generation_config"), model.generation_config)
     return next((value for value in (options.get(name), *(getattr(place, name, None) for place in places))
                  if value is not None), None)

@@ -1,4 +1,4 @@
-"""Which tensors of an export are stored in few bits, as its config.json says it to compressed-tensors, and back."""
+"""Which tensors of an export are quantized, as compressed-tensors reads it from config.json, and back."""
 from __future__ import annotations
 
 import dataclasses
@@ -18,31 +18,31 @@ from hrm_megatron.convert.table import Rename, is_embedding, table
 CONFIG_KEY = "quantization_config"
 METHOD, MIXED = "compressed-tensors", "mixed-precision"
 STATUS, CODES = "quantization_status", "compressed"
-# Modules of transformers > by what compressed-tensors finds them.
+# How compressed-tensors addresses the modules of transformers.
 LAYERS, HEAD_TARGET, EMBEDDING = "Linear", "re:.*lm_head$", "Embedding"
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """The scheme of the layers' matrices and of the head, and that of the embedding if it has one."""
+    """The scheme of the matrices of the layers and the head, and that of the embedding, if it is quantized."""
 
     linear: Scheme
     embedding: Scheme | None = None
 
     def of(self, entry: Rename) -> Scheme | None:
-        """Scheme of a tensor; None: it is stored as a float."""
+        """Return the scheme of a tensor; None: it is stored as a float."""
         if is_embedding(entry):
             return self.embedding
         return self.linear if len(entry.shape) == 2 else None
 
     @property
     def spelled(self) -> str:
-        """Say it in a few words."""
+        """A short description."""
         groups = f" in groups of {self.linear.group_size}" if self.linear.group_size else " with a scale for each row"
         return f"{self.linear.name}{groups}" + (f", {self.embedding.name} embedding" if self.embedding else "")
 
     def check(self, entries: Iterable[Rename]) -> None:
-        """Refuse matrices whose rows are not whole groups, naming the sizes that would do."""
+        """Refuse matrices whose rows are not multiples of the group size, naming sizes that would fit."""
         for entry in entries:
             scheme = self.of(entry)
             if scheme and scheme.group_size and entry.shape[1] % scheme.group_size:
@@ -53,7 +53,7 @@ class Quantization:
                                   f"{scheme.group_size}; {way_out}")
 
     def config(self) -> dict[str, Any]:
-        """The value of CONFIG_KEY in config.json."""
+        """Return the value of CONFIG_KEY in config.json."""
         def group(target: str, scheme: Scheme) -> dict[str, Any]:
             return dict(targets=[target], format=scheme.format, weights=scheme.arguments())
 
@@ -67,7 +67,7 @@ class Quantization:
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Quantization | None:
-        """Read the settings of a folder; refuse those of another make than ours. None: it is not quantized."""
+        """Read the settings of a folder; refuse any that these tools do not write. None: not quantized."""
         given = _without_nulls(config.get(CONFIG_KEY))
         if given is None:
             return None
@@ -84,7 +84,7 @@ class Quantization:
                           "does not write; give the model that it was made from")
 
     def stored(self, entry: Rename) -> list[Rename]:
-        """The tensors of a file that hold one of the table."""
+        """Return the tensors of a file that represent one entry of the table."""
         scheme = self.of(entry)
         if scheme is None:
             return [entry]
@@ -105,7 +105,7 @@ class Quantization:
         return from_stored(scheme, entry.shape, found).dequantized()
 
     def size_bytes(self, architecture: Architecture, float_bytes: int = 2) -> int:
-        """Bytes of all tensors in the files, floats of `float_bytes` each."""
+        """Return the bytes of all tensors in the files, with floats of `float_bytes` each."""
         total = 0
         for entry in table(architecture):
             scheme = self.of(entry)
@@ -117,15 +117,14 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What a writer needs of a model of few bits: the schemes, and `matrix(entry, scheme)`, which may be called more
-    than once for one entry."""
+    """What a writer needs of a quantized model; `matrix(entry, scheme)` may be called repeatedly."""
 
     quantization: Quantization
     matrix: Callable[[Rename, Scheme], LowBit]
-    method: str  # as the card says it
+    method: str  # as the model card states it
 
     def tensors(self, entry: Rename) -> dict[str, LazyTensor]:
-        """The tensors of a file, by name, that hold one of the table; none if it is stored as a float."""
+        """Return the tensors of a file, by name, that represent one entry; empty if it is stored as a float."""
         scheme = self.quantization.of(entry)
         if scheme is None:
             return {}
@@ -137,7 +136,7 @@ class Quantized:
 
 
 def _without_nulls(settings: Any) -> Any:
-    """Leave out what is not set, which transformers writes of every setting that there is."""
+    """Drop unset settings: transformers writes null for each of them."""
     if isinstance(settings, Mapping):
         return {name: _without_nulls(value) for name, value in settings.items() if value is not None}
     return settings

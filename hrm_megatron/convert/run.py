@@ -1,4 +1,4 @@
-"""Convert a checkpoint folder from one format into another: what tools/convert_checkpoint.py does."""
+"""Convert a checkpoint folder from one format to another: the work of tools/convert_checkpoint.py."""
 from __future__ import annotations
 
 import contextlib
@@ -35,14 +35,14 @@ FORMATS = ("megatron", "hf", "native")
 SAVE_FORMATS = (*FORMATS, "gguf")
 WEIGHTS_ALONE = ("hf", "gguf")  # formats without optimizer state
 RESERVE_BYTES = 1 << 20
-VERIFIED_PARAMETERS = 2e9  # fp32 models of that size and above do not fit the memory of many machines
+VERIFIED_PARAMETERS = 2e9  # larger fp32 models do not fit into the memory of many machines
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """One conversion; `weights` None: everything that the output can hold, EMA weights where it holds weights only.
+    """One conversion; `weights` None: everything that the output can hold, EMA weights for a weights-only format.
 
-    `verify` loads the output and compares logits; None: of models below VERIFIED_PARAMETERS.
+    `verify` loads the output and compares logits; None: only for models below VERIFIED_PARAMETERS.
     """
 
     load: Path
@@ -64,7 +64,7 @@ class Conversion:
 
 
 def convert(job: Conversion) -> str:
-    """Do one conversion and return a line about it; raise ConfigError with one line, and then leave no output."""
+    """Run one conversion and return a line about it; on failure raise a one-line ConfigError and leave no output."""
     if job.ckpt_step is not None and job.load_format == "hf":
         raise ConfigError(f"--ckpt-step {job.ckpt_step}: a transformers folder has no steps; leave the flag out")
     if job.save_format not in WEIGHTS_ALONE and (job.tokenizer_model or job.dtype != "float32"):
@@ -101,7 +101,7 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
     if job.save_format in WEIGHTS_ALONE:
         checkpoint.require(kind)
         checkpoint = as_hrm(checkpoint)
-    # Before a first step there is one kind of weights, and optimizer state of zeros at most.
+    # Before the first step both kinds of weights are equal, and optimizer state is all zeros, if stored.
     alone = job.save_format in WEIGHTS_ALONE or not checkpoint.iteration or not checkpoint.has_state
     sections = Sections.read(job.data_report, job.evaluation)
     size_bytes = output_bytes(job, checkpoint)
@@ -120,7 +120,7 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
                 write_megatron(checkpoint, folder, ledger)
         settings = dataclasses.asdict(checkpoint.architecture)
         if job.save_format in WEIGHTS_ALONE:
-            settings |= dict(dtype=job.dtype)
+            settings |= dict(dtype=job.dtype, bp_max_steps=checkpoint.training.bp_max_steps)
         if alone:
             settings |= dict(weights=checkpoint.named(kind))
         ledger.write(folder, source=str(job.load), source_format=job.load_format, format=job.save_format,
@@ -156,8 +156,8 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
 
 def _compare(job: Conversion, original: Checkpoint, checkpoint: Checkpoint, kind: str, ledger: Ledger,
              folder: Path) -> str:
-    """Load what was written of `checkpoint` and compare it with the original that this was made of, unless that is not
-    wanted; return what to say of it."""
+    """Load the output, written from `checkpoint`, and compare its logits with those of `original`, unless this is
+    disabled; return what to report."""
     if job.save_format == "gguf":
         check_gguf(folder, checkpoint.architecture, job.gguf_keys or NESTED, job.tokenizer_model is not None)
     skipped = "its logits were not compared with the source's"
@@ -177,18 +177,18 @@ def _compare(job: Conversion, original: Checkpoint, checkpoint: Checkpoint, kind
 
 
 def output_bytes(job: Conversion, checkpoint: Checkpoint) -> int:
-    """Size of the tensors that will be written."""
+    """Return the bytes of the tensors that will be written."""
     elements = sum(math.prod(entry.foreign_shape) for entry in table(checkpoint.architecture))
     if job.save_format in WEIGHTS_ALONE:
         return round(elements * BYTES_OF_WEIGHT[job.dtype])
     copies = len(PARTS)
-    if job.save_format == "megatron":  # which stores weights beside their masters
+    if job.save_format == "megatron":  # it stores the weights beside their fp32 masters
         copies = len(PARTS) + 1 if checkpoint.has_state else 1
     return elements * copies * 4
 
 
 def check_save(save: Path, load: Path, inputs: Mapping[str, Path | None]) -> None:
-    """Refuse an output folder that could not be written in the end, or whose place is that of what is read."""
+    """Refuse an output folder that could not be written at the end, or that overlaps an input."""
     place, source = followed(save), followed(load)
     if place.is_relative_to(source) or source.is_relative_to(place):
         raise ConfigError(f"--save {save}: overlaps --load {load}; choose a folder apart")
@@ -196,7 +196,7 @@ def check_save(save: Path, load: Path, inputs: Mapping[str, Path | None]) -> Non
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Tell whether a folder is an export from here, or a checkpoint of an HRM of any format."""
+    """Return whether a folder is an export of these tools, or an HRM checkpoint of any format."""
     if any((folder / name).exists() for name in (EXPORT_FILE, TRACKER_FILE)):
         return True
     if (folder / NATIVE_CONFIG_FILE).exists():
@@ -209,7 +209,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
-    """Give an empty folder that becomes `save` when the block ends well, and vanishes otherwise."""
+    """Yield an empty folder that becomes `save` if the block succeeds, and is removed otherwise."""
     held = None
     try:
         held = _claim(save, overwrite)
@@ -219,11 +219,11 @@ def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
                                   "some space or choose another disk")
             try:
                 yield partial
-            except ConfigError as error:  # which may be about the hidden folder
+            except ConfigError as error:  # it may name the temporary folder
                 if (hidden := str(partial)) not in str(error):
                     raise
                 raise ConfigError(str(error).replace(hidden, str(save))) from error
-            if held is None:  # something may have come there during the block
+            if held is None:  # something may have been created there during the block
                 held = _claim(save, overwrite)
     except OSError as error:
         raise ConfigError(f"--save {save}: cannot write ({error.strerror or error}); nothing was left there") from error
@@ -233,8 +233,8 @@ def new_folder(save: Path, overwrite: bool, size_bytes: int) -> Iterator[Path]:
 
 
 def _claim(save: Path, overwrite: bool) -> int | None:
-    """Refuse a place whose contents must stay, or that a run trains into. Of a folder that a run has trained into,
-    return the lock of such runs, held until it is closed."""
+    """Refuse a place whose contents must be kept, or where a run is training. If a run has trained there, return its
+    lock, held until the descriptor is closed."""
     if save.exists():
         if not save.is_dir() or (any(save.iterdir()) and not is_checkpoint(save)):
             raise ConfigError(f"--save {save}: exists and is no checkpoint; choose another")

@@ -1,6 +1,6 @@
-"""Write a safetensors file tensor by tensor: the library's writer wants all of them in memory at once.
+"""Write a safetensors file tensor by tensor: the library's writer needs all of them in memory at once.
 
-The bytes are those that the library writes. Format: huggingface/safetensors, README.
+The bytes are identical to the library's. Format: huggingface/safetensors, README.
 """
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import torch
 
 from hrm_megatron.checkpoint.stream import LazyTensor
 
-# In the library's order of its dtypes, by which a file is sorted: those of wide alignment first.
+# In the library's order of dtypes, by which it sorts a file: widest alignment first.
 DTYPE_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.int8: "I8",
                torch.uint8: "U8"}
-METADATA = {"format": "pt"}  # which transformers asks for
+METADATA = {"format": "pt"}  # required by transformers
 HEADER_ALIGNMENT = 8
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor as they lie in memory."""
+    """Return the bytes of a contiguous tensor as they are in memory."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write tensors into a new file, making each when those before it are written."""
+    """Write tensors into a new file, creating each after the one before it is written."""
     order = sorted(tensors, key=lambda name: ([*DTYPE_NAMES].index(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": METADATA}
     end = 0

@@ -1,7 +1,7 @@
-"""Names and layouts of an HRM's tensors in Megatron, in HRM-Text and in transformers: one table, used all ways.
+"""Names and layouts of an HRM's tensors in Megatron, HRM-Text and transformers: one table for all directions.
 
-Everything here is about full tensors. HRM-Text ("native") and transformers ("hf") differ in names only; Megatron
-stores the gated attention's projection per head.
+All tensors here are unsharded. HRM-Text ("native") and transformers ("hf") differ only in names; Megatron stores the
+projection of gated attention per head.
 """
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import torch
 from hrm_megatron.config import Architecture, ConfigError
 
 Side = Literal["megatron", "native", "hf"]
-REFERENCE_ORDER = ("gate", "query", "key", "value")  # blocks over all heads
+REFERENCE_ORDER = ("gate", "query", "key", "value")  # each block over all heads
 PER_HEAD_ORDER = ("query", "gate", "key", "value")  # SelfAttention with attention_output_gate, inside each head
 
 
 @dataclass(frozen=True)
 class Rename:
-    """One tensor: its name on each side, its shape (the same on all sides, if `foreign_shape` does not say
-    otherwise), and whether it is trained."""
+    """One tensor: its names, its shape (on all sides, unless `foreign_shape` differs), and whether it is trained."""
 
     megatron: str
     native: str
@@ -34,21 +33,21 @@ class Rename:
 
     @property
     def foreign_shape(self) -> tuple[int, ...]:
-        """The shape in HRM-Text's layout."""
+        """The shape in HRM-Text's and transformers' layout."""
         return self.shape
 
     def to_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Change HRM-Text's layout into Megatron's."""
+        """Convert from HRM-Text's layout to Megatron's."""
         return tensor
 
     def from_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Change Megatron's layout into HRM-Text's."""
+        """Convert from Megatron's layout to HRM-Text's."""
         return tensor
 
 
 @dataclass(frozen=True)
 class GatedQKV(Rename):
-    """Rows [gate | query | key | value] over all heads there, [query, gate, key, value] of each head in Megatron."""
+    """HRM-Text: rows [gate | query | key | value] over all heads. Megatron: [query, gate, key, value] per head."""
 
     heads: int = 1
 
@@ -63,9 +62,10 @@ class GatedQKV(Rename):
 
 @dataclass(frozen=True)
 class UngatedQKV(Rename):
-    """[query, key, value] of each head in Megatron; there, where every model has a gate, one of logit 0 before them.
+    """Megatron: [query, key, value] per head. HRM-Text and transformers always have a gate, so an export prepends gate
+    rows of zeros.
 
-    Its sigmoid is 1/2, exactly, so that with twice the output projection (`Doubled`) the function is the same.
+    sigmoid(0) is exactly 1/2, so with a doubled output projection (`Doubled`) the function is the same.
     """
 
     heads: int = 1
@@ -84,7 +84,7 @@ class UngatedQKV(Rename):
 
 @dataclass(frozen=True)
 class Doubled(Rename):
-    """The output projection of an attention without a gate, twice as large there: see `UngatedQKV`."""
+    """The output projection of ungated attention, doubled in HRM-Text and transformers: see `UngatedQKV`."""
 
     def to_megatron(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor / 2
@@ -94,7 +94,7 @@ class Doubled(Rename):
 
 
 def table(architecture: Architecture) -> list[Rename]:
-    """List every tensor of this architecture, in the order in which HRM-Text registers them."""
+    """Return all tensors of this architecture, in the order in which HRM-Text registers them."""
     h, ffn, vocab = architecture.hidden_size, architecture.ffn_hidden_size, architecture.padded_vocab_size
     heads, (qkv, _) = architecture.num_attention_heads, architecture.linear_shapes["linear_qkv"]
     kind = architecture.kind
@@ -123,12 +123,12 @@ def table(architecture: Architecture) -> list[Rename]:
 
 
 def is_embedding(entry: Rename) -> bool:
-    """Tell the one tensor whose updates are counted apart."""
+    """Return whether this is the embedding, whose updates are counted separately."""
     return entry.native == "embed_tokens.embedding_weight"
 
 
 def check(place: object, side: Side, entries: Iterable[Rename], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse tensors `found` (name > shape) at `place` that are not exactly those of the table."""
+    """Refuse tensors `found` (name -> shape) at `place` that are not exactly those of the table."""
     expected = {entry.name(side): entry.shape if side == "megatron" else entry.foreign_shape for entry in entries}
     for complaint, names in (("missing", expected.keys() - found.keys()),
                              ("left over", found.keys() - expected.keys())):

@@ -32,7 +32,7 @@ from hrm_megatron.training.arguments import fill_from_preset
 from hrm_megatron.training.own_flags import FORCED, full_parser
 from hrm_megatron.transformer_config import hrm_config
 
-# `--dist-ckpt-optim-fully-reshardable`: optimizer state by the names of the weights, for any layout.
+# `--dist-ckpt-optim-fully-reshardable`: optimizer state keyed by weight names, for any parallel layout.
 SHARDING = dict(BY_NAME, singleton_local_shards=False, chained_optim_avoid_prefix=True)
 
 
@@ -62,7 +62,7 @@ def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
         FORCED, rotary_base=a.rope_theta, vocab_size=a.vocab_size, padded_vocab_size=a.padded_vocab_size, rank=0,
         world_size=1, data_parallel_size=1, loss_on_prefix=t.loss_on_prefix, adamw=t.adamw,
         vocabulary=checkpoint.vocabulary, context_tokens=t.seq_length,
-        no_save_rng=True,  # there is none; Megatron looks for it unless told so
+        no_save_rng=True,  # no RNG state is stored; without this Megatron looks for it
         # Megatron replaces a count of 0 by iteration * rows per step of the run that resumes.
         consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0)
     for name, value in values.items():
@@ -73,8 +73,8 @@ def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
 def write_megatron(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None = None) -> None:
     """Write a folder that `hrm_megatron.pretrain --load` resumes from, in any layout and with any schedule.
 
-    Of a checkpoint without optimizer state it is a folder of weights, to train from with --finetune. One tensor is in
-    memory at a time; `ledger` notes them.
+    From a checkpoint without optimizer state it is a weights-only folder, to train from with --finetune. One tensor is
+    in memory at a time; `ledger` records them.
     """
     ledger, args = ledger or Ledger(), _arguments_for(checkpoint)
     target = folder / folder_name(checkpoint.iteration)
@@ -97,11 +97,12 @@ def write_megatron(checkpoint: Checkpoint, folder: Path, ledger: Ledger | None =
     save_lazily(state, target, flatten=False)
     (target / DCP_CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(FORMAT)))
     (folder / TRACKER_FILE).write_text(str(checkpoint.iteration))
-    write_manifest(target, checkpoint.iteration, dataclasses.asdict(checkpoint.architecture), describe_folder(target))
+    read_back = dataclasses.replace(checkpoint.architecture, h_norm_placement=None)  # there is no flag for it
+    write_manifest(target, checkpoint.iteration, dataclasses.asdict(read_back), describe_folder(target))
 
 
 def stock_state(model: HRMModel) -> dict[str, Any]:
-    """Return what Megatron stores of the single rank's model, by its names."""
+    """Return Megatron's sharded state dict of the model, in a single rank."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     stored: dict[str, Any] = model.sharded_state_dict(metadata=dict(SHARDING, dp_cp_group=group))
     return stored
@@ -114,7 +115,7 @@ def _stored(checkpoint: Checkpoint, part: str, entry: Rename) -> LazyTensor:
 
 
 def _extra_states(architecture: Architecture) -> dict[str, io.BytesIO]:
-    """Return what stock layers store beside tensors, by key: that of a model as deep, and as narrow as can be."""
+    """Return what stock layers store beside tensors, by key, taken from an equally deep model of minimal width."""
     heads = architecture.num_attention_heads
     narrow = dataclasses.replace(architecture, hidden_size=2 * heads, ffn_hidden_size=1, vocab_size=1)
     with single_rank():
@@ -124,14 +125,14 @@ def _extra_states(architecture: Architecture) -> dict[str, io.BytesIO]:
 
 
 def _saved(value: object) -> io.BytesIO:
-    """Store a value as Megatron does, which lists the shards of an object in this rank."""
+    """Serialize a value as Megatron does; for objects it stores the list of shards in this rank."""
     stored = io.BytesIO()
     torch.save(value, stored)
     return stored
 
 
 def _groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Describe the two parameter groups as Megatron's optimizer does; a run takes only the counts from them."""
+    """Return the two parameter groups as Megatron's optimizer describes them; a run reads only the counts from them."""
     t = checkpoint.training
     common = dict(is_expert_parallel=False, wd_mult=1.0, lr_mult=1.0, max_lr=t.lr, min_lr=t.min_lr, lr=t.last_lr,
                   betas=(t.beta1, t.beta2), weight_decay=t.weight_decay, ema_decay=t.ema_decay)

@@ -1,4 +1,4 @@
-"""Open a checkpoint of any format for generation, and hold the tokenizer against it."""
+"""Open a checkpoint of any format for generation, and check its tokenizer."""
 from __future__ import annotations
 
 import contextlib
@@ -24,12 +24,12 @@ from hrm_megatron.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 if TYPE_CHECKING:
     from hrm_megatron.model.hrm import HRMModel
 
-FINGERPRINT_VALUES = 1024  # of a tensor
+FINGERPRINT_VALUES = 1024  # per tensor
 
 
 @torch.no_grad()
 def load_model(checkpoint: Checkpoint, kind: str = EMA) -> HRMModel:
-    """Build the training code's model of `checkpoint` in fp32 with its weights of this kind ("ema" or "raw")."""
+    """Return the HRMModel of `checkpoint` in fp32 with its weights of this kind ("ema" or "raw")."""
     from hrm_megatron.model.hrm import HRMModel
     from hrm_megatron.transformer_config import hrm_config
 
@@ -51,9 +51,9 @@ def open_checkpoint(load: str | Path, step: int | None = None, verify: bool = Tr
 
 @contextlib.contextmanager
 def opened(load: Path, step: int | None = None, verify: bool = True) -> Iterator[Checkpoint]:
-    """Open a folder of Megatron, transformers or HRM-Text, whichever its files say it is.
+    """Open a folder of Megatron, transformers or HRM-Text; its files tell the format.
 
-    In the block, damage that is found while tensors are read names the newest iteration that is whole.
+    Errors about damage found while the block reads tensors name the latest complete iteration.
     """
     formats = [name for name, file in (("transformers", HF_CONFIG_FILE), ("HRM-Text", NATIVE_CONFIG_FILE),
                                        ("Megatron", TRACKER_FILE)) if (load / file).exists()]
@@ -78,7 +78,7 @@ def opened(load: Path, step: int | None = None, verify: bool = True) -> Iterator
 
 
 def weights_kind(checkpoint: Checkpoint, asked: str | None) -> str:
-    """Choose the weights: what was asked for, else the EMA where there is one."""
+    """Return the kind of weights: `asked` if given, else the EMA if there is one."""
     checkpoint.check_asked(asked)
     kind = asked or checkpoint.default_kind()
     checkpoint.require(kind)
@@ -86,14 +86,14 @@ def weights_kind(checkpoint: Checkpoint, asked: str | None) -> str:
 
 
 class Fingerprint:
-    """Tells models of one architecture apart by the first values of each tensor, all of which every step of training
-    changes. Checksums of files would not: they differ between formats and shards, and foreign folders have none."""
+    """Distinguishes models of one architecture by the first values of each tensor, which every training step changes.
+    File checksums would not do: they differ between formats and shards, and foreign folders have none."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def taking(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the same tensors."""
+        """Yield the same tensors while adding them to the fingerprint."""
         for name, tensor in tensors:
             self._digest.update(name.encode())
             self._digest.update(tensor.detach().flatten()[:FINGERPRINT_VALUES].float().cpu().numpy().tobytes())
@@ -104,7 +104,7 @@ class Fingerprint:
 
 
 def open_tokenizer(path: Path | None, load: Path) -> TextTokenizer:
-    """Open the tokenizer that was named, else the one beside the model."""
+    """Open the tokenizer at `path`, or the one beside the model if `path` is None."""
     beside = load / TOKENIZER_FILE
     if not load.is_dir():
         raise ConfigError(f"--load {load}: no folder there; give one that --save named, or of a model")
@@ -117,16 +117,8 @@ def open_tokenizer(path: Path | None, load: Path) -> TextTokenizer:
 
 
 def check_tokenizer(tokenizer: TextTokenizer, checkpoint: Checkpoint) -> None:
-    """Refuse a tokenizer whose ids are not the model's, as far as a checkpoint knows them."""
-    a = checkpoint.architecture
-    # HRM-Text's folders, and exports of others, tell rows of the embedding only.
-    rows_only = a.vocab_size == a.padded_vocab_size and not _knows_its_tokens(checkpoint)
-    if tokenizer.vocab_size > a.vocab_size or (tokenizer.vocab_size < a.vocab_size and not rows_only):
-        raise ConfigError(f"{tokenizer.path}: {tokenizer.vocab_size} entries, the checkpoint has {a.vocab_size}; give "
-                          "the tokenizer of its training data")
+    """Refuse a tokenizer whose ids differ from the model's, as far as the checkpoint records them."""
+    if not checkpoint.takes(tokenizer.vocab_size):
+        raise ConfigError(f"{tokenizer.path}: {tokenizer.vocab_size} entries, the checkpoint has "
+                          f"{checkpoint.architecture.vocab_size}; give the tokenizer of its training data")
     check_vocabulary(tokenizer, checkpoint)
-
-
-def _knows_its_tokens(checkpoint: Checkpoint) -> bool:
-    """Say whether the format keeps the tokenizer's size beside the rows of the embedding: Megatron's alone."""
-    return not (checkpoint.path / HF_CONFIG_FILE).exists() and not (checkpoint.path / NATIVE_CONFIG_FILE).exists()

@@ -1,4 +1,4 @@
-"""What a matrix of an HRM sees: second moments of its inputs, over all ticks that it serves."""
+"""Second moments of the inputs of an HRM's matrices, over all ticks in which they are used."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
@@ -12,8 +12,8 @@ from hrm_megatron.quantize.recurrence import Recurrence, Rows, Weights, matmul_w
 
 @dataclass
 class Moments:
-    """Of the inputs of one matrix: `hessian` is the sum of x x^T over its inputs x of the quantized model, `cross` of
-    f x^T with the inputs f of the full one at the same tick and position. fp64 [in, in]."""
+    """Moments of the inputs of one matrix, fp64 [in, in]: `hessian` is the sum of x x^T over inputs x of the quantized
+    model, `cross` that of f x^T, where f is the full model's input at the same tick and position."""
 
     hessian: torch.Tensor
     cross: torch.Tensor
@@ -22,9 +22,9 @@ class Moments:
 @torch.no_grad()
 def moments(architecture: Architecture, full: Weights, quantized: Weights, names: Collection[str],
             calibration: Iterable[Rows], first_tick_only: bool = False) -> dict[str, Moments]:
-    """Sum up the inputs of the named matrices over rows, and over all ticks or the first alone.
+    """Accumulate the moments of the named matrices over rows, and over all ticks or only the first.
 
-    The trajectories are those of the weights `full` and of `quantized`, each its own from the embedding on. Padding
+    Both trajectories, of the weights `full` and `quantized`, are computed independently from the embedding on. Padding
     is left out.
     """
     found: dict[str, Moments] = {}
@@ -42,12 +42,12 @@ def moments(architecture: Architecture, full: Weights, quantized: Weights, names
 
 def _inputs(architecture: Architecture, weights: Weights, names: Collection[str],
             rows: Rows) -> dict[str, list[torch.Tensor]]:
-    """Inputs [n, in] of each named matrix, tick by tick."""
+    """Return the inputs [n, in] of each named matrix, tick by tick."""
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     plain = matmul_with(weights)
 
     def watched(name: str, x: torch.Tensor) -> torch.Tensor:
-        if name in inputs:  # the head is given labelled positions alone
+        if name in inputs:  # the head gets only labelled positions
             inputs[name].append(x.flatten(0, 1)[rows.positions] if x.dim() == 3 else x)
         return plain(name, x)
     model = Recurrence(architecture, weights, watched)

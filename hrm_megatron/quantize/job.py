@@ -1,4 +1,4 @@
-"""What is to be quantized and how, and which settings contradict each other."""
+"""Settings of a quantization job, and the checks that they do not contradict each other."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -15,18 +15,18 @@ from hrm_megatron.convert.run import check_save
 from hrm_megatron.data.manifest import manifest_path
 from hrm_megatron.quantize.methods import PLAIN, RECURRENT
 
-CALIBRATION = ("calibration_rows", "seq_length", "micro_batch_size", "tuning_steps", "seed")  # fields of a Job
-OF_OUTPUT = ("method", "max_shard_size", "verify", "overwrite")  # likewise
-GROUP_SIZES = {"int4": 64, "int8": 0, "mxfp4": 32}  # 0: a scale for each row; 32 is what MX prescribes
+CALIBRATION = ("calibration_rows", "seq_length", "micro_batch_size", "tuning_steps", "seed")  # fields of Job
+OF_OUTPUT = ("method", "max_shard_size", "verify", "overwrite")  # fields of Job that only --save uses
+GROUP_SIZES = {"int4": 64, "int8": 0, "mxfp4": 32}  # 0: one scale per row; MX prescribes 32
 EMBEDDINGS = {"int8": Scheme("int8", 0), "keep": None}
 EXTRA = "compressed_tensors"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model to quantize; `save` None: only compare. `seq_length` None: the model's own.
+    """One model to quantize; `save` None: only compare. `seq_length` None: that of the model.
 
-    `given` names the fields that were asked for, which are refused where they would be without effect.
+    `given` names the fields that were set explicitly; they are refused where they would have no effect.
     """
 
     load: Path
@@ -64,7 +64,7 @@ class Job:
 
 
 def check(job: Job) -> None:
-    """Refuse settings that contradict each other or would be without effect, before anything is read."""
+    """Refuse settings that contradict each other or would have no effect, before anything is read."""
     if (job.load / HF_CONFIG_FILE).exists() and CONFIG_KEY in read_json(job.load / HF_CONFIG_FILE):
         raise ConfigError(f"--load {job.load}: is quantized already; give the checkpoint that it was made from")
     if job.group_size is not None and job.scheme != "int4":
@@ -110,7 +110,7 @@ def _refuse_given(job: Job, names: Iterable[str], why: str) -> None:
 
 
 def size_table(vocab_size: int = 65_536) -> list[str]:
-    """Lines with the size of the files of each preset in GiB, by arithmetic over the shapes of its tensors."""
+    """Return a table of the file sizes of each preset in GiB, computed from tensor shapes."""
     kinds = {f"{scheme.name} g{scheme.group_size}" if scheme.group_size else scheme.name: scheme
              for scheme in (Scheme("int4", 64), Scheme("int4", 128), Scheme("mxfp4", 32), Scheme("int8", 0))}
     lines = [f"{'GiB':10} {'parameters':>14} {'bf16':>7} " + " ".join(f"{name:>10}" for name in kinds)

@@ -1,4 +1,4 @@
-"""The ways to choose the codes of a whole model: plain rounding, and calibrations over the first tick or all."""
+"""Ways to choose the codes of a whole model: plain rounding, and calibration over the first tick or over all."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,15 +22,15 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Rows that make the codes: `rows()` begins them anew, the same every time; `endless()` goes on, for tuning."""
+    """Calibration rows: `rows()` starts over, the same every time; `endless()` yields further rows, for tuning."""
 
     rows: Callable[[], Iterator[Rows]]
     endless: Callable[[], Iterator[Rows]]
 
 
 class Quantizer:
-    """Quantizes one model in different ways. `weights` are all of its tensors in fp32 by transformers' names; floats
-    that stay floats are rounded to `dtype` as the file will have them."""
+    """Quantizes one model by several methods. `weights` are all of its tensors in fp32, by transformers' names; tensors
+    that stay floats are rounded to `dtype`, as in the file."""
 
     def __init__(self, architecture: Architecture, weights: Weights, quantization: Quantization, dtype: torch.dtype,
                  say: Say = lambda line: None) -> None:
@@ -39,20 +39,20 @@ class Quantizer:
         self.entries = table(architecture)
 
     def dequantized(self, matrices: Mapping[str, LowBit]) -> dict[str, torch.Tensor]:
-        """All weights as whoever loads the file computes with them."""
+        """Return all weights as a loader of the file computes with them."""
         return {entry.hf: matrices[entry.hf].dequantized() if entry.hf in matrices
                 else self.full[entry.hf].to(self.dtype).float() for entry in self.entries}
 
     def plainly(self) -> dict[str, LowBit]:
-        """Round every matrix by itself."""
+        """Round every matrix independently."""
         return {entry.hf: matrix for entry in self.entries if (matrix := self._plain(entry))}
 
     def by_first_tick(self, calibration: Calibration) -> dict[str, LowBit]:
-        """Round by the inputs of the first tick of each stack, as tools do that know no recurrence."""
+        """Round by the inputs of the first tick of each stack, as tools that know no recurrence do."""
         return self._matrices(self._calibrated(calibration, first_tick_only=True))
 
     def by_all_ticks(self, calibration: Calibration, tuning: Tuning) -> dict[str, LowBit]:
-        """Round by the inputs of all ticks towards what the full model answers, then tune all matrices together."""
+        """Round by the inputs of all ticks towards the outputs of the full model, then tune all matrices jointly."""
         rounded = self._calibrated(calibration, first_tick_only=False)
         if not tuning.steps:
             return self._matrices(rounded)
@@ -65,13 +65,13 @@ class Quantizer:
         return round_plainly(self.full[entry.hf], scheme) if scheme else None
 
     def _matrices(self, rounded: Mapping[str, Rounded]) -> dict[str, LowBit]:
-        """Matrices of these, and of the embedding, which is looked up and has no inputs to be rounded by."""
+        """Return these matrices, and the embedding, which is a look-up and has no inputs to calibrate with."""
         looked_up = {entry.hf: self._plain(entry) for entry in self.entries if is_embedding(entry)}
         return {name: matrix for name, matrix in looked_up.items() if matrix} | {
             name: each.matrix for name, each in rounded.items()}
 
     def _calibrated(self, calibration: Calibration, first_tick_only: bool) -> dict[str, Rounded]:
-        """Round layer by layer in the order in which a cycle uses them, the inputs being those of all before."""
+        """Round layer by layer in the order of a cycle; the inputs are those with all earlier layers quantized."""
         a = self.architecture
         parts = [[*layer_weights(stack, layer).values()] for stack in "LH" for layer in range(a.num_layers)] + [[HEAD]]
         trajectory = {**self.full, **{name: each.dequantized() for name, each in self._matrices({}).items()}}

@@ -1,5 +1,5 @@
-"""The forward pass of an HRM over packed rows with each matmul left to the caller: one who watches its inputs at every
-tick, or replaces its weight."""
+"""The forward pass of an HRM over packed rows with pluggable matmuls: a caller can observe their inputs at every tick,
+or replace their weights."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +21,7 @@ Z_L, EMBEDDING, HEAD = "model.z_L_init", "model.embed_tokens.weight", "lm_head.w
 
 
 def layer_weights(stack: str, layer: int) -> dict[str, str]:
-    """Names of a layer's matrices, in the order in which they are used."""
+    """Return the names of a layer's matrices, in the order of use."""
     place = f"model.{stack}_module.layers.{layer}."
     return {name: f"{place}{name}.weight" for name in ("attn.gqkv_proj", "attn.o_proj", "mlp.gate_up_proj",
                                                        "mlp.down_proj")}
@@ -33,8 +33,8 @@ def matmul_with(weights: Weights) -> Matmul:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows ready for the forward pass: mask bool [b, 1, s, s], and where the flattened [s, b] positions are no
-    padding."""
+    """Packed rows ready for the forward pass: mask bool [b, 1, s, s], and the indices of non-padding positions in the
+    flattened [s, b] order."""
 
     batch: PackedBatch
     mask: torch.Tensor
@@ -45,7 +45,7 @@ class Rows:
     def of(cls, batch: PackedBatch, architecture: Architecture) -> Rows:
         rotation = Rotation.of(batch.position_ids, architecture.head_dim, architecture.rope_theta)
         sequences = PrefixSequences(batch.lengths, rotation, batch.row_tokens)
-        # Padding sees itself: attention to nothing is NaN.
+        # Padding attends to itself: a row of the mask without any key gives NaN.
         mask = torch.stack([sequences.dense_mask(row) | torch.eye(batch.row_tokens, dtype=torch.bool)
                             for row in range(len(batch.lengths))])
         filled = torch.tensor([sum(p + r for p, r in row) for row in batch.lengths])
@@ -55,7 +55,7 @@ class Rows:
 
 def batches(rows: Iterable[dict[str, torch.Tensor]], architecture: Architecture, rows_per_batch: int,
             device: torch.device) -> Iterator[Rows]:
-    """Stack `assemble_row` results."""
+    """Stack `assemble_row` results into batches."""
     gathered: list[dict[str, torch.Tensor]] = []
     for row in rows:
         gathered.append(row)
@@ -72,7 +72,7 @@ def _stacked(rows: list[dict[str, torch.Tensor]], architecture: Architecture, de
 
 
 class Recurrence:
-    """All ticks of an HRM; `weights` are its embedding, its start of z_L, and what `matmul` does not know better."""
+    """All ticks of an HRM; `weights`: embedding, initial z_L and, unless `matmul` is given, all matrices."""
 
     def __init__(self, architecture: Architecture, weights: Weights, matmul: Matmul | None = None) -> None:
         self.architecture, self.weights = architecture, weights
@@ -88,8 +88,7 @@ class Recurrence:
         return states["H"]
 
     def label_logits(self, z_h: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Apply the head at the labelled positions, [n, v]; rows of it that stand for no token take part, as in the
-        loss of training."""
+        """Return logits at labelled positions, [n, v], with head rows of no token, as in the training loss."""
         return self.matmul(HEAD, z_h.flatten(0, 1)[rows.batch.label_index])
 
     def _stack(self, stack: str, x: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -106,7 +105,7 @@ class Recurrence:
         return out
 
     def _attention(self, gqkv: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Gated attention [s, b, h] of [gate | query | key | value] over all heads."""
+        """Return gated attention [s, b, h] of [gate | query | key | value], each over all heads."""
         gate, *qkv = gqkv.chunk(4, -1)
         query, key, value = (part.unflatten(-1, (self.architecture.num_attention_heads, -1)) for part in qkv)
         query, key = rows.rotation(query, key)

@@ -1,4 +1,4 @@
-"""Round a matrix to few bits: plainly, or column by column so that later columns make good what earlier ones lost."""
+"""Quantize a matrix: by plain rounding, or column by column so that later columns compensate earlier errors."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,23 +8,23 @@ import torch
 from hrm_megatron.convert.low_bit import LowBit, Scheme, stored_scale
 from hrm_megatron.quantize.hessians import Moments
 
-# Of the mean of the Hessian's diagonal, added to it: GPTQ (arXiv 2210.17323), section 3.3.
+# Fraction of the mean of the Hessian's diagonal that is added to it: GPTQ (arXiv 2210.17323), section 3.3.
 DAMPING = 0.01
-BLOCK_COLUMNS = 128  # updated at once beyond the block: the same paper, "lazy batch updates"
-SHRINKS = tuple(1 - i / 40 for i in range(17))  # of an int scale that are tried: to 0.6 of what cuts nothing off
-EXPONENTS = (1.0, 0.5, 2.0)  # of a power of two
+BLOCK_COLUMNS = 128  # columns beyond a block are updated once per block: same paper, "lazy batch updates"
+SHRINKS = tuple(1 - i / 40 for i in range(17))  # factors tried for int scales: 1 (clips nothing) to 0.6
+EXPONENTS = (1.0, 0.5, 2.0)  # factors tried for a power-of-two scale
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix of few bits, and the numbers [out, in], in steps of its codes, that were rounded to them."""
+    """A quantized matrix, and the numbers [out, in], in units of its codes, that were rounded to it."""
 
     matrix: LowBit
     steps: torch.Tensor
 
 
 def round_plainly(weight: torch.Tensor, scheme: Scheme) -> LowBit:
-    """Round each weight to the nearest code; scales come from the largest weight of a group."""
+    """Round each weight to the nearest code; scales come from the largest magnitude of each group."""
     grouped = weight.float().unflatten(1, (scheme.groups(weight.shape[1]), -1))
     scales = scheme.scales(grouped.abs().amax(-1))
     codes = scheme.nearest(grouped / (scales.unsqueeze(-1) * scheme.unit)).flatten(1)
@@ -32,10 +32,11 @@ def round_plainly(weight: torch.Tensor, scheme: Scheme) -> LowBit:
 
 
 def aligned(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
-    """The weight that answers the quantized model's inputs as `weight` answers the full model's, in least squares.
+    """Return the weight whose outputs on the quantized model's inputs match `weight` on the full model's inputs, in
+    least squares.
 
-    It minimizes |W f - V x|^2 + damping |W - V|^2 over V, summed over the inputs; what is left to do is to round V by
-    the Hessian of x. Source: Qronos (arXiv 2505.11695), GPTAQ (arXiv 2504.02692).
+    It minimizes |W f - V x|^2 + damping |W - V|^2 over V, summed over the inputs; V is then rounded with the Hessian of
+    x. Source: Qronos (arXiv 2505.11695), GPTAQ (arXiv 2504.02692).
     """
     damping = _damping(moments.hessian)
     # V (H + d) = W (C + d), and H is symmetric.
@@ -44,9 +45,9 @@ def aligned(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
 
 
 def round_by_hessian(weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme) -> Rounded:
-    """Minimize (V - W) H (V - W)^T over codes, greedily by columns: GPTQ (arXiv 2210.17323), in the given order.
+    """Minimize (V - W) H (V - W)^T over codes, greedily by columns in their natural order: GPTQ (arXiv 2210.17323).
 
-    weight [out, in], hessian [in, in]. Each group's scales are chosen when its first column is reached.
+    weight [out, in], hessian [in, in]. The scales of each group are chosen when its first column is reached.
     """
     left = weight.double().clone()
     columns = weight.shape[1]
@@ -62,7 +63,7 @@ def round_by_hessian(weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme
             group = i // width
             if i % width == 0:
                 importance = factor.diagonal()[i:i + width].pow(-2)
-                # Columns beyond the block still lack its errors; their magnitudes hardly change.
+                # Columns beyond the block do not have its errors applied yet; their magnitudes hardly change.
                 scales[:, group] = choose_scales(left[:, i:i + width].float(), importance.float(), scheme)
             steps[:, i] = left[:, i] / (scales[:, group] * scheme.unit)
             codes[:, i] = scheme.nearest(steps[:, i])
@@ -74,8 +75,7 @@ def round_by_hessian(weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme
 
 
 def choose_scales(group: torch.Tensor, importance: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Of a few scales for each row of `group` [out, n], the one with the least squared error weighted by
-    `importance` [n]."""
+    """Return for each row of `group` [out, n] the scale with least squared error weighted by `importance` [n]."""
     plain = scheme.scales(group.abs().amax(1))
     best, least = plain, torch.full_like(plain, float("inf"))
     for factor in EXPONENTS if scheme.is_float else SHRINKS:
@@ -87,6 +87,6 @@ def choose_scales(group: torch.Tensor, importance: torch.Tensor, scheme: Scheme)
 
 
 def _damping(hessian: torch.Tensor) -> torch.Tensor:
-    # An input that is always zero leaves its column as it is.
+    # Never zero, so that an input which is always zero leaves its column unchanged.
     mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (DAMPING * mean)

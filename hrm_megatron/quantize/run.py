@@ -1,4 +1,4 @@
-"""Quantize a checkpoint into a folder of compressed-tensors: what tools/quantize_checkpoint.py does."""
+"""Quantize a checkpoint into a compressed-tensors folder: the work of tools/quantize_checkpoint.py."""
 from __future__ import annotations
 
 import contextlib
@@ -42,11 +42,11 @@ from hrm_megatron.quantize.scores import score
 from hrm_megatron.quantize.scores import table as table_of
 from hrm_megatron.quantize.tuning import Tuning
 
-LARGEST = 2.0 ** 126  # weight, which no scheme rounds up beyond what fp32 and bfloat16 have
+LARGEST = 2.0 ** 126  # largest weight that no scheme rounds beyond the range of fp32 and bfloat16
 
 
 def quantize(job: Job, say: Say = lambda line: None) -> list[str]:
-    """Do one job and return lines about it; raise ConfigError with one line, and then leave no output."""
+    """Run one job and return lines about it; on failure raise a one-line ConfigError and leave no output."""
     check(job)
     with opened(job.load, job.ckpt_step, job.verify_checkpoint) as checkpoint:
         kind = weights_kind(checkpoint, job.weights)
@@ -62,7 +62,7 @@ def quantize(job: Job, say: Say = lambda line: None) -> list[str]:
         work = Work(job, checkpoint, kind, say)
         if job.save is None:
             return work.compared()
-        # What write_hf would refuse, before the work.
+        # Refuse what write_hf would refuse, before the work.
         token_ids_of(checkpoint, ExportTokenizer.open(work.beside) if work.beside else None)
         size_bytes = job.quantization.size_bytes(checkpoint.architecture, DTYPES[job.dtype].itemsize)
         with new_folder(job.save, job.overwrite, size_bytes) as folder:
@@ -77,12 +77,12 @@ class Work:
         multiply_in_fp32()
         self.job, self.checkpoint, self.kind, self.say = job, checkpoint, kind, say
         self.architecture = checkpoint.architecture
-        # The one that was named, else the one of --load.
+        # The given tokenizer, else the one of --load.
         self.beside = job.tokenizer_model or (job.load if (job.load / TOKENIZER_FILE).exists() else None)
         self.row_tokens = job.seq_length or checkpoint.training.seq_length
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.found: dict[str, dict[str, LowBit]] = {}  # by method
-        self._unchecked: set[str] = set()  # datasets of which this was said
+        self._unchecked: set[str] = set()  # datasets for which this was reported
         self._quantizer: Quantizer | None = None
 
     def weight(self, entry: Rename) -> torch.Tensor:
@@ -98,8 +98,8 @@ class Work:
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer | None:
-        """The tokenizer that goes beside the model, refused where this was trained with other tokens; None where there
-        is none, or one that nobody named and that cannot be opened."""
+        """The tokenizer beside the model, refused if the model was trained with other tokens; None if there is none, or
+        if it was not given by a flag and cannot be opened."""
         if self.beside is None:
             return None
         try:
@@ -113,7 +113,7 @@ class Work:
 
     @property
     def quantizer(self) -> Quantizer:
-        """The whole model, read when it is first asked for."""
+        """The quantizer with the whole model, which is read on first use."""
         if self._quantizer is None:
             weights = {entry.hf: self.weight(entry).to(self.device) for entry in table(self.architecture)}
             self._quantizer = Quantizer(self.architecture, weights, self.job.quantization, DTYPES[self.job.dtype],
@@ -121,13 +121,13 @@ class Work:
         return self._quantizer
 
     def matrices(self, method: str) -> dict[str, LowBit]:
-        """All matrices by one of METHODS, made once."""
+        """Return all matrices, quantized by one of METHODS; cached."""
         if method not in self.found:
             self.say(f"method {method}")
             if method == PLAIN:
                 self.found[method] = self.quantizer.plainly()
                 return self.found[method]
-            calibration = self.calibration()  # which may be refused: before the model is read
+            calibration = self.calibration()  # may raise: do it before the model is read
             self.found[method] = (
                 self.quantizer.by_first_tick(calibration) if method == FIRST_TICK else
                 self.quantizer.by_all_ticks(calibration, Tuning(self.job.tuning_steps)))
@@ -142,7 +142,7 @@ class Work:
                            lambda: self._batches(rows[i] for i in itertools.count(job.calibration_rows)))
 
     def compared(self) -> list[str]:
-        """A table of the scores of all methods on rows of --valid-data-path. Datasets are refused before the work."""
+        """Return a table of scores of all methods on --valid-data-path. Datasets are checked before the work."""
         assert self.job.valid_data_path is not None
         rows = self._rows(self.job.valid_data_path, None)
         self.calibration()
@@ -155,7 +155,7 @@ class Work:
                 f"{self.job.valid_data_path}", *table_of(scores, "before")]
 
     def written(self, save: Path, folder: Path, size_bytes: int) -> str:
-        """Write the folder that will be `save`, and return a line about it."""
+        """Write the folder that will become `save`, and return a line about it."""
         job, checkpoint = self.job, self.checkpoint
         method = f"{job.method}, {self._calibrated_by()}" if job.method != PLAIN else PLAIN
         with progress(size_bytes) as passed:
@@ -165,7 +165,8 @@ class Work:
         kind = checkpoint.named(self.kind)
         ledger.write(folder, source=str(job.load), format="hf", iteration=checkpoint.step,
                      settings=asdict(self.architecture) | dict(
-                         dtype=job.dtype, weights=kind, scheme=job.quantization.spelled, method=method))
+                         dtype=job.dtype, bp_max_steps=checkpoint.training.bp_max_steps, weights=kind,
+                         scheme=job.quantization.spelled, method=method))
         said = (f"{save}: {job.quantization.spelled}, {size_bytes:,} bytes for "
                 f"{self.architecture.num_parameters:,} parameters, by {method}; {kind or 'the'} weights of iteration "
                 f"{checkpoint.step} from {checkpoint.path}")
@@ -182,7 +183,7 @@ class Work:
 
     def _matrix(self, entry: Rename, scheme: Scheme) -> LowBit:
         if self.job.method == PLAIN and PLAIN not in self.found:
-            return round_plainly(self.weight(entry), scheme)  # no more than this one in memory
+            return round_plainly(self.weight(entry), scheme)  # only this one in memory
         found = self.matrices(self.job.method)[entry.hf]
         return LowBit(found.codes.cpu(), found.scales.cpu(), scheme)
 
@@ -195,7 +196,7 @@ class Work:
             scheme = job.quantization.of(entry)
             if scheme:
                 weight = self._matrix(entry, scheme).dequantized()
-                # As transformers has them then: see `compare`.
+                # bf16, as transformers dequantizes them: see convert/comparison.py.
                 return entry.to_megatron(weight.bfloat16().float() if job.quantization.linear.is_float else weight)
             return entry.to_megatron(self.weight(entry).to(DTYPES[job.dtype]))
         expected = replace(self.checkpoint, iteration=0, parts=frozenset({RAW}), read=read)
@@ -204,10 +205,9 @@ class Work:
                            self.checkpoint.training.seq_length)
 
     def _rows(self, prefix: str, count: int | None) -> PackedRows:
-        """Rows of a dataset, refused where it was written with other tokens than the model's; None: each row once."""
+        """Return the rows of a dataset; refuse other tokens than the model's. `count` None: each row once."""
         store, tokens = IndexedExamples(prefix), self.architecture.vocab_size
-        rows_alone = tokens == self.architecture.padded_vocab_size  # of which some may stand for no token
-        if store.vocab_size > tokens or (store.vocab_size < tokens and not rows_alone):
+        if not self.checkpoint.takes(store.vocab_size):
             raise ConfigError(f"{prefix}: written with a tokenizer of {store.vocab_size} entries, the model has "
                               f"{tokens}; write it again with the tokenizer of the training data")
         self._check_tokenizer(prefix, store)
@@ -218,8 +218,8 @@ class Work:
         return rows
 
     def _check_tokenizer(self, prefix: str, store: IndexedExamples) -> None:
-        """Refuse data of another tokenizer; only say so where the one beside --load does not say which it spells as, as
-        in exports of older versions and where transformers has saved it again."""
+        """Refuse data of another tokenizer. If the tokenizer beside --load does not record which one it is equivalent
+        to, as in exports of older versions or when transformers saved it again, only say so."""
         tokenizer, named = self.tokenizer, self.job.tokenizer_model
         if tokenizer and (named or tokenizer.fingerprint in spells_as(tokenizer.path).values()):
             store.check_tokenizer(tokenizer.fingerprint)
@@ -235,7 +235,7 @@ class Work:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Leave out bars of compressed-tensors, and its warnings: it looks for the head in the model's inner part too."""
+    """Suppress progress bars, and warnings of compressed-tensors, which also looks for the head in the inner model."""
     shown: Callable[..., None] = tqdm.__init__
     logger = logging.getLogger(EXTRA)
 

@@ -1,4 +1,4 @@
-"""How well a model answers on rows that it was not calibrated with, and how far it is from the full one."""
+"""Evaluate quantized models on held-out rows, and their divergence from the full model."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -14,8 +14,8 @@ from hrm_megatron.quantize.tuning import divergence
 
 @dataclass(frozen=True)
 class Scores:
-    """Over all labels of some rows: mean cross-entropy and KL divergence from the full model (nats), and the share of
-    examples of whose labels each is the likeliest token, the answer so far being right."""
+    """Over all labels of some rows: mean cross-entropy, mean KL divergence from the full model (both in nats), and the
+    share of examples in which every label is the most likely token, with teacher forcing."""
 
     loss: float
     exact_accuracy: float
@@ -25,7 +25,7 @@ class Scores:
 @torch.no_grad()
 def score(architecture: Architecture, full: Weights, models: Mapping[str, Weights],
           rows: Iterable[Rows]) -> dict[str, Scores]:
-    """Score models of these weights against the full one, on the same rows."""
+    """Score models with these weights, and their divergence from the full model, on the same rows."""
     reference = Recurrence(architecture, full)
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
     labels = examples = 0
@@ -46,7 +46,7 @@ def score(architecture: Architecture, full: Weights, models: Mapping[str, Weight
 
 
 def table(scores: Mapping[str, Scores], full: str) -> list[str]:
-    """Lines of a table of these scores; increases of the loss are counted from the model called `full`."""
+    """Return the lines of a table of scores; increases of the loss are relative to the model named `full`."""
     lines = [f"{'':28} {'loss':>8} {'increase':>9} {'exact':>7} {'KL':>9}"]
     for name, each in scores.items():
         lines.append(f"{name:28} {each.loss:8.4f} {each.loss - scores[full].loss:+9.4f} {each.exact_accuracy:7.1%} "

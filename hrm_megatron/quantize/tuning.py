@@ -1,4 +1,4 @@
-"""Tune roundings and scales of all matrices together, against what the full model makes of its final states."""
+"""Tune roundings and scales of all matrices jointly, against the full model's output distribution."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +13,13 @@ from hrm_megatron.convert.low_bit import LowBit, stored_scale
 from hrm_megatron.quantize.recurrence import Recurrence, Rows, Weights
 from hrm_megatron.quantize.rounding import Rounded
 
-LARGEST_OFFSET = 0.5  # in steps: a rounding goes up or down, as in AutoRound (arXiv 2309.05516)
+LARGEST_OFFSET = 0.5  # in units of a code: rounding may go up or down, as in AutoRound (arXiv 2309.05516)
 SAID_STEPS = 20
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How long and how fast to tune; the learning rates, of steps and of scales, fall to zero in a straight line."""
+    """Number of tuning steps, and the learning rates of offsets and scales, which decay linearly to zero."""
 
     steps: int = 200
     offset_lr: float = 1e-3
@@ -27,27 +27,27 @@ class Tuning:
 
 
 class TunedMatrix:
-    """A matrix whose numbers before rounding may move by half a step, and whose scales by a factor.
+    """A matrix whose unrounded numbers may move by half a code, and whose scales by a factor.
 
-    Rounding is passed over in the gradients, as if it were not there (straight-through).
+    Gradients pass through the rounding unchanged (straight-through estimator).
     """
 
     def __init__(self, rounded: Rounded) -> None:
         matrix = rounded.matrix
         self.scheme, self.scales = matrix.scheme, matrix.scales
-        # What was rounded may lie far outside the codes; then no small offset would bring it back.
+        # Unrounded numbers may lie far outside the range of codes, where no small offset has an effect.
         self.steps = rounded.steps.clamp(self.scheme.smallest, self.scheme.largest)
         self.offset = torch.zeros_like(self.steps, requires_grad=True)
         self.factor = torch.ones_like(self.scales, requires_grad=not self.scheme.is_float)
 
     def matrix(self) -> LowBit:
-        """The matrix as it is now."""
+        """Return the matrix in its current state."""
         codes = self.scheme.nearest(self.steps + self.offset.detach()).to(torch.int8)
         scales = self.scales if self.scheme.is_float else stored_scale(self.scales * self.factor.detach())
         return LowBit(codes, scales, self.scheme)
 
     def take_gradient(self, grad: torch.Tensor) -> None:
-        """Hand the gradient [out, in] of the dequantized matrix to what is tuned."""
+        """Convert the gradient [out, in] of the dequantized matrix to gradients of offsets and factors."""
         matrix = self.matrix()
         grouped = grad.unflatten(1, (matrix.scales.shape[1], -1))
         self.offset.grad = (grouped * (matrix.scales.unsqueeze(-1) * self.scheme.unit)).flatten(1)
@@ -60,7 +60,7 @@ class TunedMatrix:
 
 
 def divergence(full_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL divergence [n] of the distributions of `logits` [n, v] from those of the full model, in nats."""
+    """Return KL(full || quantized) per position, [n] in nats, from logits [n, v]."""
     return F.kl_div(logits.float().log_softmax(-1), full_logits.float().log_softmax(-1), reduction="none",
                     log_target=True).sum(-1)
 
@@ -70,7 +70,7 @@ def tune(architecture: Architecture, full: Weights, fixed: Weights, rounded: Map
          say: Callable[[str], object] = lambda line: None) -> dict[str, LowBit]:
     """Tune the matrices for `tuning.steps` batches of the endless `calibration`; `fixed` are all other weights.
 
-    The gradient runs back through all ticks.
+    Gradients flow back through all ticks.
     """
     tuned = {name: TunedMatrix(each) for name, each in rounded.items()}
     groups: list[dict[str, Any]] = [

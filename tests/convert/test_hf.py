@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, HrmTextConfig, HrmTextForCausalLM
 
 from hrm_megatron.config import Architecture, ConfigError
-from hrm_megatron.convert.hf import bp_list, read_hf, write_hf
-from hrm_megatron.convert.native import read_native
+from hrm_megatron.convert.hf import read_hf, write_hf
+from hrm_megatron.convert.hf_ticks import bp_list
+from hrm_megatron.convert.ledger import EXPORT_FILE
+from hrm_megatron.convert.native import read_native, write_native
+from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.data.batch import PackedBatch, assemble_row
 from hrm_megatron.data.spelling import BOQ, EOQ
 from hrm_megatron.data.tokenizer import save_tokenizer, train_tokenizer
@@ -143,6 +146,22 @@ def test_the_tokenizer_makes_a_prompt_a_prefix(golden, tmp_path, random_checkpoi
 def test_gradient_ticks_are_listed_per_cycle():
     assert [bp_list(2, 3, bp) for bp in (2, 3, 5, 8)] == [[0, 1], [0, 1], [0, 3], [3, 3]]
     assert bp_list(3, 2, 7) == [0, 2, 2]
+
+
+@pytest.mark.parametrize("h_cycles, l_cycles", [(2, 3), (3, 2), (1, 2)])
+def test_gradient_ticks_come_back_where_the_config_cannot_say_them(tmp_path, random_checkpoint, h_cycles, l_cycles):
+    random = random_checkpoint(Architecture(1, 24, 3, 256, 256, h_cycles=h_cycles, l_cycles=l_cycles))
+    for steps in range(2, h_cycles * (l_cycles + 1) + 1):
+        native, folder, again = (tmp_path / f"{name} {steps}" for name in ("native", "hf", "again"))
+        training = dataclasses.replace(random.training, bp_max_steps=steps)
+        write_native(dataclasses.replace(random, training=training), native)
+        convert(Conversion(native, "native", folder, "hf", verify=False))
+        convert(Conversion(folder, "hf", again, "hf", verify=False))
+        assert read_hf(again).training.bp_max_steps == steps
+    (tmp_path / "hf 2" / EXPORT_FILE).unlink()  # transformers gives each H tick a gradient
+    assert read_hf(tmp_path / "hf 2").training.bp_max_steps == h_cycles + 1
+    shutil.copy(tmp_path / "hf 2" / "config.json", folder / "config.json")  # changed behind the export
+    assert read_hf(folder).training.bp_max_steps == h_cycles + 1
 
 
 def test_post_norm_has_no_place_in_transformers(tmp_path, random_checkpoint):

@@ -101,6 +101,16 @@ def test_without_optimizer_state_there_are_weights_but_no_ema(converted, monkeyp
         next(checkpoint.weights("ema"))
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_norm_of_the_h_stack_that_is_the_other_ones_too_is_no_damage(tmp_path, random_checkpoint, same_state, norm):
+    architecture = Architecture(1, 24, 3, 256, 256, norm_placement=norm, h_norm_placement=norm)
+    write_native(random_checkpoint(architecture), tmp_path / "native")
+    source = read_native(tmp_path / "native")
+    write_megatron(source, tmp_path / "megatron")
+    again = read_megatron(find_iteration(tmp_path / "megatron"))
+    assert same_state(source, again) and again.architecture.norm_placement == norm
+
+
 def test_a_norm_without_a_flag_is_refused(tmp_path, random_checkpoint):
     architecture = dataclasses.replace(random_checkpoint().architecture, h_norm_placement="post")
     with pytest.raises(ConfigError, match="the H stack alone has post-norm layers.*save as native"):

@@ -141,12 +141,16 @@ def test_a_calibrated_export_loads_in_unmodified_transformers_in_a_process_of_it
 @needs_the_extra
 def test_an_export_of_a_run_is_quantized_and_converted_back(tool, exported, store, tmp_path, capsys, single_rank):
     run = shutil.copytree(exported, tmp_path / "run")
-    (run / "conversion.json").write_text(json.dumps(dict(iteration=7, settings=dict(weights="ema"), tensors={})))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | dict(L_bp_cycles=[0, 1])))
+    (run / "conversion.json").write_text(json.dumps(dict(iteration=7, settings=dict(weights="ema", bp_max_steps=2),
+                                                         tensors={})))
     for name, flags in (("plain", ["--method", "rtn"]),
                         ("calibrated", ["--data-path", store, "--tokenizer-model", str(run), *CALIBRATED])):
         assert tool(["--load", str(run), "--save", str(tmp_path / name), *flags]) == 0
         said = capsys.readouterr().out
         assert "ema weights of iteration 7" in said and "its logits are the source's within" in said
+    assert read_hf(tmp_path / "plain").training.bp_max_steps == 2  # and not 3, of which the config would be the same
     said = convert(Conversion(tmp_path / "plain", "hf", tmp_path / "megatron", "megatron", verify=True))
     assert "ema weights of iteration 7" in said and "its logits are the source's within" in said
 
