@@ -32,74 +32,65 @@ from hrm_megatron.planner.presets import describe_preset  # noqa: E402
 from hrm_megatron.program import write_aside  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import no_rows, parse_arguments  # noqa: E402
-from hrm_megatron.training.bad_steps import install_bad_steps  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, check_fit  # noqa: E402
 from hrm_megatron.training.console import Console  # noqa: E402
-from hrm_megatron.training.curves import install_curves  # noqa: E402
 from hrm_megatron.training.data import Sources, count_rows, datasets_provider, open_sources  # noqa: E402
 from hrm_megatron.training.data_verification import verify_data  # noqa: E402
 from hrm_megatron.training.dry_run import assumed_vocab_size, describe_dry_run, has_data  # noqa: E402
-from hrm_megatron.training.early_stopping import (  # noqa: E402
-    check_early_stopping,
-    end_where_stopped,
-    install_early_stopping,
-)
+from hrm_megatron.training.early_stopping import check_early_stopping, end_where_stopped  # noqa: E402
 from hrm_megatron.training.error_file import OneLineErrors, one_line  # noqa: E402
-from hrm_megatron.training.evaluation import Evaluation, install_evaluation, settle_evaluation  # noqa: E402
-from hrm_megatron.training.exit_signal import install_exit_signal  # noqa: E402
-from hrm_megatron.training.finetune import install_finetune  # noqa: E402
-from hrm_megatron.training.fsdp import install_fsdp  # noqa: E402
+from hrm_megatron.training.evaluation import Evaluation, settle_evaluation  # noqa: E402
 from hrm_megatron.training.going_back import go_back, step_to_go_back_to  # noqa: E402
-from hrm_megatron.training.guarded_saves import guard_saves  # noqa: E402
 from hrm_megatron.training.layout import describe  # noqa: E402
-from hrm_megatron.training.loss_spikes import install_loss_spikes  # noqa: E402
+from hrm_megatron.training.loop import install_all  # noqa: E402
 from hrm_megatron.training.match_flops import match_flops  # noqa: E402
-from hrm_megatron.training.optimizer import install  # noqa: E402
-from hrm_megatron.training.overlap import install_overlap  # noqa: E402
 from hrm_megatron.training.own_flags import given_by_hand  # noqa: E402
-from hrm_megatron.training.params_norm import install_params_norm  # noqa: E402
-from hrm_megatron.training.reporting import install_console  # noqa: E402
 from hrm_megatron.training.restarts import check_launch, check_restarts  # noqa: E402
 from hrm_megatron.training.run_files import on_rank_0  # noqa: E402
 from hrm_megatron.training.save_lock import SaveLock  # noqa: E402
 from hrm_megatron.training.scalars import flush_scalars, guard_curves  # noqa: E402
-from hrm_megatron.training.source_losses import find_sources, install_source_losses  # noqa: E402
-from hrm_megatron.training.step import TrainingStep  # noqa: E402
 from hrm_megatron.training.summary import describe_model  # noqa: E402
-from hrm_megatron.training.two_phase_pipeline import install_schedule  # noqa: E402
 from hrm_megatron.training.verification import verify_end, verify_start  # noqa: E402
-from hrm_megatron.training.watchdog import install_watchdog  # noqa: E402
 
 SECONDS_BEHIND_RANK_0 = 5.0  # where all ranks see the same, the launcher ends the others before it repeats that one
 
 log = logging.getLogger("hrm_megatron.pretrain")  # __name__ is __main__
 
 
-def train(console: Console, saves: SaveLock) -> None:
-    """Run Megatron's own training loop over our model, data and optimizer."""
-    sources = {}
+class OpenedData:
+    """The data of a run, opened while the command line is completed: the vocabulary's size is theirs."""
 
-    def vocab_size_of(args: argparse.Namespace) -> int:
+    def __init__(self) -> None:
+        self.sources: Sources | None = None
+
+    def vocab_size(self, args: argparse.Namespace) -> int:
+        """Open the data and return their vocabulary's size; a dry run without data assumes one."""
         if args.dry_run and not has_data(args):
             return assumed_vocab_size(args)
-        sources["all"] = open_sources(args)
-        return sources["all"].vocab_size
+        self.sources = open_sources(args)
+        return self.sources.vocab_size
 
-    def rows_of_epoch(args: argparse.Namespace) -> int:
-        return count_rows(args, sources["all"]) if sources else no_rows(args)
+    def rows_of_epoch(self, args: argparse.Namespace) -> int:
+        """Count the rows of the first epoch."""
+        return count_rows(args, self.sources) if self.sources else no_rows(args)
 
+
+def train(console: Console, saves: SaveLock) -> None:
+    """Run Megatron's own training loop over our model, data and optimizer."""
     check_restarts()
-    args = parse_arguments(vocab_size_of, rows_of_epoch)
+    opened = OpenedData()
+    args = parse_arguments(opened.vocab_size, opened.rows_of_epoch)
     if args.print_config:
         return console.answer([describe_preset(args.hrm_preset, PRESETS[args.hrm_preset], given_by_hand(args))],
                               args.verbose)
-    matched = match_flops(args, sources.get("all"))
-    evaluation, install_eval_tasks = refuse(args, sources.get("all"))
+    matched = match_flops(args, opened.sources)
+    evaluation, install_eval_tasks = refuse(args, opened.sources)
     if args.dry_run:
-        return console.answer([*matched, *describe_dry_run(args, sources.get("all"), evaluation)], args.verbose)
+        return console.answer([*matched, *describe_dry_run(args, opened.sources, evaluation)], args.verbose)
     check_launch()
     console.settle(args.save or args.tensorboard_dir, args.verbose)
-    data = sources["all"]
+    data = opened.sources
+    assert data is not None  # only a dry run does without
     saves.hold(args)
     back_to = step_to_go_back_to(args)
     start, is_left = check_checkpoint(args, evaluation)
@@ -108,28 +99,10 @@ def train(console: Console, saves: SaveLock) -> None:
         return write_report(args)
     set_global_variables(args, build_tokenizer=False)  # rows are ids; it would import transformers, 2 s of a start
     guard_curves(args)
-    for line in (*matched, describe_model(args)):
+    for line in (*matched, describe_model(args), describe(args)):
         log.info(line)
-    log.info(describe(args))
-    sources_by_name = find_sources(args, data.train)
-    step = TrainingStep(args, loads=start is not None)
-    bad_steps = install_bad_steps(args, step.running_step)
-    install(args, step, [evaluation.use, *([bad_steps.guard] if bad_steps else [])])
-    install_schedule(args, step)
-    install_overlap(args, bad_steps.judge if bad_steps else None)
-    install_fsdp(args)
-    install_exit_signal(args)
-    install_finetune(args)
-    install_evaluation(args, evaluation)
-    install_eval_tasks()
-    install_curves(args, step)
-    install_params_norm(args)
-    install_source_losses(args, step, sources_by_name)
-    guard_saves(args)
-    install_loss_spikes(args)
-    install_early_stopping(args, evaluation)
-    watchdog = install_watchdog(args, step)
-    reporter = install_console(args, console, step, evaluation)
+    loop = install_all(args, console, data, evaluation, install_eval_tasks, loads=start is not None)
+    watchdog, step = loop.watchdog, loop.step
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
         if not vp_stage:  # the first call, and the first moment at which there is a process group
@@ -144,15 +117,15 @@ def train(console: Console, saves: SaveLock) -> None:
     def ready(train_rows: PackedRows | None) -> None:
         saves.hold(args, make=True)
         on_rank_0(functools.partial(go_back, args, back_to))
-        reporter.begin(train_rows)
+        loop.reporter.begin(train_rows)
         end_where_stopped(args)
         step.meter.restart()
 
     asked = args.train_iters
     try:
-        pretrain(pretrain_cfg_container_from_args(args), datasets_provider(args, data, evaluation, ready,
-                                                                           sources_by_name),
-                 ModelType.encoder_or_decoder, step.forward, build_model)
+        pretrain(pretrain_cfg_container_from_args(args),
+                 datasets_provider(args, data, evaluation, ready, loop.sources_by_name), ModelType.encoder_or_decoder,
+                 step.forward, build_model)
         evaluation.note_end(args)
     except SystemExit as early:  # Megatron's way out behind the save for a signal, or an interval to exit at
         if early.code:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's own command line, with `--model hrm_megatron` known to it."""
+"""The command line of lm-evaluation-harness with `--model hrm_megatron` registered."""
 from __future__ import annotations
 
 import sys
@@ -12,7 +12,8 @@ from hrm_megatron.program import listen, one_line
 
 
 def refusing(work: Callable[[], object]) -> Callable[[], object]:
-    """Make what the harness itself refuses, such as a task that it does not have, a refusal of ours."""
+    """Return `work` with ValueErrors that the harness itself raises, e.g. for an unknown task, turned into
+    ConfigErrors."""
     def call() -> None:
         try:
             work()

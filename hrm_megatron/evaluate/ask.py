@@ -1,4 +1,4 @@
-"""A task's questions as prompts of a model, and its answers in a file that an interrupted run goes on with."""
+"""Make prompts of a task's questions, and keep the answers in a file that an interrupted run resumes."""
 from __future__ import annotations
 
 import hashlib
@@ -21,7 +21,7 @@ from hrm_megatron.generate.session import Session
 
 def prepare(task: Task, questions: Sequence[PlacedItem], shot_rows: Sequence[PlacedItem], tokenizer: TextTokenizer,
             context_tokens: int) -> list[Asked]:
-    """Spell questions with their shots, with fewer where the task says so of prompts that do not fit."""
+    """Tokenize questions with their shots; prompts that do not fit get fewer shots if the task allows it."""
     try:
         tags_of(task.condition, tokenizer.tag_ids)
     except ConfigError as error:
@@ -59,7 +59,8 @@ def _spell(task: Task, questions: Sequence[PlacedItem], counts: Sequence[int], s
 
 
 def requests_of(task: Task, asked: Sequence[Asked], session: Session, context_tokens: int) -> Iterator[Request | None]:
-    """Make a request for each question that fits; its random numbers belong to its place among all."""
+    """Yield a request for each question, None for one that does not fit; the index among all questions is the random
+    stream."""
     how = session.answering
     for stream, one in enumerate(asked):
         if one.prompt is None:
@@ -71,13 +72,14 @@ def requests_of(task: Task, asked: Sequence[Asked], session: Session, context_to
 
 
 def fingerprint(asked: Sequence[Asked]) -> str:
-    """Hash prompts and what is right."""
+    """Return a hash of prompts and right answers."""
     made = [[None if one.prompt is None else list(map(int, one.prompt)), repr(one.item)] for one in asked]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
 class TaskAnswers:
-    """FOLDER/TASK.jsonl, begun with the settings in FOLDER/TASK.settings.json; answers of others are never mixed in."""
+    """The answers in FOLDER/TASK.jsonl, made with the settings in FOLDER/TASK.settings.json; never mixed with other
+    settings."""
 
     def __init__(self, folder: Path, task: Task, session: Session, asked: Sequence[Asked], context_tokens: int) -> None:
         self.path, self.note = folder / f"{task.name}.jsonl", folder / f"{task.name}.settings.json"
@@ -88,14 +90,14 @@ class TaskAnswers:
         self.check()
 
     def check(self) -> None:
-        """Refuse a file that was begun with other settings."""
+        """Raise ConfigError if the file was begun with other settings."""
         if self.note.exists():
             check_settings(self.note, self.settings, f"{self.path.name}*", self.note, ", or choose another --output; "
                            "'questions' is a hash of rows and prompts, which --limit, --data and --shots decide")
 
     def records(self, max_rows: int, say: Callable[[str], object],
                 on_progress: Callable[[Progress], object] = lambda progress: None) -> list[dict[str, Any]]:
-        """Return a record for each question, answering those that the file does not have yet."""
+        """Return a record for each question; answer those that are not in the file yet."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             if not self.note.exists():
@@ -112,12 +114,12 @@ class TaskAnswers:
                 for number, (line, one) in enumerate(zip(lines, self.asked, strict=True), start=1)]
 
     def _record(self, place: str, line: str, one: Asked) -> dict[str, Any]:
-        """Read a line of the file; raise ConfigError if that is no answer to this question."""
+        """Parse a line of the file; raises ConfigError if it is not an answer to this question."""
         samples = self.session.answering.samples
         try:
             record: dict[str, Any] = json.loads(line)
             for name, value in self._about(one).items():
-                if name != "place" and record[name] != value:  # rows may have moved since
+                if name != "place" and record[name] != value:  # the file of rows may have been moved
                     raise ValueError(f"{name} is {shown(record[name])}, not {value!r}")
             for name in ("responses", "finish"):
                 if not (isinstance(record[name], list) and len(record[name]) == samples

@@ -1,6 +1,6 @@
-"""DROP's exact match and F1 for an answer of one span, as its official script has them (Dua et al., 2019).
+"""DROP's exact match and F1 for an answer of one span, as in its official script (Dua et al., 2019).
 
-Texts become bags of words: in lower case, split at spaces and hyphens, without articles and punctuation, numbers as
+Texts become bags of words: lower case, split at spaces and hyphens, without articles and punctuation, numbers as
 floats.
 """
 from __future__ import annotations
@@ -10,13 +10,13 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Gold = tuple[str, ...]  # the spans of one right answer
+Gold = tuple[str, ...]  # the spans of one gold answer
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def gold_answers(row: Mapping[str, Any]) -> tuple[Gold, ...]:
-    """Return the answers of a row, each once: its own, then those of other annotators."""
+    """Return the distinct gold answers of a row: its own, then those of other annotators."""
     others = row["validated_answers"]
     candidates = [row["answer"], *({name: others[name][i] for name in ("number", "date", "spans")}
                                    for i in range(len(others["number"])))]
@@ -32,14 +32,14 @@ def _spans(answer: Mapping[str, Any]) -> Gold:
 
 
 def best_scores(answer: str, golds: Sequence[Gold]) -> tuple[float, float]:
-    """Return (exact match, F1) of `answer`, each the best over the gold answers; empty ones count nothing."""
+    """Return (exact match, F1) of `answer`, each the best over the gold answers; empty gold answers are ignored."""
     scores = [_scores(answer, gold) for gold in golds if gold[0].strip()]
     return max((em for em, _ in scores), default=0.0), max((f1 for _, f1 in scores), default=0.0)
 
 
 def _scores(answer: str, gold: Gold) -> tuple[float, float]:
     stated, spans = normalized(answer), [normalized(span) for span in gold]
-    # One span is said, so the best assignment of spans is one pair; all other gold spans get 0.
+    # The answer is one span, so the best assignment is one pair; all other gold spans get 0.
     best = max(_f1(set(stated.split()), set(span.split())) for span in spans)
     return float(spans == [stated]), round(best / len(spans), 2)
 

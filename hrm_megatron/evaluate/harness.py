@@ -1,7 +1,7 @@
-"""A model of lm-evaluation-harness: `python -m hrm_megatron.evaluate --model hrm_megatron ...`.
+"""A model for lm-evaluation-harness: `python -m hrm_megatron.evaluate --model hrm_megatron ...`.
 
-The harness has no entry points for models: importing this module registers one. A request's context is the prompt, seen
-both ways; its continuation is the answer, which begins without the space that separated it from the context.
+The harness has no entry points for models: importing this module registers it. A request's context is the prompt, which
+is bidirectional; its continuation is the answer, without the space that separates it from the context.
 """
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from hrm_megatron.parallel.precision import DTYPES
 
 log = logging.getLogger(__name__)
 
-NEW_TOKENS = 256  # the harness's own default
-TAG_SEPARATOR = "+"  # the harness ends an argument at a comma
-MADE_BY = "hrm_megatron"  # the key of a cache under which it says what answered
+NEW_TOKENS = 256  # the harness's default
+TAG_SEPARATOR = "+"  # the harness splits arguments at commas
+MADE_BY = "hrm_megatron"  # key in a cache that records which model answered
 KNOWN_SETTINGS = {"until", "max_gen_toks", "max_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "seed"}
 ARGUMENTS = ("load", "condition", "tokenizer", "weights", "dtype", "h_cycles", "l_cycles", "strip")
 
 
 @register_model("hrm_megatron")
 class HrmMegatron(LM):  # type: ignore[misc]
-    """Answer and score with one checkpoint of any format."""
+    """Generates and scores with one checkpoint of any format."""
 
     def __init__(self, load: str | None = None, condition: str = "direct", tokenizer: str | None = None,
                  weights: str | None = None, dtype: str = "float32", batch_size: str | int = 32,
@@ -58,18 +58,19 @@ class HrmMegatron(LM):  # type: ignore[misc]
                 raise ConfigError(f"{name}={cycles}: give a number of cycles")
         if not str(batch_size).isdecimal():
             raise ConfigError(f"batch_size={batch_size}: give a number of answers at once")
-        if device not in (None, "", "cuda", "cuda:0"):  # the last is what the harness gives where none is asked for
+        if device not in (None, "", "cuda", "cuda:0"):  # cuda:0 is the harness's default
             raise ConfigError(f"device={device}: the first GPU is taken where there is one, else the CPU; leave it "
                               "out, and choose with CUDA_VISIBLE_DEVICES")
         self.session = Session(Path(str(load)), Answering(dtype=dtype, h_cycles=h_cycles, l_cycles=l_cycles),
                                Path(str(tokenizer)) if tokenizer else None, weights)
         self.condition, self.strip = str(condition).replace(TAG_SEPARATOR, ","), strip
-        tags_of(self.condition, self.session.tokenizer.tag_ids)  # refuses others
+        tags_of(self.condition, self.session.tokenizer.tag_ids)  # refuses unknown tags
         self.empty = self.session.tokenizer.encode_prefix(self.condition, "")
         self.max_rows = min(int(batch_size), max_batch_size or int(batch_size))
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Take the cache of `--use_cache`, whose keys are requests alone: it is that of one model."""
+        """Install the cache of `--use_cache`; its keys are requests only, so refuse one of another model or other
+        settings."""
         cache = cache_hook.dbdict
         begun = Path(cache.filename)
         settings = json.loads(json.dumps(dict(self.session.identity, condition=self.condition, strip=self.strip)))
@@ -80,7 +81,7 @@ class HrmMegatron(LM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]],
                             add_generation_prompt: bool = True) -> str:
-        """Spell a chat as training does (data/chat.py); one question alone is its own text."""
+        """Return a chat as the text that training uses (data/chat.py); a single question is its own text."""
         if not add_generation_prompt:
             raise ConfigError("--apply_chat_template: a task begins the answer itself (gen_prefix), which a chat "
                               "cannot; leave the flag or the task out")
@@ -92,11 +93,11 @@ class HrmMegatron(LM):  # type: ignore[misc]
                           if message["content"].strip()])
 
     def _prompts(self, requests: Sequence[Any], rooms: Sequence[int]) -> list[Sequence[int]]:
-        """Spell contexts; that of a prompt longer than its room, in tokens, loses its beginning, as in the harness's
-        own models."""
+        """Tokenize contexts; a prompt of more tokens than its room loses the beginning of its context, as in the
+        harness's own models."""
         context_tokens = self.session.decoder.context_tokens
         contexts = [request.args[0].strip() if self.strip else request.args[0] for request in requests]
-        contexts = [context if context.strip() else "" for context in contexts]  # whose prompt is its tags alone
+        contexts = [context if context.strip() else "" for context in contexts]  # its prompt is the tags only
         for request, context in zip(requests, contexts, strict=True):
             check_text(_place(request), context)
         prompts: list[Sequence[int]] = []
@@ -105,7 +106,7 @@ class HrmMegatron(LM):  # type: ignore[misc]
             if room < len(self.empty):
                 raise ConfigError(f"{_place(request)}: its answer leaves no room for a prompt in the model's context "
                                   f"of {context_tokens} tokens; leave the task out")
-            begin, over = len(self.empty) - 1, max(0, len(prompt) - room)  # the last of `empty` ends a prompt
+            begin, over = len(self.empty) - 1, max(0, len(prompt) - room)  # the last token of `empty` ends a prompt
             prompts.append([*prompt[:begin], *prompt[begin + over:]])
         if cut := sum(len(prompt) > room for prompt, room in zip(spelled, rooms, strict=True)):
             log.warning("%d of %d contexts do not fit the model's %d tokens beside their answers: their beginnings are "
@@ -114,7 +115,7 @@ class HrmMegatron(LM):  # type: ignore[misc]
 
     def _answer_tokens(self, request: Any, text: str) -> list[int]:
         check_text(f"{_place(request)}: answer", text)
-        return self.session.tokenizer.encode_response(text)[:-1]  # without its end
+        return self.session.tokenizer.encode_response(text)[:-1]  # without the end token
 
     def _continuation(self, request: Any) -> list[int]:
         text = request.args[1].lstrip() if self.strip else request.args[1]
@@ -125,7 +126,7 @@ class HrmMegatron(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         answers = list(map(self._continuation, requests))
-        # The last token of an answer is only predicted.
+        # + 1: the last token of an answer is predicted, not read.
         rooms = [self.session.decoder.context_tokens + 1 - len(answer) for answer in answers]
         pairs = list(map(Pair, self._prompts(requests, rooms), answers))
         with tqdm(total=len(pairs), desc="log-likelihoods") as bar:
@@ -145,7 +146,7 @@ class HrmMegatron(LM):  # type: ignore[misc]
         rooms = [context_tokens - min(_new_tokens(request.args[1]), context_tokens // 2) for request in requests]
         wanted = []
         for prompt, request in zip(self._prompts(requests, rooms), requests, strict=True):
-            # By its own number and not its place here: the harness leaves out what its cache has.
+            # By document, not by position in this list: the harness omits cached requests.
             stream = request.doc_id * request.repeats + again[request.task_name, request.doc_id]
             again[request.task_name, request.doc_id] += 1
             wanted.append(self._request(stream, prompt, request.args[1]))
@@ -158,7 +159,7 @@ class HrmMegatron(LM):  # type: ignore[misc]
         until = settings.get("until") or []
         stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
         temperature = float(settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0))
-        sampled = settings.get("do_sample", True) and temperature > 0  # a task may ask for samples of temperature 0
+        sampled = settings.get("do_sample", True) and temperature > 0  # tasks may combine do_sample with temperature 0
         sampling = Sampling(temperature, settings.get("top_p", 1.0), settings.get("seed", 1234),
                             settings.get("top_k", 0), settings.get("min_p", 0.0)) if sampled else Sampling()
         return Request(prompt, _new_tokens(settings), sampling, self.session.stop_tokens, 1, stop, None, stream)

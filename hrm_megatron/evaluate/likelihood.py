@@ -1,4 +1,4 @@
-"""Log-likelihoods of given answers: the prompt seen as in training, the answer causal."""
+"""Log-likelihoods of given answers: bidirectional prompt as in training, causal answer."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and an answer to it; tokens of the answer before `first` are seen and not counted."""
+    """A prompt and an answer to it; tokens of the answer before `first` are context and are not scored."""
 
     prompt: Sequence[int]
     answer: Sequence[int]
@@ -26,21 +26,21 @@ class Pair:
 
     @property
     def positions(self) -> int:
-        """Positions that the model reads: the last token of the answer is only predicted."""
+        """Positions that the model reads; the last token of the answer is predicted, not read."""
         return len(self.prompt) + len(self.answer) - 1
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The natural logarithm of an answer's probability, and whether each of its tokens was the likeliest."""
+    """Log-probability of an answer (natural logarithm), and whether each of its tokens was the argmax."""
 
     logprob: float
     greedy: bool
 
 
 class PairAttention:
-    """Attention of packed pairs without a cache: prompts see all of themselves, answers all that came before; in a
-    causal model a pair is a prompt of one token and a long answer."""
+    """Attention over packed pairs without a cache: bidirectional prompts, causal answers. In a causal model a pair is a
+    prompt of one token and a long answer."""
 
     def __init__(self, decoder: Decoder, pairs: Sequence[Pair]) -> None:
         a, device = decoder.architecture, decoder.device
@@ -70,7 +70,7 @@ class PairAttention:
 
 def likelihoods(decoder: Decoder, pairs: Sequence[Pair], batch_tokens: int = BATCH_TOKENS,
                 on_scored: Callable[[int], object] = lambda count: None) -> list[Likelihood]:
-    """Score all pairs, in their order; `on_scored` is told how many more are."""
+    """Return the likelihoods of all pairs in order; `on_scored` is called with the size of each scored batch."""
     for pair in pairs:
         if not pair.prompt or not 0 <= pair.first < len(pair.answer):
             raise ConfigError("empty prompt or answer: give each at least one token")
@@ -109,10 +109,10 @@ def _score(decoder: Decoder, pairs: Sequence[Pair]) -> list[Likelihood]:
 
 
 def rolling(prompt: Sequence[int], text: Sequence[int], context_tokens: int) -> list[Pair]:
-    """Cut a text that is longer than the context into pairs that count each of its tokens once.
+    """Split a text into windows that fit the context, as pairs that score each of its tokens once.
 
-    The prompt stands before each window; the last window is as long as the others, and what it shares with the one
-    before is not counted again.
+    The prompt precedes each window. The last window is as long as the others; what it shares with the previous one is
+    not scored again.
     """
     window = context_tokens - len(prompt) + 1
     if window < 1:

@@ -1,7 +1,7 @@
-"""`--eval-tasks`: tasks of tools/evaluate.py at every validation of a training run, answered by the EMA of its weights.
+"""`--eval-tasks`: tasks of tools/evaluate.py at every validation of a training run, answered by the EMA weights.
 
-Every rank holds the whole model and answers its share of the questions with a copy of the weights, laid out for
-generation; the weights of training are back afterwards, bit for bit.
+Every rank holds the whole model and answers its share of the questions with a copy of the weights in the layout of
+generation; afterwards the training weights are restored bitwise.
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WAY_OUT = "or evaluate the checkpoints with tools/evaluate.py"
 
 @dataclass(frozen=True)
 class LiveTask:
-    """A task whose questions are spelled; at most `context_tokens` of prompt and answer."""
+    """A task with tokenized questions; prompt and answer have at most `context_tokens`."""
 
     task: Task
     asked: Sequence[Asked]
@@ -48,16 +48,17 @@ class LiveTask:
 
 @dataclass(frozen=True)
 class LiveTasks:
-    """Tasks, and the tokenizer of the training data, in which they are asked."""
+    """Tasks, and the tokenizer of the training data."""
 
     tasks: Sequence[LiveTask]
     tokenizer: TextTokenizer
     context_tokens: int  # of the model
 
     def results(self, model: HRMModel) -> list[Result]:
-        """Let this model answer all questions, the ranks sharing them; every rank gets every result.
+        """Answer all questions with this model, divided among the ranks; every rank gets all results.
 
-        Tasks for which a rank has no memory are left out, with a warning; all are, if it has none for the weights.
+        A task is skipped with a warning if some rank lacks memory for its cache; all tasks, if some rank lacks memory
+        for the weights.
         """
         if (rank := _full_rank(model)) is not None:
             log.warning(f"tasks: not answered: on rank {rank} the memory that training leaves free holds no copy of "
@@ -71,7 +72,7 @@ class LiveTasks:
 
 
 def _full_rank(model: HRMModel) -> int | None:
-    """Return the first rank without memory for the weights of a decoder, the same on all ranks; None: all have it."""
+    """Return the first rank that lacks memory for the decoder's weights, or None; collective, the same on all ranks."""
     wanted = sum(weight.nbytes for weight in model.parameters()) + RESERVE_BYTES
     full: list[bool] = [False] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(full, wanted > free_bytes(model.output_layer.weight.device))
@@ -99,7 +100,8 @@ def _records(live: LiveTask, session: Session) -> list[dict[str, Any]] | None:
 
 
 def open_tasks(args: argparse.Namespace, validates: bool) -> LiveTasks:
-    """Read and spell all questions before anything is built; raise ConfigError for what cannot be evaluated here."""
+    """Read and tokenize all questions, before the model is built; raises ConfigError if they cannot be evaluated in
+    this run."""
     others = {"--eval-tasks-data": args.eval_tasks_data, "--eval-tasks-limit": args.eval_tasks_limit,
               "--eval-tasks-new-tokens": args.eval_tasks_new_tokens}
     for flag, value in others.items():
@@ -124,7 +126,7 @@ def open_tasks(args: argparse.Namespace, validates: bool) -> LiveTasks:
     tokenizer, found = TextTokenizer(args.tokenizer_model), []
     for task in chosen(args.eval_tasks, {}):
         if task.name == "math":
-            equal_math("1", "1")  # refused now, not after hours
+            equal_math("1", "1")  # fail now, not after hours of work
         task = replace(task, new_tokens=task.new_tokens or args.eval_tasks_new_tokens)
         context = min(task.context_tokens, args.seq_length)
         rows = read_items(task, args.eval_tasks_data, args.eval_tasks_limit)
@@ -137,15 +139,15 @@ def open_tasks(args: argparse.Namespace, validates: bool) -> LiveTasks:
 
 
 def install_tasks(args: argparse.Namespace, tasks: LiveTasks, evaluation: Evaluation) -> None:
-    """Let every validation be followed by the tasks."""
+    """Run the tasks after every validation."""
     done = -1
 
     def evaluate_and_print_results(stock: Callable[..., None], prefix: str, forward_step_func: Any, data_iterator: Any,
                                    model: Any, iteration: int, *rest: Any, **options: Any) -> None:
         nonlocal done
         stock(prefix, forward_step_func, data_iterator, model, iteration, *rest, **options)
-        # The last validation repeats that of the last step.
-        if prefix.endswith(ON_TEST_SET) or iteration == done or evaluation.out_of_time:
+        # The final validation repeats that of the last step.
+        if prefix.endswith(ON_TEST_SET) or iteration == done:
             return
         done, began = iteration, time.monotonic()
         with averaged_weights(evaluation.optimizer, model):
@@ -158,7 +160,7 @@ def install_tasks(args: argparse.Namespace, tasks: LiveTasks, evaluation: Evalua
 
 
 def log_results(results: Sequence[Result], iteration: int, args: argparse.Namespace, seconds: float) -> None:
-    """Print each result with its standard error, and write both to TensorBoard."""
+    """Log each result with its standard error, and write both to TensorBoard."""
     scores = [f"{result.task.title} " + ", ".join(f"{name} {percent(found)}" for name, found in result.metrics.items())
               for result in results]
     log.info(f"step {iteration}/{args.train_iters}  tasks EMA: {'; '.join(scores)}  in {seconds:.0f}s")

@@ -1,4 +1,5 @@
-"""Results as bars beside the published ones, and a sweep of depths as curves. Needs matplotlib, which is optional."""
+"""Draw results as bars beside the published ones, and a sweep of depths as curves. Needs matplotlib, which is
+optional."""
 from __future__ import annotations
 
 import io
@@ -36,8 +37,8 @@ def draw_results(results: Sequence[Result], published: str, title: str, path: Pa
 
 
 def draw_sweep(points: Sequence[Point], answers: int, title: str) -> bytes:
-    """Draw accuracy with its standard error against H cycles and against time, as a PNG; the first point is as in
-    training."""
+    """Return a PNG of accuracy with its standard error against H cycles and against time; the first point is the depth
+    of training."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     by_cycles, by_time = figure.subplots(1, 2, sharey=True)
 

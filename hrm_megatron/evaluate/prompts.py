@@ -1,4 +1,4 @@
-"""Rows as questions, spelled as the reference spells them."""
+"""Convert rows to questions, formatted as in the reference."""
 from __future__ import annotations
 
 import json
@@ -17,7 +17,7 @@ DROP_SHOTS: tuple[str, ...] = tuple(json.loads(Path(__file__).with_name("drop_sh
 
 
 class BadItem(ValueError):
-    """A row of the right fields from which no question can be made; says why."""
+    """A row with the right fields that cannot be made a question; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Item:
-    """A question, what is right, the letters that may be answered, and the group whose mean it counts to."""
+    """A question, its right answer, the letters allowed as answers, and the group in whose mean it counts."""
 
     question: str | Choice
     gold: Any
@@ -44,7 +44,7 @@ def letter(index: int) -> str:
 
 
 def _texts(what: str, values: Sequence[Any]) -> tuple[str, ...]:
-    """Return values that are all texts; the fields of a task only say that they are a list."""
+    """Return `values` if all are text, else raise BadItem: the task's fields only declare a list."""
     for number, value in enumerate(values, 1):
         if not isinstance(value, str):
             raise BadItem(f"{what} {number} is {shown(value)}, not text")
@@ -64,7 +64,7 @@ def _block(choice: Choice, answered: bool) -> str:
 
 
 def with_shots(item: Item, shots: Sequence[Item]) -> str:
-    """Write answered blocks, then the question's own, a blank line between them."""
+    """Return the blocks of answered shots and then the question's, separated by blank lines."""
     blocks = [_block(shot.question, True) for shot in shots if isinstance(shot.question, Choice)]
     assert isinstance(item.question, Choice) and len(blocks) == len(shots)
     return "\n\n".join([*blocks, _block(item.question, False)])
@@ -114,7 +114,7 @@ def arc(row: Row) -> Item:
         raise BadItem("choices has no list 'text'")
     key = row["answerKey"]
     labels = row["choices"].get("label")
-    # Some rows number their choices; the reference takes the key for a letter, which a number is not.
+    # Some rows number their choices, where the reference's letter arithmetic would fail.
     right = labels.index(key) if isinstance(labels, list) and key in labels else ord(key[:1] or "\0") - ord("A")
     return _choice(row["question"], texts, right)
 

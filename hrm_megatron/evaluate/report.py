@@ -1,4 +1,4 @@
-"""Results as Markdown, JSON and a picture, beside the row that was published for XL."""
+"""Report results as Markdown, JSON and a picture, next to those published for XL."""
 from __future__ import annotations
 
 import json
@@ -16,7 +16,7 @@ from hrm_megatron.program import whole_file, write_aside
 
 PUBLISHED = "published for HRM-Text XL (arXiv 2605.20613), not measured here"
 RESULTS_FILE = "results.json"
-OF_A_TASK = ("max_new_tokens", "stop", "logprobs")  # what a session has a default of, and tasks have of their own
+OF_A_TASK = ("max_new_tokens", "stop", "logprobs")  # a session has defaults, but each task has its own
 
 
 def percent(estimate: Estimate) -> str:
@@ -25,12 +25,12 @@ def percent(estimate: Estimate) -> str:
 
 
 def of_all_tasks(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what a session's identity says and tasks do not follow."""
+    """Return a session's identity without the settings that each task has of its own."""
     return {name: value for name, value in identity.items() if name not in OF_A_TASK}
 
 
 def how_answered(settings: Mapping[str, Any]) -> str:
-    """Say in a sentence which weights answered, and how."""
+    """Return a sentence about the weights and the settings of the answers."""
     of = (f"{settings['weights']}, iteration {settings['iteration']}" if settings["weights"] else
           "of one kind, the folder does not say which")
     samples, chosen = settings["samples"], settings["sampling"]
@@ -65,7 +65,7 @@ def shots_of(task: Task) -> int:
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
-    """Say what makes a figure another measurement than the published one."""
+    """Return a line for each difference between a measurement and the published one."""
     found = []
     for result in results:
         task, reference = result.task, TASKS[result.task.name]
@@ -105,7 +105,7 @@ def as_json(results: Sequence[Result], identity: Mapping[str, Any]) -> dict[str,
 
 
 def earlier_results(folder: Path, identity: Mapping[str, Any], tasks: Sequence[Task]) -> list[Result]:
-    """Read what the folder's results.json has of other tasks than these; refuse it if its settings are others."""
+    """Return the results of other tasks in the folder's results.json; raises ConfigError if its settings differ."""
     path = folder / RESULTS_FILE
     if not path.exists():
         return []
@@ -124,7 +124,7 @@ def earlier_results(folder: Path, identity: Mapping[str, Any], tasks: Sequence[T
 
 
 def _result(name: str, made: Mapping[str, Any]) -> Result:
-    """Undo `as_json`."""
+    """Return the Result of an entry of `as_json`."""
     task = TASKS[name] if made["shots"] == shots_of(TASKS[name]) else with_shots(TASKS[name], made["shots"])
     metrics, groups = ({each: Estimate(**value) for each, value in made[part].items()}
                        for part in ("metrics", "groups"))
@@ -134,7 +134,7 @@ def _result(name: str, made: Mapping[str, Any]) -> Result:
 
 
 def write_reports(results: Sequence[Result], identity: Mapping[str, Any], folder: Path) -> list[str]:
-    """Write results.json, results.md and, where matplotlib is, results.png; return lines that say so."""
+    """Write results.json, results.md and, with matplotlib, results.png; return lines that name them."""
     draws = can_draw()
     names = [RESULTS_FILE, "results.md"] + ["results.png"] * draws
     write_aside(folder / RESULTS_FILE, json.dumps(as_json(results, identity), indent=1) + "\n")
@@ -145,6 +145,6 @@ def write_reports(results: Sequence[Result], identity: Mapping[str, Any], folder
             otherwise = "\nMeasured otherwise than published, see results.md" if remarks(results) else ""
             draw_results(results, PUBLISHED, how_answered(identity) + otherwise, partial)
     else:
-        (folder / "results.png").unlink(missing_ok=True)  # of an earlier run
+        (folder / "results.png").unlink(missing_ok=True)  # left by an earlier run
     said = f"results: {', '.join(str(folder / name) for name in names)}"
     return [said] if draws else [said, WITHOUT_PICTURE]

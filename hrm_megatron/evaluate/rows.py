@@ -1,4 +1,4 @@
-"""Rows of a task's split: from files of the user's, or from the hub by `datasets`."""
+"""Read the rows of a task's split, from the user's files or from the Hugging Face hub by `datasets`."""
 from __future__ import annotations
 
 import importlib.util
@@ -21,14 +21,14 @@ PlacedRow = tuple[str, Mapping[str, Any]]
 
 
 class PlacedItem(NamedTuple):
-    """An item and where its row stands."""
+    """An item and the place of its row."""
 
     place: str
     item: Item
 
 
 def read_items(task: Task, data: Path | None, limit: int | None = None) -> tuple[list[PlacedItem], list[PlacedItem]]:
-    """Return a task's questions (the first `limit`) and the rows that shots are taken from."""
+    """Return a task's questions (the first `limit`) and the rows for its shots."""
     questions, shots, _ = read_first_items(task, data, limit)
     return questions, shots
 
@@ -72,7 +72,7 @@ def _item(task: Task, place: str, row: Mapping[str, Any]) -> Item:
 
 
 def _check_texts(place: str, value: object) -> None:
-    """Refuse texts that cannot be written as UTF-8, however deep in a field."""
+    """Refuse texts that cannot be encoded as UTF-8, at any depth of a field."""
     if isinstance(value, str):
         check_text(place, value)
     elif isinstance(value, Mapping):
@@ -93,9 +93,10 @@ def _local_rows(task: Task, split: str, data: Path) -> Iterator[PlacedRow]:
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """Find SPLIT.jsonl and the like, SPLIT-00000-of-00002.parquet as the hub names them, or all files of SPLIT/.
+    """Return the files of a split: SPLIT.jsonl or similar, shards named SPLIT-00000-of-00002.parquet as on the hub, or
+    all files in SPLIT/.
 
-    Several of these are refused, which would be the same rows again, and so are shards of which one is missing.
+    More than one of these is refused, since the rows would be duplicates; so is an incomplete set of shards.
     """
     kinds = [sorted(path for path in places if path.is_file() and path.name.endswith(ROWS_SUFFIXES)) for places in (
         folder.glob(f"{split}.*"), folder.glob(f"{split}-*"), (folder / split).rglob("*"))]
@@ -134,7 +135,7 @@ def _hub_rows(source: Source, split: str) -> Iterator[PlacedRow]:
         place = f"{source.path}{f'/{name}' if name else ''} {split}"
         try:
             rows = datasets.load_dataset(source.path, name, split=split)
-        # No network, no such configuration or split; a data set that is a script, or that is broken.
+        # No network, no such configuration or split, a script-based or broken dataset.
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise ConfigError(f"{place}: cannot be loaded from the hub ({' '.join(str(error).split())}); give --data "
                               "DIR") from error

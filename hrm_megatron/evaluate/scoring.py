@@ -1,4 +1,4 @@
-"""Texts as answers: what they answer, and whether that is right."""
+"""Extract the answer from a text and score it."""
 from __future__ import annotations
 
 import re
@@ -12,15 +12,15 @@ from hrm_megatron.evaluate.verdict import Verdict
 if TYPE_CHECKING:
     from hrm_megatron.evaluate.prompts import Item
 
-# Seconds; the library's own 5 are too few where a machine is busy, and a score must not depend on that.
+# The library's default of 5 seconds is too short on a busy machine, and scores must not depend on load.
 MATH_TIMEOUT_SECONDS = 60
-# Larger exponents and arguments of factorials are not multiplied out: a few letters of an answer ask for hours of that.
+# Larger exponents and arguments of factorials are not evaluated: a short answer could otherwise take hours.
 LARGEST_EXPONENT = 10_000
-LARGEST_DEGREE = 100  # the same of a sum with variables
+LARGEST_DEGREE = 100  # the same for powers of sums with variables
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return what is in the last \boxed{...} (else \fbox), braces balanced; None where there is none that closes."""
+    r"""Return the contents of the last \boxed{...} (else \fbox) with balanced braces; None if there is none."""
     start = text.rfind("\\boxed")
     start = text.rfind("\\fbox") if start < 0 else start
     depth, opened = 0, None
@@ -35,7 +35,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def number_answer(text: str, item: Item) -> Verdict:
-    """GSM8K: the boxed number, else the whole text, which then must be a number; decimals are cut off."""
+    """GSM8K: the boxed number, else the whole text if it is a number; decimals are truncated."""
     stated = (last_boxed(text) or text).replace(",", "").replace("$", "").strip()
     try:
         number = int(float(stated))
@@ -45,10 +45,10 @@ def number_answer(text: str, item: Item) -> Verdict:
 
 
 def math_answer(text: str, item: Item) -> Verdict:
-    r"""MATH: `acc` compares the contents of \boxed as the reference does, bare; `acc_latex` the same as LaTeX.
+    r"""MATH: `acc` compares the bare contents of \boxed, as the reference does; `acc_latex` compares them as LaTeX.
 
-    Bare, math-verify reads plain numbers and what begins with a LaTeX fraction; of `3\sqrt{2}` it reads 3, and of
-    `x^2+1` or `(1, 2)` nothing, which is then wrong even against itself.
+    Without LaTeX delimiters math-verify parses only plain numbers and a leading LaTeX fraction: it reads 3 from
+    `3\sqrt{2}`, and nothing from `x^2+1` or `(1, 2)`, which are then wrong even against themselves.
     """
     boxed = last_boxed(text)
     answer = text if boxed is None else boxed
@@ -58,13 +58,13 @@ def math_answer(text: str, item: Item) -> Verdict:
 
 
 def same_math(one: str, other: str) -> bool:
-    """Tell whether what stands in two boxes is the same as LaTeX."""
+    """Whether the contents of two boxes are equal as LaTeX."""
     return equal_math(f"\\boxed{{{one}}}", f"\\boxed{{{other}}}")
 
 
 def equal_math(gold: str, answer: str) -> bool:
-    """Compare by math-verify: what it finds in `answer` with what it finds in `gold`; as it is written, but for the
-    order of sums and products, where either has an exponent above LARGEST_EXPONENT, or a degree above LARGEST_DEGREE.
+    """Compare what math-verify parses from `gold` and `answer`. If either has an exponent above LARGEST_EXPONENT or a
+    degree above LARGEST_DEGREE, they are compared unevaluated, up to the order of sums and products.
     """
     try:
         from math_verify import verify
@@ -76,7 +76,7 @@ def equal_math(gold: str, answer: str) -> bool:
     return bool(verify(_parsed(gold), _parsed(answer), timeout_seconds=MATH_TIMEOUT_SECONDS))
 
 
-@lru_cache(maxsize=1024)  # all answers to a question are compared with each other
+@lru_cache(maxsize=1024)  # all answers to a question are compared pairwise
 def _parsed(text: str) -> list[Any]:
     from math_verify import parse
 
@@ -85,7 +85,7 @@ def _parsed(text: str) -> list[Any]:
 
 @lru_cache(maxsize=1024)
 def _is_huge(text: str) -> bool:
-    """Tell whether a power, factorial or binomial in `text` is beyond these."""
+    """Whether a power, factorial or binomial in `text` exceeds these limits."""
     from math_verify.errors import TimeoutException
     from math_verify.utils import timeout
     from sympy import Add, Pow, exp, postorder_traversal
@@ -94,7 +94,7 @@ def _is_huge(text: str) -> bool:
     def is_huge(node: Any) -> bool:
         if not isinstance(node, Pow | exp | CombinatorialFunction):
             return False
-        base, size = node.args[0], node.args[-1]  # of a binomial the lower number
+        base, size = node.args[0], node.args[-1]  # of a binomial: the lower number
         while isinstance(base, Pow) and isinstance(node, Pow):  # a power of a power
             base, size = base.args[0], base.args[-1] * size
         if base in (0, 1, -1) or not size.is_number:
@@ -102,9 +102,9 @@ def _is_huge(text: str) -> bool:
         most = LARGEST_DEGREE if base.free_symbols and base.has(Add) else LARGEST_EXPONENT
         try:
             return bool(abs(size.evalf(5)) > most)
-        except (TypeError, ValueError, ArithmeticError, NotImplementedError):  # 0/0, a sum without end
+        except (TypeError, ValueError, ArithmeticError, NotImplementedError):  # 0/0, an infinite sum
             return False
-    try:  # from within, so that what is evaluated has no huge parts
+    try:  # innermost first, so that no huge part is evaluated
         return bool(timeout(MATH_TIMEOUT_SECONDS)(any)(
             is_huge(node) for each in _parsed(text) for node in postorder_traversal(each)))
     except TimeoutException:
@@ -112,7 +112,7 @@ def _is_huge(text: str) -> bool:
 
 
 def _in_order(node: Any) -> Any:
-    """Return what a formula is made of, sums and products in one order of their parts, nothing evaluated."""
+    """Return the unevaluated tree of a formula, with the parts of sums and products sorted."""
     from sympy import Add, Basic, Mul
 
     if not isinstance(node, Basic) or not node.args:
@@ -122,21 +122,22 @@ def _in_order(node: Any) -> Any:
 
 
 def letter_answer(text: str, item: Item) -> Verdict:
-    r"""MMLU-Pro: in \boxed{...} if there is one, the last letter in brackets, else the last that stands alone."""
+    r"""MMLU-Pro: the last letter in parentheses, else the last standalone letter, inside \boxed{...} if there is
+    one."""
     stated, letters = last_boxed(text) or text, "|".join(item.letters)
     found = re.findall(rf"\(({letters})\)", stated) or re.findall(rf"\b({letters})\b", stated)
     return _lettered(found[-1] if found else None, item)
 
 
 def choice_answer(text: str, item: Item) -> Verdict:
-    """Other multiple choice: the text is the letter, in either case."""
+    """Other multiple choice: the text must be the letter, upper or lower case."""
     stated = text.strip().upper()
     return _lettered(stated if stated in item.letters else None, item)
 
 
 def _lettered(stated: str | None, item: Item) -> Verdict:
     if stated is None:
-        return Verdict(None, (1 / len(item.letters),), invalid=True)  # what a guess is worth
+        return Verdict(None, (1 / len(item.letters),), invalid=True)  # the expected score of a guess
     return Verdict(stated, (float(stated == item.gold),))
 
 

@@ -1,4 +1,4 @@
-"""Answers as figures: each with its standard error, and with what was not answered as the task wants it."""
+"""Summarize answers as metrics with standard errors, and count invalid and truncated answers."""
 from __future__ import annotations
 
 import math
@@ -14,7 +14,7 @@ from hrm_megatron.evaluate.verdict import Verdict
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its standard error (None: too few answers to tell), both between 0 and 1."""
+    """A mean and its standard error (None: too few answers), as fractions of 1."""
 
     value: float
     stderr: float | None
@@ -22,8 +22,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Result:
-    """What a task came to. `metrics` begin with the one that was published; with several samples they are those of the
-    majority, and NAME_mean those of a single answer on average."""
+    """The results of a task. The first of `metrics` is the published one. With several samples they score the majority
+    vote, and NAME_mean is the mean over single answers."""
 
     task: Task
     metrics: Mapping[str, Estimate]
@@ -33,13 +33,13 @@ class Result:
     invalid: int
     too_long: int
     fewer_shots: int
-    unended: int  # answers that the context, or --max-new-tokens, cut off
+    unended: int  # answers truncated by the context or --max-new-tokens
     context_tokens: int
-    limit: int | None = None  # only so many questions were taken from the split
+    limit: int | None = None  # only this many questions of the split were used
 
 
 def estimate(scores: Sequence[float], groups: Sequence[str]) -> Estimate:
-    """Average the means of all groups, as the reference does, and propagate their standard errors."""
+    """Return the mean over the means of all groups, as in the reference, with the standard error propagated."""
     parts: dict[str, list[float]] = {}
     for score, group in zip(scores, groups, strict=True):
         parts.setdefault(group, []).append(score)
@@ -50,12 +50,12 @@ def estimate(scores: Sequence[float], groups: Sequence[str]) -> Estimate:
 
 
 def majority(verdicts: Sequence[Verdict], same: Callable[[Any, Any], bool]) -> Verdict:
-    """Choose the verdict of the most frequent vote, of equally many the one that came first; votes that are the `same`
-    count together, for the first of them.
+    """Return the verdict of the most frequent vote, the earliest among ties. Votes that are the `same` are counted
+    together.
 
-    The most frequent votes are compared first, and only until the others cannot overtake: `same` may be slow.
+    The most frequent votes are compared first, until the rest cannot overtake: `same` may be slow.
     """
-    votes = Counter(verdict.vote for verdict in verdicts if verdict.vote is not None)  # equal ones are compared once
+    votes = Counter(verdict.vote for verdict in verdicts if verdict.vote is not None)  # equal votes are compared once
     if not votes:
         return verdicts[0]
     together: Counter[Any] = Counter()
@@ -75,7 +75,7 @@ def majority(verdicts: Sequence[Verdict], same: Callable[[Any, Any], bool]) -> V
 
 def summarize(task: Task, asked: Sequence[Asked], records: Sequence[Mapping[str, Any]], samples: int,
               context_tokens: int) -> Result:
-    """Score the records of all questions."""
+    """Score the records of all questions and return the task's result."""
     verdicts = [[task.answer(text, one.item) for text in record["responses"]]
                 for one, record in zip(asked, records, strict=True)]
     groups = [one.item.group for one in asked]

@@ -1,4 +1,4 @@
-"""The same questions at several depths: accuracy, H cycles that were run, and time."""
+"""Answer the same questions at several depths: accuracy, H cycles run, and time."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from hrm_megatron.generate.session import Session
 
 @dataclass(frozen=True)
 class Depth:
-    """Cycles of an answer; with `exit_threshold`, `h_cycles` is the most of them."""
+    """Cycles of an answer; with `exit_threshold`, `h_cycles` is the maximum."""
 
     h_cycles: int
     l_cycles: int
@@ -34,20 +34,20 @@ class Depth:
 
 @dataclass(frozen=True)
 class Point:
-    """What answers at a depth came to; `difference` is that to the depth of training, question by question."""
+    """Results at a depth; `difference` is the mean of per-question differences to the depth of training."""
 
     depth: Depth
     accuracy: Estimate
     difference: Estimate
     mean_h_cycles: float  # over answers
     tokens: int  # of all answers
-    seconds: float  # for all answers, the best of the repetitions
+    seconds: float  # for all answers, best of the repetitions
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Requests, of which None does not fit the context, and `scores` of the texts that answer them ("" to None);
-    questions of a group are averaged first."""
+    """Requests (None: does not fit the context), and a function that `scores` the answering texts ("" for None). Scores
+    are averaged by group first."""
 
     requests: Sequence[Request | None]
     groups: Sequence[str]
@@ -55,15 +55,15 @@ class Questions:
 
 
 def exact_questions(path: Path, condition: str, session: Session) -> Questions:
-    """Ask the rows of a jsonl file; an answer is right if it is the row's response to the letter."""
+    """Return the questions of a jsonl file; an answer is right if it equals the row's response exactly."""
     questions = of_jsonl(path, condition, kept=False)
     for question in questions:
         if not isinstance(question.others.get(REFERENCE), str):
             raise ConfigError(f"{question.place}: no field 'response' with the right answer; give it as a string")
         check_text(f"{question.place}, response", question.others[REFERENCE])
     spelled = session.tokenizer.encode_responses([question.others[REFERENCE] for question in questions])
-    right = [session.text(ids) for ids in spelled]  # in the form that an answer has, whose characters are composed
-    longest = max(map(len, spelled))  # what goes on beyond the longest right answer is wrong anyway
+    right = [session.text(ids) for ids in spelled]  # normalized like an answer (composed characters)
+    longest = max(map(len, spelled))  # anything longer is wrong anyway
     requests = [Request(request.prompt, longest, request.sampling, request.stop_tokens)
                 for request in session.requests(questions)]
     return Questions(requests, [""] * len(right), lambda texts: [
@@ -71,7 +71,7 @@ def exact_questions(path: Path, condition: str, session: Session) -> Questions:
 
 
 def task_questions(task: Task, rows: tuple[Sequence[PlacedItem], Sequence[PlacedItem]], session: Session) -> Questions:
-    """Ask a task of the reference; the score is its first metric."""
+    """Return the questions of a task of the reference; the score is its first metric."""
     context = min(task.context_tokens, session.decoder.context_tokens)
     asked = prepare(task, *rows, session.tokenizer, context)
     requests, groups = list(requests_of(task, asked, session, context)), [one.item.group for one in asked]
@@ -81,11 +81,12 @@ def task_questions(task: Task, rows: tuple[Sequence[PlacedItem], Sequence[Placed
 
 def sweep(sessions: Mapping[Depth, Session], questions: Questions, max_rows: int, repeats: int,
           clock: Callable[[], float], say: Callable[[str], object]) -> list[Point]:
-    """Let a session of each depth answer the questions, `repeats` times in turns; the first is that of training."""
+    """Answer the questions with the session of each depth, `repeats` times in alternation; the first is the depth of
+    training."""
     asked = [request for request in questions.requests if request]
     if not asked:
         raise ConfigError("no prompt fits the model's context; give shorter questions")
-    # The first answers compile kernels and lay weights out, which is no depth's own time.
+    # Warm-up: the first answers compile kernels and repack weights, which belongs to no depth.
     list(next(iter(sessions.values())).answer(asked[:max_rows], max_rows, lambda line: None))
     seconds: dict[Depth, float] = {}
     for repeat in range(repeats):
@@ -110,7 +111,7 @@ def sweep(sessions: Mapping[Depth, Session], questions: Questions, max_rows: int
 
 
 def table(points: Sequence[Point], answers: int) -> str:
-    """Write Markdown, one line per depth."""
+    """Return a Markdown table, one line per depth."""
     lines = ["| H cycles | L cycles | exit below | H cycles run | accuracy, % | to the first line | tokens | ms per "
              "answer | time |", "|---|---|---|---|---|---|---|---|---|"]
     for point in points:

@@ -1,4 +1,4 @@
-"""The reference's tasks as a table: where their rows come from, how they are asked, and what was published.
+"""The table of the reference's tasks: source of the rows, prompt format, scoring, and published results.
 
 Prompts, shots, conditions and scoring are those of HRM-Text's `evaluation/` (benchmarks.py, hrm_benchmarking.yaml).
 """
@@ -25,12 +25,12 @@ from hrm_megatron.evaluate.verdict import Verdict
 Row = Mapping[str, Any]
 REASONING, DIRECT = "synth,cot", "direct"
 ONE_TOKEN = 1
-TOO_LONG = "too long"  # how an answer "finishes" that was never begun
+TOO_LONG = "too long"  # "finish" of a question that does not fit the context
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows on the hub: `name` of the configuration, or several that are read one after the other."""
+    """A dataset on the hub; `name` is its configuration, `names` are several that are read in order."""
 
     path: str
     split: str
@@ -41,12 +41,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """`item` makes a question of a row; `answer` says what a text answers and whether that is right; `same` tells
-    whether two votes of different spelling are one.
+    """`item` converts a row to a question; `answer` extracts and scores the answer of a text; `same` decides whether
+    two differently written votes are equal.
 
-    `shots` examples stand before a question, `special_shots` where its group is named there, and `fewer_shots` where
-    the prompt is longer than the context otherwise. `new_tokens` None: as many as the context leaves room for.
-    `metrics` are the names of what a verdict measures, the first is the one that was `published` (percent).
+    `shots` examples precede a question, `special_shots` of them for a group named there, and `fewer_shots` if the
+    prompt would exceed the context otherwise. `new_tokens` None: as many as fit the context. `metrics` names the scores
+    of a verdict; `published` (percent) is of the first.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Task:
     shots: int = 0
     special_shots: Mapping[str, int] = field(default_factory=dict)
     fewer_shots: int | None = None
-    grouped_shots: bool = False  # from rows of the question's own group
+    grouped_shots: bool = False  # shots come from rows of the question's own group
     fixed_shots: Sequence[str] = ()
     metrics: tuple[str, ...] = ("acc",)
     same: Callable[[Any, Any], bool] = operator.eq
@@ -103,7 +103,7 @@ TASKS: Mapping[str, Task] = {task.name: task for task in (
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as it is asked: with so many `shots`; `prompt` is None where no number of shots fits the context."""
+    """A question as a prompt with this number of `shots`; `prompt` is None if it does not fit the context."""
 
     place: str
     item: Item
@@ -112,7 +112,7 @@ class Asked:
 
 
 def chosen(names: Sequence[str], conditions: Mapping[str, str]) -> list[Task]:
-    """Return the tasks of these names in the table's order, with other conditions where some are given."""
+    """Return the tasks with these names in the table's order, with the given conditions instead of theirs."""
     for name in (*names, *conditions):
         if name not in TASKS:
             raise ConfigError(f"task {name!r}: unknown; choose from {', '.join(TASKS)}")
@@ -125,7 +125,7 @@ def chosen(names: Sequence[str], conditions: Mapping[str, str]) -> list[Task]:
 
 
 def with_shots(task: Task, number: int) -> Task:
-    """Return the task with another number of shots, for all of its questions."""
+    """Return the task with another number of shots for all its questions."""
     most = None if task.source.shots_split else len(task.fixed_shots)
     if most is not None and number > most:
         raise ConfigError(f"--shots {task.name}={number}: {task.title} has {most}; give at most that")
@@ -135,7 +135,7 @@ def with_shots(task: Task, number: int) -> Task:
 
 
 def spelled(task: Task, item: Item, shots: Sequence[Item]) -> str:
-    """Write an item with its shots as one instruction."""
+    """Return an item with its shots as one instruction."""
     if isinstance(item.question, Choice):
         return prompts.with_shots(item, shots)
     return "".join(f"{shot}\n\n" for shot in task.fixed_shots) + item.question

@@ -1,4 +1,4 @@
-"""What one answer is worth."""
+"""The score of one answer."""
 from __future__ import annotations
 
 from collections.abc import Hashable
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Verdict:
-    """`vote` is what the text answers (None: nothing that counts, `invalid`), which the task's `same` compares;
-    `scores` are the task's metrics, each between 0 and 1."""
+    """`vote` is the extracted answer, which the task's `same` compares (None: none to vote for); `scores` are the
+    task's metrics, each between 0 and 1; `invalid`: not an answer in the task's form."""
 
     vote: Hashable | None
     scores: tuple[float, ...]

@@ -23,7 +23,7 @@ from hrm_megatron.optim.adam_atan2 import STATE_KEYS, state_key
 from hrm_megatron.optim.builder import STEPS_DONE
 from hrm_megatron.program import followed, write_aside
 from hrm_megatron.training.bad_steps import last_step_taken
-from hrm_megatron.training.checkpoint_space import check_space
+from hrm_megatron.training.checkpoint_space import check_space, check_writable
 from hrm_megatron.training.conversion_command import by_converting, converting
 from hrm_megatron.training.early_stopping import stopped_early
 from hrm_megatron.training.evaluation import RAW, Evaluation
@@ -100,11 +100,14 @@ def _foreign_format(folder: Path) -> str | None:
 
 
 def check_start(args: argparse.Namespace) -> Path | None:
-    """Refuse a --save that holds what is not this run's, and flags about a checkpoint where there is none to load.
+    """Refuse a --save that holds what is not this run's, or cannot be written, and flags about a checkpoint where there
+    is none to load.
 
     Returns the iteration to go on from, or None. A dry run asks too, and nothing is written then.
     """
     check_verification_flags(args)
+    if args.save and not args.skip_train:
+        check_writable(args)
     found = complete_iterations(Path(args.save)) if args.save else []
     if found and args.save != args.load:
         raise ConfigError(f"--save {args.save}: holds {found[-1]} of another run; give --load {args.save} to go on "
@@ -206,17 +209,16 @@ def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path, kn
         return True
     if not converted:
         check_plan(folder, common["args"], args)
-    if args.no_load_optim:
-        return True
     if missing:
         raise ConfigError(f"{folder}: holds no {missing}; give --finetune to begin at step 0, or --no-load-optim to go "
                           "on, with a new optimizer and an EMA that starts at its weights, or another --load")
     if not converted:
-        if schedule := settle_schedule(args, common["args"], folder, iteration):
+        if schedule := settle_schedule(args, common["args"], folder):
             log.info(schedule)
         if changed := changes(common["args"], args):
             log.info(f"checkpoint: {changed}")
-        take_losses(args, common["args"])
+        if not args.no_load_optim:  # a new optimizer has its own level
+            take_losses(args, common["args"])
     return True
 
 

@@ -47,7 +47,7 @@ def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         args.seq_length = stored.seq_length
     if (args.finetune or args.skip_train) and args.bp_max_steps is None:  # those of its last step
         args.bp_max_steps = stored.bp_max_steps
-    keeps_schedule = args.use_checkpoint_opt_param_scheduler and not (args.no_load_optim or starts_new(args, folder))
+    keeps_schedule = args.use_checkpoint_opt_param_scheduler and not starts_new(args, folder)
     if keeps_schedule and args.lr is None:  # with all else of the schedule it is taken when that is compared
         args.lr = stored.lr
     log.info(f"checkpoint: {folder}: model " + ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_ARGUMENTS))

@@ -40,12 +40,16 @@ def most_at_once(args: argparse.Namespace, saves: Sequence[int]) -> int:
     return len(protected) + best + len(last)
 
 
-def check_space(args: argparse.Namespace, architecture: Architecture, done: int) -> None:
-    """Refuse a `--save` that cannot be written, or has no room for the next checkpoint: with `--most-recent-k` for as
-    many as are there at once, less those that are there."""
+def check_writable(args: argparse.Namespace) -> None:
+    """Refuse a `--save` that cannot be written, or made; nothing is written to find out."""
     place = nearest(followed(Path(args.save)))
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"--save {args.save}: cannot write to {place}; choose another folder")
+
+
+def check_space(args: argparse.Namespace, architecture: Architecture, done: int) -> None:
+    """Refuse a `--save` that has no room for the next checkpoint: with `--most-recent-k` for as many as are there at
+    once, less those that are there."""
     count = min(1, len(coming := coming_saves(args, done)))
     what = "one checkpoint needs"
     if kept := kept_saves(args):
@@ -53,7 +57,7 @@ def check_space(args: argparse.Namespace, architecture: Architecture, done: int)
         if count > 1:
             what = f"{count} checkpoints (the last {kept} are kept, and one more is written) need"
     needed = count * saved_bytes(args, architecture)
-    if (free := _free_bytes(args, place)) < needed:
+    if (free := _free_bytes(args, nearest(followed(Path(args.save))))) < needed:
         raise ConfigError(f"--save {args.save}: {what} {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; free some "
                           "space or choose another disk")
 

@@ -23,6 +23,7 @@ from hrm_megatron.program import write_aside
 from hrm_megatron.training.console_lines import NO_TERMINAL_WIDTH, facts_block
 
 ARGUMENTS_FILE, LOG_FILE = "arguments.txt", "megatron.rank{}.log"
+STARTED_IN = "started_in"  # the folder from which relative names of arguments count
 # What Megatron prints and a user should see: that a run stops, or does not do what it was told.
 ATTENTION = re.compile(r"^\W*(?:warning|error)\b|\bexiting\b|termination requested|is deprecated|could not|unable to",
                        re.IGNORECASE)
@@ -106,10 +107,11 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self._megatron_printed(line)
 
     def answer(self, lines: Iterable[str], verbose: bool) -> None:
-        """Show these lines in place of the facts of a run, because none will begin."""
+        """Show the facts so far and these lines, because no run will begin."""
+        said, self.facts = self.facts, []
         self.settle(None, verbose)
-        self.facts.clear()
-        for line in lines if self.first else ():
+        self.facts.clear()  # of where a run's log would be
+        for line in (*([facts_block(said, self.wrapped)] if said else ()), *lines) if self.first else ():
             self.line(line)
 
     def begin(self, arguments: dict[str, object]) -> None:
@@ -159,8 +161,8 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self.line(f"{self._who}{record.levelname.lower()}: {record.getMessage()}")
         elif self.first and self.begun:
             self.line(record.getMessage())
-        elif self.first:
-            self.facts += re.split(r"\n(?! )", record.getMessage())  # a line that is not indented is another fact
+        elif self.first:  # a line that is not indented is another fact, and one that was said is none
+            self.facts += [fact for fact in re.split(r"\n(?! )", record.getMessage()) if fact not in self.facts]
 
     def _warned(self, record: logging.LogRecord) -> None:
         if not self.verbose:  # else it is among Megatron's lines
@@ -203,8 +205,9 @@ class Console(contextlib.AbstractContextManager["Console"]):
                     self.log = open(self.folder / LOG_FILE.format(self.rank), "a", encoding="utf-8")  # noqa: SIM115
                     self.restore.callback(self._close_log)
             if self.folder and self.first and arguments:
+                listed = {**arguments, STARTED_IN: Path.cwd()}
                 write_aside(self.folder / ARGUMENTS_FILE, "".join(
-                    f"{name} {'.' * (48 - len(name))} {value}\n" for name, value in sorted(arguments.items())))
+                    f"{name} {'.' * (48 - len(name))} {value}\n" for name, value in sorted(listed.items())))
         except OSError as error:
             raise ConfigError(f"{self.folder}: cannot keep the run's log there ({error.strerror}); mend that, or "
                               "choose another --save or --tensorboard-dir") from error

@@ -24,6 +24,7 @@ from hrm_megatron.data.sampled import SampledFolder
 from hrm_megatron.data.sampling_rules import read_rules
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.data.walk import Walk
+from hrm_megatron.training.agreement import digest
 from hrm_megatron.training.blend import Blend
 from hrm_megatron.training.evaluation import Evaluation
 
@@ -132,7 +133,9 @@ def open_sources(args: argparse.Namespace) -> Sources:
     for part in valid.given_prompts if valid else ():
         log.info("data: %s: chance has left it empty, so it has one question, which training has again when the data "
                  "grows", ("training", "validation", "test")[part])
-    args.data_digests = {"train": digest_of(walk.identity(0)), "valid": valid and digest_of(valid.contents)}
+    args.data_digests = {"train": digest_of(walk.identity(0)), "valid": valid and digest_of(valid.contents),
+                         # of whose first epoch the identity knows the lengths alone
+                         "sampled": folder and digest(folder.files)}
     return Sources(walk, valid, mixture(whole or blends["test"], "test"), bool(whole), tuple(stores.values()))
 
 

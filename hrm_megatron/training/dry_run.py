@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.config import DATA_FLAGS, PRESET_VOCAB_SIZE
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.model import hrm
@@ -26,7 +28,6 @@ from hrm_megatron.training.checkpoint_space import describe_space
 from hrm_megatron.training.data import Sources
 from hrm_megatron.training.early_stopping import stopped_early
 from hrm_megatron.training.evaluation import Evaluation
-from hrm_megatron.training.finetune import how_to_evaluate
 from hrm_megatron.training.fsdp import sharded_by_fsdp
 from hrm_megatron.training.going_back import describe_return, step_to_go_back_to, went_back
 from hrm_megatron.training.layout import describe, gradient_itemsize, layers_of_stages
@@ -35,7 +36,10 @@ from hrm_megatron.training.resume import nothing_left
 from hrm_megatron.training.step import TrainingStep, innermost
 from hrm_megatron.training.step_schedules import bp_schedule
 from hrm_megatron.training.summary import describe_model, describe_schedule
+from hrm_megatron.training.verification import stand_ins
 from hrm_megatron.transformer_config import architecture_of
+
+log = logging.getLogger(__name__)
 
 
 def has_data(args: argparse.Namespace) -> bool:
@@ -123,32 +127,41 @@ def predicted_memory(args: argparse.Namespace) -> list[Memory]:
                             saving_of(args), plan)
 
 
-def checked_start(args: argparse.Namespace, data: Sources | None,
-                  evaluation: Evaluation) -> tuple[Path | None, int, bool]:
-    """Return the checkpoint that the run would begin from, or None, the steps that it has done by then, and whether
-    anything is left to do; refuse what the run would refuse of both.
+def checked_start(args: argparse.Namespace, data: Sources | None, evaluation: Evaluation) -> tuple[Path | None, int]:
+    """Return the checkpoint that the run would begin from, or None, and the steps that it has done by then; refuse what
+    the run would refuse of both, and log what it would.
 
-    Whether the vocabulary is that of the data is told where there are data.
+    Whether the vocabulary is that of the data is told where there are data, and of damage that alone which shows in the
+    sizes of files.
     """
     if (folder := check_start(args)) is None:
-        return None, 0, True
-    is_left = check_fit(args, evaluation, folder, knows_vocabulary=data is not None)
-    return folder, steps_done(args, folder), is_left
+        return None, 0
+    fits = partial(check_fit, args, evaluation, knows_vocabulary=data is not None)
+    try:
+        fits(folder)
+    except DamagedError as damage:
+        if not args.load_newest_valid or step_to_go_back_to(args):
+            raise
+        for other in stand_ins(folder):
+            with contextlib.suppress(DamagedError):
+                fits(other)
+                log.info(f"checkpoint: {damage}; going on from {other.name}, the newest whose files are whole")
+                return other, steps_done(args, other)
+        raise
+    return folder, steps_done(args, folder)
 
 
 def describe_dry_run(args: argparse.Namespace, data: Sources | None, evaluation: Evaluation) -> Iterator[str]:
     """Yield all that a dry run has to say, behind what `pretrain.refuse` refuses; nothing is written."""
-    start, done, is_left = checked_start(args, data, evaluation)
+    start, done = checked_start(args, data, evaluation)
     yield describe_model(args)
     yield describe(args)
     if args.skip_train:
         yield f"checkpoint: evaluates {start}"
     elif start:
-        stopped = stopped_early(args, done) if done else None
-        finished = nothing_left(done, args.train_iters, how_to_evaluate(args)) or stopped
-        made_up = "; its last evaluation is made up" if is_left else ""
-        yield (f"checkpoint: {start}: {finished}{made_up}" if finished else
-               f"checkpoint: begins from {start}, after step {done}")
+        finished = bool(done and (nothing_left(done, args.train_iters) or stopped_early(args, done)))
+        if not finished:  # of which the log speaks
+            yield f"checkpoint: begins from {start}, after step {done}"
         if made := went_back(args):
             yield made
         elif not finished and (step := step_to_go_back_to(args)):

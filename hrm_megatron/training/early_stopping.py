@@ -141,7 +141,7 @@ def check_early_stopping(args: argparse.Namespace, evaluation: Evaluation) -> No
     Record.read(args, 0)  # refused now, not at the first evaluation
 
 
-def install_early_stopping(args: argparse.Namespace, evaluation: Evaluation) -> None:
+def install_early_stopping(args: argparse.Namespace) -> None:
     """Let Megatron's loop end a run as --early-stopping asks. Call it behind `guard_saves` and
     `install_evaluation`."""
     if not args.early_stopping:
@@ -149,7 +149,7 @@ def install_early_stopping(args: argparse.Namespace, evaluation: Evaluation) -> 
     former = Path(args.load or args.save) / RECORD_FILE
     if former.parent != Path(args.save) and former.exists():
         log.info(f"early stopping: counts the evaluations in {args.save} alone; those before are in {former}")
-    stopping = EarlyStopping(args, evaluation)
+    stopping = EarlyStopping(args)
     megatron_training.evaluate = around(megatron_training.evaluate, stopping.evaluate)
     megatron_training.evaluate_and_print_results = around(megatron_training.evaluate_and_print_results,
                                                            stopping.evaluate_and_print_results)
@@ -161,8 +161,8 @@ def install_early_stopping(args: argparse.Namespace, evaluation: Evaluation) -> 
 class EarlyStopping:
     """Wrappers of Megatron's functions; each takes the function that it wraps first."""
 
-    def __init__(self, args: argparse.Namespace, evaluation: Evaluation) -> None:
-        self.args, self.evaluation = args, evaluation
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
         self.measured = math.nan
         self.saved = 0
         self.kept: int | None = None
@@ -184,7 +184,7 @@ class EarlyStopping:
         if prefix.endswith(ON_VALIDATION_SET) and iteration == self.record.stopped:
             return  # this is the validation that it was stopped by
         stock(prefix, forward_step_func, data_iterator, model, iteration, *rest, **options)
-        if prefix.endswith(ON_TEST_SET) or self.evaluation.out_of_time:  # on all ranks alike
+        if prefix.endswith(ON_TEST_SET):
             return
         if iteration not in self.record.evaluations:  # the last one of a run may be measured twice
             # Of a pipeline only the last stage knows, to which the last rank belongs in every layout.

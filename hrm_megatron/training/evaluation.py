@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron.training import training as megatron_training
-from megatron.training.global_vars import get_tensorboard_writer, get_timers, get_wandb_writer
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import is_last_rank
 
 from hrm_megatron.config import ConfigError, round_up
 from hrm_megatron.data.dataset import PackedRows
 from hrm_megatron.optim.averaged_weights import averaged_weights
-from hrm_megatron.parallel.patching import around
+from hrm_megatron.parallel.patching import around, temporarily
 from hrm_megatron.program import write_aside
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ OF_EMA = " EMA"  # behind the name of a part whose results are those of the EMA
 class Evaluation:
     """Which of the held-out parts have examples; `whole`: an evaluation reads all rows of its part, each once.
 
-    `suffix` names the weights that are being evaluated: nothing, or OF_EMA. `out_of_time`: --exit-duration-in-mins came
-    in an evaluation, behind which the run ends. `validated`: the last iteration that this start has validated.
+    `suffix` names the weights that are being evaluated: nothing, or OF_EMA. `validated`: the last iteration that this
+    start has validated.
     """
 
     validates: bool
@@ -43,7 +43,6 @@ class Evaluation:
     test_iters: int
     weights: str = RAW
     suffix: str = field(default="", init=False)
-    out_of_time: bool = field(default=False, init=False)
     validated: int | None = field(default=None, init=False)
     optimizer: Any = field(default=None, init=False)  # known once the loop has built it
     counted_passes: int = field(default=1, init=False)  # in the count of rows with which the run begins
@@ -76,7 +75,7 @@ class Evaluation:
     def note_end(self, args: argparse.Namespace) -> None:
         """Write down that a run which has come to its end has been evaluated there, with all that it had to evaluate;
         nothing is lost if that fails."""
-        if args.rank or args.skip_train or not args.save or self.out_of_time:
+        if args.rank or args.skip_train or not args.save:
             return
         try:
             write_aside(Path(args.save) / EVALUATED, json.dumps({"iteration": args.train_iters}) + "\n")
@@ -131,31 +130,27 @@ def check_weights(args: argparse.Namespace, evaluates: bool) -> None:
 
 
 def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None:
-    """Let the loop evaluate the parts that are there, log a test as a test, and validate no iteration twice: at its end
-    it would do once more what an interval has done."""
+    """Let the loop evaluate the parts that are there and come to the end of it, log a test as a test, and validate no
+    iteration twice: at its end it would do once more what an interval has done."""
     validate: Callable[..., None] = megatron_training.evaluate_and_print_results
 
-    def in_time(stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
-        found = *_, evaluation.out_of_time = stock(*rest, **options)
-        if evaluation.out_of_time:
-            get_timers()("evaluate").stop()  # stock code leaves it running, and the next one could not start it
-        return found
+    def to_its_end(stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
+        with temporarily(args, exit_duration_in_mins=None):  # no later start would validate this iteration
+            return stock(*rest, **options)
 
     def evaluate_and_print_results(prefix: str, forward_step_func: Any, data_iterator: Any, model: Any, iteration: int,
                                    process_non_loss_data_func: Any, config: Any, verbose: bool = False,
                                    write_to_tensorboard: bool = True, non_loss_data_func: Any = None,
                                    **groups: Any) -> None:
-        def evaluate(part: str, iters: int) -> bool:
-            means, _, out_of_time = megatron_training.evaluate(
+        def evaluate(part: str, iters: int) -> None:
+            means, *_ = megatron_training.evaluate(
                 forward_step_func, data_iterator, model, process_non_loss_data_func, config, verbose,
                 non_loss_data_func, eval_iters=iters, **groups)
-            if not out_of_time:
-                log_part(part, {name: mean.item() for name, mean in means.items()}, iteration,
-                         args.consumed_train_samples, write_to_tensorboard)
-            return not out_of_time
+            log_part(part, {name: mean.item() for name, mean in means.items()}, iteration,
+                     args.consumed_train_samples, write_to_tensorboard)
 
         tests = prefix.endswith(ON_TEST_SET)
-        if evaluation.out_of_time or not (tests or (evaluation.validates and evaluation.validated != iteration)):
+        if not (tests or (evaluation.validates and evaluation.validated != iteration)):
             return
         part, iters = ("test", evaluation.test_iters) if tests else ("validation", args.eval_iters)
         before = args.consumed_valid_samples
@@ -163,21 +158,18 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
             if not tests:
                 validate(prefix, forward_step_func, data_iterator, model, iteration, process_non_loss_data_func, config,
                          verbose, write_to_tensorboard, non_loss_data_func, **groups)
-            elif not evaluate(part, iters):
-                return
-        if evaluation.weights != RAW and not evaluation.out_of_time:
+            else:
+                evaluate(part, iters)
+        if evaluation.weights != RAW:
             evaluation.suffix = OF_EMA
             with averaged_weights(evaluation.optimizer, model):
                 evaluate(part + OF_EMA, iters)
             evaluation.suffix = ""
         if not tests:
-            rows = iters * args.eval_global_batch_size
-            whole = args.consumed_valid_samples - before == rows * evaluation.passes
-            # Out of time the run ends, and the next start reads all rows of one.
-            args.consumed_valid_samples = before + (rows if whole else 0)
+            args.consumed_valid_samples = before + iters * args.eval_global_batch_size  # whatever the passes
             evaluation.validated = iteration
 
-    megatron_training.evaluate = around(megatron_training.evaluate, in_time)
+    megatron_training.evaluate = around(megatron_training.evaluate, to_its_end)
     megatron_training.evaluate_and_print_results = evaluate_and_print_results
 
 

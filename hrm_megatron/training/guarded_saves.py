@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 
 
 def guard_saves(args: argparse.Namespace) -> None:
-    """Let Megatron's loop save through functions that keep a half-written iteration from looking whole.
+    """Let Megatron's loop save through functions that keep a half-written iteration from looking whole, and load
+    whatever it saves: what --no-save-optim and --no-save-rng leave out of a save, stock code asks no checkpoint for.
 
     A save in the background fails when its end is waited for. An iteration that is saved is not saved once more, as
     behind Megatron's loop: that would begin by breaking it.
@@ -99,6 +100,10 @@ def guard_saves(args: argparse.Namespace) -> None:
             whole = set(complete_iterations(Path(args.save)))
             raise refuse(next((i for i in begun if folder_name(i) not in whole), begun[-1]), error) from error
 
+    def load_checkpoint(stock: Callable[..., tuple[int, int]], *rest: Any, **options: Any) -> tuple[int, int]:
+        with temporarily(args, no_save_optim=None, no_save_rng=None):
+            return stock(*rest, **options)
+
     def save_once(stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
         saved = iteration in (args.iteration, *begun[-1:])  # the first: from which the run goes on
         # What Megatron has found about a step goes into a checkpoint, for the next start to run it again.
@@ -106,5 +111,6 @@ def guard_saves(args: argparse.Namespace) -> None:
             stock(iteration, *rest, **options)
 
     megatron_training.save_checkpoint_and_time = around(megatron_training.save_checkpoint_and_time, save_once)
+    megatron_training.load_checkpoint = around(megatron_training.load_checkpoint, load_checkpoint)
     megatron_training.save_checkpoint = save_checkpoint
     megatron_training.maybe_finalize_async_save = maybe_finalize_async_save

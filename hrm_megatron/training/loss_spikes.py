@@ -20,7 +20,7 @@ import torch
 from megatron.training import training as megatron_training
 
 from hrm_megatron.training.bad_steps import IGNORE, ROLLBACK, go_back, warn_once
-from hrm_megatron.training.resume import digest_of_data
+from hrm_megatron.training.resume import trains_on_the_same
 
 DEVIATIONS = 7  # OLMo 2
 WINDOW, FEWEST = 128, 32  # losses before: of few enough steps that the trend of a run is small beside its noise
@@ -70,9 +70,8 @@ class Spikes:
 def take_losses(args: argparse.Namespace, stored: argparse.Namespace) -> None:
     """Go on with the losses that a checkpoint was saved behind, where a policy asks for them and they are of the same
     data: others may have another level."""
-    digests, named = zip(*((digest_of_data(run), [getattr(run, name, None) for name in DATA])
-                           for run in (stored, args)), strict=True)
-    same_data = digests[0] == digests[1] if all(digests) else named[0] == named[1]
+    if (same_data := trains_on_the_same(stored, args)) is None:
+        same_data = all(getattr(stored, name, None) == getattr(args, name, None) for name in DATA)
     same = same_data and getattr(stored, "loss_on_prefix", None) == args.loss_on_prefix
     args.losses_before = getattr(stored, "losses_before", []) if same and args.on_loss_spike != IGNORE else []
 

@@ -12,7 +12,7 @@ from hrm_megatron.training.step import TrainingStep
 from hrm_megatron.training.step_schedules import lr_schedule
 
 
-def install(args: argparse.Namespace, step: TrainingStep, users: Iterable[Callable[[Any], None]]) -> None:
+def install_optimizer(args: argparse.Namespace, step: TrainingStep, users: Iterable[Callable[[Any], None]]) -> None:
     """Replace the two functions by which the loop builds its optimizer and its scheduler; `users` get the optimizer."""
     def get_optimizer_param_scheduler(optimizer: Any) -> StepScheduler:
         return StepScheduler(optimizer, lr_schedule(args), args.global_batch_size, args.weight_decay, step.running_step)

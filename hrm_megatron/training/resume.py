@@ -95,10 +95,17 @@ def context_of(args: argparse.Namespace) -> int:
     return getattr(args, "context_tokens", 0) or int(args.seq_length)
 
 
-def digest_of_data(args: argparse.Namespace, part: str = "train") -> str | None:
+def digest_of_data(args: argparse.Namespace, part: str) -> str | None:
     """Return what tells the data of a run, or of one that wrote a checkpoint, from others; None where nobody knows."""
     found: str | None = getattr(args, "data_digests", {}).get(part)
     return found
+
+
+def trains_on_the_same(theirs: argparse.Namespace, ours: argparse.Namespace) -> bool | None:
+    """Tell whether two runs train on the same data; None where nobody knows, as of checkpoints of older versions."""
+    pairs = [(digest_of_data(theirs, part), digest_of_data(ours, part)) for part in ("train", "sampled")]
+    known = [one == other for one, other in pairs if one and other]
+    return all(known) if known else None
 
 
 def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
@@ -117,12 +124,11 @@ def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
         given = getattr(args, name, None)
         return " ".join(given) if isinstance(given, list) else given
 
-    digests = [digest_of_data(args) for args in (theirs, ours)]
     found = [f"{flag} from {shown(theirs, name)} to {shown(ours, name)}" for name, flag in CHANGEABLE.items()
              if value(theirs, name) != value(ours, name)]
     if found:
         return f"the command line changes {', '.join(found)}"
-    if all(digests) and digests[0] != digests[1]:
+    if trains_on_the_same(theirs, ours) is False:
         return ("the data are not those it was trained on: their examples, or how they are mixed, have changed, and so "
                 "has the order of rows")
     return None
@@ -146,8 +152,8 @@ def differences(theirs: argparse.Namespace, ours: argparse.Namespace) -> dict[st
     return {flag: pair for flag, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def settle_schedule(args: argparse.Namespace, theirs: argparse.Namespace, folder: Path, iteration: int) -> str | None:
-    """Let `args` hold the schedule that the run follows from `iteration` on: theirs, or as a flag says.
+def settle_schedule(args: argparse.Namespace, theirs: argparse.Namespace, folder: Path) -> str | None:
+    """Let `args` hold the schedule that the run follows from `folder` on: theirs, or as a flag says.
 
     Returns a line for the log where the two differ and a flag decides; raises ConfigError where none does.
     """
@@ -162,10 +168,8 @@ def settle_schedule(args: argparse.Namespace, theirs: argparse.Namespace, folder
     if args.use_checkpoint_opt_param_scheduler:
         whose, flag = "the checkpoint's", KEEP
         _take_schedule(args, theirs)
-    step = iteration + 1
     return (f"schedule: {whose} ({flag}); learning rate and gradient ticks count iterations, whatever the rows per "
-            f"step: iteration {step} has rate {lr_schedule(args).at(step):g} and {bp_schedule(args).at(step)} gradient "
-            "ticks")
+            "step")
 
 
 def _take_schedule(args: argparse.Namespace, theirs: argparse.Namespace) -> None:

@@ -50,6 +50,7 @@ def describe_schedule(args: argparse.Namespace, bp: BPSchedule) -> str:
     lr = lr_schedule(args)
     decay = "constant" if lr.min_lr == lr.lr else f"cosine to {lr.min_lr:g} at step {lr.total_steps}"
     tokens, first = args.global_batch_size * args.seq_length, args.iteration + 1
+    here = f", {lr.at(first):g} at step {first}" if args.iteration else ""
     return (f"schedule: steps {first} to {args.train_iters} of {tokens:,} tokens; lr {lr.lr:g} after "
-            f"{lr.warmup_steps} steps of warm-up, {decay}; bp_steps {bp.at(first)} to {bp.at(args.train_iters)}; EMA "
-            f"decay {args.ema_decay:g}")
+            f"{lr.warmup_steps} steps of warm-up, {decay}{here}; bp_steps {bp.at(first)} to {bp.at(args.train_iters)}; "
+            f"EMA decay {args.ema_decay:g}")

@@ -5,7 +5,7 @@ import argparse
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -87,10 +87,7 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
         if args.save and not args.skip_train and folder.parent.resolve() == Path(args.save).resolve():
             _complete_save(args, folder, has_manifest)
         return False
-    # Megatron cannot be told to load iteration 0, a model before its first step.
-    others = (name for name in last_saved_first(folder.parent) if name != folder.name
-              and 0 < iteration_of(name) < (back_to or math.inf))
-    other = next((name for name in others if _verify_together(folder.parent / name) is None), None)
+    other = next((place.name for place in stand_ins(folder, back_to) if _verify_together(place) is None), None)
     if other is None:
         raise ConfigError(f"{damage}; no {'earlier' if back_to else 'other'} iteration in {folder.parent} verifies")
     if back_to:
@@ -101,6 +98,13 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
     args.ckpt_step = iteration_of(other)
     log.info(f"checkpoint: {damage}; going on from {other}, the newest that verifies")
     return check_fit(folder.parent / other)
+
+
+def stand_ins(folder: Path, before: int | None = None) -> Iterator[Path]:
+    """Yield the iterations that may stand in for a damaged one, the last saved first; those `before` one alone."""
+    # Megatron cannot be told to load iteration 0, a model before its first step.
+    return (folder.parent / name for name in last_saved_first(folder.parent)
+            if name != folder.name and 0 < iteration_of(name) < (before or math.inf))
 
 
 def _complete_save(args: argparse.Namespace, folder: Path, has_manifest: bool) -> None:

@@ -92,21 +92,6 @@ def test_what_cannot_be_answered_during_training_is_refused(data, changes, valid
         open_tasks(arguments(data, **changes), validates)
 
 
-def test_a_validation_without_time_for_its_end_is_not_followed_by_tasks(monkeypatch):
-    from megatron.training import training
-
-    from hrm_megatron.evaluate.live_tasks import LiveTasks, install_tasks
-    from hrm_megatron.training.evaluation import Evaluation
-
-    evaluation = Evaluation(validates=True, tests=False, whole=False, test_iters=1)
-
-    def out_of_time(*_):
-        evaluation.out_of_time = True
-    monkeypatch.setattr(training, "evaluate_and_print_results", out_of_time)
-    install_tasks(argparse.Namespace(), LiveTasks([], None, CONTEXT), evaluation)
-    training.evaluate_and_print_results("iteration 6", None, None, [], 6)  # would fail with neither model nor optimizer
-
-
 @pytest.mark.slow
 def test_two_ranks_share_the_questions_and_training_is_bitwise_the_same(launch, single_rank, tmp_path):
     """The model learns one answer, right for two thirds of the rows; the last result is that of the checkpoint's EMA

@@ -1,6 +1,7 @@
 """What the command line names as data, and where planned rows are kept."""
 import argparse
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from hrm_megatron.data.indexed_examples import IndexedExamplesWriter
 from hrm_megatron.data.split import example_parts
 from hrm_megatron.training import data
 from hrm_megatron.training.data import open_sources, plan_folder
-from tests.training.conftest import GOLDEN
+from hrm_megatron.training.resume import CHANGEABLE, changes, trains_on_the_same
+from tests.training.conftest import FULLBATCH, GOLDEN
+
+NAMED = dict.fromkeys(CHANGEABLE)  # by two runs alike
 
 
 class FakeTokenizer:
@@ -76,6 +80,30 @@ def test_data_that_cannot_be_meant_is_refused(stores, given, said):
     with pytest.raises(ConfigError, match=said) as refusal:
         open_sources(arguments(**named))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("change", ["tokens", "places in a later epoch", "epochs"])
+def test_other_data_in_a_sampled_folder_are_seen(tmp_path, change):
+    folder = shutil.copytree(FULLBATCH / "sampled", tmp_path / "sampled")
+    theirs, ours = argparse.Namespace(**NAMED), argparse.Namespace(**NAMED)
+
+    def digests():
+        args = arguments(sampled_data_path=str(folder))
+        open_sources(args)
+        return args.data_digests
+    theirs.data_digests = digests()
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
+    assert open_sources(args := arguments(sampled_data_path=str(moved))) and args.data_digests == theirs.data_digests
+    if change == "epochs":
+        shutil.rmtree(max(folder.glob("epoch_*"), key=lambda path: int(path.name[6:])))
+    else:
+        place = folder / ("tokens.npy" if change == "tokens" else "epoch_1/inst_start.npy")
+        np.save(place, np.roll(np.load(place), 1) if change == "tokens" else np.zeros_like(np.load(place)))
+    ours.data_digests = digests()
+    assert (changes(theirs, ours) or "").startswith("the data are not those it was trained on")
+    assert trains_on_the_same(theirs, ours) is False
+    del theirs.data_digests["sampled"]  # of an older version, which knew the lengths alone
+    assert changes(theirs, ours) is None and trains_on_the_same(theirs, ours)
 
 
 def test_rows_of_large_data_are_kept_beside_it_or_where_it_can_be_written(stores, tmp_path, monkeypatch, caplog):

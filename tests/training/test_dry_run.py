@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import random
+import re
 import shutil
 import sys
 
@@ -17,7 +18,7 @@ import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.training import arguments as megatron_arguments  # noqa: E402
 
-from hrm_megatron.checkpoint.folders import find_iteration  # noqa: E402
+from hrm_megatron.checkpoint.folders import complete_iterations, find_iteration  # noqa: E402
 from hrm_megatron.config import PRESETS, Architecture, ConfigError  # noqa: E402
 from hrm_megatron.model import hrm  # noqa: E402
 from hrm_megatron.model_types import HRM, MODEL_TYPES  # noqa: E402
@@ -180,7 +181,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_none_is_written_to(monkeyp
     words = ["--load", folder, "--dry-run", "--lr", "1e-3", "--train-iters", 400, "--seq-length", 96,
              "--num-attention-heads", 4, "--num-layers", 2]
     args = parsed(monkeypatch, *words, "--hidden-size", 32)
-    assert checked_start(args, None, NO_EVALUATION) == (folder / find_iteration(native_start).name, 0, True)
+    assert checked_start(args, None, NO_EVALUATION) == (folder / find_iteration(native_start).name, 0)
     with pytest.raises(ConfigError, match="its model has hidden_size=32, the command line makes 64"):
         checked_start(parsed(monkeypatch, *words, "--hidden-size", 64), None, NO_EVALUATION)
     assert written(folder) == before
@@ -205,6 +206,7 @@ def test_what_a_run_has_done_is_not_counted(launch, uninterrupted, fullbatch_arg
     (["--eval-tasks", "nonsense", "--eval-tasks-data", "."], "tasks are answered at every validation of a"),
     (["--load", "{0}", "--verify-integrity"], "--verify-integrity: {0}/iter_0000024 was saved without it"),
     (["--save", "{0}"], "--save {0}: holds iter_0000024 of another run"),
+    (["--save", "{0}/iter_0000024/.metadata/run"], "cannot write to {0}/iter_0000024/.metadata; choose another folder"),
     (["--load", "{0}", "--save", "{0}", "--train-iters", 41], "trained with --train-iters 24 (the command line makes"),
 ])
 def test_what_a_run_refuses_a_dry_run_refuses_too(launch, uninterrupted, fullbatch_arguments, flags, says):
@@ -214,6 +216,28 @@ def test_what_a_run_refuses_a_dry_run_refuses_too(launch, uninterrupted, fullbat
     run, dry_run = launch(*command), launch(*command, "--dry-run")
     assert run.code == dry_run.code == 2 and run.errors == dry_run.errors, (run.output[-2000:], dry_run.output[-2000:])
     assert says.format(folder) in run.errors[0] and written(uninterrupted) == before
+
+
+def test_what_a_run_says_of_its_start_a_dry_run_says_too(launch, uninterrupted, fullbatch_arguments, tmp_path):
+    folder = shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
+    command = [*fullbatch_arguments, "--load", folder, "--save", folder, "--train-iters", 25, "--seed", 99,
+               "--override-opt-param-scheduler", "--load-newest-valid", "--exit-interval", 13]
+    shard = folder / "iter_0000024" / "__0_0.distcp"
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 100)
+    before = written(folder)
+    dry_run = launch(*command, "--dry-run")
+    assert dry_run.code == 0 and written(folder) == before, dry_run.output[-3000:]
+    run = launch(*command)
+    assert run.code == 0 and complete_iterations(folder) == ["iter_0000012", "iter_0000013", "iter_0000024"], run.output
+    for line in (r"checkpoint: the command line changes --seed from 1234 to 99$",
+                 r"schedule: the command line's \(--override-opt-param-scheduler\)",
+                 r"schedule: steps 13 to 25 .* at step 13; bp_steps",
+                 r"checkpoint: .*iter_0000024/__0_0.distcp: .* bytes are there, .*going on from iter_0000012, "):
+        for output in (run.output, dry_run.output):
+            assert len(re.findall(f"^{line}", output, re.MULTILINE)) == 1, (line, output)
+    assert f"checkpoint: begins from {folder}/iter_0000012, after step 12" in dry_run.output
+    assert "log: " not in dry_run.output
 
 
 def test_held_out_rows_are_planned_and_none_are_written(launch, store, tmp_path):  # noqa: F811

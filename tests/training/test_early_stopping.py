@@ -81,13 +81,13 @@ def test_it_stops_and_a_resumed_run_stops_where_the_other_did(train, tmp_path):
 
 KILLED_BEHIND_THE_SAVE = MEASURED + """
 import os
-from hrm_megatron.training import checkpoint
-deleting = checkpoint.delete_older
+from hrm_megatron.training import guarded_saves
+deleting = guarded_saves.delete_older
 def delete_older(args, latest):
     deleting(args, latest)
     if latest == LATEST:
         os._exit(9)
-checkpoint.delete_older = delete_older
+guarded_saves.delete_older = delete_older
 """
 
 
@@ -129,17 +129,20 @@ training.evaluate = evaluate
 """
 
 
-def test_an_evaluation_without_time_for_its_end_is_none(train, tmp_path):
-    """Neither a result that is no better, nor rows that the next one does not begin with."""
-    limit = "--exit-duration-in-mins", 1_000_000, "--eval-iters", 2
-    train(tmp_path, *limit, prelude=OUT_OF_TIME)
-    assert record(tmp_path) == (2, None, {2: VALUES[2]})
-    assert find_iteration(tmp_path).name == "iter_0000004"
-    args = read_run(open_run(find_iteration(tmp_path)))[0]["args"]
-    assert args.consumed_valid_samples == 2 * 4  # iterations, rows: the evaluation behind step 2
+def test_time_that_is_out_in_an_evaluation_changes_no_later_one(train, tmp_path):
+    """It comes to its end, so that the next start goes on where one without a limit would be."""
+    flags = "--eval-iters", 2, "--tensorboard-dir"
+    train(tmp_path / "whole", *flags, tmp_path / "whole")
+    limited = [tmp_path / "limited", *flags, tmp_path / "limited", "--exit-duration-in-mins", 1_000_000]
+    train(*limited, prelude=OUT_OF_TIME)
+    assert record(tmp_path / "limited") == (4, None, {i: VALUES[i] for i in (2, 4)})
+    args = read_run(open_run(find_iteration(tmp_path / "limited")))[0]["args"]
+    assert args.consumed_valid_samples == 2 * 2 * 4  # evaluations, iterations, rows
     assert args.vocabulary == TextTokenizer(GOLDEN / "tokenizer").vocabulary
-    train(tmp_path, *limit)
-    assert record(tmp_path) == (12, None, {i: value for i, value in VALUES.items() if i != 4})
+    train(*limited)
+    assert record(tmp_path / "limited") == record(tmp_path / "whole") == (4, 10, UNTIL_STOPPED)
+    curves = [scalars(tmp_path / name, "lm loss validation") for name in ("limited", "whole")]
+    assert curves[0] == curves[1] and curves[0].keys() == UNTIL_STOPPED.keys()
 
 
 @pytest.mark.ranks

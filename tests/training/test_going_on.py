@@ -119,10 +119,10 @@ def test_another_schedule_is_one_line_in_the_users_units(changes, named):
     ours = arguments(**changes)
     assert differences(arguments(), ours) == named
     if not named:
-        assert settle_schedule(ours, arguments(), FOLDER, 12) is None
+        assert settle_schedule(ours, arguments(), FOLDER) is None
         return
     with pytest.raises(ConfigError) as error:
-        settle_schedule(ours, arguments(), FOLDER, 12)
+        settle_schedule(ours, arguments(), FOLDER)
     assert all(f"{flag} {have} (the command line makes {want})" in str(error.value)
                for flag, (have, want) in named.items())
     for flag in ("--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"):
@@ -137,15 +137,15 @@ def test_every_setting_of_the_schedule_can_be_kept():
     ours, theirs = arguments(**EVERY_CHANGE, use_checkpoint_opt_param_scheduler=True), arguments()
     before = schedule_settings(theirs)
     assert differences(theirs, ours).keys() == before.keys() - {"--global-batch-size"}
-    line = settle_schedule(ours, theirs, FOLDER, 12)
+    line = settle_schedule(ours, theirs, FOLDER)
     assert "the checkpoint's (--use-checkpoint-opt-param-scheduler)" in line
     assert "learning rate and gradient ticks count iterations" in line
     assert schedule_settings(ours) == before and ours.train_iters == 48
     assert lr_schedule(ours) == LRSchedule(4e-3, 4e-4, 4, 24) and bp_schedule(ours) == BPSchedule(2, 5, 0.6, 24)
     # What this run saves goes on by the same schedule, without a word.
-    assert settle_schedule(arguments(**EVERY_CHANGE, use_checkpoint_opt_param_scheduler=True), ours, FOLDER, 30)
+    assert settle_schedule(arguments(**EVERY_CHANGE, use_checkpoint_opt_param_scheduler=True), ours, FOLDER)
     again = argparse.Namespace(**vars(ours))
-    assert settle_schedule(again, ours, FOLDER, 30) is None
+    assert settle_schedule(again, ours, FOLDER) is None
     assert schedule_settings(again) == before
 
 
@@ -189,9 +189,7 @@ def test_a_run_over_epochs_or_rows_reads_what_is_left_of_them(given, consumed, i
 def test_every_setting_of_the_schedule_can_be_overridden():
     ours = arguments(**EVERY_CHANGE, override_opt_param_scheduler=True, global_batch_size=2)
     want = schedule_settings(ours)
-    line = settle_schedule(ours, arguments(), FOLDER, 12)
-    rate, ticks = LRSchedule(1e-3, 1e-4, 9, 40).at(13), BPSchedule(3, 4, 0.5, 48).at(13)
-    assert f"iteration 13 has rate {rate:g} and {ticks} gradient ticks" in line
+    assert "the command line's (--override-opt-param-scheduler)" in settle_schedule(ours, arguments(), FOLDER)
     assert schedule_settings(ours) == want
 
 

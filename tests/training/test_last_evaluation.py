@@ -53,8 +53,7 @@ def whole(train, tmp_path_factory):
     (-9, BEHIND_ITS_END, AT_CALL.format(call=1, act=KILL), 2), (-9, [], AT_CALL.format(call=2, act=KILL), 1),
     (0, ["--exit-signal-handler"], AT_CALL.format(call=1, act=TERMINATE), 1),
     (0, ["--exit-interval", STEPS], "", 1),
-    (0, [*LIMIT, *BEHIND_ITS_END], AT_CALL.format(call=1, act=OUT_OF_TIME), 1),
-], ids=["killed in the validation", "killed in the test", "stopped in the last step", "--exit-interval", "out of time"])
+], ids=["killed in the validation", "killed in the test", "stopped in the last step", "--exit-interval"])
 def test_the_last_evaluation_is_made_up_once(train, whole, tmp_path, code, flags, prelude, ranks):
     stopped = train(tmp_path, *flags, prelude=prelude, ranks=ranks)
     assert stopped.code == code and "test" not in printed(stopped), stopped.output[-3000:]
@@ -90,13 +89,19 @@ def test_what_cannot_be_evaluated_is_not_made_up(train, tmp_path):
     assert other.code == 0 and MADE_UP in other.output and printed(other), other.output[-3000:]
 
 
-@pytest.mark.parametrize("weights", ["both", "ema", "raw"])
-def test_a_run_whose_time_ends_in_an_evaluation_is_saved(train, tmp_path, weights):
+@pytest.mark.parametrize("weights, lines", [("both", 2), ("ema", 1), ("raw", 1)])
+def test_a_run_whose_time_is_out_in_an_evaluation_ends_that_and_is_saved(train, tmp_path, weights, lines):
     flags = "--eval-weights", weights, "--eval-interval", STEPS - 2, *LIMIT
     run = train(tmp_path, *flags, prelude=AT_CALL.format(call=1, act=OUT_OF_TIME))
     assert run.code == 0 and not printed(run), run.output[-3000:]
+    assert run.output.count("  validation") == lines and run.output.count("exiting program after") == 1
     assert complete_iterations(tmp_path) == [f"iter_{STEPS - 2:07d}"]
-    assert run.output.count("Exiting during evaluation, timelimit reached") == 1
+
+
+def test_an_evaluation_behind_the_end_is_not_cut_off_by_time(train, whole, tmp_path):
+    run = train(tmp_path, *LIMIT, *BEHIND_ITS_END, prelude=AT_CALL.format(call=1, act=OUT_OF_TIME))
+    assert run.code == 0 and printed(run) == whole, run.output[-3000:]
+    assert NOTHING in train(tmp_path, *LIMIT, *BEHIND_ITS_END).output
 
 
 def test_a_run_that_is_stopped_early_is_tested(train, tmp_path):

@@ -43,6 +43,18 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(launch, fullbatch_argume
     assert tensors_that_differ(ends[0], stopped / "iter_0000012")  # it has trained
 
 
+@pytest.mark.parametrize("ranks, layout", [(1, []), (2, ["--pipeline-model-parallel-size", 2])])
+def test_what_is_not_saved_any_more_is_still_loaded(launch, fullbatch_arguments, uninterrupted, stopped, tmp_path,
+                                                    ranks, layout):
+    run = launch(*fullbatch_arguments, "--load", stopped, "--save", stopped, "--no-save-optim", "--no-save-rng",
+                 "--exit-interval", 15, "--tensorboard-dir", tmp_path / "log", *layout, ranks=ranks)
+    assert run.code == 0, run.output[-3000:]
+    whole, rest = scalars(uninterrupted / "log"), scalars(tmp_path / "log")
+    assert rest == pytest.approx({step: whole[step] for step in (13, 14, 15)}, abs=0 if ranks == 1 else 1e-5)
+    saved = DCPFolder(stopped / "iter_0000015").shapes()
+    assert saved and not [key for key in saved if key.startswith("optimizer.")]
+
+
 COUNTS_STATE = """
 import sys
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper as Loader

@@ -81,9 +81,10 @@ def test_logged_rates_are_those_of_the_steps(uninterrupted, reference):
     assert scalars(uninterrupted / "log", "learning-rate") == reference[0]
 
 
-def test_another_schedule_is_refused_before_anything_is_built(launch, fullbatch_arguments, files_of):
+@pytest.mark.parametrize("flags", [[], ["--no-load-optim"]])
+def test_another_schedule_is_refused_before_anything_is_built(launch, fullbatch_arguments, files_of, flags):
     run = launch(*fullbatch_arguments, "--load", files_of, "--ckpt-step", 12, "--train-iters", 48, "--lr", 1e-3,
-                 "--global-batch-size", 4, ranks=2)
+                 "--global-batch-size", 4, *flags, ranks=2)
     assert run.code == 2 and "Traceback" not in run.output and "initialize" not in run.output
     (error,) = run.errors
     for part in ("--train-iters 24 (the command line makes 48)", "--lr 0.004 (the command line makes 0.001)",
@@ -102,7 +103,7 @@ def test_a_run_that_goes_on_with_other_rows_per_step_follows_iterations(launch, 
     assert scalars(tmp_path, "learning-rate") == rates and scalars(tmp_path, "bp steps") == ticks
     console = dict(re.findall(r"step +(\d+)/24 .* lr (\S+) ", run.last_output))
     assert console == {str(step): f"{rate:.2e}" for step, rate in rates.items()}
-    assert "schedule: the command line's" in run.output and "iteration 13 has rate" in run.output
+    assert "schedule: the command line's" in run.output and f", {rates[13]:g} at step 13; bp_steps" in run.output
 
 
 def test_a_longer_run_by_the_checkpoints_schedule_holds_the_lowest_rate(launch, fullbatch_arguments, files_of,
@@ -120,23 +121,26 @@ def test_a_longer_run_by_the_checkpoints_schedule_holds_the_lowest_rate(launch, 
     assert scalars(tmp_path / "log", "bp steps") == dict.fromkeys(steps, 5)
 
 
-def test_a_new_optimizer_goes_on_by_the_same_clock(launch, fullbatch_arguments, files_of, tmp_path):
+@pytest.mark.parametrize("flag, schedule", [("--override-opt-param-scheduler", LRSchedule(2e-3, 2e-4, 4, 24)),
+                                            ("--use-checkpoint-opt-param-scheduler", LRSchedule(4e-3, 4e-4, 4, 24))])
+def test_a_new_optimizer_goes_on_by_the_same_clock(launch, fullbatch_arguments, files_of, tmp_path, flag, schedule):
+    """And is told of what is others than in the run before, as every start is."""
     run = launch(*fullbatch_arguments, "--load", files_of, "--ckpt-step", 12, "--no-load-optim", "--lr", 2e-3,
-                 "--min-lr", 2e-4, "--exit-interval", 14, "--tensorboard-dir", tmp_path)
+                 "--min-lr", 2e-4, "--seed", 7, flag, "--exit-interval", 14, "--tensorboard-dir", tmp_path)
     assert run.code == 0, run.output[-3000:]
-    rate, ticks = LRSchedule(2e-3, 2e-4, 4, 24), BPSchedule(2, 5, 0.6, 24)
-    assert scalars(tmp_path, "learning-rate") == {step: rate.at(step) for step in (13, 14)}
+    ticks = BPSchedule(2, 5, 0.6, 24)
+    assert scalars(tmp_path, "learning-rate") == {step: schedule.at(step) for step in (13, 14)}
     assert scalars(tmp_path, "bp steps") == {step: ticks.at(step) for step in (13, 14)}
+    assert "the command line changes --seed from 1234 to 7" in run.output and f"({flag})" in run.output
 
 
-def test_the_checkpoints_schedule_brings_its_rate(launch, files_of, reference, tmp_path):
+@pytest.mark.parametrize("optimizer", [[], ["--no-load-optim"]])
+def test_the_checkpoints_schedule_brings_its_rate(launch, files_of, reference, tmp_path, optimizer):
     flags = [*DATA, *LAYOUT, "--train-iters", 24, "--ema-decay", 0.9, "--eval-iters", 0, "--use-checkpoint-args",
-             "--use-checkpoint-opt-param-scheduler", "--load", files_of, "--ckpt-step", 12]
+             "--use-checkpoint-opt-param-scheduler", "--load", files_of, "--ckpt-step", 12, *optimizer]
     run = launch(*flags, "--exit-interval", 14, "--tensorboard-dir", tmp_path)
     assert run.code == 0, run.output[-3000:]
     assert scalars(tmp_path, "learning-rate") == {step: reference[0][step] for step in (13, 14)}
-    unused = launch(*flags, "--no-load-optim")  # the schedule is the command line's then
-    assert unused.code == 2 and "--lr is not set: give it" in unused.errors[0]
 
 
 def test_a_checkpoint_gives_its_model_and_the_row_length(launch, files_of, uninterrupted, tmp_path):
