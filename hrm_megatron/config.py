@@ -1,4 +1,4 @@
-"""Sizes and settings of a model as plain values: no torch, no Megatron, nothing that runs."""
+"""Sizes and settings of a model as plain dataclasses; imports neither torch nor Megatron."""
 from __future__ import annotations
 
 import math
@@ -11,22 +11,22 @@ EXPANSION = 4  # HRM-Text, config/arch: ffn = expansion * hidden * 2/3, rounded 
 VOCAB_MULTIPLE = 256  # HRM-Text pads the vocabulary to this, whatever the parallel layout
 DEFAULT_FIXED_STD = 0.02  # HRM-Text, init_type fixed_normal without an init_std
 PRESET_VOCAB_SIZE = 65_536  # HRM-Text's tokenizer
-HEAD_CHUNK_BYTES = 1 << 29  # of logits in fp32 at once on a rank: 2,048 positions of 65,536 tokens
-MOST_LAYERS = 1_000_000  # that a token runs through, ticks counted: far beyond what is ever built
+HEAD_CHUNK_BYTES = 1 << 29  # of fp32 logits that a rank holds at once: 2,048 positions x 65,536 tokens
+MOST_LAYERS = 1_000_000  # layers a token passes, summed over ticks: a sanity limit far above any real model
 INIT_SCHEMES = ("lecun_normal", "fixed_normal", "megatron")
 PREFIX_LM, CAUSAL = ATTENTION_MASKS = ("prefix-lm", "causal")
 NORM_PLACEMENTS = ("pre", "post")
 SIGMOID, NO_GATE = ATTENTION_GATES = ("sigmoid", "none")
-# Of a run: those that name what it reads.
+# Flags of a run that name its input data.
 DATA_FLAGS = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path", "--sampled-data-path")
 
 
 class ConfigError(ValueError):
-    """A setting, file or row that the user must change; its message is one line: place, value, way out."""
+    """An error in a setting, file or row that the user must correct. Its message is one line: place, value, remedy."""
 
 
 def refuse_beside(flag: str, others: Mapping[str, object]) -> None:
-    """Raise ConfigError if one of `others` is given beside `flag`: name > whether it is, and `flag` too."""
+    """Raise ConfigError if `flag` is combined with one of `others`, which maps each flag to whether both are given."""
     for other, given in others.items():
         if given:
             raise ConfigError(f"{flag} is incompatible with {other}: leave one of them out")
@@ -38,12 +38,12 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def ffn_hidden_size(hidden_size: int, expansion: float = EXPANSION) -> int:
-    """Width of the SwiGLU MLP: two thirds of `expansion` times the hidden size, up to a multiple of 256."""
+    """Return the width of the SwiGLU MLP: 2/3 * expansion * hidden_size, rounded up to a multiple of 256."""
     return round_up(round(expansion * hidden_size * 2 / 3), 256)
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding and of the head."""
+    """Return the number of rows of the embedding and of the head."""
     return round_up(vocab_size, VOCAB_MULTIPLE)
 
 
@@ -52,8 +52,8 @@ LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters (Hu et al., arXiv 2106.09685): linear layers of both stacks compute with W + alpha / rank B A,
-    of which A [rank, k] and B [n, rank] train and all else is frozen."""
+    """Low-rank adapters (Hu et al., arXiv 2106.09685): linear layers of both stacks compute with W + (alpha / rank) B
+    A. A [rank, k] and B [n, rank] are trained; everything else is frozen."""
 
     rank: int
     alpha: float
@@ -61,27 +61,27 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by."""
+        """Factor on B A."""
         return self.alpha / self.rank
 
     def layer_parameters(self, architecture: Architecture) -> int:
-        """Weights of a layer's adapters."""
+        """Number of weights of a layer's adapters."""
         return self.rank * sum(sum(architecture.linear_shapes[name]) for name in self.targets)
 
     def num_parameters(self, architecture: Architecture) -> int:
-        """Trained weights."""
+        """Number of trained weights."""
         layers = len(architecture.kind.stacks) * architecture.num_layers
         return layers * self.layer_parameters(architecture)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that decides which function a model computes; what a checkpoint must agree on.
+    """Everything that determines which function a model computes. A checkpoint must match it.
 
-    `num_layers` counts layers per stack. `vocab_size` is the tokenizer's; `padded_vocab_size` has the rows
-    of the embedding and of the head. `h_norm_placement` is the norm placement of the H stack where it differs.
-    `attention_mask` says who sees whom within an example: in PrefixLM the prefix is seen both ways.
-    `attention_gate` says what attention's result is multiplied by before its output projection.
+    `num_layers` counts layers per stack. `vocab_size` is the tokenizer's; the embedding and the head have
+    `padded_vocab_size` rows. `h_norm_placement` is the norm placement of the H stack if it differs from the L stack's.
+    `attention_mask` is the mask within an example: PrefixLM attends to the prefix bidirectionally. `attention_gate` is
+    the gate on the attention output, before the output projection.
     """
 
     num_layers: int
@@ -106,7 +106,7 @@ class Architecture:
                      "h_cycles", "l_cycles"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
-        if (layers := self.num_layers * self.h_cycles * (self.l_cycles + 1)) > MOST_LAYERS:  # a damaged file's
+        if (layers := self.num_layers * self.h_cycles * (self.l_cycles + 1)) > MOST_LAYERS:  # from a damaged file
             raise ConfigError(f"num_layers={self.num_layers}, h_cycles={self.h_cycles}, l_cycles={self.l_cycles}: "
                               f"{layers:,} layers one after the other, of at most {MOST_LAYERS:,}; correct them")
         if not 0 <= self.norm_epsilon < math.inf:  # NaN too
@@ -138,7 +138,7 @@ class Architecture:
 
     @property
     def causal(self) -> bool:
-        """Whether prompts are read causally too."""
+        """Whether prompts too are attended to causally."""
         return self.attention_mask == CAUSAL
 
     @property
@@ -152,7 +152,7 @@ class Architecture:
 
     @property
     def num_ticks(self) -> int:
-        """Applications of stacks in a forward pass."""
+        """Number of stack applications in a forward pass."""
         return self.h_cycles * ((self.l_cycles if self.kind.inner else 0) + bool(self.kind.outer))
 
     @property
@@ -165,20 +165,20 @@ class Architecture:
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes [n, k] of a layer's weights by Megatron's names: queries, gate if there is one, keys and values of the
-        attention, its output, and the three of SwiGLU."""
+        """Shapes [n, k] of a layer's weights by Megatron's names: fused query, gate (if any), key and value; attention
+        output; fused gate and up projection, and down projection of SwiGLU."""
         h, ffn = self.hidden_size, self.ffn_hidden_size
         return {"linear_qkv": ((3 + self.gated) * h, h), "linear_proj": (h, h), "linear_fc1": (2 * ffn, h),
                 "linear_fc2": (h, ffn)}
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of a layer."""
+        """Number of weights of a layer."""
         return sum(n * k for n, k in self.linear_shapes.values())
 
     @property
     def num_parameters(self) -> int:
-        """Trained weights: all stacks, embedding and head."""
+        """Number of trained weights: all stacks, embedding and head."""
         return (len(self.kind.stacks) * self.num_layers * self.layer_parameters
                 + 2 * self.padded_vocab_size * self.hidden_size)
 
@@ -207,13 +207,14 @@ class Architecture:
 
     @property
     def embedding_scale(self) -> float:
-        """Factor on the embedding's output: it restores unit variance."""
+        """Factor on the embedding's output that restores unit variance."""
         return 1 / self.input_std
 
 
 @dataclass(frozen=True)
 class DefaultLayout:
-    """How a preset is shared among so many GPUs of 80 GB: what tools/plan.py finds with rows of 4,096 tokens."""
+    """Parallel layout of a preset on a given number of 80 GB GPUs, as found by tools/plan.py with rows of 4,096
+    tokens."""
 
     tensor: int
     pipeline: int
@@ -225,11 +226,12 @@ class DefaultLayout:
 
 @dataclass(frozen=True)
 class Preset:
-    """One size. `num_layers` counts layers per stack; `sizes`, `lr_from` and `batch_from` say where numbers come from.
+    """One size. `num_layers` counts layers per stack; `sizes`, `lr_from` and `batch_from` name the sources of the
+    numbers.
 
-    `positions`, a multiple of 1,024, are the most of a micro-batch that leave a twentieth of 80 GB free by
-    planner/memory.py, with nothing recomputed, on one GPU; on eight where one is too small, 0 where eight are.
-    `layouts` are by number of GPUs.
+    `positions` is the largest micro-batch in tokens, a multiple of 1,024, that leaves 5 % of 80 GB free without
+    recompute, as estimated by planner/memory.py: on one GPU; on eight where one is too small; 0 where eight are too.
+    `layouts` is keyed by number of GPUs.
     """
 
     num_layers: int
@@ -256,9 +258,9 @@ class Preset:
 PUBLISHED = "HRM-Text, config/arch/size"
 FORK = "a public fork of HRM-Text (schneiderkamplab), config/arch/size"
 OUR_SIZE = "our rule: heads of 128, as many layers as XXXL at most, a width that TP 8 divides"
-# The update of a hidden matrix shall change its outputs as much at any width (Yang et al., arXiv 2203.03466).
+# An update of a hidden matrix should change its outputs by the same amount at every width (muP, arXiv 2203.03466).
 OUR_LR = "our rule: XL's x 1536 / hidden size, two digits"
-# The best batch grows so with compute (DeepSeek LLM, arXiv 2401.02954: B = 0.292 C^0.3271).
+# How the optimal batch size scales with compute (DeepSeek LLM, arXiv 2401.02954: B = 0.292 C^0.3271).
 OUR_BATCH = "our rule: XL's x (FLOPs of a token / XL's)^0.3271, to the nearest 2^n or 3 x 2^n"
 L_README, XL_CONFIG = "HRM-Text, README", "HRM-Text, cfg_pretrain"
 

@@ -1,8 +1,8 @@
-"""The architectures that can be trained, as one table: which stacks each has, and what happens at each of its ticks.
+"""The table of trainable architectures: the stacks of each, and what each of its ticks does.
 
-A new architecture is one entry. A pass holds two states, z_H and z_L, which begin as the embedding and as the fixed
-vector zL_init. Each cycle applies `inner` l_cycles times and then `outer` once; there are h_cycles of them. The head
-reads the state that the last tick replaced.
+A new architecture is one entry. A forward pass holds two states: z_H starts as the embedding, z_L as the fixed vector
+zL_init. Each of the h_cycles cycles applies `inner` l_cycles times and then `outer` once. The head reads the state that
+the last tick wrote.
 """
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 
 class Application(NamedTuple):
-    """What one tick does: state `writes` becomes stack(sum of the states that it `reads`)."""
+    """One tick: state `writes` becomes stack(sum of the states that it `reads`)."""
 
-    stack: str  # "H" or "L": whose weights
+    stack: str  # "H" or "L": the stack whose weights are used
     reads: str  # "LH", "L" or "H"
     writes: str  # "H" or "L"
 
@@ -22,8 +22,8 @@ class Application(NamedTuple):
 class ModelType:
     """One architecture; `stacks` names those that have weights.
 
-    `h_cycles`, `l_cycles` and `bp_steps` (at the first step of the warm-up, and after it) are its defaults; `fixed` are
-    cycles that cannot differ. `preset_stacks` is how many stacks' layers of an HRM of the same preset each stack has.
+    `h_cycles`, `l_cycles` and `bp_steps` (at the start of the warm-up, after it) are defaults; `fixed` names the cycle
+    counts that cannot be changed. Each stack has `preset_stacks` times the layers of one HRM stack of the same preset.
     `native` is the reference's class, `native_layers` the name of a stack's layers in its checkpoints.
     """
 
@@ -41,7 +41,7 @@ class ModelType:
 
     @property
     def starts_from_z_l(self) -> bool:
-        """Tell whether zL_init, with which z_L begins, is part of the model."""
+        """Whether some tick reads z_L, so that zL_init is part of the model."""
         return any("L" in each.reads for each in (self.inner, self.outer) if each)
 
 

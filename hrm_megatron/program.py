@@ -1,4 +1,4 @@
-"""How a program of ours ends: a refusal or a signal is one line and an exit status, and leaves nothing half-written."""
+"""How the programs end: a bad input or a signal gives one line and an exit status, and leaves no half-written files."""
 from __future__ import annotations
 
 import atexit
@@ -24,34 +24,36 @@ from hrm_megatron.config import ConfigError
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# What CUDA says where it has no memory for a context, and cuBLAS for its workspace.
+# Errors of CUDA without memory for a context, and of cuBLAS without memory for its workspace.
 CUDA_IS_FULL = re.compile("CUDA error: (out of memory|CUBLAS_STATUS_ALLOC_FAILED)")
 
 _held_blocks = 0
-_waiting: int | None = None  # the signal that came in a held block
+_waiting: int | None = None  # the signal that arrived while signals were held
 
 
 class Stopped(SystemExit):
-    """A signal asks the program to end, with status 128 + its number. `except Exception` lets it pass."""
+    """Raised on a signal, to exit with status 128 + its number. `except Exception` does not catch it."""
 
 
 def listen() -> None:
-    """Make SIGINT, SIGTERM and SIGHUP raise `Stopped` from here on, and end the program with one line about it.
+    """Make SIGINT, SIGTERM and SIGHUP raise `Stopped` from now on; the program then ends with one line that names the
+    signal.
 
-    Call it before the imports that take seconds. A signal that the caller ignores (nohup, a background job) stays
-    ignored. Standard streams that the caller closed are then /dev/null.
+    Call it before slow imports. A signal that the caller ignores (nohup, a background job) stays ignored. Standard
+    streams that the caller closed are opened on /dev/null.
     """
     _open_closed_streams()
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by something else than Python
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not installed by Python
             signal.signal(number, _on_signal)
 
 
 def _open_closed_streams() -> None:
-    """Keep the numbers of closed streams from the next files to be opened, which would get what is said to them."""
+    """Occupy the descriptors of closed standard streams: the next file opened would get one, and with it their
+    output."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            descriptor = os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
             os.set_inheritable(descriptor, True)
             mode = "w" if number else "r"
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # it stays
@@ -59,8 +61,8 @@ def _open_closed_streams() -> None:
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """`listen` for the length of a block that writes files, in a program that leaves signals to others."""
-    if threading.current_thread() is not threading.main_thread():  # handlers are the main thread's
+    """`listen` for the duration of a block that writes files, then restore the previous handlers."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -74,12 +76,12 @@ def listening() -> Iterator[None]:
 
 
 def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] = ()) -> int:
-    """Do `work` and return the exit status of the program: bad input is one line on stderr and status 1.
+    """Run `work` and return the exit status of the program: bad input gives one line on stderr and status 1.
 
-    `refusals` are more kinds of errors whose message is for the user. So is a full GPU.
+    `refusals` are further exception types handled like this; so is running out of GPU memory.
     """
     expected: tuple[type[Exception], ...] = (ConfigError, OSError, *refusals)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # it spells out what the terminal has no characters for
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escape characters that the terminal cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
@@ -87,16 +89,16 @@ def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] =
             sys.stdout.flush()
         except BrokenPipeError:
             raise
-        except OSError as error:  # the work is done, and its outputs are there
+        except OSError as error:  # only the report failed: the work is done
             raise OSError(error.errno, error.strerror, "standard output") from error
-    except BrokenPipeError:  # `head` and the like have read enough
+    except BrokenPipeError:  # the reader (e.g. `head`) has closed the pipe
         _give_up_output()
         return 128 + signal.SIGPIPE
     except expected as error:
         return _refused(str(error))
     except RuntimeError as error:
         line = str(error).partition("\n")[0]
-        # By its name, as most of our programs import no torch; outside of torch's allocator it is any RuntimeError.
+        # By name, since most of our programs do not import torch; outside torch's allocator it is a plain RuntimeError.
         if type(error).__name__ != "OutOfMemoryError" and not CUDA_IS_FULL.search(line):
             raise
         return _refused(f"GPU memory is full ({line}); free it, or hide the GPU: CUDA_VISIBLE_DEVICES=")
@@ -110,8 +112,8 @@ def _refused(line: str) -> int:
 
 
 def _give_up_output() -> None:
-    """Drop what stdout does not take: Python would flush, and fail, once more at the end, in lines and a status of its
-    own."""
+    """Discard output that stdout does not accept: otherwise Python flushes again at exit, fails, and prints a traceback
+    and sets a status of its own."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -120,8 +122,8 @@ def _give_up_output() -> None:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Let signals wait for the end of the block, which renames or removes files and must not stop half-way."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    """Defer signals to the end of the block, which renames or removes files and must not be interrupted."""
+    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main thread
         yield
         return
     global _held_blocks, _waiting
@@ -137,9 +139,10 @@ def signals_held() -> Iterator[None]:
 
 def check_outputs(outputs: Mapping[str, Path | None], suffixes: tuple[str, ...] = (),
                   inputs: Mapping[str, Path | None] | None = None) -> None:
-    """Refuse, by their flags, files that could not be written in the end, or are read; call it before the work.
+    """Refuse output files that could not be written or that are also inputs, naming their flags. Call it before the
+    work.
 
-    Their names end as `suffixes` say, or as the flag says.
+    Their names must end with one of `suffixes`; by default with .png for --png.
     """
     given = {flag: path for flag, path in outputs.items() if path is not None}
     for number, (flag, path) in enumerate(given.items()):
@@ -158,8 +161,8 @@ def check_outputs(outputs: Mapping[str, Path | None], suffixes: tuple[str, ...] 
 
 
 def check_folder(flag: str, folder: Path, inputs: Mapping[str, Path | None] | None = None) -> None:
-    """Refuse, by its flag, a folder that no other could replace in the end, or that holds what is read; call it before
-    the work."""
+    """Refuse an output folder that cannot be replaced or that contains an input, naming its flag. Call it before the
+    work."""
     place = followed(folder)
     if os.path.ismount(place):
         raise ConfigError(f"{flag} {folder}: is a mount point, which no folder replaces; name a folder in it")
@@ -180,21 +183,24 @@ def _check_around(flag: str, path: Path) -> None:
 
 
 def nearest(path: Path) -> Path:
-    """The first that is there of an absolute path and the folders around it."""
+    """Return the first existing path among an absolute path and its parents."""
     return next(place for place in (path, *path.parents) if place.exists())
 
 
 def followed(path: Path) -> Path:
-    """The place that a path leads to; of `Path.resolve`, which is the same, loops of links are a RuntimeError."""
+    """Return the path with symlinks resolved, like `Path.resolve`, which however raises RuntimeError on symlink
+    loops."""
     return Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a name beside `path`; the file that the block writes there replaces `path` if the block ends well.
+    """Yield a temporary path beside `path`; the file that the block writes there replaces `path` unless the block
+    raises.
 
-    Whatever ends the program or the machine, `path` is there whole or as it was before. The folder around it is made;
-    the mode is that of the file that is replaced, else what the umask says. Of a link it is what that leads to.
+    Whatever ends the program or the machine, `path` is either complete or as before. Missing parent folders are
+    created. The mode is that of the replaced file, else as the umask gives. A symlink's target is replaced, not the
+    link.
     """
     place = followed(path)
     partial = place.with_name(f".{place.stem}.partial-{uuid.uuid4().hex}{path.suffix}")
@@ -202,7 +208,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            _bring_to_disk(partial)  # a name may reach the disk before what it names
+            _bring_to_disk(partial)  # else the rename may reach the disk before the data
             if place.exists():
                 shutil.copymode(place, partial)
             partial.replace(place)
@@ -211,11 +217,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename not in (None, str(partial)):
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # the partial one is not the user's concern
+        raise OSError(error.errno, error.strerror, str(path)) from error  # name `path`, not the temporary
 
 
 def _bring_to_disk(path: Path) -> None:
-    """Wait until what a file holds is on the disk, or the names that a folder holds, where its file system can."""
+    """fsync a file, or a folder's entries where the file system supports that."""
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -225,18 +231,18 @@ def _bring_to_disk(path: Path) -> None:
 
 
 def write_aside(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or as it was before."""
+    """Write a file atomically: it is either complete or as before."""
     with whole_file(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def whole_folder(place: Path) -> Iterator[Path]:
-    """Give an empty folder beside `place` that replaces it when the block ends well, and vanishes otherwise.
+    """Yield an empty folder beside `place` that replaces it when the block ends, and is removed if the block raises.
 
-    What it holds is on the disk before it has its name, and that is before what it replaces is removed. A link stays,
-    and what it leads to is replaced. What kill -9 left beside that is named: hidden, it may fill a disk, or be all that
-    is left of what was replaced.
+    Its contents are on the disk before it is renamed, and the replaced folder is removed only after that. Of a symlink
+    the target is replaced. Hidden folders that kill -9 left beside it are reported: they take space, or are the only
+    copy of what was being replaced.
     """
     place = followed(place)
     for state, what in (("partial", "half-written; remove it"), ("replaced", "what was there before; move it back, or "
@@ -263,12 +269,13 @@ def whole_folder(place: Path) -> Iterator[Path]:
 
 
 def run_command(command: Sequence[str | Path], output: IO[str] | None = None) -> int:
-    """Run a command and return its exit code; if this program is stopped, so is the command, which ends in peace."""
+    """Run a command and return its exit code. If this program is stopped, terminate the command and wait for its
+    end."""
     with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT if output else None) as process:
         try:
             return process.wait()
         except BaseException:
-            process.terminate()  # leaving the block waits: a launcher has ranks to end
+            process.terminate()  # leaving the block waits: a launcher has to end its ranks
             raise
 
 
@@ -278,7 +285,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         _waiting = number
         return
     atexit.unregister(_say_stopped)
-    atexit.register(_say_stopped, number)  # after progress bars are closed and everything is cleared away
+    atexit.register(_say_stopped, number)  # runs after progress bars are closed and temporary files removed
     raise Stopped(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""The HRM's TransformerConfig, which is Megatron's with the architecture beside it, and the architecture of a run."""
+"""HRMConfig: Megatron's TransformerConfig plus the Architecture; and the Architecture of a run's arguments."""
 from __future__ import annotations
 
 import argparse
@@ -17,8 +17,8 @@ from hrm_megatron.model_types import HRM
 class HRMConfig(TransformerConfig):  # type: ignore[misc]
     """A TransformerConfig for both stacks; `num_layers` counts layers per stack.
 
-    The first `recompute_ticks` ticks with gradient keep only their input; `compile_layers` asks for layers/compiled.py,
-    `recompute_gated_act` for the recomputation of layers/gated_recompute.py.
+    The first `recompute_ticks` ticks with gradient keep only their input; `compile_layers` selects layers/compiled.py,
+    `recompute_gated_act` the recompute of layers/gated_recompute.py.
     """
 
     architecture: Architecture | None = None
@@ -33,8 +33,8 @@ class HRMConfig(TransformerConfig):  # type: ignore[misc]
         return self.architecture
 
 
-# What every HRM is, in Megatron's words: gate per head, SwiGLU, no biases, no dropout, own initialization,
-# checkpoint keys per layer (stacked keys cannot be shared between chunks of a pipeline).
+# Megatron's settings of every HRM: attention output gate, SwiGLU, no biases, no dropout, our own initialization,
+# checkpoint keys per layer (stacked keys cannot be shared between the chunks of a pipeline).
 HRM_SETTINGS: dict[str, Any] = dict(
     attention_output_gate=True, gated_linear_unit=True, add_bias_linear=False, add_qkv_bias=False,
     hidden_dropout=0.0, attention_dropout=0.0, normalization="RMSNorm", perform_initialization=False,
@@ -43,14 +43,14 @@ HRM_SETTINGS: dict[str, Any] = dict(
 
 
 def swiglu_settings(own: bool = False) -> dict[str, bool]:
-    """Pick the activation: Megatron's compiled kernel on a GPU, ours elsewhere and where it must be ours (the flag's
-    name is Megatron's)."""
+    """Choose the activation: Megatron's compiled kernel on a GPU; ours on a CPU and if `own` (by Megatron's field
+    use_te_activation_func)."""
     fused = torch.cuda.is_available() and not own
     return dict(bias_activation_fusion=fused, use_te_activation_func=not fused)
 
 
 def hrm_config(architecture: Architecture, **overrides: Any) -> HRMConfig:
-    """Build the config of `architecture`; `overrides` are TransformerConfig fields (parallel sizes, dtypes ...)."""
+    """Build the config of `architecture`; `overrides` are HRMConfig fields (parallel sizes, dtypes ...)."""
     settings: dict[str, Any] = dict(
         num_layers=architecture.num_layers, hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_attention_heads, ffn_hidden_size=architecture.ffn_hidden_size,
@@ -62,12 +62,12 @@ def hrm_config(architecture: Architecture, **overrides: Any) -> HRMConfig:
 
 
 def architecture_of(args: argparse.Namespace, vocab_size: int) -> Architecture:
-    """Read the model's architecture off the arguments of a run (or of a checkpoint)."""
+    """Return the architecture that the arguments of a run (or of a checkpoint) describe."""
     return Architecture(vocab_size=vocab_size, norm_epsilon=args.layernorm_epsilon,
                         rope_theta=float(args.rotary_base), **{
         "model_type": getattr(args, "model_kind", HRM),  # checkpoints of older versions are HRMs
-        "attention_mask": getattr(args, "attention_mask", PREFIX_LM),  # with this mask
-        "attention_gate": getattr(args, "attention_gate", SIGMOID),  # and this gate
+        "attention_mask": getattr(args, "attention_mask", PREFIX_LM),  # with the PrefixLM mask
+        "attention_gate": getattr(args, "attention_gate", SIGMOID),  # and the sigmoid gate
         **{name: getattr(args, name) for name in (
             "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
             "norm_placement", "init_scheme", "init_std")}})

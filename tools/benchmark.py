@@ -1,4 +1,4 @@
-"""Time training and generation: against another implementation of the same model, or steps as users run them.
+"""Benchmark training, generation and data tools: against another implementation, or as users run them.
 
     python tools/benchmark.py step      # fp32 on the CPU, against transformers' HrmText, in the same process
     python tools/benchmark.py generate  # answers on the CPU, against transformers' HrmText.generate, likewise
@@ -69,19 +69,19 @@ from hrm_megatron.parallel.machine import Machine  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
 
-GOLDEN_LENGTHS = Path(__file__).parents[1] / "tests" / "golden" / "sampled"  # many short examples
+GOLDEN_LENGTHS = Path(__file__).parents[1] / "tests" / "golden" / "sampled"  # lengths of many short examples
 COLUMNS = ("device", "versions", "command", "tokens/s", "TFLOP/s", "of the measured peak", "peak memory", "kernels",
-           "transformers' tokens/s")  # of the table that --record adds to
+           "transformers' tokens/s")  # columns of the table that --record extends
 ROW_TOKENS = 2048
 BP_STEPS = 5
 ARCHITECTURE = Architecture(num_layers=2, hidden_size=512, num_attention_heads=8, ffn_hidden_size=ffn_hidden_size(512),
                             vocab_size=4096)
-PREFIXES = (96, 160, 64, 128, 200, 80, 112, 100)  # eight examples fill the row
+PREFIXES = (96, 160, 64, 128, 200, 80, 112, 100)  # eight examples that fill the row
 RESPONSES = (160, 96, 192, 128, 56, 176, 144, 156)
 
 
 def packed_row(seed: int = 0) -> dict[str, torch.Tensor]:
-    """One full row of random tokens, [1, s] each."""
+    """Return one full row of random tokens, tensors [1, s]."""
     rng = np.random.default_rng(seed)
     examples = [(rng.integers(1, ARCHITECTURE.vocab_size, p), rng.integers(1, ARCHITECTURE.vocab_size, r + 1))
                 for p, r in zip(PREFIXES, RESPONSES, strict=True)]
@@ -89,7 +89,7 @@ def packed_row(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def our_step(row: dict[str, torch.Tensor], a: Architecture = ARCHITECTURE) -> Callable[[], float]:
-    """Forward and backward of HRMModel, from the row's tensors to the gradients."""
+    """Return a function that runs forward and backward of HRMModel on the row and returns the loss."""
     model = HRMModel(hrm_config(a), seed=1).train()
 
     def step() -> float:
@@ -102,7 +102,8 @@ def our_step(row: dict[str, torch.Tensor], a: Architecture = ARCHITECTURE) -> Ca
 
 
 def peer_bp_steps(a: Architecture, bp_steps: int) -> int:
-    """Return the L ticks with gradient of so many ticks; raise ConfigError where transformers has no such step."""
+    """Return the number of L ticks with gradient for `bp_steps`; raises ConfigError if transformers has no such
+    step."""
     h_bp, l_bp = split_bp_steps(a.h_cycles, a.l_cycles, bp_steps)
     if h_bp != a.h_cycles:
         raise ConfigError(f"bp steps {bp_steps}: transformers' HrmText trains all {a.h_cycles} H ticks; give more "
@@ -112,7 +113,7 @@ def peer_bp_steps(a: Architecture, bp_steps: int) -> int:
 
 def transformers_step(row: dict[str, torch.Tensor], a: Architecture = ARCHITECTURE, bp_steps: int = BP_STEPS,
                       device: str = "cpu", dtype: torch.dtype = torch.float32) -> Callable[[], float]:
-    """Forward and backward of transformers' HrmText on the same row, with the row's mask (its only exact way).
+    """Return the same for transformers' HrmText, with the row's dense mask (its only exact way to run packed rows).
 
     On a GPU the model is compiled.
     """
@@ -128,7 +129,7 @@ def transformers_step(row: dict[str, torch.Tensor], a: Architecture = ARCHITECTU
     sequences = PrefixSequences(batch.lengths, Rotation.of(batch.position_ids, a.head_dim, a.rope_theta), row_tokens)
     mask = torch.zeros(1, 1, row_tokens, row_tokens, dtype=dtype).masked_fill(~sequences.dense_mask(0), float("-inf"))
     mask, batch = mask.to(device), batch.to(device)
-    # transformers shifts labels by one itself; ours are already shifted.
+    # transformers shifts the labels itself; ours are already shifted.
     labels = torch.cat([batch.labels.new_full((1, 1), IGNORED_LABEL), batch.labels[:, :-1]], 1)
 
     def step() -> float:
@@ -141,7 +142,7 @@ def transformers_step(row: dict[str, torch.Tensor], a: Architecture = ARCHITECTU
 
 
 def compare_steps(pairs: int, architecture: Architecture) -> float:
-    """Take both steps in turns; print what each took and return the median over the pairs of ours over theirs."""
+    """Alternate both steps; print their times and return the median over the pairs of our time / theirs."""
     row = packed_row()
     steps = {"hrm_megatron": our_step(row, architecture),
              f"transformers {transformers.__version__}": transformers_step(row, architecture)}
@@ -158,14 +159,14 @@ def compare_steps(pairs: int, architecture: Architecture) -> float:
     for name, values in seconds.items():
         median = statistics.median(values)
         print(f"{name:22} median of {pairs}: {median:.2f} s, {ROW_TOKENS / median:.0f} tokens/s")
-    # A machine's speed drifts; the two steps of a pair stand side by side.
+    # A machine's speed drifts, so ratios are taken within a pair.
     ratios = sorted(ours / theirs for ours, theirs in zip(*seconds.values(), strict=True))
     print(f"ratio {statistics.median(ratios):.3f}, median of {pairs} pairs from {ratios[0]:.3f} to {ratios[-1]:.3f}")
     return statistics.median(ratios)
 
 
 def time_steps(args: argparse.Namespace) -> None:
-    """Print what a step takes here and in transformers."""
+    """Print the time of a step here and in transformers."""
     torch.set_num_threads(args.threads)
     architecture = dataclasses.replace(ARCHITECTURE, num_layers=args.layers)
     sizes = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(architecture).items() if value)
@@ -175,7 +176,7 @@ def time_steps(args: argparse.Namespace) -> None:
 
 
 def measure_training(args: argparse.Namespace) -> None:
-    """Print speed, share of the device's measured peak, memory, and where the time goes."""
+    """Print speed, share of the device's measured peak, peak memory, and the time by kind of kernel."""
     preset = PRESETS[args.hrm_preset] if args.hrm_preset else Preset(*args.sizes)
     if args.record:
         check_table(args.record, COLUMNS)
@@ -205,8 +206,8 @@ def measure_training(args: argparse.Namespace) -> None:
 
 
 def time_peer(ours: Measured, args: argparse.Namespace, data: Path) -> str:
-    """Time transformers' HrmText over the first row of `data`, a shorter one where that does not fit; print and return
-    what came of it."""
+    """Time transformers' HrmText on the first row of `data`, or a shorter row if that does not fit; print the result
+    and return it as a table cell."""
     def seconds(row_tokens: int) -> float:
         row = PackedRows(SampledFolder(data), row_tokens, 0, 1)[0]
         step = transformers_step({name: tensor[None] for name, tensor in row.items()}, ours.architecture,
@@ -223,14 +224,14 @@ def time_peer(ours: Measured, args: argparse.Namespace, data: Path) -> str:
 
 
 def count_host(args: argparse.Namespace) -> None:
-    """Print what micro-batches of so many rows cost the host."""
+    """Print the host cost of micro-batches of each size in --rows."""
     preset = PRESETS[args.hrm_preset]
     architecture = Architecture(preset.num_layers, preset.hidden_size, preset.num_attention_heads,
                                 preset.ffn_hidden_size, 65_536)
     if args.compile_layers and not torch.cuda.is_available():
         if not shutil.which("g++"):
             raise ConfigError("--compile-layers: without CUDA torch compiles by g++, which is not there; leave it out")
-        del os.environ["TORCHDYNAMO_DISABLE"]  # which `activate` set
+        del os.environ["TORCHDYNAMO_DISABLE"]  # set by `activate`
     print(f"{device_name()}, torch {torch.__version__}; {preset.num_layers} layers of {args.hrm_preset} in each stack, "
           f"{'compiled' if args.compile_layers else 'plain'}")
     with single_rank():
@@ -240,7 +241,7 @@ def count_host(args: argparse.Namespace) -> None:
 
 
 def time_attention(args: argparse.Namespace) -> None:
-    """Print the time of each kernel over micro-batches of a folder's lengths, and of random ones."""
+    """Print the time of each attention kernel on micro-batches with a folder's lengths, and with random lengths."""
     print(f"{device_name()}, {versions()}")
     prefixes, targets = SampledFolder(args.lengths).epoch_lengths(0)
     of_folder = [(int(p), int(t) - 1) for p, t in zip(prefixes, targets, strict=True)]
@@ -255,7 +256,7 @@ def time_attention(args: argparse.Namespace) -> None:
 
 
 def measure_conversions(args: argparse.Namespace) -> None:
-    """Print what each direction takes."""
+    """Print the time, memory and bytes of each conversion."""
     sizes = Preset(*args.sizes) if args.sizes else PRESETS[args.hrm_preset]
     architecture = Architecture(sizes.num_layers, sizes.hidden_size, sizes.num_attention_heads, sizes.ffn_hidden_size,
                                 args.vocab_size)
@@ -265,11 +266,11 @@ def measure_conversions(args: argparse.Namespace) -> None:
 
 
 def calibrate_planner(args: argparse.Namespace) -> None:
-    """Measure small steps, write the speeds that explain them, and print how far predictions are off."""
+    """Measure steps of small models, write the fitted speeds, and print the errors of the predictions."""
     torch.set_num_threads(args.threads)
     if not args.output.parent.is_dir():
         raise ConfigError(f"--output {args.output}: there is no folder {args.output.parent}; make it, or name another")
-    logging.disable(logging.WARNING)  # Megatron's, which speak of what a run would set up
+    logging.disable(logging.WARNING)  # Megatron's warnings about things that a run sets up
     source = f"fitted to steps on {device_name()}, {versions()}"
     with single_rank():
         found = calibrate(getattr(torch, args.dtype), args.rounds, source)
@@ -280,7 +281,7 @@ def calibrate_planner(args: argparse.Namespace) -> None:
 
 
 def time_generation(args: argparse.Namespace) -> None:
-    """Print how fast answers come."""
+    """Print the speed of generation here and in transformers."""
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     if args.shortest is not None and not 0 < args.shortest <= args.new_tokens:
@@ -355,7 +356,7 @@ def main() -> int:
     commands.add_parser("plan", add_help=False, help="what a run does before its first row, by number of examples")
     commands.add_parser("deduplicate", add_help=False, help="the search for duplicates, by number of examples")
     args, rest = parser.parse_known_args()
-    # In a program without torch, which their processes would import with it.
+    # In a program without torch, since their worker processes would import it too.
     if args.command in ("tokenize", "plan", "deduplicate"):
         return subprocess.run([sys.executable, "-m", f"hrm_megatron.benchmark.{args.command}", *rest]).returncode
     if rest:

@@ -1,7 +1,7 @@
-"""The order of a row's examples under which context parallel ranks have about as many (query, key) pairs each.
+"""Order the examples of a row so that context parallel ranks get about equal numbers of (query, key) pairs.
 
-Slices have equal lengths, but a position of a long example has more keys than one of a short example. The order changes
-no loss beyond rounding, so that of a row is chosen by counting; keys are gathered and slices cut as ever.
+Slices have equal lengths, but a position in a long example has more keys than one in a short example. The order changes
+the loss by rounding only, so it is chosen freely, by counting pairs; slicing and the gather of keys stay as they are.
 """
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 
 from hrm_megatron.parallel.context import context_spans
 
-ALL_ORDERS_OF = 4  # examples; the gain is large where a row has few, and their orders are 24
-COUNTED_EXAMPLES, FEWEST_ORDERS = 1024, 8  # in the orders tried: a few milliseconds on a row of 32,768 tokens
-EVEN_ENOUGH = 1.01  # of the busiest rank over the mean
+ALL_ORDERS_OF = 4  # examples: 24 orders; the gain is large where a row has few examples
+COUNTED_EXAMPLES, FEWEST_ORDERS = 1024, 8  # per search: a few milliseconds on a row of 32,768 tokens
+EVEN_ENOUGH = 1.01  # ratio of the busiest rank to the mean at which the search stops
 
 
 def balanced_order(examples: Sequence[tuple[int, int]], row_tokens: int, ranks: int) -> list[int]:
-    """Order the (prefix, response) examples of a row so that its busiest rank has the fewest pairs, of orders tried.
+    """Return the order of a row's (prefix, response) examples, of those tried, whose busiest rank has the fewest pairs.
 
-    A function of its arguments alone, so that all ranks find the same. The given order is tried first.
+    Deterministic, so that all ranks find the same order. The given order is tried first.
     """
     cuts = rank_cuts(row_tokens, ranks)
     enough = EVEN_ENOUGH * sum(_pairs(p, r, p + r) for p, r in examples) / ranks
@@ -34,13 +34,14 @@ def balanced_order(examples: Sequence[tuple[int, int]], row_tokens: int, ranks: 
 
 
 def rank_cuts(row_tokens: int, ranks: int) -> list[list[tuple[int, int]]]:
-    """List for each rank the positions of a row that it holds, (first, last + 1) of those that adjoin."""
+    """Return for each rank the positions of a row that it holds, as (first, last + 1) of each contiguous span."""
     return [[(span.start, span.start + span.length) for span in context_spans(row_tokens, rank, ranks)]
             for rank in range(ranks)]
 
 
 def rank_loads(examples: Sequence[tuple[int, int]], cuts: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
-    """Count the (query, key) pairs of ranks that hold the positions `cuts[rank]`, in one walk over the row."""
+    """Return the number of (query, key) pairs of each rank, which holds the positions `cuts[rank]`; one pass over the
+    row."""
     bounds = sorted({bound for spans in cuts for span in spans for bound in span})
     before, ahead, start, total = dict[int, int](), 0, 0, 0
     for p, r in examples:
@@ -54,14 +55,15 @@ def rank_loads(examples: Sequence[tuple[int, int]], cuts: Sequence[Sequence[tupl
 
 
 def _pairs(prefix: int, response: int, queries: int) -> int:
-    """Count the pairs of the first `queries` positions of an example."""
+    """Return the number of pairs of the first `queries` positions of an example."""
     assert queries <= prefix + response
     causal = max(0, queries - prefix)
     return queries * prefix + causal * (causal + 1) // 2
 
 
 def _orders(examples: Sequence[tuple[int, int]], ranks: int) -> Iterator[list[int]]:
-    """Yield the given order; then all others of few examples, else lengths dealt out to chunks, then random ones."""
+    """Yield the given order first. Then, for few examples, all other orders; else lengths dealt round-robin to chunks,
+    then random orders."""
     count = len(examples)
     if count <= ALL_ORDERS_OF:
         yield from map(list, itertools.permutations(range(count)))

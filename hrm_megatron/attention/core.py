@@ -1,8 +1,8 @@
-"""Packed PrefixLM attention behind one door: `core_attention(kernel, dtype, head_dim)` picks what a layer builds.
+"""Packed PrefixLM attention: `core_attention(kernel, dtype, head_dim)` selects the class that a layer instantiates.
 
-`DenseAttention` is the definition. The others attend prefixes without a mask and responses with a causal one at the
-bottom right, and never hold a mask of the whole row: `sdpa` and `cpu` by a call for each piece of an example, `varlen`,
-`te` and `flash` by two calls for all rows. `attention.kernel_choice` says which of them a run takes.
+`DenseAttention` is the reference. The others never build a mask of the whole row: queries of prefixes run without a
+mask, queries of responses with a causal mask aligned to the bottom right. `sdpa` and `cpu` make one call per piece of
+an example; `varlen`, `te` and `flash` two calls for all rows. `attention.kernel_choice` holds the rules.
 """
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from hrm_megatron.parallel.machine import Machine
 
 
 class PrefixLMAttention(MegatronModule):  # type: ignore[misc]
-    """Core attention of a stock SelfAttention: rotate queries and keys, then attend inside each example.
+    """Core attention of Megatron's SelfAttention: rotate queries and keys, then attend within each example.
 
-    Query, key, value come as [s/cp, b, heads/tp, d], the result leaves as [s/cp, b, heads/tp * d]; padding gives
-    zeros. The rotation happens here rather than in the layer, in fp32 and with a table made once per batch
-    (the stock unfused one rounds cosines to bf16). Under context parallelism keys and values are gathered.
+    Query, key and value are [s/cp, b, heads/tp, d], the result is [s/cp, b, heads/tp * d]; padding gives zeros. The
+    rotation is done here, not in the layer: in fp32, with a table computed once per batch (Megatron's unfused one
+    rounds cosines to bf16). Under context parallelism keys and values are gathered.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str,
@@ -48,25 +48,25 @@ class PrefixLMAttention(MegatronModule):  # type: ignore[misc]
 
     def attend_to_all(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                       sequences: PrefixSequences) -> torch.Tensor:
-        """Attention to the keys of all context parallel ranks, in the shapes of `forward`."""
+        """Attend to the keys of all context parallel ranks, in the shapes of `forward`."""
         if self.context_group is not None:
             key, value = GatherRows.apply(torch.stack((key, value), 1), self.context_group).unbind(1)
         return self.attend(query, key, value, sequences)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences) -> torch.Tensor:
-        """Attention of all rows: q [s/cp, b, heads/tp, d] and k, v [s, b, heads/tp, d] to [s/cp, b, heads/tp * d]."""
+        """Attend in all rows: q [s/cp, b, heads/tp, d] and k, v [s, b, heads/tp, d] to [s/cp, b, heads/tp * d]."""
         rows = [self.attend_row(*one, sequences, row) for row, one in enumerate(zip(
             q.unbind(1), k.unbind(1), v.unbind(1), strict=True))]
         return rows[0].unsqueeze(1) if len(rows) == 1 else torch.stack(rows, 1)
 
     def attend_row(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
                    row: int) -> torch.Tensor:
-        """Attention of one row: q [s/cp, heads/tp, d] and k, v [s, heads/tp, d] to [s/cp, heads/tp * d]."""
+        """Attend in one row: q [s/cp, heads/tp, d] and k, v [s, heads/tp, d] to [s/cp, heads/tp * d]."""
         raise NotImplementedError
 
 
 class DenseAttention(PrefixLMAttention):
-    """The definition in fp64, with the mask of the whole row: quadratic in the row, for tests and small rows."""
+    """The reference in fp64, with the mask of the whole row: quadratic in the row, for tests and small rows."""
 
     def attend_row(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
                    row: int) -> torch.Tensor:
@@ -76,23 +76,23 @@ class DenseAttention(PrefixLMAttention):
             allowed = torch.cat([allowed[span.start:span.start + span.length] for span in sequences.spans])
         allowed = allowed.to(q.device)
         scores = torch.einsum("ihd,jhd->hij", q.double(), k.double()) * scale
-        # A finite floor: a padding position sees nobody, and -inf everywhere would give NaN gradients.
+        # A finite minimum: a padding position attends to nothing, and -inf everywhere would give NaN gradients.
         weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~allowed, 0)
         return torch.einsum("hij,jhd->ihd", weights, v.double()).flatten(1).to(q.dtype)
 
 
 class SdpaAttention(PrefixLMAttention):
-    """torch's scaled_dot_product_attention, one call per piece: for any GPU without a better kernel."""
+    """torch's scaled_dot_product_attention, one call per piece: for GPUs without a better kernel."""
 
     def attend_row(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: PrefixSequences,
                    row: int) -> torch.Tensor:
         sizes = [p + r for p, r in sequences.lengths[row]]
         starts = [0, *itertools.accumulate(sizes)]
-        # split, not slices of the row: their backward would add one tensor of the row's size per piece.
+        # split, not slices: each slice's backward would allocate and add a tensor of the whole row.
         examples = dict(zip(starts, zip(*(t[:starts[-1]].split(sizes) for t in (k, v)), strict=True), strict=False))
         pieces = sequences.pieces(row)
         lengths = [piece.queries[1] for piece in pieces]
-        pad = len(q) - sum(lengths)  # the end of the row, so also the end of each rank's slice
+        pad = len(q) - sum(lengths)  # padding ends the row, and so each rank's slice
         outputs = []
         for piece, query in zip(pieces, q.split([*lengths, pad]), strict=False):
             keys, values = (t[:piece.keys[1]] for t in examples[piece.keys[0]])
@@ -131,9 +131,9 @@ class VarlenAttention(PrefixLMAttention):
 class TransformerEngineAttention(VarlenAttention):
     """Transformer Engine's kernels, called twice for all rows."""
 
-    # cuDNN before 9.6 builds a plan for each number of sequences and each longest length that it meets; for later ones
-    # token counts are rounded instead (DotProductAttention.forward, the note on max_seqlen). Empty sequences at the end
-    # and generous bounds change nothing else.
+    # cuDNN before 9.6 builds a plan for each new number of sequences and maximum length; for later versions token
+    # counts are rounded instead (DotProductAttention.forward, the note on max_seqlen). Empty sequences at the end and
+    # larger bounds have no other effect.
     bucketed = True
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:
@@ -142,13 +142,13 @@ class TransformerEngineAttention(VarlenAttention):
 
 
 class FlashAttnAttention(VarlenAttention):
-    """The kernels of the package flash-attn, called twice for all rows."""
+    """Kernels of the flash-attn package, called twice for all rows."""
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
         deterministic = torch.are_deterministic_algorithms_enabled()
         found, reason = choose_generation(config.params_dtype, config.kv_channels, Machine.here(), deterministic)
-        assert found, reason  # `core_attention` has refused it
+        assert found, reason  # else `core_attention` has raised
         self.primitive = flash_varlen(found, deterministic)
 
 
@@ -158,7 +158,8 @@ KERNELS: dict[str, type[PrefixLMAttention]] = {
 
 
 def kernel_of(kernel: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Return the name in KERNELS for `--attention-kernel`, queries of `dtype` and heads of `head_dim` here."""
+    """Return the name in KERNELS for `--attention-kernel`, queries of `dtype` and heads of `head_dim` on this
+    machine."""
     return _choose(kernel, dtype, head_dim)[0]
 
 
@@ -168,10 +169,10 @@ def core_attention(kernel: str, dtype: torch.dtype, head_dim: int) -> type[Prefi
 
 
 def explain_kernel(kernel: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Say in one line which kernel `core_attention` takes and why."""
+    """Return one line that says which kernel `core_attention` takes and why."""
     return _choose(kernel, dtype, head_dim)[1]
 
 
 def _choose(kernel: str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    # Megatron's --deterministic-mode tells torch.
+    # Megatron's --deterministic-mode sets this in torch.
     return choose_kernel(kernel, dtype, head_dim, Machine.here(), torch.are_deterministic_algorithms_enabled())

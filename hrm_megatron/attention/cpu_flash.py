@@ -1,7 +1,7 @@
 """Attention over a packed row on torch's CPU flash kernel, without the copies that autograd would make.
 
-The kernel itself is `aten::_scaled_dot_product_flash_attention_for_cpu`, which scaled_dot_product_attention picks
-on a CPU too; calling it and its backward by name lets one function write all pieces into shared buffers.
+The kernel is `aten::_scaled_dot_product_flash_attention_for_cpu`, which scaled_dot_product_attention also uses on a
+CPU. Calling it and its backward directly lets one function write all pieces into shared buffers.
 """
 from __future__ import annotations
 
@@ -56,12 +56,13 @@ class PackedCpuFlash(torch.autograd.Function):
 
 
 def _empty(like: torch.Tensor, sequences: PrefixSequences, row: int) -> torch.Tensor:
-    """Make a contiguous tensor for what pieces write once, with zeros at padding positions, which come last."""
+    """Return a contiguous tensor into which each piece writes once, with zeros at padding positions, which come
+    last."""
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     out[sum(piece.queries[1] for piece in sequences.pieces(row)):] = 0
     return out
 
 
 def _zeros(like: torch.Tensor) -> torch.Tensor:
-    """Make a contiguous tensor of zeros (`like` may be a view into something larger)."""
+    """Return a contiguous tensor of zeros (`like` may be a view of a larger tensor)."""
     return torch.zeros(like.shape, dtype=like.dtype, device=like.device)

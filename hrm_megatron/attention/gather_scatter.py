@@ -1,5 +1,5 @@
-"""Gather rows of queries, keys and values for attention kernels and scatter the results back, copying as little as
-can be."""
+"""Gather rows of queries, keys and values for attention kernels and scatter the results back, with as few copies as
+possible."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from hrm_megatron.data.batch import send
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Index [n] of rows in a tensor [t, ...], on its device; `run` is (first, last + 1) where the rows are contiguous.
+    """Index [n] of rows of a tensor [t, ...], on its device; `run` is (first, last + 1) if the rows are contiguous.
 
-    Where rows are there twice, `parts` divides the index: places in it and the rows there, each part without a row
-    twice. (Adding at repeated rows is atomic: slow in bf16, and in any order.)
+    If rows occur twice, `parts` splits the index into parts without duplicates: (places in the index, rows there).
+    (Adding at duplicate rows takes atomics: slow in bf16, and nondeterministic.)
     """
 
     index: torch.Tensor
@@ -26,8 +26,8 @@ class RowIndex:
 
     @classmethod
     def of(cls, index: torch.Tensor, device: torch.device, again: torch.Tensor | None = None) -> RowIndex:
-        """Send `index`, which is on the host and not empty, to the device; `again` [n] is true where a row that was
-        there before is there a second time, and for none a third."""
+        """Send `index`, a non-empty host tensor, to the device. `again` [n] is True where a row occurs for the second
+        time; none may occur three times."""
         if again is not None:
             places = [part.nonzero().squeeze(1) for part in (~again, again)]
             return cls(send(index, device), None, tuple((send(at, device), send(index[at], device)) for at in places))
@@ -39,11 +39,11 @@ class RowIndex:
         return len(self.index)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Return these rows [n, ...] of `x`, contiguous: a view where they are a run of contiguous rows."""
+        """Return these rows [n, ...] of `x`, contiguous: a view if they are one contiguous run."""
         return x[slice(*self.run)].contiguous() if self.run else x.index_select(0, self.index)
 
     def scatter(self, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """Make [count, ...] with the sum of `rows` at these indices and zeros elsewhere."""
+        """Return [count, ...] with the sum of `rows` at these indices and zeros elsewhere."""
         if not self.run:
             return self.scatter_add_(rows, rows.new_zeros(count, *rows.shape[1:]))
         first, end = self.run
@@ -65,9 +65,9 @@ class RowIndex:
 
 
 class GatherForCalls(torch.autograd.Function):
-    """q [tq, ...], k and v [tk, ...] to queries, keys and values of each call in turn.
+    """q [tq, ...], k and v [tk, ...] to the queries, keys and values of each call in turn.
 
-    `indices` holds those of these three for each call. The gradients of all calls are summed in one tensor each.
+    `indices` holds the three indices of each call. Gradients of all calls are summed into one tensor per input.
     """
 
     @staticmethod
@@ -90,7 +90,8 @@ class GatherForCalls(torch.autograd.Function):
 
 
 class ScatterFromCalls(torch.autograd.Function):
-    """Results of all calls, each [n, ...] at its queries' rows, to [count, ...] with zeros where no query is."""
+    """Results [n, ...] of all calls, at the rows of their queries, to [count, ...] with zeros where there is no
+    query."""
 
     @staticmethod
     def forward(ctx: Any, queries: Sequence[RowIndex], count: int, *results: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which attention kernel a run takes: plain rules over its number format, its head size and a few facts."""
+"""Select the attention kernel: rules over dtype, head size and a few facts about the machine."""
 from __future__ import annotations
 
 import itertools
@@ -10,7 +10,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.parallel.machine import Machine
 
 AUTO = "auto"
-# What stands behind each name, for the log.
+# What each name means, for the log.
 WHAT = {
     "te": "Transformer Engine, two calls over all rows",
     "varlen": "FlashAttention 2 inside torch, two calls over all rows",
@@ -19,10 +19,10 @@ WHAT = {
     "cpu": "torch's CPU flash kernel, a call for each piece of an example",
     "dense": "the definition in fp64, with the mask of the whole row",
 }
-ON_CUDA, ON_CPU = ("te", "varlen", "sdpa"), ("cpu",)  # what "auto" tries beside flash, the fastest first
-# How many of these go before flash-attn, by its generation. Nothing here was measured by us. FlashAttention 3: by its
-# authors faster than cuDNN on Hopper, forward and backward. 4: made for Blackwell as cuDNN's is, but a beta. 2: the
-# kernels that torch has inside.
+ON_CUDA, ON_CPU = ("te", "varlen", "sdpa"), ("cpu",)  # what "auto" tries besides flash, fastest first
+# How many of these rank before flash-attn, by its generation. None of it was measured by us. FlashAttention 3: faster
+# than cuDNN on Hopper, forward and backward, according to its authors. 4: made for Blackwell like cuDNN's kernels, but
+# a beta. 2: the same kernels as in torch.
 BEFORE_FLASH = {3: 0, 4: 1, 2: 2}
 NARROW = (torch.bfloat16, torch.float16)
 AMPERE, HOPPER = (8, 0), (9, 0)
@@ -30,7 +30,7 @@ AMPERE, HOPPER = (8, 0), (9, 0)
 
 def refusal(kernel: str, dtype: torch.dtype, head_dim: int, machine: Machine,
             deterministic: bool = False) -> str | None:
-    """Say why `kernel` cannot run, or None. Sources: torch, aten/native/transformers/cuda/flash_attn/flash_api.cpp;
+    """Return why `kernel` cannot run, or None. Sources: torch, aten/native/transformers/cuda/flash_attn/flash_api.cpp;
     Transformer Engine, common/fused_attn/fused_attn.cpp, nvte_get_fused_attn_backend, for training."""
     if kernel == "cpu":
         return "it needs a model on a CPU, and models live on the GPU here" if machine.capability else None
@@ -44,7 +44,7 @@ def refusal(kernel: str, dtype: torch.dtype, head_dim: int, machine: Machine,
         return "this torch was built without FlashAttention"
     if dtype not in NARROW:
         return f"it takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
-    # cuDNN has variable lengths from Hopper on; before it Transformer Engine could only call flash-attn.
+    # cuDNN supports variable lengths from Hopper on; on older GPUs Transformer Engine could only call flash-attn.
     oldest = HOPPER if kernel == "te" else AMPERE
     if machine.capability < oldest:
         return "it needs a GPU of compute capability {}.{} or more, and this one has {}.{}".format(
@@ -59,7 +59,7 @@ def refusal(kernel: str, dtype: torch.dtype, head_dim: int, machine: Machine,
 
 
 def candidates(dtype: torch.dtype, head_dim: int, machine: Machine, deterministic: bool) -> tuple[str, ...]:
-    """List what "auto" tries on this machine, the fastest first."""
+    """Return the kernels that "auto" tries on this machine, fastest first."""
     if machine.capability is None:
         return ON_CPU
     found, _ = choose_generation(dtype, head_dim, machine, deterministic)
@@ -68,7 +68,7 @@ def candidates(dtype: torch.dtype, head_dim: int, machine: Machine, deterministi
 
 
 def describe(kernel: str, dtype: torch.dtype, head_dim: int, machine: Machine, deterministic: bool) -> str:
-    """Say what stands behind the name of a kernel that can run."""
+    """Return the description, for the log, of a kernel that can run."""
     if kernel != "flash":
         return f"{kernel} ({WHAT[kernel]})"
     found, _ = choose_generation(dtype, head_dim, machine, deterministic)
@@ -79,7 +79,7 @@ def choose_kernel(asked: str, dtype: torch.dtype, head_dim: int, machine: Machin
                   deterministic: bool = False) -> tuple[str, str]:
     """Return the kernel for `--attention-kernel` and a line that says why. Raises ConfigError if it cannot run.
 
-    `dtype` is that of queries and keys; `deterministic` demands that gradients are added in one order.
+    `dtype` is that of queries and keys; `deterministic` requires that gradients are accumulated in a fixed order.
     """
     if asked not in (AUTO, *WHAT):
         raise ConfigError(f"attention_kernel={asked!r}: choose one of {AUTO}, {', '.join(WHAT)}")

@@ -1,4 +1,4 @@
-"""Who may see whom in a packed row: whole prefixes both ways, responses causally, nothing across examples."""
+"""The attention mask of a packed row: bidirectional within prefixes, causal in responses, nothing across examples."""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
@@ -14,10 +14,11 @@ Lengths = Sequence[Sequence[tuple[int, int]]]
 
 
 class Piece(NamedTuple):
-    """Queries of one example's prefix or of its responses, and the keys that they see, (start, length) each.
+    """Queries of one example's prefix or response, and the keys they attend to, each as (start, length).
 
-    Queries are counted in this rank's slice of the row, keys in the whole row. Prefixes see all of their keys;
-    responses are `causal`: the last query sees all keys, the one before all but the last, and so on.
+    Queries are indexed in this rank's slice of the row, keys in the whole row. Prefix queries attend to all keys of
+    their piece; response queries are `causal`: the last one attends to all keys, the one before to all but the last,
+    and so on.
     """
 
     queries: tuple[int, int]
@@ -29,10 +30,10 @@ class Piece(NamedTuple):
 class PrefixSequences:
     """The examples of a micro-batch: `lengths[row]` lists (prefix, response) positions in order, padding last.
 
-    Travels through Megatron's layers as `packed_seq_params`: they hand on any object there untouched, also
-    through recomputation, as long as its `qkv_format` is not "thd" (transformer/attention.py). `rotation`
-    turns queries and keys to their positions; it is made once per micro-batch and read at every tick. `spans`
-    are the positions that this rank holds of rows of `row_tokens` (context parallelism; None: all).
+    Passed through Megatron's layers as `packed_seq_params`: they pass on any object unchanged, also through recompute,
+    unless its `qkv_format` is "thd" (transformer/attention.py). `rotation` is the rotary embedding of queries and keys,
+    computed once per micro-batch and used at every tick. `spans` are the positions of each row of `row_tokens` that
+    this rank holds (context parallelism; None: all).
     """
 
     lengths: Lengths
@@ -43,14 +44,14 @@ class PrefixSequences:
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     def once[T](self, make: Callable[..., T], *values: Hashable) -> T:
-        """Return `make(self, *values)`, made once and shared by all ticks and layers."""
+        """Return `make(self, *values)`, cached for all ticks and layers."""
         if (make, *values) not in self._made:
             self._made[make, *values] = make(self, *values)
         made: T = self._made[make, *values]
         return made
 
     def dense_mask(self, row: int) -> torch.Tensor:
-        """Definition of the mask, [s, s] bool: True where the query (rows) may see the key (columns)."""
+        """Return the reference mask, [s, s] bool: True where the query (row) may attend to the key (column)."""
         allowed, start = torch.zeros(self.row_tokens, self.row_tokens, dtype=torch.bool), 0
         for p, r in self.lengths[row]:
             middle, end = start + p, start + p + r
@@ -60,11 +61,12 @@ class PrefixSequences:
         return allowed
 
     def pieces(self, row: int) -> list[Piece]:
-        """Cut this rank's queries of a row into pieces, in their order; padding is in none."""
+        """Return this rank's queries of a row as pieces, in order; padding is in none."""
         return self.once(_pieces, row)
 
     def causal_bias(self, piece: Piece, like: torch.Tensor) -> torch.Tensor | None:
-        """Additive mask [queries, keys] of a causal piece, in the dtype and on the device of `like`."""
+        """Return the additive mask [queries, keys] of a causal piece, in the dtype and on the device of `like`; else
+        None."""
         return self.once(_bias, piece.queries[1], piece.keys[1], like.dtype, like.device) if piece.causal else None
 
 
@@ -73,7 +75,7 @@ def _pieces(sequences: PrefixSequences, row: int) -> list[Piece]:
 
 
 def context_loads(lengths: Lengths, row_tokens: int, ranks: int) -> list[int]:
-    """Count the (query, key) pairs of each context parallel rank over these rows."""
+    """Return the number of (query, key) pairs of each context parallel rank over these rows."""
     def pairs(piece: Piece) -> int:
         queries, keys = piece.queries[1], piece.keys[1]
         return queries * keys - piece.causal * queries * (queries - 1) // 2
@@ -82,7 +84,7 @@ def context_loads(lengths: Lengths, row_tokens: int, ranks: int) -> list[int]:
 
 
 def cut(examples: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[Piece]:
-    """Cut the examples of a row, (prefix, response) each, into the pieces of which `spans` hold queries."""
+    """Return the pieces of a row's (prefix, response) examples that have queries in `spans`."""
     return [Piece((span.local + first - span.start, last - first), (start, last - start if causal else p), causal)
             for span in spans for start, p, r in _starts(examples)
             for begin, end, causal in ((start, start + p, False), (start + p, start + p + r, True))
@@ -94,7 +96,7 @@ def _bias(_: PrefixSequences, queries: int, keys: int, dtype: torch.dtype, devic
 
 
 def _starts(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Add to each (prefix, response) where the example starts."""
+    """Return (start, prefix, response) of each example."""
     starts, start = [], 0
     for p, r in pairs:
         starts.append((start, p, r))

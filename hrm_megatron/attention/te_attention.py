@@ -1,4 +1,4 @@
-"""Transformer Engine's DotProductAttention as a variable-length primitive. Needs Transformer Engine to be built."""
+"""Transformer Engine's DotProductAttention as a variable-length primitive. Instances need Transformer Engine."""
 from __future__ import annotations
 
 import contextlib
@@ -18,17 +18,17 @@ from hrm_megatron.config import ConfigError
 MASKS = {False: "padding", True: "padding_causal_bottom_right"}
 BACKENDS = ("flash", "fused", "unfused")
 SAYS_WHY = "for this run (NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says why)"
-NO_BACKEND = "No dot product attention backend is available"  # begins its ValueError (DotProductAttention.forward)
+NO_BACKEND = "No dot product attention backend is available"  # start of its ValueError (DotProductAttention.forward)
 
 
 def check_backend(kernel: str, backend: AttnBackend) -> None:
-    """Refuse an --attention-backend that is without effect on `kernel`, or other than what is exported."""
+    """Refuse an --attention-backend that has no effect on `kernel` or contradicts exported NVTE_* variables."""
     if kernel != "te":
         if backend != AttnBackend.auto:
             raise ConfigError(f"--attention-backend {backend.name}: chooses within --attention-kernel te, and this run "
                               f"takes {kernel}; give that too, or leave it out")
         return
-    for one in BACKENDS:  # where Megatron has an assertion (LanguageModule._set_attention_backend)
+    for one in BACKENDS:  # instead of Megatron's assertion (LanguageModule._set_attention_backend)
         name, wanted = f"NVTE_{one.upper()}_ATTN", str(int(backend.name in ("auto", one)))
         if (value := os.environ.get(name, wanted)) != wanted:
             raise ConfigError(f"{name}={value} is exported, and --attention-backend {backend.name} makes it {wanted}; "
@@ -36,7 +36,7 @@ def check_backend(kernel: str, backend: AttnBackend) -> None:
 
 
 class NoFusedKernel(torch.nn.Module):
-    """Stands where Transformer Engine keeps its slow path, which holds the scores of whole sequences in memory."""
+    """Replaces Transformer Engine's unfused path, which materializes the scores of whole sequences."""
 
     def forward(self, *_: Any, **__: Any) -> torch.Tensor:
         raise ConfigError(f"--attention-kernel te: Transformer Engine finds no fused kernel {SAYS_WHY}; give "
@@ -44,11 +44,10 @@ class NoFusedKernel(torch.nn.Module):
 
 
 class TransformerEngineVarlen:
-    """cuDNN's fused attention or FlashAttention, whichever Transformer Engine picks; a module for each kind of call.
+    """cuDNN's fused attention or FlashAttention, whichever Transformer Engine selects; one module per mask.
 
-    No torch module itself: the inner ones would add `_extra_state` to checkpoints, which are the same for all kernels.
-    Under NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, which Megatron's --deterministic-mode sets, it picks kernels that add in
-    one order.
+    Not a torch module, so that the inner ones add no `_extra_state`: checkpoints are the same for all kernels. Under
+    NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, which Megatron's --deterministic-mode sets, it selects deterministic kernels.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -66,7 +65,7 @@ class TransformerEngineVarlen:
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: VarlenCall,
                  scale: float | None) -> torch.Tensor:
-        """Run one call; the modules know the scale."""
+        """Run one call; the modules hold the scale."""
         try:
             with self.region():
                 out: torch.Tensor = self.modules[call.causal](
@@ -82,12 +81,12 @@ class TransformerEngineVarlen:
 
 
 def _without_fp8() -> Callable[[], AbstractContextManager[None]]:
-    """Return a region of bf16, in which attention computes anyway.
+    """Return a context without FP8; attention computes in bf16 in any case.
 
-    In one of FP8 its modules would take part, when first called, in the exchange of delayed scaling's maxima; and a
-    rank whose examples need one of the two calls alone would exchange fewer than the others, or in another order.
+    In an FP8 region its modules, once called, join the all-reduce of delayed scaling's amax values; a rank whose
+    examples need only one of the two calls would reduce fewer values than the others, or in another order.
     """
     from transformer_engine import pytorch
 
-    autocast = getattr(pytorch, "autocast", None) or pytorch.fp8_autocast  # as older versions call it
+    autocast = getattr(pytorch, "autocast", None) or pytorch.fp8_autocast  # its name in older versions
     return functools.partial(autocast, enabled=False)

@@ -1,8 +1,8 @@
 """PrefixLM attention as two variable-length calls over all rows of a micro-batch.
 
-The first holds the queries of prefixes, without a mask; the second those of responses, whose keys are the whole example
-and whose mask is causal at the bottom right. What a kernel needs to know of a micro-batch is worked out on the host
-from the lengths, copied to the device once and read by all ticks and layers: the step waits for no copy back.
+The first call has the queries of prefixes and no mask; the second those of responses, whose keys are the whole example,
+with a bottom-right causal mask. The arguments of the calls are computed on the host from the lengths, copied to the
+device once and used by all ticks and layers: no device-to-host synchronization.
 """
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hrm_megatron.layers.functions import run
 
 @dataclass(frozen=True)
 class VarlenCall:
-    """Sequences of queries one behind the other, and for each the sequence of its keys.
+    """Concatenated sequences of queries, and for each the sequence of its keys.
 
-    `queries` [tq] and `keys` [tk] index the flattened positions, [s/cp * b] and [s * b]; sequence i is
-    `cu_queries[i]` to `cu_queries[i + 1]` of the former and the same of `cu_keys` in the latter (int32, [n + 1]).
-    `max_queries` and `max_keys` bound the lengths. Under `causal` the last query of a sequence sees all keys, the
-    one before all but the last.
+    `queries` [tq] and `keys` [tk] index the flattened positions, [s/cp * b] and [s * b]; sequence i spans
+    `cu_queries[i]` to `cu_queries[i + 1]` of `queries` and `cu_keys[i]` to `cu_keys[i + 1]` of `keys` (int32, [n + 1]).
+    `max_queries` and `max_keys` bound the lengths. With `causal` the last query of a sequence attends to all keys, the
+    one before to all but the last, and so on.
     """
 
     queries: RowIndex
@@ -43,9 +43,9 @@ Primitive = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, VarlenCall, floa
 
 
 def varlen_calls(sequences: PrefixSequences, device: torch.device, bucketed: bool = False) -> list[VarlenCall]:
-    """List the calls of a micro-batch, at most two: one that would have no query is left out.
+    """Return the calls of a micro-batch, at most two: a call without queries is left out.
 
-    `bucketed` rounds the number of sequences (by empty ones at the end) and the bounds up to a power of two.
+    `bucketed` rounds the bounds and the number of sequences (by empty ones at the end) up to a power of two.
     """
     pieces = [(row, piece) for row in range(len(sequences.lengths)) for piece in sequences.pieces(row)]
     chosen = {causal: [one for one in pieces if one[1].causal == causal] for causal in (False, True)}
@@ -65,7 +65,8 @@ def _call(pieces: list[tuple[int, Piece]], causal: bool, rows: int, device: torc
 
 
 def _keys_again(pieces: list[tuple[int, Piece]]) -> torch.Tensor | None:
-    """Mark the keys [tk] that were there before: both slices of a context rank can cut one example."""
+    """Return True for each key [tk] that appears a second time, or None: both slices of a context rank can cut one
+    example."""
     seen: set[tuple[int, int]] = set()
     again = []
     for row, piece in pieces:
@@ -77,7 +78,8 @@ def _keys_again(pieces: list[tuple[int, Piece]]) -> torch.Tensor | None:
 
 
 def _row_index(runs: Sequence[tuple[int, int, int]], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flatten runs (row, start, length) of [s, b = rows]: index [t] of their positions, where each begins [n + 1]."""
+    """Return the flat index [t] of runs (row, start, length) in [s, b = rows], and the offset at which each begins [n +
+    1]."""
     row, start, length = torch.tensor(runs).unbind(1)
     ends = length.cumsum(0)
     within = torch.arange(int(ends[-1])) - (ends - length).repeat_interleave(length)
@@ -86,13 +88,13 @@ def _row_index(runs: Sequence[tuple[int, int, int]], rows: int) -> tuple[torch.T
 
 
 def bucket(n: int) -> int:
-    """Round up to a power of two, 16 at least."""
+    """Return n rounded up to a power of two, at least 16."""
     return max(16, 1 << (n - 1).bit_length())
 
 
 def attend_in_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, calls: Sequence[VarlenCall],
                     primitive: Primitive, scale: float | None) -> torch.Tensor:
-    """Attention of q [s/cp, b, heads, d] to k, v [s, b, heads, d]: [s/cp, b, heads * d], zeros at padding."""
+    """Attend from q [s/cp, b, heads, d] to k, v [s, b, heads, d]: [s/cp, b, heads * d], zeros at padding."""
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
     if calls:
         parts = run(GatherForCalls, flat_q, flat_k, flat_v,
@@ -106,16 +108,16 @@ def attend_in_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, calls: Se
 
 
 def nothing_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Make [0, heads, d] that depends on all three.
+    """Return an empty [0, heads, d] tensor whose graph includes all three.
 
-    A context rank that holds nothing but padding must still take part in the backward of the gathered keys.
+    A context rank that holds only padding must still take part in the backward of the gather of keys.
     """
     return q[:0] + k[:0] + v[:0]
 
 
 def plain_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: VarlenCall,
                  scale: float | None) -> torch.Tensor:
-    """Define what a primitive must do, one sequence after the other in the dtype of its inputs."""
+    """Reference primitive: one sequence after the other, in the dtype of its inputs."""
     outputs = []
     bounds = (itertools.pairwise(cu.tolist()) for cu in (call.cu_queries, call.cu_keys))
     for (first, last), (begin, end) in zip(*bounds, strict=True):
@@ -129,9 +131,9 @@ def plain_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Varlen
 
 def torch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: VarlenCall,
                  scale: float | None) -> torch.Tensor:
-    """FlashAttention 2 inside torch, whose causal mask is at the bottom right of each sequence."""
+    """Primitive of torch's FlashAttention 2, whose causal mask is bottom-right aligned in each sequence."""
     out = varlen_attn(
         q, k, v, call.cu_queries, call.cu_keys, call.max_queries, call.max_keys, scale=scale,
-        window_size=(-1, 0) if call.causal else (-1, -1))  # torch 2.11's word for causal
-    assert isinstance(out, torch.Tensor)  # and not a pair: no auxiliary output was asked for
+        window_size=(-1, 0) if call.causal else (-1, -1))  # causal, as torch 2.11 spells it
+    assert isinstance(out, torch.Tensor)  # not a pair: no auxiliary output was requested
     return out

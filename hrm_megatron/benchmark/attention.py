@@ -1,7 +1,7 @@
-"""The kernels that make two calls over all rows side by side: their time over micro-batches of stated lengths.
+"""Compare the attention kernels that make two calls over all rows: their time on micro-batches of given lengths.
 
-Many short examples ask more of a kernel than few long ones: it works in tiles of 64 or 128 queries, and some libraries
-round numbers of tokens up (docs/attention.md).
+Many short examples are harder for a kernel than few long ones: it works in tiles of 64 or 128 queries, and some
+libraries round token counts up (docs/attention.md).
 """
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Pairs = list[tuple[int, int]]
 
 
 def random_lengths(count: int = 512, seed: int = 0) -> Pairs:
-    """Draw the (prefix, response) lengths of rows.py."""
+    """Return random (prefix, response) lengths, distributed as in rows.py."""
     rng = np.random.default_rng(seed)
     prefixes, responses = (rng.integers(*bounds, count).tolist() for bounds in (PREFIX_TOKENS, RESPONSE_TOKENS))
     return list(zip(prefixes, responses, strict=True))
 
 
 def fill_rows(lengths: Sequence[tuple[int, int]], row_tokens: int, rows: int) -> list[Pairs]:
-    """Lay examples into rows in their turn, all over again where they run out; each row ends before one too long."""
+    """Fill rows with the examples in order, cyclically; a row ends before the first example that does not fit."""
     if (longest := max(map(sum, lengths))) > row_tokens:
         raise ConfigError(f"--row-tokens {row_tokens}: an example has {longest}; give at least as many")
     examples, filled = itertools.cycle(lengths), [list[tuple[int, int]]() for _ in range(rows)]
@@ -52,7 +52,8 @@ def fill_rows(lengths: Sequence[tuple[int, int]], row_tokens: int, rows: int) ->
 
 def compare_kernels(machine: Machine, lengths: Sequence[tuple[int, int]], row_tokens: int, rows: int, heads: int,
                     head_dim: int, rounds: int) -> Iterator[str]:
-    """Yield a line for each kernel: forward, and forward with backward, of one layer in bf16; or why it cannot run."""
+    """Yield a line per kernel: time of forward, and of forward plus backward, of one layer in bf16; or why it cannot
+    run."""
     filled = fill_rows(lengths, row_tokens, rows)
     examples = [pair for row in filled for pair in row]
     flops = 4 * heads * head_dim * score_elements(examples)
@@ -73,7 +74,7 @@ def compare_kernels(machine: Machine, lengths: Sequence[tuple[int, int]], row_to
         kernel = KERNELS[name](config, 1, None, "self", pg_collection=SimpleNamespace(cp=None))
 
         forward, seconds = _seconds_of(kernel, states, sequences, rounds)
-        # Backward is five products where forward is two.
+        # Backward has five matmuls where forward has two.
         yield f"{name:8}{1e3 * forward:>12.3f}{1e3 * seconds:>15.3f}{3.5 * flops / seconds / 1e12:>10.1f}"
 
 

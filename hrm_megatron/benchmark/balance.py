@@ -1,4 +1,4 @@
-"""How evenly context parallel ranks share the attention of rows: counted pairs, no clock."""
+"""Measure how evenly context parallel ranks share the attention of rows, by counting pairs."""
 from __future__ import annotations
 
 import argparse
@@ -18,7 +18,7 @@ from hrm_megatron.program import one_line
 
 
 def drawn_rows(folder: SampledFolder, row_tokens: int, rows: int, seed: int = 0) -> list[Pairs]:
-    """Fill rows with the (prefix, response) lengths of a folder's first epoch, drawn again and again."""
+    """Return rows filled with (prefix, response) lengths drawn from a folder's first epoch, with replacement."""
     prefixes, targets = (lengths.tolist() for lengths in folder.epoch_lengths(0))
     lengths = [(p, t - 1) for p, t in zip(prefixes, targets, strict=True)]
     most = rows * row_tokens // min(map(sum, lengths)) + 1
@@ -26,7 +26,7 @@ def drawn_rows(folder: SampledFolder, row_tokens: int, rows: int, seed: int = 0)
 
 
 def shares(rows: Sequence[Pairs], row_tokens: int, ranks: int) -> tuple[list[float], list[float]]:
-    """Return the busiest rank's pairs over the mean for each row, in the order given and in the balanced one."""
+    """Return (busiest rank's pairs / mean) of each row, in the given order and in the balanced order."""
     def share(row: Pairs) -> float:
         loads = context_loads([row], row_tokens, ranks)
         return max(loads) * ranks / sum(loads)
@@ -35,7 +35,7 @@ def shares(rows: Sequence[Pairs], row_tokens: int, ranks: int) -> tuple[list[flo
 
 
 def main() -> None:
-    """Print mean and worst of the rows of a folder, for both orders."""
+    """Print mean and maximum over the rows of a folder, for both orders."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="HRM-Text's sampled folder, as --sampled-data-path takes it")
     parser.add_argument("--row-tokens", type=count, nargs="+", default=[4096, 32_768])

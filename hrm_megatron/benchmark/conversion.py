@@ -1,4 +1,5 @@
-"""Measure conversions of random weights in every direction: seconds, peak memory beside the imports, bytes written."""
+"""Measure conversions of random weights in every direction: seconds, peak memory above that of the imports, bytes
+written."""
 from __future__ import annotations
 
 import dataclasses
@@ -29,7 +30,7 @@ from hrm_megatron.convert.run import Conversion, convert
 from hrm_megatron.convert.table import Rename, table
 
 RANDOM = "random weights"
-# What is written, from what was written before; and what is not needed then.
+# (source, target, folders that are not needed afterwards).
 WHOLE = ((RANDOM, "native", ()), ("native", "hf", ("hf",)), ("native", "megatron", ("native",)),
          ("megatron", "native", ("native",)), ("megatron", "hf", ("megatron",)), ("hf", "native", ("native",)),
          ("hf", "megatron", ("megatron",)), ("hf", "gguf", ("hf", "gguf")))
@@ -53,7 +54,7 @@ with open(writing, "w", buffering=1, encoding="utf-8") as answers:
 
 @dataclass(frozen=True)
 class Measured:
-    """One direction; `peak_bytes` is the most that was resident at a time, less what was before."""
+    """One direction; `peak_bytes` is the peak resident memory minus that before the conversion."""
 
     source: str
     target: str
@@ -63,16 +64,16 @@ class Measured:
 
 
 def measure(architecture: Architecture, folder: Path, weights_only: bool = False) -> Iterator[Measured]:
-    """Convert a random model of this architecture within `folder`, each time in a process of its own.
+    """Convert a random model of this architecture in `folder` in every direction, each in its own process.
 
-    With `weights_only` there is no optimizer state, a fifth of the bytes. gguf is left out where it is not installed.
-    Little is left in the folder at the end.
+    With `weights_only` there is no optimizer state: a fifth of the bytes. gguf is skipped if it is not installed. Most
+    of what is written is deleted again.
     """
     if not CLEAR.exists():
         raise ConfigError("peak memory is read from /proc of Linux, which is not here; run this there")
     reading, writing = os.pipe()
     given = json.dumps([dataclasses.asdict(architecture), str(folder), weights_only, writing])
-    # Forked from here they would hang where a process group is alive, whose threads do not survive a fork.
+    # In a new process: forks of this one would hang if it has a process group, whose threads do not survive a fork.
     child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", START, given], pass_fds=[writing], process_group=0)
     os.close(writing)
     try:
@@ -88,7 +89,7 @@ def measure(architecture: Architecture, folder: Path, weights_only: bool = False
 
 
 def measure_here(architecture: Architecture, folder: Path, weights_only: bool) -> Iterator[Measured]:
-    """Do the work of `measure` in forks of this process, which has imported what they need."""
+    """Do the work of `measure` in forks of this process, which has already imported what they need."""
     for source, target, done_with in WEIGHTS if weights_only else WHOLE:
         if target == "gguf" and not find_spec("gguf"):
             continue
@@ -109,7 +110,7 @@ def measure_here(architecture: Architecture, folder: Path, weights_only: bool) -
 
 
 def report(architecture: Architecture, folder: Path, weights_only: bool = False) -> Iterator[str]:
-    """Say in lines what `measure` finds, as it finds it."""
+    """Yield the results of `measure` as lines, as they arrive."""
     largest = max(math.prod(entry.shape) for entry in table(architecture))
     yield (f"{architecture.num_parameters / 1e9:.2f} billion parameters, the largest tensor {4 * largest / 1e9:.2f} "
            f"GB, {architecture.num_parameters * 4 / 1e9:.2f} GB of weights in fp32; torch {torch.__version__}")
@@ -134,7 +135,7 @@ def _measure_one(architecture: Architecture, folder: Path, source: str, target: 
 
 
 def random_checkpoint(architecture: Architecture) -> Checkpoint:
-    """Return a checkpoint after one step whose numbers are drawn when they are read, the same ones every time."""
+    """Return a checkpoint at step 1 whose values are drawn when they are read, deterministically."""
     def read(part: str, entry: Rename) -> torch.Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{part} {entry.megatron}".encode()))
         tensor = torch.empty(entry.shape)
@@ -142,7 +143,7 @@ def random_checkpoint(architecture: Architecture) -> Checkpoint:
             torch.mul(drawn[:len(block)], 1 + torch.rand((), generator=generator), out=block)
         return tensor if entry.trained else tensor.to(torch.bfloat16)
 
-    # To draw every number would take longer than any conversion.
+    # Drawing every value would take longer than a conversion.
     drawn = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1)) * architecture.input_std
     return Checkpoint(Path(RANDOM), architecture, Training(), 1, 0, frozenset(PARTS), read)
 

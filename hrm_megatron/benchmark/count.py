@@ -1,11 +1,11 @@
-"""The type of a command line's numbers of steps, rows, layers and the like."""
+"""The argparse type of counts: steps, rows, layers and so on."""
 from __future__ import annotations
 
 import argparse
 
 
 def count(text: str) -> int:
-    """Read a whole number from 1, as argparse's `type`."""
+    """Return a whole number of at least 1, as argparse's `type`."""
     try:
         number = int(text)
     except ValueError:

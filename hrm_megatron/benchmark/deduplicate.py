@@ -1,4 +1,4 @@
-"""Time the search for duplicates, and its memory, by number of examples, in a process of its own.
+"""Measure time and memory of the search for duplicates, by number of examples, each in its own process.
 
     python tools/benchmark.py deduplicate --millions 1 10
 """
@@ -21,8 +21,8 @@ from hrm_megatron.data.shards import KEY
 from hrm_megatron.program import listen, one_line
 
 COLUMNS = ("examples", "duplicates", "by the clock", "CPU", "peak memory")
-DRAWN_FROM = 3  # times as many texts as examples: 15 of 100 examples have been drawn before
-MIXING = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)  # odd, so that no two texts have one key
+DRAWN_FROM = 3  # times as many texts as examples: about 15 % of the examples are duplicates
+MIXING = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)  # odd, so that different texts have different keys
 START = """
 import sys, time
 from hrm_megatron.benchmark.plan import spent
@@ -36,8 +36,7 @@ spent(found.duplicates, time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def draw_keys(prefix: Path, count: int) -> int:
-    """Give the examples of a made-up dataset keys of texts that were drawn at random; return how many of them were
-    drawn before."""
+    """Write keys of randomly drawn texts for the examples of a synthetic dataset; return the number of duplicates."""
     random = np.random.default_rng(SEED)
     drawn = np.zeros(DRAWN_FROM * count, bool)
     with open(shard_folder(prefix) / "made.example_keys", "wb") as file:
@@ -49,7 +48,7 @@ def draw_keys(prefix: Path, count: int) -> int:
 
 
 def measure(folder: Path, count: int) -> list[str]:
-    """Return the cells of a row of the table. A wrong number of duplicates is a ConfigError."""
+    """Return the cells of a table row; raises ConfigError if the number of duplicates found is wrong."""
     prefix = folder / f"{count}" / "made"
     try:
         make_dataset(prefix, count)

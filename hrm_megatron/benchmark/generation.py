@@ -1,4 +1,4 @@
-"""Time generation against transformers' HrmText: the same weights, prompts, process and threads, in turns."""
+"""Time generation against transformers' HrmText, alternating, with the same weights, prompts, process and threads."""
 from __future__ import annotations
 
 import statistics
@@ -23,14 +23,14 @@ ARCHITECTURES = {
     "demo": Architecture(2, 128, 4, 256, 400),  # as examples/demo trains it
     "100M": Architecture(6, 768, 12, ffn_hidden_size(768), 8192),
 }
-ROUNDS = 3  # batches of answers of mixed length
-COPY_BYTES = 1 << 28  # far beyond every cache
+ROUNDS = 3  # number of batches with answers of mixed length
+COPY_BYTES = 1 << 28  # far larger than any CPU cache
 MATMUL_SIZE = 1024
 
 
 @dataclass(frozen=True)
 class Work:
-    """Prompts, how many tokens each answer has, and how many answers are made at once."""
+    """Prompts, number of tokens of each answer, and batch size."""
 
     prompts: list[list[int]]
     new_tokens: list[int]
@@ -38,19 +38,19 @@ class Work:
 
     @property
     def longest(self) -> int:
-        """Positions of the longest prompt with the longest answer."""
+        """Positions of the longest prompt plus the longest answer."""
         return max(map(len, self.prompts)) + max(self.new_tokens)
 
     def batches(self) -> list[Work]:
-        """Divide among batches in the order of the prompts."""
+        """Return the batches, in the order of the prompts."""
         return [Work(self.prompts[start:start + self.rows], self.new_tokens[start:start + self.rows], self.rows)
                 for start in range(0, len(self.prompts), self.rows)]
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds to the end of the first token of all prompts (0, not measured, where they take several batches) and to
-    the end of all, and what was generated."""
+    """Seconds until all prompts have their first token (0: not measured, with several batches), seconds in total, and
+    the generated tokens."""
 
     first_seconds: float
     seconds: float
@@ -58,7 +58,7 @@ class Timed:
 
 
 def random_tensors(architecture: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Draw weights of unit gain, under Megatron's names and in its layout."""
+    """Return random weights of unit gain, with Megatron's names and layout."""
     generator = torch.Generator().manual_seed(seed)
     return {entry.megatron: torch.randn(entry.shape, generator=generator) * (entry.shape[-1] ** -0.5 if entry.trained
             else 1.0) for entry in table(architecture)}
@@ -66,8 +66,8 @@ def random_tensors(architecture: Architecture, seed: int = 0) -> dict[str, torch
 
 def random_work(rows: int, longest_prompt: int, new_tokens: int, shortest: int | None, vocab_size: int,
                 seed: int = 0) -> Work:
-    """Draw prompts of mixed length, half to all of `longest_prompt`: one batch with answers of `new_tokens`, or where
-    `shortest` is given ROUNDS batches with answers of that length to `new_tokens`, all of them equally likely."""
+    """Return random prompts of `longest_prompt` / 2 to `longest_prompt` tokens: one batch with answers of `new_tokens`,
+    or with `shortest` ROUNDS batches with answers of `shortest` to `new_tokens`, uniformly distributed."""
     rng, count = np.random.default_rng(seed), rows if shortest is None else ROUNDS * rows
     prompts = [rng.integers(14, vocab_size, length).tolist()
                for length in rng.integers(longest_prompt // 2, longest_prompt + 1, count)]
@@ -76,7 +76,7 @@ def random_work(rows: int, longest_prompt: int, new_tokens: int, shortest: int |
 
 
 def our_generation(weights: Weights, work: Work, clock: Callable[[], float]) -> Callable[[], Timed]:
-    """Generate greedily with the engine."""
+    """Return a function that generates greedily with the engine."""
     decoder, asked = Decoder(weights, work.longest), [*zip(work.prompts, work.new_tokens, strict=True)]
     needed = sorted(blocks_needed(len(prompt), new_tokens) for prompt, new_tokens in asked)
     cache = PagedCache(decoder.cache_size(sum(needed[-work.rows:])))
@@ -97,7 +97,7 @@ def our_generation(weights: Weights, work: Work, clock: Callable[[], float]) -> 
 
 def transformers_model(architecture: Architecture, tensors: dict[str, torch.Tensor],
                        dtype: torch.dtype) -> HrmTextForCausalLM:
-    """Put the same weights into transformers' model."""
+    """Return transformers' model with the same weights."""
     a = architecture
     model = HrmTextForCausalLM(HrmTextConfig(
         vocab_size=a.padded_vocab_size, hidden_size=a.hidden_size, intermediate_size=a.ffn_hidden_size,
@@ -120,8 +120,8 @@ def transformers_model(architecture: Architecture, tensors: dict[str, torch.Tens
 
 def transformers_generation(model: HrmTextForCausalLM, work: Work, vocab_size: int,
                             clock: Callable[[], float]) -> Callable[[], Timed]:
-    """Generate greedily with transformers: batch after batch, padded on the left, prompts marked as prefixes. A batch
-    ends with its longest answer; of the others the tokens asked for are kept."""
+    """Return a function that generates greedily with transformers: batch by batch, left-padded, prompts marked as
+    prefixes. A batch ends with its longest answer; the others are cut to the tokens asked for."""
     padding = [*range(vocab_size, model.config.vocab_size)] or None
 
     def answers(part: Work, new_tokens: int) -> list[list[int]]:
@@ -139,13 +139,13 @@ def transformers_generation(model: HrmTextForCausalLM, work: Work, vocab_size: i
         seconds, start = clock() - start, clock()
         if len(parts) > 1:
             return Timed(0.0, seconds, found)
-        answers(work, 1)  # it streams a single prompt only
+        answers(work, 1)  # since transformers can stream only a single prompt
         return Timed(clock() - start, seconds, found)
     return run
 
 
 def copied_bytes_per_second() -> float:
-    """Measure the memory's bandwidth on torch's threads: bytes read and written by a copy, best of five."""
+    """Return the memory bandwidth on torch's threads: bytes/s read and written by a copy, best of five."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(5):
@@ -157,14 +157,14 @@ def copied_bytes_per_second() -> float:
 
 def fastest_seconds(weights: Weights, prompts: Sequence[Sequence[int]], new_tokens: int, flops_per_second: float,
                     bytes_per_second: float) -> float:
-    """Seconds that matmuls and memory need for such answers if nothing else took time.
+    """Return a lower bound of the seconds for these answers, from matmuls and memory traffic only.
 
-    A token costs two operations per weight of each tick that reads it. Each token after the first reads the weights or
-    multiplies with them, whichever takes longer, and its cache: keys and values of its positions so far.
+    A token costs 2 FLOPs per weight and tick that uses it. Each token after the first takes the longer of reading the
+    weights and multiplying with them, plus reading its cache: keys and values of its positions so far.
     """
     a, element = weights.architecture, weights.embedding.element_size()
     head, read, steps = weights.head.nbytes / element, sum(map(len, prompts)), new_tokens - 1
-    token = weights.tick_bytes / element  # weights that a token of an answer is multiplied with
+    token = weights.tick_bytes / element  # weights per token of an answer, over all ticks
     position_bytes = a.h_cycles * (a.l_cycles + 1) * a.num_layers * 2 * a.num_attention_heads * a.head_dim * element
     positions = steps * read + len(prompts) * steps * (steps + 1) // 2
     prefill = 2 * (read * (token - head) + len(prompts) * head) / flops_per_second
@@ -174,7 +174,7 @@ def fastest_seconds(weights: Weights, prompts: Sequence[Sequence[int]], new_toke
 
 def compare_generation(names: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], prompt_tokens: int,
                        new_tokens: int, shortest: int | None, pairs: int, cpu_time: bool) -> None:
-    """Print tokens/s and time to first token of both, medians and the median over the pairs of theirs over ours."""
+    """Print tokens/s and time to first token of both (medians), and the median over the pairs of their time / ours."""
     clock = time.process_time if cpu_time else time.perf_counter
     bandwidth = copied_bytes_per_second()
     answers = (f"{new_tokens} new ones each" if shortest is None else
@@ -204,7 +204,7 @@ def compare_generation(names: Sequence[str], batches: Sequence[int], dtypes: Seq
 
 
 def _medians(timed: Sequence[tuple[Timed, ...]], value: Callable[[Timed], float]) -> tuple[float, ...]:
-    """Medians over the pairs, ours and theirs."""
+    """Return the medians over the pairs, ours and theirs."""
     return tuple(statistics.median(value(pair[side]) for pair in timed) for side in (0, 1))
 
 

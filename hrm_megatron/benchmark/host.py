@@ -1,9 +1,9 @@
-"""What a micro-batch costs the host: launches, calls and time of a tick and of a step, with or without a GPU.
+"""Measure the host cost of a micro-batch: launches, calls and time per tick and per micro-batch, with or without a GPU.
 
-A GPU waits where its host takes longer to launch a tick than the tick takes to run. The host's work depends on layers,
-calls and examples and hardly on sizes. So without a GPU the model is narrow, its rows are short, with as many examples
-as rows of the stated length would have, and the attention kernel does nothing: what is left is the host's. The
-optimizer's step, of which a step of many micro-batches has one, is left out.
+A GPU idles if the host takes longer to launch a tick than the tick takes to run. Host time depends on layers, calls and
+examples, and hardly on sizes. So without a GPU the model is narrow, its rows are short (with as many examples as rows
+of the given length), and the attention kernel does nothing: what remains is host time. The optimizer step, one per step
+of many micro-batches, is not included.
 """
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from hrm_megatron.layers import functions
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.transformer_config import hrm_config
 
-STAND_IN = "sdpa"  # whose place a kernel that does nothing takes: it is chosen on any machine
+STAND_IN = "sdpa"  # replaced by a kernel that does nothing, since it can run on any machine
 NARROW = Architecture(1, hidden_size=32, num_attention_heads=2, ffn_hidden_size=64, vocab_size=256)
-SHORTER = 32  # rows without a GPU, than the stated ones
-# Of layers/functions.py: what a GPU compiles into one kernel, and loops that stand here for such a kernel, ours or
-# Megatron's.
+SHORTER = 32  # factor by which rows are shortened without a GPU
+# Functions of layers/functions.py that are one compiled kernel on a GPU, and CPU loops that stand in for such a kernel
+# (ours or Megatron's).
 ONE_KERNEL = ("normalize", "normalize_backward", "rotate", "norm_in_loops", "norm_gradient_in_loops", "gated_in_loops",
               "gated_gradients_in_loops", "swiglu_in_loops", "swiglu_gradient_in_loops")
-# Operations that launch nothing, besides views.
+# Operations, besides views, that launch no kernel.
 FREE = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense", "_efficientzerotensor")
 FEWER_TICKS, MORE_TICKS = 2, 5
 ROUNDS = 7
@@ -44,8 +44,8 @@ ROUNDS = 7
 
 @dataclass(frozen=True)
 class Cost:
-    """`calls` are those of functions, Python's and torch's. `launches` is None where compiled code does not say them,
-    `device_seconds`, in which kernels run, where there is no GPU."""
+    """`calls` counts Python and torch function calls. `launches` is None for compiled code on a CPU; `device_seconds`,
+    the time of kernels, is None without a GPU."""
 
     launches: int | None
     calls: int
@@ -53,7 +53,7 @@ class Cost:
     device_seconds: float | None = None
 
     def less(self, other: Cost, times: int) -> Cost:
-        """Return a `times`-th of what this costs more than `other`."""
+        """Return (this cost - `other`) / `times`."""
         def share(ours: float | None, theirs: float | None) -> Any:
             return None if ours is None or theirs is None else (ours - theirs) / times
         return Cost(share(self.launches, other.launches), share(self.calls, other.calls),
@@ -64,7 +64,7 @@ NOTHING = Cost(0, 0, 0.0, 0.0)
 
 
 class Launches(TorchDispatchMode):
-    """Count the operations that would launch a kernel."""
+    """Counts the operations that would launch a kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Launches(TorchDispatchMode):
 
     @contextmanager
     def of_a_gpu(self) -> Iterator[None]:
-        """Count what a GPU compiles into one kernel once."""
+        """Count each of ONE_KERNEL as one launch."""
         stock = {name: getattr(functions, name) for name in ONE_KERNEL}
 
         def once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,7 +98,7 @@ class Launches(TorchDispatchMode):
 
 
 class _NoKernel(torch.autograd.Function):
-    """An attention kernel that computes nothing: a launch forward, and a launch backward."""
+    """An attention kernel that computes nothing: one launch in forward, one in backward."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def _no_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: VarlenCa
 
 
 class _OnlyTheHost(VarlenAttention):
-    """All that the host does for two calls over all rows."""
+    """The host work of a kernel with two calls over all rows."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -126,7 +126,7 @@ class _OnlyTheHost(VarlenAttention):
 
 @contextmanager
 def attention_without_kernel() -> Iterator[None]:
-    """Let STAND_IN name attention that computes nothing."""
+    """Replace STAND_IN by attention that computes nothing, within the block."""
     stock, KERNELS[STAND_IN] = KERNELS[STAND_IN], _OnlyTheHost
     try:
         yield
@@ -135,7 +135,7 @@ def attention_without_kernel() -> Iterator[None]:
 
 
 def build(architecture: Architecture, compile_layers: bool) -> HRMModel:
-    """Make the model of a run of `architecture` in bf16, or on a CPU a narrow one with as many layers."""
+    """Return the model of `architecture` in bf16, or on a CPU a narrow one with as many layers."""
     cuda = torch.cuda.is_available()
     if not cuda:
         architecture = replace(NARROW, num_layers=architecture.num_layers)
@@ -143,14 +143,14 @@ def build(architecture: Architecture, compile_layers: bool) -> HRMModel:
         model = HRMModel(hrm_config(
             architecture, bf16=True, params_dtype=torch.bfloat16, gradient_accumulation_fusion=True,
             compile_layers=compile_layers, attention_kernel="auto" if cuda else STAND_IN), 1).train()
-    for weight in model.parameters():  # as Megatron's DDP prepares them
+    for weight in model.parameters():  # as Megatron's DDP sets them
         weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
         weight.grad_added_to_main_grad = False
     return model
 
 
 def example_rows(row_tokens: int, rows: int) -> PackedBatch:
-    """Make rows of equal examples, of the mean length of rows.py, and on a CPU a part of that."""
+    """Return rows of equal examples with the mean length of rows.py, shortened by SHORTER on a CPU."""
     shorter = 1 if torch.cuda.is_available() else SHORTER
     example, prefix = MEAN_TOKENS // shorter, sum(PREFIX_TOKENS) // 2 // shorter
     one = np.ones(prefix, np.int64), np.ones(example - prefix + 1, np.int64)
@@ -160,12 +160,12 @@ def example_rows(row_tokens: int, rows: int) -> PackedBatch:
 
 
 def measure(run: Callable[[], object], compiled: bool) -> Cost:
-    """Count and time what `run` makes the host do; it has run before."""
+    """Count and time the host work of `run`, which must be warmed up."""
     seconds = []
     for _ in range(ROUNDS):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        start = time.thread_time()  # which other processes disturb least
+        start = time.thread_time()  # least affected by other processes
         run()
         seconds.append(time.thread_time() - start)
     with cProfile.Profile() as profile:
@@ -191,7 +191,8 @@ def _on_the_device(run: Callable[[], object], calls: int, seconds: float) -> tup
 
 
 def measure_host(architecture: Architecture, row_tokens: int, rows: int, compile_layers: bool) -> dict[str, Cost]:
-    """Measure a micro-batch of `rows` rows: a tick with and without gradient, and whole micro-batches."""
+    """Return the costs of a tick without gradient, of the gradient of a tick, and of whole micro-batches of `rows`
+    rows."""
     model, batch = build(architecture, compile_layers), example_rows(row_tokens, rows)
     sequences = model.sequences(batch)
 
@@ -206,19 +207,19 @@ def measure_host(architecture: Architecture, row_tokens: int, rows: int, compile
                 weight.grad = None
         return run
     parts = dict(forward=forward, fewer=step(FEWER_TICKS), more=step(MORE_TICKS))
-    # Backward in this thread, which is timed.
+    # Run backward in this thread, since its time is measured.
     with torch.autograd.set_multithreading_enabled(False):
         for run in parts.values():
-            run(), run()  # compiles
+            run(), run()  # warm-up: compiles
         found = {name: measure(run, compile_layers) for name, run in parts.items()}
     untrained = found["forward"].less(NOTHING, len(model.ticks(None)))
-    more = found["more"].less(found["fewer"], MORE_TICKS - FEWER_TICKS)  # forward with a graph rather than without
+    more = found["more"].less(found["fewer"], MORE_TICKS - FEWER_TICKS)  # with the extra cost of the graph in forward
     return {"tick without gradient": untrained, "gradient of a tick": more,
             f"micro-batch, bp {FEWER_TICKS}": found["fewer"], f"micro-batch, bp {MORE_TICKS}": found["more"]}
 
 
 def table(found: dict[str, Cost]) -> list[str]:
-    """Print costs in columns."""
+    """Return the costs as lines of a table."""
     lines = [f"{'':24}{'launches':>10}{'calls':>10}{'host ms':>10}{'GPU ms':>10}"]
     for name, cost in found.items():
         launches = "" if cost.launches is None else f"{cost.launches:,.0f}"

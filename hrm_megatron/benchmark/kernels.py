@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the kernels of a torch.profiler trace, summed by what they do."""
+"""Break down the time of a step: the kernels of a torch.profiler trace, summed by kind."""
 from __future__ import annotations
 
 import gzip
@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-GROUPS = (  # the first that matches a kernel's name, on a GPU, or an operator's, on a CPU
+GROUPS = (  # first match with the name of a kernel (GPU) or operator (CPU)
     ("communication", r"nccl|gloo|c10d::|all_?reduce|all_?gather|reduce_?scatter|broadcast_"),
     ("attention", r"flash|fmha|attention|sdpa|cudnn.*mha"),
     ("matmuls", r"gemm|gemv|cutlass|nvjet|xmma|cublas|aten::(add)?(b?mm|bmm)|mkldnn|linear_pointwise"),
@@ -26,7 +26,7 @@ class Share(NamedTuple):
 
 
 def breakdown(trace: Path) -> list[Share]:
-    """Sum a trace by group, the largest first; where no GPU ran, by operators of the CPU, less what they call."""
+    """Return the time of a trace by group, largest first; without GPU kernels, by the self time of CPU operators."""
     with gzip.open(trace) as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
@@ -41,7 +41,8 @@ def breakdown(trace: Path) -> list[Share]:
 
 
 def _own_times(operators: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    """Name and duration of operators, each less the operators inside it; they nest on a thread."""
+    """Return (name, self time) of operators: their duration minus that of operators nested in them on the same
+    thread."""
     own = [float(event["dur"]) for event in operators]
     for thread in {event["tid"] for event in operators}:
         around: list[int] = []

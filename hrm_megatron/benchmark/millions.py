@@ -1,4 +1,4 @@
-"""The command line of benchmarks that measure made-up datasets by their number of examples."""
+"""The command line of benchmarks that measure synthetic datasets by number of examples."""
 from __future__ import annotations
 
 import argparse
@@ -9,7 +9,8 @@ from pathlib import Path
 
 def measure_millions(name: str, description: str | None, columns: Sequence[str],
                      measure: Callable[[Path, int], list[str]], check: Callable[[], object] = lambda: None) -> None:
-    """Print a row of `measure(folder, examples)` for each of --millions; `check` comes before the folder is made."""
+    """Print a row of `measure(folder, examples)` for each of --millions; `check` is called before the folder is
+    created."""
     parser = argparse.ArgumentParser(prog=f"tools/benchmark.py {name}",
                                      description=description.splitlines()[0] if description else None)
     parser.add_argument("--millions", type=float, nargs="+", default=[1, 10], help="of examples")

@@ -1,4 +1,4 @@
-"""What the device at hand can do at best: its measured rate of matmuls."""
+"""Measure the peak rate of matmuls on this device."""
 from __future__ import annotations
 
 import statistics
@@ -14,7 +14,7 @@ SHORTEST_ROW = 2048
 
 
 def median_seconds(run: Callable[[], object], rounds: int, warmup: int) -> float:
-    """Median time of `run` on the device over `rounds` calls, after `warmup` that do not count."""
+    """Return the median seconds of `run` on the device over `rounds` calls, after `warmup` calls."""
     seconds = []
     for _ in range(warmup + rounds):
         torch.cuda.synchronize()
@@ -26,8 +26,8 @@ def median_seconds(run: Callable[[], object], rounds: int, warmup: int) -> float
 
 
 def in_the_longest_row_that_fits(seconds_of: Callable[[int], float], row_tokens: int) -> tuple[int, float] | None:
-    """Return a row's length and `seconds_of` it: `row_tokens`, or half of it as often as memory runs out; None if even
-    rows near SHORTEST_ROW do not fit."""
+    """Return (row length, `seconds_of` it): `row_tokens`, halved each time memory runs out; None if even rows near
+    SHORTEST_ROW do not fit."""
     while True:
         try:
             return row_tokens, seconds_of(row_tokens)
@@ -36,11 +36,11 @@ def in_the_longest_row_that_fits(seconds_of: Callable[[int], float], row_tokens:
         if row_tokens < 2 * SHORTEST_ROW:
             return None
         row_tokens //= 2
-        torch.cuda.empty_cache()  # of the attempt, whose tensors are gone by now
+        torch.cuda.empty_cache()  # memory of the failed attempt, whose tensors are freed
 
 
 def matmul_flops_per_second(dtype: torch.dtype = torch.bfloat16, size: int = 8192) -> float:
-    """Median rate of `size` x `size` matmuls on the GPU, or on the CPU where there is none, by the faster library."""
+    """Return the median FLOP/s of `size` x `size` matmuls on the GPU, or on a CPU with the faster library."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size ** 3 / median_seconds(lambda: matmul(a, b), ROUNDS, warmup=3)

@@ -1,4 +1,4 @@
-"""Time what a run does before its first row: split, shuffle, pack, and the start of a process, by number of examples.
+"""Time what a run does before its first row (split, shuffle, pack, start of a process), by number of examples.
 
     python tools/benchmark.py plan --millions 1 10 100
 """
@@ -27,14 +27,13 @@ from hrm_megatron.program import listen, one_line
 
 ROW_TOKENS = 4096
 SEED = 1
-MEAN_TOKENS, SPREAD = 230, 1.0  # of a lognormal distribution of prefix and response together
+MEAN_TOKENS, SPREAD = 230, 1.0  # of the lognormal distribution of prefix + response
 BLOCK_EXAMPLES = 1 << 20
 COPIED_BYTES = 1 << 24
 VOCAB_SIZE = 65_536
 COLUMNS = ("examples", "split M/s", "shuffle M/s", "pack M/s", "plan M/s", "fill", "first start", "other starts",
            "resume")
-# What a process does until it has its rows, of training and of validation, and until it has found the one that the
-# second argument chooses.
+# A process that opens its training and validation rows, then locates the row that the second argument selects.
 START = """
 import sys, time
 from hrm_megatron.benchmark.plan import mixtures, spent
@@ -55,20 +54,20 @@ spent(*started, time.perf_counter() - wall, len(rows.plan.rows_of_epoch(0)), row
 
 
 def mixtures(prefix: str) -> tuple[Mixture, Mixture]:
-    """Open a dataset for training and validation, as a run with the default --split does."""
+    """Return the training and the validation mixture of a dataset, as in a run with the default --split."""
     stores, selection = [IndexedExamples(prefix)], Selection("97,3,0", SEED)
     return Mixture(stores, ROW_TOKENS, selection), Mixture(stores, ROW_TOKENS, selection, "valid")
 
 
 def spent(*found: float) -> None:
-    """Print what a process measured, and the most memory that it held, in GB."""
-    # getrusage would count what the process that started this one held.
+    """Print what a process measured, and its peak memory in GB."""
+    # getrusage would include the parent process.
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     print(json.dumps([*found, int(peak.split()[1]) / 1e6]))
 
 
 def make_dataset(prefix: Path, count: int) -> None:
-    """Write a dataset of `count` examples with realistic lengths and keys, whose tokens are a hole in a file."""
+    """Write a dataset of `count` examples with realistic lengths and keys; its token file is sparse."""
     folder = shard_folder(prefix)
     folder.mkdir(parents=True)
     random, tokens = np.random.default_rng(SEED), 0
@@ -101,14 +100,14 @@ def make_dataset(prefix: Path, count: int) -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes of its core, whatever else the machine does."""
+    """Return the CPU seconds of `work`, which do not depend on other load."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
 def speeds(prefix: Path, count: int) -> Iterator[float]:
-    """Yield the examples a second that one core splits, shuffles and packs."""
+    """Yield examples/s of one core: split, shuffle, pack, and the whole plan."""
     from hrm_megatron.data.kernels import best_fit, group_by_row, order_between
 
     store, window = IndexedExamples(prefix), window_for(ROW_TOKENS)
@@ -134,15 +133,15 @@ def speeds(prefix: Path, count: int) -> Iterator[float]:
 
 
 def started(prefix: Path, row: str) -> list[float]:
-    """Start a process that opens its rows and locates one; seconds by the clock and of a core until it has them,
-    seconds until it has that one, rows and tokens of an epoch, and GB of memory."""
+    """Run a process that opens its rows and locates one; return wall and CPU seconds to open them, seconds to locate
+    that row, rows and tokens of an epoch, and GB of memory."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", START.format(row_tokens=ROW_TOKENS, seed=SEED),
                            str(prefix), row], capture_output=True, text=True, check=True)
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 
 def measure(folder: Path, count: int) -> list[str]:
-    """Return the cells of a row of the table."""
+    """Return the cells of a table row."""
     prefix = folder / f"{count}" / "made"
     try:
         make_dataset(prefix, count)

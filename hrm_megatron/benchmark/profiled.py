@@ -1,4 +1,4 @@
-"""A user's run as one that is profiled: from the same place, over some steps, and nothing is saved."""
+"""Turn a user's run into a profiling run: from the same checkpoint, for a few steps, without saving."""
 from __future__ import annotations
 
 import argparse
@@ -12,16 +12,16 @@ from hrm_megatron.training.flags.table import by_flag
 from hrm_megatron.training.flags.verdict import Used
 from hrm_megatron.training.own_flags import full_parser
 
-# Without --save they would be refused; the last would add to the user's own run elsewhere.
+# Refused without --save, except the last, which would log to the user's own W&B run.
 SAVING = ("--save", "--most-recent-k", "--early-stopping", "--hang-timeout-minutes", "--async-save",
           "--use-persistent-ckpt-worker", "--wandb-project")
 GOING_BACK = ("--on-nonfinite", "--on-loss-spike", "--rollback-after")
 
 
 def without_saves(flags: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take from a run's flags those about saving; return the others, and those that were taken.
+    """Return a run's flags without those about saving, and the removed ones.
 
-    --load goes too where it names the folder of --save and nothing is there yet, or a fine-tuning goes on there.
+    --load is removed too if it names the folder of --save and that is empty or belongs to a fine-tuning.
     """
     parser = full_parser()
     args, _ = parser.parse_known_args([*flags])
@@ -43,7 +43,7 @@ def without_saves(flags: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def first_iteration(flags: Sequence[str]) -> int:
-    """Return the iteration that a run with these flags goes on from, 0 where it begins; raises ConfigError where it
+    """Return the iteration that a run with these flags resumes from, 0 if it starts anew; raises ConfigError if it
     would refuse its checkpoint."""
     args, _ = full_parser().parse_known_args([*flags])
     settle_folders(args)
@@ -52,9 +52,10 @@ def first_iteration(flags: Sequence[str]) -> int:
 
 
 def last_iteration(start: int, first_step: int, steps: int) -> int:
-    """Return the iteration at which to stop the profiler and to end; it begins with step `first_step` of the process.
+    """Return the iteration at which the profiler and the run stop; profiling begins with step `first_step` of the
+    process.
 
-    Torch's schedule counts those steps, and writes the trace at the one behind the last. In a run that goes on
-    Megatron, which counts iterations, stops the profiler before that schedule is through.
+    torch's schedule counts the steps of the process and writes the trace one step after the last profiled one. In a
+    resumed run Megatron, which counts iterations, stops the profiler before that.
     """
     return start + first_step + steps - (start > 0)

@@ -1,4 +1,4 @@
-"""Keep what a benchmark measured as a row of a table in a Markdown file, with all that is needed to repeat it."""
+"""Record a benchmark's result as a row of a table in a Markdown file, with all that is needed to repeat it."""
 from __future__ import annotations
 
 import importlib.metadata
@@ -21,12 +21,12 @@ DISTRIBUTIONS = ("megatron-core", "transformer-engine", "transformers")
 
 
 def device_name() -> str:
-    """Name the device that a run trains on."""
+    """Return the name of the device that a run trains on."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
 
 
 def versions() -> str:
-    """List driver, CUDA and libraries with their versions; what is not installed is left out."""
+    """Return driver, CUDA and library versions as text; what is not installed is omitted."""
     found = [f"torch {torch.__version__}"]
     if torch.cuda.is_available() and shutil.which("nvidia-smi"):
         said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
@@ -41,7 +41,7 @@ def versions() -> str:
 
 
 def output_folder(given: Path | None) -> Path:
-    """Make the folder for what a benchmark leaves; a new one where none is given."""
+    """Create and return the folder for a benchmark's output; a new temporary one if none is given."""
     if given is None:
         given = Path(tempfile.mkdtemp(prefix="hrm-benchmark-"))
         follow_umask(given)
@@ -50,7 +50,7 @@ def output_folder(given: Path | None) -> Path:
 
 
 def add_row(file: Path, row: Mapping[str, str]) -> None:
-    """Add `row`, column > value, to the table that `check_table` has found; the file is replaced at once."""
+    """Add `row`, column > value, to the table that `check_table` finds; the file is replaced atomically."""
     lines, end, table = check_table(file, row.keys())
     if table:
         lines.insert(table[-1] + 1, _line(row.values()))
@@ -64,9 +64,9 @@ def add_row(file: Path, row: Mapping[str, str]) -> None:
 
 
 def check_table(file: Path, columns: Iterable[str]) -> tuple[list[str], int, list[int]]:
-    """Return the file's lines, the one that ends the part under HEADING, and those of the table in it, if any.
+    """Return the file's lines, the index of the line after the section HEADING, and the indices of its table's lines.
 
-    Raises ConfigError if the file or its heading is missing, or the table there has other columns.
+    Raises ConfigError if the file or the heading is missing, or the table has other columns.
     """
     lines = file.read_text().splitlines() if file.exists() else []
     if HEADING not in lines:

@@ -1,4 +1,4 @@
-"""Data of a stated shape for benchmarks: random tokens, as the folder that `--sampled-data-path` reads."""
+"""Random data of a given shape for benchmarks, in the folder format that `--sampled-data-path` reads."""
 from __future__ import annotations
 
 import json
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-PREFIX_TOKENS, RESPONSE_TOKENS = (64, 512), (64, 1024)  # of an example, drawn evenly
+PREFIX_TOKENS, RESPONSE_TOKENS = (64, 512), (64, 1024)  # of an example, uniformly distributed
 MEAN_TOKENS = sum(PREFIX_TOKENS + RESPONSE_TOKENS) // 2
 
 
 def write_random_examples(folder: Path, row_tokens: int, rows: int, vocab_size: int, seed: int = 0) -> None:
-    """Write enough examples of random tokens to fill `rows` rows; none is longer than half a row."""
+    """Write enough examples of random tokens to fill `rows` rows; none exceeds half a row."""
     rng = np.random.default_rng(seed)
     shrink = min(1.0, row_tokens / 2 / (PREFIX_TOKENS[1] + RESPONSE_TOKENS[1]))
     count = int(1.2 * rows * row_tokens / (MEAN_TOKENS * shrink)) + 1

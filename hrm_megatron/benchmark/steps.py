@@ -1,4 +1,4 @@
-"""Time and memory of whole training steps of small models in this process: what the planner is calibrated with."""
+"""Measure time and memory of training steps of small models in this process, to calibrate the planner."""
 from __future__ import annotations
 
 import gc
@@ -30,11 +30,11 @@ FITTED = (Case(1, 128, 2, 512, 1, 2), Case(2, 128, 2, 512, 2, 5), Case(1, 256, 4
           Case(1, 192, 3, 512, 1, 4))
 HELD_OUT = (Case(2, 192, 3, 512, 1, 3), Case(1, 256, 4, 1024, 2, 4), Case(3, 256, 4, 512, 1, 5),
             Case(2, 320, 5, 1024, 1, 2), Case(1, 448, 7, 512, 2, 3), Case(2, 512, 8, 768, 1, 4))
-PROFILES = 20  # of which a busy machine spoils one in four
+PROFILES = 20  # attempts: on a busy machine about one in four fails
 
 
 def micro_batch(case: Case) -> PackedBatch:
-    """Rows of random tokens, full of the examples of `case`."""
+    """Return rows of random tokens, filled with examples of the lengths in `case`."""
     rng, (prefix, response) = np.random.default_rng(0), case.example
     examples = [(rng.integers(1, case.vocab_size, prefix), rng.integers(1, case.vocab_size, response + 1))
                 for _ in range(case.row_tokens // (prefix + response))]
@@ -44,7 +44,7 @@ def micro_batch(case: Case) -> PackedBatch:
 
 
 def training_step(case: Case, dtype: torch.dtype) -> Callable[[], None]:
-    """Build a model with Megatron's buffers and our optimizer; return a function that takes one step."""
+    """Build a model with Megatron's DDP buffers and our optimizer; return a function that takes one step."""
     narrow = dtype == torch.bfloat16
     config = hrm_config(case.architecture, gradient_accumulation_fusion=True, calculate_per_token_loss=True,
                         bf16=narrow, params_dtype=dtype)
@@ -68,8 +68,8 @@ def training_step(case: Case, dtype: torch.dtype) -> Callable[[], None]:
 
 
 def peak_bytes(case: Case, dtype: torch.dtype) -> int:
-    """Most bytes that torch's allocator holds from building a model to the end of its second step."""
-    gc.collect()  # else the model before would be freed within what is counted
+    """Return the peak bytes of torch's allocator from building a model to the end of its second step."""
+    gc.collect()  # else the previous model might be freed while measuring
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         _steps(training_step(case, dtype), 2)
@@ -86,7 +86,7 @@ def peak_bytes(case: Case, dtype: torch.dtype) -> int:
 
 
 def allocations(events: Iterable[Any]) -> list[tuple[int, int]]:
-    """Return (time, bytes) of what was allocated, and freed with bytes below 0, within a profile."""
+    """Return (time, bytes) of the allocations in a profile; bytes are negative when freed."""
     found, waiting = [], [*events]
     while waiting:
         event = waiting.pop()
@@ -97,8 +97,8 @@ def allocations(events: Iterable[Any]) -> list[tuple[int, int]]:
 
 
 def most_held(changes: Iterable[tuple[int, int]]) -> int | None:
-    """Most bytes held at a time, by changes each with its own; None where more or less was taken than given back: now
-    and then torch's profiler loses an event, and what is kept for later is allocated in the first profile."""
+    """Return the peak of the bytes held, from (time, bytes) changes; None if they do not sum to 0: torch's profiler
+    sometimes loses an event, and the first profile includes allocations that are cached for later."""
     *held, left = itertools.accumulate((num_bytes for _, num_bytes in sorted(changes)), initial=0)
     return None if left else max(held, default=0)
 
@@ -109,9 +109,10 @@ def _steps(step: Callable[[], None], count: int) -> None:
 
 
 def step_seconds(cases: Sequence[Case], dtype: torch.dtype, rounds: int) -> list[float]:
-    """Median time of a step of each case: of the device, or on a CPU of this process, which others disturb less.
+    """Return the median seconds of a step of each case: wall time on a GPU; CPU time of this process on a CPU, which
+    other load affects less.
 
-    Each round takes one step of each, so that a machine whose speed drifts is as slow for all of them.
+    Each round takes one step of each case, so that drifting machine speed affects all equally.
     """
     steps = [training_step(case, dtype) for case in cases]
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -128,7 +129,7 @@ def step_seconds(cases: Sequence[Case], dtype: torch.dtype, rounds: int) -> list
 
 def calibrate(dtype: torch.dtype, rounds: int, source: str, fitted: Sequence[Case] = FITTED,
               held_out: Sequence[Case] = HELD_OUT) -> Calibration:
-    """Measure steps on this device, in fp32 or bf16, and fit speeds to the first kind."""
+    """Measure steps on this device, in fp32 or bf16, and fit speeds to the `fitted` cases."""
     on_cpu, cases = not torch.cuda.is_available(), [*fitted, *held_out]
     peaks = [peak_bytes(case, dtype) for case in cases]
     found = [Measured(*one) for one in zip(cases, step_seconds(cases, dtype, rounds), peaks, strict=True)]
@@ -138,7 +139,8 @@ def calibrate(dtype: torch.dtype, rounds: int, source: str, fitted: Sequence[Cas
 
 
 def table(found: Calibration) -> Iterator[str]:
-    """Compare prediction and measurement, a line for each step; then the furthest of those that were not fitted."""
+    """Yield prediction against measurement, a line per step; then the largest errors of the steps that were not
+    fitted."""
     yield (f"{'layers, hidden, row, rows, bp':30} {'measured':>9} {'predicted':>9} {'':>7} {'measured':>9} "
            f"{'predicted':>9}")
     furthest = [0.0, 0.0]

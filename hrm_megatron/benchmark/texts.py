@@ -1,4 +1,4 @@
-"""Generated examples of many scripts, for measurements of what reads and spells them: the same for one seed."""
+"""Generate examples in many scripts to benchmark reading and tokenizing; deterministic per seed."""
 from __future__ import annotations
 
 import json
@@ -13,21 +13,21 @@ SHARES = {  # of the words
     "latin": 0.52, "code": 0.12, "cyrillic": 0.10, "han": 0.07, "arabic": 0.05, "devanagari": 0.05, "greek": 0.03,
     "thai": 0.02, "hangul": 0.02, "kana": 0.02,
 }
-LETTERS: dict[str, str | tuple[int, int]] = {  # first and last code points of syllables
+LETTERS: dict[str, str | tuple[int, int]] = {  # an alphabet, or first and last code point
     "latin": "etaoinshrdlucmfwypvbgkjqxz\u00e9\u00fc\u00f1\u00e7",
     "code": "etaoinsrd_lucm()[]{}.,:=+-*/<>\"'0123456789",
     "cyrillic": (0x430, 0x44F), "han": (0x4E00, 0x5300), "arabic": (0x627, 0x64A), "devanagari": (0x905, 0x94D),
     "greek": (0x3B1, 0x3C9), "thai": (0xE01, 0xE2E), "hangul": (0xAC00, 0xAE00), "kana": (0x3042, 0x3093),
 }
-WORDS = 30_000  # of each script, by Zipf's law
+WORDS = 30_000  # per script, with Zipf-distributed frequencies
 LONGEST_WORD = {"han": 3, "hangul": 4, "kana": 5}
-DECOMPOSED = 0.02  # of the texts are in NFD
-LATER = 0.001  # of the texts hold a code point that Unicode has not assigned
-MEDIAN_WORDS = 120  # of a text; most are shorter than the mean
+DECOMPOSED = 0.02  # share of the texts in NFD
+LATER = 0.001  # share of the texts with an unassigned code point
+MEDIAN_WORDS = 120  # of a text
 
 
 def write_examples(path: Path, megabytes: float, seed: int = 0) -> int:
-    """Write jsonl rows of about so many megabytes of text; return the bytes of their instructions and responses."""
+    """Write jsonl rows with about `megabytes` of text; return the bytes of their instructions and responses."""
     rng = np.random.default_rng(seed)
     texts = generate(rng, seed)
     text_bytes = 0
@@ -42,7 +42,7 @@ def write_examples(path: Path, megabytes: float, seed: int = 0) -> int:
 
 
 def generate(rng: np.random.Generator, seed: int) -> Iterator[str]:
-    """Yield texts, each of one script with some Latin between."""
+    """Yield texts, each in one script with some Latin words."""
     words = {script: _words(script, random.Random(f"{seed}{script}")) for script in SHARES}
     scripts = list(SHARES)
     shares = np.array(list(SHARES.values()))

@@ -1,4 +1,4 @@
-"""Time how rows become ids: our worker against Megatron's own path, in turns over the same pieces of one file."""
+"""Benchmark tokenizing rows: our worker against Megatron's own path, alternating over the same pieces of one file."""
 from __future__ import annotations
 
 import argparse
@@ -28,17 +28,17 @@ from hrm_megatron.data.readers import Piece, pieces, read_examples, read_piece
 from hrm_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from hrm_megatron.program import one_line
 
-TRAINED_MEGABYTES = 8  # of other text of the same kind, for the tokenizer
+TRAINED_MEGABYTES = 8  # of similar text, to train the tokenizer
 VOCABULARY = 65_536
-CONTEXT = 1 << 20  # nothing is cut
+CONTEXT = 1 << 20  # nothing is truncated
 WARM_UP_PIECES = 4
 FIELDS = ("instruction", "response")
 
 
 class Timed(NamedTuple):
-    """One piece: what it took on its core, and what came out."""
+    """One piece: CPU time and result."""
 
-    seconds: float  # CPU time of the process, which other programs do not change
+    seconds: float  # CPU time of the process, independent of other load
     tokens: int
     checksum: int  # of the ids
     guarded: int
@@ -47,7 +47,7 @@ class Timed(NamedTuple):
 
 
 class Total(NamedTuple):
-    """Measurements of one path over the whole file."""
+    """Results of one path over the whole file."""
 
     megabytes_per_second: float
     tokens: int
@@ -73,7 +73,7 @@ def _start_megatron(folder: Path) -> None:
 
 
 def _rows_by_ours(piece: Piece) -> Timed:
-    """From bytes of jsonl to checked examples and their ids, as tools/preprocess_data.py does."""
+    """Tokenize a piece from jsonl bytes to checked examples and ids, as tools/preprocess_data.py does."""
     before = _tokenizer.engine.guarded, _tokenizer.engine.texts
     start = time.process_time()
     encoded = encode_chunk(_tokenizer, piece, RowFormat(), CONTEXT)
@@ -81,7 +81,7 @@ def _rows_by_ours(piece: Piece) -> Timed:
 
 
 def _texts_by_ours(piece: Piece) -> Timed:
-    """The texts of a piece to ids, without reading and checking them."""
+    """Tokenize only the texts of a piece, without reading and checking them."""
     texts = [text for _, example in read_piece(piece) if isinstance(example, Example)
              for text in (example.instruction, example.response)]
     before = _tokenizer.engine.guarded, _tokenizer.engine.texts
@@ -97,7 +97,7 @@ def _timed(start: float, ids: np.ndarray, before: tuple[int, int]) -> Timed:
 
 
 def _rows_by_megatron(piece: Piece) -> Timed:
-    """As Megatron's tools/preprocess_data.py: a line at a time, a field at a time."""
+    """Tokenize a piece as Megatron's tools/preprocess_data.py does: line by line, field by field."""
     with open(piece.path, "rb") as file:
         file.seek(piece.start_byte)  # type: ignore[attr-defined]
         lines = file.read(piece.num_bytes).splitlines()
@@ -122,7 +122,7 @@ def _sum(timed: list[Timed], text_bytes: int) -> Total:
 
 
 def learn(folder: Path, seed: int) -> None:
-    """Train the tokenizer on text of another seed."""
+    """Train the tokenizer on text from another seed."""
     path = folder / "train.jsonl"
     write_examples(path, TRAINED_MEGABYTES, seed + 1)
     texts = (text for _, example in read_examples([path]) for text in (example.instruction, example.response))
@@ -130,7 +130,7 @@ def learn(folder: Path, seed: int) -> None:
 
 
 def measure(megabytes: float, seed: int, engine: str) -> dict[str, Total]:
-    """Print and return what each path does in a second of one core, and its process's peak memory."""
+    """Print and return the speed of each path per core, and the peak memory of its process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -159,7 +159,7 @@ def _in_turns(path: Path, tokenizer: Path, text_bytes: int, engine: str) -> Iter
     timed: dict[str, list[Timed]] = {name: [] for name in ways}
     try:
         every = list(pieces(path))
-        for name, (work, _) in ways.items():  # imports, caches and clocks
+        for name, (work, _) in ways.items():  # warm-up: imports, caches, clocks
             for piece in every[:WARM_UP_PIECES]:
                 pools[name].submit(work, piece).result()
         for piece in every:
@@ -176,7 +176,7 @@ def _in_turns(path: Path, tokenizer: Path, text_bytes: int, engine: str) -> Iter
 
 
 def main() -> int:
-    """Measure. Workers import the program that starts them, so this one has nothing but the data path in it."""
+    """Run the benchmark. Workers import the main program, so this one imports only the data path."""
     parser = argparse.ArgumentParser(prog="python tools/benchmark.py tokenize", description=__doc__)
     parser.add_argument("--megabytes", type=float, default=200, help="of generated text (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

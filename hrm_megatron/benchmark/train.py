@@ -1,4 +1,4 @@
-"""Measure training as users run it: `hrm_megatron.pretrain` on one device, over random rows of a stated shape."""
+"""Measure training as users run it: `hrm_megatron.pretrain` on one device, on random rows of a given shape."""
 from __future__ import annotations
 
 import re
@@ -19,7 +19,7 @@ from hrm_megatron.planner.flops import rows_flops
 from hrm_megatron.program import run_command
 
 WARMUP_STEPS, PROFILED_STEPS = 5, 2
-# What a run may not be given by hand: FLOPs are counted of an HRM of the stated shape, and data and log are ours.
+# Flags that must not be passed: FLOPs are counted for an HRM of the given shape, and data and log are this tool's.
 COUNTED = {f"--{name}" for name in (
     "num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size", "seq-length", "global-batch-size",
     "train-iters", "train-samples", "epochs", "match-flops-of", "exit-interval", "exit-duration-in-mins", "load",
@@ -30,8 +30,8 @@ COUNTED = {f"--{name}" for name in (
 
 @dataclass(frozen=True)
 class Measured:
-    """`tokens_per_second` is the median over the measured steps; `flops` are those of one step; bytes are the peak of
-    the allocator, 0 on a CPU."""
+    """`tokens_per_second` is the median over the measured steps; `flops` are per step; `peak_bytes` is that of the
+    allocator, 0 on a CPU."""
 
     architecture: Architecture
     tokens_per_second: float
@@ -47,10 +47,10 @@ class Measured:
 
 def measure(preset: Preset, row_tokens: int, rows: int, steps: int, vocab_size: int, bp_steps: int, folder: Path,
             flags: Sequence[str] = ()) -> Measured:
-    """Train `steps` steps of `rows` rows after a warm-up; `flags` are more of Megatron's or ours.
+    """Train `steps` steps of `rows` rows after a warm-up; `flags` are further flags of hrm_megatron.pretrain.
 
-    Raises ConfigError for flags that would make the counted FLOPs those of another run, and with the first error of the
-    run if it fails; its whole output is in `folder`/output.
+    Raises ConfigError for flags that would invalidate the FLOP count, and with the run's first error if it fails; its
+    whole output is in `folder`/output.
     """
     if counted := sorted({flag.partition("=")[0] for flag in flags} & COUNTED):
         raise ConfigError(f"{counted[0]}: the FLOPs of this run are counted without it; choose sizes, rows and "
@@ -96,7 +96,7 @@ def _scalars(log: Path) -> dict[str, dict[int, float]]:
 
 
 def _flops(architecture: Architecture, bp_steps: int, data: Path, row_tokens: int, rows: int, steps: range) -> float:
-    """Mean FLOPs of these steps, by the examples that their rows hold."""
-    dataset = PackedRows(SampledFolder(data), row_tokens, 0, rows * steps[-1])  # a sampled folder's order is its own
+    """Return the mean FLOPs of these steps, from the examples in their rows."""
+    dataset = PackedRows(SampledFolder(data), row_tokens, 0, rows * steps[-1])  # a sampled folder has a fixed order
     packed = [PackedBatch.from_row(dataset[i]).lengths[0] for i in range(rows * (steps[0] - 1), rows * steps[-1])]
     return rows_flops(architecture, bp_steps, row_tokens, packed) / len(steps)

@@ -1,10 +1,10 @@
-"""Layers whose element-wise work torch.compile joins into a few kernels: --compile-layers.
+"""Layers whose element-wise operations torch.compile fuses into a few kernels: --compile-layers.
 
-A layer is cut at attention, whose sizes differ from micro-batch to micro-batch. What lies before it and what lies
-behind it is one compiled function each, with the matmuls inside: a call costs the host as much as several
-launches, and the stock forward, which attention cuts in the middle of three calls inside each other, would make seven.
-All layers of both stacks, ticks and micro-batches share the compiled code: it is made for a layer's first call with and
-without a graph, and once more where an input lies in memory otherwise.
+A layer is split at attention, whose sizes vary between micro-batches. The part before it and the part after it are one
+compiled function each, matmuls included: calling one costs the host as much as several launches, and Megatron's
+forward, split by attention inside three nested calls, would need seven. All layers of both stacks, ticks and
+micro-batches share the compiled code. It is compiled at the first call with and the first call without a graph, and
+again for an input with other strides.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CompiledLayer(DirectLayer):
     behind = staticmethod(torch.compile(behind_attention))
 
     def forward(self, hidden_states: torch.Tensor, **options: Any) -> tuple[torch.Tensor, None]:
-        """Run the layer; where it adds gradients to `main_grad`, what follows its output says so for it."""
+        """Run the layer; where it adds gradients to `main_grad`, `GradientsAdded` on its output reports that."""
         out, _ = super().forward(hidden_states, **options)
         if self.config.gradient_accumulation_fusion and out.requires_grad:
             out = GradientsAdded.apply(out, *self.parameters())

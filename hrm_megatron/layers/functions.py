@@ -1,9 +1,10 @@
-"""The element-wise parts of a layer, four of them as autograd functions that keep little and walk memory seldom.
+"""Element-wise operations of a layer, four of them also as autograd functions that save little and make few passes over
+memory.
 
-Each computes its formula in fp32 and rounds once to the dtype of its input. The formulas stand first, as plain
-functions: a compiler that sees a whole layer takes these and decides by itself what to keep. Without one the functions
-below them run: norm and rotation as one compiled kernel each on a GPU (of SwiGLU and the gate Megatron has its own),
-norm, gate and SwiGLU as one loop each way on a CPU (on_cpu.py), else as written.
+Each computes its formula in fp32 and rounds once to the dtype of its input. The formulas come first, as plain
+functions: under torch.compile of a whole layer these are used, and the compiler decides what to save. Otherwise the
+autograd functions run: norm and rotation as one compiled kernel each on a GPU (for SwiGLU and the gate Megatron has its
+own); norm, gate and SwiGLU as one loop per direction on a CPU (on_cpu.py); anything else as written.
 """
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Gradient of `swiglu`'s input."""
+    """Return the gradient of `swiglu`'s input."""
     a, b = x.float().chunk(2, -1)
     g, s = grad.float(), torch.sigmoid(a)
     return torch.cat((g * b * s * (1 + a * (1 - s)), g * a * s), -1).to(x.dtype)
@@ -50,7 +51,7 @@ def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 
 
 def gated_gradients(grad: torch.Tensor, x: torch.Tensor, gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `gated`'s inputs."""
+    """Return the gradients of `gated`'s inputs."""
     g, s = grad.float(), torch.sigmoid(gate.float())
     return (g * s).to(x.dtype), (g * x * s * (1 - s)).to(gate.dtype)
 
@@ -66,10 +67,10 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 def fused_on_a_gpu[**P, T](function: Callable[Concatenate[torch.Tensor, P], T]) -> Callable[
         Concatenate[torch.Tensor, P], T]:
-    """Make one kernel of `function` where its first argument is on a GPU, as Megatron makes its own: torch.compile."""
+    """Fuse `function` into one kernel when its first argument is on a GPU, by torch.compile as in Megatron."""
     @functools.cache
     def compiled() -> Any:
-        from megatron.core.jit import jit_fuser  # late: what needs no GPU needs no Megatron
+        from megatron.core.jit import jit_fuser  # late: without a GPU Megatron is not needed
 
         return jit_fuser(function)
 
@@ -82,9 +83,9 @@ def fused_on_a_gpu[**P, T](function: Callable[Concatenate[torch.Tensor, P], T]) 
 
 @fused_on_a_gpu
 def normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., h] to its norm and the factor of each position, [..., 1] in fp32."""
+    """x [..., h] to normalized x and the factor of each position, [..., 1] in fp32."""
     wide = x.float()
-    # The norm in one pass: the squares are never in memory.
+    # One pass: the squares are never stored.
     squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
     inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
     return (wide * inverse).to(x.dtype), inverse
@@ -92,18 +93,18 @@ def normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 @fused_on_a_gpu
 def normalize_backward(grad: torch.Tensor, y: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Gradient of `normalize`'s input, from its results."""
+    """Return the gradient of `normalize`'s input, from its results."""
     g, y = grad.float(), y.float()
     if torch.compiler.is_compiling():
         mean = (g * y).mean(-1, keepdim=True)
-    else:  # as a matrix product it reads each operand once and stores no product
+    else:  # as einsum: reads each operand once and stores no product
         mean = torch.einsum("...h,...h->...", g, y).unsqueeze(-1).div_(y.shape[-1])
     return torch.addcmul(g, y, mean, value=-1).mul_(inverse).to(grad.dtype)
 
 
 @fused_on_a_gpu
 def rotate(cos: torch.Tensor, sin: torch.Tensor, back: bool, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Rotate the halves of the last axis of each of `states`, see `rotated`, or turn them back."""
+    """Rotate each of `states` as `rotated` does, or by the opposite angle if `back`."""
     sign = -1 if back else 1
     results = []
     for x in states:
@@ -118,7 +119,7 @@ def rotate(cos: torch.Tensor, sin: torch.Tensor, back: bool, *states: torch.Tens
 
 
 class _NothingKept:
-    """Stands for the context of an autograd function whose backward will not be called."""
+    """Context of an autograd function whose backward will not be called."""
 
     needs_input_grad = (False,) * 9
 
@@ -126,7 +127,7 @@ class _NothingKept:
 
 
 def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Apply an autograd function; without gradients only what it computes, at a fifth of the host's time."""
+    """Apply an autograd function; with gradients disabled call its forward directly, in a fifth of the host time."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(_NothingKept(), *arguments)
@@ -135,7 +136,7 @@ def run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 class RMSNormFunction(torch.autograd.Function):
     """`rms_norm` with its own backward.
 
-    Keeps y and one factor per position: `dx = (dy - y * mean(dy * y)) / sqrt(mean(x^2) + eps)`.
+    Saves y and one factor per position: `dx = (dy - y * mean(dy * y)) / sqrt(mean(x^2) + eps)`.
     """
 
     @staticmethod
@@ -155,7 +156,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class SwiGLUFunction(torch.autograd.Function):
-    """`swiglu` with its own backward, which keeps its input alone; on a CPU in one pass each."""
+    """`swiglu` with its own backward, which saves only the input; on a CPU one pass per direction."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -169,7 +170,7 @@ class SwiGLUFunction(torch.autograd.Function):
 
 
 class GatedFunction(torch.autograd.Function):
-    """`gated` with its own backward, which keeps both inputs; on a CPU in one pass each."""
+    """`gated` with its own backward, which saves both inputs; on a CPU one pass per direction."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -185,7 +186,7 @@ class GatedFunction(torch.autograd.Function):
 class RotateFunction(torch.autograd.Function):
     """`rotated` of several states with its own backward.
 
-    Keeps the tables, which all layers share: the gradient is the rotation back.
+    Saves only the tables, which all layers share: the gradient is the inverse rotation.
     """
 
     @staticmethod

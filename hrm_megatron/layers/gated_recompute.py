@@ -1,11 +1,11 @@
-"""Layers that keep less for backward: a gate without the fused QKV buffer and, with --recompute-modules gated_act,
-gated activations that are recomputed.
+"""Layers that save less for backward: a gate that does not keep the fused QKV buffer alive and, with
+--recompute-modules gated_act, recompute of gated activations.
 
-SwiGLU and attention's output gate are products of factors that are kept anyway. The linear layer that reads such a
-product keeps it for its weight's gradient. Here its storage is freed once that layer has run, and recomputed from the
-factors, in place, when the gradient arrives there. No graph is rebuilt and no layer knows of it: the tensor stays, its
-storage is emptied and refilled. (Megatron's CheckpointWithoutOutput rebuilds the graph, keeps states of random
-generators and compiles C++ at run time.)
+SwiGLU and attention's output gate are products of factors that are saved anyway. The linear layer that reads such a
+product saves it for its weight gradient. Here its storage is freed once that layer has run, and refilled from the
+factors when the gradient of the layer's output arrives. No graph is rebuilt and no layer is aware of it: the tensor
+object stays, its storage is freed and refilled. (Megatron's CheckpointWithoutOutput rebuilds the graph, saves RNG
+states and compiles C++ at run time.)
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hrm_megatron.transformer_config import HRMConfig
 
 
 class GatedActivation:
-    """A product of factors and the gradients of these, each one kernel on a GPU."""
+    """A product of factors and the gradients of the factors, one kernel each on a GPU."""
 
     def __init__(self, formula: Callable[..., torch.Tensor], gradients: Callable[..., Any]) -> None:
         def recompute(first: torch.Tensor, *others_and_out: torch.Tensor) -> None:
@@ -42,21 +42,22 @@ SWIGLU, GATED = GatedActivation(swiglu, swiglu_gradient), GatedActivation(gated,
 
 
 class DiscardedOutput:
-    """The storage of one gated activation: freed after the layer that reads it, recomputed for its backward."""
+    """Storage of one gated activation: freed after the layer that reads it has run, recomputed for that layer's
+    backward."""
 
     def __init__(self, activation: GatedActivation) -> None:
         self.activation = activation
         self.factors: tuple[torch.Tensor, ...] = ()
 
     def of(self, *factors: torch.Tensor) -> torch.Tensor:
-        """Compute the product."""
+        """Return the product of the factors."""
         product: torch.Tensor = DiscardedFunction.apply(self, *factors)
-        # `data` has a version counter of its own: autograd need not know that the storage is filled again.
+        # `data` has its own version counter, so autograd does not see that the storage is refilled.
         self.product, self.factors = product.data, tuple(factor.detach() for factor in factors)
         return product
 
     def discard_until_backward_of(self, out: torch.Tensor) -> None:
-        """Free the storage now, until the gradient of `out`, the result of what has read it, is known."""
+        """Free the storage until the gradient of `out`, the output of the layer that read it, arrives."""
         self.discard()
         if out.requires_grad:
             out.register_hook(self.recompute)
@@ -70,7 +71,7 @@ class DiscardedOutput:
 
 
 class DiscardedFunction(torch.autograd.Function):
-    """The product as autograd sees it; its backward comes after that of what has read it."""
+    """The product as autograd sees it; its backward runs after that of the layer that read it."""
 
     @staticmethod
     def forward(ctx: Any, discarded: DiscardedOutput, *factors: torch.Tensor) -> torch.Tensor:
@@ -90,16 +91,16 @@ class GatedAttention(SelfAttention):  # type: ignore[misc]
     """Megatron's attention with an output gate."""
 
     def get_query_key_value_tensors(self, *arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
-        """Queries, keys, values and gate; the gate is copied, so it does not keep the fused QKV buffer alive.
+        """Return queries, keys, values and gate. The gate is copied, so it does not keep the fused QKV buffer alive.
 
-        The compiled product keeps its inputs, and a view of the projection would keep all four of them.
+        The compiled product saves its inputs, and a view would hold the whole projection.
         """
         *others, gate = super().get_query_key_value_tensors(*arguments, **options)
         return *others, gate.contiguous()
 
     def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         if not self.config.recompute_gated_act:
-            own = not x.is_cuda and not torch.compiler.is_compiling()  # on a GPU Megatron's is one kernel
+            own = not x.is_cuda and not torch.compiler.is_compiling()  # Megatron's is one kernel on a GPU
             gated_x: torch.Tensor = (run(GatedFunction, x, gate.view(x.shape)) if own
                                      else super()._apply_output_gate(x, gate))
             return gated_x
@@ -107,7 +108,7 @@ class GatedAttention(SelfAttention):  # type: ignore[misc]
         return self.discarded.of(x, gate.view(x.shape))
 
     def forward(self, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend as Megatron does."""
+        """Run Megatron's forward, then free the gated result if it is recomputed."""
         out, bias = super().forward(*arguments, **options)
         if self.config.recompute_gated_act:
             self.discarded.discard_until_backward_of(out)
@@ -116,7 +117,7 @@ class GatedAttention(SelfAttention):  # type: ignore[misc]
 
 
 class RecomputedSwiGLU(torch.nn.Module):
-    """The activation of the MLP below, [s, b, 2 * ffn/tp] to [s, b, ffn/tp]."""
+    """The activation of RecomputingMLP, [s, b, 2 * ffn/tp] to [s, b, ffn/tp]."""
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
@@ -127,10 +128,10 @@ class RecomputedSwiGLU(torch.nn.Module):
 
 
 class RecomputingMLP(MLP):  # type: ignore[misc]
-    """Megatron's MLP around an activation whose result is recomputed."""
+    """Megatron's MLP with an activation whose result is recomputed."""
 
     def forward(self, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [s, b, h] to [s, b, h], and no bias."""
+        """x [s, b, h] to [s, b, h]; the bias is None."""
         out, bias = super().forward(*arguments, **options)
         self.activation_func.discarded.discard_until_backward_of(out)
         del self.activation_func.discarded

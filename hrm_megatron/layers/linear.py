@@ -1,9 +1,9 @@
-"""Linear layers on a matmul of our own: Megatron's, without gradients that are not needed, and traceable.
+"""Megatron's linear layers on a matmul of our own, which is traceable and computes no unneeded gradients.
 
-Megatron's layer makes a gradient of its input even where it is not needed (of the first tick with gradient, whose
-states carry none, that is a matmul of [s, h] by [h, 4 h] for every micro-batch, and its reduction over the ranks).
-A compiler can follow this one down to the gradient in `main_grad`; Apex's kernel stops it (layers/compiled.py). And
-where gradients are added there, Megatron's answers autograd with a whole tensor at every tick (parallel/main_grad.py).
+Megatron's layer computes the gradient of its input even if nothing needs it (at the first tick with gradient that is
+one [s, h] x [h, 4 h] matmul per micro-batch, and its reduction over the ranks). torch.compile can trace this one down
+to the gradient in `main_grad`; Apex's kernel is a graph break (layers/compiled.py). With gradients added to
+`main_grad`, Megatron's layer also returns a full-size dummy gradient to autograd at every tick (parallel/main_grad.py).
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def whole(x: torch.Tensor, group: Any) -> torch.Tensor:
-    """Gather the rows of x [m/tp, k] over the ranks of `group`, [m, k]; without a group they are all here."""
+    """Return x [m/tp, k] all-gathered over `group`, [m, k]; x itself without a group."""
     if group is None:
         return x
     rows = x.new_empty(group.size() * len(x), x.shape[1])
@@ -34,7 +34,7 @@ def whole(x: torch.Tensor, group: Any) -> torch.Tensor:
 class LinearFunction(torch.autograd.Function):
     """x [m, k] and weight [n, k] to x weight^T [m, n].
 
-    With a `group`, x is this rank's [m/tp, k] of the rows and wants no gradient; it is gathered again in backward.
+    With a `group`, x is this rank's shard [m/tp, k] of the rows and needs no gradient; backward gathers it again.
     """
 
     @staticmethod
@@ -55,27 +55,27 @@ class LinearFunction(torch.autograd.Function):
         if ctx.main_grad is None:
             return dx, weight_gradient(grads[0], x), None, None
         add_weight_gradient(ctx.main_grad, grads[0], x)
-        if torch.compiler.is_compiling():  # which takes no notes on weights: a compiled layer does, behind its output
+        if torch.compiler.is_compiling():  # weights cannot be marked in a trace; CompiledLayer does
             return dx, None, None, None
         return dx, already_added(weight), None, None
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, fusion: bool = False, group: Any = None) -> torch.Tensor:
-    """x [s, ..., k] and weight [n, k] to x weight^T [s, ..., n]; under `fusion` the gradient of the weight is added to
-    its `main_grad`. With a `group`, x is [s/tp, ..., k] and gets no gradient."""
-    # Megatron's DDP put it there, of weights that train.
+    """x [s, ..., k] and weight [n, k] to x weight^T [s, ..., n]; with `fusion` the weight gradient is added to its
+    `main_grad`. With a `group`, x is [s/tp, ..., k] and gets no gradient."""
+    # Set by Megatron's DDP on trained weights.
     main_grad = weight.main_grad if fusion and weight.requires_grad else None  # type: ignore[attr-defined]
     out: torch.Tensor = run(LinearFunction, x.flatten(0, -2), weight, main_grad, group)
     return out.view(-1, *x.shape[1:-1], len(weight))
 
 
 def on_own_matmul(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Make the `_forward_impl` of a linear layer: ours for what has no bias and whose gradient of the input needs no
-    other rank, else the stock one."""
+    """Return the `_forward_impl` of a linear layer: ours if there is no bias and the input's gradient needs no
+    communication, else the stock one."""
     def forward_impl(*, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, allreduce_dgrad: bool,
                      sequence_parallel: bool, gradient_accumulation_fusion: bool, tp_group: Any,
                      **options: Any) -> torch.Tensor:
-        # Without gradients stock too: recomputation must find the bits of the first time.
+        # Stock without gradients too: recompute must reproduce the first forward bitwise.
         wanted = input.requires_grad or not torch.is_grad_enabled()
         if bias is not None or (wanted and (allreduce_dgrad or sequence_parallel)):
             out = stock(input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
@@ -89,8 +89,8 @@ def on_own_matmul(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 
 class OwnLinear:
-    """What our layers have in common: a layer whose group is one rank, and that has no bias, is a matmul, and any of
-    them may have an adapter."""
+    """Mixin of our linear layers: with a tensor parallel group of one rank and no bias a layer is one matmul; any layer
+    may have a LoRA adapter."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -107,14 +107,14 @@ class OwnLinear:
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [s/tp under SP, b, k] to [s, b, n/tp], or [s, b, k/tp] to [s/tp under SP, b, n]; no bias."""
         bias = None
-        if self.alone:  # stock code asks at each call what there is to gather and to reduce
+        if self.alone:  # skips the stock checks for what to gather and reduce
             out = linear(input_, self.weight, self.gradient_accumulation_fusion)
         else:
             out, bias = super().forward(input_)  # type: ignore[misc]
         return out if self.lora is None else out + self.lora(input_), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Store the layer as Megatron does, and its adapter, whose cuts stock code does not know."""
+        """Store the layer as Megatron does, and its adapter, whose sharding Megatron does not know."""
         stored: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         if self.lora is not None:
             stored |= self.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata)
@@ -130,7 +130,7 @@ class OwnRowParallelLinear(OwnLinear, RowParallelLinear):  # type: ignore[misc]
 
 
 class OwnLinearProvider(LocalSpecProvider):  # type: ignore[misc]
-    """Megatron's local layers, but for the linear ones."""
+    """Megatron's local layers, with our linear ones."""
 
     def column_parallel_linear(self) -> type:
         return OwnColumnParallelLinear

@@ -1,5 +1,5 @@
-"""Norm, gate and SwiGLU compiled by numba for the CPU, and what loops over numbers are made of: bfloat16 comes as its
-bits, uint16."""
+"""Norm, gate and SwiGLU compiled by numba for the CPU, and the helpers of such loops. bfloat16 is passed as its bits,
+uint16."""
 from __future__ import annotations
 
 import math
@@ -13,12 +13,12 @@ from numba.extending import overload, register_jitable
 from hrm_megatron.data.kernels import compiled
 from hrm_megatron.layers.threads import on_threads
 
-# Sums in any order and fused multiply-adds; NaN and infinity keep their meaning.
+# fastmath: sums in any order and fused multiply-adds; NaN and infinity stay valid.
 ANY_ORDER = {"reassoc", "contract", "arcp", "nsz"}
 HALF = np.uint32(0x7FFF)
 LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
-SMALLEST = np.float32(-87)  # its exponential is still a normal number
-# exp(x) = sum of x^n / n!: behind these terms less than 1e-8 of the whole for |x| <= ln(2) / 2
+SMALLEST = np.float32(-87)  # exp of it is still a normal (not denormal) number
+# exp(x) = sum of x^n / n!: the remainder after these terms is below 1e-8 of the sum for |x| <= ln(2) / 2
 C1, C2, C3, C4, C5, C6, C7 = (np.float32(1 / math.factorial(n)) for n in range(1, 8))
 
 
@@ -28,12 +28,12 @@ def loop(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def widened(x: Any) -> Any:
-    """Return the float32 of an element."""
+    """Return an element as float32."""
     raise NotImplementedError  # only compiled
 
 
 def stored(array: Any, x: Any) -> Any:
-    """Return the float32 x as an element of `array`."""
+    """Return the float32 x in the element type of `array`."""
     raise NotImplementedError  # only compiled
 
 
@@ -66,7 +66,7 @@ def _rounded(x: Any) -> Any:
 
 @register_jitable
 def exp_of_negative(x: Any) -> Any:
-    """Return the exponential of a float32 that is not positive, to 1e-7 of 1: what a compiler can vectorize."""
+    """Return exp(x) of a non-positive float32, to 1e-7 absolute, in a form that the compiler can vectorize."""
     x = SMALLEST if x < SMALLEST else x
     power = x * LOG2_E
     whole = np.int32(power - np.float32(0.5))  # rounds to nearest, since it truncates towards zero
@@ -98,7 +98,8 @@ def norm_part(first: int, last: int, x: Any, epsilon: Any, out: Any, factors: An
 
 @loop
 def norm_rows(threads: int, x: Any, epsilon: Any, out: Any, factors: Any) -> None:
-    """Write `1 / sqrt(mean(x^2) + epsilon)` of rows of x [n, h] to factors [n] or None, and x times that to out."""
+    """Write `1 / sqrt(mean(x^2) + epsilon)` of each row of x [n, h] to factors [n] (unless None), and x times that to
+    out."""
     on_threads(norm_part, threads, len(x), (x, epsilon, out, factors))
 
 
@@ -117,7 +118,8 @@ def norm_gradient_part(first: int, last: int, grad: Any, y: Any, factors: Any, o
 
 @loop
 def norm_gradient_rows(threads: int, grad: Any, y: Any, factors: Any, out: Any) -> None:
-    """Write the gradient of the x of `norm_rows` to out [n, h], from its results and that of y, grad [n, h]."""
+    """Write the gradient of `norm_rows`' x to out [n, h], from its results y and factors and the gradient of y, grad
+    [n, h]."""
     on_threads(norm_gradient_part, threads, len(grad), (grad, y, factors, out))
 
 
@@ -148,7 +150,7 @@ def gated_gradients_part(first: int, last: int, grad: Any, x: Any, gate: Any, of
 
 @loop
 def gated_gradients_rows(threads: int, grad: Any, x: Any, gate: Any, of_x: Any, of_gate: Any) -> None:
-    """Write the gradients of x and gate [n, h] to of_x and of_gate, from that of `x * sigmoid(gate)`, grad [n, h]."""
+    """Write the gradients of x and gate [n, h] to of_x and of_gate; grad [n, h] is that of `x * sigmoid(gate)`."""
     on_threads(gated_gradients_part, threads, len(x), (grad, x, gate, of_x, of_gate))
 
 
@@ -182,5 +184,5 @@ def swiglu_gradient_part(first: int, last: int, grad: Any, x: Any, out: Any) -> 
 
 @loop
 def swiglu_gradient_rows(threads: int, grad: Any, x: Any, out: Any) -> None:
-    """Write the gradients of the halves [a | b] of x [n, 2 ffn] to out, from those of `silu(a) * b`, grad [n, ffn]."""
+    """Write the gradients of the halves [a | b] of x [n, 2 ffn] to out; grad [n, ffn] is that of `silu(a) * b`."""
     on_threads(swiglu_gradient_part, threads, len(x), (grad, x, out))

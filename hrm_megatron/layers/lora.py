@@ -1,4 +1,4 @@
-"""The adapter of a linear layer: a path of low rank beside a frozen weight, cut as the weight is."""
+"""LoRA adapter of a linear layer: a low-rank path beside a frozen weight, sharded like the weight."""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -20,20 +20,20 @@ from hrm_megatron.layers.linear import linear
 if TYPE_CHECKING:
     from hrm_megatron.layers.linear import OwnLinear
 
-HALVES = 2  # partition_stride of a weight of which each rank has a piece of both halves (SwiGLU)
+HALVES = 2  # partition_stride of a weight of which each rank holds a shard of both halves (SwiGLU)
 
 
 def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """W + scale B A in fp32, of factors in fp32."""
+    """Return W + scale B A in fp32; the factors are fp32."""
     return weight.float() + (b * scale) @ a
 
 
 class Adapter(torch.nn.Module):
-    """scale B A x, with A [r, k] and B [n, r] beside a weight [n, k]: of the two the one with the axis along which the
-    weight is cut over tensor parallel ranks is cut too, [r, k/tp] or [n/tp, r], and the other is whole on each.
+    """scale B A x, with A [r, k] and B [n, r] beside a weight [n, k]. The factor that has the weight's tensor-parallel
+    axis is sharded too, A [r, k/tp] or B [n/tp, r]; the other is replicated.
 
-    Its product with x, [s, b, r], is what ranks exchange. Under sequence parallelism a whole factor sees this rank's
-    positions only, and Megatron sums its gradient as it does a norm's.
+    Ranks exchange A x, [s, b, r]. Under sequence parallelism a replicated factor sees only this rank's positions, and
+    Megatron all-reduces its gradient like that of a norm.
     """
 
     def __init__(self, layer: OwnLinear, lora: LoRA) -> None:
@@ -64,7 +64,7 @@ class Adapter(torch.nn.Module):
         return linear(narrow * self.scale, self.B, self.fusion)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Describe both factors to Megatron's checkpoints."""
+        """Return both factors as sharded tensors for Megatron's checkpoints."""
         group = metadata["dp_cp_group"]
         stored: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, {"B": 0} if self.column else {"A": 1}, sharded_offsets,

@@ -1,8 +1,8 @@
-"""Activations of a tick's first layers in the host's memory, by Transformer Engine: --cpu-offloading-num-layers.
+"""Offload activations of a tick's first layers to host memory, by Transformer Engine: --cpu-offloading-num-layers.
 
-Transformer Engine's context follows one forward of a stack and then its backward, and Megatron gives each stack one
-context for good. Here a stack runs at several ticks before the first of their backwards, so each tick that builds a
-graph gets a context of its own, which lives as long as the graph.
+Transformer Engine's offload context expects one forward of a stack followed by its backward, and Megatron creates one
+context per stack. Here a stack runs at several ticks before the first backward, so each tick that builds a graph gets
+its own context, which lives as long as the graph.
 """
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 
 def offloaded(block: TransformerBlock, layers: int) -> Callable[..., torch.Tensor]:
-    """Make a stack out of `block` whose first `layers` layers, not all, keep for backward what is in host memory.
+    """Return `block` as a stack whose first `layers` layers (fewer than all) save their activations in host memory.
 
-    It is copied while later layers run and comes back during their backward, on a stream of its own.
+    They are copied while later layers run and are copied back during their backward, on a separate stream.
     """
     from megatron.core.extensions.transformer_engine import get_cpu_offload_context
 
@@ -35,7 +35,7 @@ def offloaded(block: TransformerBlock, layers: int) -> Callable[..., torch.Tenso
 
 
 def keep_on_device(*shared: torch.Tensor) -> None:
-    """Say that these, which all layers and ticks read, are never to be copied."""
+    """Exclude these tensors, which all layers and ticks read, from offloading."""
     from transformer_engine.pytorch.cpu_offload import mark_not_offload
 
     mark_not_offload(*shared)

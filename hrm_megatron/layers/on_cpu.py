@@ -1,7 +1,7 @@
 """Norm, gate and SwiGLU in one pass over memory each, by loops compiled for the CPU.
 
-torch writes what each of its operations gives to memory and reads it again: of SwiGLU and its gradient that is twice
-the traffic, of the gradient of a norm 2.7 times, more in bfloat16, which it widens in memory.
+torch writes the result of each operation to memory and reads it again: twice the traffic for SwiGLU and its gradient,
+2.7 times for the gradient of a norm, and more in bfloat16, which it widens in memory.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-DIVIDED_BYTES = 1 << 17  # of memory read, from which on a loop is divided among threads
+DIVIDED_BYTES = 1 << 17  # of memory read from which on a loop runs on several threads
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -23,28 +23,28 @@ def _loops() -> ModuleType:
 
 
 def in_loops(x: torch.Tensor) -> bool:
-    """Tell whether the loops take x."""
+    """Whether the loops support x: fp32 or bf16 on a CPU."""
     return x.device.type == "cpu" and x.dtype in DTYPES
 
 
 def numbers(x: torch.Tensor) -> np.ndarray:
-    """Show compiled loops a tensor: bfloat16, which numpy has not, as its bits."""
+    """Return a numpy view of a tensor for compiled loops; bfloat16, which numpy lacks, as its bits."""
     found: np.ndarray = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
     return found
 
 
 def threads_for(read_bytes: int) -> int:
-    """Return on how many threads a loop is to read so many bytes: all of torch's, or one."""
+    """Return the number of threads for a loop that reads `read_bytes`: all of torch's, or one."""
     return 1 if read_bytes < DIVIDED_BYTES else torch.get_num_threads()
 
 
 def _rows(x: torch.Tensor) -> np.ndarray:
-    """Show compiled loops a contiguous x [..., h] as [n, h]."""
+    """Return a contiguous x [..., h] as a numpy view [n, h]."""
     return numbers(x).reshape(-1, x.shape[-1])
 
 
 def norm_in_loops(x: torch.Tensor, epsilon: float, factors: torch.Tensor | None = None) -> torch.Tensor:
-    """Return `x / sqrt(mean(x^2) + epsilon)` over the last axis of x [..., h], and write that factor to `factors`,
+    """Return `x / sqrt(mean(x^2) + epsilon)` over the last axis of x [..., h], and write the factor on x to `factors`,
     [..., 1] in fp32."""
     x = x.detach().contiguous()
     out = torch.empty_like(x)
@@ -54,7 +54,7 @@ def norm_in_loops(x: torch.Tensor, epsilon: float, factors: torch.Tensor | None 
 
 
 def norm_gradient_in_loops(grad: torch.Tensor, y: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of the x of `norm_in_loops` from its results and that of y, grad [..., h]."""
+    """Return the gradient of `norm_in_loops`' x from its results y and factors and the gradient of y, grad [..., h]."""
     grad, y = grad.detach().contiguous(), y.detach()
     out = torch.empty_like(grad)
     _loops().norm_gradient_rows(threads_for(grad.nbytes), _rows(grad), _rows(y), factors.view(-1).numpy(), _rows(out))
@@ -71,7 +71,7 @@ def gated_in_loops(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 
 def gated_gradients_in_loops(grad: torch.Tensor, x: torch.Tensor, gate: torch.Tensor) -> tuple[
         torch.Tensor, torch.Tensor]:
-    """Return the gradients of x and gate [..., h] from that of `gated_in_loops`, grad [..., h]."""
+    """Return the gradients of x and gate [..., h] from the gradient of `gated_in_loops`, grad [..., h]."""
     grad, x, gate = (t.detach().contiguous() for t in (grad, x, gate))
     of_x, of_gate = torch.empty_like(x), torch.empty_like(gate)
     _loops().gated_gradients_rows(threads_for(x.nbytes), *map(_rows, (grad, x, gate, of_x, of_gate)))
@@ -87,7 +87,7 @@ def swiglu_in_loops(x: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_gradient_in_loops(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of x [..., 2 ffn] from that of its SwiGLU, grad [..., ffn]."""
+    """Return the gradient of x [..., 2 ffn] from the gradient of its SwiGLU, grad [..., ffn]."""
     grad, x = grad.detach().contiguous(), x.detach().contiguous()
     out = torch.empty_like(x)
     _loops().swiglu_gradient_rows(threads_for(x.nbytes), _rows(grad), _rows(x), _rows(out))

@@ -1,8 +1,8 @@
-"""Compiled loops over rows on torch's own threads.
+"""Run compiled loops over rows on torch's own threads.
 
-Between two matmuls torch's threads wait in OpenMP's pool, and keep their cores busy with waiting for milliseconds:
-threads of another pool, numba's among them, share the processor with them. So a loop asks that same OpenMP for its
-threads, as compilers do: `GOMP_parallel` of GNU's runtime (libgomp/libgomp_g.h), which LLVM's has too.
+Between matmuls torch's threads wait in OpenMP's pool by spinning for milliseconds, so threads of another pool, such as
+numba's, would compete with them for cores. Loops therefore run on the same OpenMP pool, through the function that
+compilers call: `GOMP_parallel` of GNU's runtime (libgomp/libgomp_g.h), which LLVM's provides too.
 """
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hrm_megatron.data.kernels import intrinsic
 DATA = ctypes.c_void_p
 BODY = ctypes.CFUNCTYPE(None, DATA)
 NUMBER = ctypes.CFUNCTYPE(ctypes.c_int)
-# Without it (torch for a Mac has none of these names) one thread does all parts.
+# Fallback (torch for macOS has none of these symbols): one thread runs all parts.
 ALONE = {"GOMP_parallel": ctypes.CFUNCTYPE(None, BODY, DATA, ctypes.c_uint, ctypes.c_uint)(
              lambda body, data, threads, flags: body(data)),
          "omp_get_thread_num": NUMBER(lambda: 0), "omp_get_num_threads": NUMBER(lambda: 1)}
@@ -31,7 +31,7 @@ PREFIX = "hrm_megatron_"
 
 
 def functions_of(library: ctypes.CDLL) -> dict[str, Any]:
-    """Return the functions of OpenMP that a library was linked with, whatever that file is called, or `ALONE`."""
+    """Return the OpenMP functions that a library is linked with, whatever the runtime's file name, or `ALONE`."""
     try:
         return {name: getattr(library, name) for name in ALONE}
     except AttributeError:
@@ -48,11 +48,11 @@ def _declared(builder: ir.IRBuilder, name: str) -> ir.Function:
 
 @intrinsic
 def on_threads(typing: Any, loop: Any, threads: Any, rows: Any, arguments: Any) -> Any:
-    """Call loop(first, last, *arguments) for as many equal parts of range(rows) as there are threads, one on each; a
-    MemoryError of any is raised when all have ended. It must raise nothing else.
+    """Call loop(first, last, *arguments) on `threads` equal parts of range(rows), one per thread. If any raises, a
+    MemoryError is raised when all have ended: the loop must raise nothing else.
 
-    A loop is a function of the module and its caller another one: what closes over a compiled function, as a decorator
-    that made both would, numba compiles anew in each process.
+    Define the loop and its caller as two module-level functions: a closure over a compiled function, as from one
+    decorator that makes both, is not cached, and numba compiles it again in each process.
     """
     called = loop.get_call_type(typing, (types.intp, types.intp, *arguments.types), {})
 
@@ -75,7 +75,7 @@ def on_threads(typing: Any, loop: Any, threads: Any, rows: Any, arguments: Any) 
         parts, count, packed = (inner.load(field(inner, data, number)) for number in range(3))
         own, team = (inner.sext(inner.call(_declared(inner, name), []), intp)
                      for name in ("omp_get_thread_num", "omp_get_num_threads"))
-        with cgutils.for_range_slice(inner, own, parts, team, intp) as (part, _):  # a team may be smaller
+        with cgutils.for_range_slice(inner, own, parts, team, intp) as (part, _):  # OpenMP may grant fewer threads
             first, last = (inner.sdiv(inner.mul(count, number), parts) for number in (part, inner.add(part, intp(1))))
             status, _ = context.call_internal_no_propagate(
                 inner, compiled.fndesc, called, [first, last, *cgutils.unpack_tuple(inner, packed)])

@@ -1,9 +1,9 @@
-"""The output head with its loss in one function, which never holds the logits of a whole micro-batch.
+"""Output head fused with the loss, so that the logits of a whole micro-batch never exist at once.
 
-Positions are scored in chunks. The backward recomputes the logits of a chunk, all but the last one's, which the
-forward has kept: the gradient of the weight needs each label's incoming gradient, which the forward does not know, and
-the third matmul costs HRM-Text XL about one part in a hundred of a step (2 h v operations for each label, of
-18 billion for each token), where all logits in fp32 would take gigabytes. What fits into one chunk is computed once.
+Positions are scored in chunks. Backward recomputes the logits of every chunk except the last, which forward keeps: the
+gradient of the weight needs the incoming gradient of each label, unknown in forward. This third matmul costs HRM-Text
+XL about 1 % of a step (2 h v FLOPs per label, of 18 billion per token); keeping all fp32 logits would take gigabytes.
+Nothing is recomputed where one chunk suffices.
 """
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from hrm_megatron.parallel.processor import matmul
 
 @torch.compile(dynamic=True)
 def _summarize(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Largest logit in fp32, its column (the first of equals) and the sum of exp(logit - largest): [n, v/tp] to [n]."""
+    """Return the largest logit in fp32, its column (the first of ties) and sum(exp(logit - largest)): [n, v/tp] to
+    [n]."""
     largest, column = logits.max(-1)
     largest = largest.float()
     return largest, column, torch.sub(logits, largest.unsqueeze(-1)).exp_().sum(-1)
@@ -29,9 +30,9 @@ def _summarize(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 @torch.compile(dynamic=True)
 def _scaled_softmax(logits: torch.Tensor, largest: torch.Tensor, sums: torch.Tensor,
                     scale: torch.Tensor) -> torch.Tensor:
-    """Return softmax times `scale`, in fp32 and rounded once: logits [n, v/tp] and the others [n] to [n, v/tp].
+    """Return softmax times `scale`, computed in fp32 and rounded once: logits [n, v/tp], the others [n], to [n, v/tp].
 
-    The logits may be written over: on a CPU fresh memory costs more than this arithmetic, by its page faults.
+    May overwrite the logits: on a CPU the page faults of fresh memory cost more than the arithmetic.
     """
     largest, sums, scale = (t.unsqueeze(1) for t in (largest, sums, scale))
     over = not torch.compiler.is_compiling() and logits.dtype == largest.dtype
@@ -44,10 +45,11 @@ def _wide(t: torch.Tensor) -> torch.dtype:
 
 
 class LabelScores(torch.autograd.Function):
-    """x [n, h], weight [v/tp, h] and labels [n] to fp32 [2, n]: cross-entropies, and 1 where the label is likeliest.
+    """x [n, h], weight [v/tp, h] and labels [n] to fp32 [2, n]: cross-entropy, and 1 where the label is the argmax.
 
     x and the scores are the same on all ranks of `group`, and the gradient of x is summed over them. Logits have the
-    dtype of x; what follows is in fp32 (of fp64, in that). With `main_grad` the gradient of the weight is added there.
+    dtype of x; everything after them is fp32 (fp64 if x is). With `main_grad` the gradient of the weight is added to
+    it.
     """
 
     @staticmethod
@@ -85,9 +87,9 @@ class LabelScores(torch.autograd.Function):
         for rows in reversed(ctx.chunks):
             if logits is None:
                 logits = matmul(x[rows], weight)
-            # Copies, because a view's offset would be a guard of the compiled function.
+            # Clones: the compiled function would guard on the storage offset of a view.
             top, total_sum, scale = (t[rows].clone() for t in (largest, sums, of_label))
-            # The label's own entry apart: softmax - 1 loses its digits where softmax has been rounded to bf16.
+            # The label's own entry is computed separately: softmax - 1 loses precision once softmax is rounded to bf16.
             target = logits.gather(1, columns[rows]).squeeze(1)
             of_target = torch.sub(target, top).exp_().div_(total_sum).sub_(own[rows].float()).mul_(scale)
             grad = _scaled_softmax(logits, top, total_sum, scale)
@@ -110,20 +112,20 @@ def _over_shards(parts: torch.Tensor, group: Any) -> tuple[torch.Tensor, ...]:
     gathered = parts.new_empty(group.size() * len(parts), parts.shape[1])
     torch.distributed.all_gather_into_tensor(gathered, parts, group=group)
     shard_largest, sums, targets, hits = gathered.view(group.size(), *parts.shape).unbind(1)
-    largest, first = shard_largest.max(0)  # the first of equals has the lowest token
+    largest, first = shard_largest.max(0)  # of ties the first has the lowest token id
     sums = (sums * torch.exp(shard_largest - largest)).sum(0)
     return largest, sums, targets.sum(0), hits.gather(0, first.unsqueeze(0)).squeeze(0)
 
 
 class LabelHead(ColumnParallelLinear):  # type: ignore[misc]
-    """Megatron's output layer (no bias), which scores labels where it is given some."""
+    """Megatron's output layer without a bias, which also scores labels if given."""
 
     def __init__(self, input_size: int, output_size: int, *, config: ModelParallelConfig, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, bias=False, **options)
         self.chunk_rows = max(1, HEAD_CHUNK_BYTES // (4 * self.output_size_per_partition))
 
     def forward(self, input_: torch.Tensor, *arguments: Any, labels: torch.Tensor | None = None, **options: Any) -> Any:
-        """Apply the head to [s, b, h] as Megatron's does; or score `labels` [n] at [n, h], see `LabelScores`."""
+        """Apply the head to [s, b, h] as Megatron does; or score `labels` [n] from states [n, h], see `LabelScores`."""
         if labels is None:
             return super().forward(input_, *arguments, **options)
         fusion = self.gradient_accumulation_fusion and self.weight.requires_grad

@@ -1,4 +1,5 @@
-"""The Hierarchical Reasoning Model for text, and its baselines: transformer stacks applied in turn, then one head."""
+"""The Hierarchical Reasoning Model for text, and its baselines: transformer stacks applied alternately, then one
+head."""
 from __future__ import annotations
 
 import copy
@@ -34,9 +35,9 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
     """HRM-Text on Megatron-Core (arXiv 2605.20613), or another entry of MODEL_TYPES by `config.arch.model_type`;
     `config.num_layers` counts layers per stack.
 
-    `pre_process` builds the embedding and z_L's start, `post_process` the exit norms and the head. Weights
-    are drawn from `seed` and their names, so that every parallel layout begins with the same model; without a seed
-    they are NaN until a checkpoint fills them.
+    `pre_process` builds the embedding and zL_init, `post_process` the exit norms and the head. Weights are drawn from
+    `seed` and their names, so that every parallel layout starts from the same model; with seed None they are NaN until
+    a checkpoint is loaded.
     """
 
     def __init__(self, config: HRMConfig, seed: int | None, pre_process: bool = True, post_process: bool = True,
@@ -55,19 +56,19 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
             if arch.kind.starts_from_z_l:
                 self.register_buffer("zL_init", torch.empty(arch.hidden_size, dtype=torch.bfloat16,
                                                             device=weight.device))
-        # Virtual chunks are ticks here: each runs all of the stage's layers of its stack.
+        # Virtual pipeline chunks are ticks: each runs all of the stage's layers of one stack.
         block_config = copy.copy(config)
         block_config.virtual_pipeline_model_parallel_size = None
-        block_config.cpu_offloading = False  # else each would make the one context that does not do, see offload.py
+        block_config.cpu_offloading = False  # else each creates the one context that fails here: offload.py
         placements = {"H": arch.h_norm_placement or arch.norm_placement, "L": arch.norm_placement}
         for stack, name in ((stack, STACKS[stack]) for stack in arch.kind.stacks):
-            # pre_process=True on every stage: the input of a tick is an argument, never `input_tensor`.
+            # pre_process=True on every stage: a tick's input is passed as an argument, never through `input_tensor`.
             self.add_module(name, TransformerBlock(
                 block_config, stack_spec(block_config, placements[stack], backend), pre_process=True,
                 post_process=post_process, pg_collection=self.pg_collection))
         block_config.cpu_offloading = config.cpu_offloading
         if post_process:
-            # Labelled positions are gathered before the head, so its input is whole even under SP.
+            # Labelled positions are gathered before the head, so its input is not sequence-sharded even under SP.
             whole_rows = copy.copy(config)
             whole_rows.sequence_parallel = whole_rows.tp_comm_overlap = False
             self.output_layer = LabelHead(arch.hidden_size, arch.padded_vocab_size, config=whole_rows,
@@ -82,7 +83,7 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
             start.copy_(draw(seed, "zL_init", start.shape))
 
     def _set_attention_backend(self) -> None:
-        """Export the choice of --attention-backend; other kernels than Transformer Engine's read no such variable."""
+        """Export --attention-backend as environment variables, which only Transformer Engine's kernels read."""
         config = self.config
         kernel = kernel_of(config.attention_kernel, config.params_dtype, config.kv_channels)
         check_backend(kernel, config.attention_backend)
@@ -90,7 +91,7 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
             super()._set_attention_backend()
 
     def named_global_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Yield parameters by name, with layers counted over all pipeline stages."""
+        """Yield parameters with their global names (layers numbered over all pipeline stages)."""
         for name, parameter in self.named_parameters():
             parts = name.split(".")
             if parts[0] in STACKS.values():
@@ -98,11 +99,11 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
             yield ".".join(parts), parameter
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take nothing: Megatron's schedules call this, and a whole model's input is its batch."""
+        """Ignore the input that Megatron's schedules pass: without pipeline stages the input is the batch."""
 
     def states(self, batch: PackedBatch, bp_steps: int | None = None, record: Recorder | None = None,
                sequences: PrefixSequences | None = None) -> torch.Tensor:
-        """Run all ticks and return the last state, [s/tp under SP, b, h]; `bp_steps` ticks build a graph."""
+        """Run all ticks and return the final state, [s/tp under SP, b, h]; `bp_steps` ticks build a graph."""
         x = self.embed(batch)
         if record:
             record("embedding_out", x)
@@ -111,11 +112,11 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
                          recompute=self.config.recompute_granularity is not None, record=record)
 
     def ticks(self, bp_steps: int | None) -> list[Tick]:
-        """List the ticks of one forward pass."""
+        """Return the ticks of one forward pass."""
         return ticks_of(self.config.arch, bp_steps, self.config.recompute_ticks)
 
     def stack_of(self, sequences: PrefixSequences | None, tick: Tick) -> Stack:
-        """Return the stack that runs at `tick`, as a function of its input."""
+        """Return the stack of `tick` as a function of its input."""
         stack = getattr(self, STACKS[tick.stack])
         if self.config.cpu_offloading and tick.with_grad and not tick.recompute:
             stack = offloaded(stack, self.config.cpu_offloading_num_layers)
@@ -123,18 +124,18 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
         return recomputed(stack) if tick.recompute else stack
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
-        """Embed the tokens with unit variance, [s/tp under SP, b, h]: the first z_H."""
+        """Return the embedded tokens with unit variance, [s/tp under SP, b, h]: the initial z_H."""
         x: torch.Tensor = self.embedding(batch.tokens, batch.position_ids)
         return x * self.config.arch.embedding_scale
 
     def first_z_l(self, like: torch.Tensor) -> torch.Tensor | None:
-        """Return the first z_L, the same at every position; None where no tick reads it."""
+        """Return the initial z_L, the same at every position; None if no tick reads it."""
         if not self.config.arch.kind.starts_from_z_l:
             return None
         return self.zL_init.to(like.dtype).expand_as(like)
 
     def sequences(self, batch: PackedBatch) -> PrefixSequences:
-        """Prepare what attention needs of a micro-batch, for all ticks."""
+        """Return what attention needs of a micro-batch, shared by all ticks."""
         arch, group = self.config.arch, self.pg_collection.cp
         spans = context_spans(batch.row_tokens, group.rank(), group.size()) if group.size() > 1 else None
         rotation = Rotation.of(batch.position_ids, arch.head_dim, arch.rope_theta)
@@ -143,23 +144,23 @@ class HRMModel(LanguageModule):  # type: ignore[misc]
         return PrefixSequences(batch.lengths, rotation, batch.row_tokens, spans)
 
     def at(self, z_h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Take the states [n, h] at positions `index` [n] of the flattened [s, b] rows."""
+        """Return the states [n, h] at positions `index` [n] of the flattened [s, b] rows."""
         if self.config.sequence_parallel:
             z_h = tensor_parallel.gather_from_sequence_parallel_region(
                 z_h, tensor_parallel_output_grad=False, group=self.tp_group)
         return z_h.flatten(0, 1)[index]
 
     def logits_at(self, z_h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Apply the head at positions `index` [n] of the flattened [s, b] rows: [n, v/tp]."""
+        """Return the logits [n, v/tp] at positions `index` [n] of the flattened [s, b] rows."""
         logits, _ = self.output_layer(self.at(z_h, index).unsqueeze(1))
         return logits.squeeze(1)
 
     def forward(self, batch: PackedBatch, bp_steps: int | None = None,
                 sequences: PrefixSequences | None = None) -> torch.Tensor:
-        """Score the labels of `batch`: fp32 [2, n], the cross-entropy of each and 1 where it is the likeliest token."""
+        """Return scores of the labels of `batch`, fp32 [2, n]: cross-entropy, and 1 where the label is the argmax."""
         return self.scores(self.states(batch, bp_steps, sequences=sequences), batch)
 
     def scores(self, z_h: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Score the labels by the last z_H, see `forward`."""
+        """Return the scores of the labels from the final state, see `forward`."""
         scores: torch.Tensor = self.output_layer(self.at(z_h, batch.label_index), labels=batch.flat_labels)
         return scores

@@ -1,4 +1,4 @@
-"""Fine-tune adapters of low rank on the shared weights of both stacks in place of all weights (LoRA)."""
+"""LoRA: fine-tune low-rank adapters on the shared weights of both stacks instead of all weights."""
 from __future__ import annotations
 
 import contextlib
@@ -16,10 +16,10 @@ from hrm_megatron.parallel.patching import temporarily
 
 
 def adapt(model: HRMModel, lora: LoRA, seed: int) -> None:
-    """Freeze the model and give the layers that `lora` names an adapter, which changes nothing yet: B is 0.
+    """Freeze the model and add adapters to the layers that `lora` targets. B = 0, so the function is unchanged.
 
-    Every tick of a stack uses the same adapters, whose gradient is the sum over ticks as that of the weights would be.
-    A has the standard deviation of a LeCun initialization, from seed and name, so that every layout begins alike.
+    Every tick of a stack uses the same adapters, so their gradient is summed over ticks like that of the weights. A is
+    drawn from seed and name with the LeCun standard deviation, so that every parallel layout starts alike.
     """
     model.requires_grad_(False)
     for name, layer in model.named_modules():
@@ -36,7 +36,7 @@ def adapt(model: HRMModel, lora: LoRA, seed: int) -> None:
 
 @torch.no_grad()
 def merged_weights(model: HRMModel) -> dict[str, torch.Tensor]:
-    """Return all tensors of a model on one rank by name, adapters merged into the weights beside which they are."""
+    """Return all tensors of a model on one rank by name, with the adapters merged into their weights."""
     tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, layer in model.named_modules():
         if isinstance(layer, OwnLinear) and layer.lora is not None:
@@ -48,7 +48,7 @@ def merged_weights(model: HRMModel) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def without_adapters(models: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Let these models be what a checkpoint without adapters holds, for as long as one is loaded."""
+    """Detach the adapters within the block, to load a checkpoint that has none."""
     with contextlib.ExitStack() as stack:
         for layer in (layer for model in models for layer in model.modules() if isinstance(layer, OwnLinear)):
             stack.enter_context(temporarily(layer, lora=None))

@@ -1,10 +1,10 @@
-"""Pipeline of a recurrence: a stage owns a slice of both stacks, and every tick is a virtual chunk of Megatron's
-interleaved schedule, which stays as it is. All chunks of a stage share its weights.
+"""Pipeline parallelism of a recurrence: a stage owns some layers of both stacks, and every tick is a virtual chunk of
+Megatron's unmodified interleaved schedule. All chunks of a stage share its weights.
 
-Between stages and from the last stage back to the first travels one tensor [s/tp under SP, b, h], the newest state. The
-first stage parks the other one, which the tick does not replace, until that is back. Chunk 0 is the stage's
-`PipelinedHRM` and owns everything; the others are `TickChunk`s, which own nothing and so have no parameters in their
-DDP.
+One tensor, the newest state [s/tp under SP, b, h], is sent from stage to stage and from the last stage back to the
+first. The first stage parks the other state, which the tick does not replace, until the newest one returns. Chunk 0 is
+the stage's `PipelinedHRM` and owns all its weights; the others are `TickChunk`s, which own none, so their DDP has no
+parameters.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hrm_megatron.transformer_config import HRMConfig
 
 
 class NoGradTick(torch.autograd.Function):
-    """Run a stack without a graph. Its backward sends zeros: without them the stage before would wait for ever."""
+    """Run a stack without a graph. Backward returns zeros: without them the previous stage would wait forever."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, stack: Stack) -> torch.Tensor:
@@ -37,9 +37,10 @@ class NoGradTick(torch.autograd.Function):
 
 
 class Enter(torch.autograd.Function):
-    """Enter the first tick as `x`; in backward add the gradients that later ticks left on `parked`, its detached copy.
+    """Return `x` as the input of the first tick; backward adds the gradients that later ticks left on its detached copy
+    `parked`.
 
-    Their backwards have run before: the schedule visits a micro-batch's chunks in reverse.
+    Those backwards have already run: the schedule visits a micro-batch's chunks in reverse.
     """
 
     @staticmethod
@@ -54,7 +55,7 @@ class Enter(torch.autograd.Function):
 
 
 class PipelinedHRM(HRMModel):
-    """One stage of a recurrence, which is also the chunk of tick 0."""
+    """One pipeline stage, and the chunk of tick 0."""
 
     def __init__(self, config: HRMConfig, seed: int | None, first_stage: bool, last_stage: bool,
                  pg_collection: Any = None) -> None:
@@ -62,20 +63,20 @@ class PipelinedHRM(HRMModel):
         self.first_stage, self.last_stage = first_stage, last_stage
         self.num_ticks = len(ticks_of(config.arch))
         self.parked: list[deque[torch.Tensor | None]] = [deque() for _ in range(self.num_ticks)]
-        # Where the step has two phases: the first tick of the second, and what waits for the states that the first
-        # phase ends with.
+        # If the step has two phases: the first tick of the second, and callables that return the states the first ended
+        # with.
         self.second_phase, self.handed = 0, deque[Callable[[], torch.Tensor]]()
-        # Megatron asks the chunk, not the stage, for its part in the whole.
+        # Megatron reads `post_process` per chunk, not per stage.
         self.post_process = last_stage and self.num_ticks == 1
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take what arrived from the stage before (or from the last one)."""
+        """Take the state received from the previous stage (or from the last one)."""
         self.received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(self, batch: PackedBatch, bp_steps: int | None = None,
                 sequences: PrefixSequences | None = None) -> torch.Tensor:
-        """Run this stage's part of tick 0: [s/tp under SP, b, h], or scores [2, n] where that is all."""
-        received, self.received = self.received, None  # not kept until the next visit
+        """Run this stage's layers of tick 0: [s/tp under SP, b, h], or scores [2, n] if it is the last of all."""
+        received, self.received = self.received, None  # free it now, not at the next call
         return self.run_tick(0, received, batch, bp_steps, sequences)
 
     def run_tick(self, index: int, received: torch.Tensor | None, batch: PackedBatch, bp_steps: int | None,
@@ -86,25 +87,25 @@ class PipelinedHRM(HRMModel):
         x = self._enter(ticks, index, received, batch) if self.first_stage else received
         assert x is not None
         if tick.with_grad and (self.config.recompute_granularity or tick.recompute) and not x.requires_grad:
-            x.requires_grad_(torch.is_grad_enabled())  # else reentrant recomputation gives the weights no gradient
+            x.requires_grad_(torch.is_grad_enabled())  # else reentrant recompute gives the weights no gradient
         stack = self.stack_of(sequences, tick)
         out: torch.Tensor = stack(x) if tick.with_grad else NoGradTick.apply(x, stack)
         return self.scores(out, batch) if self.last_stage and index == self.num_ticks - 1 else out
 
     def _enter(self, ticks: list[Tick], index: int, received: torch.Tensor | None, batch: PackedBatch) -> torch.Tensor:
-        """Return the input of a tick, and park the state that it does not replace for the next."""
+        """Return the input of a tick, and park the state that it does not replace for the next tick."""
         replaced = "".join(tick.writes for tick in ticks)
-        begins = index in (0, self.second_phase)  # nothing before it is in this graph
+        begins = index in (0, self.second_phase)  # no earlier tick is in this graph
         z_h = z_l = None
         if index:
             kept = self.parked[index - 1].popleft()
             if begins:
                 received, kept = self.handed.popleft()(), None if kept is None else kept.detach()
-            # `received` is a leaf: later ticks add to the .grad of it that the schedule sends back after this chunk's
-            # own backward.
+            # `received` is a leaf: later ticks add to its .grad, which the schedule sends back after this chunk's
+            # backward.
             z_h, z_l = (received, kept) if replaced[index - 1] == "H" else (kept, received)
         entering = z_h
-        if begins and "H" not in replaced[:index]:  # z_H is the embedding still
+        if begins and "H" not in replaced[:index]:  # z_H is still the embedding
             embedded = self.embed(batch)
             z_h = embedded.detach().requires_grad_(torch.is_grad_enabled())
             z_l = self.first_z_l(embedded) if z_l is None else z_l
@@ -117,11 +118,11 @@ class PipelinedHRM(HRMModel):
 
 
 class TickChunk(MegatronModule):  # type: ignore[misc]
-    """The chunk of a later tick: it runs the stage's own layers and owns no weight."""
+    """The chunk of a later tick: runs the stage's layers and owns no weights."""
 
     def __init__(self, stage: PipelinedHRM, index: int) -> None:
         super().__init__(stage.config)
-        object.__setattr__(self, "stage", stage)  # not registered: no parameters of it here
+        object.__setattr__(self, "stage", stage)  # not registered as a submodule, so it adds no parameters
         self.index = index
         self.pre_process = False
         self.post_process = stage.last_stage and index == stage.num_ticks - 1
@@ -130,15 +131,15 @@ class TickChunk(MegatronModule):  # type: ignore[misc]
         self.received: torch.Tensor | None = None
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take what arrived from the stage before (or from the last one)."""
+        """Take the state received from the previous stage (or from the last one)."""
         self.received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(self, batch: PackedBatch, bp_steps: int | None = None,
                 sequences: PrefixSequences | None = None) -> torch.Tensor:
-        """Run this stage's part of the tick: [s/tp under SP, b, h], or scores [2, n] at the end of all."""
+        """Run this stage's layers of the tick: [s/tp under SP, b, h], or scores [2, n] if it is the last of all."""
         received, self.received = self.received, None
         return self.stage.run_tick(self.index, received, batch, bp_steps, sequences)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Store nothing: chunk 0 does."""
+        """Store nothing: chunk 0 stores the stage's weights."""
         return {}

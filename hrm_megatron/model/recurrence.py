@@ -1,4 +1,4 @@
-"""Run the ticks of a recurrence: which states each takes, which it replaces, which build a graph."""
+"""Run the ticks of a recurrence: the states each reads and writes, and whether it builds a graph."""
 from __future__ import annotations
 
 import functools
@@ -15,28 +15,28 @@ Recorder = Callable[[str, torch.Tensor], None]
 
 
 def recomputed(stack: Stack) -> Stack:
-    """Make a stack that keeps only its input, which must require a gradient, and is recomputed in backward.
+    """Return a stack that keeps only its input, which must require a gradient, and recomputes the rest in backward.
 
-    Megatron's recomputation, which is reentrant: what a layer recomputes by itself works inside it.
+    Uses Megatron's checkpoint function, which is reentrant, so the layers' own recompute can be nested in it.
     """
     def run(x: torch.Tensor) -> torch.Tensor:
-        # Detached the first time: stock layers turn gradients on again for their residual sum.
+        # Detached in the first run, without gradients: stock layers turn gradients on again for their residual sum.
         return stack(x if torch.is_grad_enabled() else x.detach())
     return lambda x: tensor_parallel.checkpoint(run, False, x)
 
 
 def summed(states: Mapping[str, torch.Tensor], reads: str) -> torch.Tensor:
-    """Add up the states that a tick reads, in its order."""
+    """Return the sum of the states that a tick reads, in that order."""
     return functools.reduce(operator.add, [states[name] for name in reads])
 
 
 def run_ticks(ticks: Iterable[Tick], stack_of: Callable[[Tick], Stack], z_h: torch.Tensor, z_l: torch.Tensor | None, *,
               recompute: bool = False, record: Recorder | None = None) -> torch.Tensor:
-    """Return the state that the last tick leaves: each replaces one by stack(sum of those that it reads), all
-    [s, b, h]; `z_l` None: no tick reads it before it is there.
+    """Return the state that the last tick writes. Each tick replaces one state by stack(sum of the states it reads),
+    all [s, b, h]; `z_l` may be None if no tick reads it before one writes it.
 
-    `recompute` says that layers recompute activations by themselves. `record` is called with the name and value of
-    every new state. Source: HRM-Text, hrm_nocarry_bp_warmup.
+    `recompute`: the layers recompute activations themselves. `record` is called with the name and value of every new
+    state. Source: HRM-Text, hrm_nocarry_bp_warmup.
     """
     states = {"H": z_h} if z_l is None else {"H": z_h, "L": z_l}
     last = z_h
@@ -48,7 +48,7 @@ def run_ticks(ticks: Iterable[Tick], stack_of: Callable[[Tick], Stack], z_h: tor
                 # Stock layers turn gradients on again for their residual sum (bias_dropout_add_exec_handler).
                 inputs = inputs.detach()
             elif (recompute or tick.recompute) and not inputs.requires_grad:
-                # Reentrant recomputation of an input without gradient would give the weights none either.
+                # With an input that requires no gradient, reentrant recompute would give the weights none.
                 inputs.requires_grad_()
             last = states[tick.writes] = stack_of(tick)(inputs)
         if record:

@@ -1,4 +1,4 @@
-"""Both stacks as Megatron-Core specs: stock layers around the weightless norm and the PrefixLM attention."""
+"""Megatron-Core specs of both stacks: stock layers with the weightless norm and PrefixLM attention."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class WeightlessRMSNorm(torch.nn.Module):
 
 
 class SwiGLU(torch.nn.Module):
-    """The MLP's activation, [s, b, 2 * ffn/tp] to [s, b, ffn/tp], where Megatron's fused one is not used."""
+    """The MLP's activation, [s, b, 2 * ffn/tp] to [s, b, ffn/tp], for when Megatron's fused one is not used."""
 
     def __init__(self, config: HRMConfig) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class SwiGLU(torch.nn.Module):
 
 
 def linear_layers(config: HRMConfig) -> BackendSpecProvider:
-    """Return the layers that `config.transformer_impl` names."""
+    """Return the provider of linear layers for `config.transformer_impl`."""
     if config.transformer_impl == "local":
         return OwnLinearProvider()
     from hrm_megatron.layers.te_linear import TickSpecProvider  # needs Transformer Engine
@@ -62,7 +62,7 @@ def linear_layers(config: HRMConfig) -> BackendSpecProvider:
 
 
 def add_then_norm(norm: WeightlessRMSNorm) -> Callable[..., Any]:
-    """Make the bias-dropout-add of a post-norm layer: x = norm(x + f(x))."""
+    """Return the bias-dropout-add of a post-norm layer: x = norm(x + f(x))."""
     def make(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
         add = get_bias_dropout_add(training, fused)
         return lambda x_with_bias, residual, dropout: norm(add(x_with_bias, residual, dropout))
@@ -70,9 +70,9 @@ def add_then_norm(norm: WeightlessRMSNorm) -> Callable[..., Any]:
 
 
 def stack_spec(config: HRMConfig, norm_placement: str, backend: BackendSpecProvider) -> TransformerBlockSubmodules:
-    """Describe one stack: this pipeline stage's layers and, for pre-norm, the norm at the stack's exit.
+    """Return the spec of one stack: this pipeline stage's layers and, for pre-norm, the norm at the stack's exit.
 
-    `backend` names the linear layers.
+    `backend` provides the linear layers.
     """
     if norm_placement == "pre":
         norm, bias_dropout_add, exit_norm = WeightlessRMSNorm, get_bias_dropout_add, WeightlessRMSNorm

@@ -1,4 +1,4 @@
-"""The ticks of one forward pass, as a plain list that model, pipeline, cache and FLOP count all read."""
+"""The ticks of one forward pass as a plain list, used by model, pipeline, KV cache and FLOP count."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ class Tick(NamedTuple):
 
 
 def split_bp_steps(h_cycles: int, l_cycles: int, bp_steps: int) -> tuple[int, int]:
-    """Share `bp_steps` gradient ticks between the stacks: (H ticks, L ticks), the last ones of each.
+    """Split `bp_steps` gradient ticks between the stacks: (H ticks, L ticks), the last ones of each.
 
-    Every stack keeps at least one, so that no parameter of a layer is ever without a gradient. Raises
-    ConfigError where the ticks cannot be had (paper section on truncated gradients; H first, the rest L).
+    Every stack gets at least one, so that every layer parameter always has a gradient. H comes first, the rest is L
+    (paper, section on truncated gradients). Raises ConfigError if there are too few ticks or too many are asked for.
     """
     h_bp = min(h_cycles, bp_steps - 1)
     l_bp = bp_steps - h_bp
@@ -33,7 +33,7 @@ def split_bp_steps(h_cycles: int, l_cycles: int, bp_steps: int) -> tuple[int, in
 
 
 def gradient_ticks(kind: ModelType, h_cycles: int, l_cycles: int, bp_steps: int | None) -> tuple[int, int]:
-    """Count the gradient ticks among the outer and among the inner ones, the last of each; `bp_steps` None: all."""
+    """Return the numbers of gradient ticks (outer, inner), the last ones of each; `bp_steps` None: all."""
     if kind.inner and kind.outer:
         return split_bp_steps(h_cycles, l_cycles, h_cycles * (l_cycles + 1) if bp_steps is None else bp_steps)
     total = h_cycles * l_cycles if kind.inner else h_cycles
@@ -45,8 +45,7 @@ def gradient_ticks(kind: ModelType, h_cycles: int, l_cycles: int, bp_steps: int 
 
 
 def trains_embedding(ticks: Sequence[Tick]) -> bool:
-    """Tell whether a gradient reaches the embedding, with which z_H begins: in an HRM only through a graph over all H
-    ticks."""
+    """Whether a gradient reaches the embedding, the initial z_H: in an HRM only if all H ticks build a graph."""
     reached = {"H": True, "L": False}
     for tick in ticks:
         reached[tick.writes] = tick.with_grad and any(reached[state] for state in tick.reads)
@@ -54,16 +53,16 @@ def trains_embedding(ticks: Sequence[Tick]) -> bool:
 
 
 def states_between(ticks: Sequence[Tick], first: int) -> int:
-    """Count the states from which a pass goes on at tick `first`: z_L and, once it has been replaced, z_H, which before
-    is the embedding of the tokens."""
+    """Return the number of states needed to resume a pass at tick `first`: z_L, and z_H once a tick has replaced it
+    (before that it is the embedding of the tokens)."""
     return 1 + any(tick.writes == "H" for tick in ticks[:first])
 
 
 def unroll(h_cycles: int, l_cycles: int, bp_steps: int | None = None, recompute_ticks: int = 0,
            model_type: str = HRM) -> list[Tick]:
-    """List the ticks of one forward pass, L before H in each cycle of an HRM; `bp_steps` None: all build a graph.
+    """Return the ticks of one forward pass, L before H in each cycle of an HRM; `bp_steps` None: all build a graph.
 
-    The first `recompute_ticks` of those with a graph keep only their input: it is their graphs that live longest.
+    The first `recompute_ticks` ticks with a graph keep only their input: their graphs live longest.
     """
     kind = MODEL_TYPES[model_type]
     inner, outer = [kind.inner] * l_cycles if kind.inner else [], [kind.outer] if kind.outer else []
@@ -81,5 +80,5 @@ def unroll(h_cycles: int, l_cycles: int, bp_steps: int | None = None, recompute_
 
 
 def ticks_of(architecture: Architecture, bp_steps: int | None = None, recompute_ticks: int = 0) -> list[Tick]:
-    """List the ticks of one forward pass of this architecture, see `unroll`."""
+    """Return the ticks of one forward pass of this architecture, see `unroll`."""
     return unroll(architecture.h_cycles, architecture.l_cycles, bp_steps, recompute_ticks, architecture.model_type)
