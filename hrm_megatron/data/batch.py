@@ -1,4 +1,4 @@
-"""Rows of packed examples as tensors: the shifted inputs, the labels, the positions that restart."""
+"""Rows of packed examples as tensors: shifted inputs, labels, and position ids that restart with each example."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from hrm_megatron.data.plan import row_length
 
 IGNORED_LABEL = -100  # no loss at this position
 PAD_TOKEN = 0
-SOURCES = "sources"  # of the examples of a row, where they are told apart: numbers [row_tokens], zeros after the last
+SOURCES = "sources"  # optional: source number of each example of a row, [row_tokens], zeros after the last
 
 TokenIds = np.ndarray  # [n] integers
 
@@ -21,11 +21,11 @@ def assemble_row(examples: Sequence[tuple[TokenIds, TokenIds]], row_tokens: int,
                  causal: bool = False, loss_on_prefix: bool = False) -> dict[str, torch.Tensor]:
     """Lay (prefix, target) examples one after the other into a row of `row_tokens` positions, then pad.
 
-    Returns int64 tensors [row_tokens]: `tokens`, `labels`, `position_ids`, and `prefix_lengths`,
-    `response_lengths` (one entry per example, zeros after the last). The last prefix position predicts the
-    first target token; an example with one target token has a response of length zero and still one label. A
-    `causal` model sees an example as a prefix of one token and a long response. With `loss_on_prefix` prefix tokens are
-    labels too, from the second on. Source: HRM-Text, dataset collation (`target_only`).
+    Returns int64 tensors [row_tokens]: `tokens`, `labels`, `position_ids`, and `prefix_lengths`, `response_lengths`
+    (one entry per example, zeros after the last). The last prefix position predicts the first target token; an example
+    with one target token has a response of length zero but still one label. A `causal` model gets an example as a
+    prefix of one token and a long response. With `loss_on_prefix` prefix tokens are labels too, from the second on.
+    Source: HRM-Text, dataset collation (`target_only`).
     """
     tokens = np.full(row_tokens, PAD_TOKEN, np.int64)
     labels = np.full(row_tokens, IGNORED_LABEL, np.int64)
@@ -51,11 +51,11 @@ def assemble_row(examples: Sequence[tuple[TokenIds, TokenIds]], row_tokens: int,
 class PackedBatch:
     """A micro-batch of packed rows.
 
-    `tokens`, `labels`, `position_ids` are [b, s]; `lengths[row]` lists (prefix, response) positions of each
-    example in order. `label_index` [n] points into the flattened [s, b] positions that have a label;
-    `label_example` [n] numbers the example (0 to `num_examples` - 1) of each, and `example_source` [num_examples] the
-    source of each example, where rows say it. After `on_context_rank` the tensors are a rank's slice, [b, s/cp], with
-    its labels; `lengths`, `row_tokens` and `example_source` stay those of the whole rows.
+    `tokens`, `labels`, `position_ids` are [b, s]; `lengths[row]` lists the (prefix, response) positions of each example
+    in order. `label_index` [n] points to the labelled positions in the flattened [s, b] order; `label_example` [n] is
+    the example (0 to `num_examples` - 1) of each, and `example_source` [num_examples] the source of each example, if
+    rows carry it. After `on_context_rank` the tensors are one rank's slice, [b, s/cp], with its labels; `lengths`,
+    `row_tokens` and `example_source` still describe the whole rows.
     """
 
     tokens: torch.Tensor
@@ -69,12 +69,12 @@ class PackedBatch:
 
     @classmethod
     def from_row(cls, row: dict[str, torch.Tensor]) -> PackedBatch:
-        """Make a micro-batch of one row, [s] each."""
+        """Build a micro-batch of one row, tensors [s]."""
         return cls.from_rows({name: tensor[None] for name, tensor in row.items()})
 
     @classmethod
     def from_rows(cls, rows: dict[str, torch.Tensor]) -> PackedBatch:
-        """Build from stacked `assemble_row` results, [b, s] each; everything is decided here, on the CPU."""
+        """Build from stacked `assemble_row` results, [b, s] each; all indices are computed here, on the CPU."""
         b, s = rows["tokens"].shape
         lengths = tuple(
             tuple((p, r) for p, r in zip(prefixes, responses, strict=True) if p)
@@ -103,7 +103,7 @@ class PackedBatch:
         return self.labels.t().reshape(-1)[self.label_index]
 
     def in_order(self, orders: Sequence[Sequence[int]]) -> PackedBatch:
-        """Lay out the examples of each row in the order `orders[row]`; padding stays last, numbers stay theirs."""
+        """Reorder the examples of each row by `orders[row]`; padding stays last, examples keep their numbers."""
         rows = []
         for pairs, order in zip(self.lengths, orders, strict=True):
             sizes = [p + r for p, r in pairs]
@@ -113,11 +113,11 @@ class PackedBatch:
         return replace(self._taken(torch.stack(rows)), lengths=lengths)
 
     def on_context_rank(self, positions: torch.Tensor) -> PackedBatch:
-        """Keep these positions [s/cp] of every row."""
+        """Keep only these positions [s/cp] of every row."""
         return self._taken(positions.expand(len(self.labels), -1))
 
     def _taken(self, places: torch.Tensor) -> PackedBatch:
-        """Take the positions `places[row]` of each row, [b, n]."""
+        """Gather the positions `places[row]` of each row, [b, n]."""
         b, s = self.labels.shape
         example = torch.zeros(s * b, dtype=torch.int64)
         example[self.label_index] = self.label_example
@@ -128,7 +128,7 @@ class PackedBatch:
                        label_example=example.view(s, b).gather(0, places.t()).reshape(-1)[index])
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """Move the tensors; the lengths stay plain numbers."""
+        """Move the tensors; the lengths stay Python numbers."""
         moved: dict[str, Any] = {name: send(tensor, torch.device(device)) for name in (
             "tokens", "labels", "position_ids", "label_index", "label_example", "example_source")
             if (tensor := getattr(self, name)) is not None}
@@ -136,12 +136,12 @@ class PackedBatch:
 
 
 def send(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a CPU tensor to `device` without a wait: from memory that is not pinned a copy makes the host wait."""
+    """Copy a CPU tensor to `device` without blocking the host: the copy must come from pinned memory for that."""
     if device.type == "cuda" and torch.cuda.is_available():
         t = t.pin_memory()
     return t.to(device, non_blocking=True)
 
 
 def _labelled(labels: torch.Tensor) -> torch.Tensor:
-    """Return the places [n] in the flattened [s, b] positions of labels [b, s] that have one."""
+    """Return the indices [n] of labelled positions in the flattened [s, b] order of labels [b, s]."""
     return (labels.t().reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1)

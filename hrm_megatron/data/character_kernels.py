@@ -1,5 +1,5 @@
-"""Loops over the UTF-8 of a batch's texts, compiled as those of kernels.py are. It must be well-formed, as what Python
-encodes is: nothing is checked here."""
+"""numba loops over the UTF-8 of a batch of texts, compiled like those of kernels.py. The input must be well-formed
+UTF-8, as Python encodes it: nothing is checked here."""
 from __future__ import annotations
 
 import numpy as np
@@ -11,7 +11,7 @@ Bytes = np.ndarray  # [n] uint8
 
 @compiled
 def character_at(utf8: Bytes, at: int) -> tuple[np.int64, int]:
-    """Code point of the character that begins at a byte, and where the next one does."""
+    """Return the code point of the character at byte `at`, and the byte at which the next one begins."""
     first = np.int64(utf8[at])
     if first < 0x80:
         return first, at + 1
@@ -26,8 +26,8 @@ def character_at(utf8: Bytes, at: int) -> tuple[np.int64, int]:
 
 @compiled
 def kinds_of_texts(utf8: Bytes, ends: np.ndarray, table: Bytes) -> Bytes:
-    """What is among the characters of each text, [texts] uint8; text i ends before byte `ends[i]`, where the next one
-    begins. `table` has the kind of every code point."""
+    """Return the OR of the kinds of each text's characters, [texts] uint8. Text i ends before byte `ends[i]`, where the
+    next one begins. `table` has the kind of every code point."""
     kinds = np.zeros(len(ends), np.uint8)
     at = 0
     for text in range(len(ends)):
@@ -41,7 +41,7 @@ def kinds_of_texts(utf8: Bytes, ends: np.ndarray, table: Bytes) -> Bytes:
 
 @compiled
 def stripped_texts(utf8: Bytes, ends: np.ndarray, table: Bytes, kind: int) -> np.ndarray:
-    """Where each text begins and ends without the characters of a kind around it, [texts, 2] int64."""
+    """Return begin and end of each text without characters of `kind` at its ends, [texts, 2] int64."""
     found = np.empty((len(ends), 2), np.int64)
     start = 0
     for text in range(len(ends)):
@@ -66,9 +66,10 @@ def stripped_texts(utf8: Bytes, ends: np.ndarray, table: Bytes, kind: int) -> np
 
 @compiled
 def stretches_of_kind(utf8: Bytes, ends: np.ndarray, table: Bytes, kinds: Bytes, kind: int) -> np.ndarray:
-    """Longest stretches of characters of a kind that takes two bytes and more: the text, the first byte, which is that
-    of the character before if the text has one, and the byte behind, [stretches, 3] int64. `kinds`: of the texts."""
-    found = np.empty((len(utf8) // 2 + 1, 3), np.int64)  # pages that are not written take no memory
+    """Return the maximal runs of characters of `kind`, [runs, 3] int64: text, first byte, end byte. A run includes the
+    character before it, if the text has one. Characters of `kind` must take at least two bytes; `kinds` are those of
+    the texts."""
+    found = np.empty((len(utf8) // 2 + 1, 3), np.int64)  # untouched pages cost no physical memory
     count = 0
     for text in range(len(ends)):
         if not kinds[text] & kind:
@@ -92,8 +93,8 @@ def stretches_of_kind(utf8: Bytes, ends: np.ndarray, table: Bytes, kinds: Bytes,
 
 @compiled
 def places_of_triples(utf8: Bytes, wanted: np.ndarray, lowest: int) -> np.ndarray:
-    """Where three wanted bytes follow each other, [places] int64. `wanted`: by the first byte, from `lowest` on, and by
-    the two behind it, [n, 256, 256] bool."""
+    """Return where a wanted triple of bytes begins, [places] int64. `wanted` [n, 256, 256] bool is indexed by the first
+    byte minus `lowest`, and by the two bytes after it."""
     found = np.empty(len(utf8), np.int64)  # as above
     count = 0
     for at in range(len(utf8) - 2):

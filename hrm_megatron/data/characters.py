@@ -1,8 +1,8 @@
-"""Texts of a batch, and what their characters are, looked up for all of them together.
+"""Texts of a batch, and the classes of their characters, looked up for the whole batch at once.
 
-The texts stay in the UTF-8 that they are read as, hashed as and spelled from; a string is made where one is asked for.
-A look into a table per character replaces the search for normal forms, for unassigned code points, for texts that show
-nothing, for white space and for marks of lost characters.
+Texts stay in the UTF-8 in which they are read, hashed and encoded; a str is made only on request. One table look-up per
+character finds texts not in NFC, unassigned code points, texts without visible characters, whitespace and replacement
+characters.
 """
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ CODE_POINTS = 0x110000
 PRIVATE_PLANES = 0xF0000
 INVISIBLE = re.compile(r"[\s\x00-\x1f\x7f\u00ad\u200b-\u200f\u2060\ufeff]")
 LOST_MARK = "\ufffd"
-HANGUL_SECOND = (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))  # vowels and finals, composed by arithmetic
-# What a character may be.
-UNASSIGNED = 1  # not in this Python's Unicode, or of a private plane
-UNSURE = 2  # a text without such a one is in NFC: it changes, moves or joins the one before (UAX 15, quick check)
-PRECOMPOSED = 4  # NFD makes others of it
+HANGUL_SECOND = (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))  # vowels and finals, which compose by arithmetic
+# Classes of a character, as bits.
+UNASSIGNED = 1  # not in this Python's Unicode, or in a private plane
+UNSURE = 2  # may change, reorder or compose in NFC; a text without any is in NFC (UAX 15, quick check)
+PRECOMPOSED = 4  # NFD decomposes it
 VISIBLE = 8
 LOST = 16
-CONTROL = 32  # that JSON can make of a backslash and a letter
-SPACE = 64  # to str.strip
+CONTROL = 32  # JSON decodes a backslash and a letter to it
+SPACE = 64  # stripped by str.strip
 CONTROLS = "\b\t\n\f\r"
 
 
 class Texts(Sequence[str]):
-    """Texts of a batch."""
+    """The texts of a batch, as one UTF-8 buffer."""
 
     def __init__(self, joined: bytes, ends: np.ndarray) -> None:
-        """Take the UTF-8 of the texts, a NUL behind each, and where in it the next one begins, [texts] int64."""
+        """`joined`: UTF-8 of the texts, each followed by a NUL; `ends` [texts] int64: where the next one begins."""
         self.joined = joined
         self.ends = ends
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Texts:
-        """Return them as they are if they are of a batch already. Raises UnicodeEncodeError at half a surrogate
-        pair."""
+        """Build from strings; a `Texts` is returned as it is. Raises UnicodeEncodeError at a lone surrogate."""
         if isinstance(texts, Texts):
             return texts
         utf8 = [text.encode() for text in texts]
@@ -67,12 +66,12 @@ class Texts(Sequence[str]):
 
     @property
     def octets(self) -> np.ndarray:
-        """The numbers of `joined`, [bytes] uint8."""
+        """`joined` as an array, [bytes] uint8."""
         return np.frombuffer(self.joined, np.uint8)
 
     @cached_property
     def kinds(self) -> np.ndarray:
-        """What is among the characters of each text, [texts] uint8."""
+        """The OR of the classes of each text's characters, [texts] uint8."""
         if not self:
             return np.empty(0, np.uint8)
         from hrm_megatron.data.character_kernels import kinds_of_texts  # late: numba takes half a second
@@ -80,22 +79,22 @@ class Texts(Sequence[str]):
 
     @cached_property
     def stripped(self) -> np.ndarray:
-        """Where in `joined` each text begins and ends without the white space around it, [texts, 2] int64."""
+        """Where in `joined` each text begins and ends without surrounding whitespace, [texts, 2] int64."""
         from hrm_megatron.data.character_kernels import stripped_texts  # late, as above
         return stripped_texts(self.octets, self.ends, kinds_of_characters(), SPACE)
 
     @cached_property
     def not_nfc(self) -> np.ndarray:
-        """Say of each text whether it is in another form than NFC, [texts] bool."""
+        """Whether each text is not in NFC, [texts] bool."""
         found = np.zeros(len(self), bool)
         if not (self.kinds & UNSURE).any():
             return found
         from hrm_megatron.data.character_kernels import stretches_of_kind  # late, as above
-        # A text is in NFC if every stretch of such characters is, with the one that they follow: none reaches further.
+        # A text is in NFC if every run of such characters, with the character before it, is.
         stretches = stretches_of_kind(self.octets, self.ends, kinds_of_characters(), self.kinds, UNSURE)
         in_nfc: dict[bytes, bool] = {}
         last = -1
-        for text, start, end in zip(*stretches.T.tolist(), strict=True):  # no list for each, which wakes the collector
+        for text, start, end in zip(*stretches.T.tolist(), strict=True):  # no list per run: spares the collector
             if text == last:
                 continue
             stretch = self.joined[start:end]
@@ -109,7 +108,7 @@ class Texts(Sequence[str]):
 
 @cache
 def kinds_of_characters() -> np.ndarray:
-    """Say of every code point what it is, [0x110000] uint8."""
+    """Return the classes of every code point, [0x110000] uint8."""
     table = np.full(CODE_POINTS, UNASSIGNED | VISIBLE, np.uint8)
     seconds = set(HANGUL_SECOND)
     for code in range(PRIVATE_PLANES):

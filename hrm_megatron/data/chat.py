@@ -1,8 +1,8 @@
-"""Chats as examples: one for each turn of the assistant, with all that was said before in its prefix.
+"""Chats as examples: one for each turn of the assistant, whose prefix is everything said before.
 
-A single question is its own prefix, so that a chat of one question and one answer is the example that the two would be.
-Otherwise the prefix is the system message, if there is one, and a paragraph for each turn, which begins with
-`User: `, `Assistant: `, `Tool: ` or, for a system message in between, `System: `. Paragraphs are joined by blank lines.
+A single question is used verbatim as prefix, so a chat of one question and one answer gives the same example as the
+pair would. Otherwise the prefix is the system message, if any, and a paragraph for each turn, beginning with `User: `,
+`Assistant: `, `Tool: ` or, for a later system message, `System: `. Paragraphs are joined by blank lines.
 """
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from hrm_megatron.data.text_files import shown
 
 TURN_LISTS = ("messages", "conversations")
 SPELLINGS = (("role", "content"), ("from", "value"))  # the keys of a turn
-SPEAKERS = {  # the roles of OpenAI's and of ShareGPT's format
+SPEAKERS = {  # roles of OpenAI's and ShareGPT's formats
     "system": "System", "developer": "System", "user": "User", "human": "User", "assistant": "Assistant",
     "gpt": "Assistant", "tool": "Tool", "function": "Tool", "ipython": "Tool", "observation": "Tool",
 }
 CALLS = ("tool_calls", "function_call")
-LOST = {  # fields of a turn that its text does not have, by what they hold
+LOST = {  # fields of a turn that would be lost, and what they hold
     **dict.fromkeys(CALLS, "tool call"), **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "thought"),
     "refusal": "refusal",
 }
-LOSS_KEYS = ("weight", "train", "loss")  # 0 or false: OpenAI's, axolotl's and LLaMA-Factory's word for a masked turn
-REPEATS = 10  # --max-characters so often is what the prefixes of a chat may have together
+LOSS_KEYS = ("weight", "train", "loss")  # 0 or false masks a turn in OpenAI's, axolotl's or LLaMA-Factory's format
+REPEATS = 10  # prefixes of a chat together may have this many times --max-characters
 
 
 class Turn(NamedTuple):
     speaker: str
     text: str
-    learned: bool = True  # where it is an answer
+    learned: bool = True  # for answers: whether it is trained on
 
 
 def chat_examples(row: dict[str, Any], place: str, rows: RowFormat, noted: Counter[str],
                   system: str = "") -> list[Example]:
-    """Make an example of each turn of the assistant that something was said before, unless it is masked. Raises BadRow.
+    """Return an example for each unmasked turn of the assistant that follows a question. Raises BadRow.
 
-    `system` is the system message of a row that has it in a field of its own. All examples are split by one key, that
-    of the first question, so that no part of a chat is held out while training sees another.
+    `system` is the system message of a row that has it in a field of its own. All examples of a chat have the same
+    split key, that of the first question, so that no part of a chat is held out while another is trained on.
     """
     turns = _with_system(_turns(row, place), system, place)
     if not any(turn.speaker == "Assistant" for turn in turns):
@@ -78,7 +78,7 @@ def chat_examples(row: dict[str, Any], place: str, rows: RowFormat, noted: Count
 
 
 def prefix_of(turns: list[Turn]) -> str:
-    """Spell what was said before an answer."""
+    """Format what was said before an answer as its prefix."""
     system, said = (turns[0].text, turns[1:]) if turns and turns[0].speaker == "System" else ("", turns)
     alone = len(said) == 1 and said[0].speaker == "User"
     paragraphs = [said[0].text] if alone else [f"{turn.speaker}: {turn.text}" for turn in said]
@@ -86,7 +86,7 @@ def prefix_of(turns: list[Turn]) -> str:
 
 
 def _with_system(turns: list[Turn], system: str, place: str) -> list[Turn]:
-    """Put the system message of a row in front of its turns, unless it stands there already."""
+    """Prepend the system message of a row to its turns, unless it is already the first of them."""
     if not system.strip():
         return turns
     if turns and turns[0].speaker == "System":
@@ -98,7 +98,7 @@ def _with_system(turns: list[Turn], system: str, place: str) -> list[Turn]:
 
 
 def _turns(row: dict[str, Any], place: str) -> list[Turn]:
-    """Read the turns of a row; a system message without text is as good as none."""
+    """Read the turns of a row; a system message without text is dropped."""
     if not any(key in row for key in TURN_LISTS):
         raise BadRow("missing field", f"{place}: no field {' or '.join(map(repr, TURN_LISTS))} (there are "
                                       f"{shown(sorted(row))}); add it or choose another --row-shape")
@@ -129,7 +129,7 @@ def _turn(turn: Any, place: str) -> Turn:
 
 
 def _is_learned(turn: dict[str, Any], place: str) -> bool:
-    """Say whether no field of an answer masks it."""
+    """Return whether an answer is trained on: no field masks it."""
     for key in LOSS_KEYS:
         if turn.get(key) not in (0, 1, None):
             raise BadRow("unknown weight", f"{place}: {key}={shown(turn[key])} is neither 0 (no loss) nor 1; write one "
@@ -138,7 +138,7 @@ def _is_learned(turn: dict[str, Any], place: str) -> bool:
 
 
 def _text(turn: dict[str, Any], key: str, place: str) -> str:
-    """The text of a turn, or of its parts where it has some."""
+    """Return the text of a turn, joined from its parts if it has some."""
     parts = turn.get(key)
     if not isinstance(parts, list):
         return text_of(turn, key, place)

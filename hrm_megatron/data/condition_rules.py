@@ -1,6 +1,6 @@
-"""Conditions by rule: which tags a row without a condition of its own gets, told from its texts.
+"""Assign conditions by rules: tags for rows without a condition of their own, chosen by patterns in their texts.
 
-A YAML list. The first rule all of whose patterns are found holds; one without patterns holds for every row.
+A rules file is a YAML list. The first rule whose patterns all match applies; a rule without patterns matches every row.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = ("condition", *PATTERNS)
 
 @dataclass(frozen=True)
 class ConditionRule:
-    """Tags, and the regular expressions that must be found in prefix and response."""
+    """A condition (tags), and the regular expressions that must match somewhere in instruction and response."""
 
     condition: str
     instruction: str = ""
@@ -31,12 +31,12 @@ class ConditionRule:
 
 
 def condition_by_rule(rules: Iterable[ConditionRule], instruction: str, response: str) -> str | None:
-    """Return the condition of the first rule that fits, None where none does."""
+    """Return the condition of the first rule that matches, or None."""
     return next((rule.condition for rule in rules if rule.fits(instruction, response)), None)
 
 
 def read_condition_rules(path: Path, known_tags: Iterable[str]) -> tuple[ConditionRule, ...]:
-    """Read and check a file of rules; ConfigError names the rule, the key and its value."""
+    """Read and check a file of rules; a ConfigError names the rule, the key and its value."""
     items = read_rule_list(path, "rules for conditions", "condition: TAGS")
     rules = tuple(_rule(f"{path}: rule {number}", item, tuple(known_tags))
                   for number, item in enumerate(items, start=1))

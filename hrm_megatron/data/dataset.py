@@ -1,4 +1,4 @@
-"""Packed rows as a torch dataset: what a training step reads, the same for any number of readers."""
+"""Packed rows as a torch dataset: what a training step reads, identical for any number of loader workers."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ Ids = np.ndarray  # [n] example ids
 
 
 class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """`num_rows` rows of `row_tokens` positions; row i holds the same examples in every process.
+    """`num_rows` packed rows of `row_tokens` positions; row i holds the same examples in every process.
 
-    `source` is a walk, or one indexed dataset of which `example_ids` selects examples. Training walks on from epoch to
-    epoch; `fixed=True`, for validation and test, repeats the rows of epoch 0, or these and empty ones up to `period`.
-    From `split` Megatron reads whether batches are those of an evaluation.
+    `source` is a walk, or one indexed dataset from which `example_ids` selects examples. Training continues from epoch
+    to epoch; `fixed=True`, for validation and test, repeats the rows of epoch 0, padded with empty rows up to `period`.
+    Megatron reads from `split` whether a batch belongs to an evaluation.
     """
 
     split: Any = None
@@ -40,13 +40,13 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.plan = RowPlan(source, row_tokens, seed, cache_folder, num_rows=0 if fixed else num_rows)
         self.rows_per_epoch = self.period = len(self.plan.rows_of_epoch(0))
         self.passes, self.window, self.first = 1, 1, 0
-        self.source_of: Callable[[int], int] | None = None  # numbers the sources of examples, where rows shall say them
+        self.source_of: Callable[[int], int] | None = None  # example id -> source number, if rows are to carry it
 
     def __len__(self) -> int:
         return self.num_rows
 
     def read_again(self, passes: int, window: int, first: int) -> None:
-        """Let windows of so many rows be read `passes` times in a row, from the one that begins at row `first` on."""
+        """Read each window of `window` rows `passes` times in a row; the first window begins at row `first`."""
         self.passes, self.window, self.first = passes, window, first
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
@@ -69,7 +69,7 @@ class PackedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return assembled
 
     def describe(self) -> str:
-        """Say how many examples there are and how well they fill rows, in epoch 0."""
+        """Return the number of examples and how full their rows are, in epoch 0."""
         rows = self.plan.rows_of_epoch(0)
         return (f"{len(rows.example_ids)} examples, {len(rows)} rows of {self.row_tokens} tokens per epoch, "
                 f"{rows.tokens / (len(rows) * self.row_tokens):.1%} filled")

@@ -1,4 +1,4 @@
-"""The files of a dataset while it is made: finished shards stay whatever happens, all else vanishes with its run."""
+"""The files of a dataset during writing: finished shards always stay, all else is removed with its run."""
 from __future__ import annotations
 
 import contextlib
@@ -24,14 +24,14 @@ OURS = re.compile(rf"([0-9a-f]{{{NAME_DIGITS}}})\.({'|'.join(PARTS)})|{RECORD}[0
 
 @dataclass(frozen=True)
 class Task:
-    """One of the tasks of a job array that share the sources; the only one where there is no array."""
+    """One task of a job array that shares out the sources; without an array, the only one."""
 
     number: int = 0
     count: int = 1
 
     @classmethod
     def of(cls, spelled: str) -> Task:
-        """Read the value of --shard."""
+        """Parse the value of --shard."""
         found = re.fullmatch(r"(\d+)/(\d+)", spelled)
         task = cls(int(found[1]), int(found[2])) if found else None
         if task is None or task.number >= task.count:
@@ -40,9 +40,9 @@ class Task:
 
 
 class DatasetFolder:
-    """PREFIX.json and PREFIX.shards, in the hands of this run alone or of the tasks of a job array.
+    """PREFIX.json and PREFIX.shards, locked by this run alone or shared by the tasks of a job array.
 
-    A finished source has a record in the folder until the manifest names it.
+    A finished source has a record in the folder until the manifest lists it.
     """
 
     def __init__(self, prefix: str | Path, task: Task | None = None) -> None:
@@ -54,8 +54,8 @@ class DatasetFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder and hold its lock; what dead runs left half-written is removed. After an error, folders that
-        hold nothing are removed again."""
+        """Create the folder and hold its lock; remove half-written files of dead runs. After an error, folders that are
+        still empty are removed again."""
         made = [path for path in (self.shards, *self.shards.parents) if not path.exists()]
         with contextlib.ExitStack() as locks:
             with self.writing():
@@ -76,7 +76,7 @@ class DatasetFolder:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Say in one line that there is no room, or no permission."""
+        """Turn an OSError, such as a full disk or a missing permission, into a one-line ConfigError."""
         try:
             yield
         except OSError as error:
@@ -85,7 +85,7 @@ class DatasetFolder:
 
     @contextlib.contextmanager
     def held_by_last(self) -> Iterator[bool]:
-        """Hold the folder alone if no other task is at work in it any more; yields whether that is so."""
+        """Hold the folder alone if no other task is working in it; yield whether that succeeded."""
         with contextlib.ExitStack() as locks:
             try:
                 alone = locks.enter_context(lock(self.shards / LOCK, self.prefix))
@@ -107,30 +107,30 @@ class DatasetFolder:
         self.scratch.mkdir()
 
     def record(self, source: Source, settings: Mapping[str, Any], overwrite: bool) -> None:
-        """Note that a source is finished, so that a run which goes on finds its shard."""
+        """Record that a source is finished, so that a resumed run finds its shard."""
         write_sealed(self._record_path(source.name), {"settings": dict(settings), "source": asdict(source),
                                                       "overwrite": overwrite}, self.scratch)
 
     def recorded(self, name: str, settings: Mapping[str, Any], overwrite: bool) -> Source | None:
-        """Return what is noted of a source; None if nothing is, or of other settings, or the note is damaged.
+        """Return the recorded source; None if there is no record, or it has other settings or is damaged.
 
-        To `overwrite`, only what a run has noted that was to overwrite.
+        A run that is to `overwrite` accepts only records of a run that was also to overwrite.
         """
         path = self._record_path(name)
         try:
             content = read_json(path)
             check_seal(path, content)
         except (FileNotFoundError, ConfigError):
-            return None  # as if it had not been made: it will be made again
+            return None  # treated as not made: it will be made again
         fits = content["settings"] == settings and (content.get("overwrite") or not overwrite)
         return Source.from_json(content["source"]) if fits else None
 
     def dataset(self) -> list[Path]:
-        """List the files beside the folder that make it a dataset, also one of the older form."""
+        """List the files beside the folder that make up a dataset, of this form or the older one."""
         return [path for part in ("bin", "idx", "json") if (path := Path(f"{self.prefix}.{part}")).exists()]
 
     def prune(self, keep: set[str]) -> None:
-        """Remove the shards that are not named in `keep`, all records, and the files of a dataset of the older form."""
+        """Remove shards not named in `keep`, all records, and the files of a dataset of the older form."""
         for path in self.shards.iterdir():
             if ((ours := OURS.fullmatch(path.name)) and ours[1] not in keep) or path.name.startswith(f"{LOCK}-"):
                 path.unlink()
@@ -141,7 +141,7 @@ class DatasetFolder:
         return self.shards / f"{RECORD}{hashlib.sha256(name.encode()).hexdigest()[:NAME_DIGITS]}.json"
 
     def _remove_if_empty(self, made: list[Path]) -> None:
-        """Leave no trace of a run that has finished nothing. Who waits for the lock notices that it is gone."""
+        """Remove all traces of a run that has finished nothing. Processes waiting for the lock notice this."""
         left = [path for path in self.shards.iterdir() if not path.name.startswith(LOCK)]
         if not left:
             (self.shards / LOCK).unlink(missing_ok=True)

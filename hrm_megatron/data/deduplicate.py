@@ -1,4 +1,4 @@
-"""Exact deduplication of a dataset in bounded memory: a list of the examples that are kept, written beside it."""
+"""Exact deduplication of a dataset in bounded memory: writes a list of the examples to keep beside it."""
 from __future__ import annotations
 
 import contextlib
@@ -14,17 +14,17 @@ from hrm_megatron.data.dataset_folder import DatasetFolder
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.kept_examples import write_kept
 
-MEMORY = "1GB"  # of duckdb; what does not fit goes to a folder among the shards
+MEMORY = "1GB"  # limit of duckdb; what does not fit is spilled to a folder among the shards
 BLOCK_EXAMPLES = 1 << 20
 FETCHED_EXAMPLES = 1 << 16
-# Of the examples that have the same keys, all but the first.
+# All examples with the same keys but the first.
 LATER_ONES = ("SELECT id FROM keys JOIN (SELECT a, b, min(id) AS first FROM keys GROUP BY a, b HAVING count(*) > 1) "
               "USING (a, b) WHERE id <> first")
 
 
 @dataclass(frozen=True)
 class Deduplicated:
-    """Counts of a dataset whose later duplicates are left out."""
+    """Number of examples of a dataset, and how many of them are later duplicates."""
 
     examples: int
     duplicates: int
@@ -37,7 +37,7 @@ class Deduplicated:
 def deduplicate(store: IndexedExamples, threads: int = 1) -> Deduplicated:
     """Keep the first of all examples with the same condition, instruction and response, by 128 bits of BLAKE2b.
 
-    Replaces an earlier list. Nothing is copied. Nobody changes the dataset meanwhile.
+    Replaces an earlier list and copies no data. The dataset is locked meanwhile.
     """
     if store.manifest is None:
         raise ConfigError(f"{store.prefix}: written by an older version, without the keys of its examples; preprocess "
@@ -54,13 +54,13 @@ def deduplicate(store: IndexedExamples, threads: int = 1) -> Deduplicated:
 
 
 def check_duckdb() -> None:
-    """Refuse to deduplicate without the library, before hours of other work."""
+    """Raise ConfigError if duckdb is not installed, before hours of other work."""
     if not importlib.util.find_spec("duckdb"):
         raise ConfigError("--deduplicate needs duckdb, which is not installed; pip install 'hrm-megatron[deduplicate]'")
 
 
 def _later_ones(store: IndexedExamples, threads: int, folder: Path) -> Generator[np.ndarray]:
-    """Yield ids of examples whose two keys an earlier one has; `folder` is made, and holds what memory does not."""
+    """Yield ids of examples whose keys an earlier one has; `folder` is created, for data that exceeds memory."""
     check_duckdb()
     import duckdb
     import pyarrow
@@ -70,7 +70,7 @@ def _later_ones(store: IndexedExamples, threads: int, folder: Path) -> Generator
         with duckdb.connect(folder / "keys", config={"memory_limit": MEMORY, "threads": threads,
                                                      "preserve_insertion_order": False,
                                                      "temp_directory": str(folder / "spilled")}) as database:
-            database.execute("SET enable_progress_bar = false")  # it would stand among the lines of the report
+            database.execute("SET enable_progress_bar = false")  # it would mix with the lines of the report
             database.execute("CREATE TABLE keys (id UBIGINT, a UBIGINT, b UBIGINT)")
             for start in range(0, len(store), BLOCK_EXAMPLES):
                 block = store.example_keys(start, min(start + BLOCK_EXAMPLES, len(store)))

@@ -1,4 +1,4 @@
-"""What a worker hands back of a piece of its input."""
+"""The result that a worker returns for a piece of its input."""
 from __future__ import annotations
 
 from collections import Counter
@@ -13,8 +13,8 @@ from hrm_megatron.data.shards import KEY
 
 @dataclass
 class Encoded:
-    """Ids of a piece's examples: prefix, target, prefix, target, ... in `ids`, cut by `lengths` [examples, 2]; the
-    keys of their texts, [examples] and [examples, 2]. `noted`: what was handled on the way, by kind."""
+    """Ids of a piece's examples: prefix, target, prefix, target, ... in `ids`, with `lengths` [examples, 2]; the keys
+    of their texts, [examples] and [examples, 2]. `noted`: events during reading that are reported, counted by kind."""
 
     ids: np.ndarray
     lengths: np.ndarray

@@ -1,15 +1,15 @@
-"""Texts to ids, always those of the tokenizers library: by it, or by gigatoken where both provably agree.
+"""Encode texts to the ids of the tokenizers library: by that library, or by gigatoken where both provably agree.
 
-Both cut a text by one regular expression and merge the bytes of each piece by one table. They can differ in what they
-take a character for, in how they normalize, and in tokens that stand in a text. So gigatoken gets texts
+Both split a text by one regular expression and merge the bytes of each piece by one table. They can differ in how they
+classify a character, in how they normalize, and in tokens that occur inside a text. So gigatoken only gets texts
 
-- that are in the normal form already, else as the tokenizer's own normalizer spells them. A text in the form of a
-  later Unicode is in that of an earlier one, because normal forms are stable;
-- of code points that this Python's Unicode assigns. The expression sees a character only through its class, and the
-  classes of those are the same in both libraries, which a test holds for every one of them;
-- cut at the tokens that may stand in a text, as tokenizers cuts them before it does anything else.
+- that are already in NFC, or were normalized by the tokenizer's own normalizer. A text in the normal form of a later
+  Unicode is also in that of an earlier one, because normal forms are stable;
+- of code points that this Python's Unicode assigns. The expression depends on a character only through its class, and
+  for these code points both libraries have the same classes, which a test checks for every one of them;
+- cut at the tokens that may occur in a text, as tokenizers cuts them before anything else.
 
-Tokenizers splits and merges everything else, and all texts of a tokenizer that is built otherwise.
+Tokenizers encodes all other texts, and all texts of a tokenizer that is built otherwise.
 """
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.characters import UNASSIGNED, Texts
 
 ENGINES = ("auto", "tokenizers", "gigatoken")
-GIGATOKEN = "0.10.0"  # the version whose classes were compared
+GIGATOKEN = "0.10.0"  # the version whose character classes were compared
 _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 SPLIT_PATTERN = _SPLIT % ""  # Qwen's, with single digits
-PATTERNS = (SPLIT_PATTERN, _SPLIT % "{1,3}")  # whose classes were compared
+PATTERNS = (SPLIT_PATTERN, _SPLIT % "{1,3}")  # whose character classes were compared
 CHECKED_UNICODE = 16  # the major version of Unicode up to which the classes agree
-BATCH_CHARACTERS = 1 << 18  # spelled by tokenizers at once: it takes some hundred bytes for a token
-CHECKED_TEXTS = 4096  # one in so many of gigatoken's texts is spelled by tokenizers, too
-CHECKED_CHARACTERS = 1 << 14  # of the longest text that is
-CACHE_BYTES = 1 << 28  # gigatoken keeps every piece that it has seen; with so much more memory it starts anew
+BATCH_CHARACTERS = 1 << 18  # per call of tokenizers, which needs some hundred bytes per token
+CHECKED_TEXTS = 4096  # one in this many of gigatoken's texts is also encoded by tokenizers
+CHECKED_CHARACTERS = 1 << 14  # longer texts are not checked
+CACHE_BYTES = 1 << 28  # gigatoken caches every piece that it has seen; it is rebuilt once memory has grown by this
 SPACES = "\t\n\r \x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u200b\ufeff"
-SAMPLE = (  # both must agree on when a tokenizer is opened
+SAMPLE = (  # both must encode these alike when a tokenizer is opened
     "", " ", "It's what I'LL say; we'Ve 2024 !!\r\n\n  two  spaces \t", "\u017f'\u017f 'S K\u212a",
     "\u00e9 \u4f60\u597d 12",
     "\u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u05e9\u05dc\u05d5\u05dd",
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 class Ragged(NamedTuple):
-    """Ids of several texts, one after the other."""
+    """Concatenated ids of several texts."""
 
     ids: np.ndarray  # [sum of lengths] int32
     lengths: np.ndarray  # [texts] int64
@@ -65,14 +65,14 @@ class Ragged(NamedTuple):
 
 class Engine(Protocol):
     name: str
-    guarded: int  # texts, of all, that only tokenizers was trusted with
+    guarded: int  # of `texts`, those that the guard left to tokenizers
     texts: int
 
     def encode(self, texts: Sequence[str]) -> Ragged: ...
 
 
 class TokenizersEngine:
-    """The tokenizers library itself. Its cache takes no piece of more than 256 bytes and 10,000 in all."""
+    """The tokenizers library itself. Its cache holds at most 10,000 pieces, none of more than 256 bytes."""
 
     name = "tokenizers"
 
@@ -100,28 +100,28 @@ class TokenizersEngine:
 
 
 class Disagreement(ConfigError):
-    """Ids of the two libraries differ: a fault of the guard, or of a changed library."""
+    """The ids of the two libraries differ: a bug in the guard, or a library that has changed."""
 
 
 @dataclass(frozen=True)
 class TextTokens:
-    """The tokens that stand in a text: all that tokenizers looks for, and the ids of those that it takes."""
+    """Tokens that may occur inside a text: a pattern of all added tokens, and the ids of those that count."""
 
     pattern: re.Pattern[str]
     ids: dict[str, int]
 
     @classmethod
     def of(cls, added: Sequence[dict[str, Any]]) -> TextTokens | None:
-        """Read a tokenizer.json's added tokens; special ones are passed over, as encode_special_tokens asks."""
+        """Read the added tokens of a tokenizer.json; special ones get no id, as encode_special_tokens requires."""
         ids = {token["content"]: token["id"] for token in added if not token["special"]}
         if not ids:
             return None
-        # The longest of those that begin at one place, the first place of all.
+        # Leftmost match; among tokens that begin there, the longest.
         contents = sorted((token["content"] for token in added), key=len, reverse=True)
         return cls(re.compile("|".join(map(re.escape, contents))), ids)
 
     def cut(self, text: str) -> tuple[list[str], list[int]]:
-        """Return the texts between the tokens, one more than there are, and the tokens' ids."""
+        """Return the texts between the tokens (one more than there are tokens), and the ids of the tokens."""
         between, ids, start = [], [], 0
         for match in self.pattern.finditer(text):
             if (token := self.ids.get(match.group())) is not None:
@@ -132,17 +132,17 @@ class TextTokens:
 
 
 class GigatokenEngine:
-    """gigatoken behind the guard that the top of this file describes."""
+    """gigatoken behind the guard described at the top of this file."""
 
     name = "gigatoken"
 
     def __init__(self, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-        """Raises ValueError with the reason where gigatoken cannot stand in for this tokenizer."""
+        """Raises ValueError with the reason if gigatoken cannot replace tokenizers for this tokenizer."""
         if reason := unsupported(config):
             raise ValueError(reason)
-        # An optional library: this is the only place that imports it.
+        # Optional dependency, imported only here.
         from gigatoken import Tokenizer as Gigatoken
-        # Special tokens stay in the vocabulary, where no merge leads to them; a text is never searched for them.
+        # Special tokens stay in the vocabulary, but no merge produces them, and texts are never searched for them.
         contents = json.dumps(dict(config, added_tokens=[], normalizer=None, post_processor=None, decoder=None,
                                    truncation=None, padding=None))
         self._build = lambda: Gigatoken.from_json(contents)
@@ -158,7 +158,7 @@ class GigatokenEngine:
     def encode(self, texts: Sequence[str]) -> Ragged:
         if not self._tokens or not (held := self._with_tokens(texts)):
             return self._encode(texts)
-        # Each text as the texts between its tokens, whose ids come back at their borders.
+        # Encode the stretches between tokens, then insert the ids of the tokens at their borders.
         flat: list[str] = []
         inserted: list[int] = []
         after: list[int] = []
@@ -182,7 +182,7 @@ class GigatokenEngine:
                 if self._tokens.pattern.search(text) and (cut := self._tokens.cut(text))[1]}
 
     def _encode(self, texts: Sequence[str]) -> Ragged:
-        """Spell texts in which no token stands."""
+        """Encode texts that contain no such token."""
         before = self.texts
         self.texts += len(texts)
         texts = Texts.of(texts)
@@ -204,7 +204,7 @@ class GigatokenEngine:
         if refused:
             encoded = _put(encoded, refused, self._slow.encode([texts[i] for i in refused]))
         if resident_bytes() - self._memory > CACHE_BYTES:
-            del self._gigatoken  # before the next one is there
+            del self._gigatoken  # free it before building the next one
             self._gigatoken = self._build()
             self._memory = resident_bytes()
         return encoded
@@ -222,7 +222,7 @@ class GigatokenEngine:
 
 
 def _put(encoded: Ragged, places: Sequence[int], rows: Ragged) -> Ragged:
-    """Fill in the texts at ascending `places`, which have no ids yet."""
+    """Insert `rows` at the ascending `places`, whose texts have no ids yet."""
     lengths = encoded.lengths.copy()
     lengths[places] = rows.lengths
     between = np.split(encoded.ids, encoded.lengths.cumsum()[places])
@@ -232,13 +232,13 @@ def _put(encoded: Ragged, places: Sequence[int], rows: Ragged) -> Ragged:
 
 
 def unassigned(texts: Sequence[str]) -> list[int]:
-    """Return which of the texts hold a code point that the guard does not let pass."""
+    """Return the indices of texts that contain a code point which the guard does not admit."""
     found: list[int] = np.flatnonzero(Texts.of(texts).kinds & UNASSIGNED).tolist()
     return found
 
 
 def unsupported(config: dict[str, Any]) -> str | None:
-    """Say why the guard's argument does not hold for a tokenizer.json, None where it does."""
+    """Return why the guard's argument does not hold for a tokenizer.json; None if it holds."""
     if int(unicodedata.unidata_version.split(".")[0]) > CHECKED_UNICODE:
         return f"this Python knows Unicode {unicodedata.unidata_version}, which was not compared"
     model = dict(config["model"])
@@ -267,16 +267,16 @@ def unsupported(config: dict[str, Any]) -> str | None:
 
 
 def resident_bytes() -> int:
-    """Memory of this process."""
+    """Return the resident memory of this process."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return 0  # no Linux: the cache is not bounded
+        return 0  # not Linux: the cache is unbounded
 
 
 def open_engine(choice: str, tokenizer: Tokenizer, config: dict[str, Any]) -> Engine:
-    """Return the fast engine unless it is not asked for, not installed or not sure of this tokenizer."""
+    """Return the fast engine unless it is not asked for, not installed or not proven equal for this tokenizer."""
     if choice == "tokenizers":
         return TokenizersEngine(tokenizer)
     try:
@@ -289,7 +289,7 @@ def open_engine(choice: str, tokenizer: Tokenizer, config: dict[str, Any]) -> En
     except (ImportError, ValueError, Disagreement) as error:
         reason = str(error)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+        if type(error).__name__ != "PanicException":  # a Rust panic, which is not an Exception
             raise
         reason = str(error)
     level = logging.INFO if choice == "auto" else logging.WARNING

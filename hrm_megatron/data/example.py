@@ -1,4 +1,4 @@
-"""Rows and the examples in them: every row is an `Example`, or a `BadRow` that says where and why."""
+"""Input rows and their examples: every row gives an `Example`, or a `BadRow` that says where and why it is bad."""
 from __future__ import annotations
 
 import json
@@ -14,12 +14,12 @@ from hrm_megatron.data.spelling import TAG_TOKENS, tags_of
 from hrm_megatron.data.text_files import convert_from, shown
 
 FIELDS = ("condition", "instruction", "response")
-AUTO = "auto"  # of shapes: to be told from the first row
-JSON_KEYS = "--json-keys"  # which names them otherwise
-MAX_CHARACTERS = 2_000_000  # of one text: a long book has more, no context has
+AUTO = "auto"  # row shape: to be detected from the first row
+JSON_KEYS = "--json-keys"  # the flag that renames them
+MAX_CHARACTERS = 2_000_000  # of one text; a long book has more, no context does
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _DECODER = json.JSONDecoder()
-BYTES_PER_CHARACTER = 12  # of JSON at most: \uXXXX twice, for what lies outside the basic plane
+BYTES_PER_CHARACTER = 12  # in JSON, at most: \uXXXX twice, outside the basic multilingual plane
 
 
 class BadRow(ConfigError):
@@ -30,11 +30,11 @@ class BadRow(ConfigError):
         self.kind = kind
 
     def __reduce__(self) -> tuple[type[BadRow], tuple[str, str]]:
-        return BadRow, (self.kind, str(self))  # it travels back from worker processes
+        return BadRow, (self.kind, str(self))  # it is pickled in worker processes
 
 
 class BadRows:
-    """The bad rows of a run: the first is raised, or with `skip` all are counted and the first of each kind kept."""
+    """The bad rows of a run: the first is raised; with `skip` all are counted and the first of each kind kept."""
 
     def __init__(self, skip: bool = False) -> None:
         self.skip = skip
@@ -48,15 +48,15 @@ class BadRows:
         self.first.setdefault(row.kind, str(row))
 
     def lines(self) -> list[str]:
-        """Say per kind of bad row how many there were, and the first of them."""
+        """Return a line for each kind of bad row: how many there were, and the first."""
         return [f"skipped {self.count[kind]}: {kind}, first {self.first[kind]}" for kind in sorted(self.count)]
 
 
 @dataclass(frozen=True)
 class RawText:
-    """How documents are cut into examples (raw_text.py): the share of the prefix, of which one between the two is drawn
-    for each example from `seed` and the document's text; the folder of the model that finds sentences, and what tells
-    it from others; the name of the field with the text."""
+    """How documents are cut into examples (raw_text.py). `prefix_fraction`: range of the prefix's share, drawn for each
+    example from `seed` and the document's text; `sentence_model`: folder of the model that finds sentences, with its
+    `fingerprint`; `key`: the field with the text."""
 
     prefix_fraction: tuple[float, float]
     seed: int
@@ -72,15 +72,15 @@ class RawText:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How rows spell an example: the names of condition, instruction and response, the tags of a row without a
-    condition, by rule or else by default (None: such a row is bad), and how the rows are shaped (row_shapes.SHAPES), or
-    how documents are cut. No text has more than `max_characters`. Of fields beside those of the shape, `ignored_fields`
-    are as if they were not there."""
+    """How rows express examples: the names of condition, instruction and response; the tags of a row without a
+    condition, by rule or else by default (None: such a row is bad); the shape of the rows (row_shapes.SHAPES), or how
+    documents are cut. No text may exceed `max_characters`. `ignored_fields` beside those of the shape are treated as
+    absent."""
 
     keys: tuple[str, ...] = FIELDS
     default_condition: str | None = None
     max_characters: int = MAX_CHARACTERS
-    tags: tuple[str, ...] = tuple(TAG_TOKENS)  # that the tokenizer has
+    tags: tuple[str, ...] = tuple(TAG_TOKENS)  # tags of the tokenizer
     shape: str = "fields"
     raw: RawText | None = None
     condition_rules: tuple[ConditionRule, ...] = ()
@@ -96,12 +96,12 @@ class RowFormat:
 
     @property
     def max_row_bytes(self) -> int:
-        """Bytes of a row that is read at all, whatever it has besides its texts."""
+        """Longest row in bytes that is read at all, whatever it holds besides its texts."""
         return BYTES_PER_CHARACTER * self.max_characters + 65_536
 
     def settings(self) -> dict[str, object]:
-        """What decides, besides the files, which examples are read. Not what happens to bad rows: where there are
-        some, nothing is made unless they are skipped."""
+        """Return the settings that, besides the files, decide which examples are read. Not how bad rows are handled:
+        with a bad row nothing is made unless bad rows are skipped."""
         settings: dict[str, object] = {
             "json_keys": list(self.keys), "default_condition": self.default_condition,
             "max_characters": self.max_characters, "row_shape": self.shape}
@@ -109,7 +109,7 @@ class RowFormat:
             settings |= {"prefix_fraction": list(self.raw.prefix_fraction), "cut_seed": self.raw.seed,
                          "sentence_model": self.raw.fingerprint, "text_key": self.raw.key}
         if self.condition_rules:
-            settings["condition_rules"] = [list(astuple(rule)) for rule in self.condition_rules]  # as JSON has it
+            settings["condition_rules"] = [list(astuple(rule)) for rule in self.condition_rules]  # as in JSON
         if self.ignored_fields:
             settings["ignored_fields"] = sorted({*self.ignored_fields})
         return settings
@@ -117,8 +117,9 @@ class RowFormat:
 
 @dataclass(frozen=True)
 class Example:
-    """One source row, or a part of it. `condition` is a comma-separated list of tags, possibly empty; `defaulted`: not
-    the row's own. A split goes by `question`, where examples of one row share it, else by the instruction."""
+    """One source row, or a part of it. `condition` is a comma-separated list of tags, possibly empty; `defaulted`: it
+    is not the row's own. The split key is that of `question`, shared by the examples of one row, else that of the
+    instruction."""
 
     condition: str
     instruction: str
@@ -128,7 +129,7 @@ class Example:
 
 
 def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: str, response: str) -> Example:
-    """Put the condition of a row, or that of a rule or the default, to texts that were taken from it. Raises BadRow."""
+    """Add the condition of a row, or that of a rule or the default, to texts taken from it. Raises BadRow."""
     key = rows.keys[0]
     other = rows.default_condition
     if rows.condition_rules and row.get(key) is None:
@@ -138,7 +139,7 @@ def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: 
     condition = other if defaulted else text_of(row, key, place, JSON_KEYS, ", or give --default-condition")
     example = Example(condition or "", instruction, response, defaulted)
     try:
-        if example.condition not in rows.tags:  # most have one
+        if example.condition not in rows.tags:  # most rows have exactly one tag
             tags_of(example.condition, rows.tags)
     except ConfigError as error:
         raise BadRow("unknown tag", f"{place}: {error}") from error
@@ -150,14 +151,13 @@ def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: 
 
 
 class HalfPair(str):
-    """A text of JSON with half a surrogate pair `at` a character. Only an escape makes one: UTF-8 has none, and so none
-    have the other kinds of files."""
+    """A JSON text with a lone surrogate, at character `at`; only a JSON escape can produce one."""
 
     at: int
 
 
 def _with_half_pairs_told(value: Any) -> Any:
-    """Return what was read of JSON with texts that cannot be written as UTF-8 made `HalfPair`."""
+    """Return parsed JSON with texts that cannot be encoded as UTF-8 replaced by `HalfPair`."""
     if isinstance(value, dict):
         return {key: _with_half_pairs_told(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -173,7 +173,7 @@ def _with_half_pairs_told(value: Any) -> Any:
 
 
 def _loads(text: str) -> Any:
-    """json.loads of a text without white space around it, which looks for none."""
+    """Equivalent to json.loads for a text without surrounding whitespace, which it does not look for."""
     try:
         value, end = _DECODER.raw_decode(text)
     except json.JSONDecodeError:
@@ -182,7 +182,7 @@ def _loads(text: str) -> Any:
 
 
 def parse_object(line: bytes, place: str) -> dict[str, Any]:
-    """Read one jsonl line, without white space or a byte order mark around it. Raises BadRow."""
+    """Parse one jsonl line, stripped of whitespace and byte order mark. Raises BadRow."""
     try:
         row = _loads(line.decode("utf-8"))
         if b"\\u" in line and SURROGATE_ESCAPE.search(line):
@@ -191,7 +191,7 @@ def parse_object(line: bytes, place: str) -> dict[str, Any]:
         raise BadRow("not UTF-8", f"{place}: not UTF-8 ({error.reason} at byte {error.start} of {shown(line)}); "
                                   f"correct the line, or if the file is of another encoding, {convert_from('LATIN1')}"
                      ) from error
-    except (ValueError, RecursionError) as error:  # JSON syntax, or an integer or a nesting that Python refuses
+    except (ValueError, RecursionError) as error:  # JSON syntax, or an integer too long or nesting too deep for Python
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise BadRow("broken JSON", f"{place}: broken JSON ({reason}) in {shown(line)}; correct the line") from error
     if not isinstance(row, dict):
@@ -200,8 +200,8 @@ def parse_object(line: bytes, place: str) -> dict[str, Any]:
 
 
 def text_of(row: dict[str, Any], key: str, place: str, flag: str = "", or_else: str = "") -> str:
-    """Take a text out of a row, if it is there and is one. `flag`: what names the field, if any does; `or_else` is one
-    more way out. Raises BadRow."""
+    """Return the text of a field. Raises BadRow if it is missing or not a text. `flag`: the flag that names the field,
+    if any; `or_else`: a further remedy for the message."""
     value = row.get(key)
     if type(value) is str:
         return value
@@ -220,7 +220,7 @@ def text_of(row: dict[str, Any], key: str, place: str, flag: str = "", or_else: 
 
 
 def filled_text_of(row: dict[str, Any], key: str, place: str, flag: str = "") -> str:
-    """Take a text that is not empty. Raises BadRow."""
+    """Return the non-empty text of a field. Raises BadRow."""
     text = text_of(row, key, place, flag)
     if not text or text.isspace():
         raise BadRow("empty field", f"{place}: {key}={shown(text)} is empty; fill it or drop the row")

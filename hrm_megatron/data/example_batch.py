@@ -1,4 +1,4 @@
-"""Examples of consecutive rows as columns, which is how they are spelled, looked at and hashed."""
+"""Examples of consecutive rows in columnar form, for encoding, linting and hashing."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from hrm_megatron.data.characters import Texts
 from hrm_megatron.data.example import BadRow, Example
 
-BATCH_CHARACTERS = 1 << 21  # of text that are spelled at once, more only where one example has more
+BATCH_CHARACTERS = 1 << 21  # of text per batch; only a single longer example exceeds it
 
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """`place` says where an example comes from, by its number in the batch. `texts`: instruction, response,
-    instruction, response, ... `bad_rows` are in order, each with the number of examples before it. `questions`: of the
-    examples, by number, that are split by another text than their instruction."""
+    """`place` names the origin of an example by its index in the batch. `texts`: instruction, response, instruction,
+    response, ... `bad_rows` are in order, each with the number of examples before it. `questions`: by index, the texts
+    that replace the instruction as split key."""
 
     place: Callable[[int], str]
     conditions: Sequence[str]
@@ -25,7 +25,7 @@ class ExampleBatch:
 
     @classmethod
     def of(cls, read: Iterable[tuple[str, Example | BadRow]]) -> ExampleBatch:
-        """Put together what was read of rows one by one."""
+        """Build a batch from examples and bad rows that were read one by one."""
         places: list[str] = []
         examples: list[Example] = []
         bad_rows: list[tuple[int, BadRow]] = []
@@ -43,7 +43,7 @@ class ExampleBatch:
 
 
 def batches(read: Iterable[tuple[str, Example | BadRow]]) -> Iterator[ExampleBatch]:
-    """Cut what was read into batches of bounded length: rows of compressed files can be far longer than the files."""
+    """Group examples into batches of bounded size: decompressed rows can be far larger than their files."""
     batch: list[tuple[str, Example | BadRow]] = []
     characters = 0
     for place, example in read:

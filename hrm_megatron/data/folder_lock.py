@@ -1,4 +1,4 @@
-"""One run at a time in a folder, or the tasks of one job array: locks that vanish with the process that holds them."""
+"""Locks for one run at a time in a folder, or for the tasks of one job array, released when the process ends."""
 from __future__ import annotations
 
 import contextlib
@@ -18,7 +18,7 @@ WITHOUT_LOCKS = "%s: the file system has no locks (%s); see that no other run wr
 
 
 class InUse(ConfigError):
-    """Another run holds the lock; `holder` is what it has written of itself."""
+    """Another run holds the lock; `holder` is what that run has written into the lock file about itself."""
 
     def __init__(self, what: str, holder: str, way_out: str) -> None:
         super().__init__(f"{what} is in use by another run{f' ({holder})' if holder else ''}; wait for its end, or "
@@ -28,22 +28,23 @@ class InUse(ConfigError):
 
 @contextlib.contextmanager
 def lock(path: Path, what: str, shared: bool = False) -> Iterator[bool]:
-    """Hold the lock file at `path` for the block; raise InUse, about `what`, if another process holds it.
+    """Hold the lock file at `path` for the block; raise InUse, naming `what`, if another process holds it.
 
-    `shared` holders stand beside each other. Yields False where the file system has no locks.
+    `shared` locks can be held at the same time. Yields False if the file system does not support locks.
     """
     file = open_and_lock(path, what, "choose another --output-prefix", shared)
     try:
         yield file is not None
     finally:
         if file is not None:
-            os.close(file)  # and with it the lock
+            os.close(file)  # releases the lock
 
 
 def locked_in_place(file: int, path: Path, shared: bool = False) -> bool:
-    """Lock an open file without waiting; False where `path` is another file by now, or none: its holder has moved it.
+    """Lock an open file without waiting; return False if `path` is no longer this file, because its holder has removed
+    or replaced it.
 
-    Raises BlockingIOError if another process holds it, OSError where the file system has no locks.
+    Raises BlockingIOError if another process holds the lock, OSError if the file system does not support locks.
     """
     fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     try:
@@ -53,7 +54,8 @@ def locked_in_place(file: int, path: Path, shared: bool = False) -> bool:
 
 
 def open_and_lock(path: Path, what: str, way_out: str, shared: bool = False) -> int | None:
-    """Make the lock file and lock it until the returned descriptor is closed; None where the file system has no locks.
+    """Create and lock the lock file; return its descriptor, which holds the lock until it is closed, or None if the
+    file system does not support locks.
 
     Raises InUse if another process holds it.
     """

@@ -1,4 +1,4 @@
-"""Bring a dataset up to its sources: what has not changed is kept, what is finished survives whatever comes."""
+"""Bring a dataset up to date with its sources: unchanged sources are kept, and finished ones survive any failure."""
 from __future__ import annotations
 
 import contextlib
@@ -43,7 +43,7 @@ Encode = Callable[[Sequence[Path]], Generator[tuple[Piece, Encoded]]]
 
 @dataclass(frozen=True)
 class Input:
-    """A source as it was when the run began."""
+    """A source file as it was when the run began."""
 
     name: str
     path: Path
@@ -57,19 +57,19 @@ class Input:
 
 
 def list_inputs(paths: Sequence[Path], names: Sequence[str] | None = None) -> list[Input]:
-    """Look at the sources; without `names` they are called as their files."""
+    """Stat the sources; without `names` they are named after their files."""
     names = names or [path.name for path in paths]
     check_names(names, paths)
     return [Input.of(name, path) for name, path in zip(names, paths, strict=True)]
 
 
 def share_of(inputs: Sequence[Input], task: Task) -> list[Input]:
-    """Choose the sources of one task, the same whatever is finished: the largest first, each to the least laden."""
+    """Return a task's sources, independent of what is finished: largest first, each to the least loaded task."""
     loads = [0] * task.count
     mine = set()
     for at in sorted(range(len(inputs)), key=lambda at: (-inputs[at].num_bytes, at)):
         least = loads.index(min(loads))
-        loads[least] += inputs[at].num_bytes + 1  # empty ones are shared too
+        loads[least] += inputs[at].num_bytes + 1  # + 1: empty files are distributed too
         if least == task.number:
             mine.add(at)
     return [inputs[at] for at in sorted(mine)]
@@ -77,16 +77,16 @@ def share_of(inputs: Sequence[Input], task: Task) -> list[Input]:
 
 @dataclass
 class Changes:
-    """Names of the sources by what became of them since the manifest that is there."""
+    """Names of the sources by what changed since the existing manifest."""
 
     kept: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-    mended: list[str] = field(default_factory=list)  # their shard was damaged, or they had bad rows
+    mended: list[str] = field(default_factory=list)  # made again: damaged shard, or bad rows
     removed: list[str] = field(default_factory=list)
 
     def add(self, given: Input, before: Source | None, now: Source | None, made: bool) -> None:
-        """Note a source that the manifest has as `before`; `made`: what it is `now` is not from there."""
+        """Classify a source: `before` is its manifest entry, `now` the current one; `made`: `now` is newer."""
         if before is None:
             self.added.append(given.name)
         elif now and not made:
@@ -110,11 +110,11 @@ class Changes:
 
 
 class Update:
-    """One run over the sources of a dataset, inside `folder.held()`.
+    """One update of a dataset from its sources, inside `folder.held()`.
 
-    `tokenizer` and `settings` are those of the manifest. Of sources whose time alone has changed, the contents of
-    `compared` are read, and others are taken to have changed. Raises ConfigError if the dataset is of other settings,
-    or shares no source with `inputs`, unless `overwrite`.
+    `tokenizer` and `settings` are those of the manifest. A source of which only the modification time has changed is
+    compared by contents if it is in `compared`; otherwise it counts as changed. Raises ConfigError if the dataset was
+    made with other settings or shares no source with `inputs`, unless `overwrite`.
     """
 
     def __init__(self, folder: DatasetFolder, inputs: Sequence[Input], compared: Iterable[Input],
@@ -139,13 +139,13 @@ class Update:
             self.changes.add(given, known, kept, made=recorded is not None)
         self.changes.removed += sorted(before.keys() - {given.name for given in inputs})
         older = sum(source.reading < READING for source in self.done.values())
-        if older and not settings.get("sentence_model"):  # documents are read as ever
+        if older and not settings.get("sentence_model"):  # the reading of documents has not changed
             log.warning("%s: %d of %d sources were read by an older version and stay so. It left out system and other "
                         "parts of prompts, learned masked turns and split the turns of a chat; if there are such, make "
                         "all of it again with --overwrite", folder.prefix, older, len(inputs))
 
     def make(self, inputs: Iterable[Input], encode: Encode, advance: Callable[[int, int], object]) -> None:
-        """Make the shards of those of the `inputs` that have none; `advance` is told of bytes read and tokens."""
+        """Make the shards of those `inputs` that have none; `advance` is called with bytes read and tokens made."""
         todo = {given.path: given for given in inputs if given.name not in self.done}
         if not todo:
             return
@@ -156,11 +156,11 @@ class Update:
                 self._finish(given, iter(()), digests, advance)
 
     def missing(self) -> list[Input]:
-        """List the sources that are not finished."""
+        """Return the sources that are not finished."""
         return [given for given in self.inputs if given.name not in self.done]
 
     def complete(self, beside: Callable[[], object]) -> Manifest:
-        """Write the manifest over all sources, after what `beside` writes, and remove what it does not name."""
+        """Call `beside`, write the manifest over all sources, and remove files that it does not list."""
         manifest = Manifest(self.tokenizer, self.settings, tuple(self.done[given.name] for given in self.inputs))
         if self.lint == "error":
             manifest.lint.refuse()
@@ -177,7 +177,7 @@ class Update:
         return manifest
 
     def _read_known(self) -> Manifest | None:
-        """Return the manifest that is there; None if there is none or it is to be overwritten."""
+        """Return the existing manifest; None if there is none or it is to be overwritten."""
         prefix = self.folder.prefix
         if self.overwrite:
             return None
@@ -196,7 +196,7 @@ class Update:
         return known
 
     def _unchanged(self, given: Input, source: Source | None) -> Source | None:
-        """Return what is known of a source if it need not be read again."""
+        """Return the known entry of a source if the source need not be read again."""
         if (source is None or source.num_bytes != given.num_bytes
                 or (source.bad_rows and not self.skip_bad_rows) or (source.lint is None and self.lint != "off")
                 or (source.shard and not source.shard.is_whole(self.folder.shards))):
@@ -206,14 +206,14 @@ class Update:
         if given.name not in self._compared or sha256_of(given.path) != source.sha256:
             return None
         touched = replace(source, modified_ns=given.modified_ns)
-        if self.folder.task:  # the last of the tasks compares nothing again
+        if self.folder.task:  # so that the last task need not compare it again
             with self.folder.writing():
                 self.folder.record(touched, self.settings, self.overwrite)
         return touched
 
     def _finish(self, given: Input, chunks: Iterable[tuple[Piece, Encoded]], digests: Mapping[str, Future[str]],
                 advance: Callable[[int, int], object]) -> None:
-        """Write the shard of a source and note that it is finished."""
+        """Write the shard of a source and record that it is finished."""
         skipped = BadRows(self.skip_bad_rows)
         counts: Counter[str] = Counter()
         noted: Counter[str] = Counter()
@@ -248,13 +248,13 @@ class Update:
 
 
 def _close(writer: ShardWriter) -> None:
-    with contextlib.suppress(OSError):  # closing flushes: a full disk fails once more
+    with contextlib.suppress(OSError):  # closing flushes, so a full disk raises again
         writer.close()
 
 
 @contextlib.contextmanager
 def _digests(inputs: Iterable[Input]) -> Iterator[dict[str, Future[str]]]:
-    """Hash sources by name, beside whatever else reads them."""
+    """Hash the sources in a background thread, while they are read for encoding; yield name -> future."""
     stop = Event()
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -265,7 +265,7 @@ def _digests(inputs: Iterable[Input]) -> Iterator[dict[str, Future[str]]]:
 
 
 def sha256_of(path: Path, stop: Event | None = None) -> str:
-    """Hash a file; told to `stop`, give up."""
+    """Hash a file; return early once `stop` is set."""
     hashed = hashlib.sha256()
     with open(path, "rb") as file:
         while (block := file.read(READ_BYTES)) and not (stop and stop.is_set()):

@@ -1,4 +1,4 @@
-"""Examples on disk, read by memory map: shards of Megatron's .bin/.idx, a document of two sequences per example."""
+"""Memory-mapped examples on disk: shards in Megatron's .bin/.idx format, one document of two sequences each."""
 from __future__ import annotations
 
 import contextlib
@@ -36,8 +36,8 @@ from hrm_megatron.data.shards import EXAMPLE_KEYS, KEY, PARTS, PROMPT_KEYS, Bloc
 from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.data.vocabulary import SCANNED_BYTES, BadTokenId, positions_outside
 
-# Mapped at once, of all datasets of a blend, which may have more files than a process may open: half of those, three
-# to a shard.
+# Shards mapped at once, over all datasets of a blend, which may have more files than a process may open: half the
+# file limit, at three files per shard.
 FILES, MOST_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 14
 OPEN_SHARDS = max(16, (MOST_FILES if FILES == resource.RLIM_INFINITY else min(FILES, MOST_FILES)) // 6)
 
@@ -54,8 +54,8 @@ class SourceRange:
 class IndexedExamples:
     """Read the examples of all shards of a dataset as one sequence; `examples[i]` is (prefix ids, target ids).
 
-    Sizes of all files are checked when it is opened; small datasets are looked through as well. `manifest` is None for
-    a dataset of the older form, one shard PREFIX.bin and PREFIX.idx: it has no checksums and no keys.
+    The sizes of all files are checked on opening; small datasets are scanned completely. `manifest` is None for a
+    dataset of the older form, a single shard PREFIX.bin and PREFIX.idx, which has no checksums and no keys.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -95,27 +95,28 @@ class IndexedExamples:
 
     @property
     def files(self) -> list[Path]:
-        """What tells this dataset from another: the manifest, which has the checksums of all else."""
+        """The files that identify this dataset: the manifest, which has the checksums of all others."""
         return [manifest_path(self.prefix), *([] if self.manifest else [Path(f"{self.prefix}.{part}")
                                                                         for part in ("bin", "idx")])]
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the tokenizer that wrote the ids."""
+        """Number of entries of the tokenizer that wrote the ids."""
         return int(self.metadata["vocab_size"])
 
     def example_name(self, i: int) -> str:
         return f"{self.prefix}, example {i}"
 
     def lengths(self, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Prefix and target lengths of examples `start` to `stop` - 1, int32 [n] each: of one shard the file itself."""
+        """Return prefix and target lengths of examples `start` to `stop` - 1, int32 [n] each; of one shard a map."""
         both = self._joined(lambda shard: OpenShard(shard).lengths, start, stop)
         return both[:, 0], both[:, 1]
 
     def _joined(self, read: Callable[[ShardFiles], np.ndarray], start: int, stop: int | None) -> np.ndarray:
-        """Put what `read` maps of each shard together, of examples `start` to `stop` - 1; of one shard the map itself.
+        """Concatenate what `read` maps of each shard for examples `start` to `stop` - 1; for one shard return the map
+        itself.
 
-        Each of several is closed before the next is opened: a map keeps a file open, of which a process may have few.
+        Of several shards each is unmapped before the next: a map keeps a file open, and a process may have only a few.
         """
         stop = len(self) if stop is None else stop
         between = self._between(start, stop)
@@ -134,17 +135,17 @@ class IndexedExamples:
         return found
 
     def _between(self, start: int, stop: int) -> list[tuple[ShardFiles, slice]]:
-        """Say which examples of which shards are the examples `start` to `stop` - 1."""
+        """Return the shards, and their slices, that hold examples `start` to `stop` - 1."""
         first = int(np.searchsorted(self._first, start, side="right")) - 1
         return [(shard, slice(max(0, start - begin), stop - begin))
                 for shard, begin in zip(self._shards[first:], self._first[first:], strict=False) if begin < stop]
 
     def prompt_keys(self) -> np.ndarray | None:
-        """A key [n] of each instruction; None for a dataset of the older form. One shard: the file itself."""
+        """Return the prompt keys [n]; None for a dataset of the older form. Memory-mapped if there is one shard."""
         return self._keys(PROMPT_KEYS)
 
     def example_keys(self, start: int = 0, stop: int | None = None) -> np.ndarray | None:
-        """Two keys [n, 2] of all texts of examples `start` to `stop` - 1; None for a dataset of the older form."""
+        """Return the keys [n, 2] of examples `start` to `stop` - 1; None for a dataset of the older form."""
         return self._keys(EXAMPLE_KEYS, start, stop)
 
     def check_tokenizer(self, fingerprint: str) -> None:
@@ -155,7 +156,7 @@ class IndexedExamples:
                               f"give that tokenizer or run {PREPROCESS} again")
 
     def blocks(self) -> list[Block]:
-        """List all bytes of the shards with their checksums; ConfigError for a dataset of the older form."""
+        """Return all blocks of the shards with their checksums; ConfigError for a dataset of the older form."""
         if not self.manifest:
             raise ConfigError(f"{self.prefix} has no checksums: an older version has written it; run {PREPROCESS} "
                               "again to have some")
@@ -188,7 +189,7 @@ class IndexedExamples:
         return metadata
 
     def _look_through(self) -> None:
-        """Check the index and, where they are few enough to be read for that, the ids."""
+        """Check every index and, in shards that are small enough, every id."""
         first = 0
         for shard in self._shards:
             opened = OpenShard(shard)
@@ -209,14 +210,15 @@ class IndexedExamples:
 
 @lru_cache(OPEN_SHARDS)
 def _opened(dataset: IndexedExamples, shard: ShardFiles) -> OpenShard:
-    """Map a shard for a dataset: one that is opened anew looks at its files anew."""
+    """Map a shard, cached per dataset object: reopening a dataset maps its files anew."""
     return OpenShard(shard)
 
 
 class IndexedExamplesWriter:
-    """Write a dataset of one source from ids, for examples that were spelled elsewhere; their keys are of the ids.
+    """Write a dataset of one source from ids, for examples that were tokenized elsewhere; their keys are hashes of the
+    ids.
 
-    Leaving the `with` block without an error makes it readable; after any error nothing is left.
+    Leaving the `with` block without an error makes the dataset readable; after an error nothing is left.
     """
 
     def __init__(self, prefix: str | Path, tokenizer: TextTokenizer) -> None:

@@ -1,4 +1,4 @@
-"""The input files that a command line names, and the flags that say how to read them: one set for all tools."""
+"""Command-line flags that name input files and say how to read them, shared by all data tools."""
 from __future__ import annotations
 
 import argparse
@@ -25,10 +25,10 @@ PACKED = (".gz", ".zst")
 ROWS_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".feather",
                  *(name + packed for name in (".jsonl", ".ndjson", ".json") for packed in PACKED))
 KINDS = "jsonl, plain or in .gz or .zst, Parquet, Arrow, or datasets saved to disk"
-FRACTION = (0.1, 0.5)  # of --prefix-fraction
+FRACTION = (0.1, 0.5)  # default of --prefix-fraction
 TEXT_FLAGS = ("sentence_model", "prefix_fraction", "cut_seed", "text_key")
 SHOWN_NAMES = 5
-HALF_WRITTEN = re.compile(r"\..+\.(partial|replaced)-[0-9a-f]{32}.*")  # of program.py, by one part of the path
+HALF_WRITTEN = re.compile(r"\..+\.(partial|replaced)-[0-9a-f]{32}.*")  # by program.py; matches one path component
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 
 def inputs_of(args: argparse.Namespace, tags: Iterable[str] = TAG_TOKENS,
               one_shape: bool = True) -> tuple[list[Path], RowFormat]:
-    """Resolve the flags of `add_input_flags`: the files to read, and how their rows spell examples. Unless all have
-    `one_shape`, a shape that no flag tells is left to be told of each file."""
+    """Return the input files and the row format that the flags of `add_input_flags` give. The row shape, if no flag
+    gives it, is that of the first row; with `one_shape=False` it stays AUTO, to be determined for each file."""
     given = [f"--{name.replace('_', '-')}" for name in TEXT_FLAGS if getattr(args, name) is not None]
     if given and not args.split_sentences:
         raise ConfigError(f"{given[0]} has no effect without --split-sentences")
@@ -117,10 +117,11 @@ def _with_raw_text(rows: RowFormat, args: argparse.Namespace, paths: Sequence[Pa
 
 
 def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
-    """Resolve files, glob patterns and folders (searched for ROWS_SUFFIXES) in the order given, each file once.
-    With `documents` files of plain text are read too.
+    """Resolve files, glob patterns and folders (searched for ROWS_SUFFIXES) in the order given, each file once. With
+    `documents`, plain text files are included.
 
-    What is of no kind that is read is refused by what it is. What lies beside and is not read is named in a warning.
+    A file of a kind that cannot be read is refused with its kind. Files beside the inputs that are not read are listed
+    in a warning.
     """
     suffixes = ROWS_SUFFIXES + (DOCUMENT_SUFFIXES if documents else ())
     found: dict[str, Path] = {}
@@ -138,7 +139,7 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
         else:
             matches = [Path(match) for match in glob.glob(name, recursive=True)]
             files = sorted(match for match in matches if match.is_file() and not _ours(match))
-            # a.jsonl.gz beside b.jsonl, for *.jsonl
+            # to warn of a.jsonl.gz beside b.jsonl, given *.jsonl
             candidates = [*matches, *map(Path, glob.glob(f"{name}.*", recursive=True))]
         read_here = set(files)
         unread.update(dict.fromkeys(file for file in candidates if file not in read_here))
@@ -163,32 +164,32 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
 
 
 def _without_rests(files: list[Path], candidates: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Leave out what a dataset saved to disk has beside its rows: caches of what was computed, and its description."""
+    """Remove what a dataset saved to disk keeps beside its rows: caches of computed results, and its metadata."""
     listed = {folder: row_files(folder) for folder in {file.parent for file in files}}
     rows_of = {folder: None if rows is None else {*rows} for folder, rows in listed.items()}
     described = {folder for folder, rows in rows_of.items() if rows is not None}
-    described |= {folder.parent for folder in described}  # of several splits
+    described |= {folder.parent for folder in described}  # the folder around several splits
     kept = [file for file in files if (rows := rows_of[file.parent]) is None or file in rows]
     return kept, [file for file in candidates if file.parent not in described or file.name not in ITS_OWN_FILES]
 
 
 def _check_name(file: Path) -> None:
-    """Refuse a name that no message and no manifest could hold."""
+    """Refuse a name that is not UTF-8: messages and manifests could not hold it."""
     name = os.fsencode(file).decode("utf-8", "backslashreplace")
     if name != str(file):
         raise ConfigError(f"--input {name}: the name is not UTF-8; rename the file, or the folder that is called so")
 
 
 def _ours(file: Path) -> bool:
-    """Say whether a file was written here and is no text of a corpus: the report of a dataset, or a model of sentences.
-    Read, they would change the dataset with every run."""
+    """Return whether a file was written by our tools and is no corpus text: a dataset report, a sentence model or a
+    temporary file. If these were read, every run would change the dataset."""
     return ((file.name.endswith(REPORT) and shard_folder(str(file).removesuffix(REPORT)).is_dir())
             or (file.name in FILES and all((file.parent / name).is_file() for name in FILES))
             or any(map(HALF_WRITTEN.fullmatch, file.parts)))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder, and the links to other folders, which are not followed."""
+    """Yield all files below a folder, and symlinks to folders, which are not followed."""
     for here, folders, files in os.walk(folder):
         yield from (Path(here) / name for name in files)
         yield from (link for name in folders if (link := Path(here) / name).is_symlink())

@@ -1,6 +1,7 @@
-"""The examples of a dataset that are trained on, where some were left out: a list beside it, PREFIX.kept.json/.npy.
+"""Which examples of a dataset are trained on, if some are left out: a list beside it, PREFIX.kept.json and
+PREFIX.kept.npy.
 
-Nothing is copied: the plan of rows passes over the others.
+No data is copied: the row plan skips the other examples.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.program import whole_file
 
-BITS, FACTS = "kept.npy", "kept.json"  # one bit per example, and what the list was made for
+BITS, FACTS = "kept.npy", "kept.json"  # one bit per example; which dataset the list belongs to
 WAY_OUT = "deduplicate again, or delete it to train on all examples"
 HASHED_BYTES = 1 << 24  # at a time
 
@@ -27,7 +28,7 @@ def kept_files(prefix: str | Path) -> tuple[Path, Path]:
 
 
 def write_kept(store: IndexedExamples, kept: np.ndarray, facts: dict[str, Any]) -> None:
-    """Keep which examples [n] are kept; the facts, written last, make the list valid."""
+    """Write which examples are kept, bool [n]; the list becomes valid with `facts`, which are written last."""
     bits, described = kept_files(store.prefix)
     try:
         with whole_file(described) as partial:
@@ -40,25 +41,25 @@ def write_kept(store: IndexedExamples, kept: np.ndarray, facts: dict[str, Any]) 
 
 
 def kept_mask(store: IndexedExamples) -> np.ndarray | None:
-    """Say of each example [n] whether it is kept; None where all are. Refuses the list of another dataset."""
+    """Return which examples are kept, bool [n]; None if all are. Refuses a list of another dataset."""
     bits = _kept_bits(store)
     return None if bits is None else np.unpackbits(bits, count=len(store)).view(bool)
 
 
 def kept_count(store: IndexedExamples) -> int | None:
-    """Count the examples that are kept; None where all are."""
+    """Return the number of examples that are kept; None if all are."""
     bits = _kept_bits(store)
     return None if bits is None else int(np.bitwise_count(bits).sum(dtype=np.int64))
 
 
 def kept_digest(store: IndexedExamples) -> str | None:
-    """Hash which examples are kept; None where all are."""
+    """Return a hash of which examples are kept; None if all are."""
     bits = _kept_bits(store)
     return None if bits is None else hashlib.sha256(bits.data).hexdigest()
 
 
 def _kept_bits(store: IndexedExamples) -> np.ndarray | None:
-    """Read a bit of each example, eight to a byte, the last byte filled up with zeros."""
+    """Read one bit per example, packed eight to a byte, the last byte padded with zeros."""
     bits, described = kept_files(store.prefix)
     if not described.exists():
         return None
@@ -86,7 +87,7 @@ def _damage_named(described: Path) -> Iterator[None]:
 
 
 def forget_kept_of_another(store: IndexedExamples) -> bool:
-    """Remove a list that was made for what the dataset was before; say whether there was one. Refuses a damaged one."""
+    """Remove a list made for an earlier state of the dataset; return whether there was one. Refuses a damaged one."""
     bits, described = kept_files(store.prefix)
     if not described.exists():
         return False
@@ -99,8 +100,9 @@ def forget_kept_of_another(store: IndexedExamples) -> bool:
 
 
 def dataset_digest(store: IndexedExamples) -> str:
-    """Hash what decides the lengths and the split of a dataset: the names of its sources and the contents of their
-    shards; of the older form the files, of the tokens the size alone."""
+    """Hash everything that decides the lengths and the split of a dataset: the names of its sources and the names of
+    their shards, which are content hashes; for the older form the contents of the files, but only the size of the .bin.
+    """
     hashed = hashlib.sha256()
     if store.manifest:
         hashed.update(repr([(source.name, source.shard.name) for source in store.manifest.sources if source.shard]

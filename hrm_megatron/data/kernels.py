@@ -1,7 +1,8 @@
-"""Loops over single examples, compiled by numba. Import this module where a loop runs: numba takes half a second.
+"""Loops over single examples, compiled by numba. Import this module only where a loop runs: importing numba takes half
+a second.
 
-The machine code is kept beside the source, or in the user's cache folder where that is read-only; without either it is
-compiled once per process. All of them run without the GIL, so that a thread can plan while others train.
+The machine code is cached beside the source, or in the user's cache folder if that is read-only; without either it is
+compiled once per process. All loops release the GIL, so that a thread can plan while others train.
 """
 from __future__ import annotations
 
@@ -18,38 +19,38 @@ import numpy as np
 from numba import extending
 
 Ints = np.ndarray  # [n] integers
-# Its own type would ask callers for the first argument, which numba adds.
+# Its own type would demand the first argument, which numba adds, from callers.
 intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = extending.intrinsic
 
-ROUNDS = 8  # 4 look random on large ranges
-CACHED_VALUES = 1 << 10  # go through the rounds together, in the fastest cache
-LEAST_BITS = 8  # halves of one or two bits prefer some orders
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # steps of SplitMix64
+ROUNDS = 8  # of the Feistel network; 4 already look random on large ranges
+CACHED_VALUES = 1 << 10  # processed together, so that they stay in L1 cache
+LEAST_BITS = 8  # halves of one or two bits would favour some orders
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64
 
 
 @functools.cache
 def _sources(module: str) -> bytes:
-    """Return the text of a module and of all of this package that it imports from."""
+    """Return the source text of a module and of all modules of this package that it imports from."""
     text = Path(str(sys.modules[module].__file__)).read_bytes()
     imported = re.findall(rb"^from (hrm_megatron[.\w]*) import", text, re.MULTILINE)
     return b"".join([text, *(_sources(name.decode()) for name in imported)])
 
 
 def compiled[Function: Callable[..., object]](function: Function, fastmath: bool | set[str] = False) -> Function:
-    """Compile `function` at its first call; with `fastmath`, LLVM may change the order of its arithmetic, and divisions
-    by zero raise nothing: a loop that may raise is not vectorized."""
+    """Compile `function` at its first call. With `fastmath`, LLVM may reorder its arithmetic, and division by zero
+    raises nothing: a loop that may raise is not vectorized."""
     divisions: Literal["numpy", "python"] = "numpy" if fastmath else "python"
-    # numba looks at the loop's own file when it asks whether what it kept is still that, not at what the loop calls.
+    # numba invalidates its cache by the function's own file, not by the functions it calls: hash them into the name.
     function.__qualname__ += "-" + hashlib.sha256(_sources(function.__module__)).hexdigest()[:16]
     try:
         return numba.njit(function, cache=True, nogil=True, fastmath=fastmath, error_model=divisions)
-    except RuntimeError:  # numba's word for: no folder to keep it in
+    except RuntimeError:  # numba found no writable cache folder
         return numba.njit(function, nogil=True, fastmath=fastmath, error_model=divisions)
 
 
 @compiled
 def mixed(value: np.uint64) -> np.uint64:
-    """Scatter 64 bits over 64 bits, one to one: the finalizer of SplitMix64."""
+    """Mix 64 bits one to one: the finalizer of SplitMix64."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
@@ -57,10 +58,10 @@ def mixed(value: np.uint64) -> np.uint64:
 
 @compiled
 def permuted(index: np.uint64, count: np.uint64, key: np.uint64) -> np.uint64:
-    """Return element `index` of the permutation of range(count) that `key` stands for.
+    """Return element `index` of the permutation of range(count) that `key` selects.
 
-    A Feistel network permutes the smallest range of whole bits that holds `count` numbers; what falls outside is sent
-    through again until it is inside (cycle walking).
+    A Feistel network permutes the smallest power-of-two range that holds `count` numbers; a result outside range(count)
+    is sent through again until it is inside (cycle walking).
     """
     bits = np.uint64(LEAST_BITS)
     while bits < np.uint64(64) and (count - np.uint64(1)) >> bits:
@@ -74,7 +75,7 @@ def permuted(index: np.uint64, count: np.uint64, key: np.uint64) -> np.uint64:
             kept = index & ((np.uint64(1) << kept_bits) - np.uint64(1))
             changed = (index >> kept_bits) ^ (mixed(kept + round_key) >> (np.uint64(64) - changed_bits))
             index = (kept << changed_bits) | changed
-            kept_bits, changed_bits = changed_bits, kept_bits  # the halves change places, and with them their widths
+            kept_bits, changed_bits = changed_bits, kept_bits  # the halves swap places, and so do their widths
             round_key += GOLDEN
         if index < count:
             return index
@@ -82,14 +83,14 @@ def permuted(index: np.uint64, count: np.uint64, key: np.uint64) -> np.uint64:
 
 @compiled
 def order_between(start: int, stop: int, count: int, key: np.uint64) -> Ints:
-    """Elements `start` to `stop` - 1 of the permutation of range(count), [stop - start] int64.
+    """Return elements `start` to `stop` - 1 of the permutation of range(count), [stop - start] int64.
 
-    Each is what `permuted` says. Many at once take a fifth of its time: in loops without branches, which become vector
-    instructions, and what has to be sent through again is collected for that.
+    Equal to `permuted` of each index, in a fifth of the time: the loops have no branches, so they vectorize, and values
+    outside the range are collected for further passes.
     """
     order = np.arange(start, stop).astype(np.uint64)
-    places = np.empty(stop - start, np.int64)  # in `order`, of what is outside
-    again = np.empty(stop - start, np.uint64)  # its values
+    places = np.empty(stop - start, np.int64)  # indices in `order` of the values outside the range
+    again = np.empty(stop - start, np.uint64)  # those values
     _send_through(order, np.uint64(count), key)
     outside = 0
     for i in range(len(order)):
@@ -109,7 +110,7 @@ def order_between(start: int, stop: int, count: int, key: np.uint64) -> Ints:
 
 @compiled
 def _send_through(values: Ints, count: np.uint64, key: np.uint64) -> None:
-    """Replace `values` by what one pass of the network of `permuted` makes of them."""
+    """Replace `values` by the result of one pass of the network of `permuted`."""
     one, all_bits = np.uint64(1), np.uint64(64)
     bits = np.uint64(LEAST_BITS)
     while bits < all_bits and (count - one) >> bits:
@@ -131,16 +132,17 @@ def _send_through(values: Ints, count: np.uint64, key: np.uint64) -> None:
 
 @compiled
 def best_fit(lengths: Ints, row_tokens: int) -> tuple[Ints, int]:
-    """Row of each example [n] and the number of rows: longest first, each into the fullest row that still has room.
+    """Return the row of each example [n] and the number of rows: best-fit decreasing, i.e. longest first, each into the
+    fullest row that still has room.
 
-    Among rows equally full the first opened wins, among equal lengths the first example goes first. Rows of one room
-    are a list in ascending order; three levels of bits say which rooms have rows.
+    Among equally full rows the first opened wins; equal lengths keep their order. Rows with the same free room form a
+    list in ascending order; two levels of bit sets tell which rooms have rows.
     """
     count = len(lengths)
     row_of = np.empty(count, np.int32)
-    first = np.full(row_tokens + 1, -1, np.int32)  # [room] its row of the lowest number
+    first = np.full(row_tokens + 1, -1, np.int32)  # [room] the lowest-numbered row with that room
     last = np.full(row_tokens + 1, -1, np.int32)
-    after = np.empty(count, np.int32)  # [row] the next row of its room
+    after = np.empty(count, np.int32)  # [row] the next row with the same room
     words = (row_tokens >> 6) + 1
     filled = np.zeros(words, np.uint64)  # bit r % 64 of word r // 64: there are rows with room r
     blocks = np.zeros((words >> 6) + 1, np.uint64)  # bit w % 64 of block w // 64: word w is not zero
@@ -188,7 +190,7 @@ def best_fit(lengths: Ints, row_tokens: int) -> tuple[Ints, int]:
 
 @compiled
 def by_length(lengths: Ints, longest: int) -> Ints:
-    """Indices of `lengths` from the longest to the shortest, equal ones in their order: a counting sort."""
+    """Return the indices of `lengths` from longest to shortest, stable: a counting sort."""
     places = np.zeros(longest + 2, np.int32)
     for length in lengths:
         places[longest - length + 1] += 1
@@ -204,7 +206,7 @@ def by_length(lengths: Ints, longest: int) -> Ints:
 
 @compiled
 def lowest_bit(word: np.uint64) -> int:
-    """Number of the lowest bit set in a word that is not zero."""
+    """Return the index of the lowest set bit of a non-zero word."""
     number = 0
     for width in (32, 16, 8, 4, 2, 1):
         if not word & ((np.uint64(1) << np.uint64(width)) - np.uint64(1)):
@@ -215,7 +217,7 @@ def lowest_bit(word: np.uint64) -> int:
 
 @compiled
 def first_set(filled: Ints, blocks: Ints, start: int) -> int:
-    """Number of the first bit set in `filled` from bit `start` on, or -1."""
+    """Return the index of the first set bit of `filled` at or after bit `start`, or -1."""
     word = start >> 6
     found = filled[word] >> np.uint64(start & 63)
     if found:
@@ -237,7 +239,7 @@ def first_set(filled: Ints, blocks: Ints, start: int) -> int:
 
 @compiled
 def group_by_row(ids: Ints, row_of: Ints, rows: int, key: np.uint64) -> tuple[Ints, Ints]:
-    """Return the ids row by row, and the number of each row's; the rows stand in the order that `key` stands for.
+    """Return the ids row by row, and the number of ids of each row; `key` selects the order of the rows.
 
     Within a row, ids keep their order.
     """
@@ -259,11 +261,12 @@ def group_by_row(ids: Ints, row_of: Ints, rows: int, key: np.uint64) -> tuple[In
 @compiled
 def draw(start: int, stop: int, epoch: int, key: np.uint64, begins: Ints, firsts: Ints, sizes: Ints, keys: Ints
          ) -> Ints:
-    """Where places `start` to `stop` - 1 of an epoch come from, as positions in the concatenated examples of streams.
+    """Return where positions `start` to `stop` - 1 of an epoch come from, as indices into the concatenated examples of
+    streams.
 
-    Stream k fills the places `begins[k]` to `begins[k + 1]` - 1 of an epoch before it is shuffled by `key`, from its
-    `sizes[k]` examples that stand from `firsts[k]` on: the next ones of its own walk, which is one permutation of its
-    examples after another, or each example equally often where that comes out even.
+    Before the epoch is shuffled by `key`, stream k fills its positions `begins[k]` to `begins[k + 1]` - 1 from its
+    `sizes[k]` examples, which start at `firsts[k]`: with the next ones of the stream's own walk (one permutation of its
+    examples after another), or with each example equally often where the quota is a multiple of the size.
     """
     found = order_between(start, stop, begins[-1], key)
     if len(sizes) == 1 and begins[1] == sizes[0]:
@@ -285,18 +288,18 @@ def draw(start: int, stop: int, epoch: int, key: np.uint64, begins: Ints, firsts
 
 @compiled
 def gather(packed: Ints, places: Ints, low_bits: int, ids: Ints, lengths: Ints) -> None:
-    """Take `packed` numbers apart that stand at `places` [n]: the low bits are lengths [n], all above are ids [n]."""
+    """Unpack the `packed` numbers at `places` [n]: the low bits are lengths [n], all higher bits are ids [n]."""
     mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
     for i in range(len(places)):
-        value = packed[np.uint64(places[i])]  # not negative, so that it is not counted from the end
+        value = packed[np.uint64(places[i])]  # unsigned: no wraparound indexing
         ids[i], lengths[i] = value >> np.uint64(low_bits), value & mask
 
 
 @compiled
 def parts_by_key(prompt_keys: Ints, key: np.uint64, train_end: np.uint64, valid_end: np.uint64, last: int) -> Ints:
-    """Part of each example [n] uint8 by where its scattered prompt key falls: 0 below `train_end`, 1 below `valid_end`.
+    """Return the part of each example, [n] uint8, by its mixed prompt key: 0 below `train_end`, 1 below `valid_end`.
 
-    `last` is the part of all above.
+    `last` is the part of all keys above.
     """
     parts = np.empty(len(prompt_keys), np.uint8)
     for i in range(len(prompt_keys)):

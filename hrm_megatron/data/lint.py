@@ -1,4 +1,4 @@
-"""What silently ruins a model though every row can be read: counted with first places, and refused where asked."""
+"""Find data that can be read but silently ruins a model: counts and first places by kind, refused if asked."""
 from __future__ import annotations
 
 import hashlib
@@ -15,9 +15,9 @@ from hrm_megatron.data.characters import CONTROL, CONTROLS, LOST, PRECOMPOSED, V
 from hrm_megatron.data.example_batch import ExampleBatch
 
 LINT = ("warn", "error", "off")
-# What is left of LaTeX commands of which JSON read the backslash and the first letter as one control character. A
-# backspace, a form feed or a lone carriage return stands before a letter nowhere else; after a tab or a line end these
-# are no words, or have a brace that no text has there.
+# Remains of LaTeX commands whose backslash and first letter JSON has decoded to one control character. Backspace, form
+# feed and lone carriage return precede a letter nowhere else; the remains after a tab or a newline are not words, or
+# contain a brace that no text has there.
 BROKEN_LATEX = tuple((control + rest).encode() for control, ends in (
     ("\x08", ("oxed", "egin", "eta", "ar", "inom", "mod", "ig", "f{", "oldsymbol", "ullet", "ot", "ackslash")),
     ("\x0c", ("rac", "orall", "box", "lat", "rown", "lushleft", "ootnote")),
@@ -27,13 +27,13 @@ BROKEN_LATEX = tuple((control + rest).encode() for control, ends in (
     ("\r", ("ight)", "ight]", "ight\\", "ight|", "ight.", "angle", "ceil", "floor", "ho ", "ho_", "brace", "vert")),
 ) for rest in ends)
 FIRST_CONTROL = min(map(ord, CONTROLS))
-_BEGINNINGS = np.zeros((max(map(ord, CONTROLS)) - FIRST_CONTROL + 1, 256, 256), bool)  # of parts, by three bytes
+_BEGINNINGS = np.zeros((max(map(ord, CONTROLS)) - FIRST_CONTROL + 1, 256, 256), bool)  # by the first three bytes
 for part in BROKEN_LATEX:
     _BEGINNINGS[part[0] - FIRST_CONTROL, part[1], part[2]] = True
-CONSTANT_FROM = 8  # so many rows of a source and more with one response between them are suspicious
+CONSTANT_FROM = 8  # a source with at least this many rows, all with the same response, is suspicious
 LATEX, REPLACEMENT, UNKNOWN, ECHO, BLANK, TRUNCATED, SPECIAL, DECOMPOSED, COMPOSED = (
     "latex", "replacement", "unknown", "echo", "blank", "truncated", "special", "decomposed", "composed")
-MEANINGS = {  # of a count, what it counts and the way out
+MEANINGS = {  # of each count: what it counts, and the remedy
     LATEX: "texts with control characters that JSON made of LaTeX (\"\\boxed\" is backspace and oxed); write the "
            "backslashes of such texts twice in the JSON",
     REPLACEMENT: "texts with U+FFFD, the mark of a character that decoding lost; read them in their own encoding",
@@ -51,28 +51,28 @@ MEANINGS = {  # of a count, what it counts and the way out
 
 @dataclass
 class Lint:
-    """Counts of what was found, and the first place of each kind. Parts that are merged in the order of their files
-    give what one part gives."""
+    """Counts of what was found, and the first place of each kind. Merging parts in the order of their files gives the
+    same result as one part."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
-    responses: dict[str, tuple[str, int]] = field(default_factory=dict)  # of a source: key of its only one, rows
+    responses: dict[str, tuple[str, int]] = field(default_factory=dict)  # by source: key of its only response, rows
 
     def look(self, source: str, batch: ExampleBatch, special: re.Pattern[bytes] | None) -> None:
-        """Look at consecutive examples of a source; `special` finds strings of tokens that texts do not become."""
+        """Check consecutive examples of a source; `special` matches strings of special tokens inside texts."""
         texts = batch.texts
         if parts := broken_latex(texts):
             self.add_texts(LATEX, batch, (any(part in text for part in parts) for text in texts.utf8))
         self.add_texts(REPLACEMENT, batch, (texts.kinds & LOST) != 0)
         if special and special.search(texts.joined):
             self.add_texts(SPECIAL, batch, (bool(special.search(text)) for text in texts.utf8))
-        some = np.diff(texts.ends, prepend=0) > 1  # the empty prefix of a document is none, and an empty text a bad row
+        some = np.diff(texts.ends, prepend=0) > 1  # empty: the prefix of a document, or a bad row
         self.add_texts(BLANK, batch, some & ((texts.kinds & VISIBLE) == 0))
         for i in _echoes(texts):
             self.add(ECHO, batch.place(i))
         self.add_texts(DECOMPOSED, batch, texts.not_nfc)
         if (texts.kinds[~texts.not_nfc] & PRECOMPOSED).any():
-            self.counts[COMPOSED] += 1  # whether there are some is all that matters
+            self.counts[COMPOSED] += 1  # only zero or non-zero matters
         if responses := texts.utf8[1::2]:
             same = all(response == responses[0] for response in responses)
             self._add_responses(source, _key(responses[0]) if same else "", len(responses))
@@ -82,7 +82,7 @@ class Lint:
         self.first.setdefault(kind, place)
 
     def add_texts(self, kind: str, batch: ExampleBatch, found: np.ndarray | Iterable[bool]) -> None:
-        """Note the texts of a batch, by whether something was found in each."""
+        """Count the texts of a batch for which `found` is true."""
         for i in np.flatnonzero(found if isinstance(found, np.ndarray) else list(found)).tolist():
             self.add(kind, f"{batch.place(i // 2)} ({('instruction', 'response')[i % 2]})")
 
@@ -91,14 +91,14 @@ class Lint:
         self.responses[source] = (key if key == before else "", count + rows)
 
     def merge(self, later: Lint) -> None:
-        """Take in what was found behind this."""
+        """Add what was found in later files."""
         self.counts += later.counts
         self.first = {**later.first, **self.first}
         for source, (key, rows) in later.responses.items():
             self._add_responses(source, key, rows)
 
     def lines(self, whole: bool = True) -> list[str]:
-        """Say what was found, a line for each kind; `whole`: there is no more of the sources."""
+        """Return one line for each kind found; `whole`: all of the sources has been read."""
         shown = [kind for kind in MEANINGS if self.counts[kind]]
         if not self.counts[COMPOSED] and DECOMPOSED in shown:
             shown.remove(DECOMPOSED)
@@ -123,7 +123,7 @@ class Lint:
 
 
 def broken_latex(texts: Texts) -> set[bytes]:
-    """Return those of BROKEN_LATEX that stand in the texts."""
+    """Return the members of BROKEN_LATEX that occur in the texts."""
     if not (texts.kinds & CONTROL).any():
         return set()
     from hrm_megatron.data.character_kernels import places_of_triples  # late: numba takes half a second
@@ -132,7 +132,7 @@ def broken_latex(texts: Texts) -> set[bytes]:
 
 
 def _echoes(texts: Texts) -> list[int]:
-    """Return the examples whose texts are the same but for white space around them."""
+    """Return the indices of examples whose two texts are equal up to surrounding whitespace."""
     starts, ends = texts.stripped.T
     lengths = ends - starts
     return [i for i in np.flatnonzero(lengths[::2] == lengths[1::2]).tolist()

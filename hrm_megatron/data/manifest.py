@@ -1,4 +1,4 @@
-"""PREFIX.json: which sources a dataset was made from, which shard holds each, and the checksums of all of it."""
+"""PREFIX.json: the sources that a dataset was made from, the shard of each, and the checksums of all shards."""
 from __future__ import annotations
 
 import hashlib
@@ -14,18 +14,18 @@ from hrm_megatron.data.lint import Lint
 from hrm_megatron.data.shards import Shard
 from hrm_megatron.data.tokenizer import TextTokenizer
 
-READING = 2  # how rows are read; 1 dropped parts of prompts, learned masked turns and split the turns of a chat
+READING = 2  # version of the row readers; 1 dropped parts of prompts, trained on masked turns and split chats
 FORMAT = 2  # 1 was PREFIX.bin and PREFIX.idx, without "format"
 REPORT = ".report.md"
 PREPROCESS = "python tools/preprocess_data.py"
 TOKENIZER = ("tokenizer_fingerprint", "vocab_size", "boq", "eoq", "eoa")
 TOTALS = ("examples", "tokens", "max_row_length")
-SHA256 = "sha256"  # of all else in the file, by which damage to it is seen
+SHA256 = "sha256"  # of everything else in the file, to detect damage
 
 
 @dataclass(frozen=True)
 class Left:
-    """Rows of one kind that are not in the dataset: how many, and what was said of the first."""
+    """Rows of one kind that were left out: how many, and the message about the first."""
 
     count: int
     first: str
@@ -33,8 +33,8 @@ class Left:
 
 @dataclass(frozen=True)
 class Source:
-    """An input file as it was read, and what became of it; `shard` is None where it gave no example,
-    `lint` (of `Lint.to_json`) where nobody has looked; `reading` is the `READING` of the version that made it."""
+    """An input file as it was read, and the result; `shard` is None if it gave no example, `lint` (of `Lint.to_json`)
+    if it was not linted; `reading` is the `READING` of the version that made it."""
 
     name: str
     num_bytes: int
@@ -46,11 +46,11 @@ class Source:
     noted: Mapping[str, int] = field(default_factory=dict)
     bad_rows: Mapping[str, Left] = field(default_factory=dict)
     lint: Mapping[str, Any] | None = None
-    reading: int = 1  # manifests of before have none
+    reading: int = 1  # older manifests have no such field
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Source:
-        """Read what `asdict` has spelled; raises KeyError or TypeError where it is something else."""
+        """Read the result of `asdict`; raises KeyError or TypeError if it is something else."""
         return cls(**{**value, "shard": Shard.from_json(value["shard"]) if value["shard"] else None,
                       "bad_rows": {kind: Left(**left) for kind, left in value["bad_rows"].items()}})
 
@@ -61,8 +61,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The sources of a dataset in their order, and the settings that decide what is made of them. `tokenizer` is what
-    training needs to know of it."""
+    """The sources of a dataset in order, and the settings that decide what is made of them. `tokenizer` holds what
+    training needs to know about the tokenizer."""
 
     tokenizer: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -70,12 +70,12 @@ class Manifest:
 
     @property
     def shards(self) -> list[Shard]:
-        """The shard of each source that has one; sources of equal contents share theirs."""
+        """The shard of each source that has one; sources with equal contents share a shard."""
         return [source.shard for source in self.sources if source.shard]
 
     @property
     def lint(self) -> Lint:
-        """What was found in all sources that somebody has looked at."""
+        """Lint results of all linted sources, merged."""
         found = Lint()
         for source in self.sources:
             if source.lint is not None:
@@ -93,7 +93,7 @@ class Manifest:
         return dict(sorted(found.items()))
 
     def left_out(self) -> list[str]:
-        """Say of each kind of bad rows how many were left out, and which first."""
+        """Return a line for each kind of bad row: how many were left out, and the first."""
         return [f"skipped {left.count}: {kind}, first {left.first}" for kind, left in self.bad_rows.items()]
 
     @property
@@ -104,13 +104,13 @@ class Manifest:
 
 
 def facts_of(tokenizer: TextTokenizer) -> dict[str, Any]:
-    """Return what a manifest says of a tokenizer."""
+    """Return what a manifest records about a tokenizer."""
     return {"tokenizer_fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size,
             "boq": tokenizer.boq, "eoq": tokenizer.eoq, "eoa": tokenizer.eoa}
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """The prefix may hold dots."""
+    """Return PREFIX.json; `with_suffix` would be wrong, because the prefix may contain dots."""
     return Path(f"{prefix}.json")
 
 
@@ -123,7 +123,7 @@ def report_path(prefix: str | Path) -> Path:
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest, scratch: Path) -> None:
-    """Write PREFIX.json, whole or not at all; `scratch` is a folder beside it."""
+    """Write PREFIX.json atomically; `scratch` is a folder on the same file system."""
     content = {"format": FORMAT, **manifest.tokenizer, **manifest.totals, "settings": dict(manifest.settings),
                "sources": [asdict(source) for source in manifest.sources]}
     write_sealed(manifest_path(prefix), content, scratch)
@@ -146,7 +146,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read an object of JSON; ConfigError if it is none."""
+    """Read a JSON object; ConfigError if the file holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -157,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, content: Mapping[str, Any], scratch: Path) -> None:
-    """Write an object of JSON with its own digest, so that it is there whole or as it was before."""
+    """Write a JSON object with its own digest, atomically."""
     partial = scratch / "json"
     with open(partial, "w", encoding="utf-8") as file:
         file.write(json.dumps({**content, SHA256: _seal(content)}, indent=1) + "\n")
@@ -167,7 +167,7 @@ def write_sealed(path: Path, content: Mapping[str, Any], scratch: Path) -> None:
 
 
 def check_seal(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless the object is the one that was written."""
+    """Raise ConfigError unless the object has the digest that it was written with."""
     if content.get(SHA256) != _seal({name: value for name, value in content.items() if name != SHA256}):
         raise broken(path, "damaged: its contents do not have the digest that it ends with")
 
@@ -181,7 +181,7 @@ def broken(path: Path, reason: str) -> ConfigError:
 
 
 def check_settings(prefix: str | Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
-    """Refuse to put examples of other settings into a dataset."""
+    """Refuse to add examples made with other settings to a dataset."""
     for name in sorted({*have, *want}):
         if have.get(name) != want.get(name):
             raise ConfigError(f"{prefix} was made with {name}={have.get(name)!r}, not {want.get(name)!r}; choose "
@@ -189,7 +189,7 @@ def check_settings(prefix: str | Path, have: Mapping[str, Any], want: Mapping[st
 
 
 def check_names(names: Iterable[str], paths: Iterable[Path]) -> None:
-    """Refuse two sources of one name: rules and reports could not tell them apart."""
+    """Refuse two sources with the same name: rules and reports could not tell them apart."""
     seen: dict[str, Path] = {}
     for name, path in zip(names, paths, strict=True):
         if name in seen:

@@ -1,4 +1,4 @@
-"""Epochs drawn from one or several datasets, by weights, by sampling rules or whole; nothing is copied."""
+"""Epochs drawn from one or several datasets, by weights, by sampling rules or completely; no data is copied."""
 from __future__ import annotations
 
 import bisect
@@ -19,20 +19,20 @@ from hrm_megatron.data.shuffle import Ints, stream_key
 from hrm_megatron.data.split import PARTS, example_parts, prompts_for_empty_parts
 from hrm_megatron.data.walk import Pair, Window, blocks, check_lengths, row_lengths, smallest_dtype
 
-# An example is planned as one number, its id and below that the positions that it takes: examples are read in a random
-# order, which costs an access to memory for each array.
+# Planning packs an example into one number: its id above, its positions in the low bits. Examples are read in random
+# order, which costs a cache miss per array.
 LENGTH_BITS = 24
 LENGTH_MASK = np.uint64((1 << LENGTH_BITS) - 1)
-MAX_ROW_TOKENS = (1 << LENGTH_BITS) - 2  # so that a longer example is told from a full row
-WALK_STREAM = 20_421  # keeps the walks of sources apart from the orders of epochs and from the split
+MAX_ROW_TOKENS = (1 << LENGTH_BITS) - 2  # one length above it stays to mark examples that are too long
+WALK_STREAM = 20_421  # a stream of its own, independent of the orders of epochs and of the split
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which examples of datasets a run takes part by part, and in which mixture.
+    """Which examples of the datasets a run uses, by part, and in which mixture.
 
-    `weights` are shares of the tokens of an epoch, one per dataset; `rules` hold for the sources in all of them. Both
-    are of training: validation and test take each of their examples once.
+    `weights` are shares of the tokens of an epoch, one per dataset; `rules` apply to the sources of all datasets. Both
+    affect training only: validation and test take each of their examples once.
     """
 
     split: str | None = None
@@ -44,7 +44,7 @@ class Selection:
 class Mixture:
     """One part (train, valid, test) of datasets, as a `Walk`: example i of dataset k has the id `first[k] + i`.
 
-    `example_ids` chooses examples by hand instead of by the part.
+    `example_ids` selects examples directly, instead of the part.
     """
 
     def __init__(self, stores: Sequence[IndexedExamples], row_tokens: int, selection: Selection = Selection(),
@@ -55,11 +55,11 @@ class Mixture:
         self.selection = selection
         self.part = part
         self.example_ids = example_ids
-        self.first = np.cumsum([0, *map(len, stores)])  # of each dataset, and of the next one
+        self.first = np.cumsum([0, *map(len, stores)])  # first id of each dataset, and the end
         self.vocab_size = stores[0].vocab_size
         self.id_dtype = smallest_dtype(int(self.first[-1]))
         self.sources = [[*store.sources] if selection.rules else [SourceRange(store.prefix, 0, len(store))]
-                        for store in stores]  # without rules it does not matter what a dataset was made from
+                        for store in stores]  # without rules a dataset counts as one source
         names = [source.name for sources in self.sources for source in sources]
         self._rules = selection.rules.assign(names, part == "train") if selection.rules else [Rule()] * len(names)
         self._identity: str | None = None
@@ -69,7 +69,7 @@ class Mixture:
         return int(self.first[-1])
 
     def count_examples(self) -> dict[str, int]:
-        """Count the examples of each part, all from one pass."""
+        """Return the number of examples of each part, from one pass."""
         counts = dict.fromkeys(PARTS, 0)
         for k in range(len(self.stores)):
             found = self.parts_of(k)
@@ -85,14 +85,14 @@ class Mixture:
 
     @property
     def contents(self) -> str:
-        """Tell the examples of a held-out part from others, in whatever order: each of them is taken once."""
+        """Identify the examples of a held-out part, whatever their order: each of them is taken once."""
         seed = self.selection.seed if self.selection.split else None
         cut = [rule.long_context for rule in self._rules] if self.selection.rules else None
         return repr((*self._examples_of, self.part, *self._split_of, seed, cut))
 
     @cached_property
     def _split_of(self) -> tuple[object, ...]:
-        split = self.selection.split  # of each dataset by itself in older versions, which mostly gives the same parts
+        split = self.selection.split  # older versions split each dataset by itself, mostly with the same parts
         together = len(self.stores) > 1 and any(self._prompts_given_in([store]) != self.given_prompts
                                                 for store in self.stores)
         return (split, "of all together") if together else (split,)
@@ -110,7 +110,7 @@ class Mixture:
         if row_tokens > MAX_ROW_TOKENS:
             raise ConfigError(f"rows of {row_tokens} positions: there are at most {MAX_ROW_TOKENS}; choose a smaller "
                               "--seq-length")
-        if self.selection.rules:  # they truncate or drop
+        if self.selection.rules:  # rules truncate or drop long examples
             return
         for store in self.stores:
             for start, stop in blocks(0, len(store)) if len(store) else [(0, 0)]:
@@ -122,14 +122,14 @@ class Mixture:
     def example(self, epoch: int, i: int) -> Pair:
         store, own = self._placed(i)
         prefix, target = self.stores[store][own]
-        return prefix, target[:self.row_tokens + 1 - len(prefix)]  # longer ones are there only where rules truncate
+        return prefix, target[:self.row_tokens + 1 - len(prefix)]  # only rules that truncate let longer ones in
 
     def example_name(self, epoch: int, i: int) -> str:
         store, own = self._placed(i)
         return self.stores[store].example_name(own)
 
     def source_names(self, most: int) -> SourceNames:
-        """Name what the datasets were made from; the datasets themselves where that would be more than `most` names."""
+        """Return the names of the sources of all examples; of the datasets if there are more than `most` sources."""
         prefixes = [Path(os.path.abspath(store.prefix)) for store in self.stores]
         datasets = [(name, int(first)) for name, first in zip(distinct_tails(prefixes), self.first, strict=False)]
         found = SourceNames([(source.name if len(datasets) == 1 else f"{dataset}/{source.name}", first + source.first)
@@ -138,7 +138,7 @@ class Mixture:
         return found if len(found.names) <= most else SourceNames(datasets)
 
     def parts_of(self, k: int) -> np.ndarray:
-        """Part of each example of dataset k, uint8 [n]; examples that are not kept, or not chosen, are in none."""
+        """Return the part of each example of dataset k, uint8 [n]; len(PARTS) if it is not kept or not selected."""
         store, split, own = self.stores[k], self.selection.split, PARTS.index(self.part)
         if self.example_ids is not None:
             parts = np.full(len(store), len(PARTS), np.uint8)
@@ -154,7 +154,7 @@ class Mixture:
 
     @cached_property
     def given_prompts(self) -> dict[int, int]:
-        """Keys of prompts by the number of the part that they were given to because chance has left it empty."""
+        """Prompt keys by part, for parts that chance would have left empty: see `prompts_for_empty_parts`."""
         return self._prompts_given_in(self.stores)
 
     def _prompts_given_in(self, stores: Sequence[IndexedExamples]) -> dict[int, int]:
@@ -164,7 +164,7 @@ class Mixture:
                                        self.selection.split, self.selection.seed)
 
     def unfit(self) -> dict[str, tuple[int, int]]:
-        """Count the examples of this part that rules leave out for their lengths, and all, of each source with some."""
+        """Return, by source, how many examples of this part rules leave out for their lengths, and how many it has."""
         found = {}
         rules = iter(self._rules)
         for k, sources in enumerate(self.sources if self.selection.rules else ()):
@@ -177,7 +177,7 @@ class Mixture:
         return found
 
     def streams(self) -> Iterator[tuple[Rule, Iterator[Ints]]]:
-        """Yield of each source of examples its rule, and its examples of this part block by block: `packed`."""
+        """Yield for each source its rule, and its examples of this part as blocks of `packed` numbers."""
         rules = iter(self._rules)
         for k, sources in enumerate(self.sources):
             chosen = self.parts_of(k)
@@ -201,7 +201,7 @@ class Mixture:
 
 
 class SourceNames:
-    """Names, and the number of the name of each example; `begins` lists (name, id of its first example) by id."""
+    """Source names, and the name number of each example; `begins` lists (name, id of its first example) by id."""
 
     def __init__(self, begins: Sequence[tuple[str, int]]) -> None:
         self.names = tuple(dict.fromkeys(name for name, _ in begins))
@@ -214,7 +214,7 @@ class SourceNames:
 
 
 def distinct_tails(paths: Sequence[Path]) -> list[str]:
-    """Shorten paths to as few of their last parts as tell different ones apart."""
+    """Shorten paths to the fewest trailing parts that still distinguish them."""
     def tails(parts: int) -> list[str]:
         return ["/".join(path.parts[-parts:]) for path in paths]
     deepest, different = max(len(path.parts) for path in paths), len({*paths})
@@ -227,7 +227,7 @@ class MixedEpoch:
     def __init__(self, mixture: Mixture, epoch: int) -> None:
         selection = mixture.selection
         self.number, self.key, self.id_dtype = epoch, stream_key(selection.seed, epoch), mixture.id_dtype
-        examples = np.empty(mixture.size, np.uint64)  # more than there are: memory that is not written takes none
+        examples = np.empty(mixture.size, np.uint64)  # over-allocated: untouched pages cost no physical memory
         rules: list[Rule] = []
         firsts, tokens = [0], []
         for rule, found in mixture.streams():
@@ -269,15 +269,15 @@ class MixedEpoch:
 
 
 def packed(ids: Ints, lengths: Ints) -> Ints:
-    """Join ids [n] and lengths [n] to numbers [n] uint64, in the place of the ids."""
+    """Pack ids [n] and lengths [n] into numbers [n] uint64; overwrites `ids`."""
     ids <<= LENGTH_BITS
     ids |= lengths
     return ids.view(np.uint64)
 
 
 def weighted_quotas(weights: Sequence[float], sizes: Sequence[int], tokens: Sequence[int]) -> list[int]:
-    """Examples that each dataset of so many examples and positions gives to an epoch, which has as many positions as
-    all datasets together."""
+    """Return how many examples each dataset gives to an epoch, which has as many positions as all datasets together;
+    `sizes` and `tokens` are the examples and positions of each."""
     if not all(tokens):
         raise ConfigError("a weighted dataset has no examples in its training part; check --split, or leave it out")
     share = sum(tokens) / sum(weights)

@@ -1,4 +1,4 @@
-"""A shard whose files are mapped, and what they must be to be read."""
+"""A memory-mapped shard, and the checks that its files must pass."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import numpy as np
 
 from hrm_megatron.data.shards import HEADER, INDEX_DTYPES, KEY, MAGIC, PROMPT_KEYS, damaged
 
-CHECKED_SEQUENCES = 1 << 22  # of an index that are looked at together
+CHECKED_SEQUENCES = 1 << 22  # of an index, checked at a time
 
 Ids = np.ndarray  # [n] token ids
 
 
 @dataclass(frozen=True)
 class ShardFiles:
-    """How many examples a shard holds, and where its parts are. One of the older form has no keys."""
+    """The number of examples in a shard, and the paths of its parts. A shard of the older form has no keys."""
 
     examples: int
     bin: Path
@@ -25,13 +25,13 @@ class ShardFiles:
     example_keys: Path | None = None
 
     def keys(self, part: str) -> np.ndarray:
-        """Map the keys of a part: [n] of prompts, [n, 2] of examples."""
+        """Map the keys of a part: [n] for prompts, [n, 2] for examples."""
         path = getattr(self, part)
         return mapped(path, KEY).reshape((self.examples,) if part == PROMPT_KEYS else (self.examples, 2))
 
 
 class OpenShard:
-    """A shard whose files are mapped; `lengths` [n, 2] of prefix and target."""
+    """A memory-mapped shard; `lengths` [n, 2] of prefix and target."""
 
     def __init__(self, files: ShardFiles) -> None:
         self.files = files
@@ -45,7 +45,7 @@ class OpenShard:
         self.ids = mapped(files.bin, dtype)
 
     def example(self, i: int) -> tuple[Ids, Ids]:
-        """Return (prefix ids, target ids): copies, so that no file stays open for them."""
+        """Return (prefix ids, target ids) as copies, so that no file stays open for them."""
         parts = []
         for sequence, length in zip((2 * i, 2 * i + 1), self.lengths[i].tolist(), strict=True):
             start, rest = divmod(int(self.starts[sequence]), self.ids.itemsize)
@@ -55,7 +55,7 @@ class OpenShard:
         return parts[0], parts[1]
 
     def check_index(self) -> None:
-        """Raise ConfigError unless the index fits itself and the .bin: pairs, none empty, one behind the other."""
+        """Raise ConfigError unless the index fits itself and the .bin: contiguous pairs of non-empty sequences."""
         flat, end = self.lengths.reshape(-1), 0
         for first in range(0, len(flat), CHECKED_SEQUENCES):
             lengths = flat[first:first + CHECKED_SEQUENCES]
@@ -79,7 +79,7 @@ class OpenShard:
 
 
 def mapped(path: Path, dtype: Any, offset: int = 0, count: int | None = None) -> np.ndarray:
-    """Map a file as an array; ConfigError if it is not there or too short."""
+    """Map a file as an array; ConfigError if it is missing or too short."""
     try:
         return np.memmap(path, dtype, mode="r", offset=offset, shape=None if count is None else (count,))
     except FileNotFoundError as error:
@@ -89,7 +89,7 @@ def mapped(path: Path, dtype: Any, offset: int = 0, count: int | None = None) ->
 
 
 def read_header(index: Path) -> tuple[np.dtype[Any], int]:
-    """Return the type of the ids and the number of sequences; ConfigError if it is no index of pairs, or truncated."""
+    """Return dtype of the ids and number of sequences; ConfigError if truncated or no index of pairs."""
     size = index.stat().st_size
     with open(index, "rb") as file:
         header = file.read(HEADER.size)

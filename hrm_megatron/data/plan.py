@@ -1,7 +1,7 @@
-"""Which examples share a row, decided once from the seed: the same rows for any number of readers.
+"""Assign examples to rows by the seed alone: the same rows for any number of loader workers.
 
-Every epoch is a walk over its examples (`walk.py`), cut into windows; each window is packed by best fit, longest
-example first, and its rows are shuffled. A row never mixes epochs. Nothing here knows a tensor.
+Every epoch is a walk over its examples (`walk.py`), cut into windows; each window is packed by best-fit decreasing, and
+its rows are shuffled. A row never mixes epochs. This module does not use torch.
 """
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ from hrm_megatron.data.walk import Epoch, Walk
 
 log = logging.getLogger(__name__)
 
-WINDOW_EXAMPLES = 16_384  # at least; a window's last, half-empty row must not count, so that long rows need more
-WINDOW_ROW_LENGTHS = 4  # examples per position of a row
-# Raise it when a change moves an example: cached plans must not survive, and no run may go on in the middle of another
-# order (training/resume.py). 1: orders by sorting, in windows of one size.
+WINDOW_EXAMPLES = 16_384  # at least; longer rows need more, so that a window's last, half-empty row is negligible
+WINDOW_ROW_LENGTHS = 4  # window examples per position of a row
+# Raise it when a change moves any example: cached plans must become invalid, and no run may resume in the middle of
+# another order (training/resume.py). Version 1 ordered by sorting, in windows of one size.
 PLAN_VERSION = 2
 EPOCHS_IN_MEMORY = 2
 
 
 class Place(NamedTuple):
-    """Where a planned row comes from."""
+    """The epoch of a planned row, and its example ids."""
 
     epoch: int
     example_ids: Ints
 
 
 def row_length(prefix_length: int, target_length: int) -> int:
-    """Positions that an example takes in a row: its last target token is only a label."""
+    """Return the positions that an example takes in a row: its last target token is only a label."""
     return prefix_length + target_length - 1
 
 
 def window_for(row_tokens: int) -> int:
-    """Examples that are packed together."""
+    """Return the number of examples that are packed together."""
     return max(WINDOW_EXAMPLES, WINDOW_ROW_LENGTHS * row_tokens)
 
 
 def plan_windows(epoch: Epoch, row_tokens: int, window_examples: int, *seed: int) -> Iterator[tuple[Ints, Ints, int]]:
-    """Yield per window the ids row by row, the number of each row's examples, and the positions that all take."""
+    """Yield per window the ids row by row, the number of examples of each row, and the positions filled in all."""
     from hrm_megatron.data.kernels import best_fit, group_by_row
 
     for start in range(0, len(epoch), window_examples):
         window = epoch.window(start, min(start + window_examples, len(epoch)))
         row_of, rows = best_fit(window.lengths, row_tokens)
-        # Best fit fills long rows first; shuffled, else a batch would be all long or all short examples.
+        # Best fit places long examples first; without the shuffle a batch would hold only long or only short ones.
         ids, sizes = group_by_row(window.ids, row_of, rows, stream_key(*seed, start, 1))
         yield ids, sizes, int(window.lengths.sum(dtype=np.int64))
 
 
 def warm_up(id_dtype: np.dtype[np.unsignedinteger]) -> None:
-    """Compile all that planning calls."""
+    """Compile all kernels that planning calls."""
     from hrm_megatron.data.kernels import best_fit, draw, gather, group_by_row
 
     one, key = np.ones(1, np.int64), stream_key(0)
@@ -68,11 +68,10 @@ def warm_up(id_dtype: np.dtype[np.unsignedinteger]) -> None:
 
 
 class RowPlan:
-    """Rows 0, 1, 2, ... over as many epochs as anybody asks for, planned epoch by epoch when first needed.
+    """Rows 0, 1, 2, ... over any number of epochs; each epoch is planned when it is first needed.
 
-    With a `cache_folder`, planned epochs are kept there and opened as memory maps by all processes that see it; one of
-    them plans, the others wait. There, the epoch after the current one is planned by a thread, if a row before
-    `num_rows` is in it.
+    With a `cache_folder`, planned epochs are stored there and memory-mapped by all processes that see it; one of them
+    plans, the others wait. A thread then plans the next epoch ahead, if it has a row before `num_rows`.
     """
 
     def __init__(self, walk: Walk, row_tokens: int, seed: int, cache_folder: str | Path | None = None,
@@ -83,12 +82,12 @@ class RowPlan:
         self.window_examples = window_examples or window_for(row_tokens)
         self.num_rows = num_rows
         self._cache = PlanCache(Path(cache_folder)) if cache_folder else None
-        self._first_rows = [0]  # of every epoch counted, and of the next one
+        self._first_rows = [0]  # first row of every epoch counted so far, and of the next one
         self._recent: dict[int, Rows] = {}
         self._entered: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A process that gets a copy maps cached rows itself, and has a thread of its own."""
+        """Drop loaded rows and the record of epochs planned ahead: a copy in another process maps rows itself."""
         return self.__dict__ | {"_entered": set()} | ({"_recent": {}} if self._cache else {})
 
     def rows_of_epoch(self, epoch: int) -> Rows:
@@ -100,12 +99,12 @@ class RowPlan:
         return self._recent[epoch]
 
     def locate(self, row: int) -> Place:
-        """Find row number `row` of the whole walk. Of epochs before it, only their number of rows is read."""
+        """Return epoch and example ids of row number `row`. Of earlier epochs only the number of rows is read."""
         while self._first_rows[-1] <= row:
             self._first_rows.append(self._first_rows[-1] + self._count(len(self._first_rows) - 1))
         epoch = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         if self._cache and epoch not in self._entered and self._first_rows[epoch + 1] < self.num_rows:
-            warm_up(self.walk.id_dtype)  # a reader that forks must not meet a thread that imports or compiles
+            warm_up(self.walk.id_dtype)  # a loader worker must not fork during an import or a compilation
             self._cache.plan_ahead(self._name(epoch + 1), self._plan(epoch + 1))
         self._entered.add(epoch)
         return Place(epoch, self.rows_of_epoch(epoch)[row - self._first_rows[epoch]])
@@ -125,7 +124,7 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans one epoch when it is called."""
+    """Plans one epoch when called."""
 
     walk: Walk
     epoch: int
@@ -135,7 +134,7 @@ class Planner:
 
     def __call__(self) -> Iterator[tuple[Ints, Ints, int]]:
         if not self.epoch:
-            self.walk.check(self.row_tokens)  # of all epochs: a late one must not end a run after days
+            self.walk.check(self.row_tokens)  # checks all epochs: a bad late one must not end a run after days
         loaded = self.walk.epoch(self.epoch)
         if len(loaded) > self.window_examples:
             log.info("data: planning the rows of %d examples, epoch %d", len(loaded), self.epoch)

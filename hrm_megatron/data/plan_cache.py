@@ -1,4 +1,4 @@
-"""Planned epochs on disk: planned by one process, read as memory maps by all that see the folder."""
+"""Planned epochs on disk: planned by one process, memory-mapped by all that see the folder."""
 from __future__ import annotations
 
 import contextlib
@@ -27,23 +27,23 @@ from hrm_megatron.data.folder_lock import locked_in_place
 from hrm_megatron.program import listening, nearest, signals_held
 
 OFFSETS, EXAMPLE_IDS, COUNTS = "offsets.npy", "example_ids.bin", "plan.json"  # files of a planned epoch
-POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 5.0  # between two looks for what another process plans: at first, later
-PATIENCE_SECONDS = 300.0  # behind which a process plans what it has left to another one of its node
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 5.0  # between polls for another process's plan: first, longest
+PATIENCE_SECONDS = 300.0  # after this, a process plans itself what it has left to another process of its node
 STALE_SECONDS = 86_400.0  # no plan takes that long
 VANISHED = (errno.ENOENT, errno.ESTALE)
 LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 Ints = np.ndarray  # [n] integers
-Windows = Iterable[tuple[Ints, Ints, int]]  # ids row by row, number of each row's, positions they take
+Windows = Iterable[tuple[Ints, Ints, int]]  # ids row by row, number of ids of each row, positions filled
 Plan = Callable[[], Windows]
 
 log = logging.getLogger(__name__)
 
 
 def writable_folder(*wanted: Path) -> Path:
-    """Return the first of these folders that can be written, else one of this user among the temporary files.
+    """Return the first of these folders that can be written, else a folder of this user in the temporary directory.
 
-    Nothing is created. A folder in the second place or later is named in the log.
+    Nothing is created. If it is not the first folder, a log line names it.
     """
     own = Path(tempfile.gettempdir()) / f"hrm_megatron-{os.getuid()}" / "rows"
     for number, folder in enumerate([*wanted, own]):
@@ -58,7 +58,7 @@ def writable_folder(*wanted: Path) -> Path:
 
 @dataclass(frozen=True)
 class Rows:
-    """Row i holds `example_ids[offsets[i]:offsets[i + 1]]`, in that order; `tokens` positions are filled in all."""
+    """Row i holds `example_ids[offsets[i]:offsets[i + 1]]`, in order; all rows fill `tokens` positions."""
 
     offsets: Ints
     example_ids: Ints
@@ -72,7 +72,7 @@ class Rows:
 
     @classmethod
     def gathered(cls, windows: Windows) -> Rows:
-        """Join windows in memory."""
+        """Concatenate windows in memory."""
         ids, sizes, tokens = zip(*windows, strict=True)
         return cls(_offsets(sizes), np.concatenate(ids), sum(tokens))
 
@@ -82,16 +82,17 @@ def _offsets(sizes: Iterable[Ints]) -> Ints:
 
 
 class PlanCache:
-    """A folder of planned epochs by name."""
+    """A folder of planned epochs, by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def opened(self, name: str, plan: Plan) -> Rows:
-        """Open a planned epoch. One process plans it if nobody has, however long that takes; the others wait.
+        """Open a planned epoch. If it is not planned yet, one process plans it, however long that takes; the others
+        wait.
 
-        Of the processes of a node that a launcher has started, one tries to; that the others look for the folder alone
-        spares storage their locks.
+        Of the processes that a launcher has started on a node only one tries to plan; the others only poll for the
+        folder, which spares the storage their locks.
         """
         folder, began, pause = self.folder / name, time.monotonic(), POLL_SECONDS
         while not folder.exists():
@@ -106,12 +107,12 @@ class PlanCache:
         return _load(folder)
 
     def plan_ahead(self, name: str, plan: Plan) -> None:
-        """Plan an epoch in a thread, unless it is there or somebody is at it."""
+        """Plan an epoch in a thread, unless it is planned or another process is planning it."""
         if _plans_for_its_node() and not (self.folder / name).exists():
             threading.Thread(target=self._plan_quietly, args=(name, plan), daemon=True, name="plan").start()
 
     def num_rows(self, name: str) -> int | None:
-        """Rows of a planned epoch; None where it is not planned."""
+        """Return the number of rows of a planned epoch; None if it is not planned."""
         return len(_load(self.folder / name)) if (self.folder / name).exists() else None
 
     def _plan_quietly(self, name: str, plan: Plan) -> None:
@@ -121,14 +122,14 @@ class PlanCache:
             log.warning("data: the next epoch is planned when it begins: %s", error)
 
     def _plan_alone(self, folder: Path, plan: Plan) -> None:
-        """Plan an epoch unless another process is at it, or has been."""
+        """Plan an epoch unless another process is planning it or has done so."""
         with self._lock(folder.name) as mine:
             if mine and not folder.exists():
                 self._write(folder, plan())
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[bool]:
-        """Hold the lock of a plan; False where another process, or thread, holds it. It goes with its process."""
+        """Hold the lock of a plan; yield False if another process or thread has it. It ends with its process."""
         path = self.folder / f"{name}.lock"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ class PlanCache:
         try:
             lock = _locked(file, path)
             if lock is Lock.OURS:
-                # A lock may be a node's own, so that another node's process plans too.
+                # Locks may be local to a node: a process of another node may be writing, too.
                 for partial in filter(_was_left, self.folder.glob(f"{name}.partial-*")):
                     shutil.rmtree(partial, ignore_errors=True)
             try:
@@ -151,8 +152,8 @@ class PlanCache:
 
     @listening()
     def _write(self, folder: Path, windows: Windows) -> None:
-        """Write a planned epoch so that other processes see all of it or nothing; nothing is there if another one has
-        taken what is being written away."""
+        """Write a planned epoch that other processes see completely or not at all; write nothing if another process has
+        removed the unfinished folder."""
         partial = folder.with_name(f"{folder.name}.partial-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex}")
         try:
             partial.mkdir()
@@ -160,7 +161,7 @@ class PlanCache:
             partial.rename(folder)
         except OSError as error:
             vanished = error.errno in VANISHED and not partial.exists()
-            if not (vanished or folder.exists()):  # another process was faster, with the same rows
+            if not (vanished or folder.exists()):  # else another process was faster, with the same rows
                 raise _unwritable(folder, error) from error
         finally:
             with signals_held():
@@ -168,8 +169,8 @@ class PlanCache:
 
 
 class Lock(Enum):
-    """What came of an attempt to lock; NONE: the file system has no locks, so that every node plans for itself and the
-    first rename counts."""
+    """Result of an attempt to lock. NONE: the file system does not support locks, so every node plans for itself and
+    the first rename wins."""
 
     OURS = auto()
     TAKEN = auto()
@@ -177,7 +178,7 @@ class Lock(Enum):
 
 
 def _locked(file: int, path: Path) -> Lock:
-    """Lock an open file; it is taken too where it is no longer the file of that path."""
+    """Lock an open file; it counts as TAKEN, too, if it is no longer the file at that path."""
     try:
         return Lock.OURS if locked_in_place(file, path) else Lock.TAKEN
     except BlockingIOError:
@@ -189,17 +190,16 @@ def _locked(file: int, path: Path) -> Lock:
 
 
 def _plans_for_its_node() -> bool:
-    """Tell whether this is the process of its node that plans: the first, or one that no launcher has started."""
+    """Return whether this process plans for its node: local rank 0, or not started by a launcher."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _was_left(partial: Path) -> bool:
-    """Tell whether the process that wrote this folder is known to be gone: it was one of this host, or it began so long
-    ago."""
+    """Return whether the writer of this folder is gone: it ran on this host, or the folder is STALE_SECONDS old."""
     writer = re.fullmatch(r".+\.partial-(.+)-(\d+)-[0-9a-f]+", partial.name)
     if writer and writer[1] == platform.node() and not psutil.pid_exists(int(writer[2])):
         return True
-    with contextlib.suppress(OSError):  # gone meanwhile
+    with contextlib.suppress(OSError):  # removed meanwhile
         return time.time() - partial.stat().st_mtime > STALE_SECONDS
     return False
 
@@ -209,7 +209,7 @@ def _unwritable(folder: Path, error: OSError) -> ConfigError:
 
 
 def _write_rows(folder: Path, windows: Windows) -> None:
-    """Write ids as they come: the planner's memory holds none of them."""
+    """Write ids as they arrive, without holding them in memory."""
     sizes, tokens, count = [], 0, 0
     with open(folder / EXAMPLE_IDS, "wb") as file:
         for ids, window_sizes, window_tokens in windows:

@@ -1,4 +1,4 @@
-"""From rows and a tokenizer to an indexed dataset."""
+"""Rows and a tokenizer to an indexed dataset."""
 from __future__ import annotations
 
 import contextlib
@@ -33,9 +33,9 @@ from hrm_megatron.data.spell import Spelled, spell
 from hrm_megatron.data.text_keys import TextKeys
 from hrm_megatron.data.tokenizer import TextTokenizer
 
-WORKERS_PER_READER = 4  # one reader unpacks 150 MB of Parquet a second and more, a worker spells 25
-MAX_READERS = 3  # a row group that is packed tightly takes 256 MB while it is read
-TASKS_PER_WORKER = 4  # queued ahead, so that memory does not grow with the input
+WORKERS_PER_READER = 4  # a reader decompresses 150 MB/s of Parquet or more, a worker encodes 25 MB/s
+MAX_READERS = 3  # a strongly compressed row group takes 256 MB while it is read
+TASKS_PER_WORKER = 4  # queued ahead; bounded, so that memory does not grow with the input
 ROWS = RowFormat()
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 def encode_chunk(tokenizer: TextTokenizer, piece: Piece, rows: RowFormat, context_size: int,
                  lint: bool = True) -> Encoded:
-    """Spell the examples of a piece; rows that cannot be spelled come back in `bad_rows`, in order.
+    """Encode the examples of a piece; rows that cannot be encoded are returned in `bad_rows`, in order.
 
     An example takes at most `context_size` positions: a longer response is cut and loses its end token.
     """
@@ -79,21 +79,20 @@ _worker_tokenizer: TextTokenizer
 def _start_worker(tokenizer_path: Path, engine: str) -> None:
     global _worker_tokenizer
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    logging.getLogger("hrm_megatron").setLevel(logging.ERROR)  # what there is to warn of, the parent has said
+    logging.getLogger("hrm_megatron").setLevel(logging.ERROR)  # the parent process has already logged the warnings
     _worker_tokenizer = open_in_worker(tokenizer_path, engine)
 
 
 def open_in_worker(tokenizer_path: Path, engine: str) -> TextTokenizer:
-    """Load the tokenizer of a process that does nothing else."""
+    """Load the tokenizer in a process that does nothing else."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = TextTokenizer(tokenizer_path, engine)
-    gc.freeze()  # what is imported stays: to look for garbage in it took a sixth of the time
+    gc.freeze()  # exempt imports from garbage collection: scanning them took a sixth of the time
     return tokenizer
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that gives it work has: a killed one says nothing, and its workers would wait for
-    pieces forever."""
+    """Exit when the parent exits: a killed parent sends no signal, and workers would wait for pieces forever."""
     parent = multiprocessing.parent_process()
     assert parent
     parent.join()
@@ -106,7 +105,7 @@ def _encode_in_worker(piece: Piece, rows: RowFormat, context_size: int, lint: bo
 
 @contextlib.contextmanager
 def _leave_stopping_to_us() -> Iterator[None]:
-    """Start no process in here that Ctrl-C or a lost terminal reaches: this one ends them, without tracebacks."""
+    """Start child processes with SIGINT and SIGHUP blocked: the parent ends them, so that they print no tracebacks."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield
@@ -116,12 +115,12 @@ def _leave_stopping_to_us() -> Iterator[None]:
 
 def encode_all(chunks: Iterable[Piece], tokenizer: TextTokenizer, workers: int, rows: RowFormat,
                context_size: int, lint: bool = True) -> Generator[tuple[Piece, Encoded]]:
-    """Spell chunks in `workers` processes (1: in this one) and return them in their order."""
+    """Encode chunks in `workers` processes (1: in this one) and yield the results in order."""
     if workers == 1:
         for chunk in chunks:
             yield chunk, encode_chunk(tokenizer, chunk, rows, context_size, lint)
         return
-    # spawn: the tokenizers library and tqdm have threads, which do not survive a fork
+    # spawn: threads of the tokenizers library and tqdm do not survive a fork
     context = multiprocessing.get_context("spawn")
     with _leave_stopping_to_us():
         executor = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path, tokenizer.engine_choice))
@@ -146,12 +145,14 @@ def preprocess(paths: Sequence[Path], output_prefix: str | Path, tokenizer: Text
                overwrite: bool = False, chunk_bytes: int = PIECE_BYTES, names: Sequence[str] | None = None,
                task: Task | None = None, merge: bool = False, lint: str = "warn",
                beside: Callable[[], object] = lambda: None) -> Report | None:
-    """Bring the dataset at `output_prefix` up to the examples of `paths`, in order: a shard for each, by its name.
+    """Bring the dataset at `output_prefix` up to date with `paths`, in order: one shard for each source, identified by
+    its name.
 
-    A bad row raises BadRow unless they are skipped. The files do not depend on `workers`. Whatever is raised, finished
-    sources stay and nothing else, and the dataset is the one that was there before. As one `task` of several this makes
-    the shards of its share, and returns None unless it is the last; `merge` refuses to make any. `lint`: one of `LINT`.
-    `beside` writes what belongs to the dataset; it is called when all shards are there, before PREFIX.json changes.
+    A bad row raises BadRow unless bad rows are skipped. The files do not depend on `workers`. If anything is raised,
+    finished sources are kept and nothing else, and the previous dataset stays in place. As one `task` of several, make
+    the shards of its share and return None unless it is the last to finish; `merge` refuses to make any. `lint`: one of
+    `LINT`. `beside` writes files that belong to the dataset; it is called once all shards exist, before PREFIX.json
+    changes.
     """
     for name, value in (("workers", workers), ("context-size", context_size)):
         if value < 1:

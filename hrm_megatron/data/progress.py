@@ -1,4 +1,4 @@
-"""What those who wait for data are told: a bar on a terminal, lines in a log elsewhere."""
+"""Progress of data tools: a bar on a terminal, log lines elsewhere."""
 from __future__ import annotations
 
 import logging
@@ -7,20 +7,20 @@ from typing import Never, Self
 
 from tqdm import tqdm
 
-LINE_SECONDS = 60.0  # between lines about the progress where there is no terminal
+LINE_SECONDS = 60.0  # between progress lines without a terminal
 
 log = logging.getLogger(__name__)
 
 
 def show_log() -> None:
-    """Show what is logged on stderr: of ours also what is no warning."""
+    """Send log messages to stderr, our own from level INFO on."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hrm_megatron").setLevel(logging.INFO)
-    logging.getLogger("hrm_megatron.data.plan").setLevel(logging.WARNING)  # of epochs, and a tool trains none
+    logging.getLogger("hrm_megatron.data.plan").setLevel(logging.WARNING)  # it logs epochs, which concern training only
 
 
 class Bar:
-    """A bar that counts in some unit; where there is no terminal, what it would say is a line in the log at times."""
+    """A progress bar for some unit; without a terminal, the same as a periodic log line."""
 
     def __init__(self, unit: str, unit_scale: bool = False) -> None:
         self._unit, self._unit_scale = unit, unit_scale
@@ -38,7 +38,7 @@ class Bar:
         return time.monotonic() - self._started
 
     def begin(self, total: float | None = None) -> None:
-        """Start, for the first time or again."""
+        """Start or restart the count and the clock."""
         self._bar.reset(total)
         self._done, self._total = 0, total
         self._started, self._said = time.monotonic(), 0.0
@@ -56,7 +56,7 @@ class Bar:
 
 
 class Progress(Bar):
-    """How far a run is: `read_bytes` of its sources, and `tokens` made of them in `seconds`."""
+    """Progress of a run: `read_bytes` of its sources, and `tokens` made from them in `seconds`."""
 
     def __init__(self) -> None:
         self.read_bytes = self.tokens = 0

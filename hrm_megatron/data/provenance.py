@@ -1,4 +1,4 @@
-"""What an output was made from, kept in it, so that a command that is repeated tells its own result from another's."""
+"""What an output was made from, stored in it, so that a repeated command can tell its own result from another."""
 from __future__ import annotations
 
 import time
@@ -23,7 +23,7 @@ class SourceFile:
 
     @property
     def identity(self) -> tuple[str, int, int]:
-        """What tells it from another file. A folder that was moved holds the same files."""
+        """Name, size and modification time; not the folder, which may have been moved."""
         return Path(self.path).name, self.num_bytes, self.modified_ns
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Input files in their order, and the settings that decide the output besides them."""
+    """The input files in order, and all other settings that decide the output."""
 
     files: tuple[SourceFile, ...]
     settings: dict[str, Any]
@@ -46,14 +46,14 @@ class Provenance:
 
     @classmethod
     def from_json(cls, value: Any) -> Provenance:
-        """Read what `asdict` has spelled; raises KeyError or TypeError where it is something else."""
+        """Read the result of `to_json`; raises KeyError or TypeError if it is something else."""
         return cls(tuple(SourceFile(**file) for file in value["files"]), dict(value["settings"]))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def check(self, output: str, recorded: Any) -> None:
-        """Refuse, in place of this one, the output of another input or of other settings."""
+        """Raise ConfigError unless `recorded` has the same input files and settings as this."""
         try:
             theirs = Provenance.from_json(recorded)
         except (KeyError, TypeError) as error:

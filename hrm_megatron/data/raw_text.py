@@ -1,6 +1,7 @@
-"""Plain documents as examples: consecutive sentences that fill the context, cut into a prefix and a response.
+"""Plain documents as examples: runs of consecutive sentences that fill the context, each cut into a prefix and a
+response.
 
-Cuts depend on the document's text and a seed alone, not on its place, its neighbours or the number of workers.
+The cuts depend only on the document's text and a seed, not on its place, its neighbours or the number of workers.
 """
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from typing import Any, NamedTuple
 from hrm_megatron.data.example import BadRow, Example, RawText, RowFormat, make_example, text_of
 from hrm_megatron.data.sentences import sentence_starts
 
-CHARACTERS_PER_TOKEN = 4  # roughly; where no tokenizer is there yet
+CHARACTERS_PER_TOKEN = 4  # a rough estimate, for use before there is a tokenizer
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What documents are cut by: positions of an example, and tokens of texts."""
+    """What documents are cut by: the positions of an example, and a function that counts the tokens of texts."""
 
     context_size: int
     count: Callable[[Sequence[str]], Sequence[int]]
@@ -30,7 +31,7 @@ BY_CHARACTERS = Sizes(4096, lambda texts: [-(-len(text) // CHARACTERS_PER_TOKEN)
 
 
 class Window(NamedTuple):
-    """An example as the places in the document where its prefix and its response begin and where it ends."""
+    """An example as offsets in the document: where its prefix and its response begin, and where it ends."""
 
     start: int
     border: int
@@ -39,7 +40,7 @@ class Window(NamedTuple):
 
 def document_examples(row: dict[str, Any], place: str, rows: RowFormat, raw: RawText, noted: Counter[str],
                       sizes: Sizes) -> list[Example]:
-    """Cut a document into examples. A document without a condition, or without a default one, has no tags."""
+    """Cut a document into examples. A document without a condition has no tags, unless there is a default condition."""
     text = text_of(row, raw.key, place, "--text-key").strip()
     if not text:
         noted["empty documents, passed over"] += 1
@@ -51,7 +52,7 @@ def document_examples(row: dict[str, Any], place: str, rows: RowFormat, raw: Raw
         row = {**row, rows.keys[0]: ""}
     condition = make_example(row, place, rows, "", "").condition
     tags = len(condition.split(",")) if condition.strip() else 0
-    room = sizes.context_size - 2 - tags  # the prefix has two control tokens besides, the response one
+    room = sizes.context_size - 2 - tags  # minus boq, eoq and the tags; eoa is only a label and takes no position
     if room < 1:
         raise BadRow("no room", f"{place}: {sizes.context_size} positions have no room for text; raise --context-size")
     seen: Counter[str] = Counter()
@@ -63,7 +64,7 @@ def document_examples(row: dict[str, Any], place: str, rows: RowFormat, raw: Raw
 
 
 def _windows(text: str, starts: list[int], room: int, raw: RawText, sizes: Sizes, seen: Counter[str]) -> list[Window]:
-    """Fill `room` tokens again and again. Sentences together may have more tokens than each by itself: then less."""
+    """Fill windows of `room` tokens; retry with a smaller aim if sentences have more tokens joined than singly."""
     digest = hashlib.blake2b(f"{raw.seed}\0{text}".encode(), digest_size=8).digest()
     aim = room
     while True:
@@ -75,7 +76,7 @@ def _windows(text: str, starts: list[int], room: int, raw: RawText, sizes: Sizes
         prefixes = sizes.count([text[window.start:window.border] for window in windows])
         responses = sizes.count([text[window.border:window.end] for window in windows])
         most = max((prefix + response for prefix, response, (first, last) in zip(prefixes, responses, runs, strict=True)
-                    if last - first > 1), default=0)  # a sentence that is still too long is not two
+                    if last - first > 1), default=0)  # a smaller aim cannot split one sentence
         if most <= room or aim == 1:
             seen["examples of one sentence, without a prefix"] += sum(last - first == 1 for first, last in runs)
             return windows
@@ -84,7 +85,7 @@ def _windows(text: str, starts: list[int], room: int, raw: RawText, sizes: Sizes
 
 def _short_enough(text: str, starts: list[int], most: int, sizes: Sizes,
                   seen: Counter[str]) -> tuple[list[int], list[int]]:
-    """Cut sentences that are longer than `most` tokens at white space, or between characters where there is none."""
+    """Split sentences longer than `most` tokens at whitespace, or between characters where there is none."""
     ends = [*starts[1:], len(text)]
     lengths = sizes.count([text[start:end] for start, end in zip(starts, ends, strict=True)])
     seen.setdefault("sentences longer than the context, cut inside", sum(length > most for length in lengths))
@@ -103,7 +104,7 @@ def _short_enough(text: str, starts: list[int], most: int, sizes: Sizes,
 
 
 def _middle(text: str, start: int, end: int) -> int:
-    """White space behind a word near the middle, if there is some in the middle half."""
+    """Return the whitespace after a word that is nearest to the middle, if there is some in the middle half."""
     middle, reach = (start + end) // 2, (end - start) // 4
     for distance in range(reach):
         for place in (middle - distance, middle + distance):
@@ -113,7 +114,7 @@ def _middle(text: str, start: int, end: int) -> int:
 
 
 def _runs(lengths: Sequence[int], room: int) -> list[tuple[int, int]]:
-    """Sentences that fit in `room` together, as (first, behind the last), each run as long as it can be."""
+    """Return maximal runs of sentences that fit in `room` together, as (first, end)."""
     runs, first, total = [], 0, 0
     for i, length in enumerate(lengths):
         if i > first and total + length > room:
@@ -125,9 +126,9 @@ def _runs(lengths: Sequence[int], room: int) -> list[tuple[int, int]]:
 
 def _with_border(text: str, starts: Sequence[int], lengths: Sequence[int], first: int, last: int,
                  fraction: float) -> Window:
-    """Cut a run at the border of sentences that is nearest to `fraction` of its tokens; the response has one at least.
+    """Cut a run at the sentence border nearest to `fraction` of its tokens; the response has at least one sentence.
 
-    White space at the ends of the run is left out, that at the border begins the response.
+    Whitespace at the ends of the run is left out; whitespace at the border belongs to the response.
     """
     before = [0, *accumulate(lengths[first:last - 1])]
     aim = fraction * sum(lengths[first:last])

@@ -1,4 +1,4 @@
-"""What is in a dataset, in numbers: how much, how long, from where, what is not in it, and how well it fills rows."""
+"""Statistics of a dataset: size, lengths, sources, what was left out, and how well its examples fill rows."""
 from __future__ import annotations
 
 import math
@@ -16,15 +16,15 @@ from hrm_megatron.data.plan import RowPlan
 from hrm_megatron.data.run_report import Report
 from hrm_megatron.data.sampling_rules import Rules
 
-BLOCK_EXAMPLES = 1 << 22  # counted at a time
-FILL_EXAMPLES = 1 << 22  # that are packed to see how full rows get
+BLOCK_EXAMPLES = 1 << 22  # processed at a time
+FILL_EXAMPLES = 1 << 22  # packed to estimate how full rows get
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 SHOWN_SOURCES = 40
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """`counts[n]` examples have a part of n tokens."""
+    """Histogram: in `counts[n]` examples the part (prefix or response) has n tokens."""
 
     counts: np.ndarray
 
@@ -46,14 +46,14 @@ class Lengths:
         return len(self.counts) - 1
 
     def quantile(self, share: float) -> int:
-        """Return the shortest length that at least this share of the examples does not exceed."""
+        """Return the smallest length that at least this share of the examples does not exceed."""
         return int(np.searchsorted(self.counts.cumsum(), share * self.counts.sum()))
 
 
 @dataclass(frozen=True)
 class SourceLine:
-    """One source: its examples and tokens, how many were cut, how many rows left out, and of its examples which share
-    `seen` over the epochs of a plan, each how often (nan: not asked)."""
+    """One source: its examples and tokens, truncated responses and skipped rows; and over the epochs of a plan the
+    share of its examples that is `seen`, and how often each of those is (nan: not asked)."""
 
     name: str
     examples: int
@@ -66,7 +66,8 @@ class SourceLine:
 
 @dataclass(frozen=True)
 class Fill:
-    """How full rows of `row_tokens` are with what an epoch takes of the first `of` examples of a dataset, packed."""
+    """How full rows of `row_tokens` positions get when the `examples` that an epoch takes from the first `of` examples
+    of a dataset are packed."""
 
     row_tokens: int
     of: int
@@ -77,7 +78,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """All that is shown of a dataset. `run` has what was left out, None for a dataset of the older form."""
+    """Everything shown of a dataset. `run` says what was left out; None for a dataset of the older form."""
 
     prefix: str
     examples: int
@@ -88,13 +89,13 @@ class DatasetReport:
     run: Report | None
     fill: Fill | None
     epochs: int
-    kept: int | None = None  # of the examples, where duplicates were left out
+    kept: int | None = None  # number of examples, if duplicates were left out
 
 
 def report_on(store: IndexedExamples, row_tokens: int | None = None, run: Report | None = None,
               rules: Rules | None = None, epochs: int = 0, seed: int = 0) -> DatasetReport:
-    """Look at a dataset: with `row_tokens` how full such rows get, with `rules` or `epochs` which share of each source
-    these epochs show."""
+    """Compute the statistics of a dataset: with `row_tokens` also how full such rows get, with `rules` or `epochs` also
+    which share of each source these epochs show."""
     prefixes, responses = store.lengths()
     run = run or (Report(store.manifest) if store.manifest else None)
     lines = tuple(_source_lines(store, responses, prefixes))
@@ -144,13 +145,13 @@ def _fill(store: IndexedExamples, row_tokens: int, selection: Selection) -> Fill
     chosen = None if count == len(store) else np.arange(count)
     mixture = Mixture([store], row_tokens, selection, example_ids=chosen)
     if chosen is not None and not any(len(block) for _, found in mixture.streams() for block in found):
-        return None  # the prefixes of all of these fill rows
+        return None  # each of their prefixes alone fills a row
     rows = RowPlan(mixture, row_tokens, selection.seed).rows_of_epoch(0)
     return Fill(row_tokens, count, len(rows.example_ids), len(rows), rows.tokens / (len(rows) * row_tokens))
 
 
 def markdown(report: DatasetReport, picture: Path | None = None) -> str:
-    """Spell a report as Markdown, with a link to its `picture`."""
+    """Format a report as Markdown, with a link to its `picture`."""
     lines = [f"# {Path(report.prefix).name}", "",
              f"{report.examples:,} examples, {report.tokens:,} tokens"
              + (f", {report.run.truncated:,} responses truncated, {report.run.skipped.total():,} rows skipped"
@@ -178,8 +179,7 @@ def markdown(report: DatasetReport, picture: Path | None = None) -> str:
 
 
 def _coverage(line: SourceLine) -> tuple[str, str]:
-    """Which share is seen and how often; of a source without examples, or of which none is seen, there is no such
-    number."""
+    """Format the share of examples seen and how often each is; "-" if there is no such number."""
     return ("-" if math.isnan(line.seen) else f"{line.seen:.1%}",
             "-" if math.isnan(line.repeats) else f"{line.repeats:.2f}")
 

@@ -20,14 +20,14 @@ BLUE, ORANGE, GREY, RED = "#1f77b4", "#d95f02", "#888888", "#c0392b"
 BINS = 40
 SHOWN_SOURCES = 12
 NAME_CHARACTERS = 36
-MASK_PIXELS = 2048  # a side: a picture shows no more
-TOKENS: dict[str, Any] = dict(fontsize=6.5, family="monospace", parse_math=False)  # a $ is no formula
-NAMED_POSITIONS = 110  # whose tokens fit beside the picture of a mask
-MASK_COLOURS = ListedColormap(["#f7f7f7", "#9ecae1", "#fdae6b"])  # not seen, seen of a prefix, seen of a response
+MASK_PIXELS = 2048  # per side: the picture has no higher resolution
+TOKENS: dict[str, Any] = dict(fontsize=6.5, family="monospace", parse_math=False)  # $ is not math
+NAMED_POSITIONS = 110  # up to this many positions have their tokens as tick labels
+MASK_COLOURS = ListedColormap(["#f7f7f7", "#9ecae1", "#fdae6b"])  # masked, visible prefix key, visible response key
 
 
 def draw_report(report: DatasetReport, path: Path) -> None:
-    """Draw the lengths of prefixes and responses, the tokens of each source, and what is not in the dataset."""
+    """Draw the lengths of prefixes and responses, the tokens of each source, and what was left out."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes = figure.subplots(2, 2)
     _draw_lengths(axes[0, 0], report.prefixes, "prefix", BLUE)
@@ -97,7 +97,7 @@ def _draw_left_out(axes: Axes, report: DatasetReport) -> None:
 
 
 def _draw_bars(axes: Axes, names: Sequence[str], lengths: Sequence[int], colour: str) -> BarContainer:
-    """Draw a bar for each name, the first on top; names may look alike where they are shortened."""
+    """Draw a bar for each name, the first on top; shortened names may be equal."""
     bars = axes.barh(range(len(names)), lengths, color=colour)
     axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
     axes.invert_yaxis()
@@ -105,22 +105,21 @@ def _draw_bars(axes: Axes, names: Sequence[str], lengths: Sequence[int], colour:
 
 
 def _shortened(name: str) -> str:
-    half = (NAME_CHARACTERS - 1) // 2  # ends of names tell files of a folder apart
+    half = (NAME_CHARACTERS - 1) // 2  # files in a folder differ at the ends of their names
     name = name if len(name) <= NAME_CHARACTERS else f"{name[:half]}…{name[-half:]}"
-    return name.replace("$", r"\$")  # else the beginning of a formula
+    return name.replace("$", r"\$")  # an unescaped $ would start math
 
 
 def shown_positions(row_tokens: int, pairs: Sequence[tuple[int, int]]) -> int:
-    """Count the positions of a row that a picture shows: all of its examples, and one of the padding if there is any.
-    """
+    """Return how many positions of a row a picture shows: all examples, and one of the padding if there is any."""
     return min(row_tokens, max(sum(p + r for p, r in pairs) + 1, 8))
 
 
 def draw_row(texts: Sequence[str], labels: Sequence[str], pairs: Sequence[tuple[int, int]], mask: np.ndarray,
              title: str, path: Path) -> None:
-    """Draw one packed row: `texts` of its positions [s] with their `labels` ("" for none), and the mask [n, n] of its
-    `shown_positions` (True: the query in this row of the picture sees the key in this column). `pairs` are (prefix,
-    response) positions."""
+    """Draw one packed row: `texts` [s] of its positions with their `labels` ("" for none), and the attention mask [n,
+    n] of its `shown_positions` (True: the query of this picture row sees the key of this column). `pairs` are (prefix,
+    response) positions of each example."""
     shown = len(mask)
     key_colours = np.full(shown, 2, np.uint8)
     borders, start = [], 0
@@ -151,5 +150,5 @@ def draw_row(texts: Sequence[str], labels: Sequence[str], pairs: Sequence[tuple[
     axes.set_ylabel("queries" + (" → label" if named else " (rows this long are named in the text alone)"))
     axes.set_title(title, fontsize="medium", parse_math=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of scripts that the font lacks: the text alone has them
+        warnings.filterwarnings("ignore", "Glyph")  # the font lacks glyphs of some scripts; the text output has them
         figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""A tokenizer as flags spell it: PREFIX.tokenizer, which becomes another one only together with its dataset."""
+"""PREFIX.tokenizer: a tokenizer with the spelling that flags give, replaced only together with its dataset."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ FLAG = "--output-prefix"
 
 @dataclass(frozen=True)
 class Respelled:
-    """The files, name > text, of a tokenizer that is to be in `folder` when all else is done."""
+    """The files, name -> text, of a tokenizer that is written to `folder` when everything else is done."""
 
     files: Mapping[str, str]
     folder: Path
@@ -22,7 +22,7 @@ class Respelled:
 
     @classmethod
     def of(cls, path: str | Path, spelling: Spelling, folder: Path, overwrite: bool) -> Respelled:
-        """Spell the tokenizer of `path` anew. Refuses a folder whose contents `write` would not replace."""
+        """Load a tokenizer with another spelling. Refuses a folder whose contents `write` must not replace."""
         tokenizer = TextTokenizer(path, spelling=spelling)
         pad = next(token for token in (*PAD_TOKENS, spelling.eoa) if token in tokenizer.special_ids)
         made = cls(tokenizer_files(tokenizer.tokenizer, folder.name, pad, spelling), folder, overwrite)
@@ -30,14 +30,14 @@ class Respelled:
         return made
 
     def write_aside(self, place: Path) -> Path:
-        """Write it into a folder of `place`, to be read until it is where it belongs, and return that."""
+        """Write it to a temporary folder inside `place`, to be read until `write`, and return that folder."""
         aside = place / self.folder.name
         aside.mkdir()
         self._write(aside)
         return aside
 
     def write(self) -> None:
-        """Put it where it belongs, unless it is there."""
+        """Write it to `folder`, unless it is already there."""
         self._check()
         if not self._is_there():
             with whole_folder(self.folder) as partial:

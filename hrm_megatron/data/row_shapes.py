@@ -1,4 +1,4 @@
-"""How rows spell examples: the shapes in which instruction data is published, told from the first row."""
+"""How input rows express examples: the shapes in which instruction data is published, detected from the first row."""
 from __future__ import annotations
 
 from collections import Counter
@@ -15,18 +15,18 @@ from hrm_megatron.data.text_files import shown
 Row = dict[str, Any]
 
 
-INPUT = "input"  # what an `instruction` is about
-SYSTEM = ("system", "system_prompt")  # one of them: a system message, which every shape puts in front
-CONTEXT = ("context", "documents", "history", "tools", "functions")  # parts of prompts that no shape spells
-EMPTY = ("", "[]", "{}", "null")  # which such fields may hold, as JSON in a text too
+INPUT = "input"  # the input that an `instruction` refers to
+SYSTEM = ("system", "system_prompt")  # one of them: a system message, which every shape puts first
+CONTEXT = ("context", "documents", "history", "tools", "functions")  # parts of prompts that no shape uses
+EMPTY = ("", "[]", "{}", "null")  # values with which such fields count as empty, also as JSON text
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A shape of rows: the fields that tell it (of each tuple one), its reader, and what else belongs to its prompts:
-    fields that the reader takes where they are there, and `lost` ones, which must be empty.
+    """A shape of rows: the fields that identify it (one of each tuple), its reader, and further fields of its prompts:
+    `optional` ones are used if present, `lost` ones must be empty.
 
-    `examples` takes (row, place, format, counts of what was handled) and raises BadRow.
+    `examples` takes (row, place, format, counts of events) and raises BadRow.
     """
 
     fields: Callable[[RowFormat], tuple[tuple[str, ...], ...]]
@@ -35,7 +35,7 @@ class Shape:
     lost: Callable[[RowFormat], tuple[str, ...]] = lambda rows: CONTEXT
 
     def beside(self, rows: RowFormat) -> list[str]:
-        """Name the fields that must not be overlooked, beside those that tell the shape."""
+        """Return the fields that must not be overlooked, beside those that identify the shape."""
         return _of_ours((*self.optional, *self.lost(rows)), rows)
 
     def fits(self, names: Iterable[str], rows: RowFormat) -> bool:
@@ -44,7 +44,7 @@ class Shape:
 
 @lru_cache
 def _has_all(names: tuple[str, ...], fields: tuple[tuple[str, ...], ...]) -> bool:
-    """Say whether of each tuple of alternatives one is among the names, which most rows have in common."""
+    """Return whether of each tuple of alternatives one is among the names. Cached: most rows have the same names."""
     return all(any(name in names for name in alternatives) for alternatives in fields)
 
 
@@ -57,7 +57,7 @@ def _from_alpaca(row: Row, place: str, rows: RowFormat, noted: Counter[str]) -> 
 
 
 def _from_texts(row: Row, place: str, rows: RowFormat, asked: str, answered: str, flag: str = "") -> list[Example]:
-    """The system message, the instruction and its input, as far as there are some, with blank lines between."""
+    """Join the system message, the instruction and its input, as far as present, by blank lines."""
     more = _texts_beside(row, (INPUT,), place, rows) if asked == "instruction" else []
     texts = [*_system(row, place, rows), filled_text_of(row, asked, place, flag), *more]
     return [make_example(row, place, rows, "\n\n".join(texts), filled_text_of(row, answered, place, flag))]
@@ -68,7 +68,7 @@ def _from_chat(row: Row, place: str, rows: RowFormat, noted: Counter[str]) -> li
 
 
 def _system(row: Row, place: str, rows: RowFormat) -> list[str]:
-    """The system message that stands in a field of its own, if one does."""
+    """Return the system message that a row has in a field of its own, if any."""
     texts = {text.strip(): text for text in _texts_beside(row, SYSTEM, place, rows)}
     if len(texts) > 1:
         raise BadRow("two system messages", f"{place}: {' and '.join(SYSTEM)} have different texts; drop one")
@@ -76,20 +76,20 @@ def _system(row: Row, place: str, rows: RowFormat) -> list[str]:
 
 
 def _texts_beside(row: Row, names: Iterable[str], place: str, rows: RowFormat) -> list[str]:
-    """The texts of those of the fields that have one."""
+    """Return the non-empty texts of these fields."""
     texts = [text_of(row, key, place) for key in _of_ours(names, rows) if row.get(key) is not None]
     return [text for text in texts if text.strip()]
 
 
 def _is_lost(row: Row, key: str, rows: RowFormat) -> bool:
-    """Say whether there is something in a field that nobody reads."""
+    """Return whether a field that no reader uses holds something."""
     return not _is_empty(row.get(key)) and bool(_of_ours((key,), rows))
 
 
 def _is_empty(value: Any) -> bool:
-    """Say whether there is no text at any depth: Arrow gives all structs of a column the same fields, of nulls."""
+    """Return whether a value holds no text at any depth: Arrow fills the fields that a struct lacks with nulls."""
     found = [value]
-    for item in found:  # which grows: nesting may be deep
+    for item in found:  # grows while iterating: nesting may be too deep for recursion
         if isinstance(item, dict | list):
             found += item.values() if isinstance(item, dict) else item
         elif item and not (isinstance(item, str) and item.strip() in EMPTY):
@@ -98,11 +98,11 @@ def _is_empty(value: Any) -> bool:
 
 
 def _of_ours(names: Iterable[str], rows: RowFormat) -> list[str]:
-    """Choose the names that --json-keys gives no other meaning, and that are not to be ignored."""
+    """Return the names that --json-keys gives no other meaning and that are not ignored."""
     return [name for name in names if name not in rows.keys and name not in rows.ignored_fields]
 
 
-SHAPES: Mapping[str, Shape] = {  # in the order in which a row is held against them
+SHAPES: Mapping[str, Shape] = {  # in the order in which they are tried
     "fields": Shape(lambda rows: ((rows.keys[1],), (rows.keys[2],)), _from_fields, (*SYSTEM, INPUT),
                     lambda rows: CONTEXT if rows.keys[1] == "instruction" else (INPUT, *CONTEXT)),
     "messages": Shape(lambda rows: (TURN_LISTS,), _from_chat),
@@ -111,13 +111,13 @@ SHAPES: Mapping[str, Shape] = {  # in the order in which a row is held against t
 
 
 def shape_of(names: Iterable[str], rows: RowFormat) -> str | None:
-    """Tell the shape of a row by the names of its fields."""
+    """Return the shape of a row with these field names; None if it has none."""
     names = set(names)
     return next((name for name, shape in SHAPES.items() if shape.fits(names, rows)), None)
 
 
 def fields_to_read(names: Sequence[str], rows: RowFormat) -> list[str]:
-    """Choose what is needed of the fields of a file; all, where rows of it will be bad, which are then shown whole."""
+    """Return the fields to read; all if rows will be bad, because messages list the fields of a bad row."""
     if rows.raw:
         chosen = [name for name in names if name in (rows.keys[0], rows.raw.key)]
         return chosen if rows.raw.key in names else list(names)
@@ -130,9 +130,9 @@ def fields_to_read(names: Sequence[str], rows: RowFormat) -> list[str]:
 
 def examples_of(row: Row, place: str, rows: RowFormat, noted: Counter[str] | None = None,
                 sizes: Sizes = BY_CHARACTERS) -> list[Example]:
-    """Take the examples out of a row, and count in `noted` what was handled on the way. Raises BadRow.
+    """Return the examples of a row, and count events in `noted`. Raises BadRow.
 
-    `sizes` is what a document is cut by.
+    Documents are cut by `sizes`.
     """
     noted = Counter() if noted is None else noted
     if rows.raw:

@@ -1,4 +1,4 @@
-"""One packed row in words: the token at each position, the label that it is to predict, and where examples begin."""
+"""One packed row as text: the token at each position, the label that it is to predict, and where examples begin."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ PAD_TEXT, SPACE = "·", "␣"
 
 @dataclass(frozen=True)
 class RowView:
-    """`texts` and `labels` of the positions [s], "" where there is no label; (prefix, response) positions and the name
-    of each example."""
+    """`texts` and `labels` [s] of the positions, "" where there is no label; for each example its (prefix, response)
+    positions and its name."""
 
     texts: list[str]
     labels: list[str]
@@ -21,7 +21,7 @@ class RowView:
     names: Sequence[str]
 
     def lines(self) -> list[str]:
-        """Show a line for each position: its number, in which part it lies, its token and its label."""
+        """Return a line for each position: its number, its part (prefix or response), its token and its label."""
         found, start = [], 0
         for name, (p, r) in zip(self.names, self.pairs, strict=True):
             found.append(f"--- {name}: {p} positions of prefix, {r} of response, "

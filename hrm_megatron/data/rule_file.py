@@ -1,4 +1,4 @@
-"""A YAML file that holds a list of rules."""
+"""Read a YAML file that holds a list of rules."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from hrm_megatron.config import ConfigError
 
 
 def read_rule_list(path: Path, kind: str, shown: str) -> list[Any]:
-    """Read a list that is not empty; `kind` names the rules, and `shown` how one begins."""
+    """Read a non-empty list; `kind` names the rules in errors, `shown` is the beginning of a rule as an example."""
     try:
         items = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The `sampled` folder of HRM-Text's data pipeline, read as it is: one token array, and the places of examples."""
+"""Read the `sampled` folder of HRM-Text's data pipeline: a token array, and places of examples by epoch."""
 from __future__ import annotations
 
 import hashlib
@@ -12,7 +12,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.vocabulary import SCANNED_BYTES, BadTokenId, positions_outside
 from hrm_megatron.data.walk import Window, check_lengths, row_lengths, smallest_dtype
 
-ARRAYS = ("inst_start", "inst_len", "resp_start", "resp_len")  # of every epoch, [examples] each
+ARRAYS = ("inst_start", "inst_len", "resp_start", "resp_len")  # in every epoch, [examples] each
 
 Ids = np.ndarray  # [n] token ids
 
@@ -31,10 +31,10 @@ class SampledEpoch:
 
 
 class SampledFolder:
-    """A `Walk` over the examples of `epochs` stored epochs, in the order of the folder; later epochs start over.
+    """A `Walk` over the examples of `epochs` stored epochs, in the order of the folder; later epochs repeat them.
 
-    `context_size` is the longest example in positions. Everything is memory-mapped and checked when opened, token ids
-    where they are few enough.
+    `context_size` is the length of the longest example in positions. Everything is memory-mapped and checked on
+    opening, token ids only if the array is small.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,7 +44,7 @@ class SampledFolder:
         self.epochs = 0
         while self._folder(self.epochs).is_dir():
             self.epochs += 1
-        # One that is missing in between would leave all after it unread.
+        # A gap in the numbers would leave all later epochs unread.
         if not self.epochs or sum(folder.is_dir() for folder in self.path.glob("epoch_[0-9]*")) > self.epochs:
             raise ConfigError(f"{self._folder(self.epochs)} missing; give a folder that sample_tokenized.py wrote")
         self._arrays = [self._read_epoch(epoch) for epoch in range(self.epochs)]
@@ -53,7 +53,7 @@ class SampledFolder:
             self._check_ids()
 
     def __reduce__(self) -> tuple[type[SampledFolder], tuple[Path]]:
-        return SampledFolder, (self.path,)  # a reader process maps the files itself instead of receiving a copy
+        return SampledFolder, (self.path,)  # a loader worker maps the files itself instead of receiving a copy
 
     @property
     def folder(self) -> Path:
@@ -75,12 +75,12 @@ class SampledFolder:
         return SampledEpoch(row_lengths(*self.epoch_lengths(epoch)), self.id_dtype)
 
     def epoch_lengths(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Prefix and target lengths of the examples of an epoch, [n] each."""
+        """Return the prefix and target lengths of the examples of an epoch, [n] each."""
         arrays = self._arrays[epoch % self.epochs]
         return arrays["inst_len"], arrays["resp_len"]
 
     def example(self, epoch: int, i: int) -> tuple[Ids, Ids]:
-        """(prefix ids, target ids) of example i of an epoch."""
+        """Return (prefix ids, target ids) of example i of an epoch."""
         inst_start, inst_len, resp_start, resp_len = (int(self._arrays[epoch % self.epochs][name][i])
                                                       for name in ARRAYS)
         return self._tokens[inst_start:inst_start + inst_len], self._tokens[resp_start:resp_start + resp_len]
@@ -100,7 +100,7 @@ class SampledFolder:
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))
             self.vocab_size = int(metadata["tokenizer_info"]["vocab_size"])
-            self.context_size = int(metadata["max_seq_len"]) - 1  # the reference stores it with the shifted token
+            self.context_size = int(metadata["max_seq_len"]) - 1  # the reference counts the shifted token too
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; give a folder that sample_tokenized.py wrote") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -141,7 +141,7 @@ class SampledFolder:
         return arrays
 
     def _check_ids(self) -> None:
-        """Refuse a token id outside the vocabulary in any example; what no example uses may be anything."""
+        """Refuse a token id outside the vocabulary in any example; tokens that no example uses are not checked."""
         for bad in positions_outside(self._tokens, self.vocab_size):
             for epoch, arrays in enumerate(self._arrays):
                 for part, (start_name, length_name) in enumerate((ARRAYS[:2], ARRAYS[2:])):

@@ -1,8 +1,8 @@
 """HRM-Text's sampler: from its tokenized folders and rules to the `sampled` folder that its trainer reads, bit for bit.
 
-Draws come from one Philox generator: source by source in the order of their names, a permutation of its eligible rows
-whenever its last one is used up; then one permutation of all rows of the epoch. An epoch of a source goes on where the
-one before ended.
+All draws come from one Philox generator. For each source, in the order of names, they are a permutation of its eligible
+rows whenever the last one is used up; then follows one permutation of all rows of the epoch. In the next epoch each
+source continues where it stopped.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hrm_megatron.data.sampling_rules import Rule, Rules
 from hrm_megatron.program import signals_held
 
 COPIED_TOKENS = 1 << 22  # at a time
-# Largest vocabulary of each type; the reference counts entries, not ids, so that 65,536 of them take four bytes.
+# Largest vocabulary of each dtype; the reference compares the number of entries, so 65,536 of them take four bytes.
 TOKEN_DTYPES = ((np.iinfo(np.uint8).max, np.uint8), (np.iinfo(np.uint16).max, np.uint16))
 
 Ints = np.ndarray  # [n] integers
@@ -30,13 +30,13 @@ Ints = np.ndarray  # [n] integers
 
 @dataclass
 class TokenizedSource:
-    """One folder of tokenized rows, those that may be drawn, and where its walk stands."""
+    """One folder of tokenized rows: those that may be drawn, and the state of its walk."""
 
     name: str
     rule: Rule
     tokens: np.ndarray  # memory-mapped
-    eligible: dict[str, Ints]  # by the names of ARRAYS, [rows] each
-    order: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # what is left of the last permutation
+    eligible: dict[str, Ints]  # keys are ARRAYS, [rows] each
+    order: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # rest of the last permutation
     drawn: int = 0
 
     @property
@@ -48,7 +48,7 @@ class TokenizedSource:
         return self.rule.per_epoch(self.rows)
 
     def draw(self, random: np.random.Generator) -> Ints:
-        """Take the next rows of the walk."""
+        """Return the next `per_epoch` rows of the walk."""
         taken: list[Ints] = []
         left = self.per_epoch
         self.drawn += left
@@ -63,7 +63,7 @@ class TokenizedSource:
 
 def open_tokenized(folder: str | Path, rules: Rules, context_tokens: int
                    ) -> tuple[dict[str, Any], list[TokenizedSource]]:
-    """Read what the tokenizer says of itself, and all sources in the order of their names."""
+    """Return the contents of tokenizer_info.json, and all sources in the order of their names."""
     folder = Path(folder)
     path = folder / "tokenizer_info.json"
     try:
@@ -110,7 +110,7 @@ def _open_source(folder: Path, rule: Rule, context_tokens: int) -> TokenizedSour
 
 def sample(folder: str | Path, rules: Rules, seed: int, epochs: int, context_tokens: int, output: str | Path
            ) -> list[TokenizedSource]:
-    """Write the sampled folder `output`, all of it or nothing; returns the sources with what was drawn from them."""
+    """Write the sampled folder `output`, completely or not at all; return the sources with what was drawn from them."""
     output = Path(output)
     if output.exists():
         raise ConfigError(f"{output} is already there; remove it or choose another --sampled-output")
@@ -140,7 +140,7 @@ def sample(folder: str | Path, rules: Rules, seed: int, epochs: int, context_tok
 
 
 def _write_tokens(path: Path, sources: Sequence[TokenizedSource], vocab_size: int | None) -> None:
-    """Join the tokens of all sources."""
+    """Concatenate the tokens of all sources."""
     dtype = next((dtype for largest, dtype in TOKEN_DTYPES if vocab_size is not None and vocab_size <= largest),
                  np.int32)
     shape = (sum(len(source.tokens) for source in sources),)
@@ -153,7 +153,7 @@ def _write_tokens(path: Path, sources: Sequence[TokenizedSource], vocab_size: in
 
 
 def _write_epochs(folder: Path, sources: Sequence[TokenizedSource], seed: int, epochs: int) -> int:
-    """Draw and write every epoch; returns the tokens of all of them."""
+    """Draw and write every epoch; return the number of tokens of all epochs."""
     random = np.random.Generator(np.random.Philox(seed=seed))
     first = np.cumsum([0, *(len(source.tokens) for source in sources)])
     total = 0

@@ -1,7 +1,8 @@
-"""Sampling rules of HRM-Text's data pipeline: which source files give how many examples to an epoch.
+"""Sampling rules of HRM-Text's data pipeline: how many examples each source file gives to an epoch.
 
-A YAML list. The first rule whose `prefix` a source's name starts with holds for it: `max_per_file` examples an epoch
-(default: all), `repeat` times over, and what is longer than the context is truncated or dropped (`long_context`).
+A rules file is a YAML list. For a source the first rule applies whose `prefix` its name starts with: `max_per_file`
+examples per epoch (default: all), `repeat` times over; longer examples than the context are truncated or dropped
+(`long_context`).
 """
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.rule_file import read_rule_list
 
 LONG_CONTEXT = ("truncate", "drop")
-MIN_RESPONSE_TOKENS = 2  # one of content, and the end token
+MIN_RESPONSE_TOKENS = 2  # one token of content, and the end token
 
 Lengths = np.ndarray  # [n] tokens of prefixes or of targets
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What holds for the sources whose names start with `prefix`."""
+    """The settings for sources whose names start with `prefix`."""
 
     prefix: str = ""
     max_per_file: int | None = None
@@ -31,11 +32,11 @@ class Rule:
     long_context: str = LONG_CONTEXT[0]
 
     def per_epoch(self, eligible: int) -> int:
-        """Examples that a source of so many gives to an epoch."""
+        """Return how many examples a source with this many eligible ones gives to an epoch."""
         return min(eligible, eligible if self.max_per_file is None else self.max_per_file) * self.repeat
 
     def eligible(self, prefixes: Lengths, targets: Lengths, context_tokens: int) -> np.ndarray:
-        """Say of each example [n] whether it takes part; prefix and target have `context_tokens` together."""
+        """Return whether each example takes part, bool [n]; prefix and target may have `context_tokens` together."""
         room = context_tokens - prefixes.astype(np.int64)
         fits = room >= 1 if self.long_context == "truncate" else targets <= room
         return np.asarray(fits & (targets >= MIN_RESPONSE_TOKENS))
@@ -43,14 +44,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules in their order, and the file that they come from."""
+    """Rules in order, and the file that they come from."""
 
     path: Path
     rules: tuple[Rule, ...]
 
     def assign(self, names: Sequence[str], each_has_effect: bool = True) -> list[Rule]:
-        """Return the rule of each source; one without any takes part as it is. Refuses a rule without effect, unless
-        it may have one elsewhere."""
+        """Return the rule of each source; a source without one is taken as it is. With `each_has_effect`, refuse a rule
+        that applies to none of the sources."""
         chosen: list[Rule] = []
         shadowed: dict[Rule, Rule] = {}
         for name in names:
@@ -67,7 +68,7 @@ class Rules:
         return chosen
 
     def check_sizes(self, chosen: Sequence[Rule], sizes: Sequence[int], row_tokens: int) -> None:
-        """Refuse a rule whose sources have no example to take; `chosen` and `sizes` are by source."""
+        """Refuse a rule whose sources have no eligible example; `chosen` and `sizes` are by source."""
         for number, rule in enumerate(self.rules, start=1):
             if not sum(size for one, size in zip(chosen, sizes, strict=True) if one == rule):
                 raise ConfigError(f"{self.path}: rule {number}, prefix {rule.prefix!r}: none of its examples is left "
@@ -80,7 +81,7 @@ def _listed(names: Sequence[str], shown: int = 8) -> str:
 
 
 def read_rules(path: str | Path) -> Rules:
-    """Read and check a file of rules; ConfigError names the rule, the key and its value."""
+    """Read and check a file of rules; a ConfigError names the rule, the key and its value."""
     path = Path(path)
     items = read_rule_list(path, "sampling rules", "prefix: NAME")
     rules = tuple(_rule(f"{path}: rule {number}", item) for number, item in enumerate(items, start=1))

@@ -1,7 +1,7 @@
-"""Where sentences begin: Punkt, read from a folder or trained on the corpus, and the borders that need no model.
+"""Where sentences begin: by Punkt, loaded from a folder or trained on the corpus, and by borders that need no model.
 
-Punkt looks for ends of sentences in front of white space. Ends that are certain are taken first: blank lines, and the
-full stops of scripts that put no space behind them.
+Punkt looks for sentence ends only before whitespace. The text is first cut at certain ends: blank lines, and full stops
+of scripts that put no space after them.
 """
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.program import signals_held
 
 FILES = ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab")  # nltk's punkt_tab
-SAMPLE_CHARACTERS = 2_000_000  # of the corpus that Punkt learns from; it reads some 500,000 a second
+SAMPLE_CHARACTERS = 2_000_000  # of the corpus are used to train Punkt, which reads some 500,000 a second
 CERTAIN_END = re.compile(r"[。！？｡]+[」』”’）〉》】]*|\n[^\S\n]*(?=\n)")
-BLOCK_CHARACTERS = 100_000  # a block without certain ends is cut here, so that no text takes Punkt for ever
+BLOCK_CHARACTERS = 100_000  # longer blocks without a certain end are cut, to bound the time of Punkt
 
 
 class ManyScripts(PunktLanguageVars):  # type: ignore[misc]  # nltk has no types
-    """Ends of sentences of all scripts that put a space behind them."""
+    """Sentence-end characters of all scripts that put a space after them."""
 
     sent_end_chars = (".", "?", "!", "…", "।", "॥", "؟", "۔", "։", "።", "᙮", "។", "။")
 
 
 def sentence_starts(text: str, folder: Path) -> list[int]:
-    """Where sentences of a text begin, from 0 on; white space between two belongs to the second."""
+    """Return where the sentences of a text begin, from 0 on; whitespace between two belongs to the second."""
     punkt = _punkt(folder)
     starts, last_end = [0], 0
     for first, last in _blocks(text):
@@ -44,7 +44,7 @@ def sentence_starts(text: str, folder: Path) -> list[int]:
 
 
 def _blocks(text: str) -> Iterator[tuple[int, int]]:
-    """Cut a text at certain ends."""
+    """Cut a text at its certain sentence ends."""
     first = 0
     for end in [*(match.end() for match in CERTAIN_END.finditer(text)), len(text)]:
         while end - first > BLOCK_CHARACTERS:
@@ -56,7 +56,7 @@ def _blocks(text: str) -> Iterator[tuple[int, int]]:
 
 
 def train_sentences(texts: Iterable[str]) -> dict[str, str]:
-    """Learn abbreviations, collocations and beginnings of sentences; return the files of nltk's punkt_tab format."""
+    """Train Punkt: abbreviations, collocations and sentence starters. Returns the files of nltk's punkt_tab format."""
     trainer = PunktTrainer(lang_vars=ManyScripts())
     for text in texts:
         trainer.train(text, finalize=False)
@@ -69,8 +69,8 @@ def train_sentences(texts: Iterable[str]) -> dict[str, str]:
 
 
 def save_sentences(files: dict[str, str], folder: Path) -> None:
-    """Write a folder that `sentence_starts` reads, all of it or nothing. One that is there by now stays: tasks of a job
-    array learn the same from the same input."""
+    """Write a folder that `sentence_starts` reads, completely or not at all. A folder that exists by then is kept:
+    tasks of a job array train the same model from the same input."""
     partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex}")
     try:
         partial.mkdir(parents=True)
@@ -87,7 +87,7 @@ def save_sentences(files: dict[str, str], folder: Path) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tell a model from others by its contents; refuse a folder that holds none."""
+    """Hash the contents of a model; refuse a folder that holds none."""
     try:
         contents = [(folder / name).read_bytes() for name in FILES]
         _punkt(folder)

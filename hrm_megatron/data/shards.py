@@ -1,7 +1,7 @@
-"""One shard: the examples of one source file as Megatron's .bin/.idx, beside them keys of their texts.
+"""One shard: the examples of one source file in Megatron's .bin/.idx format, and the keys of their texts.
 
-A shard is named by its contents, so that equal rows are equal files whatever they came from, and a file is never
-changed once it has its name.
+A shard is named by the hash of its contents: equal rows give equal files, whatever they were made from, and a file
+never changes once it has its name.
 """
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from hrm_megatron.config import ConfigError
 
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 MAGIC = b"MMIDIDX\x00\x00"
-# Megatron's codes of what we write
+# Megatron's codes of the dtypes that we write
 INDEX_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
-UINT16_ENTRIES = 1 << 16  # Megatron itself falls back to int32 above 65,500 and would double the .bin
+UINT16_ENTRIES = 1 << 16  # Megatron itself switches to int32 above 65,500 entries, which would double the .bin
 PROMPT_KEYS, EXAMPLE_KEYS = "prompt_keys", "example_keys"
 PARTS = ("bin", "idx", PROMPT_KEYS, EXAMPLE_KEYS)
-KEY = np.dtype("<u8")  # one a prompt, two an example, without a header
-BLOCK_BYTES = 1 << 28  # that have a digest of their own: readers share the work of a large file
+KEY = np.dtype("<u8")  # one per prompt, two per example; files have no header
+BLOCK_BYTES = 1 << 28  # each with its own digest, so that readers can share a large file
 NAME_DIGITS = 32
-COPIED_SEQUENCES = 1 << 20  # of an index that are in memory at once
+COPIED_SEQUENCES = 1 << 20  # of an index, in memory at once
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size of a file, and the SHA-256 of each `BLOCK_BYTES` of it."""
+    """Size of a file, and the SHA-256 of each block of `BLOCK_BYTES`."""
 
     num_bytes: int
     sha256: tuple[str, ...]
@@ -42,7 +42,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of a file and its SHA-256."""
+    """A byte range of a file and its SHA-256."""
 
     path: Path
     start: int
@@ -50,7 +50,7 @@ class Block:
     sha256: str
 
     def verify(self) -> None:
-        """Raise ConfigError unless the file holds there what was written."""
+        """Raise ConfigError unless the file still holds these bytes."""
         hashed, left = hashlib.sha256(), self.length
         try:
             with open(self.path, "rb") as file:
@@ -78,7 +78,7 @@ class Shard:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Shard:
-        """Read what `asdict` has spelled; raises KeyError or TypeError where it is something else."""
+        """Read the result of `asdict`; raises KeyError or TypeError if it is something else."""
         files = {part: FileRecord(record["num_bytes"], tuple(record["sha256"]))
                  for part, record in value["files"].items()}
         return cls(**{**value, "files": files})
@@ -87,7 +87,7 @@ class Shard:
         return folder / f"{self.name}.{part}"
 
     def check_sizes(self, folder: Path) -> None:
-        """Raise ConfigError unless all files are there and as long as they were."""
+        """Raise ConfigError unless all files exist with the recorded sizes."""
         for part, record in self.files.items():
             path = self.path(folder, part)
             try:
@@ -100,7 +100,7 @@ class Shard:
                               if size < record.num_bytes else f"{size} bytes, {record.num_bytes} were written")
 
     def is_whole(self, folder: Path) -> bool:
-        """Say whether all files are there and as long as they were."""
+        """Return whether all files exist with the recorded sizes."""
         try:
             self.check_sizes(folder)
         except ConfigError:
@@ -108,7 +108,7 @@ class Shard:
         return True
 
     def blocks(self, folder: Path) -> Iterator[Block]:
-        """Yield all bytes of the shard with their digests."""
+        """Yield all blocks of the shard with their digests."""
         for part, record in self.files.items():
             for number, sha256 in enumerate(record.sha256):
                 start = number * BLOCK_BYTES
@@ -118,7 +118,7 @@ class Shard:
 class ShardWriter:
     """Write the examples of one source into `scratch`; `finish` names the files by their contents.
 
-    Memory does not grow with the examples. Raises OSError where there is no room.
+    Memory does not grow with the number of examples. Raises OSError if the disk is full.
     """
 
     def __init__(self, scratch: Path, vocab_size: int) -> None:
@@ -129,8 +129,8 @@ class ShardWriter:
         self._lengths = _create(scratch / "lengths")
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, prompt_keys: np.ndarray, example_keys: np.ndarray) -> None:
-        """Append examples: `ids` are prefix, target, prefix, target, ... cut by `lengths` [n, 2], none of them empty;
-        `prompt_keys` [n] and `example_keys` [n, 2] tell their texts apart."""
+        """Append examples: `ids` are prefix, target, prefix, target, ..., with `lengths` [n, 2], none of them zero;
+        `prompt_keys` [n] and `example_keys` [n, 2] are the keys of their texts."""
         if not len(lengths):
             return
         assert lengths.min() > 0 and lengths.sum() == len(ids), (lengths.min(), lengths.sum(), len(ids))
@@ -145,7 +145,7 @@ class ShardWriter:
         self.max_row_length = max(self.max_row_length, int(lengths.sum(1).max()) - 1)
 
     def finish(self, folder: Path) -> Shard | None:
-        """Move the files into `folder` under the shard's name; None if there was no example."""
+        """Move the files into `folder` under the shard's name; return None if there was no example."""
         self._lengths.close()
         if not self.examples:
             self.close()
@@ -162,13 +162,13 @@ class ShardWriter:
         return shard
 
     def close(self) -> None:
-        """Let go of the files. Closing writes what was held back, so that a full disk fails once more."""
+        """Close the files. This flushes buffers, so a full disk raises again."""
         self._lengths.close()
         for file in self._files.values():
             file.close()
 
     def _index(self) -> Iterator[np.ndarray]:
-        """Yield Megatron's index: header, lengths, where each sequence begins, and where each document."""
+        """Yield Megatron's index: header, lengths, start of each sequence, and start of each document."""
         code = next(code for code, dtype in INDEX_DTYPES.items() if dtype == self.dtype)
         header = HEADER.pack(MAGIC, 1, code, 2 * self.examples, self.examples + 1)
         yield np.frombuffer(header, np.uint8)
@@ -189,7 +189,7 @@ def _create(path: Path) -> BufferedWriter:
 
 
 class _HashedFile:
-    """A file that knows the digests of its blocks when it is finished."""
+    """A file that has the digests of its blocks once it is finished."""
 
     def __init__(self, path: Path) -> None:
         self._file = _create(path)
@@ -210,7 +210,7 @@ class _HashedFile:
                 self._hash = hashlib.sha256()
 
     def finish(self) -> FileRecord:
-        """Bring the file to the disk, so that nothing which names it can outlive it."""
+        """Flush and fsync the file, so that nothing that names it can outlive it."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

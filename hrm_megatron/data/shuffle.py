@@ -1,7 +1,7 @@
-"""Orders that a seed decides for good: permutations computed element by element, without memory.
+"""Permutations that depend on a seed alone, computed element by element without storing them.
 
-Integer arithmetic and numpy's SeedSequence, both promised for good, are all they rest on, so that an order is the same
-with every release of numpy and numba and on every machine.
+They rest only on integer arithmetic and numpy's SeedSequence, whose results are guaranteed stable, so an order is the
+same with every release of numpy and numba and on every machine.
 """
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ Ints = np.ndarray  # [n] integers
 
 
 def stream_key(*numbers: int) -> np.uint64:
-    """Mix numbers (seed, epoch, ...) into the 64 bits that a permutation is computed from."""
+    """Hash numbers (seed, epoch, ...) to the 64-bit key of a permutation."""
     return np.uint64(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -1,4 +1,4 @@
-"""Examples to the ids that are stored: cut to the context, without those whose prefix alone fills it."""
+"""Encode examples to stored ids: truncated to the context, and left out if the prefix alone fills it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ class Spelled(NamedTuple):
 
     ids: np.ndarray  # [sum of lengths] int32
     lengths: np.ndarray  # [examples that fit, 2] int64
-    kept: list[int]  # which examples those are
-    too_long: list[tuple[int, int]]  # which examples do not fit, and how long their prefix is
-    truncated: list[int]  # which examples have a target that was cut, and so no end token
+    kept: list[int]  # indices of the examples that fit
+    too_long: list[tuple[int, int]]  # (index of an example that does not fit, prefix length)
+    truncated: list[int]  # indices of examples whose target was cut and thus lacks its end token
 
     def holding(self, token: int) -> np.ndarray:
-        """Say of each text of all examples, [2 x examples], whether a token stands in what is stored of it."""
+        """Return for each text of all examples, bool [2 x examples], whether `token` is in its stored ids."""
         found = np.zeros(2 * (len(self.kept) + len(self.too_long)), bool)
         at = np.searchsorted(self.lengths.reshape(-1).cumsum(), np.flatnonzero(self.ids == token), "right")
         found[2 * np.array(self.kept, np.int64)[at // 2] + at % 2] = True
@@ -28,8 +28,7 @@ class Spelled(NamedTuple):
 
 
 def spell(tokenizer: TextTokenizer, conditions: Sequence[str], texts: Texts, context_size: int) -> Spelled:
-    """Spell examples of these conditions and texts, instruction, response, instruction, ..., each in at most
-    `context_size` positions."""
+    """Encode examples (texts: instruction, response, instruction, ...), each in at most `context_size` positions."""
     ids, flat = tokenizer.encode_examples(conditions, texts)
     lengths = flat.reshape(-1, 2)
     room = context_size + 1 - lengths[:, 0]  # the last target token takes no position

@@ -1,4 +1,4 @@
-"""How a prompt and an answer are spelled around their texts: HRM-Text's control tokens, or others of a tokenizer."""
+"""How prompts and answers are delimited: by HRM-Text's control tokens, or others of a tokenizer."""
 from __future__ import annotations
 
 import argparse
@@ -21,19 +21,19 @@ SPECIAL_TOKENS = (  # ids 0 to 30, in this order; HRM-Text, data_io tokenizer
     "<tool_response>", "</tool_response>", "<think>", "</think>",
 )
 PAD = "<|PAD|>"
-BOQ, EOQ, EOA = "<|im_start|>", "<|im_end|>", "<|box_end|>"  # begin and end of the question, end of the answer
-TAG_TOKENS = {  # not the tokens that carry the tags' names: those were never used
+BOQ, EOQ, EOA = "<|im_start|>", "<|im_end|>", "<|box_end|>"  # begin of question, end of question, end of answer
+TAG_TOKENS = {  # not the tokens named after the tags, which were never used
     "direct": "<|object_ref_start|>",
     "cot": "<|object_ref_end|>",
     "noisy": "<|quad_start|>",
     "synth": "<|quad_end|>",
 }
-IN_TEXT = "control_tokens_in_text"  # in INFO_FILE, where there are some
+IN_TEXT = "control_tokens_in_text"  # key in INFO_FILE, present if there are some
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """The control tokens: around questions and answers, one for each tag, and those that a text may hold itself."""
+    """The control tokens: around questions and answers, one for each tag, and those that may occur inside a text."""
 
     boq: str = BOQ
     eoq: str = EOQ
@@ -51,12 +51,13 @@ class Spelling:
 
     @property
     def controls(self) -> tuple[str, ...]:
-        """The tokens that no text may ever hold."""
+        """The tokens that must never occur in a text."""
         return self.boq, self.eoq, self.eoa, *self.tags.values()
 
     def confused(self) -> str | None:
-        """Say which tag has the token of another or of a turn, so that a model cannot tell them apart; None if none."""
-        flags = {self.boq: "--boq", self.eoq: "--eoq", self.eoa: "--eoa"}  # of which two may name one token
+        """Return which tag shares its token with another tag or a delimiter, so that no model can tell them apart; None
+        if no tag does."""
+        flags = {self.boq: "--boq", self.eoq: "--eoq", self.eoa: "--eoa"}  # these three may share a token
         for tag, token in self.tags.items():
             if token in flags:
                 return f"--tag {tag}={token}: {flags[token]} has that token too, and no model can tell them apart"
@@ -64,13 +65,13 @@ class Spelling:
         return None
 
     def to_info(self) -> dict[str, Any]:
-        """Spell it as HRM-Text's tokenizer_info.json does."""
+        """Return it in the format of HRM-Text's tokenizer_info.json."""
         more = {IN_TEXT: list(self.in_text)} if self.in_text else {}
         return dict(boq=self.boq, eoq=self.eoq, eoa=self.eoa, condition_mapping=dict(self.tags), **more)
 
     @classmethod
     def beside(cls, tokenizer_file: Path) -> Spelling:
-        """Read the tokenizer_info.json beside a tokenizer.json; HRM-Text's spelling where there is none."""
+        """Read the tokenizer_info.json beside a tokenizer.json; HRM-Text's spelling if there is none."""
         path = tokenizer_file.with_name(INFO_FILE)
         if not path.is_file():
             return cls()
@@ -99,7 +100,7 @@ def tags_of(condition: str, known: Iterable[str] = TAG_TOKENS) -> list[str]:
 
 
 def strings_of(tokens: Iterable[str]) -> re.Pattern[bytes] | None:
-    """A pattern that finds any of these strings in UTF-8."""
+    """Return a pattern that matches any of these strings in UTF-8; None if there are none."""
     ordered = sorted((token.encode() for token in tokens), key=len, reverse=True)
     return re.compile(b"|".join(map(re.escape, ordered))) if ordered else None
 
@@ -118,7 +119,7 @@ def add_spelling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_spelling(args: argparse.Namespace, tokenizer_file: Path) -> Spelling | None:
-    """Return the spelling that flags ask for, None where that is the tokenizer's own."""
+    """Return the spelling that the flags ask for; None if it is the tokenizer's own."""
     own = Spelling.beside(tokenizer_file)
     tags = dict(own.tags)
     if args.tag:

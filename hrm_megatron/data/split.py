@@ -1,4 +1,4 @@
-"""Which examples train, which validate and which test."""
+"""Split examples into train, valid and test."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.data.shuffle import stream_key
 from hrm_megatron.data.walk import blocks
 
-SPLIT_STREAM = 969_301  # keeps the split's numbers apart from those of the epochs
+SPLIT_STREAM = 969_301  # a stream of its own, independent of the epochs' permutations
 PARTS = ("train", "valid", "test")
 
 
 def split_weights(split: str) -> list[float]:
-    """Read the weights of train, valid and test; they sum to 1."""
+    """Parse the weights of train, valid and test and normalize them to sum to 1."""
     try:
         weights = [float(weight) for weight in split.split(",")]
     except ValueError:
@@ -26,9 +26,10 @@ def split_weights(split: str) -> list[float]:
 
 
 def split_sizes(count: int, split: str) -> list[int]:
-    """Count the examples of each part of `count` in the proportions of `split`, where each stands for itself.
+    """Return the sizes of the parts of `count` examples in the proportions of `split`, when examples are split one by
+    one.
 
-    A part with a positive weight gets at least one example while training has more than one to give.
+    A part with a positive weight gets at least one example as long as the largest part has more than one.
     """
     weights = split_weights(split)
     sizes = [int(count * weight) for weight in weights]
@@ -42,11 +43,11 @@ def split_sizes(count: int, split: str) -> list[int]:
 
 def example_parts(count: int, split: str, seed: int, prompt_keys: np.ndarray | None = None,
                   given: Mapping[int, int] = MappingProxyType({})) -> np.ndarray:
-    """Part of each example (0 train, 1 valid, 2 test), [count] uint8.
+    """Return the part of each example (0 train, 1 valid, 2 test), [count] uint8.
 
-    With `prompt_keys` [count], examples of one prompt are in one part: that of the prompt's place in a range that is
-    cut in the proportions of `split`, whatever other examples there are, or the one that it is `given` to (part > key).
-    Without, `split_sizes` examples of each part are chosen.
+    With `prompt_keys` [count], all examples with the same prompt are in the same part: the key, mixed with the seed,
+    falls into a range cut in the proportions of `split`, independent of all other examples; `given` (part -> key)
+    overrides that. Without keys, `split_sizes` examples are drawn for each part.
     """
     from hrm_megatron.data.kernels import order_between, parts_by_key
 
@@ -69,10 +70,10 @@ def example_parts(count: int, split: str, seed: int, prompt_keys: np.ndarray | N
 
 
 def prompts_for_empty_parts(datasets: Sequence[tuple[int, np.ndarray | None]], split: str, seed: int) -> dict[int, int]:
-    """Choose for each part of positive weight that chance has left empty in all datasets together, of so many examples
-    and with such prompt keys, the prompt of the lowest key of the largest part: part > key.
+    """Return part -> prompt key for each part of positive weight that would be empty over all `datasets`, given as
+    (number of examples, prompt keys): the lowest keys of the largest part.
 
-    The largest part keeps one prompt of its own: a part for which it has no other stays empty.
+    The largest part keeps at least one prompt: a part for which no other is left stays empty.
     """
     weights = split_weights(split)
     found = np.zeros(len(PARTS), bool)
@@ -80,7 +81,7 @@ def prompts_for_empty_parts(datasets: Sequence[tuple[int, np.ndarray | None]], s
         if keys is None:
             found |= np.array(split_sizes(count, split)) > 0
             continue
-        for start, stop in blocks(0, count):  # the first has all parts of most datasets
+        for start, stop in blocks(0, count):  # usually the first block already has all parts
             parts = example_parts(stop - start, split, seed, keys[start:stop])
             found |= [(parts == part).any() for part in range(len(PARTS))]
             if all(found[part] for part, weight in enumerate(weights) if weight):

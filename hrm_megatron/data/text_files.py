@@ -1,4 +1,4 @@
-"""What a text file of the user's really is, told by its contents: UTF-8 is read, with or without a byte order mark."""
+"""Detect what a text file really is by its contents: only UTF-8 is read, with or without a byte order mark."""
 from __future__ import annotations
 
 import codecs
@@ -6,11 +6,12 @@ from pathlib import Path
 
 from hrm_megatron.config import ConfigError
 
-HEAD_BYTES = 1 << 16  # what the kind of a file is told from
-WIDE_NULS = 4  # among so many first bytes UTF-16 and UTF-32 of ASCII have a NUL, UTF-8 has none
+BYTE_ORDER_MARK = codecs.BOM_UTF8.decode()
+HEAD_BYTES = 1 << 16  # read to detect the kind of a file
+WIDE_NULS = 4  # ASCII in UTF-16 or UTF-32 has a NUL among this many first bytes, UTF-8 has none
 SHOWN_CHARS = 60
 PANDAS = "convert it, for example with pandas: {}(...).to_json(..., orient='records', lines=True)"
-SIGNATURES: tuple[tuple[bytes, str, str], ...] = (  # first bytes, what they say, what to do
+SIGNATURES: tuple[tuple[bytes, str, str], ...] = (  # first bytes, kind of file, remedy
     (b"\x1f\x8b", "gzip", "unpack it with gunzip"),
     (b"\x28\xb5\x2f\xfd", "Zstandard", "unpack it with unzstd"),
     (b"BZh", "bzip2", "unpack it with bunzip2"),
@@ -20,24 +21,24 @@ SIGNATURES: tuple[tuple[bytes, str, str], ...] = (  # first bytes, what they say
     (b"ARROW1", "Arrow", PANDAS.format("read_feather")),
     (b"\x93NUMPY", "a NumPy array", "write its rows as jsonl"),
 )
-WIDE = (  # longest first: UTF-32's mark begins with that of UTF-16
+WIDE = (  # longest first: UTF-32's byte order mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 
 
 def convert_from(encoding: str) -> str:
-    """Say how to make UTF-8 of a file."""
+    """Return the advice how to convert a file to UTF-8."""
     return f"convert it, for example with iconv -f {encoding} -t UTF-8"
 
 
 def without_mark(line: bytes) -> bytes:
-    """Strip a line of white space and of UTF-8's byte order mark, which also stands where files were joined."""
+    """Strip whitespace and a UTF-8 byte order mark, which also occurs in mid-file, where files were joined."""
     return line.strip().removeprefix(codecs.BOM_UTF8).strip()
 
 
 def decode(text: bytes, place: str) -> str:
-    """Decode UTF-8 without its byte order mark; anything else is a ConfigError."""
+    """Decode UTF-8 and drop its byte order mark; anything else is a ConfigError."""
     try:
         if b"\0" not in text[:WIDE_NULS]:
             return text.decode("utf-8-sig")
@@ -49,13 +50,14 @@ def decode(text: bytes, place: str) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a text file, which end at \\n or \\r\\n and nowhere else: U+2028, form feeds and the like are text."""
-    lines = decode(path.read_bytes(), str(path)).replace("\r\n", "\n").split("\n")
+    """Return the lines of a text file, which end only at \\n or \\r\\n: U+2028, form feeds and the like are text."""
+    text = decode(path.read_bytes(), str(path)).replace("\r\n", "\n")
+    lines = [line.removeprefix(BYTE_ORDER_MARK) for line in text.split("\n")]
     return lines if lines[-1] else lines[:-1]
 
 
 def is_blank_jsonl(path: Path, head: bytes, whole: bool) -> bool:
-    """Say whether a jsonl file that begins with `head` has no row; refuse by its name what is no jsonl in UTF-8."""
+    """Return whether a jsonl file that begins with `head` has no row; refuse other kinds of files, naming the kind."""
     lines = [stripped for line in head.split(b"\n") if (stripped := without_mark(line))]
     if foreign := _foreign(head) or _other_text(lines):
         raise ConfigError(f"{path}: {foreign[0]}, not jsonl (one JSON object per line, UTF-8); {foreign[1]}")
@@ -63,7 +65,7 @@ def is_blank_jsonl(path: Path, head: bytes, whole: bool) -> bool:
 
 
 def _foreign(head: bytes) -> tuple[str, str] | None:
-    """What a file that is not of UTF-8 is, and what to do."""
+    """Return what a file that is not UTF-8 is, and the remedy; None if it may be UTF-8."""
     for mark, name, way_out in SIGNATURES:
         if head.startswith(mark):
             return name, way_out
@@ -76,7 +78,7 @@ def _foreign(head: bytes) -> tuple[str, str] | None:
 
 
 def _other_text(lines: list[bytes]) -> tuple[str, str] | None:
-    """What a text that is not jsonl is, and what to do. A single bad row, even the first, is none of this."""
+    """Return what a text that is not jsonl is, and the remedy. A single bad row, even the first, does not count."""
     if not lines:
         return None
     first, second = lines[0], lines[1] if len(lines) > 1 else b""
@@ -94,6 +96,6 @@ def _other_text(lines: list[bytes]) -> tuple[str, str] | None:
 
 
 def shown(value: object) -> str:
-    """Spell a value for a message, the beginning of it where it is long."""
+    """Return the repr of a value for a message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "..."

@@ -1,4 +1,4 @@
-"""Text to ids: the byte-level BPE of HRM-Text, its special tokens, and how a prefix and a response are spelled."""
+"""Text to ids: byte-level BPE as in HRM-Text, its special tokens, and how prefixes and responses are spelled."""
 from __future__ import annotations
 
 import functools
@@ -24,17 +24,17 @@ MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + BYTES
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-MADE_FROM_FILE = "made_from.json"  # where it was trained here
-SPELLS_AS = "spells_as"  # in INFO_FILE, where it is beside an export: its own fingerprint > the trained tokenizer's
+MADE_FROM_FILE = "made_from.json"  # only beside tokenizers that were trained here
+SPELLS_AS = "spells_as"  # in INFO_FILE of an export: its own fingerprint -> that of the tokenizer used in training
 VARIED_TEXT = "It's Caf\u00e9 no. 12, \u4f60\u597d \U0001f600 x\u00b2:\n\n\tif a  < b { print(\"c\\\\d\") }"
-PAD_TOKENS = (PAD, "<|endoftext|>")  # what fills up batches, where a tokenizer has it; else its end of answers
+PAD_TOKENS = (PAD, "<|endoftext|>")  # the first of these that a tokenizer has pads batches; else its eoa token does
 TRAIN_COMMAND = "python tools/train_tokenizer.py"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
-    """Learn a byte-level BPE of at most `vocab_size` entries; small corpora give fewer.
+    """Train a byte-level BPE of at most `vocab_size` entries; small corpora give fewer.
 
-    All 256 bytes are in the alphabet, so no character is ever lost (the reference drops those it never saw).
+    The alphabet holds all 256 bytes, so no character is ever lost (the reference drops bytes that it never saw).
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(f"vocab_size={vocab_size}: {len(SPECIAL_TOKENS)} special tokens and {BYTES} bytes already "
@@ -51,17 +51,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
-    # transformers takes token type 1 for a prefix; a prompt alone is all prefix.
+    # To transformers, token type 1 means prefix; a prompt alone is all prefix.
     tokenizer.post_processor = processors.TemplateProcessing(single="$A:1", pair="$A:1 $B:0")
     return tokenizer
 
 
 def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, spelling: Spelling | None = None,
                     of_export: str | None = None, **settings: object) -> dict[str, str]:
-    """Return the files, name > text, of a folder `name` that `TextTokenizer` and transformers' AutoTokenizer load.
+    """Return the files, name -> text, of a folder `name` that `TextTokenizer` and transformers' AutoTokenizer load.
 
-    `of_export` is the fingerprint of a tokenizer that spells all texts alike, as which this one is then known;
-    `settings` are more of transformers' for its tokenizer_config.json.
+    `of_export` is the fingerprint of the tokenizer that this one was exported from and spells identically to: it is
+    accepted in that one's place. `settings` are further entries of tokenizer_config.json.
     """
     spelling, contents = spelling or Spelling(), tokenizer.to_str(pretty=True)
     known = {SPELLS_AS: {fingerprint_of(contents.encode(), spelling): of_export}} if of_export else {}
@@ -70,7 +70,7 @@ def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, spell
         TOKENIZER_CONFIG_FILE: json.dumps({
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": spelling.boq,
             "eos_token": spelling.eoa, "pad_token": pad_token,
-            "padding_side": "left",  # an answer goes on after the last token of its row
+            "padding_side": "left",  # generation continues after the last token of each row
             "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False, **settings}, indent=1),
         INFO_FILE: json.dumps({
@@ -80,7 +80,7 @@ def tokenizer_files(tokenizer: Tokenizer, name: str, pad_token: str = PAD, spell
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = False,
                    provenance: Provenance | None = None) -> None:
-    """Write a folder that `TextTokenizer` and transformers' AutoTokenizer load, all of it or nothing."""
+    """Write a folder that `TextTokenizer` and transformers' AutoTokenizer load, completely or not at all."""
     folder = Path(folder)
     files = tokenizer_files(tokenizer, folder.name)
     if provenance:
@@ -92,9 +92,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, overwrite: bool = F
 
 
 def already_trained(folder: Path, provenance: Provenance) -> bool:
-    """Say whether a tokenizer of this provenance is there; one of another, or without any, is a ConfigError."""
+    """Return whether `folder` holds a tokenizer of this provenance; ConfigError if it has another, or none."""
     if not (folder / TOKENIZER_FILE).exists():
-        return False  # nothing, or what check_output_folder refuses
+        return False  # empty, or check_output_folder will refuse it
     try:
         recorded = json.loads((folder / MADE_FROM_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -104,8 +104,8 @@ def already_trained(folder: Path, provenance: Provenance) -> bool:
 
 
 def check_output_folder(folder: Path, overwrite: bool, flag: str = "--output") -> None:
-    """Refuse a folder, which `flag` names, that could not be written, or whose contents would be lost: a tokenizer
-    without `overwrite`, anything else always."""
+    """Refuse a folder (given by `flag`) that cannot be written or whose contents would be lost: a tokenizer unless
+    `overwrite`, anything else always."""
     check_folder(flag, folder)
     if not folder.exists():
         return
@@ -118,11 +118,11 @@ def check_output_folder(folder: Path, overwrite: bool, flag: str = "--output") -
 
 
 class TextTokenizer:
-    """Spell examples as ids. Special-token strings inside a text are text, never control tokens, unless the spelling
-    says so of one."""
+    """Encode examples as ids. The string of a special token inside a text is encoded as text, never as the control
+    token, unless the spelling lists it in `in_text`."""
 
     def __init__(self, path: str | Path, engine: str = "tokenizers", spelling: Spelling | None = None) -> None:
-        """Load a tokenizer folder or a tokenizer.json; `engine` is one of `ENGINES`, the spelling by default that of
+        """Load a tokenizer folder or a tokenizer.json. `engine` is one of `ENGINES`; the default spelling is that of
         the tokenizer_info.json beside it."""
         self.path = tokenizer_file(path)
         self.engine_choice = engine
@@ -132,7 +132,7 @@ class TextTokenizer:
             raise ConfigError(f"{self.path}: no tokenizer there ({error.strerror}); train one with {TRAIN_COMMAND}"
                               ) from error
         self.spelling = spelling or Spelling.beside(self.path)
-        if not spelling and (confused := self.spelling.confused()):  # data and models may have been made so
+        if not spelling and (confused := self.spelling.confused()):  # a warning: existing data may use it
             log.warning("%s: %s", self.path.with_name(INFO_FILE), confused)
         self.tokenizer = self._load(contents)
         ids = self.special_ids = {token.content: i for i, token in self.tokenizer.get_added_tokens_decoder().items()}
@@ -142,7 +142,7 @@ class TextTokenizer:
         own = fingerprint_of(contents, self.spelling)
         self.fingerprint = spells_as(self.path).get(own, own)
         self.hidden_strings = strings_of(token.content for token in self.tokenizer.get_added_tokens_decoder().values()
-                                         if token.special)  # those that no text becomes
+                                         if token.special)  # never produced from text
         self.boq, self.eoq, self.eoa = (ids[token] for token in self.spelling.controls[:3])
         self.tag_ids = {tag: ids[token] for tag, token in self.spelling.tags.items()}
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
@@ -159,7 +159,8 @@ class TextTokenizer:
             engine, self.tokenizer, json.loads(self.tokenizer.to_str()))
 
     def _load(self, contents: bytes) -> Tokenizer:
-        """Read a tokenizer.json, in which those tokens are special that no text may hold, and no others of ours."""
+        """Read a tokenizer.json, marking as special exactly the tokens that text must not produce: special ones and our
+        control tokens, except those of `in_text`."""
         tokenizer = parsed(self.path, contents)
         hidden = {*SPECIAL_TOKENS, *self.spelling.controls}
         added = tokenizer.get_added_tokens_decoder()
@@ -173,13 +174,13 @@ class TextTokenizer:
         return Tokenizer.from_str(json.dumps(config))
 
     def _check_that_text_stays_text(self) -> None:
-        """Refuse a model that has a special token among its own pieces, as Unigram and WordLevel may: it spells that
-        token for any text which holds its string."""
+        """Refuse a model that has a special token among its own pieces, as Unigram and WordLevel may: it would encode
+        any text that contains the token's string as that token."""
         special = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         texts = [(i, text) for i, token in special.items() for text in (token, f"a{token}a", f"a {token} a")]
         spelled = self.tokenizer.encode_batch([text for _, text in texts], add_special_tokens=False)
         taken = {special[i]: None for (i, _), found in zip(texts, spelled, strict=True) if i in found.ids}
-        if taken and self.unknown is not None:  # for what it does not know it has a token on purpose
+        if taken and self.unknown is not None:  # the unknown token is meant to be produced from text
             taken.pop(str(self.tokenizer.id_to_token(self.unknown)), None)
         if taken:
             raise ConfigError(f"{self.path}: its model, {type(self.tokenizer.model).__name__}, makes the special token "
@@ -188,8 +189,7 @@ class TextTokenizer:
 
     @functools.cached_property
     def unknown(self) -> int | None:
-        """The token that the model spells what it has none for as; None where it has no such token, or it is a control
-        token, which stands in examples anyway."""
+        """The model's unknown token; None if it has none, or if it is a control token, which examples contain."""
         model = self.tokenizer.model
         if isinstance(model, models.Unigram):
             found = json.loads(self.tokenizer.to_str())["model"].get("unk_id")
@@ -198,8 +198,8 @@ class TextTokenizer:
         return None if found in (self.boq, self.eoq, self.eoa, *self.tag_ids.values()) else found
 
     def loss(self) -> str | None:
-        """Say what becomes of a text of many kinds of characters on its way to ids and back; None where it stays as it
-        is, or the bytes that are lost were counted on opening."""
+        """Return what a text of varied characters loses in encode and decode; None if it survives, or if the missing
+        bytes were already reported on opening."""
         ids = self.tokenizer.encode(VARIED_TEXT, add_special_tokens=False).ids
         back = self.decode(ids)
         if self.lost_bytes or back.strip() == VARIED_TEXT:
@@ -208,8 +208,8 @@ class TextTokenizer:
                 "of it can read or write")
 
     def encode_examples(self, conditions: Sequence[str], texts: Sequence[str]) -> Ragged:
-        """Spell examples, whose texts are instruction, response, instruction, ..., as prefix, target, prefix, ...: boq,
-        one token per tag in order, instruction, eoq; response, eoa."""
+        """Encode examples, given as instruction, response, instruction, ..., into prefix, target, prefix, ...: boq, one
+        token per tag in order, instruction, eoq; response, eoa."""
         head_of = {condition: self._head(condition) for condition in set(conditions)}
         heads = [head_of[condition] for condition in conditions]
         spelled = self.engine.encode(texts)
@@ -232,12 +232,12 @@ class TextTokenizer:
         return [self.boq, *(self.tag_ids[tag] for tag in tags_of(condition, self.tag_ids))]
 
     def encode_prefixes(self, conditions: Sequence[str], instructions: Sequence[str]) -> list[list[int]]:
-        """Spell prefixes: boq, one token per tag in order, the instruction, eoq."""
+        """Encode prefixes: boq, one token per tag in order, the instruction, eoq."""
         texts = [text for instruction in instructions for text in (instruction, "")]
         return self.encode_examples(conditions, texts).rows()[::2]
 
     def encode_responses(self, responses: Sequence[str]) -> list[list[int]]:
-        """Spell targets: the response, eoa."""
+        """Encode targets: the response, eoa."""
         return [[*ids, self.eoa] for ids in self.engine.encode(responses).rows()]
 
     def encode_prefix(self, condition: str, instruction: str) -> list[int]:
@@ -248,19 +248,19 @@ class TextTokenizer:
 
     @functools.cached_property
     def vocabulary(self) -> str:
-        """Hash all tokens and their ids: exports may differ from the trained tokenizer in settings, not in these."""
+        """Hash of all tokens and ids, in which an export equals the tokenizer that it was made from."""
         return vocabulary_of(self.tokenizer)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; special tokens have none."""
+        """Return the text of `ids`; special tokens are skipped."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def parsed(path: Path, contents: bytes) -> Tokenizer:
-    """Read the contents of a tokenizer.json at `path`."""
+    """Parse the contents of a tokenizer.json; `path` names it in errors."""
     try:
         return Tokenizer.from_str(contents.decode("utf-8"))
-    except BaseException as error:  # bare Exception, or a panic of Rust, which is none
+    except BaseException as error:  # a bare Exception, or a Rust panic, which is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         raise ConfigError(f"{path}: not a tokenizer ({' '.join(str(error).split())}); train one with {TRAIN_COMMAND}"
@@ -272,8 +272,8 @@ def vocabulary_of(tokenizer: Tokenizer) -> str:
 
 
 def vocabulary_beside(folder: Path) -> str | None:
-    """Hash the tokens of a folder's tokenizer.json; None where there is none, or one of a kind that is not known here,
-    which a line says. One that is damaged is refused."""
+    """Return the hash of the tokens of a folder's tokenizer.json; None if there is none, or if this tokenizers library
+    does not know its kind (a warning says so). A damaged one is refused."""
     path = folder / TOKENIZER_FILE
     try:
         contents = path.read_bytes()
@@ -292,22 +292,22 @@ def vocabulary_beside(folder: Path) -> str | None:
 
 
 def fingerprint_of(contents: bytes, spelling: Spelling) -> str:
-    """Hash a tokenizer.json and how it is used."""
+    """Hash a tokenizer.json together with its spelling."""
     return hashlib.sha256(contents if spelling == Spelling() else
                           contents + json.dumps(spelling.to_info()).encode()).hexdigest()
 
 
 def spells_as(tokenizer_file: Path) -> dict[str, str]:
-    """Read from the tokenizer_info.json of an export which tokenizer it spells as: its own fingerprint > that one's."""
+    """Read from an export's tokenizer_info.json: its own fingerprint -> that of the equivalent tokenizer."""
     path = tokenizer_file.with_name(INFO_FILE)
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get(SPELLS_AS)
-    except (OSError, ValueError, AttributeError):  # none there, or one that is no settings
+    except (OSError, ValueError, AttributeError):  # missing, or not a JSON object
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer.json of a folder, or the file itself."""
+    """Return the tokenizer.json of a folder, or the path itself if it is a file."""
     path = Path(path)
     return path / TOKENIZER_FILE if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""From rows to a tokenizer, in one pass and bounded memory."""
+"""Train a tokenizer from rows, in one pass and bounded memory."""
 from __future__ import annotations
 
 import logging
@@ -19,7 +19,7 @@ from hrm_megatron.data.tokenizer import (
     train_tokenizer,
 )
 
-TEXTS_PER_CAPPED_ROW = 10  # HRM-Text: where sampling caps a file at n rows, its tokenizer reads 10 n texts of it
+TEXTS_PER_CAPPED_ROW = 10  # HRM-Text: of a file that sampling caps at n rows, its tokenizer training reads 10 n texts
 ROWS = RowFormat()
 
 log = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ def learn_tokenizer(paths: Sequence[Path], output: str | Path, vocab_size: int, 
                     keep_same: bool = False, max_per_file: int | None = None) -> TextTokenizer | None:
     """Train a tokenizer on the first `max_chars` characters of every instruction and response, and save it.
 
-    Bad rows go to `bad_rows`, else the first is raised. Rows of the shape `AUTO` have, file by file, that of the first.
-    With `keep_same` a tokenizer that was made from the same files and settings is left alone, and None returned. Of a
-    file that sampling caps at `max_per_file` rows, at most `TEXTS_PER_CAPPED_ROW` times as many texts are read.
+    Bad rows go to `bad_rows`; without it the first is raised. With the row shape `AUTO`, the first row of each file
+    decides its shape. With `keep_same` a tokenizer made from the same files and settings is kept, and None returned. Of
+    a file that sampling caps at `max_per_file` rows, at most `TEXTS_PER_CAPPED_ROW` times as many texts are read.
     """
     for name, value in (("max-chars", max_chars), ("max-per-file", 1 if max_per_file is None else max_per_file)):
         if value < 1:
@@ -43,7 +43,7 @@ def learn_tokenizer(paths: Sequence[Path], output: str | Path, vocab_size: int, 
     provenance = Provenance.of(paths, **settings, vocab_size=vocab_size, max_chars=max_chars, **capped)
     if keep_same and already_trained(Path(output), provenance):
         return None
-    check_output_folder(Path(output), overwrite)  # before the long part
+    check_output_folder(Path(output), overwrite)  # before the long work
 
     def texts(advance: Callable[[], object]) -> Iterator[str]:
         seen = False
@@ -67,7 +67,7 @@ def learn_tokenizer(paths: Sequence[Path], output: str | Path, vocab_size: int, 
 
 
 def _told(paths: Sequence[Path], rows: RowFormat) -> dict[Path, RowFormat]:
-    """Tell the shape of each file's rows. One without a row has that of the others: it says nothing of them."""
+    """Detect the row shape of each file. A file without rows takes that of another file."""
     found = {path: with_shape(rows, [path]) for path in paths}
     first = {told.shape: (told, place) for told, place in reversed(found.values()) if place}
     for shape, (_, place) in sorted(first.items()):

@@ -1,4 +1,5 @@
-"""Token ids that a vocabulary does not have: on a GPU an assertion in mid-run, or training of rows that are padding."""
+"""Detect token ids outside the vocabulary: on a GPU they would fail an assertion in mid-run, or train rows of the
+embedding that are only padding."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +8,7 @@ import numpy as np
 
 from hrm_megatron.config import ConfigError
 
-SCANNED_BYTES = 1 << 28  # of ids read when data is opened, a fraction of a second; larger data is checked row by row
+SCANNED_BYTES = 1 << 28  # of ids are scanned on opening, in a fraction of a second; larger data is checked row by row
 BLOCK_TOKENS = 1 << 22
 PARTS = ("prefix", "target")
 
@@ -15,10 +16,10 @@ Ids = np.ndarray  # [n] token ids
 
 
 class BadTokenId(ConfigError):
-    """A token id that is not in the vocabulary."""
+    """A token id outside the vocabulary."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader rebuilds it in the main process, of the traceback in its worker: our line is the last.
+        # A DataLoader recreates it in the main process from the worker's traceback, whose last line is our message.
         super().__init__(message.rstrip().rpartition(f"{type(self).__name__}: ")[2])
 
     @classmethod
@@ -28,10 +29,10 @@ class BadTokenId(ConfigError):
 
 
 def positions_outside(ids: Ids, vocab_size: int) -> Iterator[np.ndarray]:
-    """Yield where `ids` are outside the vocabulary, ascending, an array per block that has some."""
+    """Yield the positions of `ids` outside the vocabulary, ascending, an array per block that has some."""
     kinds = np.iinfo(ids.dtype)
     if 0 <= kinds.min and kinds.max < vocab_size:
-        return  # they cannot be
+        return  # the dtype cannot hold such an id
     for start in range(0, len(ids), BLOCK_TOKENS):
         block = ids[start:start + BLOCK_TOKENS]
         if block.max() >= vocab_size or block.min() < 0:
@@ -39,7 +40,7 @@ def positions_outside(ids: Ids, vocab_size: int) -> Iterator[np.ndarray]:
 
 
 def check_examples(examples: Sequence[tuple[Ids, Ids]], vocab_size: int, name: Callable[[int], str]) -> None:
-    """Raise BadTokenId at the first id outside the vocabulary; `name(i)` says which example the i-th is."""
+    """Raise BadTokenId at the first id outside the vocabulary; `name(i)` names the i-th example."""
     if not any(True for _ in positions_outside(np.concatenate([ids for pair in examples for ids in pair]), vocab_size)):
         return
     for i, pair in enumerate(examples):

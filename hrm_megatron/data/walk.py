@@ -1,4 +1,4 @@
-"""What the rows of an epoch are made of: its examples in the order in which they are packed, window by window."""
+"""The examples of one epoch in packing order, window by window."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -9,14 +9,14 @@ import numpy as np
 
 from hrm_megatron.config import ConfigError
 
-BLOCK_EXAMPLES = 1 << 20  # at a time, so that temporary arrays stay small
+BLOCK_EXAMPLES = 1 << 20  # processed at a time, so that temporary arrays stay small
 
 Ints = np.ndarray  # [n] integers
 Pair = tuple[np.ndarray, np.ndarray]  # prefix ids, target ids
 
 
 class Window(NamedTuple):
-    """Consecutive examples of an epoch: ids [n], and positions that each takes in a row [n]."""
+    """Consecutive examples of an epoch: ids [n], and the positions that each takes in a row [n]."""
 
     ids: Ints
     lengths: Ints
@@ -31,16 +31,16 @@ class Epoch(Protocol):
 
 
 class Walk(Protocol):
-    """Examples of epoch after epoch. What planning alone needs is loaded by `epoch` and goes with what it returns."""
+    """The examples of successive epochs. What only planning needs is loaded by `epoch`, into its result."""
 
     vocab_size: int
     id_dtype: np.dtype[np.unsignedinteger]
 
     def identity(self, epoch: int) -> str:
-        """Name by content what decides the examples of an epoch, their lengths and their order."""
+        """Return a content-based name of all that decides the examples of an epoch, their lengths and order."""
 
     def check(self, row_tokens: int) -> None:
-        """Raise ConfigError if there is nothing to pack, or an example of any epoch that fits no row."""
+        """Raise ConfigError if there is nothing to pack, or if an example of any epoch is longer than a row."""
 
     def epoch(self, epoch: int) -> Epoch: ...
 
@@ -50,26 +50,26 @@ class Walk(Protocol):
 
     @property
     def size(self) -> int:
-        """Examples of the data, about as many as an epoch has."""
+        """Number of examples in the data, about as many as an epoch has."""
 
     @property
     def folder(self) -> Path:
-        """Where plans are kept, beside the data."""
+        """Default folder for cached plans, beside the data."""
 
 
 def smallest_dtype(count: int) -> np.dtype[np.unsignedinteger]:
-    """Unsigned integers that number `count` examples."""
+    """Return the smallest unsigned dtype (at least 32 bits) that can number `count` examples."""
     return np.dtype(np.uint32 if count <= 1 << 32 else np.uint64)
 
 
 def blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Cut a range of examples into blocks."""
+    """Yield the range in blocks of BLOCK_EXAMPLES, as (start, stop)."""
     for first in range(start, stop, BLOCK_EXAMPLES):
         yield first, min(first + BLOCK_EXAMPLES, stop)
 
 
 def row_lengths(prefixes: Ints, targets: Ints) -> Ints:
-    """Positions that each example takes in a row, int32 [n]: the last target token is only a label."""
+    """Return the positions that each example takes in a row, int32 [n]: the last target token is only a label."""
     found = np.empty(len(prefixes), np.int32)
     for start, stop in blocks(0, len(found)):
         block = slice(start, stop)
@@ -78,7 +78,7 @@ def row_lengths(prefixes: Ints, targets: Ints) -> Ints:
 
 
 def check_lengths(lengths: Ints, row_tokens: int, name: Callable[[int], str], first: int = 0) -> None:
-    """Refuse an empty list, and an example that fits no row; `name(first + i)` says which example the i-th is."""
+    """Refuse an empty list, and an example longer than a row; `name(first + i)` names the i-th example."""
     if not len(lengths):
         raise ConfigError("no examples to pack; check the input and --split")
     longest = int(np.argmax(lengths))

@@ -1,4 +1,4 @@
-"""PREFIX.report.md and PREFIX.report.png, written beside a dataset."""
+"""Write PREFIX.report.md and PREFIX.report.png beside a dataset."""
 from __future__ import annotations
 
 import importlib.util
@@ -17,7 +17,7 @@ def can_draw() -> bool:
 
 
 def write_report(report: DatasetReport) -> list[str]:
-    """Write the report, with a picture where matplotlib is; return lines that say what was written."""
+    """Write the report, with a picture if matplotlib is installed; return lines that say what was written."""
     text, picture = report_path(report.prefix), Path(f"{report.prefix}.report.png")
     draws = can_draw()
     try:
@@ -28,7 +28,7 @@ def write_report(report: DatasetReport) -> list[str]:
                 with whole_file(picture) as drawn:
                     draw_report(report, drawn)
             else:
-                picture.unlink(missing_ok=True)  # of an earlier run
+                picture.unlink(missing_ok=True)  # left by an earlier run
     except OSError as error:
         raise ConfigError(f"{text}: cannot write ({error.strerror}); the dataset itself is complete") from error
     return [f"report: {text}, {picture}"] if draws else [f"report: {text}", WITHOUT_PICTURE]

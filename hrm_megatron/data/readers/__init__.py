@@ -1,4 +1,4 @@
-"""Rows of every kind of input file, read in pieces that workers can take, in bounded memory."""
+"""Read rows of every kind of input file, in pieces that can be sent to workers, in bounded memory."""
 from __future__ import annotations
 
 from collections import Counter
@@ -21,12 +21,12 @@ from hrm_megatron.data.row_shapes import examples_of, shape_of
 __all__ = ["PIECE_BYTES", "Piece", "is_blank", "pieces", "read_batches", "read_examples", "read_piece",
            "sample_documents", "with_shape"]
 
-PIECE_BYTES = 1 << 20  # of text, the work of one task
+PIECE_BYTES = 1 << 20  # of text: the work of one task
 ROWS = RowFormat()
 
 
 class Kind(NamedTuple):
-    """A kind of file, told by its first bytes."""
+    """A kind of file, identified by its magic bytes."""
 
     mark: bytes
     pieces: Callable[[Path, int, RowFormat], Iterator[Piece]]
@@ -37,9 +37,9 @@ KINDS = (
     Kind(MARK, parquet_pieces, parquet_is_blank),
     Kind(FILE_MARK, arrow_pieces, arrow_is_blank),
     Kind(STREAM_MARK, arrow_pieces, arrow_is_blank),
-    Kind(b"", jsonl_pieces, jsonl_is_blank),  # packed or not
+    Kind(b"", jsonl_pieces, jsonl_is_blank),  # compressed or not
 )
-DOCUMENT = Kind(b"", document_pieces, document_is_blank)  # told by its name, and only where documents are wanted
+DOCUMENT = Kind(b"", document_pieces, document_is_blank)  # identified by its name, and only if documents are wanted
 NEVER_EMPTY = (".parquet", ".arrow", ".feather", ".gz", ".zst")
 
 
@@ -54,13 +54,13 @@ def _kind(path: Path, documents: bool) -> Kind:
 
 
 def is_blank(path: Path, documents: bool = False) -> bool:
-    """Say whether there is no row in a file; refuse by its name what is of no kind that is read."""
+    """Return whether a file has no row; refuse a file of a kind that cannot be read, naming the kind."""
     return _kind(path, documents).is_blank(path)
 
 
 def pieces(path: Path, chunk_bytes: int = PIECE_BYTES, rows: RowFormat = ROWS, readers: int = 1) -> Iterator[Piece]:
-    """Cut a file into pieces of about `chunk_bytes` of text, in its order. Of Parquet, `readers` row groups are read at
-    a time, each in the memory that one takes."""
+    """Cut a file into pieces of about `chunk_bytes` of text, in order. Of Parquet, `readers` row groups are read
+    concurrently, each with the memory that one needs."""
     kind = _kind(path, rows.raw is not None)
     if kind.mark == MARK:
         return parquet_pieces(path, chunk_bytes, rows, readers)
@@ -70,9 +70,9 @@ def pieces(path: Path, chunk_bytes: int = PIECE_BYTES, rows: RowFormat = ROWS, r
 def read_piece(piece: Piece, rows: RowFormat = ROWS,
                noted: Counter[str] | None = None,
                sizes: Sizes = BY_CHARACTERS) -> Iterator[tuple[str, Example | BadRow]]:
-    """Yield (place, example or why there is none) in the order of the rows; a row may give several examples.
+    """Yield (place, example or bad row) in the order of the rows; a row may give several examples.
 
-    What was handled and should be known is counted in `noted`; documents are cut by `sizes`.
+    Events that should be reported are counted in `noted`; documents are cut by `sizes`.
     """
     for place, row in piece.read(rows):
         if isinstance(row, BadRow):
@@ -87,7 +87,7 @@ def read_piece(piece: Piece, rows: RowFormat = ROWS,
 
 
 def read_batches(piece: Piece, rows: RowFormat, noted: Counter[str], sizes: Sizes) -> Iterator[ExampleBatch]:
-    """Yield what `read_piece` does as columns: at once where the piece can be read so, else row by row."""
+    """Yield the result of `read_piece` in columnar form: all rows at once if possible, else row by row."""
     if batch := piece.read_columns(rows):
         yield batch
     else:
@@ -96,7 +96,7 @@ def read_batches(piece: Piece, rows: RowFormat, noted: Counter[str], sizes: Size
 
 def read_examples(paths: Iterable[Path], rows: RowFormat = ROWS, bad_rows: BadRows | None = None,
                   noted: Counter[str] | None = None) -> Iterator[tuple[str, Example]]:
-    """Yield (place, example) of all files; bad rows go to `bad_rows`, else the first is raised."""
+    """Yield (place, example) of all files; bad rows go to `bad_rows`; without it the first is raised."""
     bad_rows = bad_rows or BadRows()
     for path in paths:
         for piece in pieces(path, rows=rows):
@@ -108,9 +108,9 @@ def read_examples(paths: Iterable[Path], rows: RowFormat = ROWS, bad_rows: BadRo
 
 
 def with_shape(rows: RowFormat, paths: Sequence[Path]) -> tuple[RowFormat, str | None]:
-    """Tell the shape of the rows by the first that has one, and say where that is; None where there is none.
+    """Detect the shape from the first row that has one, and return where that row is; None if there is none.
 
-    Of each file the first piece that can be read is searched.
+    In each file only pieces up to the first readable one are searched.
     """
     rows = replace(rows, shape=ROWS.shape)
     for path in paths:
@@ -128,7 +128,7 @@ def with_shape(rows: RowFormat, paths: Sequence[Path]) -> tuple[RowFormat, str |
 
 
 def sample_documents(paths: Sequence[Path], rows: RowFormat, characters: int) -> Iterator[str]:
-    """Yield the first documents of every file, about as much of each, up to `characters` of all."""
+    """Yield the first documents of every file, about the same amount of each, up to `characters` in total."""
     assert rows.raw
     for path in paths:
         left = max(1, characters // len(paths))

@@ -1,4 +1,4 @@
-"""Streams that threads read ahead, for libraries that read without Python's lock, and that come out in their order."""
+"""Read streams ahead in threads, for libraries that release the GIL while reading, and yield them in order."""
 from __future__ import annotations
 
 import contextlib
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from queue import Empty, Queue
 
-QUEUED = 8  # items of a stream that wait for those before it
+QUEUED = 8  # items per stream, read before their turn
 DRAIN_SECONDS = 0.05
 
 
@@ -22,7 +22,7 @@ class _End:
 
 
 def read_ahead[T](streams: Iterable[Iterator[T]], threads: int) -> Iterator[T]:
-    """Yield what one stream has, then what the next has, ...; `threads` of them are read at a time (1: none ahead)."""
+    """Yield the items of one stream after the other; `threads` are read concurrently (1: without threads)."""
     if threads == 1:
         for stream in streams:
             yield from stream
@@ -51,7 +51,7 @@ def read_ahead[T](streams: Iterable[Iterator[T]], threads: int) -> Iterator[T]:
     finally:
         stop.set()
         for queue, thread in reading:
-            while thread.is_alive():  # it may wait for room
+            while thread.is_alive():  # it may be blocked on a full queue
                 with contextlib.suppress(Empty):
                     queue.get(timeout=DRAIN_SECONDS)
 
@@ -63,5 +63,5 @@ def _fill[T](stream: Iterator[T], queue: Queue[T | _Failed | type[_End]], stop: 
                 return
             queue.put(item)
         queue.put(_End)
-    except BaseException as error:  # the reader's to raise, in its turn
+    except BaseException as error:  # raised by the consumer, in order
         queue.put(_Failed(error))

@@ -16,9 +16,9 @@ from hrm_megatron.data.readers.columns import ColumnsPiece, Group, column_pieces
 FILE_MARK = b"ARROW1"
 STREAM_MARK = b"\xff\xff\xff\xff"
 STREAM_END = STREAM_MARK + b"\0\0\0\0"
-STREAM_IN_FILE = 8  # where the stream begins that a file holds in front of its footer
+STREAM_IN_FILE = 8  # offset of the stream inside an IPC file, before the footer
 OPTIONS = pa.ipc.IpcReadOptions(use_threads=False)
-UNPACKED_BYTES = 1 << 29  # of one batch, which is unpacked as a whole
+UNPACKED_BYTES = 1 << 29  # limit for one batch, which is decompressed as a whole
 
 
 def arrow_pieces(path: Path, chunk_bytes: int, rows: RowFormat) -> Iterator[ColumnsPiece]:
@@ -28,7 +28,7 @@ def arrow_pieces(path: Path, chunk_bytes: int, rows: RowFormat) -> Iterator[Colu
     groups = (_file_groups if is_file else _stream_groups)(path, mapped, rows)
     for piece in column_pieces(path, chunk_bytes, rows, groups):
         yield piece
-        mapped.madvise(mmap.MADV_DONTNEED)  # else the whole file is in memory once it was read
+        mapped.madvise(mmap.MADV_DONTNEED)  # else the whole file stays resident once it was read
 
 
 def arrow_is_blank(path: Path) -> bool:
@@ -48,7 +48,7 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def _check_sizes(path: Path, mapped: mmap.mmap, is_file: bool) -> None:
-    """Refuse batches that do not fit in memory when they are unpacked; the others are read where they are."""
+    """Refuse batches that are too large when decompressed; uncompressed ones are read from the map."""
     stream = pa.py_buffer(mapped)
     sizes = unpacked_bytes(stream.slice(STREAM_IN_FILE) if is_file else stream)
     for number in count():
@@ -61,7 +61,7 @@ def _check_sizes(path: Path, mapped: mmap.mmap, is_file: bool) -> None:
                               f"{UNPACKED_BYTES:,}; write it with smaller batches or without compression")
 
 
-# Columns are chosen from whole batches: told what to read, pyarrow copies it instead of leaving it in the file.
+# Columns are selected from whole batches: if pyarrow is told which to read, it copies them out of the map.
 
 def _file_groups(path: Path, mapped: mmap.mmap, rows: RowFormat) -> Iterator[Group]:
     with damage_named(path, "its footer"):

@@ -1,7 +1,7 @@
-"""How large the compressed buffers of Arrow messages say they are, before any is unpacked.
+"""The decompressed sizes of the buffers of Arrow messages, read before anything is decompressed.
 
-pyarrow unpacks all of a record batch at once and shows no sizes. They stand in the first eight bytes of each buffer;
-where those are, the message's metadata says, a FlatBuffer.
+pyarrow decompresses a record batch as a whole and exposes no sizes. They are the first eight bytes of each compressed
+buffer; the offsets of the buffers are in the metadata of the message, a FlatBuffer.
 """
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from struct import unpack_from
 
 import pyarrow as pa
 
-HEADER_TYPE, HEADER = 1, 2  # fields of Message
-DICTIONARY_BATCH, RECORD_BATCH = 2, 3  # of its union
-BUFFERS, COMPRESSION = 2, 3  # fields of RecordBatch
-DATA = 1  # of DictionaryBatch: a RecordBatch
+HEADER_TYPE, HEADER = 1, 2  # field numbers of Message
+DICTIONARY_BATCH, RECORD_BATCH = 2, 3  # values of its header union
+BUFFERS, COMPRESSION = 2, 3  # field numbers of RecordBatch
+DATA = 1  # field number in DictionaryBatch: a RecordBatch
 
 
 def unpacked_bytes(stream: pa.Buffer) -> Iterator[int]:
-    """Yield, for each record batch of a stream, the bytes of all that must be unpacked for it. Raises ValueError."""
+    """Yield for each record batch of a stream the decompressed bytes of it and of all dictionaries before it. Raises
+    ValueError if metadata is invalid."""
     dictionaries = 0
     for message in pa.ipc.MessageReader.open_stream(stream):
         try:
@@ -32,7 +33,7 @@ def unpacked_bytes(stream: pa.Buffer) -> Iterator[int]:
 
 
 def _message(message: pa.ipc.Message) -> tuple[int, int]:
-    """Say what a message holds and how many bytes that has when it is unpacked, 0 where it is not packed."""
+    """Return the kind of a message and its decompressed bytes, 0 if it is not compressed."""
     data = memoryview(message.metadata)
     table = unpack_from("<I", data, 0)[0]
     kind_at, header_at = _field(data, table, HEADER_TYPE), _field(data, table, HEADER)
@@ -51,7 +52,7 @@ def _message(message: pa.ipc.Message) -> tuple[int, int]:
     for i in range(unpack_from("<I", data, vector)[0]):
         offset, length = unpack_from("<qq", data, vector + 4 + 16 * i)
         if length >= 8:
-            num_bytes += max(unpack_from("<q", body, offset)[0], 0)  # -1: this one is not packed
+            num_bytes += max(unpack_from("<q", body, offset)[0], 0)  # -1: not compressed
     return kind, num_bytes
 
 
@@ -60,7 +61,7 @@ def _target(data: memoryview, at: int) -> int:
 
 
 def _field(data: memoryview, table: int, number: int) -> int:
-    """Where a field of a table is, 0 if it has none."""
+    """Return the offset of a field of a FlatBuffer table, 0 if it is absent."""
     vtable = table - unpack_from("<i", data, table)[0]
     if vtable < 0:
         raise IndexError("a table before the beginning")

@@ -1,7 +1,7 @@
-"""What the values of a column are: how many bytes they have, whether all that leads to them is sound, and their plain
-form.
+"""Arrow column values: their size in bytes, validation of offsets and indices, and conversion to plain layouts.
 
-A dictionary and the buffers behind views keep a text once, however often it is used, and go with every slice whole.
+Dictionaries and the buffers of view types store a text once, however often it is used, and every slice refers to all of
+them.
 """
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}  # and what holds the same plainly
+VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}  # view type -> equivalent plain type
 AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 SHORT_OFFSETS, LONG_OFFSETS = (pa.string(), pa.binary()), (pa.large_string(), pa.large_binary())
-VIEW_INTEGERS = 4  # of 32 bits, the first of which is the length
+VIEW_INTEGERS = 4  # 32-bit integers per view; the first is the length
 
 
 def num_bytes(column: pa.Array) -> int:
-    """Bytes of a column's values, those of a text as often as it is used."""
+    """Return the bytes of a column's values, counting a shared text once per use."""
     if _is_plain(column.type):
         return int(column.nbytes)
     if pa.types.is_dictionary(column.type):
@@ -29,7 +29,7 @@ def num_bytes(column: pa.Array) -> int:
 
 
 def _bytes_at(values: pa.Array, at: np.ndarray) -> int:
-    """Bytes of the values with these numbers, each as often as it is named."""
+    """Return the bytes of the values at these indices, counting repetitions."""
     if not len(at):
         return 0
     if values.type in VIEWS:
@@ -42,13 +42,13 @@ def _bytes_at(values: pa.Array, at: np.ndarray) -> int:
 
 
 def _children(column: pa.Array) -> list[pa.Array]:
-    """The values inside of a nested column, of its own rows alone."""
+    """Return the child values of a nested column, restricted to its own rows."""
     flat = column.flatten()
     return flat if pa.types.is_struct(column.type) else [flat]
 
 
 def plain(column: pa.Array) -> pa.Array:
-    """The same values one behind the other, without those of other rows."""
+    """Return the same values in a plain contiguous layout, without those of other rows."""
     if _is_plain(column.type):
         return column
     if pa.types.is_dictionary(column.type):
@@ -58,20 +58,20 @@ def plain(column: pa.Array) -> pa.Array:
     inner = list(map(plain, _children(column)))
     if pa.types.is_struct(column.type):
         return pa.StructArray.from_arrays(inner, [field.name for field in column.type], mask=column.is_null())
-    lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)  # a cast would take all of the values
+    lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)  # a cast would copy all rows' values
     return pa.LargeListArray.from_arrays(np.append(0, lengths.cumsum()), *inner, mask=column.is_null())
 
 
 @lru_cache
 def _is_plain(kind: pa.DataType) -> bool:
-    """Say whether there are neither dictionaries nor views in a column."""
+    """Return whether a type contains neither dictionaries nor views."""
     inner = ([field.type for field in kind] if pa.types.is_struct(kind) else
              [kind.value_type] if pa.types.is_list(kind) or pa.types.is_large_list(kind) else [])
     return not pa.types.is_dictionary(kind) and kind not in VIEWS and all(map(_is_plain, inner))
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """The type of the same layout whose texts are bytes."""
+    """Return the type of the same layout with binary in place of text."""
     if kind in AS_BYTES:
         return AS_BYTES[kind]
     if pa.types.is_list(kind):
@@ -84,17 +84,17 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
 
 
 class Checks:
-    """Hold what leads to values against the values that there are. Raises ArrowException where it leads astray.
+    """Validate offsets and indices against the values that they refer to. Raises ArrowException if they are invalid.
 
-    Whether texts are UTF-8 is a question for each row. The dictionaries of columns are looked through once, however
-    many batches share them.
+    UTF-8 is not validated here but row by row. The dictionary of a column is checked once, however many batches share
+    it.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[pa.Array, pa.Array]] = {}  # by column: the dictionary, and its plain form
+        self._seen: dict[int, tuple[pa.Array, pa.Array]] = {}  # by column number: the dictionary, and its plain form
 
     def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Return a batch whose dictionaries and nested columns are sound; the rest is for `check_slice`."""
+        """Return a batch with validated dictionaries and nested columns; the rest is validated by `check_slice`."""
         batch.validate()
         columns = []
         for number, column in enumerate(batch.columns):
@@ -108,14 +108,14 @@ class Checks:
 
     def _dictionary(self, number: int, found: pa.Array) -> pa.Array:
         seen = self._seen.get(number)
-        if seen is None or _places(seen[0]) != _places(found):  # what is kept is not freed, so no other lies there
+        if seen is None or _places(seen[0]) != _places(found):  # kept alive, so its addresses are not reused
             _check(found)
             self._seen[number] = seen = found, plain(found)
         return seen[1]
 
 
 def check_slice(batch: pa.RecordBatch) -> None:
-    """Hold rows of a `checked` batch against their values."""
+    """Validate rows of a `checked` batch."""
     for column in batch.columns:
         if pa.types.is_dictionary(column.type):
             ends = pc.min_max(column.indices).as_py()

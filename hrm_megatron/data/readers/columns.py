@@ -1,4 +1,4 @@
-"""Batches of columns, of Parquet and Arrow files, as pieces that carry their rows."""
+"""Column batches of Parquet and Arrow files, as pieces that carry their rows."""
 from __future__ import annotations
 
 import contextlib
@@ -18,12 +18,12 @@ from hrm_megatron.data.readers.plain_columns import plain_columns
 from hrm_megatron.data.row_shapes import fields_to_read
 from hrm_megatron.data.text_files import convert_from
 
-DAMAGE = (pa.ArrowException, OSError, OverflowError, ValueError)  # what pyarrow raises where bytes are wrong
-SLICE_ROWS = 1024  # of a batch that are looked at together; a memory-mapped one may be the whole file
+DAMAGE = (pa.ArrowException, OSError, OverflowError, ValueError)  # what pyarrow raises over damaged bytes
+SLICE_ROWS = 1024  # of a batch, processed together; a memory-mapped batch may be the whole file
 
 
 class Group(NamedTuple):
-    """Rows that a file keeps together, by the name that its own library gives them: `row group 3`."""
+    """A unit of rows in a file; `name` is what the file's own library calls it: `row group 3`."""
 
     name: str
     num_bytes: int
@@ -31,7 +31,7 @@ class Group(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Rows of a group as an Arrow stream, or one row that is too long, by its size."""
+    """Rows of a group as an Arrow stream; of a single row that is too long, only its size."""
 
     num_rows: int
     batches: bytes
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class ColumnsPiece(Piece):
-    """Rows of a group from `first_row` on. They count from 0 in each group, as in pyarrow."""
+    """Rows of a group from `first_row` on; rows are counted from 0 in each group, as in pyarrow."""
 
     group: str
     first_row: int
@@ -85,10 +85,10 @@ def _not_utf8(place: str, error: UnicodeDecodeError) -> BadRow:
 
 @contextlib.contextmanager
 def damage_named(path: Path, what: str) -> Iterator[None]:
-    """Turn what pyarrow says of wrong bytes into one line with file and group."""
+    """Turn the errors of pyarrow over damaged bytes into one line that names file and group."""
     try:
         yield
-    except ConfigError:  # of ours, and a ValueError too
+    except ConfigError:  # our own, which is a ValueError too
         raise
     except DAMAGE as error:
         reason = " ".join(str(error).split())
@@ -96,7 +96,7 @@ def damage_named(path: Path, what: str) -> Iterator[None]:
 
 
 def columns_of(path: Path, schema: pa.Schema, rows: RowFormat) -> list[str]:
-    """Name the columns to read: all, where one is missing, so that what is said of a row names those that it has."""
+    """Return the columns to read; all if a needed one is missing, so that messages can list those that exist."""
     if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
         raise ConfigError(f"{path}: two columns {twice[0]!r}; rename one")
     return fields_to_read(schema.names, rows)
@@ -145,7 +145,7 @@ def _part(batches: Sequence[pa.RecordBatch]) -> Part:
 
 
 def _slices(batches: Iterable[pa.RecordBatch], chunk_bytes: int, checks: Checks) -> Iterator[pa.RecordBatch]:
-    """Cut batches until they have `chunk_bytes` or one row. Where offsets lead astray an ArrowException is raised."""
+    """Split batches until each has at most `chunk_bytes` or one row. Invalid offsets raise ArrowException."""
     for batch in batches:
         sound = checks.checked(batch)
         for start in range(0, batch.num_rows, SLICE_ROWS):

@@ -1,4 +1,4 @@
-"""Files of plain text, each one document."""
+"""Plain text files, one document each."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ SUFFIXES = tuple(name + packed for name in (".txt", ".md") for packed in ("", ".
 
 @dataclass(frozen=True)
 class DocumentPiece(Piece):
-    """A whole file, or one that is too long, by its length."""
+    """A whole file; of a file that is too long, only its length."""
 
     text: bytes
     long_bytes: int = 0

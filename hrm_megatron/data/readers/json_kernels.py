@@ -1,10 +1,9 @@
-"""Loops over lines of JSON, compiled as those of kernels.py are: where in plain rows the wanted texts stand.
+"""numba loops over lines of JSON, compiled like those of kernels.py: they find the wanted texts in plain rows.
 
-A line is plain if it is blank, or one object of RFC 8259 in UTF-8 that leaves nothing to decide: keys have no escapes;
-the wanted fields are there once, and are strings, and none is there that would change what they say; no string has half
-a surrogate pair; numbers are short, nesting is not deep. Every function returns -1 at anything else, which is not told
-apart here. Nothing but white space between lines takes a line end, so no loop runs past the last one, with which the
-bytes end.
+A line is plain if it is blank, or one RFC 8259 object in UTF-8 that is unambiguous: no escapes in keys; each wanted
+field occurs once and is a string, and no field is present that would change its meaning; no lone surrogates; short
+numbers, shallow nesting. Every function returns -1 for anything else, without telling the reasons apart. Only
+whitespace between lines may consume a newline, and the input ends with one, so no loop runs past the end.
 """
 from __future__ import annotations
 
@@ -18,15 +17,15 @@ NEWLINE, TAB, RETURN, SPACE, QUOTE, BACKSLASH, COMMA, COLON, MINUS, PLUS, POINT,
     ord, "\n\t\r \"\\,:-+.09")
 BRACE, BRACKET, BRACE_END, BRACKET_END = map(ord, "{[}]")
 SMALL_E, LARGE_E, SMALL_N, SMALL_U = map(ord, "eEnu")
-ESCAPES = np.zeros(256, np.uint8)  # what stands for what behind a backslash
+ESCAPES = np.zeros(256, np.uint8)  # the character after a backslash -> what it stands for
 for escape, character in zip('"\\/bfnrt', '"\\/\b\f\n\r\t', strict=True):
     ESCAPES[ord(escape)] = ord(character)
 HEX = np.full(256, -1, np.int64)
 for digit in "0123456789abcdefABCDEF":
     HEX[ord(digit)] = int(digit, 16)
 WORDS = np.frombuffer(b"true false null ", np.uint8)
-MOST_DEPTH = 60  # Python takes hundreds
-MOST_DIGITS = 300  # Python takes thousands
+MOST_DEPTH = 60  # Python accepts hundreds
+MOST_DIGITS = 300  # Python accepts thousands
 
 
 @compiled
@@ -38,7 +37,7 @@ def behind_space(octets: Bytes, at: int) -> int:
 
 @compiled
 def hex_at(octets: Bytes, at: int) -> int:
-    """The number of four hexadecimal digits."""
+    """Return the value of four hexadecimal digits."""
     code = 0
     for i in range(4):
         digit = HEX[octets[at + i]]
@@ -50,12 +49,12 @@ def hex_at(octets: Bytes, at: int) -> int:
 
 @compiled
 def escaped(octets: Bytes, at: int) -> tuple[int, int]:
-    """Code point of the escape that begins at a backslash, and where it ends."""
+    """Return the code point of the escape that begins at a backslash, and the end of the escape."""
     letter = octets[at + 1]
     if letter != SMALL_U:
         return (int(ESCAPES[letter]) if ESCAPES[letter] else -1), at + 2
     code = hex_at(octets, at + 2)
-    if code & ~0x7FF != 0xD800:  # no surrogate
+    if code & ~0x7FF != 0xD800:  # not a surrogate
         return code, at + 6
     if code >= 0xDC00 or octets[at + 6] != BACKSLASH or octets[at + 7] != SMALL_U:
         return -1, at
@@ -65,7 +64,7 @@ def escaped(octets: Bytes, at: int) -> tuple[int, int]:
 
 @compiled
 def behind_character(octets: Bytes, at: int) -> int:
-    """Behind a character of two bytes and more, which is well-formed (Unicode, table 3-7)."""
+    """Return the end of a well-formed character of two or more bytes (Unicode, table 3-7)."""
     first, second = octets[at], octets[at + 1]
     if first < 0xC2 or first > 0xF4 or second & 0xC0 != 0x80:
         return -1
@@ -109,7 +108,7 @@ def behind_digits(octets: Bytes, at: int) -> int:
 
 @compiled
 def behind_word(octets: Bytes, at: int) -> int:
-    """Behind a number or `true`, `false`, `null`."""
+    """Return the end of a number or of `true`, `false`, `null`."""
     start = length = 0
     for i in range(len(WORDS)):
         if WORDS[i] != SPACE:
@@ -134,7 +133,7 @@ def behind_word(octets: Bytes, at: int) -> int:
 
 @compiled
 def behind_key(octets: Bytes, at: int) -> int:
-    """Behind the colon of a key."""
+    """Return the position after the colon of a key."""
     if octets[at] != QUOTE:
         return -1
     end = behind_string(octets, at)
@@ -149,7 +148,7 @@ def behind_key(octets: Bytes, at: int) -> int:
 
 @compiled
 def field_at(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray) -> int:
-    """Which of the names stands at a byte, -1 for none of them. They have their quotes."""
+    """Return the index of the name (with its quotes) that begins at a byte, or -1."""
     start = 0
     for field in range(len(name_ends)):
         length = name_ends[field] - start
@@ -164,12 +163,12 @@ def field_at(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray) -> int
 
 @compiled
 def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, found: np.ndarray) -> int:
-    """Behind the object that begins at a byte. `found`: where the texts of the fields begin and end, [2 x fields]; a
-    plain row has an empty text or null in the fields that are named behind those."""
+    """Return the end of the object that begins at a byte. `found` [2 x fields] receives begin and end of the fields'
+    texts. `names` beyond those fields are fields that a plain row may hold only empty or null."""
     for i in range(len(found)):
         found[i] = -1
     depth = 0
-    objects = 0  # a bit for each level that is open, the last one lowest: 1 for an object, 0 for a list
+    objects = 0  # a bit per open level, the innermost lowest: 1 for an object, 0 for a list
     field = -1
     while True:
         if objects & 1:
@@ -222,8 +221,8 @@ def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, foun
 @compiled
 def rows_of_lines(octets: Bytes, names: Bytes, name_ends: np.ndarray, max_row_bytes: int, found: np.ndarray,
                   lines: np.ndarray) -> int:
-    """Fill in where the texts of the fields stand, [rows, 2 x fields], -1 where the first field is missing, and the
-    line of each row; return the number of rows."""
+    """Fill `found` [rows, 2 x fields] with begin and end of the texts (-1 where the first field is missing) and `lines`
+    with the line of each row; return the number of rows."""
     rows = line = at = 0
     while at < len(octets):
         start = at
@@ -249,8 +248,8 @@ def rows_of_lines(octets: Bytes, names: Bytes, name_ends: np.ndarray, max_row_by
 
 @compiled
 def join_texts(octets: Bytes, spans: np.ndarray, joined: Bytes, ends: np.ndarray) -> int:
-    """Write the texts of spans [texts, 2], without their escapes and a NUL behind each; `ends` is where the next one
-    begins."""
+    """Write the texts of spans [texts, 2] to `joined`, unescaped and each followed by a NUL; `ends` receives where the
+    next text begins. Return the bytes written."""
     to = 0
     for text in range(len(spans)):
         at, end = spans[text, 0], spans[text, 1]

@@ -1,4 +1,4 @@
-"""Lines of JSON: byte ranges of a file that workers read themselves, or what was unpacked from a compressed file."""
+"""Lines of JSON: byte ranges of a file that workers read themselves, or decompressed text of a compressed file."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from hrm_megatron.data.text_files import HEAD_BYTES, is_blank_jsonl, without_mar
 
 
 class Cut(NamedTuple):
-    """Whole lines, the first of which is `first_line` (from 1), or one line that is too long, by its length."""
+    """Whole lines, the first numbered `first_line` (from 1); of a single line that is too long, only its length."""
 
     first_line: int
     start_byte: int
@@ -26,7 +26,7 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class LinesPiece(Piece):
-    """Lines of jsonl, or one that is too long to be read, by its length. Without `text` they are read from the file."""
+    """Lines of jsonl; of a line that is too long, only its length. Without `text` they are read from the file."""
 
     first_line: int
     start_byte: int
@@ -60,7 +60,7 @@ class LinesPiece(Piece):
 
 
 def cut_lines(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[Cut]:
-    """Cut a stream at line ends, about once a block. Of a line that is too long nothing is kept but its length."""
+    """Cut a stream at line ends, about once per block. Of a line that is too long only the length is kept."""
     line, start, skipped = 1, 0, 0
     rest = bytearray()
     for block in blocks:
@@ -96,7 +96,7 @@ def jsonl_pieces(path: Path, chunk_bytes: int, rows: RowFormat) -> Iterator[Line
 
 
 def jsonl_is_blank(path: Path) -> bool:
-    """Say whether there is no row in a jsonl file, packed or not; refuse by its name what is no jsonl in UTF-8."""
+    """Return whether a jsonl file, compressed or not, has no row; refuse other kinds of files, naming the kind."""
     with open_stream(path) as stream:
         blocks = stream.blocks(HEAD_BYTES)
         head = next(blocks, b"")

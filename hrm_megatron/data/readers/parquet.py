@@ -14,16 +14,16 @@ from hrm_megatron.data.readers.parquet_pages import pages
 
 MARK = b"PAR1"
 BATCH_ROWS = 1024
-DICTIONARY_BATCH_ROWS = 1 << 16  # where a column stays a dictionary: every batch has a copy of it
-BATCH_BYTES = 1 << 24  # of a batch, as rows of the group are on the average
-EXPANDED_BYTES = 1 << 28  # of a batch, where every row were the longest that a dictionary or a page allows
-PAGE_BYTES = 1 << 27  # usual ones have 1 MB, DuckDB's up to 100 MB
+DICTIONARY_BATCH_ROWS = 1 << 16  # if a column stays a dictionary: every batch copies it
+BATCH_BYTES = 1 << 24  # of a batch, by the average row size of the group
+EXPANDED_BYTES = 1 << 28  # of a batch, if every row were as long as a dictionary or a page allows
+PAGE_BYTES = 1 << 27  # pages usually have 1 MB, DuckDB's up to 100 MB
 PAGE_VALUES = 1 << 24
-BUFFER_BYTES = 1 << 20  # of a column chunk; without it, each is read as a whole
+BUFFER_BYTES = 1 << 20  # read buffer per column chunk; without it, each chunk is read as a whole
 
 
 def parquet_pieces(path: Path, chunk_bytes: int, rows: RowFormat, readers: int = 1) -> Iterator[ColumnsPiece]:
-    """Cut a file into pieces; `readers` row groups are read at a time. The pieces are the same."""
+    """Cut a file into pieces; `readers` row groups are read concurrently, which does not change the pieces."""
     with _opened(path) as file:
         metadata, columns = file.metadata, columns_of(path, file.schema_arrow, rows)
 
@@ -58,8 +58,9 @@ def _batches(path: Path, file: pq.ParquetFile, number: int, columns: list[str]) 
 
 
 def _batch_rows(path: Path, group: pq.RowGroupMetaData, columns: list[str], dictionaries: set[str]) -> int:
-    """Choose rows of a batch so that it fits in memory, whatever is packed how tightly, and so that `dictionaries`, the
-    columns that stay some, are not copied too often. Raises ArrowInvalid where it never fits."""
+    """Return the number of rows per batch such that a batch fits in memory however strongly it is compressed, and such
+    that `dictionaries`, the columns that stay dictionary-encoded, are not copied too often. Raises ArrowInvalid if no
+    batch fits."""
     rows = DICTIONARY_BATCH_ROWS if dictionaries.intersection(columns) else BATCH_ROWS
     with open(path, "rb") as file:
         for column in map(group.column, range(group.num_columns)):

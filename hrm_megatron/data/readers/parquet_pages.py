@@ -1,7 +1,7 @@
-"""Headers of the pages of a Parquet column, which say how much memory they take before any is unpacked.
+"""Page headers of a Parquet column, which give the memory that a page takes before it is decompressed.
 
-A page is the least that can be read of a column. pyarrow reads its header, in Thrift's compact protocol, together with
-what it holds, and shows neither.
+A page is the smallest unit in which a column can be read. pyarrow reads page headers (Thrift compact protocol) together
+with the data and exposes neither.
 """
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow.parquet as pq
 
-HEADER_BYTES = 1 << 12  # usual ones have some 30; statistics in them may hold whole texts
+HEADER_BYTES = 1 << 12  # usually some 30; statistics in a header may hold whole texts
 LONGEST_HEADER_BYTES = 1 << 26
 DICTIONARY_PAGE = 2
-UNCOMPRESSED_SIZE, COMPRESSED_SIZE = 2, 3  # fields of PageHeader
-DATA_HEADERS = (5, 8)  # of version 1 and 2; the first field of either is the number of values
+UNCOMPRESSED_SIZE, COMPRESSED_SIZE = 2, 3  # field numbers of PageHeader
+DATA_HEADERS = (5, 8)  # of versions 1 and 2; field 1 of either is the number of values
 
 
 class Page(NamedTuple):
@@ -24,7 +24,7 @@ class Page(NamedTuple):
 
 
 def pages(file: BinaryIO, column: pq.ColumnChunkMetaData) -> Iterator[Page]:
-    """Walk over the pages of a column chunk. Raises ValueError where there are none."""
+    """Yield the pages of a column chunk. Raises ValueError at an invalid header."""
     has_dictionary = column.has_dictionary_page and 0 < column.dictionary_page_offset < column.data_page_offset
     place = column.dictionary_page_offset if has_dictionary else column.data_page_offset
     left = column.num_values
@@ -42,7 +42,7 @@ def pages(file: BinaryIO, column: pq.ColumnChunkMetaData) -> Iterator[Page]:
 
 
 def _header(file: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
-    """Read a PageHeader; return it and its length."""
+    """Read a PageHeader; return its fields and its length in bytes."""
     num_bytes = HEADER_BYTES
     while True:
         file.seek(place)
@@ -60,7 +60,7 @@ def _header(file: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
 
 
 def _struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """Read a struct as its fields by number; texts are passed over. Raises IndexError where the bytes end."""
+    """Parse a struct into its fields by number; binary fields are skipped. Raises IndexError if the bytes end early."""
     fields: dict[int, Any] = {}
     number = 0
     while (head := data[at]) != 0:
@@ -74,7 +74,7 @@ def _struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
 
 
 def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
-    if kind in (1, 2):  # true and false, which are the type itself
+    if kind in (1, 2):  # true and false are encoded in the type
         return kind == 1, at
     if kind == 3:
         return data[at], at + 1
@@ -101,6 +101,6 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _integer(data: bytes, at: int) -> tuple[int, int]:
-    """Zigzag: the sign is the last bit."""
+    """Decode a zigzag integer: the sign is the lowest bit."""
     value, at = _varint(data, at)
     return (value >> 1) ^ -(value & 1), at

@@ -1,4 +1,4 @@
-"""What a piece of an input file is, whatever its kind."""
+"""A piece of an input file, of any kind."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Piece(ABC):
-    """Consecutive rows of a file, which travel to a worker. `num_bytes` of the file are done when it is."""
+    """Consecutive rows of a file, picklable for workers. `num_bytes` is its share of the file, for progress."""
 
     path: Path
     num_bytes: int
@@ -25,11 +25,11 @@ class Piece(ABC):
         """Yield (place, row) in order."""
 
     def read_columns(self, rows: RowFormat) -> ExampleBatch | None:
-        """Return the examples of all rows at once, None where a row has to be looked at by itself."""
+        """Return the examples of all rows at once; None if rows must be read one by one."""
         return None
 
 
 def too_long(place: str, num_bytes: int, rows: RowFormat) -> tuple[str, BadRow]:
-    """Refuse a row by its size alone."""
+    """Return a bad row, refused by its size alone."""
     return place, BadRow("row too long", f"{place}: a row of {num_bytes:,} bytes, --max-characters "
                          f"{rows.max_characters} reads at most {rows.max_row_bytes:,}; split it or raise that")

@@ -1,4 +1,4 @@
-"""Columns of Parquet and Arrow straight to columns of texts where every row is plain, as plain_rows.py reads jsonl."""
+"""Read Parquet and Arrow columns directly into columns of texts if all rows are plain; see plain_rows.py."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,8 +17,7 @@ NOTHING, NUL = (pa.scalar(value, pa.large_binary()) for value in (b"", b"\0"))
 
 
 def plain_columns(table: pa.Table, place: Callable[[int], str], rows: RowFormat) -> ExampleBatch | None:
-    """Take the examples out of a table whose columns have names of their own; None unless all rows are plain and good.
-    """
+    """Return the examples of a table whose column names are unique; None unless all rows are plain and good."""
     if not are_fields(rows) or not table.num_rows:
         return None
     beside = {*SHAPES[rows.shape].beside(rows)}.intersection(table.column_names)
@@ -34,7 +33,7 @@ def plain_columns(table: pa.Table, place: Callable[[int], str], rows: RowFormat)
     lengths = np.stack([pc.binary_length(column).to_numpy() for column in texts], 1).reshape(-1)
     if not surely_short(lengths, rows):
         return None
-    # One row after the other, a NUL behind each text: what joins the columns keeps their bytes together.
+    # Joined row by row with a NUL after each text; the joined column is one contiguous buffer.
     joined = pc.binary_join_element_wise(*texts, NOTHING, NUL)
     _, offsets, octets = joined.buffers()
     start, end = np.frombuffer(offsets, np.int64)[[joined.offset, joined.offset + len(joined)]]
@@ -49,14 +48,14 @@ def plain_columns(table: pa.Table, place: Callable[[int], str], rows: RowFormat)
 
 
 def _is_empty(column: pa.ChunkedArray) -> bool:
-    """Say whether no row has anything in a column: one schema for many kinds of rows leaves many columns so."""
+    """Return whether a column is empty in all rows: a schema shared by many kinds of rows leaves many such columns."""
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return not pc.any(pc.not_equal(column, "")).as_py()
     return column.null_count == len(column)
 
 
 def _octets(table: pa.Table, name: str) -> pa.LargeBinaryArray | None:
-    """The texts of a column, whatever their bytes; None where there is none, or one of another type."""
+    """Return the texts of a column as bytes; None if there is no such column, or it is not text."""
     if name not in table.column_names:
         return None
     column = table.column(name).combine_chunks()

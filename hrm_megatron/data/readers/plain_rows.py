@@ -1,9 +1,9 @@
-"""Lines of jsonl straight to columns of texts, where every row is plain: no Python object is made of a row or a text.
+"""Read jsonl lines directly into columns of texts if all rows are plain, without a Python object per row or text.
 
-json reads a line five times as slowly as its texts are copied out of it. What a decoder takes that Python's refuses, or
-the other way round, would be another row or another message; so lines are read here only if there is nothing to decide
-(json_kernels.py), and rows only if they are good, by bounds that are cheap and on the safe side. One line that is not
-so, and all lines of the piece are read one by one, by the reader that defines what they are.
+json takes five times as long to parse a line as copying its texts out of it. A faster decoder that accepts or refuses
+anything else than Python's would give other rows or other messages; so lines are read here only if they are unambiguous
+(json_kernels.py), and only if all rows are good by cheap, conservative bounds. If one line is not, all lines of the
+piece are read one by one, by the reader that defines the semantics.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_ROW_BYTES = len('{"":"","":""}\n')
 
 
 def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) -> ExampleBatch | None:
-    """Read whole lines, the first of which is `first_line` of the file; None unless all rows are plain and good."""
+    """Read whole lines, the first numbered `first_line` in the file; None unless all rows are plain and good."""
     if not are_fields(rows):
         return None
     from hrm_megatron.data.readers.json_kernels import join_texts, rows_of_lines  # late: numba takes half a second
@@ -32,14 +32,14 @@ def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) ->
     octets = np.frombuffer(text, np.uint8)
     names = [json.dumps(key, ensure_ascii=False).encode("utf-8", "surrogatepass")
              for key in (*rows.keys, *SHAPES[rows.shape].beside(rows))]
-    most = len(text) // LEAST_ROW_BYTES + 1  # pages that are not written take no memory
+    most = len(text) // LEAST_ROW_BYTES + 1  # untouched pages cost no physical memory
     found, lines = np.empty((most, 2 * len(rows.keys)), np.int64), np.empty(most, np.int64)
     count = rows_of_lines(octets, np.frombuffer(b"".join(names), np.uint8), np.cumsum([len(name) for name in names]),
                           rows.max_row_bytes, found, lines)
     if count < 1:
         return None
     spans = found[:count, 2:].reshape(-1, 2)
-    lengths = spans[:, 1] - spans[:, 0]  # in bytes of JSON
+    lengths = spans[:, 1] - spans[:, 0]  # in bytes of escaped JSON
     if not surely_short(lengths, rows):
         return None
     given = [text[start:end] if start >= 0 else None for start, end in found[:count, :2].tolist()]
@@ -52,18 +52,18 @@ def plain_rows(text: bytes, file_name: str, first_line: int, rows: RowFormat) ->
 
 
 def are_fields(rows: RowFormat) -> bool:
-    """Say whether rows have their texts in fields of their own."""
+    """Return whether rows have their texts in fields of their own."""
     return rows.shape == "fields" and not rows.raw
 
 
 def surely_short(lengths: np.ndarray, rows: RowFormat) -> bool:
-    """Say whether texts of so many bytes, of which a character takes one at least, are short enough for one batch."""
+    """Return whether texts of these byte lengths (a character takes at least one) are short enough for one batch."""
     return bool(lengths.max() <= rows.max_characters and lengths.sum() < BATCH_CHARACTERS)
 
 
 def good_rows(texts: Texts, given: Sequence[bytes | None], place: Callable[[int], str],
               rows: RowFormat) -> ExampleBatch | None:
-    """Return the examples of texts and conditions (None: a row has none), in valid UTF-8; None unless all are good."""
+    """Return the examples with these texts and UTF-8 conditions (None: the row has none); None unless all are good."""
     conditions = _conditions(given, rows)
     if conditions is None or (texts.stripped[:, 0] == texts.stripped[:, 1]).any():
         return None
@@ -71,7 +71,7 @@ def good_rows(texts: Texts, given: Sequence[bytes | None], place: Callable[[int]
 
 
 def _conditions(given: Sequence[bytes | None], rows: RowFormat) -> list[str] | None:
-    """Return the tags of every row, those by default where it has none; None if some are not good."""
+    """Return the tags of every row, the default ones where it has none; None if any are invalid."""
     known: dict[bytes | None, str] = {}
     for condition in set(given):
         if condition is not None:

@@ -11,13 +11,13 @@ from hrm_megatron.config import ConfigError
 
 STATE_FILE = "state.json"
 INFO_FILE, DICT_FILE = "dataset_info.json", "dataset_dict.json"
-ITS_OWN_FILES = (STATE_FILE, INFO_FILE, DICT_FILE)  # which hold no rows
-COMPUTED = re.compile(r"cache-.*\.arrow")  # by map, filter, shuffle: rows over again, or their numbers
+ITS_OWN_FILES = (STATE_FILE, INFO_FILE, DICT_FILE)  # metadata, without rows
+COMPUTED = re.compile(r"cache-.*\.arrow")  # by map, filter, shuffle: copies of rows, or row indices
 SPLIT = re.compile(r"(?:^|[-_.])(train|validation|valid|val|dev|test|eval)(?![a-z])", re.IGNORECASE)  # in a name
 
 
 def splits_of(files: Sequence[Path]) -> dict[str, Path]:
-    """Name the splits of a dataset that files, or folders around them, are called after, and the first file of each."""
+    """Return the splits that files, or folders around them, are named after, and the first file of each."""
     around = len(Path(os.path.commonpath([file.absolute().parent for file in files])).parts) if files else 0
     found: dict[str, Path] = {}
     for file in files:
@@ -27,7 +27,7 @@ def splits_of(files: Sequence[Path]) -> dict[str, Path]:
 
 
 def row_files(folder: Path) -> list[Path] | None:
-    """List the files of a saved dataset in their order, or those of a cached one; None where a folder is none."""
+    """Return the files of a saved dataset in order, or those of a cached one; None if the folder is neither."""
     state = folder / STATE_FILE
     try:
         saved = json.loads(state.read_bytes())

@@ -1,4 +1,4 @@
-"""Files as streams of bytes, unpacked on the way where they are compressed, and never held as a whole."""
+"""Files as streams of bytes, decompressed on the way and never held completely in memory."""
 from __future__ import annotations
 
 import contextlib
@@ -10,13 +10,13 @@ import pyarrow as pa
 
 from hrm_megatron.config import ConfigError
 
-CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by the first bytes of a file
-SKIPPABLE_FRAME = b"\x2a\x4d\x18"  # of Zstandard, behind a byte 5x: parallel and seekable writers begin with one
+CODECS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by the magic bytes of a file
+SKIPPABLE_FRAME = b"\x2a\x4d\x18"  # of Zstandard, after a byte 5x; parallel and seekable writers begin with one
 
 
 @dataclass
 class Stream:
-    """Bytes of a file, unpacked; `packed_bytes` says how far the file itself was read."""
+    """The decompressed bytes of a file; `packed_bytes` is how far the file itself has been read."""
 
     path: Path
     codec: str | None
@@ -28,7 +28,7 @@ class Stream:
         return int(self.raw.tell())
 
     def blocks(self, num_bytes: int) -> Iterator[bytes]:
-        """Yield all bytes, `num_bytes` at a time. A damaged or cut file is a ConfigError that says where."""
+        """Yield all bytes, `num_bytes` at a time. A damaged or truncated file is a ConfigError that says where."""
         done = 0
         while True:
             try:
@@ -47,7 +47,7 @@ class Stream:
 
 
 def codec_of(head: bytes) -> str | None:
-    """Say how a file that begins so is compressed, if we unpack that."""
+    """Return the codec of a file that begins with `head`; None if it is not compressed, or by another codec."""
     if head[1:4] == SKIPPABLE_FRAME and head[0] >> 4 == 5:
         return "zstd"
     return next((codec for mark, codec in CODECS.items() if head.startswith(mark)), None)
@@ -55,7 +55,7 @@ def codec_of(head: bytes) -> str | None:
 
 @contextlib.contextmanager
 def open_stream(path: Path) -> Iterator[Stream]:
-    # pyarrow's streams: those of zstandard end in silence where a file was cut
+    # pyarrow's streams: those of the zstandard package end silently where a file was truncated
     with open(path, "rb") as file:
         codec = codec_of(file.read(4))
     with pa.OSFile(str(path)) as raw:
