@@ -28,7 +28,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.builder import make_states
 from hrm_megatron.parallel.patching import around
 from hrm_megatron.training.error_file import WentBackError
-from hrm_megatron.training.run_files import on_rank_0, write_file
+from hrm_megatron.training.run_files import on_rank_0, read_record, write_file
 
 ABORT, SKIP, ROLLBACK = POLICIES = ("abort", "skip", "rollback")
 IGNORE, WARN, _ = SPIKE_POLICIES = ("ignore", "warn", ROLLBACK)
@@ -53,15 +53,10 @@ class Record:
     @classmethod
     def read(cls, file: Path) -> Record:
         """Return the record of a run, an empty one if there is none."""
-        if not file.exists():
-            return cls()
-        try:
-            found = json.loads(file.read_text())
-            steps = [int(step) for step in found["steps"]]
-            returns = {str(step): int(count) for step, count in found["returns"].items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{file}: is no record of bad steps ({error}); remove it to train on all rows") from error
-        return cls(steps, returns)
+        return read_record(
+            file, lambda found: cls([int(step) for step in found["steps"]],
+                                    {str(step): int(count) for step, count in found["returns"].items()}),
+            "is no record of bad steps", "remove it to train on all rows") or cls()
 
     def write(self, save: str) -> None:
         write_file(save, RECORD, json.dumps(asdict(self)) + "\n")

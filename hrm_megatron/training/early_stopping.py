@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from megatron.training import training as megatron_training
 
-from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.iterations import folder_name
 from hrm_megatron.checkpoint.retention import delete, expendable
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.patching import around
 from hrm_megatron.training.evaluation import EMA, ON_TEST_SET, RAW, Evaluation
 from hrm_megatron.training.resume import digest_of_data
-from hrm_megatron.training.run_files import on_rank_0, write_file
+from hrm_megatron.training.run_files import on_rank_0, read_record, write_file
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +44,11 @@ class Record:
     @classmethod
     def load(cls, path: Path) -> Record | None:
         """Read all that a run has measured, None if it has written down nothing."""
-        if not path.exists():
-            return None
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            evaluations = {int(iteration): float(value) for iteration, value in found["evaluations"].items()}
-            return cls(found["weights"], found.get("data"), evaluations, found["stopped"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedError(f"{path}: cannot read what was measured ({error}); remove it to begin to count "
-                               "anew") from error
+        return read_record(
+            path, lambda found: cls(
+                found["weights"], found.get("data"),
+                {int(iteration): float(value) for iteration, value in found["evaluations"].items()}, found["stopped"]),
+            "cannot read what was measured", "remove it to begin to count anew")
 
     @classmethod
     def read(cls, args: argparse.Namespace, until: int) -> Record:

@@ -23,7 +23,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.program import followed, write_aside
 from hrm_megatron.training.early_stopping import RECORD_FILE as MEASURED_FILE
 from hrm_megatron.training.early_stopping import Record as Measured
-from hrm_megatron.training.run_files import unwritten, write_file
+from hrm_megatron.training.run_files import read_record, unwritten, write_file
 from hrm_megatron.training.summary import only_evaluates
 
 log = logging.getLogger(__name__)
@@ -87,15 +87,10 @@ class _Return:
 
 def _recorded(save: str) -> _Return | None:
     """Read the last return of the run in `save`."""
-    place = Path(save) / RECORD_FILE
-    try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-        return _Return(int(found["step"]), str(found["time"]), bool(found["finished"]))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{place}: does not say which iteration the run went back to ({error}); remove it to go back "
-                          "once more, or to go on") from error
+    return read_record(
+        Path(save) / RECORD_FILE,
+        lambda found: _Return(int(found["step"]), str(found["time"]), bool(found["finished"])),
+        "does not say which iteration the run went back to", "remove it to go back once more, or to go on")
 
 
 def describe_return(args: argparse.Namespace, step: int, moved: str = "would be moved") -> str:

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -60,3 +62,16 @@ def write_file(save: str, name: str, content: str) -> None:
         write_aside(Path(save) / name, content)
     except OSError as error:
         raise unwritten(save, name, error) from error
+
+
+def read_record[T](path: Path, take: Callable[[Any], T], trouble: str, way_out: str) -> T | None:
+    """Return `take(content)` of a JSON file of the run, None if there is no such file.
+
+    Raises ConfigError with `trouble`, the reason and `way_out` where it cannot be read or lacks a value.
+    """
+    try:
+        return take(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path}: {trouble} ({error}); {way_out}") from error

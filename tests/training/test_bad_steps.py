@@ -189,6 +189,12 @@ def test_a_damaged_record_is_named(tmp_path, text):
         Record.read(tmp_path / RECORD)
 
 
+def test_a_record_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / RECORD).mkdir()
+    with pytest.raises(ConfigError, match=f"{RECORD}: is no record of bad steps .*; remove it to train on all rows"):
+        Record.read(tmp_path / RECORD)
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--rollback-after", 2], "--rollback-after 2: has no effect without --on-nonfinite rollback or "),
     (["--on-loss-spike", "warn", "--skip-train"], "--on-loss-spike warn: has no effect with --skip-train"),

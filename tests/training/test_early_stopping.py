@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import complete_iterations, find_iteration, read_run
 from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import ConfigError
@@ -166,7 +165,7 @@ def test_what_was_measured_behind_the_iteration_that_is_resumed_does_not_count(t
     assert (earlier.best, earlier.evaluations_since_best, earlier.stopped) == (1, 1, None)
     assert Record.read(argparse.Namespace(save=tmp_path / "none", eval_weights="raw"), 3).best is None
     (tmp_path / RECORD_FILE).write_text("{")
-    with pytest.raises(DamagedError, match=f"{RECORD_FILE}: cannot read what was measured .* remove it"):
+    with pytest.raises(ConfigError, match=f"{RECORD_FILE}: cannot read what was measured .* remove it"):
         Record.read(args, 3)
 
 

@@ -13,7 +13,7 @@ from hrm_megatron.training import early_stopping, going_back
 from hrm_megatron.training.checkpoint import check_start
 from hrm_megatron.training.early_stopping import Record
 from hrm_megatron.training.going_back import RECORD_FILE, go_back, step_to_go_back_to, way_back, went_back
-from tests.checkpoint.test_retention import add
+from tests.checkpoint.conftest import add_iteration
 from tests.training.conftest import scalars, written
 
 AGAIN = "goes on from its newest iteration; remove "
@@ -114,7 +114,7 @@ def folder(tmp_path):
     save = tmp_path / "save"
     save.mkdir()
     for step in (2, 4, 6, 8):
-        add(save, step)
+        add_iteration(save, step)
     shutil.move(save / "iter_0000008", tmp_path / "elsewhere")
     (save / "iter_0000008").symlink_to("../elsewhere")
     (save / TRACKER_FILE).write_text("8")
@@ -176,7 +176,7 @@ def test_a_kill_between_two_operations_is_mended_by_the_next_start(folder, monke
     assert Record.load(folder / early_stopping.RECORD_FILE) == Record("raw", "digest", {2: 0.1})
     measured = Record.load(folder / ABANDONED / early_stopping.RECORD_FILE)
     assert measured.evaluations == {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.2} and measured.stopped == 8
-    add(folder, 4)
+    add_iteration(folder, 4)
     (folder / TRACKER_FILE).write_text("4")
     assert AGAIN in went_back(args) and check_start(args) == folder / "iter_0000004"
     go_back(args, step_to_go_back_to(arguments(folder, ckpt_step=None)))
