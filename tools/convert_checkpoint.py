@@ -1,5 +1,5 @@
-"""Convert a checkpoint between Megatron (of hrm_megatron.pretrain), transformers (hf) and HRM-Text (native), and into
-llama.cpp's file (gguf)."""
+"""Convert a checkpoint between Megatron (of hrm_megatron.pretrain), transformers (hf) and HRM-Text (native), or to a
+GGUF file for llama.cpp (gguf)."""
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,4 @@
-"""Measure a checkpoint (of Megatron, of transformers or of HRM-Text) on the reference's tasks.
+"""Evaluate a checkpoint (Megatron, transformers or HRM-Text) on the tasks of the reference.
 
     python tools/evaluate.py --load runs/xl/hf --output runs/xl/evaluation
     python tools/evaluate.py --load runs/xl/hf --tasks gsm8k math --samples 8 --temperature 0.6 --output runs/xl/maj8
@@ -102,24 +102,24 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ConfigError(f"--samples {args.samples}: greedy answers are all the same; give a --temperature")
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     if any(task.name == "math" for task in tasks):
-        equal_math("1", "1")  # refused now, not after hours
+        equal_math("1", "1")  # fail now, not after hours of work
     rows = {task.name: read_first_items(task, args.data, args.limit) for task in tasks}
     session = Session(args.load, Answering(
-        sampling=sampling if args.temperature else Sampling(),  # no seed decides a greedy answer
+        sampling=sampling if args.temperature else Sampling(),  # greedy answers do not depend on a seed
         samples=args.samples, h_cycles=args.h_cycles, l_cycles=args.l_cycles, exit_threshold=args.exit_threshold,
         dtype=args.dtype), args.tokenizer_model, args.weights, args.ckpt_step, args.verify_checkpoint)
     if session.remark:
         say(session.remark)
     prepared = []
-    for task in tasks:  # all are checked before the first is answered
+    for task in tasks:  # check all tasks before answering the first
         context = min(task.context_tokens, session.decoder.context_tokens)
         questions, shots, _ = rows[task.name]
         asked = prepare(task, questions, shots, session.tokenizer, context)
         prepared.append(TaskAnswers(args.output, task, session, asked, context))
-    earlier_results(args.output, session.identity, tasks)  # refused now, not after hours
+    earlier_results(args.output, session.identity, tasks)  # fail now, not after hours of work
     results = [replace(measured(each, args), limit=args.limit if rows[each.task.name][2] else None)
                for each in prepared]
-    kept = earlier_results(args.output, session.identity, tasks)  # also of a call that has ended meanwhile
+    kept = earlier_results(args.output, session.identity, tasks)  # may include those of a call that has ended meanwhile
     if kept:
         say(f"{args.output}: the reports keep {', '.join(each.task.title for each in kept)} of an earlier call")
     results = sorted([*kept, *results], key=lambda each: list(TASKS).index(each.task.name))

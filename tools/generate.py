@@ -1,4 +1,4 @@
-"""Answer prompts from a checkpoint: of Megatron, of transformers (hf) or of HRM-Text.
+"""Answer prompts with a checkpoint of Megatron, transformers (hf) or HRM-Text.
 
     python tools/generate.py --load runs/demo/checkpoints --tokenizer-model runs/demo/tokenizer \\
         --condition direct --prompt "What is the tens digit of 7543?"
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ activate()
 from tqdm import tqdm  # noqa: E402
 
 from hrm_megatron.config import ConfigError, refuse_beside  # noqa: E402
+from hrm_megatron.data.text_files import BYTE_ORDER_MARK  # noqa: E402
 from hrm_megatron.generate.answer_count import answer_count  # noqa: E402
 from hrm_megatron.generate.answer_file import AnswerFile  # noqa: E402
 from hrm_megatron.generate.engine import Progress, Request  # noqa: E402
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that would be without effect."""
+    """Refuse flags that would have no effect, and outputs that cannot be written."""
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size}: must be at least 1")
     if args.output:
@@ -102,7 +102,7 @@ def questions_of(args: argparse.Namespace) -> list[Question]:
 
 
 def say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)  # above the bar
+    tqdm.write(line, file=sys.stderr)  # above the progress bar
 
 
 def print_piece(progress: Progress) -> None:
@@ -110,7 +110,7 @@ def print_piece(progress: Progress) -> None:
 
 
 def converse(session: Session, condition: str) -> None:
-    """Answer lines of standard input until it ends; a bad one is told of, and passed over."""
+    """Answer lines of standard input until it ends; report a bad line and skip it."""
     tell_once = iter([say])
     if sys.stdin.isatty():
         say("one instruction a line; Ctrl-D ends")
@@ -127,7 +127,8 @@ def converse(session: Session, condition: str) -> None:
 
 def lines_of_input() -> Iterator[str]:
     try:
-        yield from sys.stdin
+        for line in sys.stdin:
+            yield line.removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input: not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
 
@@ -138,7 +139,7 @@ def print_answers(session: Session, questions: Sequence[Question], args: argpars
     with shown(args, requests) as show:
         for question, samples in zip(questions, session.answer(requests, args.batch_size, say, show), strict=True):
             if args.stream:
-                continue  # it has been printed
+                continue  # already printed
             if args.jsonl:
                 tqdm.write(json.dumps(record(question, samples, session.tokenizer)))
             else:
@@ -150,8 +151,7 @@ def print_answers(session: Session, questions: Sequence[Question], args: argpars
 
 def write_answers(session: Session, questions: Sequence[Question], args: argparse.Namespace) -> None:
     requests = session.requests(questions)
-    asked = hashlib.sha256(json.dumps([[q.condition, q.instruction, q.others] for q in questions]).encode()).hexdigest()
-    with AnswerFile(args.output, dict(session.identity, questions=asked), args.overwrite) as file:
+    with AnswerFile(args.output, session.identity, args.overwrite, questions) as file:
         if file.done:
             say(f"{file.partial}: goes on after {file.done} of {len(questions)} answers")
         requests = requests[file.done:]
@@ -165,7 +165,7 @@ def write_answers(session: Session, questions: Sequence[Question], args: argpars
 
 def shown(args: argparse.Namespace, requests: Sequence[Request]
           ) -> contextlib.AbstractContextManager[Callable[[Progress], object]]:
-    """Make what shows the progress: the text itself, or a count of answers, which a refusal comes before."""
+    """Return the progress display: the text itself with --stream, else a count of answers."""
     return contextlib.nullcontext(print_piece) if args.stream else answer_count(len(requests) * args.samples)
 
 

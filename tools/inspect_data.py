@@ -1,4 +1,4 @@
-"""Show what is in an indexed dataset: a report of all of it, or one packed row as the model sees it."""
+"""Inspect an indexed dataset: print a report, or show one packed row as the model sees it."""
 from __future__ import annotations
 
 import argparse
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show_row(args: argparse.Namespace, store: IndexedExamples) -> None:
-    """Print row K, and draw its mask."""
+    """Print row K and draw its attention mask."""
     if args.seq_length is None or args.tokenizer_model is None:
         raise ConfigError("--row: give --seq-length and --tokenizer-model too")
     from hrm_megatron.attention.prefix_lm import PrefixSequences

@@ -1,4 +1,5 @@
-"""Turn files of examples or documents into shards of Megatron's .bin/.idx that hrm_megatron.pretrain reads."""
+"""Tokenize files of examples or documents into shards of indexed datasets (.bin/.idx) that hrm_megatron.pretrain
+reads."""
 from __future__ import annotations
 
 import argparse
@@ -79,7 +80,8 @@ def run(args: argparse.Namespace) -> None:
 
 def make(args: argparse.Namespace, tokenizer: TextTokenizer, task: Task | None,
          respelled: Respelled | None = None) -> None:
-    """Make the dataset, or a share of it, and say what came of it; `respelled`: the tokenizer that goes beside it."""
+    """Make the dataset, or a task's share of it, and print a report; `respelled` is the tokenizer to write beside
+    it."""
     paths, rows = inputs_of(args, tokenizer.spelling.tags)
     report = preprocess(paths, args.output_prefix, tokenizer, args.workers, rows,
                         args.context_size, args.on_bad_row == "skip", args.overwrite,

@@ -1,9 +1,9 @@
-"""Train some steps under torch's profiler, leave the trace, and print where the time of a step goes.
+"""Train some steps under torch's profiler, write the trace, and print the time of a step by kind of kernel.
 
     python tools/profile_training.py --output runs/profile --nproc-per-node 8 -- --hrm-preset XL --data-path ...
 
-Everything after -- goes to hrm_megatron.pretrain, but for flags about saving: nothing is written but to DIR. The trace,
-DIR/torch_profile/rank-0.json.gz, opens in Perfetto.
+Everything after -- is passed to hrm_megatron.pretrain, except flags about saving: files are written only to DIR. Open
+the trace, DIR/torch_profile/rank-0.json.gz, in Perfetto.
 """
 from __future__ import annotations
 

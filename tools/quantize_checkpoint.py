@@ -1,13 +1,13 @@
-"""Quantize a checkpoint (Megatron's, transformers' or HRM-Text's) into a small folder that transformers loads.
+"""Quantize a checkpoint (Megatron, transformers or HRM-Text) into a compressed-tensors folder that transformers loads.
 
     python tools/quantize_checkpoint.py --load runs/demo/checkpoints --tokenizer-model runs/demo/tokenizer \\
         --data-path runs/demo/stores/train --save runs/demo/int4
     python tools/quantize_checkpoint.py --load runs/demo/checkpoints --data-path runs/demo/stores/train \\
         --compare --valid-data-path runs/demo/stores/valid
 
-Methods: rtn rounds each weight by itself. tick0 rounds by the inputs of the first tick, as tools do that know no
-recurrence. recurrent rounds by the inputs of all ticks, towards what the full model answers, and then tunes roundings
-and scales together over the whole recurrence.
+Methods: rtn rounds each weight to nearest. tick0 calibrates on the inputs of the first tick, as tools do that are not
+aware of the recurrence. recurrent calibrates on the inputs of all ticks, towards the outputs of the full model, and
+then tunes roundings and scales jointly over the whole recurrence.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from hrm_megatron.quantize.run import quantize  # noqa: E402
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> Job | None:
-    """Read the flags; None: --sizes."""
+    """Return the job that the flags describe; None with --sizes."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 argument_default=argparse.SUPPRESS)
     p.add_argument("--load", type=Path, metavar="DIR",

@@ -1,4 +1,4 @@
-"""Sample HRM-Text's tokenized folders by rules into the `sampled` folder that --sampled-data-path reads."""
+"""Sample HRM-Text's tokenized folders by sampling rules into the `sampled` folder that --sampled-data-path reads."""
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,4 @@
-"""Serve a checkpoint, of Megatron, of transformers (hf) or of HRM-Text, by OpenAI's API (pip install -e ".[serve]").
+"""Serve a checkpoint of Megatron, transformers (hf) or HRM-Text by OpenAI's API (pip install -e ".[serve]").
 
     python tools/serve.py --load runs/demo/hf
     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
@@ -66,7 +66,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def chosen_api_key(args: argparse.Namespace) -> str | None:
-    """Return the key that clients must send, None where they need none."""
+    """Return the key that clients must send, None if they need none."""
     given = {"--api-key": args.api_key, API_KEY: os.environ.get(API_KEY)}
     keys = {name: key for name, key in given.items() if key is not None}
     if len(keys) > 1:
@@ -100,7 +100,7 @@ def serve(args: argparse.Namespace) -> None:
     if session.remark:
         say(session.remark)
     decoder = session.decoder
-    # One block more for each: a prompt's last, unfilled one is copied.
+    # One more block for each: a prompt's last, partly filled block is copied.
     blocks = blocks_of(args.cache_tokens) + 1 if args.cache_tokens else \
         args.batch_size * (blocks_of(decoder.context_tokens) + 1)
     size = decoder.cache_size(blocks)

@@ -87,8 +87,8 @@ def end(arguments: argparse.Namespace, history: History) -> Verdict:
     step, logs = saved_step(arguments.checkpoints), _logs(arguments)
     failures = read_failures(logs)
     outcome, why = first_cause(failures, arguments.code)
-    # A launch signalled at the time limit may not have run, so it has made up no missing evaluation; one that rolled
-    # back began at another step.
+    # A launch signalled at the time limit may not have run, so it may have left a missing evaluation undone; one that
+    # rolled back began at another step.
     began = None if arguments.signalled or history.went_back_in(attempt) else attempt.first_step
     how = how_it_ended(arguments.code, outcome, is_done(arguments.checkpoints, began, step, arguments.train_iters),
                        arguments.signalled)

@@ -116,7 +116,7 @@ def is_done(checkpoints: Path, first_step: int | None, last_step: int, train_ite
     that --match-flops-of makes of it), or where early stopping ended it.
 
     Its last evaluation must be done, too. A start that began at that step (`first_step`) had only the missing
-    evaluation to make up, so another start could do no more; None: this start may have done nothing.
+    evaluation to run, so another start could do no more; None: this start may have done nothing.
     """
     if last_step not in (first_step, _entry(checkpoints / EVALUATED_FILE, "iteration")):
         return False

@@ -11,7 +11,7 @@ from hrm_megatron.optim.schedule import BPSchedule
 
 
 def steps_by_bp(schedule: BPSchedule) -> dict[int, int]:
-    """Return {bp_steps: number of steps of the run with so many gradient ticks}. bp_steps never falls, so only its
+    """Return {bp_steps: number of steps of the run with that many gradient ticks}. bp_steps never falls, so only its
     rises are searched."""
     steps, counts, done = range(1, schedule.total_steps + 1), dict[int, int](), 0
     while done < len(steps):

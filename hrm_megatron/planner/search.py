@@ -14,7 +14,7 @@ from hrm_megatron.planner.memory import BF16, Memory, Saving, fullest
 from hrm_megatron.planner.speed import EXAMPLE, Step, predict_step
 
 FILLED = 0.95  # of a GPU's memory: fragmentation is not predicted
-TIMED = 8  # layouts whose whole run is predicted: those whose longest step is fastest
+TIMED = 8  # layouts for which the whole run is predicted: those with the fastest longest step
 MOST_ROWS, MOST_CONTEXT = 16, 16  # largest micro-batch and context parallel size tried
 STATES = ("weights", "gradients", "masters", "moments", "EMA")
 FP8_MULTIPLE, FP8_RECIPE = 16, "tensorwise"  # training/hardware.py
