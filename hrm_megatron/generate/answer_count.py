@@ -1,4 +1,4 @@
-"""How many answers are finished, shown on standard error while a tool answers."""
+"""Progress display of finished answers on standard error."""
 from __future__ import annotations
 
 import contextlib
@@ -10,8 +10,8 @@ from hrm_megatron.generate.engine import Progress
 
 @contextlib.contextmanager
 def answer_count(total: int, title: str | None = None) -> Iterator[Callable[[Progress], object]]:
-    """Give what `Session.answer` tells of its tokens: a bar on a terminal, elsewhere a line at times; nothing for one
-    answer."""
+    """Yield the progress callback for `Session.answer`: a bar on a terminal, elsewhere a line now and then; nothing is
+    shown for a single answer."""
     if total == 1:
         yield lambda progress: None
         return

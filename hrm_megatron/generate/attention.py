@@ -1,7 +1,7 @@
-"""Attention against the cache: prompts both ways, then one position of each answer at a time.
+"""Attention with the KV cache: bidirectional over prompts, then one position of each answer at a time.
 
-Each class is called once per tick and layer with gqkv [n, 4 h] = [gate | query | key | value] and returns the gated
-attention [n, h]; it rotates queries and keys, and writes keys and values to the cache.
+Each class is called once per tick and layer with gqkv [n, 4 h] = [gate | query | key | value]. It rotates queries and
+keys, writes keys and values to the cache, and returns the gated attention [n, h].
 """
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hrm_megatron.layers.on_cpu import numbers, threads_for
 
 
 def halves(gqkv: torch.Tensor, head_dim: int) -> np.ndarray:
-    """Show compiled loops gqkv [n, 4 h] as [n, 4, heads, 2, head_dim / 2]."""
+    """Return gqkv [n, 4 h] as a numpy view [n, 4, heads, 2, head_dim / 2] for compiled loops."""
     return numbers(gqkv).reshape(len(gqkv), 4, -1, 2, head_dim // 2)
 
 
 def positions_of(lengths: Sequence[int], tables: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return position [n] and block [n] of each token of whole prompts, one after the other."""
+    """Return the position [n] and block [n] of each token of packed prompts."""
     positions = np.concatenate([np.arange(length) for length in lengths])
     blocks = np.concatenate([table[np.arange(length) // BLOCK_TOKENS]
                              for table, length in zip(tables, lengths, strict=True)])
@@ -32,8 +32,8 @@ def positions_of(lengths: Sequence[int], tables: Sequence[np.ndarray]) -> tuple[
 
 
 class Prefill:
-    """Whole prompts, packed one after the other: each position sees all of its own prompt, both ways, or in a `causal`
-    model what is before it."""
+    """Attention over whole packed prompts: each position attends to all of its own prompt, in a `causal` model only to
+    earlier positions."""
 
     def __init__(self, cache: PagedCache, lengths: Sequence[int], tables: Sequence[np.ndarray], theta: float,
                  causal: bool = False) -> None:
@@ -59,7 +59,7 @@ class Prefill:
 
 
 class PrefillInLoops:
-    """`Prefill` on a CPU; the gated attention is rounded once more than `Paged` rounds it."""
+    """`Prefill` on a CPU; the gated attention is rounded once more than in `Paged`."""
 
     def __init__(self, cache: PagedCache, lengths: Sequence[int], tables: Sequence[np.ndarray], loops: Loops,
                  causal: bool = False) -> None:
@@ -81,7 +81,7 @@ class PrefillInLoops:
 
 
 class Gathered:
-    """One new position of each answer, by torch on any device: the definition of `Paged`."""
+    """Attention of one new position of each answer, by torch on any device: the reference for `Paged`."""
 
     def __init__(self, cache: PagedCache, lengths: np.ndarray, tables: np.ndarray, theta: float) -> None:
         device = cache.pool.device
@@ -109,7 +109,8 @@ class Gathered:
 
 
 class Paged:
-    """One new position of each answer on a CPU, where the blocks lie; the gated attention is rounded once."""
+    """Attention of one new position of each answer on a CPU, reading the blocks in place; the gated attention is
+    rounded once."""
 
     def __init__(self, cache: PagedCache, lengths: np.ndarray, tables: np.ndarray, loops: Loops) -> None:
         self.loops, self.lengths, self.tables = loops, lengths, tables

@@ -1,9 +1,8 @@
-"""Attention to paged keys and values, compiled by numba for the CPU: all of it for one new position per answer, and
-what is done beside a library's kernel for prompts.
+"""Attention to paged keys and values, compiled by numba for the CPU: all of it for one new position per answer, and for
+prompts the steps before and after torch's kernel.
 
-It reads and writes the blocks where they lie. With torch alone they would first be copied side by side at every tick
-and layer, which costs as much memory traffic as transformers' growing cache does. A pool of bfloat16 comes as its
-bits, uint16.
+It reads and writes the blocks in place. torch alone would need them copied into one tensor at every tick and layer,
+which costs as much memory traffic as transformers' growing cache. A bfloat16 pool is passed as its bits, uint16.
 """
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def rotate_row(gqkv: Any, row: int, position: int, cos: Any, sin: Any, out: Any,
     """Write the rotated query and key of a row to out[0, :, to] and out[1, :, to] of out [2 or 3, heads, n, 2, d/2]."""
     for part in range(2):
         for head in range(out.shape[1]):
-            for i in range(out.shape[4]):  # one loop for both halves would not be vectorized
+            for i in range(out.shape[4]):  # a single loop over both halves is not vectorized
                 out[part, head, to, 0, i] = stored(out, widened(gqkv[row, 1 + part, head, 0, i]) * cos[position, i]
                                                    - widened(gqkv[row, 1 + part, head, 1, i]) * sin[position, i])
             for i in range(out.shape[4]):
@@ -71,8 +70,8 @@ def enter_part(first: int, last: int, gqkv: Any, keys: Any, values: Any, blocks:
 @loop
 def enter_rows(threads: int, gqkv: Any, keys: Any, values: Any, blocks: Any, positions: Any, cos: Any, sin: Any,
                qkv: Any) -> None:
-    """Rotate queries and keys of whole prompts and write them and values to qkv [3, heads, n, 2, d/2], keys and values
-    to the cache too.
+    """Rotate queries and keys of whole prompts; write queries, keys and values to qkv [3, heads, n, 2, d/2], and keys
+    and values also to the cache.
 
     Row r is position positions[r] of a prompt, in blocks[r]; all else as in `attend_rows`.
     """
@@ -99,10 +98,11 @@ def gate_rows(threads: int, gqkv: Any, attended: Any, out: Any) -> None:
 
 @register_jitable(inline="always")
 def score_positions(query: Any, head: int, keys: Any, start: int, ahead: Any, following: int) -> Any:
-    """Return query[head] times each of the 16 keys from keys[start] on, and fetch as many of ahead[following] on."""
+    """Return query[head] times each of the 16 keys from keys[start] on, and prefetch as many from ahead[following]
+    on."""
     d = query.shape[1]
     whole = d - d % 4
-    a, b, c, e = zeros(), zeros(), zeros(), zeros()  # in turns, so that no sum waits for the one before it
+    a, b, c, e = zeros(), zeros(), zeros(), zeros()  # four sums, so that no addition waits for the one before
     for i in range(0, whole, 4):
         at, then = start + i * LANES, following + i * LANES
         for j in range(4):
@@ -119,8 +119,8 @@ def score_positions(query: Any, head: int, keys: Any, start: int, ahead: Any, fo
 @register_jitable(inline="always")
 def weigh_values(weights: Any, head: int, number: int, count: int, total: Any, d: int, values: Any, start: int,
                  ahead: Any, following: int) -> None:
-    """Add to total [heads * d] of a head the first `count` values from values[start] on, times the weights of block
-    `number`, and fetch as much of ahead[following] on."""
+    """Add to total [heads * d], for one head, the first `count` values from values[start] on times the weights of block
+    `number`; prefetch as much from ahead[following] on."""
     quads, singles = d - d % (4 * LANES), d - d % LANES
     for i in range(0, quads, 4 * LANES):
         to = head * d + i
@@ -151,7 +151,7 @@ def weigh_values(weights: Any, head: int, number: int, count: int, total: Any, d
 
 @register_jitable
 def score_row(rotated: Any, keys: Any, values: Any, table: Any, position: int, weights: Any) -> None:
-    """Write the query's scores over all positions to weights [heads, n * 16]; the key is stored on the way."""
+    """Write the query's scores over all positions to weights [heads, n * 16], and the new key to the cache."""
     _, heads, _, _, half = rotated.shape
     query, scores, size = rotated.reshape(2 * heads, 2 * half), weights.reshape(-1), heads * 2 * half * LANES
     blocks = position // LANES + 1
@@ -168,8 +168,8 @@ def score_row(rotated: Any, keys: Any, values: Any, table: Any, position: int, w
 
 @register_jitable
 def weigh_scores(weights: Any, positions: int, scale: Any, sums: Any) -> None:
-    """Turn scores [heads, n * 16] into `exp(scale * (score - largest))` and add them up. They stay undivided: quotients
-    may be so small that a processor takes long over them."""
+    """Replace scores [heads, n * 16] by `exp(scale * (score - largest))` and write their sums. They are not divided by
+    the sum: the quotients may be denormal, which is slow."""
     most, scores, count = np.empty(LANES, np.float32), weights.reshape(-1), -(-positions // LANES) * LANES
     for head in range(weights.shape[0]):
         weights[head, positions:count] = LOWEST
@@ -187,8 +187,8 @@ def weigh_scores(weights: Any, positions: int, scale: Any, sums: Any) -> None:
 @register_jitable
 def weigh_row(weights: Any, gqkv: Any, row: int, values: Any, keys: Any, table: Any, position: int, following: int,
               total: Any) -> None:
-    """Write the sums of weighed values to total [heads * d]; the row's own is stored on the way, and block `following`
-    of the keys fetched."""
+    """Write the weighted sums of values to total [heads * d] and the row's new value to the cache; prefetch block
+    `following` of the keys."""
     _, _, heads, _, half = gqkv.shape
     d, size, blocks = 2 * half, heads * 2 * half * LANES, position // LANES + 1
     total[:] = 0
@@ -229,18 +229,18 @@ def attend_part(first: int, last: int, gqkv: Any, keys: Any, values: Any, tables
 @loop
 def attend_rows(threads: int, gqkv: Any, keys: Any, values: Any, tables: Any, lengths: Any, cos: Any, sin: Any,
                 out: Any) -> None:
-    """Attend from one new position of each row, whose key and value are added to the cache.
+    """Attend from one new position of each row, and add its key and value to the cache.
 
-    gqkv [b, 4, heads, 2, d/2] are [gate | query | key | value], not rotated, in halves of a head; keys [blocks, heads,
+    gqkv [b, 4, heads, 2, d/2] is [gate | query | key | value], not rotated, each head in halves; keys [blocks, heads,
     d, 16] and values [blocks, heads, 16, d], both flat; tables [b, n] the blocks of each row, lengths [b] its positions
     so far; cos, sin [context, d/2]; out [b, heads * d] gets `sigmoid(gate) * attention`.
 
-    Scores are made for the 16 positions of a block at once, values weighed for 16 elements of a head at once; the
-    heads of a block lie side by side, and are read so. While a block is read the next is fetched line by line: blocks
-    lie anywhere, and no processor guesses where. The new position is written once its block has come, since a
-    processor that waits for what it writes to soon waits with all that it reads.
+    Scores are computed for the 16 positions of a block at once, weighted values for 16 elements of a head at once; the
+    heads of a block are contiguous and read in order. While a block is read, the next is prefetched line by line:
+    blocks are scattered, so hardware prefetchers cannot predict them. The new position is written after its block has
+    been loaded, since stores that miss the cache soon stall all loads.
 
-    Only indices that a `range` or a constant gives are known not to count from the end: others are not vectorized. A
-    row's parts are functions of their own, because one that holds them all is compiled worse.
+    numba vectorizes only loops whose indices come from a `range` or a constant, since others may be negative and wrap
+    around. The parts of a row are separate functions because one large function is compiled to slower code.
     """
     on_threads(attend_part, threads, len(gqkv), (gqkv, keys, values, tables, lengths, cos, sin, out))

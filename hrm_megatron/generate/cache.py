@@ -1,4 +1,4 @@
-"""Keys and values of unfinished answers: one pool of fixed blocks for all ticks, layers and answers."""
+"""Paged KV cache: one pool of fixed-size blocks for all ticks, layers and answers."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,26 +10,26 @@ import torch
 from hrm_megatron.config import Architecture, ConfigError
 
 BLOCK_TOKENS = 16
-RESERVE_BYTES = 256 << 20  # of free memory that is left for everything else
+RESERVE_BYTES = 256 << 20  # of free memory left for everything else
 
 
 def blocks_of(tokens: int) -> int:
-    """Blocks that so many positions fill or begin."""
+    """Return the number of blocks that `tokens` positions need."""
     return -(-tokens // BLOCK_TOKENS)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that a cache may take."""
+    """Return the free bytes of memory on `device`."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
-    torch.cuda.empty_cache()  # what torch's allocator keeps of former caches, or of training, is free too
+    torch.cuda.empty_cache()  # memory that torch's allocator has cached is free too
     return torch.cuda.mem_get_info(device)[0]
 
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Sizes of a cache. `slots` counts ticks times layers: each tick of a stack has its own keys and values, although
-    they share the weights."""
+    """Sizes of a cache. `slots` is ticks x layers: each tick of a stack has its own keys and values, although ticks
+    share the weights."""
 
     blocks: int
     slots: int
@@ -52,11 +52,12 @@ class CacheSize:
         return self.slots * 2 * self.blocks * self.heads * BLOCK_TOKENS * self.head_dim * self.dtype.itemsize
 
     def fits(self, free: int) -> bool:
-        """Tell whether so much free memory holds it beside all else."""
+        """Whether the cache and RESERVE_BYTES fit into `free` bytes."""
         return self.bytes + RESERVE_BYTES <= free
 
     def check(self, device: torch.device, way_out: str = "lower --batch-size or --max-new-tokens") -> str:
-        """Say what the cache takes of the free memory; raise ConfigError, with this `way_out`, if it cannot fit."""
+        """Return a line with the cache's size and the free memory; raises ConfigError, with `way_out`, if it does not
+        fit."""
         free = free_bytes(device)
         said = (f"{self.bytes / 1e6:,.1f} MB for {self.blocks * BLOCK_TOKENS} positions in {self.slots} ticks x "
                 f"layers, {free / 1e6:,.1f} MB are free")
@@ -67,13 +68,13 @@ class CacheSize:
 
 
 class PagedCache:
-    """The pool, and which of its blocks are free; a block may have several users, who then only read it."""
+    """The pool and its free blocks. Blocks are reference-counted; a block with several users is read-only."""
 
     def __init__(self, size: CacheSize, device: torch.device | str = "cpu") -> None:
         self.size = size
-        # Zeros: a position that nobody has written counts nothing, but 0 * NaN would be NaN.
+        # Zeros: unwritten positions have weight 0, but 0 * NaN would be NaN.
         if torch.device(device).type == "cpu":
-            # numpy asks for huge pages, with which attention reads its scattered blocks a fifth faster.
+            # numpy requests huge pages, with which attention reads its scattered blocks 20 % faster.
             self.pool = torch.from_numpy(np.zeros(size.bytes, np.uint8)).view(size.dtype).view(size.shape)
         else:
             self.pool = torch.zeros(size.shape, dtype=size.dtype, device=device)
@@ -81,11 +82,12 @@ class PagedCache:
         self._users = [0] * size.blocks
 
     def keys(self, slot: int) -> torch.Tensor:
-        """View keys, [block, head, head_dim, position]: a query is multiplied with 16 of them at once."""
+        """Return a view of the keys, [block, head, head_dim, position]: a query is multiplied with 16 of them at
+        once."""
         return self.pool[slot, 0].unflatten(-1, (self.size.head_dim, BLOCK_TOKENS))
 
     def values(self, slot: int) -> torch.Tensor:
-        """View values, [block, head, position, head_dim]."""
+        """Return a view of the values, [block, head, position, head_dim]."""
         return self.pool[slot, 1].unflatten(-1, (BLOCK_TOKENS, self.size.head_dim))
 
     @property
@@ -102,7 +104,7 @@ class PagedCache:
         return block
 
     def release(self, block: int, not_finite: bool = False) -> None:
-        """Give up a block. One that may hold numbers that are `not_finite` is emptied for its next user."""
+        """Release a block. One that may hold NaN or infinity (`not_finite`) is zeroed for its next user."""
         self._users[block] -= 1
         if not self._users[block]:
             if not_finite:
@@ -110,7 +112,7 @@ class PagedCache:
             self._free.append(block)
 
     def copy(self, block: int) -> int:
-        """Take a block with the contents of another."""
+        """Take a free block, copy the contents of `block` to it, and return it."""
         own = self.take()
         self.pool[:, :, own] = self.pool[:, :, block]
         return own

@@ -1,4 +1,4 @@
-"""What attention on a CPU needs at all steps."""
+"""What attention on a CPU needs at every step."""
 from __future__ import annotations
 
 import torch
@@ -7,7 +7,7 @@ from hrm_megatron.attention.rotary import Rotation
 
 
 class Loops:
-    """Attention's compiled loops, and cosines and sines [context, d/2] of every position."""
+    """Attention's compiled loops, and the cosines and sines [context, d/2] of every position."""
 
     def __init__(self, context_tokens: int, head_dim: int, theta: float) -> None:
         from hrm_megatron.generate import attention_kernels  # late: numba takes half a second

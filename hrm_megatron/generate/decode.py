@@ -1,4 +1,4 @@
-"""Answer prompts with a model of the training code, and the definition that generation is tested against."""
+"""Answer prompts with an HRMModel of the training code, and the reference that generation is tested against."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ MAX_ROWS = 32
 @torch.no_grad()
 def next_token_logits(model: HRMModel, prompts: Sequence[Sequence[int]],
                       answers: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits [n, v] of the token after each (prompt, answer so far), by the training code and without a cache.
+    """Return the logits [n, v] of the token after each (prompt, answer so far), by the training code, without a cache.
 
-    The prompts are prefixes.
+    The prompts are prefixes of the PrefixLM.
     """
-    pad = [0]  # assemble_row shifts: the last target is only a label
+    pad = [0]  # assemble_row shifts: the last target is a label only
     examples = [(np.asarray(p), np.asarray([*a, *pad])) for p, a in zip(prompts, answers, strict=True)]
     lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
     row = assemble_row(examples, sum(lengths), causal=model.config.arch.causal)
@@ -36,7 +36,7 @@ def next_token_logits(model: HRMModel, prompts: Sequence[Sequence[int]],
 
 
 def decoder_of(model: HRMModel, context_tokens: int, vocab_size: int | None = None) -> Decoder:
-    """Make a decoder with the weights of a model on one rank, whose adapters are merged."""
+    """Return a decoder with the weights of a model on one rank, adapters merged."""
     tensors, parameter = merged_weights(model), model.output_layer.weight
     return Decoder(take_weights(model.config.arch, tensors.items(), vocab_size, parameter.dtype, parameter.device),
                    context_tokens)
@@ -45,7 +45,8 @@ def decoder_of(model: HRMModel, context_tokens: int, vocab_size: int | None = No
 def generate(model: HRMModel, prompts: Sequence[Sequence[int]], stop_token: int, vocab_size: int, max_new_tokens: int,
              sampling: Sampling | None = None, max_rows: int = MAX_ROWS,
              on_answer: Callable[[int], object] = lambda count: None) -> list[list[int]]:
-    """Continue each prompt until `stop_token` (kept) or `max_new_tokens`; padded vocabulary is never chosen.
+    """Continue each prompt until `stop_token` (kept) or `max_new_tokens`; tokens of the vocabulary padding are never
+    chosen.
 
     `on_answer` is called with 1 for each answer that ends. Needs an HRMModel on one rank.
     """

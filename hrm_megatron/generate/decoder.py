@@ -1,4 +1,4 @@
-"""The forward pass of generation: the same function as HRMModel, with a cache and without what training needs."""
+"""The forward pass of generation: the same function as HRMModel, with a KV cache, inference only."""
 from __future__ import annotations
 
 import logging
@@ -28,15 +28,15 @@ Attention = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 class Prefilled(NamedTuple):
-    """The logits [n, v] of the first answer token in fp32 and, with early exit, the H cycles [n] of each answer."""
+    """fp32 logits [n, v] of the first token of each answer and, with early exit, the number of H cycles [n] of each."""
 
     logits: torch.Tensor
     h_cycles: np.ndarray | None
 
 
 class Decoder:
-    """Compute the logits of next tokens. `h_cycles` and `l_cycles` are the architecture's unless given: more or fewer
-    ticks than in training. `exit_threshold` makes `h_cycles` the most that an answer runs, see early_exit.py."""
+    """Compute the logits of next tokens. `h_cycles` and `l_cycles`, by default the architecture's, may differ from
+    training. With `exit_threshold` an answer runs at most `h_cycles`, see early_exit.py."""
 
     def __init__(self, weights: Weights, context_tokens: int, h_cycles: int | None = None,
                  l_cycles: int | None = None, exit_threshold: float | None = None) -> None:
@@ -58,7 +58,8 @@ class Decoder:
         return self.weights.head.columns
 
     def prepare(self, rows: int, cache_bytes: int) -> None:
-        """Lay the weights out for `rows` answers at once if that and a cache of `cache_bytes` fit into free memory."""
+        """Repack the weights for batches of `rows` answers if that and a cache of `cache_bytes` fit into free
+        memory."""
         more, free = sum(matrix.more_bytes(rows) for matrix in self.weights.matrices), psutil.virtual_memory().available
         if more and more + cache_bytes + RESERVE_BYTES > free:
             log.warning("weights stay in one layout, which is slower: a second one for %d answers at once takes %.2f "
@@ -68,13 +69,13 @@ class Decoder:
             matrix.prepare(rows)
 
     def cache_size(self, blocks: int) -> CacheSize:
-        """Sizes of a cache for this model."""
+        """Return the sizes of a cache of `blocks` blocks for this model."""
         return CacheSize.of(self.architecture, len(self.ticks), blocks, self.dtype)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], tables: Sequence[np.ndarray],
                 cache: PagedCache) -> Prefilled:
-        """Read whole prompts into the cache."""
+        """Process whole prompts and fill the cache; `tables` holds the blocks of each prompt."""
         lengths = np.asarray([len(prompt) for prompt in prompts])
         tokens = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
 
@@ -95,8 +96,8 @@ class Decoder:
                h_cycles: np.ndarray | None = None) -> torch.Tensor:
         """Add one token to each answer and return the logits [b, v] of the next one in fp32.
 
-        `lengths` [b] are the positions that the cache holds so far, `tables` [b, n] their blocks; the block of the new
-        position is among them. `h_cycles` [b] are those of each answer, as `prefill` told them; None: all.
+        `lengths` [b] are the positions in the cache so far, `tables` [b, n] their blocks, including that of the new
+        position. `h_cycles` [b] are those that `prefill` returned; None: all.
         """
         def attending(rows: np.ndarray) -> Attention:
             if self.loops:
@@ -109,14 +110,14 @@ class Decoder:
 
     @torch.no_grad()
     def logits_at(self, tokens: np.ndarray, attend: Attention, places: np.ndarray) -> torch.Tensor:
-        """Return the logits [n, v] at `places` among `tokens` in fp32; `attend` says which sees which."""
+        """Return the fp32 logits [n, v] at `places` among `tokens`; `attend` computes the attention."""
         return self._logits(self._states(tokens, attend)[torch.as_tensor(places, device=self.device)])
 
     def _logits(self, z_h: torch.Tensor) -> torch.Tensor:
         return self.weights.head(z_h).float()
 
     def _states(self, tokens: np.ndarray, attend: Attention) -> torch.Tensor:
-        """Run all ticks over tokens [n] and return the last state [n, h]."""
+        """Run all ticks over tokens [n] and return the final state [n, h]."""
         states = self.begin(tokens)
         for cycle in range(self.architecture.h_cycles):
             self.run_cycle(cycle, states, attend)
@@ -129,7 +130,7 @@ class Decoder:
         return {"H": x} if self.weights.z_l is None else {"H": x, "L": self.weights.z_l.expand_as(x)}
 
     def run_cycle(self, cycle: int, states: dict[str, torch.Tensor], attend: Attention) -> None:
-        """Run the ticks of one H cycle, which replace states."""
+        """Run the ticks of one H cycle; they replace entries of `states`."""
         ticks = len(self.ticks) // self.architecture.h_cycles
         for number, tick in enumerate(self.ticks[cycle * ticks:(cycle + 1) * ticks], start=cycle * ticks):
             inputs = summed(states, tick.reads)

@@ -1,10 +1,10 @@
-"""Early exit: an answer runs only as many H cycles as its prompt took until z_H hardly changed.
+"""Early exit: an answer runs only as many H cycles as its prompt needed until z_H stopped changing much.
 
 This is decided once for each answer, when its prompt is read: cycle t is the last if ||z_H(t) - z_H(t-1)|| is less than
 a share of ||z_H(t)||, over all positions of the prompt; z_H(0) is the embedding. All tokens of the answer then run that
-many cycles. So no token ever looks for keys and values of a tick that an earlier one has left out, and an answer equals
-that of a model built with so many cycles. The approximation is that the prompt speaks for the answer: a token of the
-answer may change z_H by more.
+many cycles. So no token needs keys and values of a tick that an earlier token skipped, and an answer equals that of a
+model built with that many cycles. The approximation: the number is decided by the prompt, while a token of the answer
+may still change z_H by more.
 """
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Ends = Callable[[int, np.ndarray, torch.Tensor, torch.Tensor], np.ndarray]
 
 
 def changes(before: torch.Tensor, after: torch.Tensor, counts: np.ndarray) -> np.ndarray:
-    """Return ||after - before|| / ||after|| of each row, whose `counts` positions stand one after the other in states
-    [n, h]."""
+    """Return ||after - before|| / ||after|| of each row; states [n, h] hold the `counts` positions of the rows in
+    order."""
     squares = torch.stack([(after - before).float().square().sum(-1), after.float().square().sum(-1)])
     moved, size = torch.stack([part.sum(1) for part in squares.split(counts.tolist(), 1)], 1).sqrt().cpu().numpy()
     found: np.ndarray = moved / size
@@ -30,21 +30,21 @@ def changes(before: torch.Tensor, after: torch.Tensor, counts: np.ndarray) -> np
 
 
 def ends_below(threshold: float, counts: np.ndarray) -> Ends:
-    """End a prompt after the first cycle that changes its z_H by less than this share."""
+    """Return the rule that ends a prompt after the first cycle with a relative change of z_H below `threshold`."""
     return lambda done, rows, before, after: changes(before, after, counts[rows]) < threshold
 
 
 def ends_after(cycles: np.ndarray) -> Ends:
-    """End each row after so many cycles."""
+    """Return the rule that ends each row after its number of `cycles`."""
     return lambda done, rows, before, after: cycles[rows] <= done
 
 
 def run_cycles(decoder: Decoder, tokens: np.ndarray, counts: np.ndarray, attending: Callable[[np.ndarray], Attention],
                ends: Ends) -> tuple[torch.Tensor, np.ndarray]:
-    """Run H cycles over rows of `counts` positions until each has ended; return z_H [n, h] and the cycles of each row.
+    """Run H cycles over rows of `counts` positions until all have ended; return z_H [n, h] and each row's cycles.
 
-    `attending(rows)` makes the attention of the rows that go on, numbers in order; `ends(done, rows, before, after)`
-    tells which of them are ended by the cycle that is done, from z_H [positions, h] before and after it.
+    `attending(rows)` returns the attention of the rows still running (ascending numbers). `ends(done, rows, before,
+    after)` returns which of them end after cycle `done`, from z_H [positions, h] before and after it.
     """
     states = decoder.begin(tokens)
     found, cycles = torch.empty_like(states["H"]), np.zeros(len(counts), np.int32)

@@ -1,8 +1,8 @@
-"""Continuous batching: answers join and leave between two tokens, and a finished one's place is taken at once.
+"""Continuous batching: answers join and leave the batch between two tokens, and a free row is refilled at once.
 
-An answer depends on its prompt, its sampling and the weights, never on what is answered beside it: its random numbers
-are its own, and no operation mixes rows. Only rounding is shared: BLAS sums a product in another order for another
-number of rows, so that logits agree to rounding, not bitwise, between batches of different sizes.
+An answer depends on its prompt, its sampling and the weights, not on the rest of the batch: it has its own random
+generator, and no operation mixes rows. Only rounding depends on the batch: BLAS may sum in another order for another
+number of rows, so logits agree to rounding, not bitwise, between batch sizes.
 """
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from hrm_megatron.generate.decoder import Decoder
 from hrm_megatron.generate.sampling import Sampling, choose, random_numbers
 from hrm_megatron.generate.transcript import Decode, TokenLogprob, Transcript
 
-# Of prompts that are read at once; a longer one is read alone. A CPU reads so many as its caches hold states of.
+# Most prompt tokens per prefill; a longer prompt is read alone. On a CPU: as many as its caches hold states of.
 PREFILL_TOKENS = {"cuda": 4096, "cpu": 1024}
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, `samples` answers to which share its prefill.
+    """A prompt; its `samples` answers share one prefill.
 
-    `logprobs` None: none; else those of the chosen tokens and of so many of the likeliest. `stream` tells the random
-    numbers of prompts with one seed apart. Each answer begins with the tokens `given`, which are not chosen and not
-    counted among `max_new_tokens`; their logprobs are those of an answer, so a continuation is scored by giving it.
+    `logprobs` None: none; else those of the chosen token and of this many top tokens. `stream` separates the random
+    numbers of prompts with the same seed. Each answer begins with the tokens `given`, which are not sampled and not
+    counted in `max_new_tokens`. They have logprobs too, so a continuation is scored by passing it as `given`.
     """
 
     prompt: Sequence[int]
@@ -45,9 +45,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Progress:
-    """What one more token of an answer brought."""
+    """The effect of one more token of an answer."""
 
-    request: int  # as `Engine.submit` numbered it
+    request: int  # number from `Engine.submit`
     sample: int
     piece: str  # text that became final
     transcript: Transcript
@@ -60,20 +60,20 @@ class Progress:
 
 @dataclass(eq=False)
 class _Waiting:
-    """A request of which at least one sample has not begun; `blocks` of its prompt are held once it is prefilled."""
+    """A request with samples that have not begun; once prefilled it holds the `blocks` of its prompt."""
 
     number: int
     request: Request
-    limit: int  # tokens of an answer that the context leaves room for
+    limit: int  # most tokens of an answer, given ones included
     blocks: list[int] = field(default_factory=list)
     logits: torch.Tensor | None = None  # [v], of the first token
-    likeliest: int | None = None  # by these; None: they are not finite
-    h_cycles: int | None = None  # of its answers, with early exit
+    likeliest: int | None = None  # argmax of the logits; None: not finite
+    h_cycles: int | None = None  # of its answers, with early exit only
     begun: int = 0
 
     @property
     def own_blocks(self) -> int:
-        """Blocks of a sample's own: all but the full ones of the prompt. The last token is never written."""
+        """Blocks that a sample does not share: all but the full ones of the prompt. The last token is never cached."""
         return blocks_of(len(self.request.prompt) + self.limit - 1) - len(self.request.prompt) // BLOCK_TOKENS
 
 
@@ -85,12 +85,12 @@ class _Running:
     transcript: Transcript
     random: np.random.Generator
     blocks: list[int]
-    promised: int  # blocks that it may still take
+    promised: int  # blocks still reserved for it
     length: int  # positions in the cache
 
 
 def blocks_needed(prompt_tokens: int, new_tokens: int) -> int:
-    """Blocks with which one answer surely ends: a copy of the prompt's last, unfilled one is its own."""
+    """Return the blocks that suffice for one answer, including its copy of the prompt's last, partly filled block."""
     return blocks_of(prompt_tokens + new_tokens - 1) + bool(prompt_tokens % BLOCK_TOKENS)
 
 
@@ -113,12 +113,13 @@ class Engine:
         return not self.waiting and not self.running
 
     def check(self, request: Request) -> int:
-        """Return how many tokens an answer to `request` may have; raise ConfigError if there can be none."""
+        """Return the most tokens that an answer to `request` may have, given ones included; raises ConfigError if it
+        cannot be answered."""
         tokens, context = len(request.prompt), self.decoder.context_tokens
         known = tokens + len(request.given)
         if not tokens:
             raise ConfigError("empty prompt: give at least one token")
-        # Scoring given tokens alone needs no room: the last is never read.
+        # Scoring only given tokens needs no room for a new one: the last is never read.
         least = 0 if request.given else 1
         if request.max_new_tokens < least or request.samples < 1:
             raise ConfigError(f"max_new_tokens={request.max_new_tokens}, samples={request.samples}: must be at least 1")
@@ -134,18 +135,18 @@ class Engine:
         return limit
 
     def longest_answer(self, prompt_tokens: int) -> int:
-        """Return how many tokens, given ones too, the context and the whole cache leave an answer; below 1: none."""
+        """Return the most tokens, given ones included, that context and cache allow for an answer; below 1: none."""
         blocks = self.cache.size.blocks - bool(prompt_tokens % BLOCK_TOKENS)
         return min(self.decoder.context_tokens, blocks * BLOCK_TOKENS + 1) - prompt_tokens
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its number; raise ConfigError if it can never be answered."""
+        """Queue a request and return its number; raises ConfigError if it can never be answered."""
         self.waiting.append(_Waiting(self._submitted, request, self.check(request)))
         self._submitted += 1
         return self._submitted - 1
 
     def cancel(self, number: int) -> None:
-        """Forget a request; its places are free for the next step."""
+        """Cancel a request; its rows and blocks are free for the next step."""
         for waiting in [waiting for waiting in self.waiting if waiting.number == number]:
             self.waiting.remove(waiting)
             self._forget_prompt(waiting)
@@ -154,10 +155,10 @@ class Engine:
             self._leave(row)
 
     def step(self) -> list[Progress]:
-        """Add a token to every running answer, then begin what there is room for.
+        """Add a token to every running answer, then start as many waiting answers as there is room for.
 
-        Neither waits for the other, also where answers that end with their first token come without end. An answer
-        without finite logits fails alone.
+        Neither starves the other, even if requests whose answers end at the first token keep arriving. An answer with
+        non-finite logits fails without affecting others.
         """
         return self._advance() + self._begin()
 
@@ -196,7 +197,7 @@ class Engine:
         request, sample = waiting.request, waiting.begun
         full = len(request.prompt) // BLOCK_TOKENS
         blocks = [self.cache.share(block) for block in waiting.blocks[:full]]
-        blocks += [self.cache.copy(block) for block in waiting.blocks[full:]]  # answers go on in it
+        blocks += [self.cache.copy(block) for block in waiting.blocks[full:]]  # partly filled: the answer writes to it
         promised = waiting.own_blocks - (len(blocks) - full)
         self._promised -= len(blocks) - full
         waiting.begun += 1
@@ -222,8 +223,8 @@ class Engine:
         tables = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int32)
         for table, row in zip(tables, rows, strict=True):
             table[:len(row.blocks)] = row.blocks
-            table[len(row.blocks):] = row.blocks[0]  # its own: 0 * NaN of another's would be NaN
-        cycles = [row.transcript.h_cycles for row in rows if row.transcript.h_cycles is not None]  # all rows, or none
+            table[len(row.blocks):] = row.blocks[0]  # a block of its own: another's may hold NaN, and 0 * NaN is NaN
+        cycles = [row.transcript.h_cycles for row in rows if row.transcript.h_cycles is not None]  # all rows or none
         logits = self.decoder.decode([row.transcript.tokens[-1] for row in rows],
                                      np.asarray([row.length for row in rows], np.int32), tables, self.cache,
                                      np.asarray(cycles, np.int32) if cycles else None)
@@ -232,7 +233,7 @@ class Engine:
         return [self._accept(row, *each) for row, *each in zip(rows, logits, _likeliest(logits), strict=True)]
 
     def _accept(self, row: _Running, logits: torch.Tensor, likeliest: int | None) -> Progress:
-        """Choose the next token of a row by logits [v], of which `likeliest` is the largest; None: not finite."""
+        """Choose the next token of a row from logits [v]; `likeliest` is their argmax, None if they are not finite."""
         sampling, transcript, given = row.request.sampling, row.transcript, row.request.given
         if likeliest is None:
             transcript.finish = "failed"
@@ -275,8 +276,8 @@ class Engine:
 
 
 def _likeliest(logits: torch.Tensor) -> list[int | None]:
-    """Return the likeliest token by each row of logits [n, v], None where they are not finite."""
-    largest, tokens = logits.max(-1)  # NaN where there is one
+    """Return the argmax of each row of logits [n, v], None where they are not finite."""
+    largest, tokens = logits.max(-1)  # NaN if any is NaN
     return [token if finite else None
             for token, finite in zip(tokens.tolist(), largest.isfinite().tolist(), strict=True)]
 

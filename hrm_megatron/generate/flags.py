@@ -1,4 +1,4 @@
-"""Flags of the tools that answer: which model, and how it computes."""
+"""Flags of the tools that generate: the model, and how it computes."""
 from __future__ import annotations
 
 import argparse

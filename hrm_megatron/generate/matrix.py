@@ -1,7 +1,7 @@
-"""A weight matrix as the matmuls of generation read it: few rows at a time, hundreds of times over.
+"""Weight matrices for the matmuls of generation: few rows, repeated hundreds of times.
 
-On a CPU such a matmul is bound by how the weight lies in memory, and both of torch's libraries take one that was laid
-out for them beforehand. Measured on one core of a Xeon with AMX, 768 x 3072, milliseconds:
+On a CPU the speed of such a matmul depends on the memory layout of the weight, and both of torch's libraries accept
+prepacked weights. Measured on one core of a Xeon with AMX, 768 x 3072, milliseconds:
 
 | rows | fp32 [out, in] | fp32 [in, out] | fp32 MKL, packed | bf16 [out, in] | bf16 [in, out] | bf16 oneDNN, packed |
 |---|---|---|---|---|---|---|
@@ -9,8 +9,8 @@ out for them beforehand. Measured on one core of a Xeon with AMX, 768 x 3072, mi
 | 8 | 1.71 | 1.60 | 0.96 | 0.53 | 0.65 | 0.38 |
 | 32 | 2.09 | 2.40 | 1.47 | 0.64 | 0.77 | 0.51 |
 
-On an AMD EPYC with AVX-512 (parallel/processor.py) oneDNN's layout is the best for fp32 as well, but for products so
-small that its call weighs more. GFLOP/s:
+On an AMD EPYC with AVX-512 (parallel/processor.py) oneDNN's layout is the best for fp32 too, except for products so
+small that the call overhead dominates. GFLOP/s:
 
 | rows | in x out | fp32 [in, out] | fp32 MKL, packed | fp32 oneDNN, packed |
 |---|---|---|---|---|
@@ -29,9 +29,9 @@ import torch.nn.functional as F
 
 from hrm_megatron.parallel import processor
 
-PACKED_ROWS = 4  # from here on MKL's layout is faster
-PACKED_ELEMENTS = 1 << 18  # a smaller fp32 matrix stays in a core's own cache, and is read as fast without
-ONEDNN_MULTIPLICATIONS = 1 << 19  # of a product of a small fp32 matrix, beyond which oneDNN's is faster
+PACKED_ROWS = 4  # from this number of rows on MKL's layout is faster
+PACKED_ELEMENTS = 1 << 18  # a smaller fp32 matrix stays in a core's cache, and gains nothing from packing
+ONEDNN_MULTIPLICATIONS = 1 << 19  # multiply-adds of a product with a small fp32 matrix above which oneDNN is faster
 
 
 class Matrix:
@@ -47,11 +47,11 @@ class Matrix:
         self.dense = weight.t().contiguous()
 
     def more_bytes(self, rows: int) -> int:
-        """Bytes that `prepare` for so many rows would take."""
+        """Return the bytes that `prepare(rows)` would allocate."""
         return 0
 
     def prepare(self, rows: int) -> None:
-        """Be told with how many rows most matmuls will come."""
+        """Prepare for matmuls of mostly `rows` rows."""
 
     def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         """Return x [n, in] times the matrix, plus `added` [n, out]."""
@@ -59,7 +59,8 @@ class Matrix:
 
 
 class OneDNNMatrix(Matrix):
-    """On a CPU, bf16 and where MKL is slow fp32: in oneDNN's own layout alone, which serves any number of rows."""
+    """For bf16 on a CPU, and fp32 where MKL is slow: stored only in oneDNN's layout, which works for any number of
+    rows."""
 
     def keep(self, weight: torch.Tensor) -> None:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -72,7 +73,7 @@ class OneDNNMatrix(Matrix):
 
 
 class SmallOneDNNMatrix(OneDNNMatrix):
-    """fp32: beside it as any other, for a few rows."""
+    """For small fp32 matrices: stored in both layouts, with the plain one used for few rows."""
 
     def keep(self, weight: torch.Tensor) -> None:
         super().keep(weight)
@@ -85,9 +86,9 @@ class SmallOneDNNMatrix(OneDNNMatrix):
 
 
 class MKLMatrix(Matrix):
-    """fp32 on a CPU: beside the matrix a copy in MKL's layout, which serves one number of rows.
+    """For fp32 on a CPU: the plain matrix and a copy in MKL's layout, which is for a fixed number of rows.
 
-    Fewer rows are filled up with zeros as long as that costs less than it gains.
+    Fewer rows are padded with zeros while that is still faster.
     """
 
     def keep(self, weight: torch.Tensor) -> None:
@@ -110,7 +111,7 @@ class MKLMatrix(Matrix):
 
 
 def matrix_of(weight: torch.Tensor) -> Matrix:
-    """Take `weight` [out, in] in the layout that is fastest on its device."""
+    """Return `weight` [out, in] as a Matrix in the layout that is fastest on its device."""
     if weight.device.type == "cpu":
         if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return OneDNNMatrix(weight)

@@ -1,8 +1,9 @@
-"""What is asked: one instruction, lines of a text file, or rows of jsonl that keep their other fields."""
+"""Questions: one instruction, the lines of a text file, or rows of a jsonl file, whose other fields are kept."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.text_files import read_lines, shown
 
-REFERENCE = "reference"  # what an answer file calls the response that a row came with
+REFERENCE = "reference"  # field of an answer file for the response that the input row had
 WRITTEN_ANEW = ("condition", "instruction", "response", "finish")
-OF_SOME_ANSWERS = ("responses", "logprobs", "h_cycles")  # which those of this run need not have
+OF_SOME_ANSWERS = ("responses", "logprobs", "h_cycles")  # fields that not every answer record has
 
 
 def check_text(place: str, text: str) -> None:
-    """Refuse a text that no tokenizer takes and no file: how Python takes a command line that is no UTF-8, or half a
-    \\u pair."""
+    """Refuse a text that is not valid UTF-8, from a command line in another encoding or half a \\u surrogate pair in
+    JSON: neither a tokenizer nor a file accepts it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -38,6 +39,11 @@ class Question:
         if not self.instruction.strip():
             raise ConfigError(f"{self.place}: empty instruction; write one, or leave it out")
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The first fields of the record of an answer."""
+        return dict(self.others, condition=self.condition, instruction=self.instruction)
+
 
 def of_lines(path: Path, condition: str) -> list[Question]:
     """Read one instruction per line."""
@@ -49,20 +55,31 @@ def of_lines(path: Path, condition: str) -> list[Question]:
 
 
 def of_jsonl(path: Path, condition: str, kept: bool = True) -> list[Question]:
-    """Read one question per row; `condition` is that of rows without one. `kept`: answers will keep other fields."""
-    questions = list(_rows(path, condition, OF_SOME_ANSWERS if kept else ()))
+    """Read one question per row; `condition` is for rows without one. `kept`: other fields will be kept beside
+    answers."""
+    questions = list(_rows(path, condition, kept))
     if not questions:
         raise ConfigError(f"--input {path}: empty; write one JSON object per line, with a field 'instruction'")
     return questions
 
 
-def _rows(path: Path, condition: str, refused: Sequence[str]) -> Iterator[Question]:
+def _finite(number: str) -> float:
+    """Parse a number, refusing those that JSON cannot represent."""
+    if math.isfinite(value := float(number)):
+        return value
+    raise ConfigError(f"{shown(number)} is not a finite number, as JSON needs; write null or a string")
+
+
+def _rows(path: Path, condition: str, kept: bool) -> Iterator[Question]:
+    refused, number_of = (OF_SOME_ANSWERS, _finite) if kept else ((), float)
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_float=number_of, parse_constant=number_of)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{place}: broken JSON ({error}) in {shown(line)}; correct the line") from error
         if not isinstance(row, dict):
@@ -74,7 +91,7 @@ def _rows(path: Path, condition: str, refused: Sequence[str]) -> Iterator[Questi
         if taken := [name for name in refused if name in row]:
             raise ConfigError(f"{place}: has {taken[0]!r}, which would stand beside another answer; rename it, or "
                               "leave it out")
-        if refused and "finish" in row and "response" not in row:
+        if kept and "finish" in row and "response" not in row:
             raise ConfigError(f"{place}: has 'finish' without a response, and the answer's would take its place; "
                               "rename it, or leave it out")
         others = {name: value for name, value in row.items() if name not in WRITTEN_ANEW}

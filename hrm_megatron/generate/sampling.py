@@ -1,4 +1,4 @@
-"""How the next token is chosen, and random numbers that belong to one answer alone."""
+"""Sampling of the next token, and a random generator per answer."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from hrm_megatron.config import ConfigError
 class Sampling:
     """How to choose a token: `temperature` 0 is greedy.
 
-    Applied in transformers' order: temperature; `top_k` keeps that many of the likeliest (0: all); `top_p` the fewest
-    likeliest of that mass; `min_p` those at least that likely relative to the likeliest.
+    Applied in transformers' order: temperature; `top_k` keeps that many of the likeliest (0: all); `top_p` the smallest
+    set of likeliest tokens with that mass; `min_p` those at least that likely relative to the likeliest.
     """
 
     temperature: float = 0.0
@@ -40,17 +40,17 @@ class Sampling:
 
 
 def random_numbers(seed: int, stream: int, sample: int) -> np.random.Generator:
-    """Return the source of one answer, whoever is answered beside it: sample `sample` of the prompt `stream`."""
+    """Return the random generator of sample `sample` of the prompt `stream`, independent of the batch."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, sample))))
 
 
 def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the probabilities of the tokens [v] that may be chosen, up to a factor, and their ids (None: all of them).
+    """Return the probabilities, up to a factor, of the tokens that may be chosen, and their ids (None: all [v]).
 
-    Where there are ids, the likeliest comes first.
+    If there are ids, the likeliest comes first.
     """
     shifted = logits.double()
-    shifted = shifted - shifted.max()  # so that a temperature near 0 gives no infinity but negative ones
+    shifted = shifted - shifted.max()  # so that a temperature near 0 overflows to -inf only
     probabilities = (shifted / sampling.temperature).softmax(-1)
     if sampling.top_p == 1 and not sampling.top_k and not sampling.min_p:
         return probabilities, None
@@ -58,18 +58,18 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
         kept, ids = probabilities.topk(min(sampling.top_k, len(probabilities)))
         kept = kept / kept.sum()
     else:
-        # Less likely than (1 - top_p) / v each, tokens have not even the mass outside the nucleus: sort the others.
+        # Tokens less likely than (1 - top_p) / v are outside the nucleus even all together: sort only the others.
         floor = max((1 - sampling.top_p) / len(probabilities), sampling.min_p * probabilities.max().item())
         ids = (probabilities >= floor).nonzero().squeeze(1)
         kept, order = probabilities[ids].sort(descending=True, stable=True)
         ids = ids[order]
-    # Nucleus sampling (Holtzman et al., arXiv 1904.09751): drop a token if those before it have the mass already.
+    # Nucleus sampling (Holtzman et al., arXiv 1904.09751): drop a token if those before it already have the mass.
     inside = (kept.cumsum(-1) - kept < sampling.top_p) & (kept >= sampling.min_p * kept[0])
     return kept[inside], ids[inside]
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, uniform: float) -> int:
-    """Choose a token by logits [v] and a number from [0, 1), which greedy choice ignores."""
+    """Choose a token from logits [v] and a uniform number in [0, 1), which greedy choice ignores."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     probabilities, ids = candidates(logits, sampling)

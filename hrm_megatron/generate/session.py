@@ -1,4 +1,4 @@
-"""A model and its tokenizer ready to answer, and the records that answers become: what tools/generate.py does."""
+"""A model with its tokenizer, ready to answer, and the JSON records of answers, as tools/generate.py writes them."""
 from __future__ import annotations
 
 import copy
@@ -27,7 +27,7 @@ from hrm_megatron.parallel.precision import DTYPES, multiply_in_fp32
 
 @dataclass(frozen=True)
 class Answering:
-    """How to answer: what decides the text of an answer, beside the model and the question."""
+    """The settings that, with the model and the question, determine the text of an answer."""
 
     max_new_tokens: int = 128
     sampling: Sampling = field(default_factory=Sampling)
@@ -52,7 +52,7 @@ class Answering:
 
 
 class Session:
-    """Answers questions with one checkpoint. `remark` says what could not be verified of it."""
+    """Answers questions with one checkpoint; `remark` says what of it could not be verified."""
 
     def __init__(self, load: Path, answering: Answering, tokenizer: Path | None = None, weights: str | None = None,
                  step: int | None = None, verify: bool = True) -> None:
@@ -78,7 +78,7 @@ class Session:
 
     @classmethod
     def of_decoder(cls, decoder: Decoder, tokenizer: TextTokenizer, answering: Answering) -> Session:
-        """Make a session of a model that is not of a checkpoint; cycles and dtype are the decoder's."""
+        """Return a session for a decoder that does not come from a checkpoint; cycles and dtype are the decoder's."""
         made = cls.__new__(cls)
         made.decoder, made.tokenizer, made.answering, made.remark = decoder, tokenizer, answering, ""
         made.stop_tokens, made._model = frozenset([tokenizer.eoa]), {}
@@ -92,18 +92,18 @@ class Session:
         self.identity = dict(asdict(answering), **self._model)
 
     def at_depth(self, h_cycles: int | None, l_cycles: int | None, exit_threshold: float | None = None) -> Session:
-        """Make a session that answers with the same weights in other cycles."""
+        """Return a session with the same weights and other numbers of cycles."""
         other = copy.copy(self)
         other._answer_as(replace(self.answering, h_cycles=h_cycles, l_cycles=l_cycles, exit_threshold=exit_threshold),
                          self.decoder.weights, self.decoder.context_tokens)
         return other
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Decode tokens of an answer; those that end it have no text."""
+        """Decode the tokens of an answer, without its stop tokens."""
         return self.tokenizer.decode(token for token in tokens if token not in self.stop_tokens)
 
     def requests(self, questions: Sequence[Question]) -> list[Request]:
-        """Spell questions; each has random numbers of its own by its place among them."""
+        """Tokenize questions into requests; each has its own random stream, by its index."""
         a = self.answering
         for question in questions:
             try:
@@ -122,9 +122,9 @@ class Session:
         return requests
 
     def engine(self, requests: Sequence[Request], max_rows: int, say: Callable[[str], object]) -> Engine:
-        """Make an engine whose cache is large enough for `max_rows` answers at once, the longest of `requests`.
+        """Return an engine whose cache holds the `max_rows` longest answers of `requests` at once.
 
-        `say` is told the size of the cache before it is taken.
+        `say` gets a line with the size of the cache before it is allocated.
         """
         if max_rows < 1:
             raise ConfigError(f"--batch-size {max_rows}: must be at least 1")
@@ -139,7 +139,7 @@ class Session:
         return self.decoder.cache_size(sum(needed[:max_rows]))
 
     def rows_that_fit(self, requests: Sequence[Request], most: int) -> int:
-        """Return how many answers at once the free memory holds a cache for: `most`, halved until it does; 0: none."""
+        """Return the batch size whose cache fits into free memory: `most`, halved until it fits; 0: none."""
         free = free_bytes(self.decoder.device)
         while requests and most and not self._cache_size(requests, most).fits(free):
             most //= 2
@@ -147,7 +147,7 @@ class Session:
 
     def answer(self, requests: Sequence[Request], max_rows: int, say: Callable[[str], object],
                on_progress: Callable[[Progress], object] = lambda progress: None) -> Iterator[list[Transcript]]:
-        """Yield the samples of each request, in their order, as soon as they and all before them have ended."""
+        """Yield the samples of each request, in order, as soon as they and all before them have finished."""
         if not requests:
             return
         engine = self.engine(requests, max_rows, say)
@@ -159,18 +159,18 @@ class Session:
                 for progress in engine.step():
                     progress.check()
                     samples = found.setdefault(progress.request, [])
-                    if progress.sample == len(samples):  # they begin in their order
+                    if progress.sample == len(samples):  # samples begin in order
                         samples.append(progress.transcript)
                     on_progress(progress)
             yield found.pop(number)
 
 
 def record(question: Question, samples: Sequence[Transcript], tokenizer: TextTokenizer) -> dict[str, Any]:
-    """Make the JSON object of a question's answers: lists where there are several samples."""
+    """Return the JSON object of a question's answers, with lists if there are several samples."""
     def one(values: Sequence[Any]) -> Any:
         return values[0] if len(samples) == 1 else list(values)
 
-    made = dict(question.others, condition=question.condition, instruction=question.instruction)
+    made = question.fields
     made["response" if len(samples) == 1 else "responses"] = one([sample.text for sample in samples])
     made["finish"] = one([sample.finish for sample in samples])
     if samples[0].h_cycles is not None:

@@ -1,4 +1,4 @@
-"""One answer while it grows: its tokens, its text as far as it is final, and why it ends."""
+"""One answer during generation: its tokens, the text that is final, and why it ended."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -7,12 +7,13 @@ from typing import Literal
 
 Decode = Callable[[Sequence[int]], str]  # tokens > text; special tokens have none
 Finish = Literal["stop", "length", "cancelled", "failed"]  # failed: its logits are not finite
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # an incomplete UTF-8 sequence decodes to this
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of a chosen token and of the likeliest ones: the model's, before temperature and filters."""
+    """Log-probabilities of the chosen token and of the likeliest ones, from the raw logits (before temperature and
+    filters)."""
 
     token: int
     logprob: float
@@ -21,7 +22,7 @@ class TokenLogprob:
 
 @dataclass
 class Transcript:
-    """An answer. Text that may still turn out to be the beginning of a stop string, or of a character, is held back."""
+    """An answer. Text that may be the beginning of a stop string or of a multi-byte character is held back."""
 
     stop_tokens: frozenset[int]
     max_new_tokens: int
@@ -30,14 +31,14 @@ class Transcript:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     text: str = ""  # without stop string
-    h_cycles: int | None = None  # that its tokens run, where early exit decides it
+    h_cycles: int | None = None  # run by its tokens; set with early exit
     finish: Finish | None = None
-    _decoded: int = 0  # tokens whose text is in `_pending` or out
-    _context: int = 0  # of these the first that is decoded with those behind it
-    _pending: str = ""  # decoded, and perhaps the beginning of a stop string
+    _decoded: int = 0  # tokens whose text is in `_pending` or released
+    _context: int = 0  # the first of these that is decoded with the later ones
+    _pending: str = ""  # decoded, but maybe the beginning of a stop string
 
     def push(self, token: int) -> str:
-        """Add a token and return the text that became final; `finish` says whether that was the last."""
+        """Add a token and return the text that became final; `finish` is set if it was the last one."""
         self.tokens.append(token)
         ended = token in self.stop_tokens
         if ended:
@@ -54,15 +55,15 @@ class Transcript:
         return self._release()
 
     def _text_behind(self, decode: Decode) -> str:
-        """Decode what has not been. A token of SentencePiece has no space at the beginning of a text, so that one with
-        text goes before it."""
+        """Return the text of tokens not decoded yet. They are decoded after an earlier token with text, since
+        SentencePiece drops the space of a first token."""
         before = decode(self.tokens[self._context:self._decoded])
-        if before.endswith(UNFINISHED):  # a token that was given ends in half a character
+        if before.endswith(UNFINISHED):  # a given token ends inside a character
             self._context, before = self._decoded, ""
         return decode(self.tokens[self._context:])[len(before):]
 
     def give(self, token: int) -> str:
-        """Add a token that was not chosen: it ends nothing but the room there is, and its text is not the answer's."""
+        """Add a given token: it can end the answer only by length, and its text is not part of the answer."""
         self.tokens.append(token)
         self._decoded = len(self.tokens)
         if len(self.tokens) >= self.max_new_tokens:
@@ -82,5 +83,5 @@ class Transcript:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Return the length of the longest proper prefix of `stop` that `text` ends with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

@@ -1,7 +1,7 @@
-"""Sixteen float32 numbers at once, for loops that numba leaves to single numbers.
+"""Vectors of 16 float32 for numba, for loops that it does not vectorize itself.
 
-LLVM divides an operation on them among registers of whatever width the processor has, and an order of sums that a loop
-states with them is the order in which they are made.
+LLVM splits an operation on them into registers of the processor's width, and sums are computed in the order that a loop
+states.
 """
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def multiply_add(typing: Any, number: Any, values: Any, total: Any) -> Any:
 
 @intrinsic
 def larger(typing: Any, one: Any, other: Any) -> Any:
-    """Return the larger of each two numbers."""
+    """Return the element-wise maximum."""
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
     return vector(vector, vector), make
@@ -83,10 +83,9 @@ def larger(typing: Any, one: Any, other: Any) -> Any:
 
 @intrinsic
 def fetch(typing: Any, array: Any, index: Any) -> Any:
-    """Have the cache line of array[index] fetched while other work goes on; the index may lie behind the end.
+    """Prefetch the cache line of array[index]; the index may lie past the end.
 
-    Into the second cache: the first waits for so few lines at once that keys and values of small heads came at half
-    the rate.
+    Into L2: L1 can wait for only few lines at once, so keys and values of small heads arrived at half the rate.
     """
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = _place(context, builder, arguments[0], arguments[1], signature.args[0], BYTE)

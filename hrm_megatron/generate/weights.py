@@ -1,4 +1,4 @@
-"""The weights of an HRM as generation reads them: one matrix per matmul, laid out for it, no padded vocabulary."""
+"""The weights of an HRM for generation: one matrix per matmul in its fastest layout, without vocabulary padding."""
 from __future__ import annotations
 
 import re
@@ -30,19 +30,19 @@ class Weights:
 
     architecture: Architecture
     embedding: torch.Tensor  # [v, h]
-    head: Matrix  # [h, v], of real tokens alone: no other can be chosen
+    head: Matrix  # [h, v], real tokens only: padding cannot be chosen
     z_l: torch.Tensor | None  # [h]; None where no tick reads it
     stacks: dict[str, list[LayerWeights]]  # by the name of the stack, "H" or "L"
 
     @property
     def matrices(self) -> list[Matrix]:
-        """Every matrix once."""
+        """All matrices, each once."""
         return [*(matrix for stack in self.stacks.values() for layer in stack for matrix in vars(layer).values()),
                 self.head]
 
     @property
     def tick_bytes(self) -> int:
-        """Bytes of weights that one decoded token reads, every tick counted: what bounds the speed of one answer."""
+        """Bytes of weights that one decoded token reads over all ticks, which bound the speed of a single answer."""
         per_stack = sum(matrix.nbytes for layer in self.stacks["L"] for matrix in vars(layer).values())
         return per_stack * self.architecture.num_ticks + self.head.nbytes
 
@@ -51,7 +51,8 @@ class Weights:
 def take_weights(architecture: Architecture, tensors: Iterable[tuple[str, torch.Tensor]],
                  vocab_size: int | None = None, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu") -> Weights:
-    """Take full tensors under Megatron's names, one at a time; `vocab_size` None: the architecture's."""
+    """Return the weights from unsharded tensors with Megatron's names, one at a time; `vocab_size` None: the
+    architecture's."""
     entries = {entry.megatron: entry for entry in table(architecture)}
     layers: dict[tuple[str, int], dict[str, Matrix]] = {}
     others: dict[str, torch.Tensor] = {}

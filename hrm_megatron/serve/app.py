@@ -30,13 +30,13 @@ from hrm_megatron.serve.metrics import metrics_text
 from hrm_megatron.serve.prompts import chat_request, completion_requests
 from hrm_megatron.serve.spelled_tokens import TokenSpelling
 
-MOST_LOGPROBS = 1 << 19  # in a body, which the memory holds whole: some 40 MB of JSON
+MOST_LOGPROBS = 1 << 19  # per body, which is held in memory: about 40 MB of JSON
 PAGE = Path(__file__).with_name("page.html")
 
 
 @dataclass
 class Service:
-    """All that answers need."""
+    """The model, engine and limits that requests are answered with."""
 
     session: Session
     live: LiveEngine
@@ -56,13 +56,13 @@ class Service:
                            "model_not_found")
 
     async def answer(self, http: Request, body: CompletionBody | ChatBody) -> Response:
-        """Answer a body, as one JSON object or as a stream; free its places however that ends."""
+        """Answer a body as one JSON object or as a stream; its places are released however that ends."""
         self.check_model(body.model)
         chat = isinstance(body, ChatBody)
         ticket = self.live.open(1 if isinstance(body, ChatBody) else len(body.prompts), self.limits.timeout_seconds)
         try:
-            # Spelling takes time by the length of the text; the event loop serves others meanwhile. Who waits for a
-            # turn holds no thread, which the answers of others are spelled by.
+            # Tokenizing a long text takes time, so it runs in a thread and the event loop serves others. The lock is
+            # awaited without holding a thread: the thread pool also formats other answers.
             async with self._spelling_in_turns:
                 requests = await asyncio.to_thread(self._requests, body)
             self.live.submit(ticket, requests)
@@ -72,14 +72,14 @@ class Service:
                 raise ApiError(400, str(error)) from error
             raise
         answers = Answers(requests, self.spelling, self.model, self.fingerprint, chat,
-                          isinstance(body, CompletionBody) and body.echo)
+                          body.prompts if isinstance(body, CompletionBody) and body.echo else ())
         if body.stream:
             return _Stream(self, ticket, self._chunks(http, ticket, answers, body.with_usage))
         try:
             await self._while_there(http, self._collect(ticket, answers))
         finally:
             self.live.release(ticket)
-        return await asyncio.to_thread(lambda: JSONResponse(answers.whole()))  # which takes time by its size
+        return await asyncio.to_thread(lambda: JSONResponse(answers.whole()))  # slow for large bodies
 
     def _requests(self, body: CompletionBody | ChatBody) -> list[engine.Request]:
         longest = self.live.engine.longest_answer
@@ -97,7 +97,7 @@ class Service:
             answers.take(event)
 
     async def _while_there(self, http: Request, work: Any) -> None:
-        """Await `work`, or end it when the client goes away."""
+        """Await `work`, or cancel it when the client disconnects."""
         async def gone() -> None:
             while (await http.receive())["type"] != "http.disconnect":
                 pass
@@ -121,7 +121,7 @@ class Service:
                 for chunk in answers.piece(event):
                     yield _event(chunk)
         except ApiError as error:
-            http.state.failed = error.status  # which the metrics count, as the client has 200 already
+            http.state.failed = error.status  # for the metrics: the client already has status 200
             yield _event(error.body())
         else:
             if with_usage:
@@ -130,7 +130,7 @@ class Service:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; the places of the ticket are free when it ends, whichever side ends it."""
+    """Server-sent events; releases the ticket when the stream ends, from either side."""
 
     def __init__(self, service: Service, ticket: Ticket, chunks: AsyncIterator[str]) -> None:
         super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -148,7 +148,7 @@ def _event(body: dict[str, Any]) -> str:
 
 
 def page() -> tuple[str, str]:
-    """Return the page, and the policy that lets it run its own script and load nothing."""
+    """Return the page, and the Content-Security-Policy that allows its own script and forbids loading anything."""
     text = PAGE.read_text(encoding="utf-8")
     [script] = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -157,7 +157,7 @@ def page() -> tuple[str, str]:
 
 
 def build_app(service: Service, api_key: str | None = None) -> Guard:
-    """Make the ASGI application; its `drain` ends serving in peace."""
+    """Return the ASGI application; its `drain` shuts the server down gracefully."""
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield

@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's clients read."""
+"""Errors in the format of OpenAI's API."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from typing import Any
 
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error",
          504: "timeout_error"}
-# What failed by the request itself would fail again, in as long a time: OpenAI's clients obey the last two.
+# A request that fails with 500 or 504 would fail again after as long; OpenAI's clients obey X-Should-Retry.
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"},
            500: {"X-Should-Retry": "false"}, 504: {"X-Should-Retry": "false"}}
 
 
 class ApiError(Exception):
-    """An answer other than 200: status, one line for a person, and the parameter at fault where there is one."""
+    """A response other than 200: status, one line for the user, and the parameter at fault, if any."""
 
     def __init__(self, status: int, message: str, parameter: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -24,15 +24,17 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         kind = KINDS.get(self.status, "invalid_request_error")
-        # A client may have sent half a surrogate pair, which no UTF-8 has.
+        # A client may have sent half a surrogate pair, which UTF-8 cannot encode.
         message = self.message.encode("utf-8", "replace").decode("utf-8")
         return {"error": {"message": message, "type": kind, "param": self.parameter, "code": self.code}}
 
 
 def of_validation(errors: list[Mapping[str, Any]]) -> ApiError:
-    """Tell of the first thing that is wrong with a body, by name."""
+    """Return the first validation error of a body, with the name of the parameter."""
     first = errors[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+    parameter = getattr(first.get("ctx", {}).get("error"), "parameter", None)  # set by `Refused`; it lies below `loc`
+    parts = [*first["loc"], *([parameter] if parameter else [])]
+    place = ".".join(str(part) for part in parts if part != "body")[:200]
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{place}: unknown parameter; leave it out", place)
     if first["type"] == "json_invalid":
@@ -40,5 +42,4 @@ def of_validation(errors: list[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "missing" and not place:
         return ApiError(400, "the body is empty; send a JSON object")
     reason = str(first["msg"]).removeprefix("Value error, ")[:500]
-    return ApiError(400, f"{place}: {reason}" if place else reason,
-                    place or getattr(first.get("ctx", {}).get("error"), "parameter", None))
+    return ApiError(400, f"{place}: {reason}" if place else reason, place or None)

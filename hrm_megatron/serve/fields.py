@@ -1,32 +1,33 @@
-"""Bodies of requests: which parameters there are, their types and bounds; others are refused by name."""
+"""Request bodies: their parameters, types and bounds; unknown parameters are refused by name."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
-DEFAULT_COMPLETION_TOKENS = 16  # of OpenAI's API
+DEFAULT_COMPLETION_TOKENS = 16  # default of OpenAI's API
 MAX_CHOICES, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20
 SEEDS = 1 << 63
-MAX_MESSAGES = 1 << 14  # beyond every context: a turn has several tokens
+MAX_MESSAGES = 1 << 14  # more than fit into any context: a turn has several tokens
 MANY_NAMES = 99  # more than any body has
-# Parameters of OpenAI's API that nothing here reads, and the values with which they ask for nothing. null always does.
+# Parameters of OpenAI's API that are not supported, and the values that request nothing and are accepted, besides null.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,), "suffix": ("",), "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
+    "suffix": ("",), "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
     "repetition_penalty": (1,), "user": ("",), "tools": ([],), "tool_choice": ("none",), "functions": ([],),
     "function_call": ("none",), "parallel_tool_calls": (False,), "response_format": ({"type": "text"},),
     "modalities": (["text"],), "store": (False,), "metadata": ({},), "service_tier": ("auto", "default"),
     "reasoning_effort": ("none",), "audio": (), "prediction": (), "web_search_options": (),
 }
+OF_STREAMS_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
 
-# Only the first thing that is wrong is told, so lists end with it: nobody is served while pydantic collects the others.
+# Only the first error is reported, so lists fail fast: while pydantic collects further ones, no request is served.
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 def _one_of(kinds: str) -> WrapValidator:
-    """Say what a value of several types may be: pydantic tells, for each type, why it is not that."""
+    """Return a validator whose error says what a union may be; pydantic's own has one error per type."""
     def validate(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
             return handler(value)
@@ -36,11 +37,27 @@ def _one_of(kinds: str) -> WrapValidator:
 
 
 class Refused(ValueError):
-    """A parameter that pydantic does not name itself, since it is judged with others or before all."""
+    """An error of a parameter that pydantic does not name itself, since it is checked together with others or before
+    them."""
 
     def __init__(self, parameter: str, reason: str) -> None:
-        super().__init__(f"{parameter}: {reason}")
+        super().__init__(reason)
         self.parameter = parameter
+
+
+def asked_for(body: dict[str, Any], without_effect: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Return the body without nulls and without parameters at a value in `without_effect`; refuse these parameters with
+    other values."""
+    kept = {}
+    for name, value in body.items():
+        if name in without_effect and value is not None:
+            # compare types too: in Python True == 1
+            if not any(value == nothing and isinstance(value, bool) == isinstance(nothing, bool)
+                       for nothing in without_effect[name]):
+                raise Refused(name, "is without effect here; leave it out")
+        elif value is not None:
+            kept[name] = value
+    return kept
 
 
 class Strict(BaseModel):
@@ -49,7 +66,7 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def keep_one_unknown(cls, body: Any) -> Any:
-        """Of many names drop those that are unknown, but the first, which is refused."""
+        """Of a body with many names keep only the first unknown one, which is then refused."""
         if not isinstance(body, dict) or len(body) <= MANY_NAMES:
             return body
         known = cls.model_fields
@@ -60,9 +77,14 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     include_usage: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def drop_what_asks_for_nothing(cls, options: Any) -> Any:
+        return asked_for(options, OF_STREAMS_WITHOUT_EFFECT) if isinstance(options, dict) else options
+
 
 class Common(Strict):
-    """What both kinds of request have. `condition` is an addition to OpenAI's: tags, comma-separated."""
+    """Parameters of both kinds of request. `condition` is an addition to OpenAI's API: comma-separated tags."""
 
     model: str | None = None
     condition: str = "direct"
@@ -82,17 +104,7 @@ class Common(Strict):
     def drop_what_asks_for_nothing(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             raise ValueError("the body must be a JSON object, sent as application/json")
-        kept = {}
-        for name, value in body.items():
-            if name in WITHOUT_EFFECT and value is not None:
-                # type: True is 1 and "" is no list in JSON
-                idle = (*WITHOUT_EFFECT[name], *([body.get("n")] if name == "best_of" else []))  # the best n of n
-                if not any(value == nothing and isinstance(value, bool) == isinstance(nothing, bool)
-                           for nothing in idle):
-                    raise Refused(name, "is without effect here; leave it out")
-            elif value is not None:
-                kept[name] = value
-        return kept
+        return asked_for(body, WITHOUT_EFFECT | {"best_of": (1, body.get("n"))})  # best_of = n selects nothing
 
     @model_validator(mode="after")
     def has_a_use(self) -> Common:
@@ -120,7 +132,7 @@ class CompletionBody(Common):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, also a single one."""
+        """The prompts as a list, also if there is one."""
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         found: Any = [self.prompt] if one else self.prompt
         return found
@@ -133,14 +145,14 @@ class CompletionBody(Common):
 
 
 class TextPart(BaseModel):
-    model_config = Strict.model_config  # without its validator, since there may be many parts
+    model_config = Strict.model_config  # not its validator, since there may be many parts
 
     type: Literal["text"]
     text: str
 
 
 class Message(Strict):
-    """A turn. One that this server or another has answered comes back with fields that say nothing."""
+    """A turn of a chat. Turns that a server generated come back with extra empty fields, which are dropped."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | Annotated[list[TextPart], Field(fail_fast=True)], _one_of(

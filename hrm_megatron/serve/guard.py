@@ -1,4 +1,4 @@
-"""What stands before every request: the API key, the size of a body, the time it may take, and the end of serving."""
+"""ASGI middleware before every request: API key, body size, timeouts, and draining at shutdown."""
 from __future__ import annotations
 
 import asyncio
@@ -17,23 +17,24 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = ("/", "/health")  # need no key
+OPEN_PATHS = ("/", "/health")  # do not need a key
 ANSWERS = ("/v1/completions", "/v1/chat/completions")
-GONE = 499  # the client went away; nobody reads it but the metrics
+GONE = 499  # the client disconnected; only the metrics show it
 BODY_SECONDS = 30.0  # for a body to arrive
-UNREAD_SECONDS = 10.0  # beyond the time of an answer, for a client to read the end of it
+UNREAD_SECONDS = 10.0  # after the answer's timeout, for a client to read its end
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take. `timeout_seconds` is for its answers, waiting included."""
+    """Limits of one request. `timeout_seconds` is for its answers, waiting included."""
 
     body_bytes: int = 4 << 20
     timeout_seconds: float = 600.0
 
 
 class Guard:
-    """ASGI middleware. `drain` refuses what is new with 503 and calls `on_drained` when nothing is in flight."""
+    """ASGI middleware. After `drain` new requests are refused with 503, and `on_drained` is called when none is in
+    flight."""
 
     def __init__(self, app: App, limits: Limits, api_key: str | None = None) -> None:
         self.app, self.limits, self.api_key = app, limits, api_key
@@ -65,12 +66,12 @@ class Guard:
         try:
             async with asyncio.timeout(self.limits.timeout_seconds + UNREAD_SECONDS):
                 body = await self._admit(scope, receive)
-                if scope["method"] == "HEAD":  # is GET; the server keeps the body to itself
+                if scope["method"] == "HEAD":  # handled as GET; the server omits the body
                     scope = {**scope, "method": "GET"}
                 await self.app(scope, _after(body, receive), noting)
         except ApiError as error:
             await refuse(error, noting)
-        except TimeoutError:  # a client that does not read: the server closes the connection
+        except TimeoutError:  # the client does not read: the connection is closed
             if status is None:
                 await refuse(ApiError(504, "no answer in time"), noting)
         finally:
@@ -81,13 +82,13 @@ class Guard:
                 self.on_drained()
 
     async def _admit(self, scope: Scope, receive: Receive) -> bytes:
-        """Return the whole body of a request that may go on; raise ApiError otherwise."""
+        """Return the whole body of a request that is admitted; raises ApiError otherwise."""
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if self.draining:
             raise ApiError(503, "the server is ending; it takes no more requests")
         if self.api_key is not None and scope["path"] not in OPEN_PATHS:
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not secrets.compare_digest(  # RFC 9110, 11.1: any case
+            if scheme.lower() != "bearer" or not secrets.compare_digest(  # RFC 9110, 11.1: case-insensitive
                     given.strip().encode("latin-1"), self.api_key.encode()):
                 raise ApiError(401, "Authorization: no or another API key; send it as 'Bearer KEY'",
                                code="invalid_api_key")
@@ -117,7 +118,7 @@ class Guard:
 
 
 def _after(body: bytes, receive: Receive) -> Receive:
-    """Receive a body that has been read, then what comes after it."""
+    """Return a `receive` that first replays a body that has been read."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:

@@ -1,4 +1,4 @@
-"""The engine on a thread of its own: requests come and go while it runs, and tokens go to the event loop."""
+"""Run the engine in its own thread: requests are added and cancelled while it runs, and tokens go to the event loop."""
 from __future__ import annotations
 
 import asyncio
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Event:
-    """What one more token of an answer brought, as it was then: the transcript itself goes on in the other thread."""
+    """A snapshot of the effect of one more token: the engine's thread keeps changing the transcript."""
 
     prompt: int
     sample: int
-    given: bool  # whether the token was, by the request
+    given: bool  # whether the request gave the token
     piece: str
     finish: Finish | None
     logprob: TokenLogprob | None
@@ -30,7 +30,7 @@ class Event:
 
 @dataclass(eq=False)
 class Ticket:
-    """Places for so many prompts of one client. Its events come until every sample of each has finished, or raise
+    """Places for `prompts` prompts of one request. Iterating yields events until every sample has finished, or raises
     ApiError."""
 
     prompts: int
@@ -38,7 +38,7 @@ class Ticket:
     timeout_seconds: float
     requests: list[Request] = field(default_factory=list)
     events: asyncio.Queue[Event | ApiError] = field(default_factory=asyncio.Queue)
-    numbers: dict[int, int] = field(default_factory=dict)  # the engine's > place among `requests`
+    numbers: dict[int, int] = field(default_factory=dict)  # the engine's number > index in `requests`
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         left = sum(request.samples for request in self.requests)
@@ -60,21 +60,21 @@ Order = tuple[Literal["submit", "cancel"], Ticket]
 
 
 class LiveEngine:
-    """Runs an engine until `close`. At most `max_prompts` prompts are answered or wait."""
+    """Runs an engine until `close`. At most `max_prompts` prompts are running or waiting."""
 
     def __init__(self, engine: Engine, max_prompts: int) -> None:
         self.engine, self.max_prompts = engine, max_prompts
         self.failure: str | None = None
-        self.prompts = 0  # of open tickets; the event loop's own
+        self.prompts = 0  # of open tickets; used by the event loop only
         self.completion_tokens = 0
         self._open: set[Ticket] = set()
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
-        self._by_number: dict[int, Ticket] = {}  # the thread's own
+        self._by_number: dict[int, Ticket] = {}  # used by the thread only
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def open(self, prompts: int, timeout_seconds: float) -> Ticket:
-        """Take places for so many prompts; raise ApiError if there are none now."""
+        """Reserve places for `prompts` prompts; raises ApiError if there are too few now."""
         if self.failure:
             raise ApiError(500, self.failure)
         if prompts > self.max_prompts:
@@ -88,14 +88,14 @@ class LiveEngine:
         return ticket
 
     def submit(self, ticket: Ticket, requests: list[Request]) -> None:
-        """Queue the prompts of a ticket; raise ConfigError if one can never be answered."""
+        """Queue the prompts of a ticket; raises ConfigError if one can never be answered."""
         for request in requests:
             self.engine.check(request)
         ticket.requests = requests
         self._orders.put(("submit", ticket))
 
     def release(self, ticket: Ticket) -> None:
-        """Give back the places of a ticket, whether or not its answers have ended."""
+        """Release the places of a ticket and cancel its unfinished answers."""
         if ticket in self._open:
             self._open.remove(ticket)
             self.prompts -= ticket.prompts
@@ -117,7 +117,7 @@ class LiveEngine:
             self._refuse_the_rest()
 
     def _take_orders(self) -> bool:
-        """Carry out what has been asked for, waiting for it if nothing else is to do; False at the end."""
+        """Carry out all queued orders, waiting for one if the engine is idle; return False when closed."""
         while True:
             try:
                 order = self._orders.get(block=self.engine.idle)
@@ -163,5 +163,5 @@ class LiveEngine:
         def put() -> None:
             for event in events:
                 ticket.events.put_nowait(event)
-        if not ticket.loop.is_closed():  # where the server ends without waiting for its clients
+        if not ticket.loop.is_closed():  # closed if the server ends without waiting for its clients
             ticket.loop.call_soon_threadsafe(put)

@@ -1,4 +1,4 @@
-"""Counts of a server in Prometheus' text format."""
+"""Metrics of the server in Prometheus' text format."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from hrm_megatron.serve.live_engine import LiveEngine
 
 
 def metrics_text(live: LiveEngine, statuses: Mapping[tuple[str, int], int]) -> str:
-    """Spell what is now. The engine runs meanwhile, so that the numbers may be a token apart."""
+    """Return the current values. The engine is running, so they may differ by a token."""
     engine = live.engine
     values = {
         ("hrm_answers_running", "gauge", "Answers that get a token per step."): len(engine.running),

@@ -1,4 +1,4 @@
-"""The server as a process: its address, and how signals end it."""
+"""The server process: its address, and shutdown by signals."""
 from __future__ import annotations
 
 import asyncio
@@ -17,8 +17,11 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.program import STOP_SIGNALS
 from hrm_megatron.serve.guard import Guard
 
-KEEP_ALIVE_SECONDS = 5
-CONNECTIONS = 1024  # open at once; one more is told 503
+# Longer than clients keep idle connections (httpx 5 seconds, aiohttp 15, nginx 60): a request sent into a connection
+# that the server has just closed is lost.
+IDLE_SECONDS = 75
+SHUTDOWN_SECONDS = 5  # for connections to close, once nothing is in flight
+CONNECTIONS = 1024  # open at once, idle ones included; one more gets 503
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the address; port 0 is any free one."""
+    """Bind the address; port 0 is any free one."""
     if not 0 <= port < 1 << 16:
         raise ConfigError(f"--port {port}: must be from 0 (any free one) to 65535")
     try:
@@ -45,7 +48,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(place: socket.socket) -> None:
-    """Let clients in. Another server may have taken the address since `bind`: it lets both in until one listens."""
+    """Start listening. Another server may have bound the same address (SO_REUSEADDR allows it until one listens)."""
     host, port = place.getsockname()[:2]
     try:
         place.listen()
@@ -60,15 +63,15 @@ def url_of(place: socket.socket) -> str:
 
 
 class Cut(NamedTuple):
-    """A second signal, and the requests that it left without their answers."""
+    """A second signal, and the number of requests it left unanswered."""
 
     signal: signal.Signals
     requests: int
 
 
 class _Server(uvicorn.Server):
-    """Drains at the first signal: answers in flight end, new requests are told 503. The second ends at once: clients
-    see their connections go, and what answers them ends as if they had gone."""
+    """Drains at the first signal: requests in flight are answered, new ones get 503. The second signal ends at once:
+    connections are aborted, and requests in flight end as if their clients had disconnected."""
 
     def __init__(self, config: uvicorn.Config, guard: Guard) -> None:
         super().__init__(config)
@@ -83,7 +86,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take the signals that end a program, but those that the caller ignores."""
+        """Handle the signals that end a program, except those that the caller ignores."""
         before = {number: signal.signal(number, self.handle_exit) for number in STOP_SIGNALS
                   if signal.getsignal(number) is not signal.SIG_IGN}
         try:
@@ -116,10 +119,10 @@ class _Server(uvicorn.Server):
 
 
 def serve(guard: Guard, place: socket.socket) -> Cut | None:
-    """Serve until a signal, and say what a second one has cut off."""
+    """Serve until a signal; return what a second one cut off, if any."""
     config = uvicorn.Config(guard, log_level="warning", access_log=False, server_header=False,
-                            timeout_keep_alive=KEEP_ALIVE_SECONDS, limit_concurrency=CONNECTIONS,
-                            timeout_graceful_shutdown=KEEP_ALIVE_SECONDS)
+                            timeout_keep_alive=IDLE_SECONDS, limit_concurrency=CONNECTIONS,
+                            timeout_graceful_shutdown=SHUTDOWN_SECONDS)
     server = _Server(config, guard)
     server.run(sockets=[place])
     return server.cut

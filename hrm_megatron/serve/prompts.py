@@ -1,9 +1,8 @@
-"""What a body asks, as requests of the engine: which tokens are the prefix, and which an answer's beginning.
+"""Convert request bodies to requests of the engine: which tokens are the prefix, and which begin the answer.
 
-A string is a question: its text between the control tokens of questions, with the tags of `condition`, as training and
-tools/generate.py spell it. Token ids are taken as they are: the prefix ends with the first end-of-question token, and
-what stands after it is the beginning of the answer, which sees only what is before it. Ids without that token are all
-prefix.
+A string is a question: its text is put between the control tokens of questions, with the tags of `condition`, as in
+training and tools/generate.py. Token ids are used as given: the prefix ends with the first end-of-question token, and
+the tokens after it begin the answer, which is causal. Ids without that token are all prefix.
 """
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ from hrm_megatron.generate.session import Session
 from hrm_megatron.serve.errors import ApiError
 from hrm_megatron.serve.fields import ChatBody, Common, CompletionBody, Message
 
-Longest = Callable[[int], int]  # prompt tokens > tokens of the longest answer that there is room for
-LONG_TOKEN = 16  # characters; words have about four for each token
+Longest = Callable[[int], int]  # prompt tokens > most answer tokens that there is room for
+LONG_TOKEN = 16  # characters per token; in words it is about four
 
 
 def completion_requests(body: CompletionBody, session: Session, longest: Longest) -> list[Request]:
@@ -55,9 +54,9 @@ def chat_request(body: ChatBody, session: Session, longest: Longest) -> Request:
 
 
 def _conversation(messages: Sequence[Message]) -> str:
-    """Spell a chat as training does (data/chat.py); one question alone is its own text."""
+    """Return a chat as the text that training uses (data/chat.py); a single question is its own text."""
     for number, message in enumerate(messages):
-        if not message.text.strip() and message.role == "user":  # an answer may have been empty
+        if not message.text.strip() and message.role == "user":  # an assistant's turn may be empty
             raise ApiError(400, f"messages.{number}.content: empty; write something", "messages")
     if messages[-1].role != "user":
         raise ApiError(400, f"messages: the last is of the role {messages[-1].role}; end with a question of the user",
@@ -85,10 +84,11 @@ def _questions(texts: Sequence[str], condition: str, session: Session, parameter
 
 
 def _check_beginning(text: str, session: Session, parameter: str) -> None:
-    """Refuse a long text that surely does not fit by its beginning alone, since all of it would take seconds."""
+    """Refuse a text that is surely too long by tokenizing only its beginning, since tokenizing all of it would take
+    seconds."""
     context = session.decoder.context_tokens
     beginning = text[:LONG_TOKEN * context]
-    # Twice: the end of the beginning may be spelled otherwise than within the text.
+    # Factor 2: near the cut the tokens may differ from those of the whole text.
     if len(text) > len(beginning) and len(session.tokenizer.encode_response(beginning)) > 2 * context:
         raise ApiError(400, f"{parameter}: {len(text)} characters, of which the first {len(beginning)} alone exceed "
                             f"the model's context of {context} tokens; shorten the prompt", parameter,

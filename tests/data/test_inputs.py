@@ -200,6 +200,8 @@ def test_lines_of_a_text_end_at_line_feeds_only(tmp_path):
         assert read_lines(tmp_path / "prompts") == texts
     (tmp_path / "prompts").write_bytes(b"")
     assert read_lines(tmp_path / "prompts") == []
+    (tmp_path / "prompts").write_text("\ufeffa\n\ufeffb \ufeff\n\ufeff")  # of three files that were joined
+    assert read_lines(tmp_path / "prompts") == ["a", "b \ufeff"]
 
 
 @pytest.mark.parametrize("encoding, part", [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("latin-1", "at byte 2")])

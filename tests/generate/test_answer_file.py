@@ -3,11 +3,13 @@ import errno
 import fcntl
 import json
 import resource
+from dataclasses import replace
 
 import pytest
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.generate.answer_file import AnswerFile
+from hrm_megatron.generate.questions import Question
 
 RECORDS = [{"response": f"{i}\u2028"} for i in range(4)]
 SETTINGS = {"seed": 1, "stop": (";",)}
@@ -72,6 +74,30 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path):
     with pytest.raises(ConfigError, match=r"a.partial: was begun with seed=1, not 2; go on with that, choose another"):
         write(tmp_path / "a", RECORDS, {**SETTINGS, "seed": 2}, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("change, difference", [
+    (lambda asked: [asked[0], replace(asked[1], instruction="What?"), *asked[2:]],
+     "rows.jsonl:2 is not what its line 2 answers"),
+    (lambda asked: [replace(asked[0], others={"id": True}), *asked[1:]], "rows.jsonl:1 is not what its line 1 answers"),
+    (lambda asked: [asked[1], asked[0], *asked[2:]], "rows.jsonl:2 is not what its line 1 answers"),
+    (lambda asked: asked + asked[:1], "4 of them, not 5"), (lambda asked: asked[:1], "4 of them, not 1"),
+    (lambda asked: [*asked[:3], replace(asked[3], condition="cot")], "of which the first 2 are the same"),
+])
+def test_other_questions_are_refused_by_the_first_that_differs(tmp_path, change, difference):
+    asked = [Question(f"rows.jsonl:{number}", "direct", f"{number}?", {"id": number}) for number in range(1, 5)]
+    records = [each.fields | record for each, record in zip(asked, RECORDS, strict=True)]
+    write(tmp_path / "a", records[:2], killed=True, questions=asked)
+    with open(tmp_path / "a.partial", "ab") as file:
+        file.write(b'{"half a line')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError) as refused:
+        write(tmp_path / "a", records, questions=change(asked))
+    assert str(refused.value) == (
+        f"{tmp_path}/a.partial: was begun with other questions ({difference}); give the former ones (--input, "
+        "--prompt-file or --prompt), choose another --output, or remove it and a.partial.json")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert write(tmp_path / "a", records, questions=asked) == 2
 
 
 def test_the_same_weights_under_another_name_are_gone_on_with(tmp_path):

@@ -215,7 +215,8 @@ def test_an_interrupted_run_goes_on_and_answers_nothing_twice(tool, tmp_path, mo
     from hrm_megatron.generate.answer_file import AnswerFile
     from hrm_megatron.program import Stopped
 
-    prompt = rows_file(tmp_path, *[dict(instruction=f"{i} plus {i}?") for i in range(6)])
+    rows = [dict(instruction=f"{i} plus {i}?") for i in range(6)]
+    prompt = rows_file(tmp_path, *rows)
     flags = ("--batch-size", "2", "--temperature", "2", "--seed", "9", "--samples", "2")
     assert tool(*flags, "--output", tmp_path / "whole", prompt=prompt)[0] == 0
     written, stock = [], AnswerFile.write
@@ -228,6 +229,9 @@ def test_an_interrupted_run_goes_on_and_answers_nothing_twice(tool, tmp_path, mo
     monkeypatch.setattr(AnswerFile, "write", write)
     with pytest.raises(Stopped):
         tool(*flags, "--output", tmp_path / "answers", prompt=prompt)
+    status, _, err = tool(*flags, "--output", tmp_path / "answers", prompt=rows_file(tmp_path, *rows, rows[0]))
+    assert status == 1 and "answers.partial: was begun with other questions (6 of them, not 7); give the former" in err
+    prompt = rows_file(tmp_path, *rows)
     monkeypatch.setattr(AnswerFile, "write", lambda self, record: written.append(record["instruction"])
                         or stock(self, record))
     status, _, err = tool(*flags, "--output", tmp_path / "answers", prompt=prompt)
@@ -269,8 +273,6 @@ def test_an_answer_streams(tool, expected):
 
 
 def test_lines_are_answered_as_they_come(tool, expected, monkeypatch):
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTIONS[0]}\n\n{'long ' * 20}\n{QUESTIONS[1]}\n"))
     status, out, err = tool(prompt=("--interactive",))
     assert (status, out) == (0, expected(QUESTIONS))
@@ -278,8 +280,6 @@ def test_lines_are_answered_as_they_come(tool, expected, monkeypatch):
 
 
 def test_a_line_has_the_random_numbers_of_its_place(tool, monkeypatch, tmp_path):
-    import io
-
     lines = f"{QUESTIONS[0]}\n" * 3
     (tmp_path / "lines").write_text(lines)
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
@@ -289,8 +289,6 @@ def test_a_line_has_the_random_numbers_of_its_place(tool, monkeypatch, tmp_path)
 
 
 def test_input_that_is_no_text_is_one_line(tool, monkeypatch):
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"na\xefve\n"), encoding="utf-8"))
     status, out, err = tool(prompt=("--interactive",))
     assert (status, out) == (1, "") and err.count("\n") == 1 and "standard input: not UTF-8 (" in err

@@ -142,6 +142,24 @@ def test_token_ids_go_on_with_an_answer_that_has_begun(ask, answered, session):
     assert whole == sample.text and rest == session.text(sample.tokens[8:])
 
 
+def test_an_echo_is_the_prompt_to_the_letter(served):
+    """Whatever the tokenizer makes of it, whole and streamed: clients cut the prompt off by its length."""
+    prompts = ["Cafe\u0301 abc", "  a  ", "a\0b", "<|im_end|> x"]
+
+    async def work(server):
+        body = dict(prompt=prompts, max_tokens=6, temperature=0)
+        return [await server.client.post(COMPLETIONS, json=body | more) for more in (
+            {}, dict(echo=True), dict(echo=True, stream=True))]
+    plain, echoed, stream = served(work)
+    want = [prompt + choice["text"] for prompt, choice in zip(prompts, plain.json()["choices"], strict=True)]
+    assert [choice["text"] for choice in echoed.json()["choices"]] == want
+    found = [""] * len(prompts)
+    for chunk in chunks_of(stream):
+        [choice] = chunk["choices"]
+        found[choice["index"]] += choice["text"]
+    assert found == want
+
+
 def test_a_question_without_its_beginning_is_refused(ask, session):
     """As a client sends it that cuts what is too long from the left."""
     pair = session.tokenizer.encode_prefix("direct", QUESTIONS[0]) + session.tokenizer.encode_response("12")
@@ -207,7 +225,7 @@ def test_offsets_are_places_in_the_text_where_an_echo_ends_within_a_character(tm
     ids = [tokenizer.tokenizer.token_to_id(name_of[byte]) for byte in "€b".encode()]
     prefix, transcript = tokenizer.encode_prefix("direct", "a"), Transcript(frozenset(), 4, decode=tokenizer.decode)
     answers = Answers([Request(prefix, 2, logprobs=0, given=ids[:2])], TokenSpelling(tokenizer), "", "", chat=False,
-                      echo=True)
+                      echo=[prefix + ids[:2]])
     for number, token in enumerate(ids):
         piece = transcript.give(token) if number < 2 else transcript.push(token)
         answers.take(Event(0, 0, number < 2, piece, transcript.finish, TokenLogprob(token, 0.0)))

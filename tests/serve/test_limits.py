@@ -29,6 +29,8 @@ def error_of(reply, status=400):
     (CHAT, dict(parallel_tool_calls=0), "parallel_tool_calls: is without effect here"),
     (CHAT, dict(top_logprobs=2), "top_logprobs: is without effect unless logprobs is true"),
     (CHAT, dict(stream_options=dict(include_usage=True)), "stream_options: is without effect unless stream"),
+    (CHAT, dict(stream=True, stream_options=dict(include_obfuscation=True)),
+     "stream_options.include_obfuscation: is without effect here; leave it out"),
     (CHAT, dict(max_completion_tokens=3), "max_tokens: is the old name of max_completion_tokens"),
     (COMPLETIONS, dict(top_p=0.5), "top_p, top_k and min_p are without effect at temperature=0"),
     (COMPLETIONS, dict(prompt=[1, 2, 3], condition="cot"), "condition: is without effect on token ids"),
@@ -78,13 +80,16 @@ def test_a_value_of_no_type_that_is_taken_is_told_the_types(served):
 
 def test_a_parameter_that_is_judged_with_others_is_named(served):
     bodies = ((COMPLETIONS, GOOD | dict(best_of=3)), (COMPLETIONS, GOOD | dict(max_tokens=0)),
-              (COMPLETIONS, GOOD | dict(stream_options={})), (CHAT, GOOD_CHAT | dict(top_logprobs=2)),
-              (CHAT, GOOD_CHAT | dict(max_completion_tokens=3)), (CHAT, GOOD_CHAT | dict(user="me")))
+              (COMPLETIONS, GOOD | dict(stream_options={})),
+              (CHAT, GOOD_CHAT | dict(stream=True, stream_options=dict(include_obfuscation=1))),
+              (CHAT, GOOD_CHAT | dict(top_logprobs=2)), (CHAT, GOOD_CHAT | dict(max_completion_tokens=3)),
+              (CHAT, GOOD_CHAT | dict(user="me")))
 
     async def work(server):
         return [await server.client.post(path, json=body) for path, body in bodies]
     assert [error_of(reply)["param"] for reply in served(work)] == [
-        "best_of", "max_tokens", "stream_options", "top_logprobs", "max_tokens", "user"]
+        "best_of", "max_tokens", "stream_options", "stream_options.include_obfuscation", "top_logprobs", "max_tokens",
+        "user"]
 
 
 def test_values_that_ask_for_nothing_are_taken(ask):
@@ -92,6 +97,8 @@ def test_values_that_ask_for_nothing_are_taken(ask):
     assert ask(COMPLETIONS, GOOD | nothing).status_code == 200
     assert ask(COMPLETIONS, GOOD | dict(n=2, best_of=2)).status_code == 200
     assert ask(CHAT, GOOD_CHAT | dict(tools=[], response_format=dict(type="text"))).status_code == 200
+    for options in (dict(include_obfuscation=False), dict(include_obfuscation=None, include_usage=None)):
+        assert ask(CHAT, GOOD_CHAT | dict(stream=True, stream_options=options)).status_code == 200
 
 
 def test_a_chat_that_names_no_length_gets_what_the_cache_leaves(ask):

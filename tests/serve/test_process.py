@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.serve.guard import Guard, Limits
 from tests.random_checkpoint import TOKENIZER
 from tests.tools import load_tool
 
@@ -78,6 +79,19 @@ def test_an_address_that_another_takes_meanwhile_is_named():
         listen(first)
         with pytest.raises(ConfigError, match=r"^--port \d+: 127.0.0.1 was taken while the model was read .*; choose"):
             listen(second)
+
+
+def test_an_idle_connection_is_kept_longer_than_clients_keep_it(monkeypatch):
+    """A client that sends into one which the server has just closed gets an error."""
+    import httpx
+
+    from hrm_megatron.serve import process
+
+    configs = []
+    monkeypatch.setattr(process._Server, "run", lambda server, sockets: configs.append(server.config))
+    process.serve(Guard(None, Limits()), None)
+    aiohttp, nginx = 15, 60
+    assert configs[0].timeout_keep_alive > max(httpx.Limits().keepalive_expiry, aiohttp, nginx)
 
 
 def test_a_client_that_goes_away_frees_its_place(process):
@@ -167,7 +181,10 @@ def test_the_page_tells_of_a_refusal(process, tmp_path):
 
 
 def test_a_signal_lets_answers_end_and_refuses_new_ones(process):
-    """The last test: it ends the process."""
+    """The last test: it ends the process, which an idle connection does not hold up."""
+    idle = http.client.HTTPConnection("127.0.0.1", process.port)
+    idle.request("GET", "/health")
+    assert idle.getresponse().read() and idle.sock
     _, reply = begin(process, max_tokens=LONG_TOKENS, stream=True)
     assert reply.readline().startswith(b"data: {")
     process.popen.send_signal(signal.SIGTERM)
@@ -178,8 +195,9 @@ def test_a_signal_lets_answers_end_and_refuses_new_ones(process):
     events = [line for line in reply.read().decode().split("\n\n") if line]
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("stop", "length")
-    assert process.popen.wait() == 0
-    assert process.log.read_text().endswith("all requests answered; ended\n")
+    assert process.popen.wait() == 0 and idle.sock.recv(1) == b""
+    said = process.log.read_text()
+    assert said.endswith("all requests answered; ended\n") and "timeout graceful shutdown exceeded" not in said
 
 
 def test_a_second_signal_ends_at_once(checkpoints, tmp_path):
