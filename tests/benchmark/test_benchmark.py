@@ -241,7 +241,7 @@ def test_rows_are_halved_until_they_fit(fits, asked, timed):
 
 def test_steps_are_compared_pair_by_pair(monkeypatch, capsys):
     """On a machine that gets slower the ratio of medians would be that of steps at different speeds."""
-    from tools import benchmark
+    from hrm_megatron.benchmark import against_transformers
 
     now, slowness = [0.0], iter([9, 9, 1, 1, 2, 2, 4, 7, 8, 8, 9, 9])  # the first pair warms up; one is disturbed
 
@@ -249,10 +249,10 @@ def test_steps_are_compared_pair_by_pair(monkeypatch, capsys):
         def step():
             now[0] += seconds * next(slowness)
         return lambda *_: step
-    monkeypatch.setattr(benchmark, "our_step", taking(3))
-    monkeypatch.setattr(benchmark, "transformers_step", taking(5))
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
-    assert benchmark.compare_steps(5, benchmark.ARCHITECTURE) == pytest.approx(3 / 5)
+    monkeypatch.setattr(against_transformers, "our_step", taking(3))
+    monkeypatch.setattr(against_transformers, "transformers_step", taking(5))
+    monkeypatch.setattr(against_transformers.time, "perf_counter", lambda: now[0])
+    assert against_transformers.compare_steps(5, against_transformers.ARCHITECTURE) == pytest.approx(3 / 5)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "pair  1:   3.00 s against   5.00 s, ratio 0.600" and len(said) == 5 + 3
     assert said[-1] == "ratio 0.600, median of 5 pairs from 0.343 to 0.600"
