@@ -17,7 +17,7 @@ WATCH = """
 import collections, gc, json, os, time, torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 from hrm_megatron.model.pipeline import PipelinedHRM
-from hrm_megatron.training import schedule
+from hrm_megatron.training import two_phase_pipeline as schedule
 seen, log, alive, most, held, sending = collections.Counter(), [], [0], [0], [], []
 stock_tick = PipelinedHRM.run_tick
 
