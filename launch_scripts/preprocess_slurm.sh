@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Make a dataset as a job array under Slurm, a share of the sources in each task.
+# Preprocess a dataset as a Slurm job array; each task processes a share of the sources.
 #   sbatch --array 0-15 launch_scripts/preprocess_slurm.sh --input DIR --output-prefix DIR/data --tokenizer-model DIR
 #SBATCH --job-name=hrm-data
 #SBATCH --output=hrm-data-%A_%a.log
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=8
-# The array begins at 0 and leaves nothing out: task I of N makes --shard I/N. The last task to end completes the
-# dataset; one that has died is submitted again with the same N: TASKS=16 sbatch --array 3 ...
-# TASKS   number of shares (default: tasks of the array)
-# PYTHON  default that of .venv, else the one on PATH
-# Every argument goes to tools/preprocess_data.py as it is, after --workers, as many as Slurm gave CPUs.
+# The array must be 0 to N-1 without gaps: task I builds --shard I/N. The last task to finish completes the dataset.
+# Submit a task that died again with the same N: TASKS=16 sbatch --array 3 ...
+# TASKS   number of shares (default: number of tasks in the array)
+# PYTHON  default: that of .venv, else the one on PATH
+# All arguments are passed to tools/preprocess_data.py, after --workers with the number of CPUs that Slurm gave.
 set -euo pipefail
 
 case ${1:-} in
@@ -25,10 +25,10 @@ if [ -z "${TASKS:-}" ] && ((SLURM_ARRAY_TASK_MIN != 0 || SLURM_ARRAY_TASK_MAX !=
 fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-if ! [ -d "$root/hrm_megatron" ]; then # sbatch runs a copy of this file: Slurm knows which of many checkouts it is of
+if ! [ -d "$root/hrm_megatron" ]; then # sbatch runs a copy of this file: ask Slurm for the path of the original
     job=''
     if [[ ${SLURM_JOB_ID:-} =~ ^[0-9]+$ ]]; then job=$(scontrol show job "$SLURM_JOB_ID") || job=''; fi
-    file=${job#*Command=} # with its arguments; as it was typed, where that is not below the current folder
+    file=${job#*Command=} # with its arguments, and maybe as a relative path
     if [ "${file::1}" != / ]; then file=${SLURM_SUBMIT_DIR:-$PWD}/$file; fi
     root=${file%%/launch_scripts/preprocess_slurm.sh*}
     if ! [ -d "$root/hrm_megatron" ]; then root=${SLURM_SUBMIT_DIR:-$PWD}; fi

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Train on the GPUs of one node.
 #   PRESET=L TP=2 launch_scripts/train_node.sh [--dry-run] --data-path runs/data/train --save runs/L ...
-# PRESET  size, see hrm_megatron/config.py (default B)
-# TP PP CP  tensor, pipeline and context parallel ranks (default 1 each)
-# DP      data parallel ranks (default: what the GPUs of this node leave)
-# LAYOUT  preset: instead of TP, PP, CP and DP the preset's own for 8 GPUs, with rows and recomputation (docs/scaling.md)
-# MAX_RESTARTS  starts after the first if a rank dies (default 0)
-# TORCHRUN  the launcher (default: torch.distributed.run of PYTHON where that is set, else torchrun of .venv or on PATH)
+# PRESET  model size, see hrm_megatron/config.py (default B)
+# TP PP CP  tensor, pipeline and context parallel sizes (default 1 each)
+# DP      data parallel size (default: the GPUs of this node / (TP * PP * CP))
+# LAYOUT  preset: the preset's layout for 8 GPUs instead of TP, PP, CP and DP, with its micro-batch size and
+#         recomputation (docs/scaling.md)
+# MAX_RESTARTS  number of restarts if a rank dies (default 0)
+# TORCHRUN  the launcher (default: torch.distributed.run of PYTHON if that is set, else torchrun of .venv or on PATH)
 # PYTHON  (default: that of .venv, else the one on PATH)
-# Every other argument goes to hrm_megatron.pretrain as it is. --dry-run prints the command and runs nothing.
+# All other arguments are passed to hrm_megatron.pretrain. --dry-run prints the command without running it.
 set -euo pipefail
 
 dry_run=false
@@ -55,7 +56,7 @@ elif [ -z "${DP:-}" ]; then
     DP=$((gpus / model_ranks))
 fi
 
-# A rank that torchrun starts again must not find the addresses of the last one (pytorch issue 135712).
+# Restarted ranks must not find the addresses of dead ones (pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 if [ -n "${TORCHRUN:-}" ]; then
     launcher=("$TORCHRUN")

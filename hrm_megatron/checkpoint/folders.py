@@ -45,20 +45,16 @@ def last_saved_first(load: Path) -> list[str]:
     An iteration without a manifest counts as saved after all lower ones: its run was killed before it wrote the
     manifest.
     """
-    return [folder_name(iteration) for *_, iteration in _by_save(load)]
-
-
-def _by_save(load: Path) -> list[tuple[int, int]]:
-    """Return (save count, iteration), the last saved first."""
     found, latest = [], 0
     for name in complete_iterations(load):
         save = _save(load / name)
         latest = max(latest, save)
         found.append((save or latest, iteration_of(name)))
-    return sorted(found, reverse=True)
+    return [folder_name(iteration) for *_, iteration in sorted(found, reverse=True)]
 
 
 def _save(folder: Path) -> int:
+    """Return the save count of an iteration, 0 if it has no manifest."""
     manifest = read_manifest(folder, or_none=True)
     return manifest.save if manifest else 0
 
@@ -93,11 +89,12 @@ def _tracked(load: Path) -> str:
 
 
 def _check_tracked(load: Path, folder: Path) -> None:
-    """Refuse a tracker file that names another iteration than the last one whose save has finished."""
-    save = _save(folder)
-    if save and (later := [iteration for count, iteration in _by_save(load) if count > save]):
-        raise DamagedError(f"{load / TRACKER_FILE}: names {folder.name}, but {folder_name(later[0])} was saved after "
-                           "it; say which one with --ckpt-step")
+    """Refuse a tracker file that names another iteration than the last one saved, by the manifests alone."""
+    saves = {name: _save(load / name) for name in complete_iterations(load)}
+    last = max(saves, key=saves.__getitem__, default="")
+    if 0 < _save(folder) < saves.get(last, 0):
+        raise DamagedError(f"{load / TRACKER_FILE}: names {folder.name}, but {last} was saved after it; say which one "
+                           "with --ckpt-step")
 
 
 def listed(load: Path) -> str:

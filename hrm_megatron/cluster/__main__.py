@@ -28,7 +28,6 @@ from hrm_megatron.cluster.attempts import (
 from hrm_megatron.cluster.failures import FAILED, REFUSED, SUMMARY_FILE, first_cause, read_failures, summarize
 from hrm_megatron.cluster.node_check import (
     Limits,
-    all_are_bad,
     find_bad_nodes,
     nothing_known,
     read_reports,
@@ -67,13 +66,14 @@ def judge(arguments: argparse.Namespace, history: History) -> Verdict:
     not_ended = Verdict(GO, f"the check has not ended on any node ({arguments.reports}), so it blames none")
     if not reports:  # do not blame all nodes at once: excluding them would only empty the cluster
         return not_ended
-    bad = find_bad_nodes(reports, attempt.nodes, Limits(**{
-        name: value for name, value in vars(arguments).items() if name in Limits.__dataclass_fields__}))
-    if why := trouble_of_all(reports, attempt.nodes) or all_are_bad(bad, attempt.nodes):
+    limits = Limits(**{
+        name: value for name, value in vars(arguments).items() if name in Limits.__dataclass_fields__})
+    if why := trouble_of_all(reports, attempt.nodes, limits):
         return decide(history.end(attempt.job, attempt.restart, REFUSED, saved_step(arguments.checkpoints), why),
                       arguments.max_failures)
     if why := nothing_known(reports):
         print(f"slurm: {why}", file=sys.stderr)
+    bad = find_bad_nodes(reports, attempt.nodes, limits)
     if not bad and all(report.error for report in reports):
         return not_ended
     if bad:

@@ -57,8 +57,8 @@ def first_cause(failures: list[Failure], code: int) -> tuple[str, str]:
 def summarize(failures: list[Failure], code: int, logs: Path) -> str:
     """Return the summary, with the trace of the first cause on top."""
     if not failures and not any(path.stat().st_size for path in logs.rglob("std*.log")):
-        return (f"exit code {code}, and no rank has said anything: the launcher failed, or was killed; see the log of "
-                "the job\n")
+        return (f"exit code {code}, and no rank has said anything: the launcher failed, or ranks were killed before "
+                "they said anything; see the log of the job\n")
     if not failures:
         return (f"exit code {code}, and no rank left a trace: it was killed (memory, a signal, its node); see the "
                 "logs beside this file\n")

@@ -14,6 +14,7 @@ from hrm_megatron.config import ConfigError
 FILES_PER_RANK, OTHER_FILES = 2, 256
 MOST_FILES = 1 << 20  # a limit of a billion slows programs that close every descriptor below it
 DEVICES, NUMA_NODES = Path("/dev"), Path("/sys/devices/system/node")
+HIDE_ALL = ("", "-1", "NoDevFiles")  # first entries of CUDA_VISIBLE_DEVICES that hide all GPUs
 
 
 def node_name() -> str:
@@ -44,7 +45,8 @@ def numa_flags(asked: str | None) -> list[str]:
 
     torchrun itself would end with a traceback.
     """
-    gpus = any(DEVICES.glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    first_visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")[0].strip()
+    gpus = any(DEVICES.glob("nvidia[0-9]*")) and first_visible not in HIDE_ALL
     cores = [{int(cpu.name[3:]) for cpu in node.glob("cpu[0-9]*")} for node in NUMA_NODES.glob("node[0-9]*")]
     cores = [some for some in cores if some]  # a NUMA node may have memory only
     own = os.sched_getaffinity(0)

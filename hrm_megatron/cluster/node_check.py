@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +13,8 @@ from pathlib import Path
 from hrm_megatron.cluster.failures import LOST_A_PEER
 from hrm_megatron.program import write_aside
 
-MOST_NAMED = 3  # nodes named when all are bad
+MOST_NAMED = 3  # nodes named when all are bad for one reason
+GPU_COUNT = "GPUs"  # a cause that all nodes may share, as the name of a rate is
 NOT_DONE = "the nodes were not done after"  # start of the error of a node that waited for others in vain
 
 
@@ -39,6 +41,15 @@ class Report:
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_aside(folder / f"{self.node}.json", json.dumps(asdict(self), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a node is bad. `cause` is the same for reasons that a setting of the job may give to all of its nodes; None:
+    only a fault of the node itself gives it."""
+
+    text: str
+    cause: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,62 +82,77 @@ def read_reports(folder: Path) -> list[Report]:
     return found
 
 
-def trouble_of_all(reports: Sequence[Report], nodes: Sequence[str]) -> str | None:
-    """Return a fault of the run or of the storage shared by all of `nodes`, for which no node is to blame, or None."""
+def trouble_of_all(reports: Sequence[Report], nodes: Sequence[str], limits: Limits) -> str | None:
+    """Return a fault of the run or of the storage, or what is wrong with all of `nodes` alike, for which no node is to
+    blame; else None.
+
+    Excluding several nodes that are bad for one cause would only bring more nodes of the same kind.
+    """
+    if fault := next((report.run_fault for report in reports if report.run_fault), None):
+        return fault
     storage = {report.node: report.storage_error for report in reports if report.storage_error}
-    return next((report.run_fault for report in reports if report.run_fault),
-                storage[nodes[0]] if storage.keys() >= set(nodes) else None)
+    if storage.keys() >= set(nodes):
+        return storage[nodes[0]]
+    bad = _reasons(reports, nodes, limits)
+    for cause in [reason.cause for reason in bad[nodes[0]] if reason.cause and len(nodes) > 1]:
+        common = {node: reason.text for node in nodes for reason in bad[node] if reason.cause == cause}
+        if len(common) == len(nodes):
+            named = "; ".join(f"{node}: {why}" for node, why in [*common.items()][:MOST_NAMED])
+            more = f"; and {len(common) - MOST_NAMED} more" if len(common) > MOST_NAMED else ""
+            return (f"no node of the job is good, so none is avoided: {named}{more}. Mend what they have in common "
+                    "(GPUS, PREFLIGHT_LIMITS, PREFLIGHT_SECONDS, NVIDIA_DRIVER_CAPABILITIES=compute,utility in a "
+                    "container), or set PREFLIGHT=0")
+    return None
 
 
 def nothing_known(reports: Sequence[Report]) -> str | None:
-    """Return a line if nvidia-smi works on no node, which is no fault of nodes whose GPUs compute; else None."""
+    """Return a line if nvidia-smi works on none of the nodes that reported, which is no fault of nodes whose GPUs
+    compute; else None."""
     if not reports or not all(report.nvidia_smi_error for report in reports):
         return None
-    return f"{reports[0].nvidia_smi_error}, on all nodes: ECC errors, row remappings and slowdowns are not checked"
-
-
-def all_are_bad(bad: dict[str, str], nodes: Sequence[str]) -> str | None:
-    """Return a line if all of several nodes are bad, else None: excluding them would only bring more nodes of the same
-    kind."""
-    if len(bad) < len(nodes) or len(nodes) == 1:
-        return None
-    named = "; ".join(f"{node}: {why}" for node, why in [*bad.items()][:MOST_NAMED])
-    more = f"; and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
-    return (f"no node of the job is good, so none is avoided: {named}{more}. Mend what they have in common (GPUS, "
-            "PREFLIGHT_LIMITS, NVIDIA_DRIVER_CAPABILITIES=compute,utility in a container), or set PREFLIGHT=0")
+    return (f"{reports[0].nvidia_smi_error}, on each node that reported ({len(reports)}): ECC errors, row remappings "
+            "and slowdowns are not checked")
 
 
 def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limits) -> dict[str, str]:
     """Return the bad nodes of `nodes` with reasons: node > reasons."""
+    return {node: ", ".join(reason.text for reason in reasons)
+            for node, reasons in _reasons(reports, nodes, limits).items() if reasons}
+
+
+def _reasons(reports: Sequence[Report], nodes: Sequence[str], limits: Limits) -> dict[str, list[Reason]]:
+    """Return what is wrong with each of `nodes`; a good node has no reasons."""
     by_node = {report.node: report for report in reports}
     shared = len(reports) > 1 and all(report.storage_error for report in reports)  # so not these nodes' fault
     unknown = nothing_known(reports)
-    bad: dict[str, list[str]] = {node: [] for node in nodes}
+    bad: dict[str, list[Reason]] = {node: [] for node in nodes}
     for node in nodes:
         if (report := by_node.get(node)) is None:
-            bad[node].append("no report of the check: dead, or slower than its limit")
+            bad[node].append(Reason("no report of the check: dead, or slower than its limit"))
             continue
         if report.gpus < report.expected_gpus:
-            bad[node].append(f"{report.gpus} of {report.expected_gpus} GPUs")
-        bad[node] += report.faults
+            bad[node].append(Reason(f"{report.gpus} of {report.expected_gpus} GPUs", GPU_COUNT))
+        bad[node] += map(Reason, report.faults)
         if report.nvidia_smi_error and not unknown:
-            bad[node].append(report.nvidia_smi_error)
+            bad[node].append(Reason(report.nvidia_smi_error))
         if report.storage_error and not shared:
-            bad[node].append(report.storage_error)
+            bad[node].append(Reason(report.storage_error))
         if report.matmul_tflops is None and report.error:  # failed by itself, before waiting for others
-            bad[node].append(report.error)
+            bad[node].append(_failed(report.error))
     present = [by_node[node] for node in nodes if node in by_node]
     for what, unit, share, least, value in _rates(limits):
         found = {report.node: rate for report in present if (rate := value(report)) is not None}
         median = statistics.median(found.values()) if found else 0.0
         for node, rate in found.items():
             if rate < (wanted := max(least, share * median)):
-                bad[node].append(f"{what} {rate:.3g} {unit}, expected {wanted:.3g} (median {median:.3g})")
+                bad[node].append(Reason(f"{what} {rate:.3g} {unit}, expected {wanted:.3g} (median {median:.3g})",
+                                        what if rate < least else None))
     ahead = {report.node: report.clock_ahead_seconds for report in present if report.clock_ahead_seconds is not None}
     middle = statistics.median(ahead.values()) if ahead else 0.0
-    for node, seconds in ahead.items():
-        if abs(seconds - middle) > limits.clock_seconds:
-            bad[node].append(f"clock {seconds - middle:+.1f} s from the other nodes")
+    away = {node: seconds - middle for node, seconds in ahead.items() if abs(seconds - middle) > limits.clock_seconds}
+    if 2 * len(away) < len(ahead):  # else no majority agrees on the time, as with two nodes
+        for node, seconds in away.items():
+            bad[node].append(Reason(f"clock {seconds:+.1f} s from the other nodes"))
     for node, reason in _slow_links(present, limits).items():
         bad[node].append(reason)
     failed = {report.node: report.error for report in present if report.error}
@@ -137,17 +163,24 @@ def find_bad_nodes(reports: Sequence[Report], nodes: Sequence[str], limits: Limi
     # whom.
     if not any(bad.values()):
         for node, error in (own or (waited if len(failed) < len(nodes) else {})).items():
-            bad[node].append(error)
-    return {node: ", ".join(reasons) for node, reasons in bad.items() if reasons}
+            bad[node].append(_failed(error))
+    return bad
 
 
-def _slow_links(reports: Sequence[Report], limits: Limits) -> dict[str, str]:
+def _failed(error: str) -> Reason:
+    """Return the reason of a measurement that failed; all nodes may do so for one cause, but for numbers such as those
+    of addresses."""
+    return Reason(error, re.sub(r"\d+", "", error))
+
+
+def _slow_links(reports: Sequence[Report], limits: Limits) -> dict[str, Reason]:
     """Return nodes that are slow with both of their partners; if slow with one only, the partner may be the cause."""
     best = [max(report.pair_all_reduce_gbs.values()) for report in reports if report.pair_all_reduce_gbs]
     wanted = max(limits.pair_all_reduce_gbs, limits.all_reduce_share * statistics.median(best)) if best else 0.0
-    return {report.node: "all-reduce with " + " and ".join(
+    return {report.node: Reason("all-reduce with " + " and ".join(
                 f"{other} {rate:.3g} GB/s" for other, rate in report.pair_all_reduce_gbs.items()
-            ) + f", expected {wanted:.3g}"
+            ) + f", expected {wanted:.3g}",
+            "all-reduce of pairs" if max(report.pair_all_reduce_gbs.values()) < limits.pair_all_reduce_gbs else None)
             for report in reports if len(report.pair_all_reduce_gbs) > 1
             and all(rate < wanted for rate in report.pair_all_reduce_gbs.values())}
 

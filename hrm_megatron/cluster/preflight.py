@@ -200,7 +200,7 @@ def measure_node(options: argparse.Namespace) -> Report:
     if report.run_fault:
         report.write(options.output)
         return report
-    if options.gpus:
+    if options.gpus or report.gpus:
         report.faults, report.nvidia_smi_error = look_at_gpus()
     try:
         report.storage_write_gbs, report.storage_read_gbs = storage_gbs(options.storage, options.storage_bytes)

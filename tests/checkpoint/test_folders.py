@@ -48,6 +48,17 @@ def test_a_tracker_is_refused_for_what_is_known_and_not_for_a_guess(tmp_path):
     assert find_iteration(tmp_path).name == "iter_0000001"
 
 
+def test_a_tracker_is_refused_for_the_last_save_that_is_known(tmp_path):
+    add_iteration(tmp_path, 1)
+    add_iteration(tmp_path, 2)
+    add_iteration(tmp_path, 3, manifest=False)
+    (tmp_path / TRACKER_FILE).write_text("1")
+    with pytest.raises(DamagedError, match="names iter_0000001, but iter_0000002 was saved after it"):
+        find_iteration(tmp_path)
+    (tmp_path / TRACKER_FILE).write_text("2")
+    assert find_iteration(tmp_path).name == "iter_0000002"
+
+
 def test_iteration_0_too_is_refused_a_tracker_that_passes_over_it(tmp_path):
     add_iteration(tmp_path, 1)
     add_iteration(tmp_path, 0)

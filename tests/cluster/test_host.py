@@ -79,7 +79,9 @@ def test_a_binding_that_was_asked_for_and_cannot_be_is_refused(machine, lack, sa
         host.numa_flags("node")
 
 
-def test_hidden_gpus_are_none(machine, monkeypatch):
+@pytest.mark.parametrize("visible, flags", [
+    ("", []), ("-1", []), ("-1,0", []), ("NoDevFiles", []), ("0,-1", ["--numa-binding", "node"])])
+def test_hidden_gpus_are_none(machine, monkeypatch, visible, flags):
     machine()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert host.numa_flags(None) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert host.numa_flags(None) == flags

@@ -63,19 +63,21 @@ def test_a_rank_hears_of_the_limit_once(tmp_path, by):
         assert (tmp_path / "logs" / "n2" / "1" / "stdout.log").read_text() == out
 
 
-SLURM = dict(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_NUM_TASKS="1024", SLURM_STEP_TASKS_PER_NODE="8(x128)")
+SLURM = dict(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_TASKS_PER_NODE="8(x128)")
 LIMITS = [sys.executable, "-c", "import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE))"]
 
 
-def run_node(folder, hard, *command, flags=(), soft=512):
+def run_node(folder, *command, flags=(), soft=512, hard=1024, ranks="1024"):
+    """Run a command on a node without GPUs."""
     return subprocess.run(
         [sys.executable, "-m", "hrm_megatron.cluster.node", "--logs", folder, *flags, "--", *command],
-        capture_output=True, text=True, env={**os.environ, **SLURM, "SLURMD_NODENAME": "n2"},
+        capture_output=True, text=True,
+        env={**os.environ, **SLURM, "SLURM_STEP_NUM_TASKS": ranks, "SLURMD_NODENAME": "n2", "CUDA_VISIBLE_DEVICES": ""},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
 
 
 def test_ranks_may_open_all_the_files_that_the_node_allows(tmp_path):
-    assert run_node(tmp_path, 4096, *LIMITS, flags=["--rank"]).stdout.split() == ["4096", "4096"]
+    assert run_node(tmp_path, *LIMITS, flags=["--rank"], ranks="8").stdout.split() == ["1024", "1024"]
 
 
 @pytest.mark.parametrize("flags, command, said", [
@@ -84,7 +86,7 @@ def test_ranks_may_open_all_the_files_that_the_node_allows(tmp_path):
     (["--numa-binding", "node"], ["torchrun", "--nnodes", "1:2", "--nproc-per-node", "gpu"], "say none (NUMA=none)"),
 ])
 def test_what_a_node_cannot_do_is_one_line_and_stops_the_job(tmp_path, flags, command, said):
-    done = run_node(tmp_path, 1024, *command, flags=flags)
+    done = run_node(tmp_path, *command, flags=flags)
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr
     assert first_cause(read_failures(tmp_path), 1) == (REFUSED, done.stderr.removeprefix("error: ").strip())

@@ -90,11 +90,11 @@ def test_who_was_cut_off_by_the_end_of_another_node_is_not_blamed(lost):
 def test_what_all_nodes_share_is_no_nodes_fault():
     stale = dict(storage_error="storage run: Stale file handle", storage_write_gbs=None, storage_read_gbs=None)
     assert not judge(dict.fromkeys(NODES, stale))
-    assert trouble_of_all([report(node, **stale) for node in NODES], NODES) == stale["storage_error"]
+    assert trouble_of_all([report(node, **stale) for node in NODES], NODES, Limits()) == stale["storage_error"]
     full = report("n3", run_fault="no space for 256 MiB per node in run")
-    assert trouble_of_all([report("n1"), full], NODES) == full.run_fault
-    assert trouble_of_all([report("n1"), report("n3", **stale)], NODES) is None
-    assert trouble_of_all([report("n3", **stale)], NODES) is None  # of the others nobody knows
+    assert trouble_of_all([report("n1"), full], NODES, Limits()) == full.run_fault
+    assert trouble_of_all([report("n1"), report("n3", **stale)], NODES, Limits()) is None
+    assert trouble_of_all([report("n3", **stale)], NODES, Limits()) is None  # of the others nobody knows
     assert list(judge({"n1": "silent", "n2": stale}, nodes=NODES[:2])) == ["n1", "n2"]
     assert list(judge(dict.fromkeys(NODES, stale) | {"n3": "silent"})) == ["n3"]
 
@@ -104,7 +104,8 @@ def verdict(folder, changes, *flags, nodes=NODES):
     history = History(folder)
     history.begin(Attempt("7", 0, nodes, 0, 0))
     for node in nodes:
-        report(node, **changes.get(node, {})).write(folder / "reports")
+        if changes.get(node) != "silent":
+            report(node, **changes.get(node, {})).write(folder / "reports")
     arguments = parser().parse_args(["judge", "--folder", str(folder), "--checkpoints", str(folder), "--job", "7",
                                      "--reports", str(folder / "reports"), *flags])
     said = ask_judge(arguments, history)
@@ -115,11 +116,43 @@ def verdict(folder, changes, *flags, nodes=NODES):
     (dict(gpus=0), (), "0 of 8 GPUs"),
     (dict(gpus=4), (), "4 of 8 GPUs"),
     ({}, ("--matmul-tflops", "800"), "matmul 700 TFLOP/s, expected 800"),
+    ({}, ("--pair-all-reduce-gbs", "60"), "all-reduce with n2 48 GB/s and n4 48 GB/s, expected 60"),
+    (dict(matmul_tflops=None, error="what is measured alone was not done after 60 s"), (), "what is measured alone"),
+    (dict(error="NCCL: no socket interface found"), (), "NCCL: no socket interface found"),
 ])
 def test_what_every_node_lacks_excludes_none(tmp_path, lack, flags, reason):
     action, why, excluded = verdict(tmp_path, dict.fromkeys(NODES, lack), *flags)
     assert action == "stop" and not excluded, why
     assert f"no node of the job is good, so none is avoided: n1: {reason}" in why and "; and 1 more. Mend" in why
+
+
+ECC = dict(faults=["GPU 3: uncorrected ECC errors (2)"])
+
+
+@pytest.mark.parametrize("changes, flags, excluded", [
+    (dict(n1=ECC, n2="silent"), (), ["n1", "n2"]),
+    (dict(n1=ECC, n2=ECC), (), ["n1", "n2"]),
+    (dict(n1=ECC, n2="silent", n3="silent"), (), ["n1", "n2", "n3"]),
+    (dict(n1=dict(gpus=7), n2=ECC), (), ["n1", "n2"]),
+    (dict(n1=dict(matmul_tflops=650.0), n2=dict(storage_read_gbs=0.9)),
+     ("--matmul-tflops", "680", "--storage-gbs", "1"), ["n1", "n2"]),
+    (dict(n1=dict(matmul_tflops=None, error="CUDA error: uncorrectable ECC error"),
+          n2=dict(matmul_tflops=None, error="CUDA error: device not ready")), (), ["n1", "n2"]),
+])
+def test_nodes_that_are_bad_for_reasons_of_their_own_are_avoided_even_if_all_are(tmp_path, changes, flags, excluded):
+    assert verdict(tmp_path, changes, *flags, nodes=tuple(changes))[::2] == ("requeue", excluded)
+
+
+def test_two_nodes_that_fail_alike_but_for_addresses_are_not_avoided(tmp_path):
+    changes = {node: dict(error=f"ncclSystemError: no route from 10.0.0.{number}<{number}7>")
+               for number, node in enumerate(NODES[:2])}
+    assert verdict(tmp_path, changes, nodes=NODES[:2])[::2] == ("stop", [])
+
+
+@pytest.mark.parametrize("ahead", [(0.0, 3.0), (0.0, 0.0, 3.0, 3.0), (0.0, 3.0, 6.0)])
+def test_a_clock_is_blamed_by_a_majority_only(ahead):
+    clocks = {node: dict(clock_ahead_seconds=seconds) for node, seconds in zip(NODES, ahead, strict=False)}
+    assert not judge(clocks, nodes=tuple(clocks))
 
 
 def test_one_of_many_and_a_node_alone_are_avoided(tmp_path):
@@ -131,7 +164,11 @@ def test_nvidia_smi_that_fails_on_all_nodes_is_said_and_blames_none(tmp_path, ca
     fails = dict(nvidia_smi_error="nvidia-smi: Field x is not a valid field to query.")
     for number, nodes in enumerate((NODES, NODES[:1])):
         assert verdict(tmp_path / str(number), dict.fromkeys(nodes, fails), nodes=nodes)[::2] == ("go", [])
-        assert f"slurm: {fails['nvidia_smi_error']}, on all nodes: ECC errors" in capsys.readouterr().err
+        said = f"slurm: {fails['nvidia_smi_error']}, on each node that reported ({len(nodes)}): ECC errors"
+        assert said in capsys.readouterr().err
+    dead = dict(n1=fails, n2="silent", n3="silent")
+    assert verdict(tmp_path / "dead", dead, nodes=tuple(dead))[::2] == ("requeue", ["n2", "n3"])
+    assert "on each node that reported (1): ECC errors" in capsys.readouterr().err
     assert judge({"n2": fails}) == {"n2": fails["nvidia_smi_error"]}
 
 

@@ -211,6 +211,8 @@ def test_gpus_are_counted_by_torch(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "measure_process", fails)
     found = measure(tmp_path, monkeypatch, "--gpus", 2, nodes="1")
     assert (found.gpus, found.faults, found.nvidia_smi_error) == (2, [], "nvidia-smi: not found")
+    found = measure(tmp_path, monkeypatch, nodes="1")  # none are expected, but there are some
+    assert (found.gpus, found.nvidia_smi_error) == (2, "nvidia-smi: not found")
 
 
 def too_many(*_):

@@ -47,7 +47,8 @@ case "$*" in
     *"--jobs $OTHER,77 --states RUNNING,COMPLETING,SUSPENDED "*) echo "$OTHER" ;;
     *--states*) ;;
     *"--jobs 70 "*) printf 'PENDING JobArrayTaskLimit\\nRUNNING None\\n' ;;
-    *) answers && echo "$STATE" ;;
+    *"--jobs 77 "* | *"--jobs 70_3 "*) answers && echo "$STATE" ;;
+    *) exit 1 ;;
 esac
 """
 SINFO = """#!/usr/bin/env bash
@@ -239,13 +240,30 @@ def test_a_bad_node_is_left_out_and_remembered(run):
     assert run.asked[0] == "requeue 77" and run.ends == ["bad node", "bad node"] and "7 of 8 GPUs" in again.stderr
 
 
-@pytest.mark.parametrize("job", ["70", "77"])  # the first is the array's own number
-def test_a_task_of_an_array_speaks_for_itself_alone(run, job):
+@pytest.mark.parametrize("job, own", [("70", "70_3"), ("77", "77")])  # the first is the array's own number
+def test_a_task_of_an_array_speaks_for_itself_alone(run, job, own):
+    """A job that such a task has submitted inherits its variables, but has a number of its own."""
     task = dict(SLURM_JOB_ID=job, SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="3")
-    found = run(PREFLIGHT="1", PYTHON=str(run.folder / "python"), SICK_NODE="node2", **task)
-    assert run.asked == ["requeue 70_3", "update JobId=70_3 ExcNodeList=node2"], found.stderr
-    run(restart=1, FAIL_AT="11", **task)
-    assert run.ends[0] == "bad node"
+    failed = run(FAIL_AT="11", **task)
+    assert run.asked == [f"requeue {own}"] and run.ends == ["failed"], failed.stderr
+    found = run(restart=1, PREFLIGHT="1", PYTHON=str(run.folder / "python"), SICK_NODE="node2", **task)
+    assert run.asked == [f"requeue {own}", f"update JobId={own} ExcNodeList=node2"], found.stderr
+    assert run.ends == ["failed", "bad node"]
+
+
+@pytest.mark.parametrize("given, gpus", [
+    (dict(SLURM_GPUS_ON_NODE="2"), 2),
+    (dict(SLURM_GPUS_ON_NODE="", GPUS="2"), 2 if any(Path("/dev").glob("nvidia[0-9]*")) else 0),
+])
+def test_the_check_expects_the_gpus_that_there_should_be(run, given, gpus):
+    """Whether the node of the batch script has nvidia-smi or not."""
+    python = run.folder / "python"
+    python.write_text(f"#!/bin/sh\ncase \"$*\" in\n*cluster.preflight*) echo \"$*\" >>{run.folder}/checks ;;\n"
+                      f"*) exec {sys.executable} \"$@\" ;;\nesac\n")
+    done = run(PREFLIGHT="1", PYTHON=str(python), **given)
+    checks = (run.folder / "checks").read_text().splitlines()
+    assert len(checks) == 2 and all(f" --gpus {gpus} " in check for check in checks), done.stderr
+    assert ("slurm: neither Slurm nor this node has GPUs, so the check expects none" in done.stderr) == (gpus == 0)
 
 
 def test_nodes_to_avoid_are_named_once_and_must_leave_enough(run):
