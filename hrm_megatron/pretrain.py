@@ -52,19 +52,19 @@ from hrm_megatron.training.scalars import flush_scalars, guard_curves  # noqa: E
 from hrm_megatron.training.summary import describe_model  # noqa: E402
 from hrm_megatron.training.verification import verify_end, verify_start  # noqa: E402
 
-SECONDS_BEHIND_RANK_0 = 5.0  # where all ranks see the same, the launcher ends the others before it repeats that one
+SECONDS_BEHIND_RANK_0 = 5.0  # if all ranks raise the same error, the launcher kills the others and repeats rank 0's
 
 log = logging.getLogger("hrm_megatron.pretrain")  # __name__ is __main__
 
 
 class OpenedData:
-    """The data of a run, opened while the command line is completed: the vocabulary's size is theirs."""
+    """The data of a run, opened while the command line is completed, because the data state the vocabulary size."""
 
     def __init__(self) -> None:
         self.sources: Sources | None = None
 
     def vocab_size(self, args: argparse.Namespace) -> int:
-        """Open the data and return their vocabulary's size; a dry run without data assumes one."""
+        """Open the data and return their vocabulary size; a dry run without data assumes one."""
         if args.dry_run and not has_data(args):
             return assumed_vocab_size(args)
         self.sources = open_sources(args)
@@ -76,7 +76,7 @@ class OpenedData:
 
 
 def train(console: Console, saves: SaveLock) -> None:
-    """Run Megatron's own training loop over our model, data and optimizer."""
+    """Run Megatron's training loop with our model, data and optimizer."""
     check_restarts()
     opened = OpenedData()
     args = parse_arguments(opened.vocab_size, opened.rows_of_epoch)
@@ -90,14 +90,14 @@ def train(console: Console, saves: SaveLock) -> None:
     check_launch()
     console.settle(args.save or args.tensorboard_dir, args.verbose)
     data = opened.sources
-    assert data is not None  # only a dry run does without
+    assert data is not None  # only a dry run may have none
     saves.hold(args)
     back_to = step_to_go_back_to(args)
     start, is_left = check_checkpoint(args, evaluation)
     fits = functools.partial(check_fit, args, evaluation)
     if start and not is_left and not verify_end(args, start, fits, back_to):
         return write_report(args)
-    set_global_variables(args, build_tokenizer=False)  # rows are ids; it would import transformers, 2 s of a start
+    set_global_variables(args, build_tokenizer=False)  # rows are token ids; a tokenizer would import transformers, 2 s
     guard_curves(args)
     for line in (*matched, describe_model(args), describe(args)):
         log.info(line)
@@ -105,7 +105,7 @@ def train(console: Console, saves: SaveLock) -> None:
     watchdog, step = loop.watchdog, loop.step
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:
-        if not vp_stage:  # the first call, and the first moment at which there is a process group
+        if not vp_stage:  # the first call, and the first point at which process groups exist
             if watchdog:
                 watchdog.begin()
             check_agreement(data.files, start)
@@ -127,10 +127,10 @@ def train(console: Console, saves: SaveLock) -> None:
                  datasets_provider(args, data, evaluation, ready, loop.sources_by_name), ModelType.encoder_or_decoder,
                  step.forward, build_model)
         evaluation.note_end(args)
-    except SystemExit as early:  # Megatron's way out behind the save for a signal, or an interval to exit at
+    except SystemExit as early:  # Megatron exits so after the save for a signal or an exit interval
         if early.code:
             raise
-    args.train_iters = asked  # an early stop ends the loop by it
+    args.train_iters = asked  # early stopping lowers it to end the loop
     flush_scalars()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -141,10 +141,10 @@ def train(console: Console, saves: SaveLock) -> None:
 
 
 def refuse(args: argparse.Namespace, data: Sources | None) -> tuple[Evaluation, Callable[[], None]]:
-    """Refuse what cannot be done with these arguments and data, in a dry run as in a run: nothing is written or locked.
+    """Refuse arguments that do not fit the data, in a dry run as in a run, without writing or locking anything.
 
-    Returns what is evaluated, and what installs `--eval-tasks`. Where there are no data, they are taken to be of every
-    kind. Folders of checkpoints are `check_start`'s, which a run asks once they are locked.
+    Returns what is evaluated, and the function that installs `--eval-tasks`. Without data, every split is assumed to
+    exist. Checkpoint folders are checked later, by `check_checkpoint`, once they are locked.
     """
     evaluation = settle_evaluation(args, *(data.held_out() if data else (1, 1)),
                                    data.why_no_validation(args.split) if data else "")
@@ -153,10 +153,10 @@ def refuse(args: argparse.Namespace, data: Sources | None) -> tuple[Evaluation, 
 
 
 def write_report(args: argparse.Namespace) -> None:
-    """Write the report of a run that is done, if it is asked for; nothing of the run is lost if that fails."""
+    """Write the report of a finished run if `--run-report` asks for it; a failure is only a warning."""
     if not args.run_report or args.rank:
         return
-    from hrm_megatron.monitoring.report import report  # draws, which few runs want
+    from hrm_megatron.monitoring.report import report  # late: imports matplotlib, which few runs need
     from hrm_megatron.monitoring.run_folder import RunFolder
     from hrm_megatron.monitoring.scalars import read_log
 
@@ -171,10 +171,10 @@ def write_report(args: argparse.Namespace) -> None:
 
 
 def eval_tasks_of(args: argparse.Namespace, evaluation: Evaluation) -> Callable[[], None]:
-    """Open what `--eval-tasks` and its flags name; return what installs it."""
+    """Open the tasks that `--eval-tasks` names; return the function that installs their evaluation."""
     if all(value is None for name, value in vars(args).items() if name.startswith("eval_tasks")):
         return lambda: None
-    from hrm_megatron.evaluate.live_tasks import install_tasks, open_tasks  # late: it takes half a second
+    from hrm_megatron.evaluate.live_tasks import install_tasks, open_tasks  # late: the import takes half a second
 
     tasks = open_tasks(args, evaluation.validates)
     return lambda: install_tasks(args, tasks, evaluation)

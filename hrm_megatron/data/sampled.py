@@ -40,7 +40,7 @@ class SampledFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._read_metadata(self.path / "metadata.json")
-        self._tokens = self._load(self.path / "tokens.npy")
+        self._tokens = self._load(self.tokens_file)
         self.epochs = 0
         while self._folder(self.epochs).is_dir():
             self.epochs += 1
@@ -90,8 +90,19 @@ class SampledFolder:
 
     @property
     def files(self) -> list[Path]:
-        epochs = [self._folder(epoch) / f"{name}.npy" for epoch in range(self.epochs) for name in ARRAYS]
-        return [self.path / "metadata.json", self.path / "tokens.npy", *epochs]
+        epochs = [file for epoch in range(self.epochs) for file in self.epoch_files(epoch)]
+        return [self.path / "metadata.json", self.tokens_file, *epochs]
+
+    @property
+    def tokens_file(self) -> Path:
+        return self.path / "tokens.npy"
+
+    def epoch_files(self, epoch: int) -> list[Path]:
+        return [self._folder(epoch) / f"{name}.npy" for name in ARRAYS]
+
+    def fewest_positions(self) -> int:
+        """Return the number of positions that the examples of the shortest epoch take."""
+        return min(int(row_lengths(*self.epoch_lengths(epoch)).sum()) for epoch in range(self.epochs))
 
     def _folder(self, epoch: int) -> Path:
         return self.path / f"epoch_{epoch}"
@@ -134,7 +145,7 @@ class SampledFolder:
                          f"is longer than the {self.context_size} positions of metadata.json")
             outside = (starts < 0) | (starts > len(self._tokens) - lengths.astype(np.int64))
             self._refuse(folder / f"{part}_start.npy", starts, outside,
-                         f"ends outside the {len(self._tokens)} tokens of {self.path / 'tokens.npy'}")
+                         f"ends outside the {len(self._tokens)} tokens of {self.tokens_file}")
         row_lengths = arrays["inst_len"] + arrays["resp_len"] - 1
         self._refuse(folder, row_lengths, row_lengths > self.context_size,
                      f"takes more positions than the {self.context_size} of metadata.json")

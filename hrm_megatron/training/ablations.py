@@ -1,4 +1,4 @@
-"""Flags that take away one of HRM-Text's choices, to see what it buys."""
+"""Flags that each disable one of HRM-Text's design choices, to measure its effect."""
 from __future__ import annotations
 
 import argparse
@@ -18,7 +18,7 @@ def add_ablations(group: argparse._ArgumentGroup) -> None:
 
 
 def check_ablations(args: argparse.Namespace) -> None:
-    """Refuse a loss on tokens that the mask shows."""
+    """Refuse a loss on tokens that the attention mask reveals."""
     if args.loss_on_prefix and args.attention_mask == PREFIX_LM:
         raise ConfigError("--loss-on-prefix: in PrefixLM each token of a prefix sees the next one, which it would be "
                           "asked for; give --attention-mask causal too, or leave it out")

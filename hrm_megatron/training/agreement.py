@@ -1,5 +1,5 @@
-"""At the start: do all ranks run the same code over the same data, from one checkpoint? Else they would train nonsense
-without an error."""
+"""Check at the start that all ranks have the same code, data and checkpoint; otherwise they would silently train
+nonsense."""
 from __future__ import annotations
 
 import hashlib
@@ -23,7 +23,7 @@ WAYS_OUT = {"code": "install the same version of hrm_megatron, megatron-core and
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """Hash files: names, sizes, and their bytes, of large ones 64 blocks of 64 KiB from the first to the last."""
+    """Return the SHA-256 of the names, sizes and bytes of files; of a large file 64 blocks of 64 KiB, evenly spaced."""
     hashed = hashlib.sha256()
     for path in sorted(paths):
         size = path.stat().st_size
@@ -37,7 +37,7 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def fingerprint(data_files: Iterable[Path], start: Path | None) -> dict[str, str]:
-    """Describe this process: its node, a digest of its code and of its data, and the iteration it goes on from."""
+    """Return this process's node, digests of its code and data, and the iteration that it resumes from."""
     root = Path(hrm_megatron.__file__).parent
     versions = " ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
     return dict(node=platform.node(), data=digest(data_files), checkpoint=str(start or ""),
@@ -45,7 +45,7 @@ def fingerprint(data_files: Iterable[Path], start: Path | None) -> dict[str, str
 
 
 def check_agreement(data_files: Iterable[Path], start: Path | None) -> None:
-    """Compare all ranks with rank 0; raise ConfigError on each of them if one differs."""
+    """Compare all ranks with rank 0; raise ConfigError on every rank if one differs."""
     mine = fingerprint(data_files, start)
     everyone: list[dict[str, str]] = [mine] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)

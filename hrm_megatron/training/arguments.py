@@ -1,4 +1,4 @@
-"""The arguments of a run: completed from presets, checkpoints and machine, and checked before anything is built."""
+"""Complete the arguments of a run from presets, checkpoint and machine, and check them before anything is built."""
 from __future__ import annotations
 
 import argparse
@@ -50,7 +50,7 @@ MOST_DRY_RANKS = 1024
 
 
 def fill_cycles(args: argparse.Namespace) -> None:
-    """Give cycles and gradient ticks that were not named the values of the model type."""
+    """Set cycles and gradient ticks that were not given to the model type's defaults."""
     for name in ("h_cycles", "l_cycles", "bp_max_steps"):
         if getattr(args, name) is None:
             setattr(args, name, default_of(MODEL_TYPES[args.model_kind], name))
@@ -59,7 +59,7 @@ def fill_cycles(args: argparse.Namespace) -> None:
 
 
 def fill_from_preset(args: argparse.Namespace) -> None:
-    """Give every size that was not named on the command line the preset's value, or its usual one."""
+    """Set every size that was not given on the command line to the preset's value, or to its default."""
     fill_cycles(args)
     if args.match_flops_of:
         if args.hrm_preset not in (None, args.match_flops_of):
@@ -93,18 +93,19 @@ def fill_from_preset(args: argparse.Namespace) -> None:
         args.min_lr = args.lr  # HRM-Text, min_ratio 1: a constant rate after the warm-up
     if not 0 <= args.min_lr <= args.lr:
         raise ConfigError(f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}")
-    args.max_position_embeddings = args.seq_length  # of a table that an HRM does not have; Megatron wants no fewer
+    args.max_position_embeddings = args.seq_length  # unused by an HRM; Megatron requires at least seq_length
 
 
 def layout_of(args: argparse.Namespace) -> Layout:
-    """Read the layout off the arguments."""
+    """Return the layout that the arguments describe."""
     return Layout(args.world_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size,
                   args.context_parallel_size, args.sequence_parallel, args.seq_length, args.micro_batch_size,
                   args.global_batch_size)
 
 
 def set_pipeline(args: argparse.Namespace, architecture: Architecture) -> None:
-    """Make every tick a virtual chunk, and share the layers; Megatron's flags for the first and last stage win."""
+    """Make every tick a virtual chunk and split the layers over the stages; Megatron's flags for the first and last
+    stage win."""
     check_pipeline(layout_of(args), args.pipeline_window)
     check_stages(args.num_layers, args.pipeline_model_parallel_size, args.decoder_first_pipeline_num_layers,
                  args.decoder_last_pipeline_num_layers)
@@ -122,7 +123,7 @@ def set_pipeline(args: argparse.Namespace, architecture: Architecture) -> None:
 
 
 def set_dry_run(args: argparse.Namespace) -> None:
-    """Take the ranks of the dry run for those of the run."""
+    """Use the dry run's number of ranks as the world size."""
     if (ranks := args.dry_run_ranks) is not None:
         args.world_size = ranks
     if not 1 <= args.world_size <= MOST_DRY_RANKS:
@@ -132,16 +133,16 @@ def set_dry_run(args: argparse.Namespace) -> None:
 
 
 def no_rows(args: argparse.Namespace) -> int:
-    """Stand in for the count of rows where no data is open."""
+    """Refuse `--epochs`: no data is open whose rows could be counted."""
     raise ConfigError(f"--epochs {args.epochs}: there is no data to count; give some, or --train-iters")
 
 
 def parse_arguments(vocab_size_of: Any,
                     rows_of_epoch: Callable[[argparse.Namespace], int] = no_rows) -> argparse.Namespace:
-    """Parse, complete and check the command line.
+    """Return the parsed, completed and checked command line.
 
-    `vocab_size_of(args)` reads the vocabulary's size from the data, `rows_of_epoch(args)` counts its rows.
-    Raises ConfigError with one line for everything that can be said before a process group exists.
+    `vocab_size_of(args)` reads the vocabulary size from the data, `rows_of_epoch(args)` counts the rows of an epoch.
+    Raises ConfigError with one line for every error that can be found before process groups exist.
     """
     args = megatron_arguments.parse_args(checked)
     for name in ("dry_run_ranks", "dry_run_rank"):
@@ -158,7 +159,7 @@ def parse_arguments(vocab_size_of: Any,
 
 def complete(args: argparse.Namespace, vocab_size_of: Any,
              rows_of_epoch: Callable[[argparse.Namespace], int] = no_rows) -> argparse.Namespace:
-    """Complete and check what was parsed, see `parse_arguments`."""
+    """Complete and check parsed arguments, see `parse_arguments`."""
     if args.dry_run:
         set_dry_run(args)
     settle_folders(args)
@@ -184,7 +185,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
             setattr(args, name, value)
     args.vocab_size = vocab_size_of(args)
     architecture = architecture_of(args, args.vocab_size)
-    # Padded for the reference's sake and not per tensor-parallel size, so that any layout loads any checkpoint.
+    # Padded as in the reference and not by tensor parallel size, so that any layout loads any checkpoint.
     args.padded_vocab_size = architecture.padded_vocab_size
     settle_epochs(args, rows_of_epoch)
     check_division(architecture, layout_of(args))
@@ -199,14 +200,14 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
     check_pipeline_flags(args)
     if args.pipeline_model_parallel_size > 1:
         set_pipeline(args, architecture)
-    args.plan_version = PLAN_VERSION  # a checkpoint says which order its rows have
-    args.optimizer = "adam"  # Megatron's name of the slot; optim.builder puts AdamATan2 into it
+    args.plan_version = PLAN_VERSION  # so that a checkpoint records the order of its rows
+    args.optimizer = "adam"  # the name that Megatron accepts; optim.builder replaces its Adam by AdamATan2
     try:
         megatron_arguments.validate_args(args)
     except AssertionError as error:
         reason = str(error) or f"Megatron demands `{traceback.extract_tb(error.__traceback__)[-1].line}`"
         raise ConfigError(f"command line: {reason}") from error
-    # Refuses an impossible kernel now.
+    # Refuse an impossible kernel now.
     check_backend(kernel_of(args.attention_kernel, args.params_dtype, architecture.head_dim), args.attention_backend)
     if args.train_iters is None and args.train_samples:
         args.train_iters = args.train_samples // args.global_batch_size
@@ -219,7 +220,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
     check_curves(args)
     if args.skip_train:
         args.train_iters = args.train_iters or 0
-        args.gradient_accumulation_fusion = False  # there is no DDP, which would make the gradients' buffers
+        args.gradient_accumulation_fusion = False  # no DDP, which would allocate the gradient buffers
         return args
     if not args.train_iters:
         raise ConfigError("--train-iters (or --epochs, --train-samples) is not set: say how long to train")
@@ -228,7 +229,7 @@ def complete(args: argparse.Namespace, vocab_size_of: Any,
 
 
 def settle_epochs(args: argparse.Namespace, rows_of_epoch: Callable[[argparse.Namespace], int]) -> None:
-    """Turn --epochs into steps of whole batches, by the rows of the first epoch."""
+    """Convert --epochs to a number of steps, rounded up, by the rows of the first epoch."""
     args.rows_of_epochs = None
     if args.epochs is None:
         return
@@ -241,13 +242,13 @@ def settle_epochs(args: argparse.Namespace, rows_of_epoch: Callable[[argparse.Na
 
 
 def microbatches_of(args: argparse.Namespace) -> int:
-    """Micro-batches of a step on each replica."""
+    """Return the number of micro-batches per step on each replica."""
     return int(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size))
 
 
 def model_config(args: argparse.Namespace) -> HRMConfig:
-    """Build the TransformerConfig of a run."""
-    # Megatron would demand that the chunks divide the layers; here each chunk runs all of its stage's.
+    """Return the TransformerConfig of a run."""
+    # Megatron would require layers divisible by chunks; here each chunk runs all layers of its stage.
     whole = argparse.Namespace(**{**vars(args), "virtual_pipeline_model_parallel_size": None})
     try:
         config: HRMConfig = core_transformer_config_from_args(whole, HRMConfig)

@@ -1,10 +1,10 @@
-"""Steps whose gradients are no finite numbers: not taken, and after several in a row gone back from.
+"""Non-finite gradients: skip the step, and after N consecutive ones roll back to the last checkpoint.
 
-A run goes back from losses that jump in the same way (training/loss_spikes.py).
+Loss spikes roll back in the same way (training/loss_spikes.py).
 
-A step that is not taken changes nothing: no weight, master, moment, EMA or count of the optimizer on any rank. Its rows
-count as read, and rates and gradient ticks follow the number of the step, so that the run is bitwise the one that was
-told to leave that step out (Megatron's --iterations-to-skip).
+A skipped step changes no weight, master, moment, EMA or update count on any rank. Its rows count as consumed, and the
+learning rate and gradient ticks follow the iteration, so the run is bitwise equal to one that was started with
+Megatron's --iterations-to-skip for that step.
 """
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from hrm_megatron.training.run_files import on_rank_0, read_record, write_file
 ABORT, SKIP, ROLLBACK = POLICIES = ("abort", "skip", "rollback")
 IGNORE, WARN, _ = SPIKE_POLICIES = ("ignore", "warn", ROLLBACK)
 RECORD = "bad_steps.json"  # beside the checkpoints
-ROLLBACK_AFTER = 3  # steps in a row
-MOST_RETURNS = 3  # to one checkpoint, or to others of the same weights
-# Of Megatron's train_step: losses, skipped, save now, end now, exit code, norm of gradients, zeros in them, logit.
+ROLLBACK_AFTER = 3  # consecutive steps
+MOST_RETURNS = 3  # rollbacks to one checkpoint, or to others with the same weights
+# Returned by Megatron's train_step: losses, skipped, save now, exit now, exit code, grad norm, zeros in grads, logit.
 SKIPPED = 1
 NOT_TAKEN: tuple[Any, ...] = {}, 1, False, False, 0, None, None, None
 
@@ -44,15 +44,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Record:
-    """What a run has gone back from: steps whose rows are left out, and how often it went back to which step, the last
-    that was taken before the checkpoint."""
+    """The rollbacks of a run: `steps` whose rows are skipped, and the number of rollbacks per checkpoint, keyed by the
+    last step before it whose update was applied."""
 
     steps: list[int] = field(default_factory=list)
     returns: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> Record:
-        """Return the record of a run, an empty one if there is none."""
+        """Return the record of a run, or an empty one if there is none."""
         return read_record(
             file, lambda found: cls([int(step) for step in found["steps"]],
                                     {str(step): int(count) for step, count in found["returns"].items()}),
@@ -63,7 +63,7 @@ class Record:
 
 
 def check_policy(args: argparse.Namespace) -> None:
-    """Refuse what could not be done; take the steps that an earlier start has gone back from."""
+    """Refuse invalid policies; add the steps that an earlier start has rolled back from to --iterations-to-skip."""
     policies = {"--on-nonfinite": (args.on_nonfinite, ABORT), "--on-loss-spike": (args.on_loss_spike, IGNORE)}
     asked = {f"{flag} {policy}": policy for flag, (policy, default) in policies.items() if policy != default}
     for policy in asked:
@@ -88,9 +88,9 @@ def check_policy(args: argparse.Namespace) -> None:
 
 
 def check_gradients_are_read(args: argparse.Namespace) -> None:
-    """Refuse a policy about gradients that nobody looks at."""
+    """Refuse a policy where Megatron does not check gradients."""
     policy = f"--on-nonfinite {args.on_nonfinite}"
-    if args.fp16 and not args.loss_scale:  # for which Megatron turns the check off
+    if args.fp16 and not args.loss_scale:  # with dynamic loss scaling Megatron disables the check
         raise ConfigError(f"{policy}: --fp16 without --loss-scale takes no such step by itself, and lowers its scale; "
                           "leave the policy out, or give --loss-scale")
     if not args.check_for_nan_in_loss_and_grad:
@@ -105,13 +105,13 @@ def named(steps: list[int]) -> str:
 
 
 def warn_once(what: str) -> None:
-    """Warn of what all ranks know alike: a console shows the warnings of each."""
+    """Warn from rank 0 only: the console shows warnings of every rank."""
     if not torch.distributed.get_rank():
         log.warning(what)
 
 
 class BadSteps:
-    """What --on-nonfinite skip and rollback do; all ranks decide alike."""
+    """Policies `skip` and `rollback` of --on-nonfinite; all ranks decide alike."""
 
     def __init__(self, args: argparse.Namespace, running_step: Callable[[], int]) -> None:
         self.args, self.running_step = args, running_step
@@ -120,8 +120,9 @@ class BadSteps:
         self.count = 0
 
     def judge(self, norm: torch.Tensor) -> None:
-        """Learn of a step's gradients: `norm` [] of those of this rank, NaN or Inf where one of them is."""
-        # One number for all ranks: which of them, counted from 1, had such a gradient; the last, if several.
+        """Decide, with all other ranks, whether to skip the current step; `norm` [] of this rank's gradients is NaN or
+        Inf if any of them is."""
+        # All-reduce one number: the last rank, counted from 1, with a non-finite gradient.
         rank = torch.distributed.get_rank()
         worst = torch.where(torch.isfinite(norm), 0, rank + 1).to(torch.int64)
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
@@ -136,11 +137,11 @@ class BadSteps:
                   f"({len(self.in_a_row)} in a row, {self.count} since the start)")
 
     def guard(self, optimizer: Any) -> None:
-        """Let this optimizer take no bad step."""
+        """Wrap the optimizer's `step` so that bad steps are skipped."""
         optimizer.step = functools.partial(self.step, optimizer.step)
 
     def step(self, stock: Callable[[], tuple[bool, Any, Any]]) -> tuple[bool, Any, Any]:
-        """Let the optimizer update, or not: Megatron then counts a skipped iteration."""
+        """Run the optimizer's step, or skip it, which Megatron counts as a skipped iteration; may roll back."""
         if not self.bad:
             return stock()
         if self.args.on_nonfinite == ROLLBACK and len(self.in_a_row) >= self.args.rollback_after:
@@ -149,14 +150,14 @@ class BadSteps:
 
 
 def last_step_taken(common: dict[str, Any]) -> int:
-    """Return the last step before a checkpoint that was taken; steps that were left out since change no weight."""
+    """Return the last step before a checkpoint whose update was applied; steps skipped since then change no weight."""
     taken = getattr(common["args"], "last_step_taken", None)
     return int(common["iteration"] if taken is None else taken)
 
 
 def note_return(save: str, steps: list[int]) -> tuple[int, int]:
-    """Write down these steps; return the last that was taken before the checkpoint that a start goes on from, and how
-    often the run went back to it."""
+    """Record these steps; return the last step applied before the checkpoint that the next start loads, and the number
+    of rollbacks to it, this one included."""
     record = Record.read(Path(save) / RECORD)
     saved = last_saved_first(Path(save))
     taken = last_step_taken(read_run(open_run(Path(save) / saved[0], verify=False))[0]) if saved else 0
@@ -167,9 +168,12 @@ def note_return(save: str, steps: list[int]) -> tuple[int, int]:
 
 
 def go_back(args: argparse.Namespace, steps: list[int], why: str) -> NoReturn:
-    """Write down these steps in a row and end: a start of the same command goes on from the last checkpoint."""
+    """Record these consecutive steps and end the run with an error: the same command resumes from the last checkpoint.
+
+    Raises WentBackError, or ConfigError after MOST_RETURNS rollbacks to the same weights.
+    """
     taken, returns = on_rank_0(functools.partial(note_return, args.save, steps))
-    torch.distributed.barrier()  # a launcher ends all ranks when the first has ended
+    torch.distributed.barrier()  # a launcher kills all ranks once the first has ended
     what = f"{named(steps)}: {why}, {len(steps)} in a row"
     if returns > MOST_RETURNS:
         raise ConfigError(f"{what}, and this run has gone back to step {taken} {MOST_RETURNS} times: its rows are "
@@ -179,7 +183,7 @@ def go_back(args: argparse.Namespace, steps: list[int], why: str) -> NoReturn:
 
 
 def pass_over(data_iterator: Iterator[Any] | list[Iterator[Any]]) -> None:
-    """Read the rows of a step and nothing else: each rank for itself, in a pipeline its first chunk."""
+    """Read the rows of a step without training on them: on every rank, in a pipeline for its first chunk."""
     iterator = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
     machine = get_rerun_state_machine()
     while machine.should_run_forward_backward(data_iterator):
@@ -188,13 +192,13 @@ def pass_over(data_iterator: Iterator[Any] | list[Iterator[Any]]) -> None:
 
 
 def install_bad_steps(args: argparse.Namespace, running_step: Callable[[], int]) -> BadSteps | None:
-    """Let the loop pass over steps; return what judges gradients and guards an optimizer, unless the run aborts.
+    """Let Megatron's loop skip steps; return a BadSteps for --on-nonfinite skip and rollback, None for abort.
 
-    Stock code goes past the evaluation, the save and the end that are due at a step to skip, and a run whose last step
-    it is ends without a save. Here it counts as a step that was not taken, behind which all of that comes.
+    With stock --iterations-to-skip the evaluation, checkpoint and exit checks due at a skipped step are skipped too,
+    and a run whose last step is skipped ends without a save. Here they still happen.
     """
     args.steps_left_out, args.iterations_to_skip = args.iterations_to_skip, []
-    args.last_step_taken = getattr(args, "last_step_taken", 0)  # like the steps left out, for the checkpoints
+    args.last_step_taken = getattr(args, "last_step_taken", 0)  # both are saved in checkpoints
 
     def train_step(stock: Callable[..., Any], forward_step: Any, data_iterator: Any, model: Any, optimizer: Any,
                    scheduler: Any, *rest: Any, iteration: int, **options: Any) -> Any:
@@ -205,7 +209,7 @@ def install_bad_steps(args: argparse.Namespace, running_step: Callable[[], int])
         else:
             done = stock(forward_step, data_iterator, model, optimizer, scheduler, *rest, iteration=iteration,
                          **options)
-        if done[SKIPPED]:  # what the optimizer's step would have done besides
+        if done[SKIPPED]:  # the side effects of an optimizer step
             args.skipped_train_samples += args.global_batch_size
             make_states(optimizer)
             scheduler.step(0)

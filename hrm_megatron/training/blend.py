@@ -1,4 +1,4 @@
-"""Megatron's way to name data: one prefix, several, or several with a weight before each."""
+"""Megatron's syntax for data paths: one prefix, several, or several with a weight before each."""
 from __future__ import annotations
 
 import math
@@ -13,7 +13,7 @@ from hrm_megatron.config import ConfigError
 
 @dataclass(frozen=True)
 class Blend:
-    """Prefixes of datasets and, if they were given, the weight of each; `flag` is what named them."""
+    """Prefixes of datasets and, if given, their weights; `flag` is the flag that named them."""
 
     flag: str
     paths: tuple[str, ...]
@@ -21,7 +21,7 @@ class Blend:
 
     @classmethod
     def of(cls, flag: str, values: Sequence[str] | None) -> Blend | None:
-        """Read the values of a flag as Megatron does; None where it is not given."""
+        """Parse the values of a flag as Megatron does; return None if it is not given."""
         if not values:
             return None
         said = f"{flag} {' '.join(values)}"

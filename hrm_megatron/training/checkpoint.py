@@ -48,14 +48,14 @@ from hrm_megatron.transformer_config import architecture_of
 
 log = logging.getLogger(__name__)
 
-FOREIGN_FORMATS = {"config.json": "hf", "all_config.yaml": "native"}  # by a file of theirs
+FOREIGN_FORMATS = {"config.json": "hf", "all_config.yaml": "native"}  # recognized by this file
 
 
 def starting_point(args: argparse.Namespace) -> Path | None:
-    """Return the iteration that the run goes on from; None for a run that begins.
+    """Return the iteration that the run loads, or None for a run with new weights.
 
-    A run that was killed while it saved goes on from the latest complete iteration: the tracker file is put right.
-    One that names a complete iteration, but not the latest, is put right only with --load-newest-valid.
+    After a kill during a save this is the latest complete iteration, and the tracker file is corrected. A tracker file
+    that names a complete iteration other than the latest is corrected only with --load-newest-valid.
     """
     refuse_half_a_return(args)
     for flag, load in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
@@ -72,7 +72,7 @@ def starting_point(args: argparse.Namespace) -> Path | None:
                     raise
                 log.info(f"checkpoint: {error}; going on from {complete[0]}, the latest that is complete")
                 step = iteration_of(complete[0])
-                if not args.dry_run:  # which writes nothing
+                if not args.dry_run:  # a dry run writes nothing
                     try:
                         write_aside(tracker, str(step))
                     except OSError as unwritable:
@@ -95,15 +95,15 @@ def starting_point(args: argparse.Namespace) -> Path | None:
 
 
 def _foreign_format(folder: Path) -> str | None:
-    """Name the format of an export in this folder."""
+    """Return the format of the export in this folder, or None."""
     return next((form for file, form in FOREIGN_FORMATS.items() if (folder / file).is_file()), None)
 
 
 def check_start(args: argparse.Namespace) -> Path | None:
-    """Refuse a --save that holds what is not this run's, or cannot be written, and flags about a checkpoint where there
-    is none to load.
+    """Refuse a --save that belongs to something else or cannot be written, and flags that need a checkpoint where there
+    is none.
 
-    Returns the iteration to go on from, or None. A dry run asks too, and nothing is written then.
+    Returns the iteration to load, or None. In a dry run nothing is written.
     """
     check_verification_flags(args)
     if args.save and not args.skip_train:
@@ -124,15 +124,15 @@ def check_start(args: argparse.Namespace) -> Path | None:
 
 
 def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[Path | None, bool]:
-    """Refuse to train where nothing could be saved, and to go on from a checkpoint that does not fit the run.
+    """Refuse a --save without space, and a checkpoint that does not fit the run.
 
-    Returns the iteration to go on from, or None, and whether there is anything left to do. The iteration may still be
-    damaged, of which all ranks must hear together.
+    Returns the iteration to load, or None, and whether anything is left to do. The iteration may still be damaged: that
+    is checked later, by all ranks together.
     """
     folder = check_start(args)
     if made := went_back(args):
         log.info(made)
-        # Said to Megatron, so that no rank reads a tracker that may be seen later than other files.
+        # Tell Megatron the step, so that no rank reads the tracker, which may become visible later than other files.
         args.ckpt_step = iteration_of(folder.name) if folder else None
     if folder is not None:
         try:
@@ -147,10 +147,10 @@ def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[
 
 
 def open_of_model(args: argparse.Namespace, folder: Path, knows_vocabulary: bool) -> tuple[Any, dict[str, Any]]:
-    """Open an iteration and read what is common to its ranks; refuse one that is not of the model and of the format
-    that the command line asks for, or not of its vocabulary, if that is known."""
+    """Return an opened iteration and its common state; refuse one whose model, format or, if known, vocabulary is not
+    that of the command line."""
     stored = open_run(folder, args.verify_checkpoint)
-    if args.dry_run or not args.verify_checkpoint:  # else the ranks share that, with all else that they verify
+    if args.dry_run or not args.verify_checkpoint:  # else the ranks divide this check as part of the verification
         stored.check_files()
     if is_megatron_fsdp(stored) != args.use_megatron_fsdp:
         with_or_without = "without" if args.use_megatron_fsdp else "with"
@@ -167,15 +167,14 @@ def open_of_model(args: argparse.Namespace, folder: Path, knows_vocabulary: bool
 
 
 def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path, knows_vocabulary: bool = True) -> bool:
-    """Refuse an iteration that the command line does not go on from.
+    """Refuse an iteration that does not fit the command line, and decide which schedule the run follows from there.
 
-    Settles which schedule the run follows from there. Returns whether there is anything left to do: steps, or the
-    evaluations with which a run ends.
+    Returns whether anything is left to do: steps, or a missing final evaluation.
     """
     stored, common = open_of_model(args, folder, knows_vocabulary)
     if args.skip_train:
         return True
-    args.context_tokens = max(args.seq_length, context_of(common["args"]))  # shorter rows do not shorten it
+    args.context_tokens = max(args.seq_length, context_of(common["args"]))  # shorter rows do not reduce it
     keys = set(stored.keys())
     if starts_new(args, folder):
         if args.finetune:
@@ -191,7 +190,7 @@ def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path, kn
     settle_length(args, common["args"], iteration)
     args.last_step_taken = last_step_taken(common)
     evaluation.go_on(common["args"])
-    converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which knows its step alone
+    converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which stores only its step
     missing = None if args.no_load_optim else _missing_state(args, stored.shapes(), keys)
     finished, stopped = (nothing_left(iteration, args.train_iters, how_to_evaluate(args)),
                          stopped_early(args, iteration))
@@ -217,14 +216,15 @@ def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path, kn
             log.info(schedule)
         if changed := changes(common["args"], args):
             log.info(f"checkpoint: {changed}")
-        if not args.no_load_optim:  # a new optimizer has its own level
+        if not args.no_load_optim:  # with a new optimizer losses may differ
             take_losses(args, common["args"])
     return True
 
 
 def _another_evaluation(args: argparse.Namespace, theirs: argparse.Namespace, evaluation: Evaluation,
                         missing: str | None) -> str | None:
-    """Say why an evaluation would not be that of the run that wrote a checkpoint, with which `theirs` came."""
+    """Return why an evaluation would differ from that of the run that saved the checkpoint with arguments `theirs`, or
+    None."""
     if missing or (args.no_load_optim and evaluation.weights != RAW):
         return "that needs the optimizer's state"
     if changed := changes(theirs, args):
@@ -234,19 +234,19 @@ def _another_evaluation(args: argparse.Namespace, theirs: argparse.Namespace, ev
 
 
 def _missing_state(args: argparse.Namespace, shapes: Iterable[str], keys: set[str]) -> str | None:
-    """Name the first state of the optimizer that a checkpoint with these weights and keys does not hold."""
-    trains = (".lora.A", ".lora.B") if lora_of(args) else (".weight",)  # all else is frozen
+    """Return the first optimizer state that a checkpoint with these weights and keys lacks, or None."""
+    trains = (".lora.A", ".lora.B") if lora_of(args) else (".weight",)  # all others are frozen
     weights = [key for key in shapes if key.endswith(trains) and not key.startswith("optimizer.")]
     return next((f"{name} of the optimizer for {key}" for name in STATE_KEYS for key in weights
                  if state_key(name, key) not in keys), None)
 
 
 def starts_new(args: argparse.Namespace, folder: Path) -> bool:
-    """Tell whether Megatron will take nothing but weights from `folder`: for fine-tuning, and from a release."""
+    """Tell whether Megatron will load only weights from `folder`: for fine-tuning, and from a release."""
     of_pretrained = args.load is None or folder.parent.resolve() != Path(args.load).resolve()
     return of_pretrained or folder.name == RELEASE
 
 
 def steps_done(args: argparse.Namespace, folder: Path) -> int:
-    """Count the steps that a run has done which loads this iteration."""
+    """Return the number of steps already done by a run that loads this iteration."""
     return 0 if args.skip_train or starts_new(args, folder) else iteration_of(folder.name)

@@ -1,4 +1,4 @@
-"""`--use-checkpoint-args`: the model's sizes and settings come from the checkpoint that the run goes on from."""
+"""`--use-checkpoint-args`: take the model's sizes and settings from the checkpoint that the run loads."""
 from __future__ import annotations
 
 import argparse
@@ -16,7 +16,7 @@ from hrm_megatron.training.checkpoint import starting_point, starts_new
 
 log = logging.getLogger(__name__)
 
-# Argument > the flag that sets it: all that an Architecture is made of, but for the vocabulary, which is the data's.
+# Argument to its flag: everything in an Architecture except the vocabulary, which the data decide.
 MODEL_ARGUMENTS = {
     **{name: f"--{name.replace('_', '-')}" for name in (
         "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "h_cycles", "l_cycles",
@@ -27,10 +27,10 @@ OF_A_PRESET = ("num_layers", "hidden_size", "num_attention_heads")
 
 
 def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
-    """Set the model's arguments, and unless they are `given`, on the command line, the row's length, the gradient ticks
-    of a fine-tuning or an evaluation, and the rate of a run that goes on by the checkpoint's schedule.
+    """Set the model's arguments from the checkpoint. Unless `given` on the command line, also take the row length, the
+    gradient ticks of a fine-tuning or evaluation, and the learning rate of a run that keeps the checkpoint's schedule.
 
-    Where the run begins because there is no checkpoint yet, the command line's stay.
+    If there is no checkpoint yet, the command line's values stay.
     """
     folder = starting_point(args)
     if folder is None:
@@ -45,20 +45,20 @@ def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         setattr(args, name, getattr(stored, name))
     if args.seq_length is None:
         args.seq_length = stored.seq_length
-    if (args.finetune or args.skip_train) and args.bp_max_steps is None:  # those of its last step
+    if (args.finetune or args.skip_train) and args.bp_max_steps is None:  # the gradient ticks of its last step
         args.bp_max_steps = stored.bp_max_steps
     keeps_schedule = args.use_checkpoint_opt_param_scheduler and not starts_new(args, folder)
-    if keeps_schedule and args.lr is None:  # with all else of the schedule it is taken when that is compared
+    if keeps_schedule and args.lr is None:  # the rest is taken when schedules are compared (resume.py)
         args.lr = stored.lr
     log.info(f"checkpoint: {folder}: model " + ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_ARGUMENTS))
 
 
 def _arguments_of(folder: Path, or_of_another: bool) -> argparse.Namespace:
-    """Read the arguments of the run that saved this iteration, or the newest other one that can be read."""
+    """Return the arguments stored in this iteration or, if `or_of_another`, in the newest other readable one."""
     others = last_saved_first(folder.parent) if or_of_another else []
     *first, last = (folder, *(folder.parent / name for name in others))
     for path in first:
-        with contextlib.suppress(DamagedError):  # which is reported when the iteration is verified
+        with contextlib.suppress(DamagedError):  # reported when the iteration is verified
             return _stored_arguments(path)
     return _stored_arguments(last)
 
@@ -73,12 +73,12 @@ def _stored_arguments(folder: Path) -> argparse.Namespace:
 
 
 def of_preset(preset: str, model_type: str, name: str) -> Any:
-    """Return a size of a preset's model of this type."""
+    """Return a size of the preset's model for this model type."""
     return getattr(PRESETS[preset].architecture(model_type=model_type), name)
 
 
 def check_given(given: Mapping[str, Any], stored: argparse.Namespace, folder: Path) -> None:
-    """Refuse a flag or a preset that was given by hand and does not agree with the checkpoint."""
+    """Refuse a flag or preset on the command line that contradicts the checkpoint."""
     asked = {flag: (given[name], name) for name, flag in MODEL_ARGUMENTS.items() if name in given}
     if preset := given.get("hrm_preset"):
         for name in OF_A_PRESET:

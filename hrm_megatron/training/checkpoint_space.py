@@ -1,7 +1,8 @@
-"""How many checkpoints of a run are on disk at once, and whether there is room for them."""
+"""Disk space of checkpoints: how many exist at once, and whether they fit."""
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.program import followed, nearest
 from hrm_megatron.training.lora import saved_bytes
 
+log = logging.getLogger(__name__)
+
 
 def coming_saves(args: argparse.Namespace, done: int) -> list[int]:
-    """List the iterations that a run saves behind step `done`: at its intervals, and at its end."""
+    """List the iterations that a run saves after step `done`: at every interval, and at the end."""
     if done >= args.train_iters:
         return []
     every = args.save_interval or args.train_iters
@@ -29,8 +32,8 @@ def kept_saves(args: argparse.Namespace) -> int | None:
 
 
 def most_at_once(args: argparse.Namespace, saves: Sequence[int]) -> int:
-    """Count the checkpoints that are there at once, at most, of a run that saves these iterations in this order: those
-    that it keeps, the one that it writes, and what flags protect."""
+    """Return the maximum number of checkpoints that exist at once if a run saves these iterations in this order: those
+    that it keeps, the one being written, and those that flags protect."""
     if (kept := kept_saves(args)) is None:
         return len(saves)
     older, last = saves[:-kept - 1], saves[-kept - 1:]
@@ -41,15 +44,21 @@ def most_at_once(args: argparse.Namespace, saves: Sequence[int]) -> int:
 
 
 def check_writable(args: argparse.Namespace) -> None:
-    """Refuse a `--save` that cannot be written, or made; nothing is written to find out."""
+    """Refuse a `--save` that cannot be written or created, without writing anything.
+
+    A dry run, perhaps on a machine without the disks of the run, only reports a folder that is not writable.
+    """
     place = nearest(followed(Path(args.save)))
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    if place.is_dir() and os.access(place, os.W_OK):
+        return
+    if not (args.dry_run and place.is_dir()):
         raise ConfigError(f"--save {args.save}: cannot write to {place}; choose another folder")
+    log.info(f"checkpoint: --save {args.save}: {place} is not writable here; the run needs a folder that is")
 
 
 def check_space(args: argparse.Namespace, architecture: Architecture, done: int) -> None:
-    """Refuse a `--save` that has no room for the next checkpoint: with `--most-recent-k` for as many as are there at
-    once, less those that are there."""
+    """Refuse a `--save` without space for the next checkpoint; if only the last ones are kept, for as many as exist at
+    once, minus those already there."""
     count = min(1, len(coming := coming_saves(args, done)))
     what = "one checkpoint needs"
     if kept := kept_saves(args):
@@ -63,7 +72,7 @@ def check_space(args: argparse.Namespace, architecture: Architecture, done: int)
 
 
 def describe_space(args: argparse.Namespace, architecture: Architecture, done: int) -> str:
-    """Say how much space the checkpoints take that a run saves behind step `done`."""
+    """Describe the space that the checkpoints after step `done` need."""
     size = saved_bytes(args, architecture)
     line = f"checkpoint: {size / 1e9:.2f} GB each"
     if not args.save:
@@ -79,11 +88,12 @@ def describe_space(args: argparse.Namespace, architecture: Architecture, done: i
 
 
 def _there(args: argparse.Namespace, done: int) -> list[int]:
-    """List the iterations in `--save` of a run that goes on behind step `done`; none of the later ones is deleted."""
+    """List the iterations in `--save` up to step `done`; later ones are never deleted."""
     there = (iteration_of(name) for name in complete_iterations(Path(args.save)))
     return [iteration for iteration in there if iteration <= done]
 
 
 def _free_bytes(args: argparse.Namespace, place: Path) -> int:
-    """Bytes that are free for the checkpoints of `--save`, which is in `place` or will be."""
+    """Return the bytes available for checkpoints in `--save`, which is or will be in `place`, including those of
+    iterations whose deletion has begun."""
     return shutil.disk_usage(place).free + bytes_of_deleted(Path(args.save))

@@ -1,7 +1,7 @@
-"""Where a run's words go: its own lines to the terminal, what Megatron prints to a file in the run's folder.
+"""Console output: our own lines go to the terminal, what Megatron prints goes to a file in the run's folder.
 
-Facts, logged under `hrm_megatron` before step 1, are gathered and shown as one block by `begin`. Rank 0 shows facts,
-the last rank what follows, to which Megatron leaves results too.
+Facts, logged under `hrm_megatron` before step 1, are collected and shown as one block by `begin`. Rank 0 shows the
+facts; the last rank, on which Megatron has the results too, shows everything after them.
 """
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from hrm_megatron.program import write_aside
 from hrm_megatron.training.console_lines import NO_TERMINAL_WIDTH, facts_block
 
 ARGUMENTS_FILE, LOG_FILE = "arguments.txt", "megatron.rank{}.log"
-STARTED_IN = "started_in"  # the folder from which relative names of arguments count
-# What Megatron prints and a user should see: that a run stops, or does not do what it was told.
+STARTED_IN = "started_in"  # the folder to which relative paths in arguments refer
+# Printed lines of Megatron that a user should see: the run stops, or does not do what it was told.
 ATTENTION = re.compile(r"^\W*(?:warning|error)\b|\bexiting\b|termination requested|is deprecated|could not|unable to",
                        re.IGNORECASE)
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
-    """Progress at the bottom of a terminal, drawn when a step is done and by no thread of its own."""
+    """Progress bar at the bottom of a terminal, redrawn after each step and without tqdm's monitor thread."""
 
     monitor_interval = 0
 
 
 class LineStream(io.TextIOBase):
-    """A stand-in for a process's stdout that hands on whole lines."""
+    """A replacement for stdout that passes complete lines to `take`."""
 
     def __init__(self, take: Callable[[str], None], stands_in_for: TextIO) -> None:
         self.take, self.stock, self.begun = take, stands_in_for, ""
@@ -55,13 +55,13 @@ class LineStream(io.TextIOBase):
 
 
 class Console(contextlib.AbstractContextManager["Console"]):
-    """Take over stdout and logging while a run lasts."""
+    """Redirects stdout and logging during a run."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.first, self.last = rank, not rank, rank == ranks - 1
         self.out, self.err = sys.stdout, sys.stderr
         self.facts: list[str] = []
-        self.held: list[str] = []  # what Megatron printed before there was a place for it
+        self.held: list[str] = []  # what Megatron printed before its destination was known
         self.log: TextIO | None = None
         self.folder: Path | None = None
         self.settled = self.verbose = self.begun = False
@@ -87,8 +87,8 @@ class Console(contextlib.AbstractContextManager["Console"]):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close_bar()
-        if kind is None or not issubclass(kind, ConfigError):  # a refused command has its one line, and leaves no file
-            if not self.settled:  # help, or a failure that nobody foresaw
+        if kind is None or not issubclass(kind, ConfigError):  # a refused command prints one line and leaves no file
+            if not self.settled:  # --help, or an unexpected error
                 self.settle(None, verbose=True)
             elif self.facts:
                 self.line(facts_block(self.facts, self.wrapped))
@@ -97,7 +97,7 @@ class Console(contextlib.AbstractContextManager["Console"]):
         self.restore.close()
 
     def settle(self, folder: str | None, verbose: bool) -> None:
-        """Say where what Megatron prints shall go; files are made by `begin`, when the run is not refused any more."""
+        """Decide where Megatron's output goes; `begin` creates the files, once the run can no longer be refused."""
         self.settled, self.folder, self.verbose = True, Path(folder) if folder else None, verbose
         if self.first:
             place = f"in {folder}" if folder else "nowhere without --save or --tensorboard-dir (--verbose prints them)"
@@ -107,10 +107,10 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self._megatron_printed(line)
 
     def answer(self, lines: Iterable[str], verbose: bool) -> None:
-        """Show the facts so far and these lines, because no run will begin."""
+        """Show the facts so far and these lines, for a command that starts no run."""
         said, self.facts = self.facts, []
         self.settle(None, verbose)
-        self.facts.clear()  # of where a run's log would be
+        self.facts.clear()  # drop the fact about the log's place
         for line in (*([facts_block(said, self.wrapped)] if said else ()), *lines) if self.first else ():
             self.line(line)
 
@@ -123,18 +123,18 @@ class Console(contextlib.AbstractContextManager["Console"]):
 
     @property
     def width(self) -> int:
-        """Columns of the terminal; where there is none, of a line that is easy to read in a file."""
+        """Columns of the terminal, or NO_TERMINAL_WIDTH without one."""
         if not self.out.isatty():
             return NO_TERMINAL_WIDTH
         return os.get_terminal_size(self.out.fileno()).columns or 80
 
     @property
     def wrapped(self) -> int | None:
-        """Columns into which prose is wrapped; None for whole lines, which programs search."""
+        """Columns to which facts are wrapped; None without a terminal, because programs search whole lines."""
         return self.width if self.out.isatty() else None
 
     def line(self, text: str) -> None:
-        """Show a line above the progress bar."""
+        """Print a line above the progress bar."""
         if self.bar is not None:
             self.bar.clear()
         print(text, file=self.out, flush=True)
@@ -142,7 +142,7 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self.bar.refresh()
 
     def progress(self, step: int, steps: int) -> None:
-        """Move the bar, where there is a terminal to draw it on."""
+        """Advance the progress bar, if there is a terminal."""
         if self.bar is None:
             terminal = next((stream for stream in (self.out, self.err) if stream.isatty()), None)
             if terminal is None:
@@ -161,11 +161,11 @@ class Console(contextlib.AbstractContextManager["Console"]):
             self.line(f"{self._who}{record.levelname.lower()}: {record.getMessage()}")
         elif self.first and self.begun:
             self.line(record.getMessage())
-        elif self.first:  # a line that is not indented is another fact, and one that was said is none
+        elif self.first:  # each unindented line is a fact; repeated ones are dropped
             self.facts += [fact for fact in re.split(r"\n(?! )", record.getMessage()) if fact not in self.facts]
 
     def _warned(self, record: logging.LogRecord) -> None:
-        if not self.verbose:  # else it is among Megatron's lines
+        if not self.verbose:  # else Megatron's output contains it
             self.line(f"{self._who}{record.levelname}:{record.name}:{record.getMessage()}")
 
     @property
@@ -190,7 +190,7 @@ class Console(contextlib.AbstractContextManager["Console"]):
                 self.line(f"{self._who}warning: {self.folder}: no more of Megatron's log here ({error.strerror})")
 
     def _close_log(self) -> None:
-        """Write no more of Megatron's log: closing it writes once more what a full disk has not taken."""
+        """Stop writing Megatron's log, ignoring errors: on a full disk, closing retries the failed write."""
         stream, self.log = self.log, None
         if stream:
             with contextlib.suppress(OSError):

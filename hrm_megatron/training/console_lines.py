@@ -1,4 +1,4 @@
-"""The lines that a run shows, as plain text, and the time that they say is left."""
+"""The terminal lines of a run as plain text, and the estimate of the remaining time."""
 from __future__ import annotations
 
 import math
@@ -7,19 +7,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-NO_TERMINAL_WIDTH = 120  # of a line in a file or a pipe
+NO_TERMINAL_WIDTH = 120  # columns, for output to a file or a pipe
 NARROWEST = 40
 UNITS = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
-# Of the facts before step 1; each begins with one of these words and a colon. Others come first.
+# Order of the facts before step 1, by the word before their colon. Other facts come first.
 FACTS = ("model", "layers", "weight gradients", "attention", "layout", "data", "validation", "checkpoint", "schedule",
          "log")
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a line about a training step shows: means over the steps since the line before, and the rate of this one.
+    """The values in a line about a training step: means over the steps since the previous line, and this step's
+    learning rate.
 
-    `seconds_left` is None where nobody can know yet; `tflops` are TFLOP/s of a GPU, None unless asked for.
+    `seconds_left` is None while unknown; `tflops` are TFLOP/s per GPU, None unless --log-throughput is given.
     """
 
     step: int
@@ -34,11 +35,11 @@ class StepReport:
 
 
 def step_line(report: StepReport, width: int) -> str:
-    """Describe a training step; a narrow terminal gets shorter words, and then fewer of them."""
+    """Return the line of a training step; on a narrow terminal with shorter labels, and then fewer fields."""
     roomy, short = _fields(report, roomy=True), _fields(report, roomy=False)
     if len(line := "  ".join(roomy.values())) <= width:
         return line
-    for dropped in ("", "lr", "bp", "tflops", "speed", "exact", "left"):  # the least telling first
+    for dropped in ("", "lr", "bp", "tflops", "speed", "exact", "left"):  # least informative first
         short.pop(dropped, None)
         if len(line := " ".join(short.values())) <= width:
             return line
@@ -46,7 +47,7 @@ def step_line(report: StepReport, width: int) -> str:
 
 
 def _fields(report: StepReport, roomy: bool) -> dict[str, str]:
-    """Cells of fixed widths, so that columns stay where they are."""
+    """Return fields by name; if `roomy`, with fixed widths, so that columns stay aligned."""
     digits = len(str(report.steps))
     place, left = f"{report.step:{digits}}/{report.steps}", duration(report.seconds_left)
     if roomy:
@@ -66,14 +67,14 @@ def _fields(report: StepReport, roomy: bool) -> dict[str, str]:
 
 
 def evaluation_line(step: int, steps: int, part: str, means: dict[str, float], seconds: float, width: int) -> str:
-    """Describe an evaluation; `part` is validation or test."""
+    """Return the line of an evaluation; `part` is validation or test."""
     scores = "  ".join(f"{name} {value:.1%}" for name, value in (
         ("accuracy", means["accuracy"]), ("exact", means["exact accuracy"])))
     return f"{_place(step, steps)}  {part}: loss {means['lm loss']:.4f}  {scores}  in {duration(seconds)}"[:width]
 
 
 def saved_line(step: int, steps: int, folder: str, seconds: float, in_background: bool) -> str:
-    """Say that a checkpoint is there, or being written; its path is never cut."""
+    """Return the line of a checkpoint that is saved, or being written; its path is never truncated."""
     done = (f"is being saved in the background, training waited {seconds:.1f} s" if in_background else
             f"saved in {duration(seconds)}")
     return f"{_place(step, steps)}  {done}: {folder}"
@@ -84,7 +85,7 @@ def _place(step: int, steps: int) -> str:
 
 
 def facts_block(facts: Iterable[str], width: int | None) -> str:
-    """Put facts in the order of FACTS, each wrapped into `width` columns with what follows its first line indented."""
+    """Return the facts in the order of FACTS, each wrapped to `width` columns (None: not) with a hanging indent."""
     def place(fact: str) -> int:
         topic = fact.partition(":")[0]
         return FACTS.index(topic) if topic in FACTS else -1
@@ -96,7 +97,7 @@ def facts_block(facts: Iterable[str], width: int | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Spell a time by its two largest units: 45s, 3m20s, 1h05m, 2d03h."""
+    """Format seconds by the two largest units: 45s, 3m20s, 1h05m, 2d03h."""
     if seconds is None or not math.isfinite(seconds):
         return "?"
     rest, found = round(seconds), ""
@@ -111,7 +112,7 @@ def duration(seconds: float | None) -> str:
 
 
 def thousands(value: float) -> str:
-    """Spell a rate with three figures: 987, 12.3k, 4.56M."""
+    """Format a rate with three significant digits: 987, 12.3k, 4.56M."""
     if not math.isfinite(value):
         return str(value)
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -121,7 +122,7 @@ def thousands(value: float) -> str:
 
 
 def _figures(value: float, figures: int = 4) -> str:
-    """Spell a number with so many figures, without an exponent below ten to their power."""
+    """Format a number with `figures` significant digits, never with an exponent."""
     if not math.isfinite(value):
         return str(value)
     before = len(str(int(abs(float(f"{value:.{figures}g}")))))
@@ -129,25 +130,25 @@ def _figures(value: float, figures: int = 4) -> str:
 
 
 def _tersely(value: float) -> str:
-    """Spell a rate as 2.2e-4."""
+    """Format a learning rate as 2.2e-4."""
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}" if value and exponent else f"{value:g}"
 
 
 class TimeLeft:
-    """How long the rest of a run takes, by its own speed so far; a step's cost follows its number of gradient ticks."""
+    """Estimate the remaining time of a run from its speed so far and the relative costs of its steps."""
 
     def __init__(self, costs: Sequence[float], clock: Callable[[], float]) -> None:
-        """`costs` are those of steps 1, 2, ... in any unit."""
+        """`costs` of steps 1, 2, ... are in any unit."""
         self.done, self.clock = [0.0, *accumulate(costs)], clock
         self.first: tuple[int, float] | None = None
 
     def start(self, step: int) -> None:
-        """Count from here: so many steps are done."""
+        """Start measuring when `step` steps are done."""
         self.first = step, self.clock()
 
     def after(self, step: int) -> float | None:
-        """Seconds left when `step` is done."""
+        """Return the estimated seconds left once `step` is done, or None while unknown."""
         if self.first is None:
             return None
         begun, time = self.first

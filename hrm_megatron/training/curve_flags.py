@@ -1,5 +1,5 @@
-"""When `--log-hrm-norms` (training/curves.py), `--log-loss-by-source` (training/source_losses.py) and `--run-report`
-(monitoring/report.py) are refused."""
+"""Flags and checks of `--log-hrm-norms` (training/curves.py), `--log-loss-by-source` (training/source_losses.py) and
+`--run-report` (monitoring/report.py)."""
 from __future__ import annotations
 
 import argparse
@@ -24,7 +24,7 @@ def add_curves(group: argparse._ArgumentGroup) -> None:
 
 
 def check_curves(args: argparse.Namespace) -> None:
-    """Refuse curves that nobody could read, or that are not built."""
+    """Refuse curves that would not be written or are not implemented."""
     for flag, given in ((NORMS, args.log_hrm_norms), (BY_SOURCE, args.log_loss_by_source), (REPORT, args.run_report)):
         if given and not args.tensorboard_dir:
             raise ConfigError(f"{flag}: has no effect without --tensorboard-dir; give that too, or leave it out")

@@ -1,7 +1,7 @@
-"""`--log-hrm-norms`: what tells a healthy recurrence from one that drifts, written to TensorBoard.
+"""`--log-hrm-norms`: write norms that show whether the recurrence drifts to TensorBoard.
 
-Norms are taken in hooks, in steps that write to TensorBoard anyway and so wait for the device; other steps run a
-comparison of two numbers per chunk of the model.
+Norms are computed in hooks, only in steps that write to TensorBoard anyway and therefore synchronize with the device;
+in other steps the hooks cost one integer comparison per chunk of the model.
 """
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ STATE, RESIDUAL = KINDS = ("state RMS", "residual RMS")
 
 
 class TickNorms:
-    """Sums of squares of what the stacks leave, by tick, over the micro-batches of a step.
+    """Sums of squares of the stacks' outputs, by tick, over the micro-batches of a step.
 
-    STATE is what the next tick reads. RESIDUAL is the residual stream before the norm at the stack's exit, which is
-    what grows where pre-norm lets it: behind that norm the RMS is 1. Post-norm stacks have no such norm.
+    STATE is the output, which the next tick reads. RESIDUAL is the residual stream before the stack's final norm: with
+    pre-norm it may grow, while after that norm the RMS is 1. Post-norm stacks have no final norm.
     """
 
     def __init__(self, measured: Callable[[], bool]) -> None:
-        self.measured = measured  # whether the running step is
-        self.tick: int | None = None  # the one that runs; None: nothing is taken
+        self.measured = measured  # whether the current step is measured
+        self.tick: int | None = None  # the running tick; None: nothing is measured
         self.found: dict[tuple[str, int], tuple[torch.Tensor, int]] = {}  # sum of squares, elements
 
     def attach(self, part: torch.nn.Module) -> None:
-        """Hook into a model, or into a chunk of a pipeline's last stage, where states are whole."""
+        """Add hooks to a model, or to a chunk of the last pipeline stage, where states are complete."""
         part.register_forward_pre_hook(self._begin)
         part.register_forward_hook(self._end)
         if isinstance(part, HRMModel):
@@ -70,7 +70,7 @@ class TickNorms:
         self.found[kind, self.tick] = before + square, count + x.numel()
 
     def take(self, ticks: Sequence[Tick], groups: Sequence[Any]) -> dict[str, float]:
-        """Return the RMS over all ranks of `groups` under the names of the curves, and begin anew."""
+        """Return the RMS over all ranks of `groups` by curve name, and reset."""
         found, self.found = sorted(self.found.items()), {}
         if not found:
             return {}
@@ -82,7 +82,7 @@ class TickNorms:
 
 
 class Curves:
-    """Takes the norms of a step and writes them."""
+    """Computes the norms of a step and writes them."""
 
     def __init__(self, args: argparse.Namespace, step: TrainingStep) -> None:
         self.args, self.running = args, step
@@ -90,7 +90,7 @@ class Curves:
         self.optimizer: Any = None
 
     def get_megatron_optimizer(self, stock: Callable[..., Any], config: Any, chunks: list[Any], **options: Any) -> Any:
-        """Hook into the model when its optimizer is built: the first moment at which both are there."""
+        """Add hooks to the model when its optimizer is built: the first point at which both exist."""
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             for chunk in chunks:
                 self.norms.attach(innermost(chunk))
@@ -109,12 +109,13 @@ class Curves:
         return report_memory
 
     def groups(self) -> list[Any]:
-        """The groups over which a state is cut: rows over replicas, positions over CP and, under SP, TP."""
+        """Return the groups over which a state is sharded: rows over DP, positions over CP and, with sequence parallel,
+        over TP."""
         shards = [parallel_state.get_data_parallel_group(with_context_parallel=True)]
         return shards + [parallel_state.get_tensor_model_parallel_group()] * self.args.sequence_parallel
 
     def step_sizes(self) -> dict[str, float]:
-        """Measure the step that the optimizer has just taken."""
+        """Return norms of the update that the optimizer has just applied."""
         found = sizes(self.optimizer, parallel_state.get_tensor_model_parallel_group())
         update, weights, distance = (found[name] for name in ("update", "weights", "EMA distance"))
         return {"update/norm": update, "update/relative to weights": update / weights,
@@ -122,7 +123,8 @@ class Curves:
 
 
 def install_curves(args: argparse.Namespace, step: TrainingStep) -> None:
-    """Let Megatron's loop write them. Call it in front of what may end a run at a step: that step is written too."""
+    """Let Megatron's loop write the norms. Install it before what may end a run at a step, so that this step is
+    written too."""
     if not args.log_hrm_norms:
         return
     curves = Curves(args, step)

@@ -1,4 +1,4 @@
-"""Open the data that the command line names, and hand Megatron its datasets of packed rows."""
+"""Open the data that the command line names, and provide Megatron's datasets of packed rows."""
 from __future__ import annotations
 
 import argparse
@@ -30,9 +30,9 @@ from hrm_megatron.training.evaluation import Evaluation
 
 log = logging.getLogger(__name__)
 
-CACHED_EXAMPLES = 1 << 20  # planned in a fraction of a second
+CACHED_EXAMPLES = 1 << 20  # fewer are planned in a fraction of a second
 NAMED_SOURCES = 5
-MEASURED_ROWS = 64  # whose examples stand for all, in FLOPs and in the shares of context parallel ranks
+MEASURED_ROWS = 64  # sample for the FLOPs and for the load balance of context parallel ranks
 
 BLENDS = {"whole": "data_path", "train": "train_data_path", "valid": "valid_data_path", "test": "test_data_path"}
 Datasets = tuple[PackedRows | None, PackedRows | None, PackedRows | None]
@@ -40,7 +40,7 @@ Datasets = tuple[PackedRows | None, PackedRows | None, PackedRows | None]
 
 @dataclass(frozen=True)
 class Sources:
-    """What a run reads, part by part; `split` says that the same datasets serve training, validation and test."""
+    """The data of a run by part; `split`: the same datasets are split into training, validation and test."""
 
     train: Walk
     valid: Mixture | None
@@ -53,7 +53,7 @@ class Sources:
         return self.train.vocab_size
 
     def held_out(self) -> tuple[int, int]:
-        """Count the examples of validation and of test."""
+        """Return the numbers of validation and test examples."""
         if self.split and self.valid:
             counts = self.valid.count_examples()
             return counts["valid"], counts["test"]
@@ -61,7 +61,7 @@ class Sources:
                 self.test.count_examples()["test"] if self.test else 0)
 
     def why_no_validation(self, split: str) -> str:
-        """Say why there is nothing to validate on, and the way out."""
+        """Return why there are no validation examples, and what to do."""
         if self.split:
             return (f"--split {split} leaves none of the {sum(map(len, self.stores))} examples to validate on; give "
                     "another, or --train-data-path and --valid-data-path")
@@ -75,13 +75,13 @@ class Sources:
 
 
 def open_sources(args: argparse.Namespace) -> Sources:
-    """Open and check every file that the arguments name; raise ConfigError with one line otherwise."""
+    """Open and check every data file that the arguments name; raise ConfigError with one line if one is wrong."""
     flags = {name: f"--{argument.replace('_', '-')}" for name, argument in BLENDS.items()}
     blends = {name: Blend.of(flags[name], getattr(args, argument)) for name, argument in BLENDS.items()}
     whole, train = blends["whole"], blends["whole"] or blends["train"]
     refuse_beside("--data-path", {flags[name]: whole and blends[name] for name in BLENDS if name != "whole"})
     if args.skip_train and not (train or args.sampled_data_path):
-        train = blends["valid"] or blends["test"]  # for its vocabulary; nobody trains on it
+        train = blends["valid"] or blends["test"]  # for its vocabulary; it is not trained on
     if bool(train) == bool(args.sampled_data_path):
         raise ConfigError("no training data, or two kinds of it: give either --data-path PREFIX (or --train-data-path) "
                           "or --sampled-data-path DIR")
@@ -110,7 +110,7 @@ def open_sources(args: argparse.Namespace) -> Sources:
         if folder:
             raise ConfigError("--verify-data: the folder of --sampled-data-path has no checksums; leave it out")
         for store in stores.values():
-            store.blocks()  # refused where there are none, before anything is built
+            store.blocks()  # raises ConfigError if there are no checksums
     for store in stores.values():
         if (kept := kept_count(store)) is not None:
             log.info("data: %s: %d of %d examples are kept, as %s says", store.prefix, kept, len(store),
@@ -133,26 +133,28 @@ def open_sources(args: argparse.Namespace) -> Sources:
     for part in valid.given_prompts if valid else ():
         log.info("data: %s: chance has left it empty, so it has one question, which training has again when the data "
                  "grows", ("training", "validation", "test")[part])
-    args.data_digests = {"train": digest_of(walk.identity(0)), "valid": valid and digest_of(valid.contents),
-                         # of whose first epoch the identity knows the lengths alone
-                         "sampled": folder and digest(folder.files)}
+    args.data_digests = {"train": digest_of(walk.identity(0)), "valid": valid and digest_of(valid.contents)}
+    if folder:  # its identity covers only the lengths of an epoch
+        epochs = [digest(folder.epoch_files(epoch)) for epoch in range(folder.epochs)]
+        args.data_digests |= {"tokens": digest([folder.tokens_file]), "epochs": epochs}
+        args.fewest_positions = folder.fewest_positions()
     return Sources(walk, valid, mixture(whole or blends["test"], "test"), bool(whole), tuple(stores.values()))
 
 
 def digest_of(described: str) -> str:
-    """Hash what tells data from others, for checkpoints to keep."""
+    """Return the hash of a description of data, to be stored in checkpoints."""
     return hashlib.sha256(described.encode()).hexdigest()
 
 
 def first_rows(rows: PackedRows) -> tuple[list[Sequence[tuple[int, int]]], int]:
-    """The (prefix, response) lengths of the examples in the first rows, and the number of labels of all these rows: the
-    same on every rank."""
+    """Return the (prefix, response) lengths of the examples in each of the first rows, and the number of labels in
+    these rows; the same on every rank."""
     batches = [PackedBatch.from_row(rows[i]) for i in range(min(len(rows), MEASURED_ROWS))]
     return [batch.lengths[0] for batch in batches], sum(len(batch.label_index) for batch in batches)
 
 
 def describe_unfit(walk: Mixture) -> str | None:
-    """Say which examples are left out because rules have no room for them."""
+    """Return one line about the examples that are dropped because they do not fit a row, or None."""
     if not (unfit := walk.unfit()):
         return None
     named = [f"{count} of {of} of {name}" for name, (count, of) in unfit.items()]
@@ -162,7 +164,7 @@ def describe_unfit(walk: Mixture) -> str | None:
 
 
 def describe_loads(rows: PackedRows, row_tokens: int, ranks: int) -> str:
-    """Say how evenly the attention of the first rows is shared among context parallel ranks."""
+    """Return one line about the load balance of attention over context parallel ranks in the first rows."""
     lengths = [[pairs[i] for i in balanced_order(pairs, row_tokens, ranks)] for pairs in first_rows(rows)[0]]
     loads = context_loads(lengths, row_tokens, ranks)
     return (f"context parallel: the busiest of {ranks} ranks has {max(loads) * ranks / sum(loads):.2f} times the mean "
@@ -170,21 +172,21 @@ def describe_loads(rows: PackedRows, row_tokens: int, ranks: int) -> str:
 
 
 def count_evaluations(args: argparse.Namespace) -> int:
-    """Count the evaluations of a run, at most: at its intervals and at its end (Megatron leaves out one too many for
-    --start-eval-at-iter)."""
+    """Return the maximum number of validations of a run: one per interval and one at the end (Megatron's own count
+    can be one too low with --start-eval-at-iter)."""
     return 1 + (0 if args.skip_train else args.train_iters // args.eval_interval)
 
 
 def plan_evaluations(args: argparse.Namespace, evaluation: Evaluation, valid: PackedRows | None,
                      test: PackedRows | None) -> None:
-    """Give the held-out parts as many rows as evaluations will read, now that their rows are counted."""
+    """Set the number of rows of the held-out parts to what evaluations will read."""
     rows = args.eval_global_batch_size
     if valid:
         evaluations = count_evaluations(args)
         args.consumed_valid_samples //= evaluation.counted_passes
         if evaluation.whole:
             args.eval_iters = evaluation.cover(valid, rows)
-        # A checkpoint of a run with other intervals may have read more of them than this run ever will.
+        # A checkpoint of a run with other intervals may have consumed more rows than this run ever will.
         valid.num_rows = args.consumed_valid_samples + evaluations * args.eval_iters * rows * evaluation.passes
         valid.read_again(evaluation.passes, args.eval_iters * rows, args.consumed_valid_samples)
         valid.split = Split.valid
@@ -200,8 +202,9 @@ def plan_evaluations(args: argparse.Namespace, evaluation: Evaluation, valid: Pa
 
 
 def plan_folder(args: argparse.Namespace, walk: Walk) -> Path | None:
-    """Where planned rows are kept for all processes; None where each of them plans in less time than it would wait."""
-    if args.dry_run:  # which writes nothing
+    """Return the folder in which planned rows are cached for all processes, or None if each process plans faster than
+    it would wait for the cache."""
+    if args.dry_run:  # a dry run writes nothing
         return None
     if args.data_cache_path:
         return Path(args.data_cache_path)
@@ -219,8 +222,8 @@ def count_rows(args: argparse.Namespace, sources: Sources) -> int:
 def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Evaluation,
                       on_ready: Callable[[PackedRows | None], None],
                       source_of: Callable[[int], int] | None = None) -> Callable[..., Datasets]:
-    """Make Megatron's datasets provider; `on_ready` is called with the training rows when training may begin, whose
-    examples `source_of` numbers by source."""
+    """Return Megatron's datasets provider. `on_ready` is called with the training rows once the datasets are built;
+    `source_of` maps a training example to the number of its source."""
     def rows(name: str, walk: Walk | None, count: int, fixed: bool = False) -> PackedRows | None:
         if walk is None or not count:
             return None
@@ -239,16 +242,16 @@ def datasets_provider(args: argparse.Namespace, sources: Sources, evaluation: Ev
     def provide(num_samples: Sequence[int], vp_stage: int | None = None) -> Datasets:
         if vp_stage:
             return None, None, None  # the chunk of tick 0 reads for all
-        # Rows per step may have been others before: what was read is counted in rows, what is left in steps.
-        steps = max(1, args.train_iters - args.iteration)  # Megatron's loader takes no end of the rows for a beginning
+        # The batch size may have changed: what was consumed is counted in rows, what is left in steps.
+        steps = max(1, args.train_iters - args.iteration)  # at least 1: Megatron's loader refuses to start at the end
         left = args.consumed_train_samples + steps * args.global_batch_size
         train = 0 if args.skip_train else max(num_samples[0], left)
-        found = (rows("training", sources.train, train),  # how many of the others is for plan_evaluations to say
+        found = (rows("training", sources.train, train),  # plan_evaluations sets the number of the others
                  rows("validation", sources.valid, int(evaluation.validates), fixed=True),
                  rows("test", sources.test, int(evaluation.tests), fixed=True))
         plan_evaluations(args, evaluation, found[1], found[2])
         on_ready(found[0])
         return found
 
-    provide.is_distributed = True  # type: ignore[attr-defined]  # every rank reads for itself: no broadcast of batches
+    provide.is_distributed = True  # type: ignore[attr-defined]  # every rank reads by itself, without a broadcast
     return provide

@@ -1,4 +1,4 @@
-"""Over all ranks: hold the data that a run reads against the checksums that were stored when it was written."""
+"""Verify the data of a run against the checksums stored when it was written, divided among all ranks."""
 from __future__ import annotations
 
 import logging

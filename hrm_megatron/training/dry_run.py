@@ -1,4 +1,4 @@
-"""Build a run without weights and without its ranks: what it would be laid out as, before any GPU is asked for."""
+"""`--dry-run`: build a run without weights, GPUs or other ranks; describe its layout, data, memory and disk space."""
 from __future__ import annotations
 
 import argparse
@@ -43,18 +43,18 @@ log = logging.getLogger(__name__)
 
 
 def has_data(args: argparse.Namespace) -> bool:
-    """Tell whether the command line names data, which a dry run may leave out."""
+    """Tell whether the command line names data, which a dry run may omit."""
     return any(getattr(args, flag.removeprefix("--").replace("-", "_")) for flag in DATA_FLAGS)
 
 
 def assumed_vocab_size(args: argparse.Namespace) -> int:
-    """Vocabulary of a dry run without data."""
+    """Return the vocabulary size of a dry run without data."""
     return int(args.vocab_size or PRESET_VOCAB_SIZE)
 
 
 @dataclass(frozen=True)
 class Built:
-    """The weights of one rank, name > (shape, dtype), and where it stands."""
+    """The weights of one rank, name to (shape, dtype), and its rank in each parallel group."""
 
     rank: int
     place: dict[str, int]
@@ -62,13 +62,13 @@ class Built:
 
     @property
     def parameters(self) -> int:
-        """Weights of the model, without adapters."""
+        """Number of parameters of the model, without adapters."""
         return sum(torch.Size(shape).numel() for name, (shape, _) in self.weights.items() if ".lora." not in name)
 
 
 @contextlib.contextmanager
 def fake_rank(args: argparse.Namespace, rank: int) -> Iterator[None]:
-    """Be one of the ranks of a run whose other ranks are not there: groups answer sizes and ranks, nothing is sent."""
+    """Act as one rank of a run without the other ranks: groups know sizes and ranks, but nothing is sent."""
     stock = torch.distributed.new_group
 
     def new_group(*arguments: Any, **options: Any) -> Any:
@@ -87,8 +87,8 @@ def fake_rank(args: argparse.Namespace, rank: int) -> Iterator[None]:
 
 
 def build(args: argparse.Namespace, rank: int) -> Built:
-    """Build the model of one rank, as a run does, of tensors without values."""
-    # On any machine as on a CPU, where Megatron leaves the device to torch; names and shapes are those of any layers.
+    """Return the model of one rank, built as in a run, but on the meta device."""
+    # Build as on a CPU, where Megatron lets torch choose the device; names and shapes are the same for all layers.
     here = argparse.Namespace(**{**vars(args), "use_cpu_initialization": True, "transformer_impl": "local", "fp8": None,
                                  "rank": rank, "cpu_offloading_num_layers": 0})
     without_values = dict(initialize=lambda *_: None, draw=lambda *_: torch.zeros((), device="cpu"))
@@ -104,21 +104,21 @@ def build(args: argparse.Namespace, rank: int) -> Built:
 
 
 def first_rank_of(args: argparse.Namespace, stage: int) -> int:
-    """The lowest rank of a pipeline stage."""
+    """Return the lowest rank of a pipeline stage."""
     ranks = args.tensor_model_parallel_size * args.context_parallel_size
     return stage * ranks * (1 if args.use_tp_pp_dp_mapping else int(args.data_parallel_size))
 
 
 def saving_of(args: argparse.Namespace) -> Saving:
-    """Read off the arguments what a step keeps, with a label at every position."""
+    """Return what a step keeps in memory by these arguments, with a label at every position."""
     return Saving(args.bp_max_steps, args.recompute_ticks, args.recompute_gated_act, args.params_dtype.itemsize,
                   sharded=sharded_by_fsdp(args), lora=lora_of(args), gradient_itemsize=gradient_itemsize(args),
-                  # FSDP2's layers keep none, and parameters of FP8 are the weights themselves
+                  # layers under FSDP2 keep no copies, and with FP8 parameters the weights themselves are FP8
                   fp8_copies=bool(args.fp8) and not (args.use_torch_fsdp2 or args.fp8_param_gather))
 
 
 def predicted_memory(args: argparse.Namespace) -> list[Memory]:
-    """Predict the memory of each stage on GPUs, at the most gradient ticks."""
+    """Return the predicted GPU memory of each stage, at the maximum number of gradient ticks."""
     plan = None
     if args.pipeline_model_parallel_size > 1:
         plan = plan_pipeline(architecture_of(args, args.vocab_size), args.bp_max_steps, microbatches_of(args),
@@ -128,11 +128,10 @@ def predicted_memory(args: argparse.Namespace) -> list[Memory]:
 
 
 def checked_start(args: argparse.Namespace, data: Sources | None, evaluation: Evaluation) -> tuple[Path | None, int]:
-    """Return the checkpoint that the run would begin from, or None, and the steps that it has done by then; refuse what
-    the run would refuse of both, and log what it would.
+    """Return the checkpoint that the run would load, or None, and the steps done by then; refuse and log what the run
+    would.
 
-    Whether the vocabulary is that of the data is told where there are data, and of damage that alone which shows in the
-    sizes of files.
+    The vocabulary is compared only if there are data, and only damage that shows in file sizes is found.
     """
     if (folder := check_start(args)) is None:
         return None, 0
@@ -152,7 +151,7 @@ def checked_start(args: argparse.Namespace, data: Sources | None, evaluation: Ev
 
 
 def describe_dry_run(args: argparse.Namespace, data: Sources | None, evaluation: Evaluation) -> Iterator[str]:
-    """Yield all that a dry run has to say, behind what `pretrain.refuse` refuses; nothing is written."""
+    """Yield the lines of a dry run, after the checks of `pretrain.refuse`; nothing is written."""
     start, done = checked_start(args, data, evaluation)
     yield describe_model(args)
     yield describe(args)
@@ -160,7 +159,7 @@ def describe_dry_run(args: argparse.Namespace, data: Sources | None, evaluation:
         yield f"checkpoint: evaluates {start}"
     elif start:
         finished = bool(done and (nothing_left(done, args.train_iters) or stopped_early(args, done)))
-        if not finished:  # of which the log speaks
+        if not finished:  # else the log says so
             yield f"checkpoint: begins from {start}, after step {done}"
         if made := went_back(args):
             yield made

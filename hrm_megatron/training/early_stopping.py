@@ -1,6 +1,6 @@
-"""`--early-stopping N`: end a run whose held-out exact accuracy does not rise any more, and keep its best iteration.
+"""`--early-stopping N`: end a run whose validation exact accuracy no longer rises, and keep its best iteration.
 
-What was measured is in --save's early_stopping.json, so that a resumed run decides as one that never stopped.
+Measurements are kept in early_stopping.json in --save, so that a resumed run decides like an uninterrupted one.
 """
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ log = logging.getLogger(__name__)
 
 RECORD_FILE = "early_stopping.json"
 MEASURE = "exact accuracy"
-ON_VALIDATION_SET = "on validation set"  # how Megatron's loop calls its last validation
+ON_VALIDATION_SET = "on validation set"  # in the prefix of the final validation in Megatron's loop
 
 
 @dataclass
 class Record:
-    """Exact accuracy by iteration, and the iteration behind which the run was ended, if it was."""
+    """Exact accuracy by iteration, and the iteration after which the run was stopped, if it was."""
 
-    weights: str  # that were measured: RAW or EMA
-    data: str | None  # digest of the examples that they were measured on
+    weights: str  # the measured weights: RAW or EMA
+    data: str | None  # digest of the validation examples
     evaluations: dict[int, float] = field(default_factory=dict)
     stopped: int | None = None
 
     @classmethod
     def load(cls, path: Path) -> Record | None:
-        """Read all that a run has measured, None if it has written down nothing."""
+        """Return the record of a run, or None if there is none."""
         return read_record(
             path, lambda found: cls(
                 found["weights"], found.get("data"),
@@ -52,9 +52,10 @@ class Record:
 
     @classmethod
     def read(cls, args: argparse.Namespace, until: int) -> Record:
-        """Read what was measured in --save up to an iteration, from which the run goes on."""
+        """Return the record in --save up to iteration `until`, from which the run resumes; refuse one of other weights
+        or data."""
         path = Path(args.save) / RECORD_FILE
-        weights = RAW if args.eval_weights == RAW else EMA  # of both the EMA, which is evaluated behind them
+        weights = RAW if args.eval_weights == RAW else EMA  # with "both" the EMA, which is evaluated last
         data = digest_of_data(args, "valid")
         if (found := cls.load(path)) is None:
             return cls(weights, data)
@@ -68,7 +69,7 @@ class Record:
         return replace(found.until(until), weights=weights, data=data)
 
     def until(self, iteration: int) -> Record:
-        """Return what was known of it at an iteration."""
+        """Return the record as it was at an iteration."""
         return replace(self, evaluations={i: value for i, value in self.evaluations.items() if i <= iteration},
                        stopped=self.stopped if self.stopped == iteration else None)
 
@@ -80,7 +81,7 @@ class Record:
 
     @property
     def best(self) -> int | None:
-        """The iteration with the highest accuracy, the first of them."""
+        """The first iteration with the highest accuracy, or None."""
         measured = [i for i, value in self.evaluations.items() if not math.isnan(value)]
         return max(measured, key=lambda i: self.evaluations[i], default=None)
 
@@ -95,7 +96,7 @@ class Record:
 
 
 def stopped_early(args: argparse.Namespace, iteration: int) -> str | None:
-    """Say in one line that the run of this iteration was ended there; None where it was not."""
+    """Return one line that says that the run was stopped early at this iteration, or None if it was not."""
     if not args.early_stopping or not args.save:
         return None
     record = Record.read(args, iteration)
@@ -105,13 +106,14 @@ def stopped_early(args: argparse.Namespace, iteration: int) -> str | None:
 
 
 def end_where_stopped(args: argparse.Namespace) -> None:
-    """Let a run that goes on from where it was stopped early make no step."""
+    """Let a run that resumes where it was stopped early take no step."""
     if stopped_early(args, args.iteration):
         args.train_iters = args.iteration
 
 
 def delete_older(args: argparse.Namespace, latest: int) -> None:
-    """Delete what --most-recent-k and --save-retain-interval leave out, now that `latest` is saved; on one rank."""
+    """Delete the iterations that --most-recent-k and --save-retain-interval do not keep, after `latest` was saved; call
+    it on one rank."""
     if not (args.most_recent_k or args.save_retain_interval):
         return
     save = Path(args.save)
@@ -124,7 +126,7 @@ def delete_older(args: argparse.Namespace, latest: int) -> None:
 
 
 def check_early_stopping(args: argparse.Namespace, evaluation: Evaluation) -> None:
-    """Refuse an early stopping that has nothing to go by, or nowhere to keep it."""
+    """Refuse early stopping without validation or without --save."""
     if not args.early_stopping:
         return
     flag = f"--early-stopping {args.early_stopping}"
@@ -133,12 +135,11 @@ def check_early_stopping(args: argparse.Namespace, evaluation: Evaluation) -> No
     if not evaluation.validates:
         raise ConfigError(f"{flag}: there is nothing to validate on; give --valid-data-path PREFIX, or a --split")
     refuse_beside(flag, {"--async-save": args.async_save, "--skip-train": args.skip_train})
-    Record.read(args, 0)  # refused now, not at the first evaluation
+    Record.read(args, 0)  # refuse an unusable record now, not at the first evaluation
 
 
 def install_early_stopping(args: argparse.Namespace) -> None:
-    """Let Megatron's loop end a run as --early-stopping asks. Call it behind `guard_saves` and
-    `install_evaluation`."""
+    """Install early stopping in Megatron's loop; call it after `guard_saves` and `install_evaluation`."""
     if not args.early_stopping:
         return
     former = Path(args.load or args.save) / RECORD_FILE
@@ -154,7 +155,7 @@ def install_early_stopping(args: argparse.Namespace) -> None:
 
 
 class EarlyStopping:
-    """Wrappers of Megatron's functions; each takes the function that it wraps first."""
+    """Wrappers of Megatron's functions; each gets the function that it wraps as first argument."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -164,7 +165,7 @@ class EarlyStopping:
 
     @functools.cached_property
     def record(self) -> Record:
-        """Read when the loop runs, which knows where it goes on."""
+        """The record, first read in the loop, when the iteration to resume from is known."""
         record = Record.read(self.args, self.args.iteration)
         self.kept = record.best
         return record
@@ -177,16 +178,16 @@ class EarlyStopping:
     def evaluate_and_print_results(self, stock: Callable[..., None], prefix: str, forward_step_func: Any,
                                    data_iterator: Any, model: Any, iteration: int, *rest: Any, **options: Any) -> None:
         if prefix.endswith(ON_VALIDATION_SET) and iteration == self.record.stopped:
-            return  # this is the validation that it was stopped by
+            return  # the run was stopped by this validation
         stock(prefix, forward_step_func, data_iterator, model, iteration, *rest, **options)
         if prefix.endswith(ON_TEST_SET):
             return
-        if iteration not in self.record.evaluations:  # the last one of a run may be measured twice
-            # Of a pipeline only the last stage knows, to which the last rank belongs in every layout.
+        if iteration not in self.record.evaluations:  # the last iteration may be evaluated twice
+            # Only the last pipeline stage has the value; the last rank belongs to it in every layout.
             value = torch.tensor([self.measured], dtype=torch.float64, device=f"cuda:{torch.cuda.current_device()}")
             torch.distributed.broadcast(value, torch.distributed.get_world_size() - 1)
             self.record.evaluations[iteration] = value.item()
-        if prefix.endswith(ON_VALIDATION_SET):  # the run has been saved, and ends
+        if prefix.endswith(ON_VALIDATION_SET):  # the run is saved, and ends
             self.keep(iteration)
             log.info(f"early stopping: {self.record.describe_best(self.args.save)}")
 
@@ -200,7 +201,7 @@ class EarlyStopping:
             return stock(model, optimizer, scheduler, iteration, *rest)
         tired = self.record.evaluations_since_best >= self.args.early_stopping
         self.record.stopped = iteration if tired else None
-        self.write()  # before it is saved: a start that goes on from there knows
+        self.write()  # before the save, so that a start that resumes from it knows
         ends = stock(model, optimizer, scheduler, iteration, *rest)
         if tired or self.record.best == iteration:
             flops, context, rows = rest
@@ -210,11 +211,11 @@ class EarlyStopping:
         if tired:
             log.info(f"early stopping: {self.args.early_stopping} evaluations without a better one, stopped at step "
                      f"{iteration}; {self.record.describe_best(self.args.save)}")
-            self.args.train_iters = iteration  # ends Megatron's loop, behind which the test comes
+            self.args.train_iters = iteration  # ends Megatron's loop; the test follows
         return ends
 
     def keep(self, iteration: int) -> None:
-        """Write down what was measured; the best iteration of before may go where others do."""
+        """Write the record; if the best iteration changed, the previous best may be deleted."""
         former, self.kept = self.kept, self.record.best
         self.write()
         latest = self.saved or self.args.iteration

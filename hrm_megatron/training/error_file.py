@@ -1,4 +1,4 @@
-"""Why a rank ended, for the screen and for torchrun, which repeats it as "Root Cause" in its last lines."""
+"""Why a rank ended: one line for the terminal and for torchrun, which repeats it as "Root Cause" in its last lines."""
 from __future__ import annotations
 
 import json
@@ -14,23 +14,24 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from hrm_megatron.config import ConfigError
 from hrm_megatron.training.memory import LESS_MEMORY
 
-DEAD_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\)")  # torch's words, in which its process id is
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\)")  # torch's message, with the process id
 
 
 class RestartableError(ConfigError):
-    """Ends a run that goes on when a launcher starts the same command again; other ConfigErrors refuse the command."""
+    """An error after which the same command can resume, so a launcher may restart it; other ConfigErrors refuse the
+    command."""
 
     outcome = "failed"
 
 
 class WentBackError(RestartableError):
-    """The next start goes on from an earlier step, and leaves rows out."""
+    """Ends a run that rolls back: the next start resumes from an earlier step and skips rows."""
 
     outcome = "went back"
 
 
 def one_line(error: BaseException, rank: int) -> str | None:
-    """The line that says all about an error; None for one that needs its traceback."""
+    """Return one line that fully describes the error, or None for an error that needs its traceback."""
     if isinstance(error, ConfigError):
         return f"error: {error}"
     if isinstance(error, torch.OutOfMemoryError):
@@ -44,18 +45,18 @@ def one_line(error: BaseException, rank: int) -> str | None:
 
 
 def _reads_from_workers(error: BaseException) -> bool:
-    """Say whether it came up where torch takes tensors over from a process that reads data."""
+    """Tell whether the error was raised where torch receives tensors from a data loader worker."""
     return any(Path(frame.f_code.co_filename).match("torch/utils/data/*.py")
                for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def outcome(error: BaseException) -> str:
-    """Say what a launcher has to know of an error, in the words of cluster/failures.py."""
+    """Return the kind of an error for the launcher, as defined in cluster/failures.py."""
     return getattr(error, "outcome", "refused" if isinstance(error, ConfigError) else RestartableError.outcome)
 
 
 class OneLineErrors(ErrorHandler):
-    """Writes torchrun's error file: one line where that says all, else the traceback."""
+    """Writes torchrun's error file: one line if that is enough, else the traceback."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -65,7 +66,7 @@ class OneLineErrors(ErrorHandler):
         if line is None or not file:
             super().record_exception(e)
             return
-        # torchrun prints the call stack where there is one, else the message (ChildFailedError._format_failure).
+        # torchrun prints py_callstack if present, else the message (ChildFailedError._format_failure).
         extra = dict(py_callstack=line, timestamp=str(int(time.time())), outcome=outcome(e))
         with open(file, "w", encoding="utf-8") as stream:
             json.dump(dict(message=dict(message=line, extraInfo=extra)), stream)

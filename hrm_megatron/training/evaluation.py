@@ -1,4 +1,4 @@
-"""What an evaluation reads, when there is one, and under which name its result is logged."""
+"""Evaluations during training: which parts and weights they use, when they run, and how results are logged."""
 from __future__ import annotations
 
 import argparse
@@ -22,19 +22,19 @@ from hrm_megatron.program import write_aside
 
 log = logging.getLogger(__name__)
 
-# How Megatron's loop calls its last evaluation (training.py, pretrain).
+# In the prefix of the test evaluation in Megatron's loop (training.py, pretrain).
 ON_TEST_SET = "on test set"
 RAW, EMA, BOTH = EVAL_WEIGHTS = ("raw", "ema", "both")
 EVALUATED = "evaluated.json"  # beside the checkpoints
-OF_EMA = " EMA"  # behind the name of a part whose results are those of the EMA
+OF_EMA = " EMA"  # suffix of a part's name in results of the EMA
 
 
 @dataclass
 class Evaluation:
-    """Which of the held-out parts have examples; `whole`: an evaluation reads all rows of its part, each once.
+    """Which held-out parts are evaluated; `whole`: an evaluation reads all rows of its part, each once.
 
-    `suffix` names the weights that are being evaluated: nothing, or OF_EMA. `validated`: the last iteration that this
-    start has validated.
+    `suffix` names the weights being evaluated: "" for raw weights, or OF_EMA. `validated`: the last iteration validated
+    since this start.
     """
 
     validates: bool
@@ -44,27 +44,27 @@ class Evaluation:
     weights: str = RAW
     suffix: str = field(default="", init=False)
     validated: int | None = field(default=None, init=False)
-    optimizer: Any = field(default=None, init=False)  # known once the loop has built it
-    counted_passes: int = field(default=1, init=False)  # in the count of rows with which the run begins
+    optimizer: Any = field(default=None, init=False)  # set once the loop has built it
+    counted_passes: int = field(default=1, init=False)  # in the checkpoint's count of consumed validation rows
 
     def use(self, optimizer: Any) -> None:
-        """Take the optimizer, which holds the EMA."""
+        """Set the optimizer, which holds the EMA."""
         self.optimizer = optimizer
 
     @property
     def passes(self) -> int:
-        """How often an evaluation reads its rows."""
+        """How many times an evaluation reads its rows."""
         return 2 if self.weights == BOTH else 1
 
     def go_on(self, theirs: argparse.Namespace) -> None:
-        """Learn how a checkpoint counts the rows that it has validated on: once; older ones for each pass."""
+        """Set how a checkpoint counts consumed validation rows: once per evaluation, older ones once per pass."""
         both = getattr(theirs, "eval_weights", RAW) == BOTH
         self.counted_passes = 2 if both and getattr(theirs, "counts_passes", True) else 1
 
     def is_left(self, save: str, iteration: int, stopped_early: bool) -> bool:
-        """Tell whether the run in `save`, which has come to its end, has not seen the end of its last evaluations.
+        """Tell whether the finished run in `save` lacks its final evaluation.
 
-        One that was stopped early has validated there.
+        A run that was stopped early has been validated there, and lacks at most the test.
         """
         try:
             evaluated = json.loads((Path(save) / EVALUATED).read_text(encoding="utf-8"))["iteration"]
@@ -73,8 +73,7 @@ class Evaluation:
         return (self.tests or (self.validates and not stopped_early)) and evaluated != iteration
 
     def note_end(self, args: argparse.Namespace) -> None:
-        """Write down that a run which has come to its end has been evaluated there, with all that it had to evaluate;
-        nothing is lost if that fails."""
+        """Record that the final evaluation of a finished run is complete; a failure is only a warning."""
         if args.rank or args.skip_train or not args.save:
             return
         try:
@@ -84,16 +83,16 @@ class Evaluation:
                         "evaluate this run once more")
 
     def cover(self, dataset: PackedRows, rows_per_iteration: int) -> int:
-        """Return the iterations that read all rows of a part once; empty rows fill up the last one."""
+        """Return the number of iterations that read all rows of a part once; empty rows fill the last batch."""
         dataset.period = round_up(dataset.rows_per_epoch, rows_per_iteration)
         return dataset.period // rows_per_iteration
 
 
 def settle_evaluation(args: argparse.Namespace, valid_examples: int, test_examples: int, absence: str) -> Evaluation:
-    """Decide what is evaluated, and turn Megatron's evaluation off where there is nothing.
+    """Decide what is evaluated, and turn Megatron's evaluation off if there is nothing to evaluate.
 
-    `absence` says why there is nothing to validate on where that is so. `--full-validation` is taken over here:
-    Megatron's would repeat rows to fill a step, and count rows for steps.
+    `absence` says why there are no validation examples. `--full-validation` is implemented here: Megatron's would
+    repeat rows to fill a batch, and take the number of rows for a number of iterations.
     """
     whole, wanted = bool(args.full_validation), bool(args.full_validation or args.eval_iters)
     validates, tests = wanted and valid_examples > 0, wanted and test_examples > 0
@@ -103,12 +102,12 @@ def settle_evaluation(args: argparse.Namespace, valid_examples: int, test_exampl
     if wanted and not validates:
         log.info(f"validation: off, {absence}")
     args.full_validation = False
-    # With whole parts it is set again once the rows are counted.
+    # For whole parts it is set again once the rows are counted.
     args.eval_iters = 1 if whole else args.eval_iters
     if not (validates or tests):
         args.eval_iters = 0
     check_weights(args, validates or tests)
-    args.counts_passes = False  # for the checkpoints
+    args.counts_passes = False  # stored in checkpoints
     return Evaluation(validates, tests, whole, args.eval_iters, args.eval_weights)
 
 
@@ -130,12 +129,12 @@ def check_weights(args: argparse.Namespace, evaluates: bool) -> None:
 
 
 def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None:
-    """Let the loop evaluate the parts that are there and come to the end of it, log a test as a test, and validate no
-    iteration twice: at its end it would do once more what an interval has done."""
+    """Let the loop evaluate only existing parts, complete each evaluation, log a test as a test, and validate an
+    iteration only once (stock code repeats the validation of the last step at the end of the run)."""
     validate: Callable[..., None] = megatron_training.evaluate_and_print_results
 
     def to_its_end(stock: Callable[..., Any], *rest: Any, **options: Any) -> Any:
-        with temporarily(args, exit_duration_in_mins=None):  # no later start would validate this iteration
+        with temporarily(args, exit_duration_in_mins=None):  # no later start would repeat an interrupted one
             return stock(*rest, **options)
 
     def evaluate_and_print_results(prefix: str, forward_step_func: Any, data_iterator: Any, model: Any, iteration: int,
@@ -166,7 +165,7 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
                 evaluate(part + OF_EMA, iters)
             evaluation.suffix = ""
         if not tests:
-            args.consumed_valid_samples = before + iters * args.eval_global_batch_size  # whatever the passes
+            args.consumed_valid_samples = before + iters * args.eval_global_batch_size  # for any number of passes
             evaluation.validated = iteration
 
     megatron_training.evaluate = around(megatron_training.evaluate, to_its_end)
@@ -174,7 +173,7 @@ def install_evaluation(args: argparse.Namespace, evaluation: Evaluation) -> None
 
 
 def log_part(part: str, means: dict[str, float], iteration: int, rows: int, write_to_tensorboard: bool) -> None:
-    """Print the result of a part, and write it beside those that Megatron writes."""
+    """Print the result of a part, and write it to TensorBoard and W&B as Megatron does."""
     writer, wandb = get_tensorboard_writer() if write_to_tensorboard else None, get_wandb_writer()
     for name, mean in means.items():
         if writer:
@@ -182,6 +181,6 @@ def log_part(part: str, means: dict[str, float], iteration: int, rows: int, writ
             writer.add_scalar(f"{name} {part} vs samples", mean, rows)
         if writer and wandb and is_last_rank():
             wandb.log({f"{name} {part}": mean}, iteration)
-    if is_last_rank():  # in Megatron's form, for its log
+    if is_last_rank():  # in Megatron's format, for its log
         print(f" {part} loss at iteration {iteration} | "
               + " | ".join(f"{name} value: {mean:.6E}" for name, mean in means.items()), file=sys.stdout, flush=True)

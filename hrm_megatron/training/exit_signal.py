@@ -1,4 +1,4 @@
-"""All ranks learn of a signal to one of them by one number of each step."""
+"""Tell all ranks about a signal to one of them, by all-reducing one number per step."""
 from __future__ import annotations
 
 import argparse
@@ -8,9 +8,9 @@ from megatron.training.dist_signal_handler import DistributedSignalHandler
 
 
 def received_by_any(handler: DistributedSignalHandler) -> list[bool]:
-    """Tell whether any rank has received the signal, as a list of one.
+    """Return [True] if any rank has received the signal, else [False].
 
-    Stock code gathers a number from each rank and reads all of them one by one, from a GPU with a wait for each.
+    Stock code gathers a number from each rank and reads them one by one, on a GPU with one synchronization for each.
     """
     received = torch.tensor([handler._signal_received], dtype=torch.int32, device="cuda")
     torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
@@ -18,6 +18,6 @@ def received_by_any(handler: DistributedSignalHandler) -> list[bool]:
 
 
 def install_exit_signal(args: argparse.Namespace) -> None:
-    """Let Megatron's loop ask all ranks at once, with --exit-signal-handler."""
+    """Replace Megatron's check for signals if --exit-signal-handler is given."""
     if args.exit_signal_handler:
         DistributedSignalHandler.signals_received = received_by_any

@@ -1,7 +1,7 @@
-"""`--finetune`: a new run from the weights of another, with HRM-Text's settings for that; started again, it goes on.
+"""`--finetune`: a new run from the weights of another, with HRM-Text's fine-tuning settings.
 
-The run goes on from its own checkpoints in --save. It begins, at step 0 of a schedule and of its data of its own, from
-those of --pretrained-checkpoint.
+The first start loads --pretrained-checkpoint and begins at step 0, with its own schedule and data; later starts resume
+from the run's own checkpoints in --save.
 """
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from hrm_megatron.training.lora import lora_of
 
 log = logging.getLogger(__name__)
 
-# HRM-Text's settings for supervised fine-tuning. A flag given by hand wins.
+# HRM-Text's settings for supervised fine-tuning. Explicit flags win.
 TOKENS_PER_STEP = 32_768
 EPOCHS = 5
-SETTINGS: dict[str, Any] = dict(lr=3e-5, bp_warmup_fraction=0.0, ema_decay=0.999)  # and no warm-up of the rate
+SETTINGS: dict[str, Any] = dict(lr=3e-5, bp_warmup_fraction=0.0, ema_decay=0.999)  # and no LR warm-up
 MIN_LR_RATIO = 0.1
 HOW_LONG = ("epochs", "train_iters", "train_samples")
 
@@ -45,7 +45,7 @@ OF_STATE = ("exp_avg", "exp_avg_sq", EMA, "param")
 
 
 def settle_folders(args: argparse.Namespace) -> None:
-    """Let --pretrained-checkpoint name what the run begins from, and --load where it goes on: in --save."""
+    """Set --pretrained-checkpoint to the checkpoint to fine-tune and --load to --save, from which the run resumes."""
     if not args.finetune:
         if args.finetune_from:
             raise ConfigError(f"--finetune-from {args.finetune_from}: has no effect without --finetune; give that too, "
@@ -69,7 +69,7 @@ def settle_folders(args: argparse.Namespace) -> None:
 
 
 def fill_settings(args: argparse.Namespace, given: Collection[str]) -> None:
-    """Give every setting of a fine-tuning that was not `given` on the command line HRM-Text's value."""
+    """Set every fine-tuning setting that was not `given` on the command line to HRM-Text's value."""
     for name, value in SETTINGS.items():
         if name not in given:
             setattr(args, name, value)
@@ -86,7 +86,7 @@ def fill_settings(args: argparse.Namespace, given: Collection[str]) -> None:
 
 
 def how_to_evaluate(args: argparse.Namespace) -> str:
-    """Say what evaluates the checkpoints of this run."""
+    """Say how to evaluate the checkpoints of this run."""
     if lora_of(args):
         return "tools/generate.py and tools/evaluate.py read adapters as they are, --skip-train wants them merged"
     if args.finetune or args.finetune_from:
@@ -95,7 +95,7 @@ def how_to_evaluate(args: argparse.Namespace) -> str:
 
 
 def go_on(args: argparse.Namespace, folder: Path, stored: argparse.Namespace) -> None:
-    """Make this the second start of a fine-tuning that saved `folder` with the arguments `stored`."""
+    """Set the arguments so that the run resumes from `folder`, which it saved with the arguments `stored`."""
     if stored.pretrained_checkpoint is None:
         raise ConfigError(f"--save {args.save}: holds {folder.name} of a run that was no fine-tuning; choose another "
                           "--save, or leave --finetune out to go on with it")
@@ -113,7 +113,7 @@ def go_on(args: argparse.Namespace, folder: Path, stored: argparse.Namespace) ->
 
 
 def choose_source(args: argparse.Namespace, folder: Path, keys: Collection[str]) -> None:
-    """Decide which weights of `folder`, an iteration with these `keys`, the run begins from: its EMA if it has one."""
+    """Decide what to load from `folder`, an iteration with these `keys`; by default the EMA, else the raw weights."""
     has = {part: _has(part, keys) for part in OF_STATE}
     missing = [part for part in {EMA: [EMA], STATE: OF_STATE}.get(args.finetune_from, []) if not has[part]]
     if missing:
@@ -132,7 +132,7 @@ def choose_source(args: argparse.Namespace, folder: Path, keys: Collection[str])
 
 
 def remark_on_weights(folder: Path, keys: Collection[str]) -> None:
-    """Say which weights a run without --finetune begins from, where the iteration has others that exports use."""
+    """Log that a run without --finetune begins from raw weights, if the iteration also has the EMA that exports use."""
     if _has(EMA, keys):
         log.info(f"checkpoint: begins from {folder}: its raw weights, a new optimizer; from its EMA, which exports and "
                  "evaluations use, it begins with --finetune")
@@ -143,7 +143,7 @@ def _has(part: str, keys: Collection[str]) -> bool:
 
 
 def install_finetune(args: argparse.Namespace) -> None:
-    """Let Megatron's loop load what --finetune-from asks for, where the run begins; stock code loads raw weights, and
+    """Let Megatron's loop load what --finetune-from asks for at the first start; stock code loads raw weights only, and
     would look for adapters."""
     if not args.finetune or (args.finetune_from == RAW and not args.lora_rank):
         return
@@ -173,7 +173,7 @@ def install_finetune(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def take_ema(model: list[torch.nn.Module], folder: Path) -> None:
-    """Put the EMA that an iteration holds in the place of the model's weights, in any layout."""
+    """Load the EMA of an iteration into the model's weights, in any layout."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     wanted: dict[str, ShardedTensor | ShardedTensorFactory] = {}
     weights: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Weights sharded over the data parallel ranks, by torch's FSDP2 or by Megatron-FSDP: what an HRM needs for either."""
+"""What an HRM needs to train with torch's FSDP2 or Megatron-FSDP."""
 from __future__ import annotations
 
 import argparse
@@ -22,9 +22,9 @@ from hrm_megatron.optim.sharded import BY_NAME
 from hrm_megatron.parallel.connections import CONNECTIONS
 from hrm_megatron.parallel.patching import around
 
-# What each needs of Megatron's other flags, so that a user gives one flag only. Fused gradients would be overwritten
-# by each tick under Megatron-FSDP (tensor_parallel/layers.py). Shards of FSDP2 are loaded in their places; a parallel
-# load would return other tensors.
+# Megatron flags that each implies, so that a user gives one flag only. Under Megatron-FSDP each tick would overwrite
+# fused gradients (tensor_parallel/layers.py). FSDP2's shards are loaded in place; a parallel load would return other
+# tensors.
 SETTINGS: dict[str, dict[str, Any]] = {
     "use_torch_fsdp2": dict(use_distributed_optimizer=False, gradient_accumulation_fusion=False,
                             ckpt_fully_parallel_load=False),
@@ -65,23 +65,23 @@ def _megatron_fsdp_refuses(args: argparse.Namespace) -> dict[str, bool]:
         args.recompute_granularity == "selective" and {*(args.recompute_modules or ())} - {"core_attn"})
     return {
         "--data-parallel-sharding-strategy no_shard": args.data_parallel_sharding_strategy == "no_shard",
-        # A layer's gradient of one tick would take the place of a later tick's.
+        # A layer's gradient of one tick would overwrite that of a later tick.
         "recomputation of whole layers or MLPs (core_attn alone is right)": bool(weights_recomputed),
         "--recompute-ticks": args.recompute_ticks > 0,
         "--reuse-grad-buf-for-mxfp8-param-ag": args.reuse_grad_buf_for_mxfp8_param_ag,
-        # Its checkpoints are read into the wrapper that Megatron leaves out (fsdp_dtensor_checkpoint.py).
+        # Its checkpoints are loaded into a wrapper that Megatron omits here (fsdp_dtensor_checkpoint.py).
         "--skip-train (what tools/convert_checkpoint.py makes of its checkpoint evaluates without it)": args.skip_train,
     }
 
 
 def _check_rows(args: argparse.Namespace, architecture: Architecture) -> None:
-    """Refuse ranks over which Megatron cannot save FSDP2's weights (core/utils.py, transformer/mlp.py)."""
+    """Refuse a number of ranks for which Megatron cannot save FSDP2's weights (core/utils.py, transformer/mlp.py)."""
     tp = args.tensor_model_parallel_size
     ranks = args.world_size // tp
     qkv, _ = architecture.linear_shapes["linear_qkv"]
     for name, rows, unit in (("hidden size", architecture.hidden_size, 1),
                              ("rows of queries, keys, values and gates", qkv // tp, 1),
-                             ("FFN columns", 2 * architecture.ffn_hidden_size // tp, 2),  # no shard of gate and up
+                             ("FFN columns", 2 * architecture.ffn_hidden_size // tp, 2),  # no shard across gate and up
                              ("padded vocabulary", architecture.padded_vocab_size // tp, 1)):
         if ranks > 1 and (rows % ranks or ranks % unit):
             possible = [n for n in range(1, min(rows, 64) + 1) if rows % n == 0 and (n == 1 or n % unit == 0)]
@@ -90,7 +90,7 @@ def _check_rows(args: argparse.Namespace, architecture: Architecture) -> None:
 
 
 def sharded_by_fsdp(args: argparse.Namespace) -> tuple[str, ...]:
-    """Name what is shared out over the data parallel ranks beside the optimizer's state."""
+    """Return what is sharded over the data parallel ranks besides the optimizer state."""
     by_strategy = {"optim_grads": ("gradients",), "optim_grads_params": ("gradients", "weights")}
     if args.use_megatron_fsdp:
         return by_strategy.get(args.data_parallel_sharding_strategy, ())
@@ -98,9 +98,9 @@ def sharded_by_fsdp(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 class TorchFSDP2(TorchFullyShardedDataParallel):  # type: ignore[misc]
-    """Megatron's, whose gradients are sums over the ranks divided by the tokens of the step, as DDP's are.
+    """Megatron's FSDP2 wrapper with gradients as in DDP: summed over the ranks, divided by the tokens of the step.
 
-    Stock FSDP2 averages over the ranks and its `scale_gradients` does nothing: wrong for a loss per token.
+    The stock wrapper averages over the ranks, and its `scale_gradients` does nothing: wrong for a per-token loss.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -108,7 +108,7 @@ class TorchFSDP2(TorchFullyShardedDataParallel):  # type: ignore[misc]
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # else by an operation that NCCL alone has
+                module.set_force_sum_reduction_for_comms(True)  # else by an op that only NCCL has
                 _forget_backward(module)
 
     @torch.no_grad()
@@ -120,7 +120,7 @@ class TorchFSDP2(TorchFullyShardedDataParallel):  # type: ignore[misc]
 
 
 def count_all_zeros(stock: Callable[..., float], weights: Sequence[torch.Tensor], *rest: Any, **options: Any) -> float:
-    """Count gradients that a step does not make as zeros, which they are in every other layout."""
+    """Count missing gradients as zeros, as in every other layout."""
     missing = [weight for weight in weights if weight.grad is None]
     for weight in missing:
         weight.grad = torch.zeros_like(weight)
@@ -131,10 +131,10 @@ def count_all_zeros(stock: Callable[..., float], weights: Sequence[torch.Tensor]
 
 
 def _forget_backward(module: FSDPModule) -> None:
-    """Let a layer that is recomputed in the backward pass of a tick be so again in that of an earlier tick.
+    """Allow a layer to be recomputed in the backward passes of several ticks.
 
-    torch takes the second such run for a part of the first: its gradients would be left over for the next micro-batch,
-    or the next step (torch/distributed/fsdp/_fully_shard/_fsdp_state.py, _pre_forward).
+    torch takes the second recomputation for a part of the first: its gradients would remain for the next micro-batch or
+    the next step (torch/distributed/fsdp/_fully_shard/_fsdp_state.py, _pre_forward).
     """
     state = module._get_fsdp_state()
     if (group := state._fsdp_param_group) is not None:
@@ -147,7 +147,7 @@ def _forget_backward(module: FSDPModule) -> None:
 
 
 class FP32Module(Float16Module):  # type: ignore[misc]
-    """The level around a model that Megatron-FSDP's checkpoints expect and only half precision has in stock code."""
+    """The wrapper around a model that Megatron-FSDP's checkpoints expect; stock code has it only in half precision."""
 
     def __init__(self, module: MegatronModule) -> None:
         MegatronModule.__init__(self, module.config)
@@ -159,9 +159,9 @@ class FP32Module(Float16Module):  # type: ignore[misc]
 
 
 def install_fsdp(args: argparse.Namespace) -> None:
-    """Let Megatron's loop shard as above, and under FSDP2 save and load as every other layout does."""
+    """Install the classes above in Megatron's loop; under FSDP2, save and load as every other layout does."""
     if args.use_megatron_fsdp:
-        # The stock function wants einops for one reshape.
+        # The stock function needs einops for one reshape.
         mcore_fsdp_adapter._get_dp_tp_mesh = lambda dp_cp_group, tp_group: torch.arange(
             torch.distributed.get_world_size()).view(dp_cp_group.size(), tp_group.size())
     if not args.use_torch_fsdp2:
@@ -169,7 +169,7 @@ def install_fsdp(args: argparse.Namespace) -> None:
     stock_metadata, stock_load = checkpointing._build_sharded_state_dict_metadata, megatron_training.load_checkpoint
 
     def load_checkpoint(*arguments: Any, skip_load_to_model_and_opt: bool = False, **options: Any) -> Any:
-        # Stock code skips the optimizer's groups too, which hold the counts of updates.
+        # Stock code also skips the optimizer's param groups, which hold the update counts.
         return stock_load(*arguments, **options)
 
     checkpointing._build_sharded_state_dict_metadata = lambda *arguments, **options: {

@@ -1,8 +1,8 @@
-"""`--ckpt-step N` of a run that saves where it loads: it goes back to an older iteration once, and nothing is lost.
+"""`--ckpt-step N` of a run that saves where it loads: roll back to an older iteration once, without deleting anything.
 
-What was saved behind that iteration is moved aside, and a record says so: later starts of the same command go on from
-their newest iteration. Behind a kill in between, the next start with the flag begins at N and moves what is left, and
-one without it is refused.
+Later iterations are moved aside and the rollback is recorded, so that later starts of the same command resume from the
+newest iteration. After a kill during the move, the next start with the flag loads N and moves what is left; a start
+without the flag is refused.
 """
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from hrm_megatron.training.summary import only_evaluates
 
 log = logging.getLogger(__name__)
 
-RECORD_FILE = "went_back.json"  # beside the checkpoints: the last return of the run
+RECORD_FILE = "went_back.json"  # beside the checkpoints: the last rollback of the run
 
 
 def _asked(args: argparse.Namespace) -> int | None:
-    """Return the iteration that a run is asked to go back to within its own folder; None for one that moves nothing."""
+    """Return the iteration that a run is asked to roll back to within its own folder, or None if nothing is moved."""
     return args.ckpt_step if args.ckpt_step and _trains_on(args) else None
 
 
@@ -41,14 +41,14 @@ def _trains_on(args: argparse.Namespace) -> bool:
 
 
 def step_to_go_back_to(args: argparse.Namespace) -> int | None:
-    """Return the iteration that this start is to go back to; None where it moves nothing, or the run has gone back."""
+    """Return the iteration that this start rolls back to, or None if nothing is moved or the rollback is done."""
     step = _asked(args)
     return None if step is None or went_back(args) else step
 
 
 def went_back(args: argparse.Namespace) -> str | None:
-    """Say in one line that the run has gone back as it is asked to, and goes on from its newest iteration; None where
-    it has not."""
+    """Return one line that says that the requested rollback is done and the run resumes from its newest iteration, or
+    None if it is not done."""
     step = _asked(args)
     if step is None or (made := _recorded(args.save)) is None or not made.finished or made.step != step:
         return None
@@ -57,7 +57,7 @@ def went_back(args: argparse.Namespace) -> str | None:
 
 
 def refuse_half_a_return(args: argparse.Namespace) -> None:
-    """Raise ConfigError for a start without --ckpt-step in a folder that a run has gone back in, but not to the end."""
+    """Raise ConfigError for a start without --ckpt-step in a folder whose last rollback was interrupted."""
     if args.ckpt_step or not _trains_on(args):
         return
     made = _recorded(args.save)
@@ -67,7 +67,7 @@ def refuse_half_a_return(args: argparse.Namespace) -> None:
 
 
 def way_back(args: argparse.Namespace, step: int) -> str:
-    """Name the flag by which this run begins at iteration `step`, and what would keep it from that."""
+    """Return the flag that makes this run load iteration `step`, and the record to remove first, if any."""
     made = _recorded(args.save) if _trains_on(args) else None
     blocked = made is not None and made.finished and made.step == step
     return f"--ckpt-step {step}" + (f" without {Path(args.save) / RECORD_FILE}" if blocked else "")
@@ -75,7 +75,7 @@ def way_back(args: argparse.Namespace, step: int) -> str:
 
 @dataclass(frozen=True)
 class _Return:
-    """The last return of a run: to which step, when it began, and whether all is moved."""
+    """The last rollback of a run: its target step, its time, and whether the move is finished."""
 
     step: int
     time: str
@@ -86,7 +86,7 @@ class _Return:
 
 
 def _recorded(save: str) -> _Return | None:
-    """Read the last return of the run in `save`."""
+    """Return the last rollback recorded in `save`, or None."""
     return read_record(
         Path(save) / RECORD_FILE,
         lambda found: _Return(int(found["step"]), str(found["time"]), bool(found["finished"])),
@@ -94,7 +94,7 @@ def _recorded(save: str) -> _Return | None:
 
 
 def describe_return(args: argparse.Namespace, step: int, moved: str = "would be moved") -> str:
-    """Say in one line which iterations leave the folder when the run goes back to `step`."""
+    """Return one line that names the iterations moved aside by a rollback to `step`."""
     later = _later(Path(args.save), step)
     if not later:
         return f"checkpoint: --ckpt-step {step}: no later iteration is in {args.save}"
@@ -102,9 +102,9 @@ def describe_return(args: argparse.Namespace, step: int, moved: str = "would be 
 
 
 def go_back(args: argparse.Namespace, step: int | None) -> None:
-    """Move aside what the run saved behind `step`, if that is what it has loaded and trains from; on one rank.
+    """Move aside what the run saved after `step`, if the run has loaded `step` and trains from it; call it on one rank.
 
-    Raises ConfigError where the folder cannot be written.
+    Raises ConfigError if the folder cannot be written.
     """
     if step is None or step != args.iteration or only_evaluates(args):
         return
@@ -113,7 +113,7 @@ def go_back(args: argparse.Namespace, step: int | None) -> None:
     made = _Return(step, time.strftime("%Y-%m-%d %H:%M:%S"), finished=False)
     try:
         line = describe_return(args, step, "was moved")
-        made.write(args.save)  # first: until all is moved, a start without the flag is refused
+        made.write(args.save)  # first, so that a start without the flag is refused until all is moved
         write_file(args.save, TRACKER_FILE, str(step))
         for folder in _later(save, step):
             _move(folder, save)
@@ -136,7 +136,7 @@ def _named(folders: Sequence[Path]) -> str:
 
 
 def _move(folder: Path, save: Path) -> None:
-    """Move an iteration aside, over nothing that is there; a link goes on to lead where it does."""
+    """Move an iteration aside without overwriting anything; a symlink keeps its target."""
     place = _free(save, folder.name)
     place.parent.mkdir(exist_ok=True)
     if folder.is_symlink():
@@ -147,7 +147,7 @@ def _move(folder: Path, save: Path) -> None:
 
 
 def _free(save: Path, name: str) -> Path:
-    """Return the place of this name in the first of abandoned, abandoned.2, abandoned.3, ... that does not have it."""
+    """Return the path of `name` in the first of abandoned, abandoned.2, abandoned.3, ... in which it is free."""
     asides = (save / f"{ABANDONED}.{count}" for count in itertools.count(2))
     places = (aside / name for aside in itertools.chain([save / ABANDONED], asides))
     return next(place for place in places if not (place.exists() or place.is_symlink()))

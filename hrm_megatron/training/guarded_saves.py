@@ -1,4 +1,4 @@
-"""Saves that never damage an older iteration, and never look whole before they are."""
+"""Saves that never damage an older iteration and never look complete before they are."""
 from __future__ import annotations
 
 import argparse
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 
 def guard_saves(args: argparse.Namespace) -> None:
-    """Let Megatron's loop save through functions that keep a half-written iteration from looking whole, and load
-    whatever it saves: what --no-save-optim and --no-save-rng leave out of a save, stock code asks no checkpoint for.
+    """Wrap Megatron's save and load functions so that a partially written iteration never looks complete, and so that
+    --no-save-optim and --no-save-rng do not affect loading (stock code does not load what it is told not to save).
 
-    A save in the background fails when its end is waited for. An iteration that is saved is not saved once more, as
-    behind Megatron's loop: that would begin by breaking it.
+    An asynchronous save reports its error when it is finalized. An iteration is saved only once: a second save, as
+    after Megatron's loop, would start by invalidating the first.
     """
     end_helpers_with_their_rank(args.async_save)
     stock: Callable[..., None] = megatron_training.save_checkpoint
@@ -49,10 +49,10 @@ def guard_saves(args: argparse.Namespace) -> None:
     def record(folder: Path) -> None:
         record_save(args, folder)
         if not torch.distributed.get_rank():
-            with temporarily(args, save_retain_interval=retain_interval):  # ours, within Megatron's save or behind it
+            with temporarily(args, save_retain_interval=retain_interval):  # for our own deletion
                 delete_older(args, iteration_of(folder.name))
 
-    def without_megatrons_deletion() -> AbstractContextManager[None]:  # it comes before the manifest of what stays
+    def without_megatrons_deletion() -> AbstractContextManager[None]:  # it deletes before the new manifest is written
         return temporarily(args, save_retain_interval=None)
 
     def schedule(folder: Path, request: Any) -> None:
@@ -61,24 +61,24 @@ def guard_saves(args: argparse.Namespace) -> None:
         def finish() -> None:
             record(folder)
             log.info(f"checkpoint: {folder}: whole {time.monotonic() - scheduled:.1f} s after it was handed over")
-        request.add_finalize_fn(finish)  # behind all of Megatron's own
+        request.add_finalize_fn(finish)  # runs after all of Megatron's
         stock_schedule(request)
 
     def refuse(iteration: int, error: OSError | CheckpointException) -> ConfigError:
         refusal = unwritten(args.save, f"iteration {iteration}", error,
                             f" with --load {args.save}{listed(Path(args.save))}")
-        shutil.rmtree(Path(args.save) / folder_name(iteration), ignore_errors=True)  # give its space back
+        shutil.rmtree(Path(args.save) / folder_name(iteration), ignore_errors=True)  # free its space
         return refusal
 
     @functools.wraps(stock)
     def save_checkpoint(iteration: int, *rest: Any, **options: Any) -> None:
         folder = Path(args.save) / folder_name(iteration)
         if not torch.distributed.get_rank():
-            finish_deletion(Path(args.save))  # whose space may be wanted
-            for name in COMPLETE_FILES:  # an older save of the same iteration is about to be written over
+            finish_deletion(Path(args.save))  # frees space that may be needed
+            for name in COMPLETE_FILES:  # an older save of this iteration is about to be overwritten
                 (folder / name).unlink(missing_ok=True)
-            (Path(args.save) / EVALUATED).unlink(missing_ok=True)  # it was of other weights
-            for path in folder.glob(f"*{TENSORS}"):  # by other ranks perhaps
+            (Path(args.save) / EVALUATED).unlink(missing_ok=True)  # it belongs to other weights
+            for path in folder.glob(f"*{TENSORS}"):  # the old save may have had other ranks
                 path.unlink()
         torch.distributed.barrier()
         begun.append(iteration)
@@ -96,7 +96,7 @@ def guard_saves(args: argparse.Namespace) -> None:
         try:
             with without_megatrons_deletion():
                 stock_end(*rest, **options)
-        except (OSError, CheckpointException) as error:  # of the oldest save that has not come to its end
+        except (OSError, CheckpointException) as error:  # from the oldest unfinished save
             whole = set(complete_iterations(Path(args.save)))
             raise refuse(next((i for i in begun if folder_name(i) not in whole), begun[-1]), error) from error
 
@@ -105,8 +105,8 @@ def guard_saves(args: argparse.Namespace) -> None:
             return stock(*rest, **options)
 
     def save_once(stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
-        saved = iteration in (args.iteration, *begun[-1:])  # the first: from which the run goes on
-        # What Megatron has found about a step goes into a checkpoint, for the next start to run it again.
+        saved = iteration in (args.iteration, *begun[-1:])  # args.iteration: the one that was loaded
+        # Megatron's rerun state machine saves its findings about a step, so that the next start reruns it.
         if not saved or get_rerun_state_machine().state == RerunState.WILL_RERUN_FROM_CHECKPOINT:
             stock(iteration, *rest, **options)
 

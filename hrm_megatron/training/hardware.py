@@ -1,4 +1,4 @@
-"""Which layers and which number formats a machine can run: plain rules over the command line and a few facts."""
+"""Which layers and number formats a machine can run: rules over the command line and a few facts about it."""
 from __future__ import annotations
 
 import argparse
@@ -9,14 +9,14 @@ from hrm_megatron.planner.layout import Layout, check_fp8
 
 LOCAL, TRANSFORMER_ENGINE = TRANSFORMER_IMPLS = "local", "transformer_engine"
 BF16_CAPABILITY = (8, 0)
-# FP8 recipe > lowest compute capability, number that sizes must be multiples of (fp8_utils.py, get_fp8_align_size).
-# Source of the former: Transformer Engine, pytorch/quantization.py, _compute_fp8_support and _compute_mxfp8_support.
+# FP8 recipe to (lowest compute capability, required multiple of sizes). Sources: Transformer Engine,
+# pytorch/quantization.py, _compute_fp8_support and _compute_mxfp8_support; fp8_utils.py, get_fp8_align_size.
 FP8_RECIPES = {"delayed": ((8, 9), 16), "tensorwise": ((8, 9), 16), "mxfp8": ((10, 0), 32)}
 NO_MXFP8_FROM = (12, 0)
 
 
 def choose_layers(asked: str | None, compiled: bool, machine: Machine) -> tuple[str, str]:
-    """Return the transformer implementation to use and why, for the log; `asked` is the flag's value or None."""
+    """Return the transformer implementation to use, and the reason for the log; `asked` is the flag's value or None."""
     missing = machine.lacks_transformer_engine()
     if compiled:
         if asked == TRANSFORMER_ENGINE:
@@ -33,13 +33,13 @@ def choose_layers(asked: str | None, compiled: bool, machine: Machine) -> tuple[
 
 
 def check_compilation(args: argparse.Namespace, machine: Machine) -> None:
-    """Refuse what cannot be compiled."""
+    """Refuse --compile-layers with flags that it is incompatible with."""
     if not args.compile_layers:
         return
     if machine.capability is None:
         raise ConfigError("--compile-layers: needs a CUDA device, and there is none; leave it out")
     refuse_beside("--compile-layers", {
-        # Their collectives run in the backward of a linear layer, where a compiler stops.
+        # Their collectives run in the backward of a linear layer, which torch.compile cannot trace.
         "--tensor-model-parallel-size": args.tensor_model_parallel_size > 1,
         "--use-torch-fsdp2": args.use_torch_fsdp2, "--use-megatron-fsdp": args.use_megatron_fsdp,
         "--recompute-modules gated_act": args.recompute_gated_act,
@@ -48,7 +48,7 @@ def check_compilation(args: argparse.Namespace, machine: Machine) -> None:
 
 
 def check_precision(args: argparse.Namespace, machine: Machine) -> None:
-    """Refuse number formats that the machine or the layers cannot do; `args.transformer_impl` is decided already."""
+    """Refuse number formats that the machine or the layers do not support; call it after `choose_layers`."""
     device = "this GPU (compute capability {}.{})".format(*machine.capability or (0, 0))
     if args.bf16 and machine.capability and machine.capability < BF16_CAPABILITY:
         raise ConfigError(f"--bf16: {device} has no bf16, which begins with 8.0; leave it out to train in fp32")
@@ -63,7 +63,7 @@ def check_precision(args: argparse.Namespace, machine: Machine) -> None:
                           f"--transformer-impl {TRANSFORMER_ENGINE}")
     if args.fp8_recipe not in FP8_RECIPES:
         raise ConfigError(f"--fp8-recipe {args.fp8_recipe}: choose one of {', '.join(FP8_RECIPES)}")
-    assert machine.capability is not None  # else there were no Transformer Engine
+    assert machine.capability is not None  # Transformer Engine needs CUDA
     lowest, multiple = FP8_RECIPES[args.fp8_recipe]
     if machine.capability < FP8_RECIPES["tensorwise"][0]:
         raise ConfigError(f"--fp8-format {args.fp8}: {device} has no FP8, which begins with 8.9; leave it out")
@@ -80,7 +80,7 @@ def _check_delayed(args: argparse.Namespace) -> None:
         raise ConfigError("--first-last-layers-bf16: Megatron cannot mix it with delayed scaling; give --fp8-recipe "
                           "tensorwise")
     if args.recompute_granularity == "full" or "mlp" in (args.recompute_modules or ()):
-        # A queue for each layer, oldest first (FP8GlobalStateManager.get_old_fp8_meta_tensors_for_recompute).
+        # One FIFO queue per layer (FP8GlobalStateManager.get_old_fp8_meta_tensors_for_recompute).
         raise ConfigError("--recompute-granularity with --fp8-recipe delayed: Transformer Engine takes the scales of "
                           "recomputed layers back in the order of the ticks, gradients come in the reverse order; give "
                           "--fp8-recipe tensorwise, or recompute core_attn only")

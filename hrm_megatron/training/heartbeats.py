@@ -1,7 +1,7 @@
-"""What each rank of a run says of itself from time to time, and which of them a run that hangs waits for.
+"""Heartbeat files of all ranks, and the decision which rank a hanging run waits for.
 
-One small file for each rank, below the folder of the run: it needs no collective, and no rank that others depend on.
-A rank says how long ago it got on by its own clock, and a count that grows as long as its process runs, so that clocks
+Each rank writes one small file in the run's folder, so no collective and no coordinating rank is needed. A beat holds
+the time since the rank's last progress, by its own clock, and a count that grows while its process runs, so the clocks
 of nodes may differ.
 """
 from __future__ import annotations
@@ -17,15 +17,15 @@ from hrm_megatron.program import write_aside
 START, READING, FORWARD, BETWEEN, GRADIENTS, OPTIMIZER, LOGS, EVALUATION, LOAD, SAVE = (
     "start", "reading data", "forward", "backward, or waiting for a stage", "reduction of gradients", "optimizer",
     "logs", "evaluation", "load", "save")
-ORDER = (START, LOAD, READING, FORWARD, BETWEEN, GRADIENTS, OPTIMIZER, LOGS, EVALUATION, SAVE)  # in a step
+ORDER = (START, LOAD, READING, FORWARD, BETWEEN, GRADIENTS, OPTIMIZER, LOGS, EVALUATION, SAVE)  # within a step
 MOST_NAMED = 8
-READS = 3  # of a file that its rank replaces meanwhile, of which NFS says that it is stale
-BACKSTOP = 1.5  # timeouts after which C code ends a rank whose own watchdog cannot run
+READS = 3  # attempts: NFS reports ESTALE if the rank replaces the file meanwhile
+BACKSTOP = 1.5  # in timeouts; then faulthandler's C thread ends a rank whose watchdog cannot run
 
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank was when it last said so; `idle_seconds` since it began that phase."""
+    """A rank's position at its last heartbeat; `idle_seconds`: time since it entered that phase."""
 
     rank: int
     node: str
@@ -44,7 +44,7 @@ def write_beat(folder: Path, beat: Beat) -> None:
 
 
 def read_beats(folder: Path, ranks: int) -> list[Beat | None]:
-    """Read what every rank last said; None for one that has said nothing."""
+    """Return the last beat of every rank, None for a rank without one."""
     return [_read_beat(folder / f"rank-{rank}.json") for rank in range(ranks)]
 
 
@@ -60,15 +60,15 @@ def _read_beat(file: Path, reads: int = READS) -> Beat | None:
 
 
 def answers(before: Beat | None, now: Beat | None) -> bool:
-    """Tell whether a rank has said anything in between."""
+    """Tell whether a rank has written a beat between the two reads."""
     return now is not None and (before is None or now.count > before.count)
 
 
 def silent_ranks(before: Sequence[Beat | None], now: Sequence[Beat | None]) -> list[int]:
-    """Return the ranks that the others wait for; none where all are in one place, which shows no difference.
+    """Return the ranks that the others wait for; none if all are at the same point.
 
-    First those whose process says nothing any more; then those that read data, which waits for no other rank; then
-    those that are furthest behind.
+    These are the ranks that no longer write beats; if there are none, those that are reading data, since they wait for
+    no other rank; otherwise those furthest behind.
     """
     if dead := [rank for rank, beat in enumerate(now) if not answers(before[rank], beat)]:
         return dead
@@ -81,7 +81,7 @@ def silent_ranks(before: Sequence[Beat | None], now: Sequence[Beat | None]) -> l
 
 
 def describe_hang(before: Sequence[Beat | None], now: Sequence[Beat | None]) -> str:
-    """Name the silent ranks in one line, and where the others wait."""
+    """Return one line that names the silent ranks, and where the others wait."""
     silent = silent_ranks(before, now)
     others = sorted({f"'{beat.phase}' of step {beat.step}" for beat in now if beat and beat.rank not in silent})
     waiting = " or ".join(others)

@@ -1,4 +1,4 @@
-"""Say at the start what a run is laid out as: who holds what, and how long its pipeline waits."""
+"""Describe the parallel layout at start-up: memory per rank and pipeline bubble."""
 from __future__ import annotations
 
 import argparse
@@ -16,7 +16,7 @@ from hrm_megatron.transformer_config import architecture_of
 
 
 def layers_of_stages(args: argparse.Namespace) -> list[int]:
-    """Layers per stack on each stage, as Megatron cuts them."""
+    """Return the layers per stack on each stage, as Megatron splits them."""
     stages, total = args.pipeline_model_parallel_size, args.num_layers
     ends = [args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers]
     if stages == 1:
@@ -28,13 +28,13 @@ def layers_of_stages(args: argparse.Namespace) -> list[int]:
 
 
 def gradient_itemsize(args: argparse.Namespace) -> int:
-    """Bytes of a gradient that is reduced."""
+    """Return the bytes per element of a reduced gradient."""
     reduced_in_fp32 = args.accumulate_allreduce_grads_in_fp32 and not args.use_torch_fsdp2
     return GRADIENT_BYTES if reduced_in_fp32 else int(args.params_dtype.itemsize)
 
 
 def describe(args: argparse.Namespace) -> str:
-    """Describe the layout of a run in a few lines."""
+    """Return a description of the layout in a few lines."""
     tp, pp, cp, dp = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size,
                       args.data_parallel_size)
     microbatches = microbatches_of(args)
@@ -57,7 +57,7 @@ def describe(args: argparse.Namespace) -> str:
 
 
 def explain_weight_gradients(args: argparse.Namespace) -> str:
-    """Say in one line who adds the gradients of weights."""
+    """Return one line that says how weight gradients are accumulated."""
     if not args.gradient_accumulation_fusion:
         return f"summed over the ticks of a micro-batch by autograd, in {str(args.params_dtype).removeprefix('torch.')}"
     kernels, missing = find_apex()
@@ -72,7 +72,7 @@ def explain_weight_gradients(args: argparse.Namespace) -> str:
 
 
 def describe_pipeline(args: argparse.Namespace, bp_steps: int) -> str:
-    """Describe the schedule of a step with so many gradient ticks in one line."""
+    """Return one line about the pipeline schedule of a step with `bp_steps` gradient ticks."""
     plan = plan_pipeline(architecture_of(args, args.vocab_size), bp_steps, microbatches_of(args),
                          args.pipeline_model_parallel_size, args.pipeline_schedule, args.pipeline_window)
     how = "one phase"

@@ -1,4 +1,4 @@
-"""Megatron's training loop with all that an HRM replaces in it or adds to it."""
+"""Install all replacements and additions that an HRM needs in Megatron's training loop."""
 from __future__ import annotations
 
 import argparse
@@ -29,7 +29,7 @@ from hrm_megatron.training.watchdog import Watchdog, install_watchdog
 
 @dataclass(frozen=True)
 class Loop:
-    """What of the loop the start and the end of a run need."""
+    """The parts of the loop that the start and the end of a run use."""
 
     step: TrainingStep
     sources_by_name: SourceNames | None
@@ -39,11 +39,11 @@ class Loop:
 
 def install_all(args: argparse.Namespace, console: Console, data: Sources, evaluation: Evaluation,
                 install_eval_tasks: Callable[[], None], loads: bool) -> Loop:
-    """Replace functions of Megatron's loop; `loads` says whether the run goes on from a checkpoint.
+    """Replace functions of Megatron's loop; `loads`: the run resumes from a checkpoint.
 
-    Where several wrap the same function the order counts, the last is called first: curves and evaluations before what
-    may end the run at a step, which they belong to; saves before early stopping, which is told of each; the console,
-    which reports on all, last.
+    Where several wrap the same function, the last one installed is called first. Curves and evaluations are installed
+    before what may end the run at a step, so that this step is included; saves before early stopping, which observes
+    them; the console, which reports on all of them, last.
     """
     sources_by_name = find_sources(args, data.train)
     step = TrainingStep(args, loads)

@@ -1,4 +1,4 @@
-"""`--lora-rank`: a fine-tuning of adapters, with all weights of the model frozen (model/lora.py)."""
+"""`--lora-rank`: fine-tune LoRA adapters with all weights of the model frozen (model/lora.py)."""
 from __future__ import annotations
 
 import argparse
@@ -21,7 +21,7 @@ def add_lora(group: argparse._ArgumentGroup) -> None:
 
 
 def lora_of(args: argparse.Namespace) -> LoRA | None:
-    """Read the adapters off the arguments of a run (or of a checkpoint, which an older version may have written)."""
+    """Return the adapters that arguments describe, those of a run or of a checkpoint (older ones lack the flags)."""
     rank = getattr(args, "lora_rank", None)
     if not rank:
         return None
@@ -31,7 +31,7 @@ def lora_of(args: argparse.Namespace) -> LoRA | None:
 
 
 def settle_lora(args: argparse.Namespace) -> None:
-    """Refuse what adapters are not built for; their layers are Megatron's local ones."""
+    """Refuse flags that adapters are incompatible with, and choose Megatron's local layers for them."""
     if args.lora_rank is None:
         for flag, given in ((ALPHA, args.lora_alpha), (TARGETS, args.lora_target_modules)):
             if given is not None:
@@ -57,7 +57,7 @@ def settle_lora(args: argparse.Namespace) -> None:
 
 
 def check_adapters(folder: Path, theirs: LoRA | None, ours: LoRA | None, begins: bool) -> None:
-    """Refuse to go on from other adapters, or to begin from weights that adapters still change."""
+    """Refuse to resume with different adapters, or to begin from weights with unmerged adapters."""
     if begins and theirs:
         raise ConfigError(f"{folder}: holds adapters ({RANK} {theirs.rank}) beside the weights that they change; merge "
                           f"them, {by_converting(folder, 'merged')}")
@@ -73,14 +73,14 @@ def _flags(lora: LoRA | None) -> str:
 
 
 def saved_bytes(args: argparse.Namespace, architecture: Architecture) -> int:
-    """Count the bytes of a checkpoint: all weights, adapters too, and what the optimizer has of each that trains."""
+    """Return the bytes of a checkpoint: all weights and adapters, and the optimizer state of the trained ones."""
     lora, total, state_bytes = lora_of(args), architecture.num_parameters, 0 if args.no_save_optim else SAVED_BYTES
     adapters = lora.num_parameters(architecture) if lora else 0
     return (total + adapters) * int(args.params_dtype.itemsize) + (adapters if lora else total) * state_bytes
 
 
 def describe_lora(args: argparse.Namespace, architecture: Architecture) -> str:
-    """Say in the words of a model's description what trains, and what that saves; nothing where all weights train."""
+    """Return the part of the model's description about adapters and what they save; "" if all weights train."""
     if (lora := lora_of(args)) is None:
         return ""
     trained, total = lora.num_parameters(architecture), architecture.num_parameters

@@ -1,10 +1,11 @@
-"""Losses that jump: named, and after several in a row gone back from as from gradients that are not finite.
+"""Detect loss spikes: warn about each and, after N consecutive ones, roll back as for non-finite gradients.
 
-A loss is a spike if it lies seven standard deviations above what came before, as OLMo 2 counts them (arXiv 2501.00656,
-spike score). Its mean and deviation would themselves be moved by a spike, so both are robust here: the median of the
-losses before, and 1.4826 times the median distance from it (Rousseeuw and Croux 1993), which is the standard deviation
-where losses are normal. Both hold while less than half of the losses before are spikes; a level that stays is none. The
-losses before are among the arguments that a checkpoint holds, so that a start on the same data goes on with them.
+A loss is a spike if it lies more than seven standard deviations above the previous losses, the threshold of OLMo 2's
+spike score (arXiv 2501.00656). A spike would itself move mean and standard deviation, so both are replaced by robust
+estimates: the median, and 1.4826 times the median absolute deviation (Rousseeuw and Croux 1993), which equals the
+standard deviation for normally distributed losses. Both hold while less than half of the previous losses are spikes; a
+lasting new level is not a spike. The loss history is saved in a checkpoint's arguments, so that a run that resumes on
+the same data continues it.
 """
 from __future__ import annotations
 
@@ -23,16 +24,16 @@ from hrm_megatron.training.bad_steps import IGNORE, ROLLBACK, go_back, warn_once
 from hrm_megatron.training.resume import trains_on_the_same
 
 DEVIATIONS = 7  # OLMo 2
-WINDOW, FEWEST = 128, 32  # losses before: of few enough steps that the trend of a run is small beside its noise
-NORMAL = 1.4826  # standard deviations in a median distance, 1 / 0.6745
-LEAST = 0.01  # deviation as a share of the median: a rise below 7 % is no spike, however quiet the losses before
-DATA = ("data_path", "train_data_path", "sampled_data_path", "sampling_rules")  # of checkpoints without digests
+WINDOW, FEWEST = 128, 32  # number of previous losses; few enough that the trend is small compared to the noise
+NORMAL = 1.4826  # standard deviation / median absolute deviation of a normal distribution, 1 / 0.6745
+LEAST = 0.01  # least deviation as a fraction of the median: a rise below 7 % is never a spike
+DATA = ("data_path", "train_data_path", "sampled_data_path", "sampling_rules")  # for checkpoints without digests
 
 log = logging.getLogger(__name__)
 
 
 class Spikes:
-    """The losses before, those of `args.losses_before`, and the steps in a row that are spikes."""
+    """The loss history, in `args.losses_before`, and the current run of consecutive spikes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -44,7 +45,7 @@ class Spikes:
         return found
 
     def bound(self) -> float:
-        """Return the largest loss that is no spike."""
+        """Return the largest loss that is not a spike."""
         if len(self.before) < FEWEST:
             return float("inf")
         median = statistics.median(self.before)
@@ -52,7 +53,7 @@ class Spikes:
         return median + DEVIATIONS * max(NORMAL * distance, LEAST * median)
 
     def note(self, step: int, loss: float) -> str | None:
-        """Take a step's loss; say what is wrong with it, if anything is."""
+        """Record a step's loss; return a message if it is a spike or not finite, else None."""
         if not math.isfinite(loss):
             self.in_a_row.append(step)
             return f"loss {loss} is no finite number ({len(self.in_a_row)} in a row)"
@@ -68,8 +69,8 @@ class Spikes:
 
 
 def take_losses(args: argparse.Namespace, stored: argparse.Namespace) -> None:
-    """Go on with the losses that a checkpoint was saved behind, where a policy asks for them and they are of the same
-    data: others may have another level."""
+    """Continue the loss history of a checkpoint if a policy uses it and the data are the same: losses on other data may
+    have another level."""
     if (same_data := trains_on_the_same(stored, args)) is None:
         same_data = all(getattr(stored, name, None) == getattr(args, name, None) for name in DATA)
     same = same_data and getattr(stored, "loss_on_prefix", None) == args.loss_on_prefix
@@ -77,7 +78,7 @@ def take_losses(args: argparse.Namespace, stored: argparse.Namespace) -> None:
 
 
 def loss_of_step(losses: dict[str, torch.Tensor]) -> float:
-    """Return the loss of a step on all ranks; the last stage of a pipeline alone has it, and no loss is negative."""
+    """Return the loss of a step on all ranks, by a maximum: only the last pipeline stage has it, others send -1."""
     mine = losses.get("lm loss")
     device = f"cuda:{torch.cuda.current_device()}"
     loss = torch.full((), -1.0, device=device) if mine is None else mine.detach().float().reshape(()).clone()
@@ -86,7 +87,7 @@ def loss_of_step(losses: dict[str, torch.Tensor]) -> float:
 
 
 def install_loss_spikes(args: argparse.Namespace) -> None:
-    """Look at the loss of each step that was taken, where a policy asks for it."""
+    """Check the loss of each applied step, unless --on-loss-spike is ignore."""
     if args.on_loss_spike == IGNORE:
         return
     spikes, stock = Spikes(args), megatron_training.training_log

@@ -1,4 +1,4 @@
-"""`--match-flops-of`: as many steps as cost what a preset's HRM costs in --train-iters steps."""
+"""`--match-flops-of`: train as many steps as have the FLOPs of a preset's HRM in --train-iters steps."""
 from __future__ import annotations
 
 import argparse
@@ -14,7 +14,7 @@ from hrm_megatron.transformer_config import architecture_of
 
 
 def match_flops(args: argparse.Namespace, data: Sources | None) -> list[str]:
-    """Set the number of steps if the flag was given, and return lines about it."""
+    """Set the number of steps if the flag was given; return lines for the log."""
     if (preset := args.match_flops_of) is None:
         return []
     flag = f"--match-flops-of {preset}"
@@ -31,7 +31,7 @@ def match_flops(args: argparse.Namespace, data: Sources | None) -> list[str]:
     asked, size = args.train_iters, (args.seq_length, args.global_batch_size, *first_rows(first))
     budget = run_flops(hrm, asked, *size)
     args.train_iters = matched_steps(ours, budget, *size)
-    bp_schedule(args), lr_schedule(args)  # refuse what the new length makes impossible
+    bp_schedule(args), lr_schedule(args)  # refuse schedules that do not fit the new length
     cost = run_flops(ours, args.train_iters, *size)
     return [f"flops: an HRM of {preset} takes {budget:.4g} for {asked} steps; this {ours.architecture.kind.title} "
             f"{cost:.4g} ({cost / budget - 1:+.2%}) for {args.train_iters}"]

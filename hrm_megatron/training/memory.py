@@ -1,4 +1,4 @@
-"""Flags that save memory: what works for this model, and one line for what does not."""
+"""Checks of the flags that save memory: which of them work for this model."""
 from __future__ import annotations
 
 import argparse
@@ -6,20 +6,19 @@ import argparse
 from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.parallel.machine import Machine
 
-# Our own among Megatron's --recompute-modules, as its "moe_act" is for experts: layers/gated_recompute.py.
+# Our addition to --recompute-modules, the counterpart of Megatron's "moe_act": layers/gated_recompute.py.
 GATED_ACT = "gated_act"
-# Of --recompute-modules. Megatron's "layernorm" would keep a norm's input in place of its output, which has the
+# Values of --recompute-modules. Megatron's "layernorm" would keep a norm's input instead of its output, which has the
 # same size and is all that norm and linear layer need; the others belong to layers that an HRM does not have.
 RECOMPUTED_MODULES = ("core_attn", "mlp", GATED_ACT)
 LESS_MEMORY = ("Way out: --recompute-granularity selective --recompute-modules gated_act, or --fp8-format, then "
                "--recompute-ticks K, keep less of each position; a smaller --micro-batch-size or shorter rows "
                "(--seq-length) are fewer positions at a time")
-OLDEST_OFFLOADING_TE = (2, 10)  # from which on its cpu_offload.py is the one that layers/offload.py was tested with
+OLDEST_OFFLOADING_TE = (2, 10)  # the first with the cpu_offload.py that layers/offload.py was tested with
 
 
 def choose_recompute_modules(args: argparse.Namespace) -> None:
-    """Check --recompute-modules and take our own out of it, which becomes `args.recompute_gated_act`: Megatron takes
-    only names that it knows."""
+    """Check --recompute-modules, and move our own module, which Megatron would refuse, to args.recompute_gated_act."""
     given = args.recompute_modules or []
     for module in given:
         if module not in RECOMPUTED_MODULES:
@@ -31,12 +30,12 @@ def choose_recompute_modules(args: argparse.Namespace) -> None:
     args.recompute_gated_act = GATED_ACT in given
     if args.recompute_gated_act:
         args.recompute_modules = [module for module in given if module != GATED_ACT] or None
-    if args.recompute_gated_act and not args.recompute_modules:  # None is Megatron's word for core_attn
+    if args.recompute_gated_act and not args.recompute_modules:  # None means core_attn to Megatron
         args.recompute_granularity, args.recompute_activations = None, False
 
 
 def check_memory(args: argparse.Namespace, machine: Machine) -> None:
-    """Refuse what would be wrong, or save nothing."""
+    """Refuse memory flags that would compute wrong results or save nothing."""
     ticks, full = args.recompute_ticks, args.recompute_granularity == "full"
     if not 0 <= ticks <= args.bp_max_steps:
         raise ConfigError(f"--recompute-ticks {ticks} must lie between 0 and {args.bp_max_steps}, the most ticks with "
@@ -67,6 +66,6 @@ def _check_offloading(args: argparse.Namespace, machine: Machine) -> None:
         "--pipeline-model-parallel-size": args.pipeline_model_parallel_size > 1,
         "--recompute-granularity (--recompute-ticks works)": args.recompute_granularity or args.recompute_activations,
         "--recompute-modules gated_act": args.recompute_gated_act,
-        # Whose weights come and go, and would be copied with the activations.
+        # FSDP's gathered weights would be offloaded along with the activations.
         "--use-torch-fsdp2": args.use_torch_fsdp2, "--use-megatron-fsdp": args.use_megatron_fsdp,
     })

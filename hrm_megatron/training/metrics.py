@@ -1,4 +1,4 @@
-"""What a micro-batch reports: sums and counts that Megatron adds up over micro-batches and replicas."""
+"""Metrics of a micro-batch: sums and counts that Megatron adds up over micro-batches and replicas."""
 from __future__ import annotations
 
 import contextlib
@@ -10,8 +10,8 @@ import torch
 
 from hrm_megatron.data.batch import PackedBatch
 
-Report = dict[str, torch.Tensor]  # name > [numerator, denominator]
-SPEED = "tokens per second"  # in a report of training
+Report = dict[str, torch.Tensor]  # name to [numerator, denominator]
+SPEED = "tokens per second"  # key in training reports
 
 
 def loss_sums(batch: PackedBatch, scores: torch.Tensor,
@@ -19,10 +19,10 @@ def loss_sums(batch: PackedBatch, scores: torch.Tensor,
     """Reduce the scores [2, n] of HRMModel to (sum of losses, count of labels, report).
 
     With `--calculate-per-token-loss` Megatron divides gradients by the count over all ranks and micro-batches:
-    the token mean of the global batch. An example is exactly right if all its labels are, those on the other ranks of
-    `context_group` too; each of these ranks reports its share.
+    the token mean of the global batch. An example is exactly right if all its labels are, including those on other
+    ranks of `context_group`; each of these ranks reports its share of the examples.
     """
-    losses, correct = scores[0], scores[1].detach()  # a report that hung on the graph would keep it alive
+    losses, correct = scores[0], scores[1].detach()  # an attached report would keep the graph alive
     loss = losses.sum()
     wrong = correct.new_zeros(batch.num_examples).index_add_(0, batch.label_example, 1 - correct)
     ranks = 1
@@ -40,31 +40,32 @@ def loss_sums(batch: PackedBatch, scores: torch.Tensor,
 
 
 def filled(like: torch.Tensor, value: float) -> torch.Tensor:
-    """Make an fp32 scalar where `like` is. Filling does not wait for the device; copying a number there does."""
+    """Return an fp32 scalar on the device of `like`, by filling, which unlike a copy from the host does not
+    synchronize."""
     return like.new_full((), value, dtype=torch.float32)
 
 
 class ThroughputMeter:
-    """Positions per second of wall-clock time, over all replicas, as a numerator and a denominator."""
+    """Positions per wall-clock second over all replicas, as a numerator and a denominator."""
 
     def __init__(self, replicas: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.replicas, self.clock = replicas, clock
         self.last = clock()
 
     def restart(self) -> None:
-        """Leave out the time up to now."""
+        """Exclude the time up to now."""
         self.last = self.clock()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time that the block takes: it is of no step."""
+        """Exclude the time of the block, which belongs to no step."""
         begun = self.clock()
         yield
         self.last += self.clock() - begun
 
     def lap(self, tokens: int) -> tuple[float, float]:
-        """Count `tokens` positions since the last lap; summed over micro-batches and replicas the pair is
-        (all positions times replicas, seconds times replicas)."""
+        """Return (`tokens` * replicas, seconds since the last lap); summed over micro-batches and replicas, that is
+        (all positions * replicas, elapsed seconds * replicas)."""
         now = self.clock()
         seconds, self.last = now - self.last, now
         return float(tokens * self.replicas), seconds

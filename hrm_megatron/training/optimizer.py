@@ -1,4 +1,4 @@
-"""Hand AdamATan2 and the step-exact schedules to Megatron's training loop."""
+"""Install AdamATan2 and the step-exact schedules in Megatron's training loop."""
 from __future__ import annotations
 
 import argparse
@@ -13,7 +13,8 @@ from hrm_megatron.training.step_schedules import lr_schedule
 
 
 def install_optimizer(args: argparse.Namespace, step: TrainingStep, users: Iterable[Callable[[Any], None]]) -> None:
-    """Replace the two functions by which the loop builds its optimizer and its scheduler; `users` get the optimizer."""
+    """Replace Megatron's optimizer and LR-scheduler factories; each callable in `users` is called with the optimizer
+    once it exists."""
     def get_optimizer_param_scheduler(optimizer: Any) -> StepScheduler:
         return StepScheduler(optimizer, lr_schedule(args), args.global_batch_size, args.weight_decay, step.running_step)
 

@@ -1,4 +1,4 @@
-"""Keep Megatron's overlap of collectives with compute right, and an overlap."""
+"""Keep Megatron's communication/computation overlap both correct and effective while `bp_steps` changes."""
 from __future__ import annotations
 
 import argparse
@@ -17,17 +17,17 @@ from hrm_megatron.training.error_file import RestartableError
 
 
 class OverlappedReduction:
-    """Tells DDP what it cannot see by itself (distributed/param_and_grad_buffer.py, _ParamAndGradBucketGroup).
+    """Tells DDP when its expected gradients change (distributed/param_and_grad_buffer.py, _ParamAndGradBucketGroup).
 
-    DDP counts in one batch how often each gradient of a bucket arrives and later starts to reduce the bucket when
-    the counts are reached. Both the counts and the set of weights with a gradient depend on bp_steps.
+    In the first batch DDP counts how often each gradient of a bucket arrives; from then on it starts to reduce the
+    bucket as soon as these counts are reached. The counts and the set of weights with a gradient depend on bp_steps.
     """
 
     def __init__(self) -> None:
         self.bp_steps: int | None = None
 
     def before_forward(self, model: torch.nn.Module, bp_steps: int, untrained: torch.Tensor | None) -> None:
-        """Prepare a micro-batch; `untrained` is a weight that will get no gradient in it."""
+        """Prepare DDP for a micro-batch; `untrained` is a weight that will get no gradient in it."""
         if not isinstance(model, DistributedDataParallel) or not model.ddp_config.overlap_grad_reduce:
             return
         groups: list[Any] = model.bucket_groups
@@ -42,11 +42,11 @@ class OverlappedReduction:
 
 
 class GradientCheck:
-    """Megatron's check for NaN and Inf in the gradients of this rank, for which the host waits once a step.
+    """Megatron's check for NaN and Inf in the gradients of this rank, with one synchronization per step.
 
-    Stock code reads the norm of a bucket twice before it reduces it, in the middle of an overlapped backward: the
-    device runs dry each time. Here the norms stay on the device until the gradients are finalized. `judge` is told
-    their sum; without one such a step ends the run.
+    Stock code reads the norm of each bucket twice before reducing it, in the middle of an overlapped backward, and
+    stalls the device each time. Here the norms stay on the device until the gradients are finalized. `judge` is called
+    with their sum; by default, a non-finite sum ends the run.
     """
 
     def __init__(self, judge: Callable[[torch.Tensor], None] | None = None) -> None:
@@ -54,20 +54,20 @@ class GradientCheck:
         self.judge = judge or end_the_run
 
     def note(self, buckets: list[Any]) -> None:
-        """Take the norms of the gradients in `buckets`, which are about to be reduced."""
+        """Compute the gradient norms of `buckets`, which are about to be reduced."""
         self.norms += [bucket.grad_data.norm(p=2) for bucket in buckets]
 
     def read(self) -> None:
-        """Hand them to what decides about the step."""
+        """Call `judge` with the sum of the norms."""
         if self.norms:
-            total, self.norms = torch.stack(self.norms).sum(), []  # NaN and Inf stay what they are in a sum
+            total, self.norms = torch.stack(self.norms).sum(), []  # non-finite if any norm is
             self.judge(total)
 
 
 def end_the_run(norm: torch.Tensor) -> None:
-    """Let Megatron run a step again whose gradients have no finite norm, and end the run.
+    """Let Megatron rerun a step whose gradient norm is not finite, and then end the run.
 
-    The first step of a start it would take: it cannot save before one. Raises RestartableError there.
+    In the first step of a start raise RestartableError instead: Megatron cannot save before it, and would apply it.
     """
     machine = get_rerun_state_machine()
     first = machine.state == RerunState.INITIAL_RUN and not machine.first_iteration_complete
@@ -79,11 +79,11 @@ def end_the_run(norm: torch.Tensor) -> None:
     machine.validate_result(
         result=norm, rejection_func=lambda norm: not torch.isfinite(norm),
         message="found NaN or Inf in local gradients before data-parallel communication collective",
-        tolerance=0.001, fatal=True)  # as stock code has it: attention may sum in another order
+        tolerance=0.001, fatal=True)  # stock tolerance: attention may sum in another order
 
 
 def check_gradients_once(check: GradientCheck) -> None:
-    """Let DDP note what `check` reads when Megatron's loop finalizes gradients."""
+    """Let DDP note gradient norms, and `check` read them when Megatron's loop finalizes gradients."""
     stock, finalize = _ParamAndGradBucketGroup.check_grads, megatron_training.finalize_model_grads
 
     def check_grads(self: Any, check_for_nan_or_inf: bool, check_for_large: bool) -> None:
@@ -100,10 +100,10 @@ def check_gradients_once(check: GradientCheck) -> None:
 
 
 def gather_before_compiled_layers() -> None:
-    """Let DDP wait for the weights of a compiled layer before it runs.
+    """Let DDP wait for all weights of a compiled layer before the layer runs.
 
-    Stock hooks wait at each module inside, so dynamo traces them and with them DDP's state, which differs from layer to
-    layer: each would be compiled by itself until dynamo gives up.
+    Stock hooks wait at each module inside, so dynamo traces them together with DDP's state, which differs between
+    layers: each layer would be compiled separately, up to dynamo's recompile limit.
     """
     stock = DistributedDataParallel.enable_forward_pre_hook
 
@@ -123,7 +123,7 @@ def gather_before_compiled_layers() -> None:
 
 
 def install_overlap(args: argparse.Namespace, judge: Callable[[torch.Tensor], None] | None) -> None:
-    """Let Megatron's loop build its DDP as above; `judge` is told of a step's gradients."""
+    """Patch Megatron's DDP as above; `judge` gets the norm of a step's gradients."""
     if args.check_for_nan_in_loss_and_grad:
         check_gradients_once(GradientCheck(judge))
     if args.compile_layers:

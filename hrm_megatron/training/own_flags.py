@@ -1,4 +1,5 @@
-"""Our own flags beside Megatron's, our defaults for Megatron's, and what stands on a command line."""
+"""Our flags beside Megatron's, our defaults for Megatron's flags, and which arguments were given explicitly on the
+command line."""
 from __future__ import annotations
 
 import argparse
@@ -28,7 +29,7 @@ from hrm_megatron.transformer_config import HRM_SETTINGS
 
 OPTIMIZER = "adam_atan2"
 
-# Our defaults for Megatron's own flags; a flag given by hand wins.
+# Our defaults for Megatron's flags; explicit flags win.
 DEFAULTS: dict[str, Any] = dict(
     clip_grad=0.0, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95,  # HRM-Text, cfg_pretrain
     lr_decay_style="cosine", min_lr=None,
@@ -36,18 +37,18 @@ DEFAULTS: dict[str, Any] = dict(
     transformer_impl=None,  # decided by training.hardware
     layernorm_epsilon=1e-6,  # HRM-Text, norm_eps
     ckpt_format="torch_dist", use_distributed_optimizer=True, dist_ckpt_optim_fully_reshardable=True,
-    ckpt_fully_parallel_load=True,  # each byte is read once by all data parallel ranks together
+    ckpt_fully_parallel_load=True,  # data parallel ranks divide the reads; each byte is read once
     data_parallel_sharding_strategy="optim_grads_params", megatron_fsdp_main_grads_dtype="fp32",
-    async_strategy="mcore",  # Megatron's would be nvrx, of a package of its own
+    async_strategy="mcore",  # Megatron's default nvrx needs another package
     log_interval=10, eval_interval=1000, eval_iters=10, save_interval=1000, num_workers=2,
-    split="97,3,0",  # for validation three in a hundred, and no test; Megatron's would be 969,30,1
+    split="97,3,0",  # 3 % for validation, no test set; Megatron's default is 969,30,1
 )
-# What makes the model an HRM: not the user's to choose.
+# What makes the model an HRM; users cannot change it.
 FORCED: dict[str, Any] = dict(
     swiglu=True, bias_swiglu_fusion=False, untie_embeddings_and_output_weights=True, calculate_per_token_loss=True,
     create_attention_mask_in_dataloader=False, group_query_attention=False, num_query_groups=None, **HRM_SETTINGS,
 )
-# Fused kernels that exist only where CUDA, Apex or Transformer Engine do.
+# Settings without CUDA; the fused kernels need CUDA, Apex or Transformer Engine.
 WITHOUT_CUDA: dict[str, Any] = dict(
     distributed_backend="gloo", use_cpu_initialization=True, num_workers=0,
     masked_softmax_fusion=False, no_persist_layer_norm=True,
@@ -55,13 +56,13 @@ WITHOUT_CUDA: dict[str, Any] = dict(
 
 
 def default_of(kind: ModelType, name: str) -> int:
-    """Return a model type's default of cycles or gradient ticks."""
+    """Return a model type's default for cycles or gradient ticks."""
     return dict(h_cycles=kind.h_cycles, l_cycles=kind.l_cycles, bp_min_steps=kind.bp_steps[0],
                 bp_max_steps=kind.bp_steps[1])[name]
 
 
 def by_type(name: str) -> str:
-    """Say what the default of a setting is for each model type."""
+    """Return a help text with the default of a setting for each model type."""
     return "default: " + ", ".join(f"{default_of(kind, name)} {model_type}" for model_type, kind in MODEL_TYPES.items())
 
 
@@ -101,7 +102,7 @@ def _add_dry_run(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    # The name model_type is taken by Megatron.
+    # Megatron already uses the name model_type.
     group.add_argument("--model-type", dest="model_kind", choices=[*MODEL_TYPES], default=HRM,
                        help="architecture: HRM, or one of HRM-Text's baselines")
     group.add_argument("--h-cycles", type=int,
@@ -184,18 +185,18 @@ def add_hrm_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 
 
 def checked(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add our group, and check the command line flag by flag: Megatron has a traceback, or nothing, where we refuse."""
+    """Add our group and check each flag on the command line; Megatron would end in a traceback, or ignore the error."""
     cuda = torch.cuda.is_available()
     check_flags(prepare(add_hrm_arguments(parser)), sys.argv[1:], cuda, {} if cuda else WITHOUT_CUDA)
     return parser
 
 
 def full_parser() -> argparse.ArgumentParser:
-    """Build the parser of a run outside of it."""
+    """Return the parser of a run, for use outside of a run."""
     return prepare(add_hrm_arguments(megatron_arguments.add_megatron_arguments(
         argparse.ArgumentParser("hrm_megatron.pretrain", allow_abbrev=False))))
 
 
 def given_by_hand(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments that stand on the command line."""
+    """Return the arguments that were given explicitly on the command line."""
     return {action.dest: getattr(args, action.dest) for _, action in given(full_parser(), sys.argv[1:])}

@@ -1,4 +1,4 @@
-"""`--log-params-norm`: the norm of all weights as they stand behind the step, in every layout."""
+"""`--log-params-norm`: the norm of all weights after the step, in every layout."""
 from __future__ import annotations
 
 import argparse
@@ -14,10 +14,10 @@ from hrm_megatron.parallel.patching import around
 
 
 def install_params_norm(args: argparse.Namespace) -> None:
-    """Mend Megatron's norm where it is another one (training/utils/common_utils.py, calc_params_l2_norm).
+    """Correct Megatron's norm where it is wrong (training/utils/common_utils.py, calc_params_l2_norm).
 
-    It takes FSDP2's shards for whole weights, and without bf16, whose masters it reads, weights that an overlapped
-    gather has yet to bring.
+    It takes FSDP2's shards for whole weights. Without bf16, where it would read masters, it reads weights that an
+    overlapped all-gather has not gathered yet.
     """
     if not args.log_params_norm:
         return
@@ -28,7 +28,7 @@ def install_params_norm(args: argparse.Namespace) -> None:
 
 
 def of_all_shards(model: list[torch.nn.Module]) -> float:
-    """Norm of the weights that FSDP2 has shared out, of their masters where there are some."""
+    """Return the norm of weights sharded by FSDP2, of their masters if they have any."""
     tp_group = parallel_state.get_tensor_model_parallel_group()
     squared = torch.zeros(1, device=f"cuda:{torch.cuda.current_device()}")
     for chunk in model:

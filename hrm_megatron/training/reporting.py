@@ -1,4 +1,4 @@
-"""Let Megatron's loop tell the console about steps, evaluations and saves, and count the FLOPs of an HRM."""
+"""Report steps, evaluations and saves of Megatron's loop on the console, and count the FLOPs of an HRM."""
 from __future__ import annotations
 
 import argparse
@@ -30,17 +30,17 @@ from hrm_megatron.training.summary import describe_checkpoint, describe_schedule
 from hrm_megatron.transformer_config import architecture_of
 
 TERA = 1e12
-MFU, SAVE_SECONDS = "MFU", "seconds of save"  # curves; a save in the background stalls training so long
-FLOPS = "FLOPs"  # of a step, among the means of an interval
+MFU, SAVE_SECONDS = "MFU", "seconds of save"  # curve names; for an asynchronous save, the time that training waits
+FLOPS = "FLOPs"  # per step; key in the means of an interval
 
 log = logging.getLogger(__name__)
 
 
 def install_console(args: argparse.Namespace, console: Console, step: TrainingStep,
                     evaluation: Evaluation) -> Reporter:
-    """Wrap what Megatron reports by; what it prints, and writes to TensorBoard and W&B, stays as it is.
+    """Wrap Megatron's reporting functions; what it prints, and writes to TensorBoard and W&B, stays as it is.
 
-    Call it after all else that replaces the same functions.
+    Call it after everything else that replaces the same functions.
     """
     reporter = Reporter(args, console, step, evaluation)
     megatron_training.training_log = around(megatron_training.training_log, reporter.training_log)
@@ -49,13 +49,13 @@ def install_console(args: argparse.Namespace, console: Console, step: TrainingSt
                                                            reporter.evaluate_and_print_results)
     megatron_training.save_checkpoint = around(megatron_training.save_checkpoint, reporter.save_checkpoint)
     megatron_training.num_floating_point_operations = lambda *_, **__: reporter.flops()
-    # By the formula of a GPT; ours is in the facts before step 1.
+    # It uses a GPT's formula; our count is in the facts before step 1.
     megatron_training.report_theoretical_memory = lambda *_, **__: None
     return reporter
 
 
 class Reporter:
-    """The wrappers of `install_console`; each takes the function that it wraps first."""
+    """The wrappers of `install_console`; each gets the function that it wraps as first argument."""
 
     def __init__(self, args: argparse.Namespace, console: Console, step: TrainingStep,
                  evaluation: Evaluation) -> None:
@@ -67,11 +67,11 @@ class Reporter:
         self.labels = 0
         self.flops_at: dict[int, int] = {}  # by bp_steps
         self.means, self.overflows, self.part = IntervalMeans(), 0, ""
-        # Without a data sheet there is no peak, and no share of it.
+        # None for a GPU whose peak is unknown: then no MFU is written.
         self.peak = known_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
     def begin(self, train_rows: PackedRows | None) -> None:
-        """Show what the run is: all is ready for its first step."""
+        """Show the facts about the run; everything is ready for its first step."""
         if train_rows is not None:
             self.sample, self.labels = first_rows(train_rows)
         facts = [describe_checkpoint(self.args)]
@@ -83,7 +83,7 @@ class Reporter:
         self.time_left.start(self.args.iteration)
 
     def flops(self) -> int:
-        """FLOPs of the last step, the same on every rank: its rows are taken to be like the first of the run."""
+        """Return the FLOPs of the last step, the same on every rank, estimated from the first rows of the run."""
         bp_steps = self.running.bp_steps
         if self.sample and bp_steps not in self.flops_at:
             flops = rows_flops(self.architecture, bp_steps, self.args.seq_length, self.sample, self.labels,
@@ -100,7 +100,7 @@ class Reporter:
             return report_memory
         if not skipped:
             self.means.add(losses, self.flops() if self.args.log_throughput else 0)
-        elif self.args.on_nonfinite == ABORT and iteration not in self.args.steps_left_out:  # others are said already
+        elif self.args.on_nonfinite == ABORT and iteration not in self.args.steps_left_out:  # else reported already
             self.overflows += 1
         if iteration % self.args.log_interval == 0 or is_first_iteration:
             if self.overflows:
@@ -114,13 +114,13 @@ class Reporter:
                 if report.tflops and self.peak and not is_first_iteration:
                     write_scalars({MFU: report.tflops * TERA / self.peak}, iteration)
             flush_scalars()
-        if is_first_iteration:  # it took longer than the others will
+        if is_first_iteration:  # slower than later steps
             self.time_left.start(iteration)
         self.console.progress(iteration, self.args.train_iters)
         return report_memory
 
     def report(self, iteration: int, means: dict[str, float], lr: float | None) -> StepReport:
-        """Put the numbers of a step together."""
+        """Return the values of a step's line."""
         loss, exact, bp_steps, speed, flops = (means.get(name, float("nan")) for name in (
             "lm loss", "exact accuracy", "bp steps", SPEED, FLOPS))
         tflops = None
@@ -140,7 +140,7 @@ class Reporter:
         found = means, _, _ = stock(*rest, **options)
         if means and self.console.last:
             values = {name: float(value) for name, value in means.items()}
-            steps = max(self.done, self.args.train_iters)  # of which an evaluation alone may know none
+            steps = max(self.done, self.args.train_iters)  # train_iters may be 0 with --skip-train
             self.console.line(evaluation_line(self.done, steps, self.part + self.evaluation.suffix, values,
                                               time.monotonic() - begun, self.console.width))
         return found
@@ -159,21 +159,21 @@ class Reporter:
 
     @property
     def done(self) -> int:
-        """Steps that are done, while none is running."""
+        """Number of steps done, between two steps."""
         return max(int(getattr(self.args, "curr_iteration", -1)) + 1, int(self.args.iteration))
 
 
 class IntervalMeans:
-    """Means of what steps reported since the line before; Megatron's go from the first step to the second line.
+    """Means over the steps since the previous line; Megatron's second line would also include the first step.
 
-    That of SPEED is all tokens over all seconds: steps have equally many tokens, so it is the harmonic one.
+    The mean of SPEED is all tokens over all seconds: the harmonic mean, since all steps have equally many tokens.
     """
 
     def __init__(self) -> None:
         self.steps, self.flops, self.sums = 0, 0, dict[str, torch.Tensor]()
 
     def add(self, losses: dict[str, torch.Tensor], flops: int = 0) -> None:
-        """Count a step of so many FLOPs; this does not wait for the device."""
+        """Add the values and FLOPs of a step, without synchronizing."""
         self.steps += 1
         self.flops += flops
         for name, value in losses.items():
@@ -181,7 +181,7 @@ class IntervalMeans:
             self.sums[name] = self.sums.get(name, 0) + (1 / value if name == SPEED else value)
 
     def take(self) -> dict[str, float]:
-        """Return the means, FLOPS among them if they were counted, and start over."""
+        """Return the means, with FLOPS if they were counted, and reset."""
         means = {name: float(value) / self.steps for name, value in self.sums.items()}
         if SPEED in means:
             means[SPEED] = 1 / means[SPEED]
@@ -192,5 +192,5 @@ class IntervalMeans:
 
 
 def tick_passes(args: argparse.Namespace, bp_steps: int) -> int:
-    """Passes through a stack in a step: one forward for each tick, and as much as two more for its backward."""
+    """Return the cost of a step in forward passes of a stack: 1 per tick, 3 for a tick with gradient."""
     return sum(3 if tick.with_grad else 1 for tick in ticks_of(architecture_of(args, args.vocab_size), bp_steps))

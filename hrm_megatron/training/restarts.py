@@ -1,4 +1,4 @@
-"""Starts by a launcher, again too: what they need, and no process that outlives its rank."""
+"""Starts and restarts by a launcher: required settings, and helper processes that end with their rank."""
 from __future__ import annotations
 
 import atexit
@@ -23,8 +23,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def check_restarts(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse restarts that would hang: ranks that start again find the addresses of the dead ones in a store that
-    torchrun's agent shares with them and does not renew (pytorch issue 135712)."""
+    """Refuse restarts that would hang: restarted ranks find the addresses of dead ones in the store that torchrun's
+    agent shares across restarts (pytorch issue 135712)."""
     restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ConfigError(f"torchrun --max-restarts {restarts}: would hang at the first restart, in which ranks find "
@@ -33,15 +33,15 @@ def check_restarts(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_launch(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse to train without a launcher, which says where ranks meet."""
+    """Refuse to train without a launcher, which sets the rendezvous address."""
     if "MASTER_ADDR" not in environment:
         raise ConfigError("MASTER_ADDR is not set: no launcher has said where ranks meet; start by torchrun "
                           "--nproc-per-node 1 -m hrm_megatron.pretrain ..., or by launch_scripts/train_node.sh")
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when the one that made it ends, however it does, and no signal before: torchrun
-    sends SIGTERM to all processes of a rank, which still needs this one for the save with which it ends."""
+    """Let the kernel kill this process when its parent ends, however it ends, and ignore signals until then: torchrun
+    sends SIGTERM to all processes of a rank, which still needs this one for its last save."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -49,8 +49,8 @@ def end_with_parent() -> None:
 
 
 def results_queue(mp_mode: str) -> Any:
-    """Megatron's `get_write_results_queue`, whose process would outlive a rank that is killed, with its sockets and on
-    a GPU with its memory."""
+    """Megatron's `get_write_results_queue`, with a process that ends with its rank; the stock one outlives a killed
+    rank and keeps its sockets and GPU memory."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
         manager.start(end_with_parent)
@@ -59,7 +59,7 @@ def results_queue(mp_mode: str) -> Any:
 
 
 def save_in_background(*arguments: Any) -> None:
-    """Megatron's process that writes checkpoints, ended with its rank."""
+    """Megatron's checkpoint writer process, which here ends with its rank."""
     end_with_parent()
     _stock_loop(*arguments)
 
@@ -68,8 +68,8 @@ _stock_loop = async_utils.PersistentAsyncCaller.async_loop
 
 
 def start_fork_server() -> None:
-    """Start the process from which Megatron forks the one that writes in the background, so that it ignores what its
-    children ignore: exec keeps that, and they would end with it."""
+    """Start the fork server from which Megatron forks its checkpoint writer, so that it ignores the same signals as its
+    children, which would end with it. Ignored signals stay ignored across exec."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
     try:
         forkserver.ensure_running()
@@ -79,17 +79,17 @@ def start_fork_server() -> None:
 
 
 def kill_writer() -> None:
-    """End the process that writes in the background where the rank ends without it: multiprocessing would wait for it,
-    having sent a signal that it ignores."""
+    """Kill the checkpoint writer when the rank exits: multiprocessing would send it a signal that it ignores, and wait
+    for it."""
     if writer := async_utils.PersistentAsyncCaller._persistent_process:
         writer.kill()
 
 
 def end_helpers_with_their_rank(in_background: bool) -> None:
-    """Let Megatron's checkpointing make its processes so that they end with the rank, and not before."""
+    """Let the processes that Megatron's checkpointing starts end with the rank, and not before."""
     if in_background:
         start_fork_server()
-        atexit.register(kill_writer)  # goes before multiprocessing's, which is older
+        atexit.register(kill_writer)  # runs before multiprocessing's older handler
     stock = filesystem_async.get_write_results_queue
     mode = stock.keywords["mp_mode"] if isinstance(stock, functools.partial) else "spawn"  # parallel/cpu.py forks it
     filesystem_async.get_write_results_queue = functools.partial(results_queue, mp_mode=mode)

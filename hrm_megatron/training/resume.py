@@ -1,38 +1,38 @@
-"""Going on from a checkpoint: whether there is anything left, whose model it is, and which schedule the rest follows.
+"""Rules for resuming from a checkpoint: whether anything is left, whether the model fits, which schedule is followed.
 
-Plain rules over two sets of arguments, the checkpoint's and the command line's. All of it is settled before anything is
-built.
+They compare two sets of arguments, the checkpoint's and the command line's, before anything is built.
 """
 from __future__ import annotations
 
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.optim.schedule import as_fp32
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 
-# Field of Architecture > the property through which it enters the function that the weights stand for.
+# Field of Architecture to the property through which it affects the forward pass.
 ENTERS_FORWARD = {
     **{name: name for name in ("model_type", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size",
                                "h_cycles", "l_cycles", "norm_placement", "h_norm_placement", "rope_theta",
                                "norm_epsilon", "attention_mask", "attention_gate")},
     "vocab_size": "padded_vocab_size",
-    # Beside how the first weights are drawn, which does not matter any more.
+    # They also decide the initial weights, which no longer matters.
     "init_scheme": "embedding_scale", "init_std": "embedding_scale",
 }
-# What a run may change as it goes on, and would change silently: argument > flag.
+# Argument to flag: what a resumed run may change, and would otherwise change silently.
 CHANGEABLE = {"seed": "--seed", "seq_length": "--seq-length", "split": "--split", "data_path": "--data-path",
               "train_data_path": "--train-data-path", "sampling_rules": "--sampling-rules",
               "loss_on_prefix": "--loss-on-prefix", "adamw": "--adamw", "ema_decay": "--ema-decay",
               "adam_beta1": "--adam-beta1", "adam_beta2": "--adam-beta2"}
-FIRST_PLAN_VERSION = 1  # of checkpoints that do not say by which version their rows were planned
+FIRST_PLAN_VERSION = 1  # of checkpoints that do not state the version of their row plan
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 
 
 def check_model(folder: Path, theirs: Architecture, ours: Architecture) -> None:
-    """Refuse to put the weights of one model into another."""
+    """Refuse to load the weights of a different model."""
     for name in dict.fromkeys(ENTERS_FORWARD.values()):
         have, want = getattr(theirs, name), getattr(ours, name)
         if isinstance(have, float):  # the model computes in fp32 at most
@@ -46,8 +46,8 @@ def check_model(folder: Path, theirs: Architecture, ours: Architecture) -> None:
 
 
 def check_vocabulary(folder: Path, theirs: argparse.Namespace, ours: argparse.Namespace) -> None:
-    """Refuse data of another tokenizer, whose ids mean other rows of the embedding; as far as a checkpoint knows them:
-    other formats tell rows only."""
+    """Refuse data of a different tokenizer, if the checkpoint states its own; checkpoints converted from other formats
+    state only the number of embedding rows."""
     of_rows = any(args.vocab_size == args.padded_vocab_size for args in (theirs, ours))
     have, want = (getattr(args, "vocabulary", None) for args in (theirs, ours))
     if (theirs.vocab_size != ours.vocab_size and not of_rows) or (have and want and have != want):
@@ -58,7 +58,7 @@ def check_vocabulary(folder: Path, theirs: argparse.Namespace, ours: argparse.Na
 
 
 def check_plan(folder: Path, theirs: argparse.Namespace, ours: argparse.Namespace) -> None:
-    """Refuse to go on in the middle of an order of rows that this version does not plan any more."""
+    """Refuse to resume an order of rows that this version no longer plans."""
     have = getattr(theirs, "plan_version", FIRST_PLAN_VERSION)
     if have != ours.plan_version and theirs.seed == ours.seed:
         raise ConfigError(f"{folder}: its rows were planned by version {have} of the plan, here they are by version "
@@ -68,20 +68,20 @@ def check_plan(folder: Path, theirs: argparse.Namespace, ours: argparse.Namespac
 
 
 def settle_length(args: argparse.Namespace, theirs: argparse.Namespace, iteration: int) -> None:
-    """Let a run over --epochs or --train-samples end when their rows are read, whatever rows its steps had before."""
+    """Let a run over --epochs or --train-samples end when their rows are consumed, also if the batch size changed."""
     if args.match_flops_of or not (args.epochs or args.train_samples):
         return
-    # Of a converted checkpoint the count is 0, which Megatron takes for steps of the command line's rows.
+    # In a converted checkpoint the count is 0; Megatron then assumes the command line's batch size for past steps.
     read = theirs.consumed_train_samples or iteration * args.global_batch_size
     left = (args.rows_of_epochs or args.train_samples) - read
     whole = math.ceil if args.epochs else math.floor
     args.train_iters = iteration + max(0, whole(left / args.global_batch_size))
     if not theirs.consumed_train_samples:
-        args.train_samples = None  # without a count of rows Megatron takes nothing but steps
+        args.train_samples = None  # without a count of rows Megatron accepts only steps
 
 
 def nothing_left(iteration: int, train_iters: int, evaluates: str = "--skip-train evaluates it") -> str | None:
-    """Say in one line that a run which has come this far is done, and what `evaluates` it; None where it has iterations
+    """Return one line that says that a run at this iteration is done, and what `evaluates` it; None if iterations are
     left."""
     if iteration < train_iters:
         return None
@@ -91,33 +91,44 @@ def nothing_left(iteration: int, train_iters: int, evaluates: str = "--skip-trai
 
 
 def context_of(args: argparse.Namespace) -> int:
-    """Return how many tokens the model of a run, or of one that wrote a checkpoint, has learned to read at most."""
+    """Return the longest context in tokens that the model of a run, or of a checkpoint, was trained on."""
     return getattr(args, "context_tokens", 0) or int(args.seq_length)
 
 
-def digest_of_data(args: argparse.Namespace, part: str) -> str | None:
-    """Return what tells the data of a run, or of one that wrote a checkpoint, from others; None where nobody knows."""
-    found: str | None = getattr(args, "data_digests", {}).get(part)
-    return found
+def digest_of_data(args: argparse.Namespace, part: str) -> Any:
+    """Return the digest of a part of the data of a run or of a checkpoint, of `epochs` a list; None if unknown."""
+    return getattr(args, "data_digests", {}).get(part)
 
 
 def trains_on_the_same(theirs: argparse.Namespace, ours: argparse.Namespace) -> bool | None:
-    """Tell whether two runs train on the same data; None where nobody knows, as of checkpoints of older versions."""
-    pairs = [(digest_of_data(theirs, part), digest_of_data(ours, part)) for part in ("train", "sampled")]
+    """Tell whether two runs train on the same data, as far as `ours` reads the epochs of a sampled folder; None if
+    unknown, as for checkpoints of older versions."""
+    pairs = [(digest_of_data(theirs, part), digest_of_data(ours, part)) for part in ("train", "tokens")]
     known = [one == other for one, other in pairs if one and other]
+    have, want = (digest_of_data(args, "epochs") for args in (theirs, ours))
+    if have and want:  # stored epochs start over after the last
+        known += [have[epoch % len(have)] == want[epoch % len(want)] for epoch in range(_epochs_read(theirs, ours))]
     return all(known) if known else None
 
 
+def _epochs_read(theirs: argparse.Namespace, ours: argparse.Namespace) -> int:
+    """Return how many epochs of a sampled folder a run reads at most: rows without padding would hold so many."""
+    if ours.epochs:
+        return int(ours.epochs)
+    rows = ours.train_iters * max(theirs.global_batch_size, ours.global_batch_size)
+    return math.ceil(rows * ours.seq_length / ours.fewest_positions)
+
+
 def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
-    """Say in one line which rows or averages are others than in the run that wrote the checkpoint."""
+    """Return one line about settings and data that differ from the run that saved the checkpoint, or None."""
     def value(args: argparse.Namespace, name: str) -> object:
         if name in ("data_path", "train_data_path"):
             paths = getattr(args, name, None) or []
             both = getattr(theirs, name, None) and getattr(ours, name, None)
             return " ".join(paths) if both or len(paths) > 1 else None
         if name != "split":
-            return getattr(args, name, None) or None  # a checkpoint of an older version does not know every flag
-        # Of the examples of --data-path; Megatron's default has blanks in it.
+            return getattr(args, name, None) or None  # checkpoints of older versions lack some flags
+        # It splits the examples of --data-path; Megatron's default contains blanks.
         return args.split.replace(" ", "") if theirs.data_path and ours.data_path else None
 
     def shown(args: argparse.Namespace, name: str) -> object:
@@ -135,7 +146,8 @@ def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
 
 
 def schedule_settings(args: argparse.Namespace) -> dict[str, float]:
-    """What decides learning rate, decay, gradient ticks and rows of each step: flag > value, times in iterations."""
+    """Return flag to value of all that decides learning rate, weight decay, gradient ticks and rows of each step, with
+    durations in iterations."""
     lr, bp = lr_schedule(args), bp_schedule(args)
     return {"--lr": lr.lr, "--min-lr": lr.min_lr, "--lr-warmup-iters": lr.warmup_steps, "--train-iters": bp.total_steps,
             "--lr-decay-iters": lr.total_steps, "--weight-decay": args.weight_decay, "--bp-min-steps": bp.min_steps,
@@ -144,18 +156,19 @@ def schedule_settings(args: argparse.Namespace) -> dict[str, float]:
 
 
 def differences(theirs: argparse.Namespace, ours: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Flag > (checkpoint's value, command line's value) of the settings of the schedule that differ."""
+    """Return flag to (checkpoint's value, command line's value) of the schedule settings that differ."""
     wanted = schedule_settings(ours)
     pairs = {flag: (value, wanted[flag]) for flag, value in schedule_settings(theirs).items()}
-    if pairs["--lr-decay-iters"] == pairs["--train-iters"]:  # it is that unless given by hand
+    if pairs["--lr-decay-iters"] == pairs["--train-iters"]:  # its default
         del pairs["--lr-decay-iters"]
     return {flag: pair for flag, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def settle_schedule(args: argparse.Namespace, theirs: argparse.Namespace, folder: Path) -> str | None:
-    """Let `args` hold the schedule that the run follows from `folder` on: theirs, or as a flag says.
+    """Set the schedule in `args` that the run follows from `folder` on: the checkpoint's or the command line's, as a
+    flag decides.
 
-    Returns a line for the log where the two differ and a flag decides; raises ConfigError where none does.
+    Returns a line for the log, or None if the two are equal; raises ConfigError if they differ and no flag is given.
     """
     differing = differences(theirs, args)
     if not differing:

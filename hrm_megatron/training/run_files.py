@@ -1,4 +1,4 @@
-"""Small files of a run beside its checkpoints, and the line with which a run ends that cannot write into `--save`."""
+"""Small files of a run beside its checkpoints, and the error of a run that cannot write into `--save`."""
 from __future__ import annotations
 
 import errno
@@ -17,13 +17,13 @@ from hrm_megatron.training.error_file import RestartableError
 
 RESERVE_BYTES = 1 << 20
 NO_SPACE = "no space left on the disk"
-LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # a start would fail as this one did
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # a restart would fail again
 
 
 def unwritten(save: str, what: str, error: OSError | CheckpointException, again: str = "") -> ConfigError:
-    """Say that `what` cannot be written into `save`, in an error that a launcher starts again behind unless it lasts.
+    """Return the error that `what` cannot be written into `save`; a launcher restarts after it unless it is permanent.
 
-    `again` follows "start again".
+    `again` is appended to "start again".
     """
     reason = _reason(error, Path(save))
     lasts = reason == NO_SPACE or (isinstance(error, OSError) and error.errno in LASTING)
@@ -32,7 +32,7 @@ def unwritten(save: str, what: str, error: OSError | CheckpointException, again:
 
 
 def _reason(error: OSError | CheckpointException, save: Path) -> str:
-    """Say why a save failed; Megatron's writer hands on no more than the class of what happened to it."""
+    """Return why a save failed; Megatron's writer reports only the class of its exception."""
     if shutil.disk_usage(save).free < RESERVE_BYTES:
         return NO_SPACE
     if isinstance(error, CheckpointException):
@@ -42,7 +42,7 @@ def _reason(error: OSError | CheckpointException, save: Path) -> str:
 
 
 def on_rank_0[T](work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 and return what it returns on all ranks, which also raise its ConfigError alike."""
+    """Run `work` on rank 0; return its result, or raise its ConfigError, on all ranks."""
     told: list[T | ConfigError | None] = [None]
     if not torch.distributed.get_rank():
         try:
@@ -57,7 +57,7 @@ def on_rank_0[T](work: Callable[[], T]) -> T:
 
 
 def write_file(save: str, name: str, content: str) -> None:
-    """Write a file of the run from one rank."""
+    """Write a file into `save`; call it on one rank. Raises ConfigError if it cannot be written."""
     try:
         write_aside(Path(save) / name, content)
     except OSError as error:
@@ -65,9 +65,9 @@ def write_file(save: str, name: str, content: str) -> None:
 
 
 def read_record[T](path: Path, take: Callable[[Any], T], trouble: str, way_out: str) -> T | None:
-    """Return `take(content)` of a JSON file of the run, None if there is no such file.
+    """Return `take(content)` of a JSON file of the run, or None if the file does not exist.
 
-    Raises ConfigError with `trouble`, the reason and `way_out` where it cannot be read or lacks a value.
+    Raises ConfigError with `trouble`, the reason and `way_out` if it cannot be read or lacks a value.
     """
     try:
         return take(json.loads(path.read_text(encoding="utf-8")))

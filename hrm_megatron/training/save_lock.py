@@ -1,4 +1,4 @@
-"""One run at a time in a --save folder: two would write over each other's checkpoints, tracker and records."""
+"""One run at a time in a --save folder: two would overwrite each other's checkpoints, tracker and records."""
 from __future__ import annotations
 
 import argparse
@@ -17,12 +17,12 @@ from hrm_megatron.training.error_file import RestartableError
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-LEASE_SECONDS = 150  # a file system gives back what a dead machine held: NFSv4 after 90 s, Lustre after some 100
+LEASE_SECONDS = 150  # until a dead machine's locks are released: NFSv4 90 s, Lustre some 100 s
 WAIT_SECONDS = 5
 
 
 class SaveLock:
-    """Rank 0's hold of `--save`. It vanishes with the process, and no child keeps it."""
+    """Rank 0's lock on `--save`. It ends with the process, and child processes do not keep it."""
 
     def __init__(self, wait: Callable[[float], None] = time.sleep) -> None:
         self._file: int | None = None
@@ -36,7 +36,10 @@ class SaveLock:
         self._close()
 
     def hold(self, args: argparse.Namespace, make: bool = False) -> None:
-        """Hold the folder, if this run saves and it is there or to be made; refuse one that another run holds."""
+        """Lock the folder if this run saves and the folder exists, or create it if `make`.
+
+        Raises ConfigError if another run holds the lock or the folder cannot be written.
+        """
         if self._settled or not args.save or args.skip_train or args.rank:
             return
         folder = Path(args.save)
@@ -47,7 +50,7 @@ class SaveLock:
                 return
             before = _tracked(folder)
             self._file = self._lock_of(folder)
-            # The other ranks have not waited, and may have seen what was there before.
+            # The other ranks did not wait, and may have read the previous state.
             if _tracked(folder) != before and args.world_size > 1:
                 raise RestartableError(f"--save {folder}: the run that had it has saved another step while this one "
                                        "waited; start it again")
@@ -77,6 +80,6 @@ class SaveLock:
 
 
 def _tracked(folder: Path) -> str | None:
-    """Return what the folder says of its last save."""
+    """Return the content of the folder's tracker file, or None."""
     place = folder / TRACKER_FILE
     return place.read_text() if place.exists() else None

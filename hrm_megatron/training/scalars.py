@@ -1,4 +1,4 @@
-"""Curves of ours beside those that Megatron writes to TensorBoard and W&B."""
+"""Our curves beside those that Megatron writes to TensorBoard and W&B."""
 from __future__ import annotations
 
 import argparse
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 def guard_curves(args: argparse.Namespace) -> None:
-    """Let curves that cannot be written, as on a full disk, cost a warning and not the run."""
+    """Let the run continue with a warning if curves cannot be written, as on a full disk."""
     if not (writer := get_tensorboard_writer()):
         return
-    events = writer.file_writer.event_writer  # behind every method of the writer, Megatron's calls too
+    events = writer.file_writer.event_writer  # used by every method of the writer, also in Megatron's calls
     stopped = False
 
     def guarded(stock: Callable[..., None], *rest: Any) -> None:
@@ -33,7 +33,7 @@ def guard_curves(args: argparse.Namespace) -> None:
 
 
 def writes(args: argparse.Namespace, step: int) -> bool:
-    """Whether Megatron writes curves at this step, for which the host waits anyway."""
+    """Tell whether Megatron writes curves at this step, and therefore synchronizes anyway."""
     return step % int(args.tensorboard_log_interval) == 0
 
 
@@ -49,6 +49,6 @@ def write_scalars(values: dict[str, float], step: int) -> None:
 
 
 def flush_scalars() -> None:
-    """Let readers of the log see what is written; by itself that happens every two minutes."""
+    """Make written values visible to readers now; TensorBoard's writer does so only every two minutes."""
     if writer := get_tensorboard_writer():
         writer.flush()

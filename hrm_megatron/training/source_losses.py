@@ -1,4 +1,4 @@
-"""`--log-loss-by-source`: how well each part of the data is learned, written to TensorBoard."""
+"""`--log-loss-by-source`: write the loss of each source of the data to TensorBoard."""
 from __future__ import annotations
 
 import argparse
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 
 class SourceLosses:
-    """Sums of the losses of a step, and counts of its labels, by source, on the device."""
+    """Sums of a step's losses and counts of its labels by source, kept on the device."""
 
     def __init__(self, sources: SourceNames, measured: Callable[[], bool]) -> None:
         self.names, self.measured = sources.names, measured
         self.sums: torch.Tensor | None = None  # fp64 [2, sources]
 
     def add(self, batch: PackedBatch, losses: torch.Tensor) -> None:
-        """Take a micro-batch; `losses` [n] are those of its labels."""
+        """Add a micro-batch with the losses [n] of its labels."""
         if not self.measured():
             return
         assert batch.example_source is not None
@@ -42,9 +42,9 @@ class SourceLosses:
         self.sums.index_add_(1, source, torch.stack([values, torch.ones_like(values)]))
 
     def take(self, group: Any) -> dict[str, float]:
-        """Return the mean over the ranks of `group` for each source that had a label, and begin anew."""
+        """Return the mean loss over the ranks of `group` for each source with a label, and reset."""
         sums, self.sums = self.sums, None
-        if sums is None:  # no stage but the last has losses
+        if sums is None:  # only the last stage has losses
             return {}
         if group is not None:
             torch.distributed.all_reduce(sums, group=group)
@@ -53,7 +53,7 @@ class SourceLosses:
 
 
 def find_sources(args: argparse.Namespace, walk: Walk) -> SourceNames | None:
-    """Name the sources of the training data, if their losses are asked for."""
+    """Return the sources of the training data, or None if --log-loss-by-source is not given."""
     if not args.log_loss_by_source:
         return None
     assert isinstance(walk, Mixture)  # curve_flags.py refuses others
@@ -67,7 +67,7 @@ def find_sources(args: argparse.Namespace, walk: Walk) -> SourceNames | None:
 
 
 def install_source_losses(args: argparse.Namespace, step: TrainingStep, sources: SourceNames | None) -> None:
-    """Let the step tell of its losses, and Megatron's loop write them."""
+    """Collect losses by source in every step, and let Megatron's loop write them."""
     if sources is None:
         return
     losses = SourceLosses(sources, lambda: writes(args, step.running_step()))

@@ -1,4 +1,4 @@
-"""What one training step does between Megatron's schedule and the model."""
+"""The functions of one training step, between Megatron's schedule and the model."""
 from __future__ import annotations
 
 import argparse
@@ -29,16 +29,16 @@ from hrm_megatron.transformer_config import architecture_of
 
 
 def innermost(model: torch.nn.Module) -> Any:
-    """Return what all the wrappers of Megatron hold (its own `unwrap_model` stops halfway through Megatron-FSDP's)."""
+    """Return the model inside all of Megatron's wrappers (its `unwrap_model` leaves some of Megatron-FSDP's)."""
     while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
         model = inner
     return model
 
 
 class TrainingStep:
-    """The functions that Megatron's loop calls, with the arguments of the run in their hands.
+    """The functions that Megatron's loop calls, bound to the arguments of the run.
 
-    `loads`: Megatron will load a checkpoint into the model that it builds.
+    `loads`: Megatron will load a checkpoint into the model that is built here.
     """
 
     def __init__(self, args: argparse.Namespace, loads: bool = False) -> None:
@@ -46,12 +46,12 @@ class TrainingStep:
         self.meter = ThroughputMeter(args.data_parallel_size * args.context_parallel_size)
         self.reduction = OverlappedReduction()
         self.stage: PipelinedHRM
-        self.on_losses: Callable[[PackedBatch, torch.Tensor], None] | None = None  # told of a micro-batch's losses [n]
+        self.on_losses: Callable[[PackedBatch, torch.Tensor], None] | None = None  # gets a micro-batch's losses [n]
         self.waiting: list[deque[tuple[PackedBatch, PrefixSequences]]] = []
 
     def build_model(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None,
                     config: Any = None, pg_collection: Any = None) -> HRMModel | FP32Module | TickChunk:
-        """Build this rank's model, or in a pipeline one of its chunks (Megatron's `model_provider`)."""
+        """Return this rank's model, or in a pipeline one of its chunks (Megatron's `model_provider`)."""
         config = config or model_config(self.args)
         stages = pg_collection.pp if pg_collection else None
         if vp_stage is None and self.args.pipeline_model_parallel_size == 1:
@@ -69,49 +69,50 @@ class TrainingStep:
 
     @property
     def seed(self) -> int | None:
-        """Seed of the first weights; None where a checkpoint fills them all."""
+        """Seed of the initial weights; None if a checkpoint will overwrite all of them."""
         args = self.args
-        # Masters of FP8 weights begin with what was drawn, and Megatron-FSDP takes checkpoints with gaps.
+        # Masters of FP8 weights start from the initial weights, and Megatron-FSDP accepts checkpoints with gaps.
         draws = not self.loads or args.fp8_param_gather or args.fp4_param_gather or args.use_megatron_fsdp
         return int(args.seed) if draws else None
 
     def adapt(self, model: HRMModel) -> None:
-        """Put adapters on the layers if that is what trains."""
+        """Add LoRA adapters to the layers if `--lora-rank` is given."""
         if lora := lora_of(self.args):
             adapt(model, lora, self.args.seed)
 
     @cached_property
     def bp_schedule(self) -> BPSchedule:
-        """Read when the first step runs: a checkpoint may decide it (training/resume.py)."""
+        """Schedule of gradient ticks; first read in the first step, because a checkpoint may decide it
+        (training/resume.py)."""
         return bp_schedule(self.args)
 
     def running_step(self) -> int:
-        """Number of the step that is running, from 1; Megatron counts from 0, and before its loop not at all."""
+        """Return the number of the current step, counted from 1; Megatron counts from 0, and only within its loop."""
         return int(getattr(self.args, "curr_iteration", 0)) + 1
 
     @property
     def bp_steps(self) -> int:
-        """Gradient ticks of the step that is running."""
+        """Number of gradient ticks of the current step."""
         return self.bp_schedule.at(self.running_step())
 
     @property
     def ticks(self) -> list[Tick]:
-        """The ticks of the step that is running."""
+        """The ticks of the current step."""
         return ticks_of(architecture_of(self.args, self.args.vocab_size), self.bp_steps)
 
     @property
     def with_grad(self) -> list[bool]:
-        """Which ticks of the step that is running build a graph."""
+        """Which ticks of the current step build a graph."""
         return [tick.with_grad for tick in self.ticks]
 
     def embedding_has_gradient(self) -> bool:
-        """Tell the optimizer whether the step that is running has a graph down to the embedding."""
+        """Tell whether the graph of the current step reaches the embedding."""
         return trains_embedding(self.ticks)
 
     def forward(self, data_iterator: Iterator[dict[str, torch.Tensor]],
                 model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        """Run one micro-batch through the model or a chunk: what comes out, and the function that makes a loss of
-        scores [2, n]."""
+        """Run one micro-batch through the model or a chunk; return its output, and the function that reduces scores
+        [2, n] to a loss."""
         part = innermost(model)
         batch, sequences = self.micro_batch(data_iterator, part)
         if model.training and isinstance(part, HRMModel) and not getattr(part, "second_phase", 0):
@@ -120,16 +121,16 @@ class TrainingStep:
         return out, partial(self.loss, batch, model.training)
 
     def prepare_reduction(self, model: torch.nn.Module, part: HRMModel) -> None:
-        """Tell DDP which gradients of a micro-batch to expect; `part` is the model inside `model`."""
+        """Tell DDP which gradients to expect from a micro-batch; `part` is the model inside `model`."""
         embedding = part.embedding.word_embeddings.weight if part.pre_process else None
         untrained = embedding is not None and embedding.requires_grad and not self.embedding_has_gradient()
         if isinstance(part, PipelinedHRM) and not part.second_phase:
-            untrained = False  # its gradient is there, and zero
+            untrained = False  # it does get a gradient, which is zero
         self.reduction.before_forward(model, self.bp_steps, embedding if untrained else None)
 
     def micro_batch(self, data_iterator: Iterator[dict[str, torch.Tensor]],
                     part: HRMModel | TickChunk) -> tuple[PackedBatch, PrefixSequences]:
-        """Return the next micro-batch; in a pipeline chunk 0 reads it and the chunks of later ticks take it up."""
+        """Return the next micro-batch; in a pipeline chunk 0 reads it and queues it for the chunks of later ticks."""
         if isinstance(part, TickChunk):
             return self.waiting[part.index].popleft()
         batch = PackedBatch.from_rows(next(data_iterator))

@@ -7,7 +7,7 @@ from hrm_megatron.optim.schedule import BPSchedule, LRSchedule, lr_steps_of
 
 
 def bp_schedule(args: argparse.Namespace) -> BPSchedule:
-    # The former where a checkpoint's schedule was kept (training.resume) and the run is to be longer or shorter.
+    # bp_schedule_iters is set if a checkpoint's schedule is kept (training.resume) in a longer or shorter run.
     total_steps = getattr(args, "bp_schedule_iters", None) or args.train_iters
     return BPSchedule(args.bp_min_steps, args.bp_max_steps, args.bp_warmup_fraction, total_steps)
 

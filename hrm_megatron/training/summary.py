@@ -1,4 +1,4 @@
-"""What a run is, beside its layout: its model, where it goes on from, and what it will do."""
+"""Start-up summary apart from the layout: model, checkpoint to resume from, training schedule."""
 from __future__ import annotations
 
 import argparse
@@ -25,13 +25,13 @@ def describe_model(args: argparse.Namespace) -> str:
 
 
 def only_evaluates(args: argparse.Namespace) -> bool:
-    """Tell whether a run has no step left, where it is: its last evaluation is made up."""
+    """Tell whether no step is left, so that the run only performs a missing final evaluation."""
     return not args.skip_train and bool(nothing_left(args.iteration, args.train_iters)
                                         or stopped_early(args, args.iteration))
 
 
 def describe_checkpoint(args: argparse.Namespace) -> str:
-    """Say where the run begins, once everything is loaded, and where it saves."""
+    """Return one line about the loaded checkpoint and where the run saves; call it after loading."""
     if (loaded := get_loaded_iteration()) is None or loaded < 0:
         start = "new weights"
     elif args.iteration:

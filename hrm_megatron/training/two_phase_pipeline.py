@@ -1,8 +1,8 @@
-"""A pipelined step in two calls of Megatron's interleaved schedule, where that waits less.
+"""A pipelined step as two calls of Megatron's interleaved schedule, used where that has a smaller bubble.
 
-First the leading ticks without gradient, forward only, for all micro-batches; then 1F1B over the other ticks. The last
-stage hands the states to the first, which keeps one or two for each micro-batch (`states_between`); where these are
-too many, a step is cut into windows of micro-batches, each with both phases.
+The first phase runs the leading ticks without gradient, forward only, for all micro-batches; the second runs 1F1B over
+the other ticks. The last stage sends the states to the first, which keeps one or two per micro-batch
+(`states_between`); to bound their memory, a step can be cut into windows of micro-batches, each with both phases.
 """
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from hrm_megatron.training.step import TrainingStep
 
 
 def install_schedule(args: argparse.Namespace, step: TrainingStep) -> None:
-    """Let Megatron's loop run its steps by `two_phase_schedule` if there is a pipeline of several
-    ticks; one tick is what the stock 1F1B schedule runs."""
+    """Let Megatron's loop use `two_phase_schedule` in a pipeline with several ticks; for a single tick the stock 1F1B
+    schedule is right."""
     if args.pipeline_model_parallel_size > 1 and args.virtual_pipeline_model_parallel_size:
         megatron_training.get_forward_backward_func = lambda **_: two_phase_schedule(
             args.pipeline_schedule, args.pipeline_window, step)
 
 
 def two_phase_schedule(schedule: str, window: int | None, step: TrainingStep) -> Callable[..., Any]:
-    """Make a function with the interface of Megatron's schedules; it may cut a step into windows of micro-batches."""
+    """Return a function with the interface of Megatron's schedules; it may cut a step into windows of micro-batches."""
     chosen: dict[tuple[int, int], int] = {}  # by bp_steps and micro-batches
 
     def run(*, model: list[torch.nn.Module], data_iterator: list[Iterator[Any]], forward_step_func: Callable[..., Any],
@@ -56,7 +56,7 @@ def two_phase_schedule(schedule: str, window: int | None, step: TrainingStep) ->
             return phase(slice(None), num_microbatches)
 
         def both_phases(microbatches: int, begins: bool) -> Any:
-            # Here and not with its first micro-batch: a forward-only phase counts no gradients.
+            # Here rather than at its first micro-batch: in a forward-only phase DDP expects no gradients.
             step.prepare_reduction(model[0], stage)
             hand_over = HandOver(microbatches, prefix, stages, stage.handed)
 
@@ -65,7 +65,7 @@ def two_phase_schedule(schedule: str, window: int | None, step: TrainingStep) ->
                 hand_over.visited(out)
                 return out, lambda state, non_loss_data: None
             with _parts_of(config, prefix), torch.no_grad():
-                # Later windows must not have FP8 weights cast again (MegatronModule.set_is_first_microbatch).
+                # Later windows must not cast FP8 weights again (MegatronModule.set_is_first_microbatch).
                 phase(slice(prefix), microbatches, forward_step_func=without_loss, forward_only=True,
                       collect_non_loss_data=True, first_val_step=begins)
             hand_over.finish()
@@ -84,13 +84,13 @@ def two_phase_schedule(schedule: str, window: int | None, step: TrainingStep) ->
 
 
 def _parts_of(config: Any, chunks: int) -> AbstractContextManager[None]:
-    """Show the schedule so many chunks; what concerns the weights, all in chunk 0, is not begun by it."""
+    """Let the schedule see `chunks` chunks and start no parameter or gradient sync: all weights are in chunk 0."""
     return temporarily(config, virtual_pipeline_model_parallel_size=chunks, grad_sync_func=None, param_sync_func=None)
 
 
 @contextmanager
 def _without_reduction(config: Any, labels: list[torch.Tensor]) -> Iterator[None]:
-    """Let gradients add up on this rank, and note how many labels they are of."""
+    """Accumulate gradients on this rank without reduction, and record the number of their labels."""
     stock = config.no_sync_func
     with ExitStack() as stack:
         for no_sync in stock if isinstance(stock, list) else [stock] if stock else []:
@@ -101,26 +101,27 @@ def _without_reduction(config: Any, labels: list[torch.Tensor]) -> Iterator[None
 
 
 def _finalizing(config: Any, model: list[torch.nn.Module], labels: list[torch.Tensor]) -> AbstractContextManager[None]:
-    """Let the gradients of all chunks be finalized, over the labels of earlier windows too."""
+    """Finalize the gradients of all chunks, divided by the labels of all windows."""
     stock = config.finalize_model_grads_func
     return temporarily(config, finalize_model_grads_func=lambda _, count, **options: stock(
         model, sum(labels, count), **options))
 
 
 class HandOver:
-    """States on their way from the last stage to the first, each by itself, as soon as it is there.
+    """Sends the states from the last stage to the first, each in its own message as soon as it is computed.
 
-    The last stage sends message j behind its visit v, the first posts the receive behind its own visit v + stages - 1,
-    both without waiting. Nothing waits for ever, even where one of NCCL's kernels that waits holds up all that are
-    launched behind it. (1) For its visit v + stages - 1 the first stage needs that stage s has launched its messages
-    behind visit v + stages - 2 - s, which send that visit on and receive the next: of the last stage, those behind
-    visit v - 1. What came back to the first from there is older still, since a group has at least `stages` micro-
-    batches. So the first posts receive j whatever message j holds up on the last stage. (2) Visit v of the last stage
-    needs visit v of the first, which stands before receive j: so the last sends message j whatever that receive
-    holds up. The second phase takes states in the order of the messages.
+    The last stage sends message j after its visit v; the first stage posts the receive after its own visit
+    v + stages - 1; neither waits. There is no deadlock, even if a waiting NCCL kernel blocks all kernels launched after
+    it. (1) For its visit v + stages - 1 the first stage needs stage s to have launched its messages after visit
+    v + stages - 2 - s, which send that visit on and receive the next; for the last stage, those after visit v - 1.
+    Whatever the schedule returns from there to the first stage is older still, since a group has at least `stages`
+    micro-batches. So the first stage posts receive j even if message j blocks the last stage. (2) Visit v of the last
+    stage needs visit v of the first stage, which precedes receive j. So the last stage sends message j even if that
+    receive blocks the first stage. The second phase takes states in the order of the messages.
 
-    They have a communicator of their own, Megatron's for tied embeddings, which an HRM has none of: on the schedule's
-    they would have to be in one order with its messages, which depends on the size of a group.
+    The messages have their own communicator, Megatron's embedding group, which an HRM does not use (no tied
+    embeddings). On the schedule's communicator they would have to be ordered with its messages, and that order depends
+    on the size of a group.
     """
 
     def __init__(self, microbatches: int, ticks: int, stages: int, arrivals: deque[Callable[[], torch.Tensor]]) -> None:
@@ -133,24 +134,24 @@ class HandOver:
         self.rank = torch.distributed.get_rank()
 
     def visited(self, out: torch.Tensor) -> None:
-        """Take the result [s/tp under SP, b, h] of this stage's next visit in the first phase."""
+        """Handle the output [s/tp under SP, b, h] of this stage's next visit in the first phase."""
         self.visits += 1
         self.empty = partial(torch.empty, out.shape, dtype=out.dtype, device=out.device)
         if self.rank == self.last and self.is_last_tick[self.visits - 1]:
             self._wait(self.stages - 1)
-            state = out.detach().contiguous()  # the schedule may empty `out` itself
+            state = out.detach().contiguous()  # the schedule may free the data of `out`
             self.sent.append((state, torch.distributed.isend(state, self.first, parallel_state.get_embedding_group())))
         if self.rank == self.first:
             self._receive(self.visits - self.stages + 1)
 
     def finish(self) -> None:
-        """Post what is left to be received, or see the last states off."""
+        """Post the remaining receives, and wait for the remaining sends."""
         if self.rank == self.first:
             self._receive(len(self.is_last_tick))
         self._wait(0)
 
     def _receive(self, visits: int) -> None:
-        """Post the receives of states that the last stage's first `visits` visits end with."""
+        """Post the receives of all states that the last stage computes in its first `visits` visits."""
         while self.posted < visits:
             if self.is_last_tick[self.posted]:
                 state = self.empty()
@@ -159,7 +160,7 @@ class HandOver:
             self.posted += 1
 
     def _wait(self, most: int) -> None:
-        """Let at most so many states of this stage be on their way."""
+        """Wait until at most `most` sends of this stage are in flight."""
         while len(self.sent) > most:
             self.sent.popleft()[1].wait()
 

@@ -1,4 +1,4 @@
-"""Over all ranks: verify the checkpoint that a run goes on from, and write the manifest of one that it has saved."""
+"""On all ranks together: verify the checkpoint that a run loads, and write the manifest of one that it has saved."""
 from __future__ import annotations
 
 import argparse
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def check_verification_flags(args: argparse.Namespace) -> None:
-    """Refuse flags about the verification that would do nothing."""
+    """Refuse verification flags that would have no effect."""
     if args.load_newest_valid:
         refuse_beside("--load-newest-valid", {"--no-verify-checkpoint": not args.verify_checkpoint})
     for flag, given in (("--load-newest-valid", args.load_newest_valid),
@@ -46,13 +46,13 @@ def check_verification_flags(args: argparse.Namespace) -> None:
 
 def verify_end(args: argparse.Namespace, folder: Path, check_fit: Callable[[Path], bool],
                back_to: int | None = None) -> bool:
-    """Verify the iteration with which a run is done, by `verify_start`, before there is a model or a process group.
+    """Verify the last iteration of a finished run by `verify_start`, before a model or process groups exist.
 
-    Returns whether something is left after all, because an older iteration stands in for it.
+    Returns whether something is left to do after all, because an older iteration replaces it.
     """
     if not args.verify_checkpoint:
         return False
-    # Keys of its own: Megatron's group will meet in the same store.
+    # A key prefix, because Megatron's process group will use the same store.
     store = PrefixStore("verify_end", next(rendezvous("env://", args.rank, args.world_size))[0])
     torch.distributed.init_process_group("gloo", store=store, rank=args.rank, world_size=args.world_size)
     try:
@@ -72,16 +72,15 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
                  back_to: int | None = None) -> bool:
     """Verify the iteration that is about to be loaded, each rank a share; if it is damaged, raise ConfigError on all.
 
-    With --load-newest-valid, the newest other one that verifies is loaded instead, if `check_fit` accepts it; not where
-    the run goes back to this one, iteration `back_to`, and from all behind it. Returns whether it is another one that
-    leaves something to train.
+    With --load-newest-valid, the newest other valid iteration is loaded instead, if `check_fit` accepts it; not if the
+    run rolls back to this one (`back_to`). Returns whether another iteration is loaded that leaves something to do.
     """
     if folder is None:
         return False
     if not args.verify_checkpoint:
         log.info(f"checkpoint: {folder} {UNVERIFIED}")
         return False
-    has_manifest = (folder / MANIFEST_FILE).exists()  # asked before the ranks meet, behind which one is written
+    has_manifest = (folder / MANIFEST_FILE).exists()  # read before the ranks synchronize: one may be written afterwards
     damage = _verify_together(folder)
     if damage is None:
         if args.save and not args.skip_train and folder.parent.resolve() == Path(args.save).resolve():
@@ -101,14 +100,14 @@ def verify_start(args: argparse.Namespace, folder: Path | None, check_fit: Calla
 
 
 def stand_ins(folder: Path, before: int | None = None) -> Iterator[Path]:
-    """Yield the iterations that may stand in for a damaged one, the last saved first; those `before` one alone."""
-    # Megatron cannot be told to load iteration 0, a model before its first step.
+    """Yield the iterations that may replace a damaged one, the last saved first; with `before`, only earlier ones."""
+    # Megatron cannot be told to load iteration 0, the model before its first step.
     return (folder.parent / name for name in last_saved_first(folder.parent)
             if name != folder.name and 0 < iteration_of(name) < (before or math.inf))
 
 
 def _complete_save(args: argparse.Namespace, folder: Path, has_manifest: bool) -> None:
-    """Do what a kill has kept the save of this iteration from, behind all of its files."""
+    """Complete the save of this iteration if a kill interrupted it after its last file: manifest and deletions."""
     if not has_manifest:
         record_save(args, folder)
     if not torch.distributed.get_rank():
@@ -116,7 +115,7 @@ def _complete_save(args: argparse.Namespace, folder: Path, has_manifest: bool) -
 
 
 def _verify_together(folder: Path) -> str | None:
-    """Return what is wrong with the folder, the same on all ranks; None if nothing is."""
+    """Return the damage of the folder, the same on all ranks, or None."""
     began, read_bytes, damage = time.perf_counter(), 0, None
     try:
         read_bytes = verify(folder, torch.distributed.get_rank(), torch.distributed.get_world_size())
@@ -132,7 +131,7 @@ def _verify_together(folder: Path) -> str | None:
 
 
 def record_save(args: argparse.Namespace, folder: Path) -> None:
-    """Write the manifest of the iteration that all ranks have just saved here; each reads around its own tensors."""
+    """Write the manifest of the iteration that all ranks have just saved; each rank describes its own files."""
     rank = torch.distributed.get_rank()
     mine: dict[str, FileRecord] = {}
     fault = None

@@ -1,8 +1,8 @@
-"""Ranks that hang: all stacks are written, the silent rank is named, and the run ends for its launcher to restart it.
+"""Hanging ranks: dump all stack traces, name the silent rank, and end the run so that its launcher can restart it.
 
-The main thread of a rank notes where it is, which costs a few assignments a step. A thread beside it writes that to a
-file (training/heartbeats.py) and looks how long ago it was. The first rank that has not got on for the time raises the
-alarm; every rank that still runs then writes its stacks, and one of them names the silent ones.
+The main thread of a rank records its phase, a few assignments per step. A watchdog thread writes it to a file
+(training/heartbeats.py) and checks how old it is. The first rank without progress for the timeout raises the alarm;
+every rank that still runs then dumps its stacks, and one of them names the silent ranks.
 """
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ from hrm_megatron.training.error_file import OneLineErrors, RestartableError
 from hrm_megatron.training.heartbeats import BACKSTOP, Beat, describe_hang, read_beats, write_beat
 from hrm_megatron.training.step import TrainingStep
 
-BEATS, STACKS, ALARM, JUDGE, VERDICT = "heartbeats", "stacks", "alarm", "judge", "verdict"
+BEATS, STACKS, ALARM, VERDICT = "heartbeats", "stacks", "alarm", "verdict"
+JUDGES = "judge", "judge.2"  # files, each with the rank that has this role; the second if the first has died
 BEATS_IN_TIMEOUT = 20
-GRACE_BEATS = 4  # between two looks at the others: as many beats of each that runs, and its stacks
+GRACE_BEATS = 4  # beats between two reads of the others' beats; enough for each running rank to beat and dump stacks
 EXIT_CODE = 1
 
 log = logging.getLogger(__name__)
 
 
 class HangError(RestartableError):
-    """What torchrun repeats when a run has ended for a hang."""
+    """The error that torchrun repeats when a run has ended because of a hang."""
 
 
 class Watchdog:
-    """Where this rank is, and the thread that looks at it."""
+    """The current phase of this rank, and the thread that watches it."""
 
     def __init__(self, save: Path, timeout_seconds: float, running_step: Callable[[], int]) -> None:
         self.save, self.timeout_seconds, self.running_step = save, timeout_seconds, running_step
@@ -54,14 +55,14 @@ class Watchdog:
         self.thread: threading.Thread | None = None
 
     def mark(self, phase: str) -> None:
-        """Note that this rank has got on."""
+        """Record that this rank has entered `phase`."""
         self.phase, self.step, self.since = phase, self.running_step(), time.monotonic()
 
     def begin(self) -> None:
-        """Begin to look; all ranks call it together."""
+        """Start the watchdog thread; all ranks call it together."""
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         name = [uuid.uuid4().hex]
-        torch.distributed.broadcast_object_list(name)  # alarms of an earlier start are none of this one
+        torch.distributed.broadcast_object_list(name)  # ignore alarms of an earlier start
         self.folder = self.save / BEATS / name[0]
         if self.rank == 0:
             shutil.rmtree(self.save / BEATS, ignore_errors=True)
@@ -72,14 +73,14 @@ class Watchdog:
         self.thread.start()
 
     def end(self) -> None:
-        """Look no more: the run has come to its end."""
+        """Stop the watchdog thread at the end of the run."""
         self.ended.set()
         if self.thread:
             self.thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def look(self) -> None:
-        """Write beats until the run ends, or hangs."""
+        """Write beats until the run ends or hangs."""
         awake, warned = time.monotonic(), False
         while not self.ended.is_set():
             now = time.monotonic()
@@ -91,7 +92,7 @@ class Watchdog:
                 if (self.folder / ALARM).exists() or now - self.since > self.timeout_seconds:
                     self.sound()
                 warned = False
-            except OSError as error:  # the storage, which a run needs only to save
+            except OSError as error:  # the run itself needs the storage only to save
                 if not warned:
                     log.warning(f"hang: rank {self.rank} cannot write to {self.folder} ({error})")
                 warned = True
@@ -111,36 +112,49 @@ class Watchdog:
             self.beat()
 
     def sound(self) -> NoReturn:
-        """Write stacks, see who answers, and end."""
+        """Raise the alarm, dump stacks, find out who still writes beats, and exit."""
         (self.folder / ALARM).touch()
         self.dump()
-        self.beat_for(GRACE_BEATS)  # all that run have seen the alarm
-        judges = self.is_first()  # alone: were each to read what all others say, storage would answer ranks x ranks
-        before = read_beats(self.folder, self.ranks) if judges else []
-        self.beat_for(GRACE_BEATS)
+        self.beat_for(GRACE_BEATS)  # then all running ranks have seen the alarm
         verdict = self.folder / VERDICT
-        if judges:
-            silent = describe_hang(before, read_beats(self.folder, self.ranks))
-            line = f"hang: {silent}; stacks of all that answer are in {self.save / STACKS}"
-            print(line, file=sys.stderr, flush=True)
-            write_aside(verdict, line)
-        for _ in range(GRACE_BEATS):
-            if not verdict.exists():
-                self.beat_for(1)
-        # The launcher ends all ranks when the first has ended.
+        for role in JUDGES:  # few ranks: otherwise storage would serve ranks x ranks reads
+            for _ in range(2 * GRACE_BEATS):
+                if verdict.exists():
+                    break
+                if self.is_first(role):
+                    self.judge(role)
+                else:
+                    self.beat_for(1)
+        # The launcher kills all ranks once the first has ended.
         OneLineErrors(self.rank).record_exception(HangError(verdict.read_text() if verdict.exists() else "hang"))
         os._exit(EXIT_CODE)
 
-    def is_first(self) -> bool:
-        """Say whether this rank is the first that asks."""
+    def is_first(self, role: str) -> bool:
+        """Tell whether this rank is the first to take a role of a judge, or to take it after a judge has failed."""
         try:
-            (self.folder / JUDGE).touch(exist_ok=False)
+            with (self.folder / role).open("x") as file:
+                file.write(str(self.rank))
         except FileExistsError:
             return False
         return True
 
+    def judge(self, role: str) -> None:
+        """Write the verdict, which names the silent ranks; after an OSError another rank may do it."""
+        try:
+            before = read_beats(self.folder, self.ranks)
+            if role != JUDGES[0] and (first := (self.folder / JUDGES[0]).read_text()):
+                before[int(first)] = None  # counts as running: it answered the alarm, so its death is not the hang
+            self.beat_for(GRACE_BEATS)
+            silent = describe_hang(before, read_beats(self.folder, self.ranks))
+            line = f"hang: {silent}; stacks of all that answer are in {self.save / STACKS}"
+            print(line, file=sys.stderr, flush=True)
+            write_aside(self.folder / VERDICT, line)
+        except OSError:
+            (self.folder / role).unlink(missing_ok=True)
+            raise
+
     def end_alone(self, error: OSError) -> NoReturn:
-        """End where ranks cannot tell each other where they are; any other that hangs does so too."""
+        """Exit alone, since the ranks cannot share their phases; every other hanging rank does the same."""
         line = (f"hang: rank {self.rank} on {platform.node()} is in '{self.phase}' of step {self.step} for "
                 f"{time.monotonic() - self.since:.0f} s, and cannot ask the others ({error})")
         faulthandler.dump_traceback(2)
@@ -150,7 +164,7 @@ class Watchdog:
         os._exit(EXIT_CODE)
 
     def dump(self) -> None:
-        """Write the stacks of all threads, to standard error too."""
+        """Dump the stacks of all threads to a file and to stderr."""
         folder = self.save / STACKS
         folder.mkdir(exist_ok=True)
         partial = folder / f".rank-{self.rank}.txt.{uuid.uuid4().hex}"
@@ -164,7 +178,7 @@ class Watchdog:
 
 
 def install_watchdog(args: argparse.Namespace, step: TrainingStep) -> Watchdog | None:
-    """Let Megatron's loop and our step note where a rank is, if the user asks for it."""
+    """Let Megatron's loop and our step record a rank's phase; return None without --hang-timeout-minutes."""
     if args.hang_timeout_minutes is None:
         return None
     dog = Watchdog(Path(args.save), args.hang_timeout_minutes * 60, step.running_step)

@@ -82,27 +82,36 @@ def test_data_that_cannot_be_meant_is_refused(stores, given, said):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("change", ["tokens", "places in a later epoch", "epochs"])
-def test_other_data_in_a_sampled_folder_are_seen(tmp_path, change):
+@pytest.mark.parametrize("change, reads, seen", [
+    ("a token", 1, True), ("places in epoch 1", 2, True), ("places in epoch 1", 1, False), ("fewer epochs", 24, True),
+    ("fewer epochs", 23, False), ("more epochs", 25, True), ("more epochs", 24, False), ("metadata", 30, False)])
+@pytest.mark.parametrize("unit", ["epochs", "train_iters"])
+def test_other_data_in_a_sampled_folder_are_seen_where_a_run_reads_them(tmp_path, change, reads, seen, unit):
+    """Of the 24 epochs that are stored, each of 8 rows of 96 positions."""
     folder = shutil.copytree(FULLBATCH / "sampled", tmp_path / "sampled")
-    theirs, ours = argparse.Namespace(**NAMED), argparse.Namespace(**NAMED)
+    given = NAMED | dict(epochs=None, global_batch_size=8, seq_length=96) | {unit: reads}
 
-    def digests():
-        args = arguments(sampled_data_path=str(folder))
-        open_sources(args)
-        return args.data_digests
-    theirs.data_digests = digests()
-    moved = shutil.copytree(folder, tmp_path / "elsewhere")
-    assert open_sources(args := arguments(sampled_data_path=str(moved))) and args.data_digests == theirs.data_digests
-    if change == "epochs":
-        shutil.rmtree(max(folder.glob("epoch_*"), key=lambda path: int(path.name[6:])))
+    def opened(path):
+        open_sources(args := argparse.Namespace(**vars(arguments(sampled_data_path=str(path))) | given))
+        return args
+    theirs = opened(folder)
+    assert opened(shutil.copytree(folder, tmp_path / "elsewhere")).data_digests == theirs.data_digests
+    if change == "fewer epochs":
+        shutil.rmtree(folder / "epoch_23")
+    elif change == "more epochs":
+        shutil.copytree(folder / "epoch_1", folder / "epoch_24")
+    elif change == "metadata":
+        (folder / "metadata.json").write_text((folder / "metadata.json").read_text() + " ")
     else:
-        place = folder / ("tokens.npy" if change == "tokens" else "epoch_1/inst_start.npy")
-        np.save(place, np.roll(np.load(place), 1) if change == "tokens" else np.zeros_like(np.load(place)))
-    ours.data_digests = digests()
-    assert (changes(theirs, ours) or "").startswith("the data are not those it was trained on")
-    assert trains_on_the_same(theirs, ours) is False
-    del theirs.data_digests["sampled"]  # of an older version, which knew the lengths alone
+        place = folder / ("tokens.npy" if change == "a token" else "epoch_1/inst_start.npy")
+        array = np.load(place)
+        array[3] = array[4]
+        np.save(place, array)
+    ours = opened(folder)
+    assert trains_on_the_same(theirs, ours) is not seen
+    assert (changes(theirs, ours) or "")[:41] == ("the data are not those it was trained on:" if seen else "")
+    for part in ("tokens", "epochs"):  # of an older version, which knew the lengths alone
+        del theirs.data_digests[part]
     assert changes(theirs, ours) is None and trains_on_the_same(theirs, ours)
 
 

@@ -24,6 +24,7 @@ from hrm_megatron.model import hrm  # noqa: E402
 from hrm_megatron.model_types import HRM, MODEL_TYPES  # noqa: E402
 from hrm_megatron.parallel.patching import temporarily  # noqa: E402
 from hrm_megatron.planner.layout import Layout, check, stage_parameters  # noqa: E402
+from hrm_megatron.training import checkpoint_space  # noqa: E402
 from hrm_megatron.training.arguments import complete, parse_arguments  # noqa: E402
 from hrm_megatron.training.checkpoint_space import check_space, describe_space  # noqa: E402
 from hrm_megatron.training.dry_run import build, checked_start, describe_dry_run, first_rank_of, saving_of  # noqa: E402
@@ -172,6 +173,21 @@ def test_a_checkpoint_that_is_not_there_is_refused(monkeypatch, tmp_path, flags,
     args = parsed(monkeypatch, *WORDS, "--global-batch-size", 2, *(flag.format(tmp_path) for flag in flags))
     with pytest.raises(ConfigError, match=f"^{says.format(tmp_path)}"):
         next(describe_dry_run(args, None, NO_EVALUATION))
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_folder_of_another_machine_is_only_reported_by_a_dry_run(monkeypatch, tmp_path, caplog, dry):
+    save = tmp_path / "scratch" / "run"
+    args = parsed(monkeypatch, *WORDS, "--global-batch-size", 2, "--save", save)
+    args.dry_run = dry
+    monkeypatch.setattr(checkpoint_space.os, "access", lambda *_: False)
+    if dry:
+        with caplog.at_level("INFO"):
+            assert checked_start(args, None, NO_EVALUATION) == (None, 0)
+        assert f"--save {save}: {tmp_path} is not writable here; the run needs a folder that is" in caplog.text
+        save.parent.touch()  # no folder on any machine
+    with pytest.raises(ConfigError, match=f"^--save {save}: cannot write to {save.parent if dry else tmp_path};"):
+        checked_start(args, None, NO_EVALUATION)
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_none_is_written_to(monkeypatch, native_start, tmp_path):

@@ -118,7 +118,25 @@ def test_a_rank_ends_for_a_hang_where_it_cannot_write(tmp_path, monkeypatch, cap
     assert "and cannot ask the others" in (tmp_path / "error.json").read_text()
 
 
-def test_one_rank_reads_what_all_said_whatever_their_number(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def dogs(tmp_path, monkeypatch):
+    """Make watchdogs that have written a beat each; one that sounds raises SystemExit."""
+    from hrm_megatron.training import watchdog
+
+    monkeypatch.setattr(watchdog.os, "_exit", sys.exit)
+    for name in ("dump_traceback_later", "dump_traceback"):
+        monkeypatch.setattr(watchdog.faulthandler, name, lambda *_, **__: None)
+
+    def make(ranks):
+        found = [watchdog.Watchdog(tmp_path, 1.0, running_step=lambda: 7) for _ in range(ranks)]
+        for rank, dog in enumerate(found):
+            dog.rank, dog.ranks, dog.folder = rank, ranks, tmp_path
+            dog.beat()
+        return found
+    return make
+
+
+def test_one_rank_reads_what_all_said_whatever_their_number(dogs, tmp_path, monkeypatch, capsys):
     from hrm_megatron.training import watchdog
 
     ranks, reads, stock = 16, [], Path.read_text
@@ -129,19 +147,58 @@ def test_one_rank_reads_what_all_said_whatever_their_number(tmp_path, monkeypatc
 
     monkeypatch.setattr(Path, "read_text", read_text)
     monkeypatch.setattr(watchdog.time, "sleep", lambda _: None)
-    monkeypatch.setattr(watchdog.os, "_exit", sys.exit)
-    for name in ("dump_traceback_later", "dump_traceback"):
-        monkeypatch.setattr(watchdog.faulthandler, name, lambda *_, **__: None)
-    dogs = [watchdog.Watchdog(tmp_path, 1.0, running_step=lambda: 7) for _ in range(ranks)]
-    for rank, dog in enumerate(dogs):
-        dog.rank, dog.ranks, dog.folder = rank, ranks, tmp_path
-        dog.beat()
-    for dog in dogs:
+    for dog in dogs(ranks):
         with pytest.raises(SystemExit):
             dog.sound()
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hang: ")]
     assert len(said) == 1 and said[0].startswith("hang: rank 1 on ") and "does not answer" in said[0]
     assert sum(path.name.startswith("rank-") and path.parent == tmp_path for path in reads) <= 4 * ranks
+
+
+def test_a_judge_that_cannot_read_leaves_the_verdict_to_another(dogs, tmp_path, monkeypatch, capsys):
+    from hrm_megatron.training import watchdog
+
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    failing, waiting = dogs(2)
+    role = watchdog.JUDGES[0]
+    assert failing.is_first(role)
+
+    def gives_up(_):
+        """While the other rank waits."""
+        if not (tmp_path / "gave-up").exists():
+            (tmp_path / "gave-up").touch()
+            with monkeypatch.context() as broken, pytest.raises(OSError, match="Input/output"):
+                broken.setattr(watchdog, "read_beats", fails)
+                failing.judge(role)
+
+    monkeypatch.setattr(watchdog.time, "sleep", gives_up)
+    with pytest.raises(SystemExit):
+        waiting.sound()
+    assert (tmp_path / watchdog.VERDICT).read_text().startswith("hang: rank 0 on ")
+    assert capsys.readouterr().err.count("hang: ") == 1
+
+
+@pytest.mark.parametrize("how, said", [("asleep", "is silent since step 7 in 'reading data'; all others are in '"),
+                                       ("stopped", "does not answer, last heard of in step 7 in 'reading data'")])
+def test_a_judge_that_dies_is_replaced(dogs, tmp_path, monkeypatch, capsys, how, said):
+    """And is not named itself: it answered the alarm."""
+    from hrm_megatron.training import watchdog
+
+    judge, silent, *waiting = dogs(4)
+    for dog in (judge, silent, *waiting):
+        dog.mark("reading data" if dog is silent else "reduction of gradients")
+        dog.beat()
+    assert judge.is_first(watchdog.JUDGES[0])  # and is never heard of again
+    running = [*waiting, silent] if how == "asleep" else waiting
+    monkeypatch.setattr(watchdog.time, "sleep", lambda _: [dog.beat() for dog in running])
+    for dog in waiting:
+        with pytest.raises(SystemExit):
+            dog.sound()
+    verdicts = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hang: ")]
+    assert len(verdicts) == 1 and re.match(rf"hang: rank 1 on \S+ {said}", verdicts[0]), verdicts
+    assert "rank 0" not in verdicts[0] and (tmp_path / watchdog.VERDICT).read_text() == verdicts[0]
 
 
 @pytest.mark.parametrize("flags, said", [

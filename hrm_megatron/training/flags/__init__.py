@@ -1,4 +1,4 @@
-"""What each flag of Megatron's does in a run of ours, as a table; the command line is checked by it before all else.
+"""Table of what each Megatron flag does in our runs; the command line is checked against it before all else.
 
 `python -m hrm_megatron.training.flags > docs/flags.md` prints it.
 """

@@ -1,11 +1,11 @@
-"""The smallest and the largest value of each used flag that takes a number; None where any number is one."""
+"""Smallest and largest value of each used flag that takes a number; None if any number is valid."""
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 Bounds = tuple[float, float]
 ANY_LARGER = float("inf")
-BELOW = ("--adam-beta1", "--adam-beta2")  # the largest value is none: AdamATan2 divides by 1 - beta^t
+BELOW = ("--adam-beta1", "--adam-beta2")  # excluding the largest value: AdamATan2 divides by 1 - beta^t
 
 
 def _at_least(least: float, flags: str) -> Iterable[tuple[str, Bounds]]:
@@ -34,7 +34,7 @@ BOUNDS: dict[str, Bounds | None] = {
         "--ft-num-warmup-iters --fault-injector-fault-delay --fault-injector-delay-start-iteration "
         "--fault-injector-mtti-seconds --fault-injector-offset-seconds --fp8-margin --logging-level"))),
     **dict(_at_least(1, "--iterations-to-skip --rollback-after")),
-    "--seed": (1, 2**31 - 1),  # numpy's generators take less than 2^32, and Megatron adds 100 for each pipeline stage
+    "--seed": (1, 2**31 - 1),  # numpy accepts seeds below 2^32, and Megatron adds 100 for each pipeline stage
     "--adam-beta1": (0, 1), "--adam-beta2": (0, 1), "--lr-warmup-fraction": (0, 1),
     "--async-ckpt-cpu-priority": (0, 19), "--async-ckpt-io-priority": (0, 3),
     "--fault-injector-seed": None,

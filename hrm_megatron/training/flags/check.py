@@ -1,4 +1,4 @@
-"""Hold a command line against the table, before anything is built: one line for the first flag that would not do."""
+"""Check a command line against the table before anything is built; the first invalid flag is refused in one line."""
 from __future__ import annotations
 
 import argparse
@@ -12,7 +12,7 @@ from hrm_megatron.training.flags.verdict import Refused, Used
 
 
 def given(parser: argparse.ArgumentParser, words: Sequence[str]) -> Iterator[tuple[str, argparse.Action]]:
-    """Yield each flag among `words` as it was written, and the parser's action for it."""
+    """Yield each flag among `words` as it was written, with the parser's action for it."""
     for word in words:
         name = word.partition("=")[0]
         if action := parser._option_string_actions.get(name):
@@ -23,13 +23,13 @@ def check_flags(parser: argparse.ArgumentParser, words: Sequence[str], cuda: boo
                 fixed: Mapping[str, object]) -> None:
     """Raise ConfigError for a flag among `words` that is refused, has no effect or is out of bounds.
 
-    `cuda` says whether there is a GPU, `fixed` has the settings (by dest) that this machine leaves no choice about.
+    `cuda`: there is a GPU; `fixed`: the settings (by dest) that cannot be changed on this machine.
     """
     defaults, args = vars(parser.parse_args([])), vars(parser.parse_args(words))
     table = by_flag()
     for name, action in given(parser, words):
         value, flag, default = args[action.dest], action.option_strings[0], defaults[action.dest]
-        if value in (default, [default]):  # a list even of one, where the default is none
+        if value in (default, [default]):  # or the default as a list of one
             continue
         written = " ".join([name, *(_written(value) if action.nargs != 0 else ())])
         verdict = table.get(flag)
@@ -44,7 +44,7 @@ def check_flags(parser: argparse.ArgumentParser, words: Sequence[str], cuda: boo
 
 
 def _written(value: object) -> list[str]:
-    """Return a value as words of a command line."""
+    """Return a value as words on a command line."""
     return [str(getattr(one, "name", one)) for one in (value if isinstance(value, list | tuple) else [value])]
 
 
@@ -69,7 +69,7 @@ def _is_given(parser: argparse.ArgumentParser, args: Mapping[str, object], flag:
 
 
 def _is_on(value: object) -> bool:
-    """Tell whether a flag asks for something: sizes of parallelism do from 2 on."""
+    """Tell whether a value turns a flag on; for integers, such as parallel sizes, from 2 on."""
     return value > 1 if isinstance(value, int) and not isinstance(value, bool) else bool(value)
 
 
@@ -79,6 +79,6 @@ def _check_bounds(flag: str, written: str, value: object) -> None:
     least, most = bounds
     for number in value if isinstance(value, list) else [value]:
         within = float(number) < most if flag in BELOW else float(number) <= most  # type: ignore[arg-type]
-        if not (within and least <= float(number)):  # type: ignore[arg-type]  # nan is not
+        if not (within and least <= float(number)):  # type: ignore[arg-type]  # also refuses NaN
             most_too = f" and {'less than' if flag in BELOW else 'at most'} {most}" if most < float("inf") else ""
             raise ConfigError(f"{written}: must be at least {least}{most_too}")

@@ -1,4 +1,4 @@
-"""docs/flags.md, printed from the table and the parser."""
+"""Generate docs/flags.md from the table and the parser."""
 from __future__ import annotations
 
 import argparse
@@ -28,7 +28,7 @@ Defaults are those that `--help` shows; `--help-hrm` shows our group alone. This
 
 
 def document(parser: argparse.ArgumentParser) -> str:
-    """Write the page for the installed Megatron-Core, whose parser with our group is `parser`."""
+    """Return the page for the installed Megatron-Core, whose parser with our group is `parser`."""
     names = {action.option_strings[0]: action.option_strings for action in parser._actions if action.option_strings}
     counts = Counter(type(verdict) for group in GROUPS.values() for verdict in group for _ in verdict.flags.split())
     lines = [HEAD.format(version=importlib.metadata.version("megatron-core"), total=counts.total(), used=counts[Used],

@@ -1,4 +1,4 @@
-"""Megatron's flags for other models and other programs: an HRM has no use for any of them."""
+"""Megatron's flags for other models and other programs, none of which an HRM uses."""
 from __future__ import annotations
 
 from hrm_megatron.training.flags.reasons import BY_GENERATE, NO_EXPERTS, ONLY_GENERATION, OTHER_LAYERS

@@ -1,4 +1,4 @@
-"""Megatron's parser as ours: help that can be printed, our flags first, and errors of one line."""
+"""Adapt Megatron's parser: printable help, our flags first, and one-line errors."""
 from __future__ import annotations
 
 import argparse
@@ -14,12 +14,12 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.training.flags.table import OURS
 
 UNKNOWN = re.compile(r"unrecognized arguments: (--[^\s=]+)")
-UNPRINTABLE = (ValueError, TypeError, KeyError)  # of the % operator
-UNREADABLE = (LookupError, AssertionError, ArithmeticError, SyntaxError)  # that argparse would let through
+UNPRINTABLE = (ValueError, TypeError, KeyError)  # raised by the % operator
+UNREADABLE = (LookupError, AssertionError, ArithmeticError, SyntaxError)  # not caught by argparse
 
 
 class DefaultsShown(argparse.HelpFormatter):
-    """Adds the default of each flag that has one to its help."""
+    """Adds the default of each flag, if it has one, to its help."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         unset = action.nargs == 0 or action.default is None
@@ -27,7 +27,7 @@ class DefaultsShown(argparse.HelpFormatter):
 
 
 class HelpOfOurs(argparse.Action):
-    """Print our group alone, with its defaults, and exit."""
+    """Print only our group, with its defaults, and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         formatter = DefaultsShown(parser.prog)
@@ -44,7 +44,7 @@ def ours(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def prepare(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Put our group first, make all help printable, and let every error be a ConfigError of one line."""
+    """Put our group first, make all help printable, and turn every error into a one-line ConfigError."""
     ours(parser).add_argument("--help-hrm", action=HelpOfOurs, nargs=0, default=argparse.SUPPRESS,
                               help="show this group alone and exit")
     parser._action_groups.sort(key=lambda group: group.title != OURS)
@@ -62,7 +62,7 @@ def prepare(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _readable(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Let argparse speak of every value that `read` cannot make sense of."""
+    """Wrap `read` so that argparse reports every value that it cannot parse."""
     @functools.wraps(read)
     def wrapped(text: str) -> Any:
         try:
@@ -73,7 +73,7 @@ def _readable(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Stand in for argparse's own end, which prints the names of all flags first."""
+    """Replace `ArgumentParser.error`, which prints the names of all flags first."""
     if found := UNKNOWN.match(message):
         near = difflib.get_close_matches(found[1], parser._option_string_actions, n=1)
         message += f"; did you mean {near[0]}?" if near else "; --help lists all flags"

@@ -1,4 +1,4 @@
-"""Megatron's flags for the ranks of a run and what goes between them."""
+"""Megatron's flags for parallelism and communication."""
 from __future__ import annotations
 
 from hrm_megatron.training.flags.reasons import FIRST_AND_LAST, OWN_CONTEXT, TICKS_ARE_CHUNKS, TWO_BUFFERS

@@ -1,4 +1,4 @@
-"""Reasons, and ways out, that hold for flags of several groups."""
+"""Reasons and ways out that flags of several groups share."""
 from __future__ import annotations
 
 NO_EXPERTS = "an HRM has no experts"

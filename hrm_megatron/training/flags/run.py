@@ -15,7 +15,7 @@ FAULTS = "--fault-injector-ranks --fault-injector-num-ranks"
 PROFILING: Group = (
     Used("megatron.training.training", "--profile"),
     Used("megatron.training.training", "--profile-step-start --profile-step-end --profile-ranks", needs="--profile"),
-    # Beside whose folder the traces go.
+    # Traces are written beside the TensorBoard folder.
     Used("megatron.training.training", "--use-pytorch-profiler", needs="--profile, --tensorboard-dir"),
     Used("megatron.training.training", "--pytorch-profiler-collect-shapes --pytorch-profiler-collect-callstack "
          "--pytorch-profiler-collect-chakra", needs="--use-pytorch-profiler"),

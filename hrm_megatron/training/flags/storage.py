@@ -1,4 +1,4 @@
-"""Megatron's flags for where things are: checkpoints, data and tokenizer."""
+"""Megatron's flags for checkpoints, data and tokenizer."""
 from __future__ import annotations
 
 from hrm_megatron.training.flags.reasons import NO_EXPERTS

@@ -1,4 +1,4 @@
-"""Every flag of the pinned Megatron, in its own argument groups; a test holds the table to the parser."""
+"""Every flag of the pinned Megatron, in its argument groups; a test compares the table with the parser."""
 from __future__ import annotations
 
 from hrm_megatron.training.flags import foreign, optimization, parallel, run, storage, transformer
@@ -6,7 +6,7 @@ from hrm_megatron.training.flags.verdict import Group, Verdict
 
 OURS = "hrm"  # the group of our own flags, all of which are used
 
-GROUPS: dict[str, Group] = {  # by the title that Megatron's parser gives
+GROUPS: dict[str, Group] = {  # by title in Megatron's parser
     "transformer configuration": transformer.TRANSFORMER,
     "network size": transformer.NETWORK,
     "regularization": optimization.REGULARIZATION,
@@ -46,5 +46,5 @@ GROUPS: dict[str, Group] = {  # by the title that Megatron's parser gives
 
 
 def by_flag() -> dict[str, Verdict]:
-    """Map each flag, by the first of its names, to its verdict."""
+    """Return the verdict of each flag, by the flag's first name."""
     return {flag: verdict for group in GROUPS.values() for verdict in group for flag in verdict.flags.split()}

@@ -1,4 +1,4 @@
-"""Values that do not go together, or not with what is on disk: one line where Megatron has a traceback."""
+"""Refuse values that are incompatible with each other or with the disk in one line, instead of Megatron's traceback."""
 from __future__ import annotations
 
 import argparse
@@ -17,7 +17,7 @@ MULTIPLES = {"save_retain_interval": "save_interval", "log_memory_interval": "lo
 
 
 def check_values(args: argparse.Namespace, cuda: bool) -> None:
-    """Refuse what the flags one by one do not show; `cuda` says whether there is a GPU."""
+    """Refuse errors that no single flag shows; `cuda`: there is a GPU."""
     for name in FOLDERS:
         if (place := getattr(args, name)) and Path(place).is_file():
             raise ConfigError(f"{_flag(name)} {place}: a file is there; name a folder")
@@ -68,7 +68,7 @@ def _check_recomputation(args: argparse.Namespace) -> None:
 
 
 def _check_hang_timeout(args: argparse.Namespace) -> None:
-    """Refuse a time that would never come, and one without a place for what it writes."""
+    """Refuse a timeout that other timeouts precede, and one without a folder for its files."""
     if args.hang_timeout_minutes is None:
         return
     flag = f"--hang-timeout-minutes {args.hang_timeout_minutes:g}"
@@ -81,7 +81,7 @@ def _check_hang_timeout(args: argparse.Namespace) -> None:
 
 
 def check_profile(args: argparse.Namespace) -> None:
-    """Refuse a profile that would never be written, now that ranks and steps are counted."""
+    """Refuse a profile that would never be written; call it once ranks and steps are known."""
     if not args.profile:
         return
     first, last = args.profile_step_start, args.profile_step_end
@@ -98,7 +98,7 @@ def check_profile(args: argparse.Namespace) -> None:
 
 
 def check_batch(args: argparse.Namespace) -> None:
-    """Refuse steps, or evaluations, that cannot be divided into micro-batches on all replicas."""
+    """Refuse batches of training or evaluation that cannot be divided into micro-batches on all replicas."""
     ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     replicas = args.world_size // ranks
     for prefix in ("", "eval_"):
@@ -112,7 +112,7 @@ def check_batch(args: argparse.Namespace) -> None:
 
 
 def check_pipeline_flags(args: argparse.Namespace) -> None:
-    """Refuse flags of a pipeline that have no effect on the one that there is."""
+    """Refuse pipeline flags that have no effect in this layout."""
     given = {"--pipeline-window": args.pipeline_window,
              "--pipeline-schedule": None if args.pipeline_schedule == AUTO else args.pipeline_schedule,
              "--decoder-first-pipeline-num-layers": args.decoder_first_pipeline_num_layers,
@@ -127,7 +127,7 @@ def check_pipeline_flags(args: argparse.Namespace) -> None:
 
 
 def check_evaluation(args: argparse.Namespace) -> None:
-    """Refuse evaluations of fewer micro-batches than a pipeline of several ticks has stages."""
+    """Refuse evaluations with fewer micro-batches than pipeline stages, which several ticks require."""
     if not (args.eval_iters or args.full_validation):
         return
     stages = args.pipeline_model_parallel_size

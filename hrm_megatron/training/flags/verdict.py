@@ -1,4 +1,4 @@
-"""What a flag of Megatron's does in a run of ours: one of three verdicts, each over some flags, as plain data."""
+"""What a Megatron flag does in our runs: one of three verdicts, each about some flags, as plain data."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Used:
-    """The flags reach the run: the module `by` reads them.
+    """The flags have an effect: the module `by` reads them.
 
-    They have an effect only beside other flags (`needs`: commas stand between conditions, blanks between flags of which
-    one is enough, `--flag=value` asks for that value), where the Python package `package` is installed, and with `cuda`
-    on a GPU only. `only` names the values that work, where the parser takes more.
+    `needs`: other flags without which they have no effect; commas separate conditions, blanks separate flags of which
+    one is enough, and `--flag=value` requires that value. `package`: a Python package that must be installed. `cuda`:
+    only on a GPU. `only`: the values that work, if the parser accepts more.
     """
 
     by: str
@@ -23,7 +23,7 @@ class Used:
 
 @dataclass(frozen=True)
 class Harmless:
-    """The flags change nothing, and need not: what they ask for is so in every run of ours. `why` says how."""
+    """The flags change nothing, because what they ask for holds in every run; `why` says how."""
 
     why: str
     flags: str
@@ -31,9 +31,9 @@ class Harmless:
 
 @dataclass(frozen=True)
 class Refused:
-    """A run ends before it begins where one of the flags has another value than its default, or than one of `same`.
+    """A start is refused if one of the flags has a value other than its default or one of `same`.
 
-    The defaults are ours (training.own_flags): what makes a model an HRM is the default of its flag.
+    The defaults are ours (training.own_flags): settings that make the model an HRM are the defaults of their flags.
     """
 
     why: str
