@@ -10,30 +10,30 @@ import torch
 from hrm_megatron.optim.flat import FlatState, Shard, joined, starts_of
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
-# The number of updates lives in the param group under our own word: "step" there must be one number for all
-# groups (distrib_optimizer.py, state_dict), while the embedding's lags behind while few ticks build a graph.
+# Key of the update count in a param group. Not "step": Megatron requires that to be equal in all groups
+# (distrib_optimizer.py, state_dict), but the embedding is not updated while few ticks build a graph.
 UPDATES = "updates"
 ADAM_EPSILON = 1e-8
 
 
 def state_prefix(state: str) -> str:
-    """Return what stands before a weight's name in the name of its `state` in a checkpoint: one of STATE_KEYS, or
-    "param", the master. Source: Megatron-Core, dist_checkpointing/optimizer.py."""
+    """Return the prefix of the checkpoint keys of `state`, which is one of STATE_KEYS or "param" (the master).
+    Source: Megatron-Core, dist_checkpointing/optimizer.py."""
     return f"optimizer.state.{state}"
 
 
 def state_key(state: str, weight: str) -> str:
-    """Name the tensor of a checkpoint that holds `state` of a weight."""
+    """Return the checkpoint key of `state` of a weight."""
     return f"{state_prefix(state)}.{weight}"
 
 
 def atan2_of(m: torch.Tensor, v: torch.Tensor, correction: float) -> torch.Tensor:
-    """The direction of AdamATan2."""
+    """Return the update direction of AdamATan2."""
     return torch.atan2(m, v.sqrt().div_(correction))
 
 
 def quotient_of(m: torch.Tensor, v: torch.Tensor, correction: float) -> torch.Tensor:
-    """The direction of AdamW (Loshchilov and Hutter, arXiv 1711.05101; torch.optim.AdamW)."""
+    """Return the update direction of AdamW (Loshchilov and Hutter, arXiv 1711.05101; torch.optim.AdamW)."""
     return m / v.sqrt().div_(correction).add_(ADAM_EPSILON)
 
 
@@ -42,15 +42,15 @@ def update(p: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor
            direction: Callable[..., torch.Tensor] = atan2_of) -> None:
     """Update one tensor and its state in place, see `AdamATan2`.
 
-    What changes from step to step is in `keep` = 1 - lr*wd, `correction` = sqrt(1-b2^t) and `rate` = lr/(1-b1^t): a
-    compiled function must not depend on their values.
+    The values that change every step are `keep` = 1 - lr*wd, `correction` = sqrt(1-b2^t) and `rate` = lr/(1-b1^t): the
+    compiled function must not specialize on them.
     """
     g = grad.to(m.dtype)
     p.mul_(keep)
     m.lerp_(g, 1 - b1)
     v.mul_(b2).addcmul_(g, g, value=1 - b2)
     step = direction(m, v, correction)
-    if torch.compiler.is_compiling():  # which takes alpha for a constant and would recompile at every step
+    if torch.compiler.is_compiling():  # dynamo treats `alpha` as a constant and would recompile every step
         p.sub_(step.mul_(rate))
     else:
         p.add_(step, alpha=-rate)
@@ -58,7 +58,7 @@ def update(p: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor
 
 
 def factors_of(group: dict[str, Any]) -> dict[str, float]:
-    """Return what `update` is given for the step that a group counted last."""
+    """Return the keyword arguments of `update` for the last step that the group counted."""
     t, lr, (b1, b2) = group[UPDATES], group["lr"], group["betas"]
     return dict(keep=1 - lr * group["weight_decay"], b1=b1, b2=b2, correction=math.sqrt(1 - b2 ** t),
                 rate=lr / (1 - b1 ** t), ema_decay=group["ema_decay"])
@@ -67,8 +67,8 @@ def factors_of(group: dict[str, Any]) -> dict[str, float]:
 def fused_update() -> Callable[..., None]:
     """Return `update` as one compiled kernel that reads and writes each tensor once.
 
-    One compilation serves all sizes and steps; parameters go in detached, or it would take their sizes for constants.
-    No two tensors of a call may share a buffer, which the compiler would have to assume to overlap.
+    One compilation serves all sizes and steps. Pass parameters detached: dynamo treats the sizes of an nn.Parameter as
+    constants. No two tensors of a call may share a storage: the compiler would have to assume that they overlap.
     """
     return torch.compile(update, dynamic=True)
 
@@ -79,9 +79,9 @@ class AdamATan2(torch.optim.Optimizer):
     Per parameter with a gradient, t counting its group's updates:
     `p *= 1 - lr*wd; m = lerp(m, g, 1-b1); v = b2*v + (1-b2)*g*g;
     p -= lr/(1-b1^t) * atan2(m, sqrt(v)/sqrt(1-b2^t)); ema = lerp(ema, p, 1-ema_decay)`.
-    There is no epsilon: atan2(0, 0) = 0. A group for which `has_gradient` answers False is skipped whole: no
-    decay, no count, no average. A parameter whose `grad` is None is skipped likewise, but counts with its group.
-    `direction` takes atan2's place (an ablation): AdamW's, with everything else as it is.
+    There is no epsilon: atan2(0, 0) = 0. A group for which `has_gradient` returns False is skipped entirely: no
+    decay, no count, no EMA. A parameter whose `grad` is None is skipped too, but its group still counts the update.
+    `direction` replaces the atan2 (ablation `--adamw`); everything else stays the same.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.95),
@@ -96,10 +96,10 @@ class AdamATan2(torch.optim.Optimizer):
             group.setdefault(UPDATES, 0)
 
     def lay_out(self, params: Sequence[torch.Tensor], shards: Sequence[Shard], movable: bool) -> None:
-        """Keep the state of these parameters of one group side by side from now on, so that one call updates them.
+        """Keep the state of these parameters of one group in flat buffers, so that one call updates many of them.
 
-        `movable` masters come to lie so themselves; others are where their owner has them, which decides how far a
-        call reaches. Without this each parameter is updated by itself: DTensors are.
+        If `movable`, the masters are moved into a flat buffer too. Otherwise they stay in their owner's buffers, and
+        one call covers those that are adjacent there. Without this call (DTensors) each parameter is updated by itself.
         """
         starts, size = starts_of(shards)
         flat = FlatState(size)
@@ -110,14 +110,14 @@ class AdamATan2(torch.optim.Optimizer):
                 p.data = masters[start:start + p.numel()].copy_(p.data)
 
     def init_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the state of `p`, made if there is none; refuse one that lost a part on its way."""
+        """Return the state of `p`, created if there is none; raise KeyError if a loaded state lacks a tensor."""
         state = self.state[p]
         if not state:
             state.update(exp_avg=torch.zeros_like(p.data), exp_avg_sq=torch.zeros_like(p.data), ema=p.data.clone())
         missing = [key for key in STATE_KEYS if key not in state]
         if missing:
             raise KeyError(f"optimizer state without {', '.join(missing)}: the checkpoint was not written by AdamATan2")
-        if p in self.places:  # also where a checkpoint was loaded, or anybody replaced a tensor
+        if p in self.places:  # on every call: loading a checkpoint may have replaced the tensors
             flat, start = self.places[p]
             flat.take(state, start)
         return state
@@ -126,7 +126,7 @@ class AdamATan2(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            # Also without a gradient: ranks must agree on which states exist when they save.
+            # Even without gradients: ranks must agree on which states exist when they save.
             states = [self.init_state(p) for p in group["params"]]
             if not self.has_gradient(group):
                 continue
@@ -139,7 +139,7 @@ class AdamATan2(torch.optim.Optimizer):
 
 
 def init_states(optimizer: AdamATan2, config: Any = None) -> None:
-    """Make the state of all parameters (Megatron's `init_state_fn`)."""
+    """Create the state of all parameters (Megatron's `init_state_fn`)."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.init_state(p)

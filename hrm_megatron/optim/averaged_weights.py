@@ -1,4 +1,4 @@
-"""The EMA in the place of the weights for a while: an exchange in place, after which every bit is where it was."""
+"""Temporarily swap the EMA and the weights, in place; swapping back restores every bit."""
 from __future__ import annotations
 
 import contextlib
@@ -12,11 +12,11 @@ from hrm_megatron.optim.sharded import parts_of
 
 @contextlib.contextmanager
 def averaged_weights(optimizer: Any, model_chunks: Sequence[Any]) -> Iterator[None]:
-    """Let the model under a distributed optimizer compute with the EMA; all ranks enter and leave together.
+    """Let a model with a distributed optimizer compute with the EMA; all ranks enter and leave together.
 
-    Masters and EMA change places, one weight's shard at a time, and the model's weights are made from the masters as
-    after a step: there is no second copy of the model. Only forward passes may run inside. After an error nothing is
-    put back, because the other ranks may not be there to gather weights with: such a process must end.
+    Masters and EMA are swapped one shard at a time, and the masters are then copied to the model's weights as after a
+    step, so there is no second copy of the model. Only forward passes may run inside. After an exception nothing is
+    swapped back, because other ranks may not take part in the all-gather of the weights: the process must end.
     """
     _exchange(optimizer, model_chunks)
     yield
@@ -26,7 +26,7 @@ def averaged_weights(optimizer: Any, model_chunks: Sequence[Any]) -> Iterator[No
 @torch.no_grad()
 def _exchange(optimizer: Any, model_chunks: Sequence[Any]) -> None:
     for part in parts_of(optimizer):
-        if part.is_stub_optimizer:  # this rank has no weights of its kind
+        if part.is_stub_optimizer:  # this rank owns no weights of this optimizer
             continue
         for group in part.optimizer.param_groups:
             for master in group["params"]:

@@ -1,7 +1,7 @@
 """Put AdamATan2 and the step-exact schedules into Megatron's optimizer machinery.
 
-Megatron has no plug for another optimizer: it is built as "adam" while the class behind that name is ours.
-Sharding, fp32 masters, overlap and checkpoints stay stock.
+Megatron has no interface for adding an optimizer: `Adam` is replaced by AdamATan2 while Megatron builds its "adam".
+Sharding, fp32 masters and communication overlap stay stock.
 """
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ from hrm_megatron.optim.sharded import (
 )
 from hrm_megatron.parallel.patching import temporarily
 
-# What a converted checkpoint holds in place of a schedule.
+# The only key of "opt_param_scheduler" in a converted checkpoint, which has no schedule.
 STEPS_DONE = "steps_done"
-# The embedding has a group of its own because its updates are counted apart. `is_decoupled_lr` is among the
-# keys by which Megatron finds a saved group again and is read for nothing else in 0.19.2.
+# The embedding is a separate group because its updates are counted separately. `is_decoupled_lr` is one of the
+# keys by which Megatron identifies a saved group; 0.19.2 reads it for nothing else.
 EMBEDDING_GROUP = {ParamKey(name="*embedding.word_embeddings.weight"): {EMBEDDING: True, "is_decoupled_lr": True}}
 
 
 def l2_norm(_chunk: int, _overflow: torch.Tensor, tensors: list[list[torch.Tensor]], _each: bool) -> tuple[
         torch.Tensor, None]:
-    """Norm [1] of all tensors, on their device: Megatron's own, without Apex and Transformer Engine, waits for each."""
+    """Return the norm [1] of all tensors without synchronizing, which Megatron's fallback (no Apex, no Transformer
+    Engine) does once per tensor."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors[0]))).unsqueeze(0), None
 
 
 def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module], ema_decay: float,
                     embedding_has_gradient: Callable[[], bool], config_overrides: dict[ParamKey, Any] | None = None,
                     adamw: bool = False, **stock_arguments: Any) -> MegatronOptimizer:
-    """Build Megatron's optimizer around AdamATan2; `embedding_has_gradient` is asked at every step.
+    """Return Megatron's optimizer built around AdamATan2, with AdamW's update direction if `adamw`.
 
-    `adamw`: with the direction of AdamW.
+    `embedding_has_gradient` is called at every step; if it returns False, the embedding is not updated.
     """
     # Without Apex or TE Megatron expects torch Adam's state["step"], which AdamATan2 does not have.
     distrib_optimizer.HAVE_APEX_OR_TE = True
@@ -66,25 +67,25 @@ def build_optimizer(config: OptimizerConfig, model_chunks: list[torch.nn.Module]
             config, model_chunks, config_overrides={**(config_overrides or {}), **EMBEDDING_GROUP}, **stock_arguments)
     for part in parts_of(optimizer):
         part.init_state_fn = init_states
-        if part is optimizer and not config.clip_grad:  # Megatron-FSDP's, which takes the norm only in order to clip
+        if part is optimizer and not config.clip_grad:  # Megatron-FSDP computes the norm only if it clips
             config.clip_grad = math.inf
     return optimizer
 
 
 def make_states(optimizer: MegatronOptimizer) -> None:
-    """Make the state that a first step makes: a save may come before it, behind steps that are not taken."""
+    """Create the state that the first update creates: if the first steps are skipped, a save may precede it."""
     for part in parts_of(optimizer):
         if not part.is_stub_optimizer:
             init_states(part.optimizer)
 
 
 class StepScheduler(OptimizerParamScheduler):  # type: ignore[misc]
-    """Megatron's scheduler with HRM-Text's learning rate, a function of the step that is running alone.
+    """Megatron's scheduler with HRM-Text's learning rate, a function of the current step alone.
 
-    `running_step` answers with that step, counted from 1, as it does for the gradient ticks: one clock for both,
-    whether rows per step change, steps are skipped, or the optimizer's state is not loaded. Megatron's own count of
-    rows is written for its sake and never read. Rates are set as the optimizer steps, so that what is logged afterwards
-    is the step's own.
+    `running_step` returns that step, counted from 1. The number of gradient ticks uses it too, so both stay in sync
+    when the batch size changes, steps are skipped, or the optimizer state is not loaded. `num_steps`, Megatron's count
+    of samples, is set because checkpoints store it, but no rate depends on it. Rates are set in a pre-hook of the
+    optimizer's step, so the rate logged after a step is the one that it used.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, schedule: LRSchedule, rows_per_step: int, weight_decay: float,
@@ -99,13 +100,13 @@ class StepScheduler(OptimizerParamScheduler):  # type: ignore[misc]
             part.optimizer.register_step_pre_hook(lambda *_: self.step(0))
 
     def step(self, increment: int) -> None:
-        """Set the rates of the step that is running."""
+        """Set the learning rates of the current step; `increment` is ignored."""
         self.num_steps = self.running_step() * self.rows_per_step
         super().step(0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take nothing: which schedule a resumed run follows was settled before anything was built."""
+        """Load nothing: which schedule a resumed run follows was decided before anything was built."""
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
-        """Learning rate of the step that is running."""
+        """Return the learning rate of the current step."""
         return self.schedule.at(self.running_step())

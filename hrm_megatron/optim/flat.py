@@ -1,4 +1,4 @@
-"""Weights and their state side by side in memory, so that one call updates many of them."""
+"""Flat buffers for masters and optimizer state, so that one call updates many weights."""
 from __future__ import annotations
 
 import itertools
@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-PADDING = 64  # elements; Megatron starts every weight of a buffer at a multiple of it (param_layout.pad_param_start)
-# Elements: updating so many takes an H100 0.2 ms (38 bytes each at 3.3 TB/s), longer than the host takes for the call.
+PADDING = 64  # elements; Megatron aligns every weight of a buffer to a multiple of it (param_layout.pad_param_start)
+# Elements. An H100 updates this many in 0.2 ms (38 bytes each at 3.3 TB/s), longer than the host takes for the call.
 LARGE = 1 << 24
-Row = tuple[torch.Tensor, ...]  # of one weight: the master and its state, at last its gradient
+Row = tuple[torch.Tensor, ...]  # of one weight: master, state tensors, gradient (last)
 
 
 class Shard(NamedTuple):
-    """The part of a weight that this rank owns: elements `start` to `end` of a bucket."""
+    """The part of a weight that this rank owns: elements [start, end) of a bucket."""
 
     bucket: Hashable
     start: int
@@ -22,7 +22,7 @@ class Shard(NamedTuple):
 
 
 def starts_of(shards: Sequence[Shard]) -> tuple[list[int], int]:
-    """Place shards behind one another, with the distances that they have in their bucket: starts, and size of all."""
+    """Return the start of each shard in one flat buffer, with the same padding as in its bucket, and the total size."""
     starts: list[int] = []
     end, before = 0, None
     for shard in shards:
@@ -33,13 +33,13 @@ def starts_of(shards: Sequence[Shard]) -> tuple[list[int], int]:
 
 
 class FlatState:
-    """One flat tensor for each part of the state of some weights, made when the first of them comes."""
+    """One flat buffer per optimizer-state tensor of a group of weights, allocated on the first `take`."""
 
     def __init__(self, size: int) -> None:
         self.size, self.parts = size, dict[str, torch.Tensor]()
 
     def take(self, state: dict[str, torch.Tensor], start: int) -> None:
-        """Move the state of one weight to its place, where it is not there."""
+        """Move the state of one weight into the buffers at `start`, unless it is already there."""
         for name, tensor in state.items():
             if name not in self.parts:
                 self.parts[name] = tensor.new_zeros(self.size)
@@ -49,10 +49,12 @@ class FlatState:
 
 
 def joined(rows: Iterable[Row | None]) -> Iterator[Row]:
-    """Yield one row of flat tensors for consecutive rows that lie side by side, padding included; None parts them.
+    """Merge consecutive rows that are adjacent in memory (up to padding) into one row of flat tensors, and yield each
+    merged row. None ends a run of rows.
 
-    Gradients may lie apart from one another, as those of several buckets do: they are copied, by one call and at a
-    time when no activations are kept, unless what comes before or next is `LARGE` enough for a call of its own.
+    Gradients that are not adjacent, as those of several DDP buckets, are first copied into one buffer, by one call and
+    at a time when no activations are alive. A run or a row of at least `LARGE` elements is not copied: it gets its own
+    call.
     """
     run: list[Row] = []
     distances: list[int] = []
@@ -72,14 +74,14 @@ def joined(rows: Iterable[Row | None]) -> Iterator[Row]:
 
 
 def _common(row: Row, following: Row) -> int | None:
-    """Return the distance of two rows that is the same in all columns, or None."""
+    """Return the distance of two rows in elements if it is the same in all columns, else None."""
     distances = {_distance(*pair) for pair in zip(row, following, strict=True)}
     return distances.pop() if len(distances) == 1 else None
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> int | None:
-    """Count the elements from the start of `a` to that of `b`; None unless they share a buffer and only padding lies
-    between them."""
+    """Return the distance in elements from the start of `a` to that of `b`, or None unless both are in one storage
+    with only padding between them."""
     distance = int(b.storage_offset()) - int(a.storage_offset())
     same = a.dtype == b.dtype and b.data_ptr() - a.data_ptr() == distance * a.element_size()
     return distance if same and 0 <= distance - a.numel() < PADDING else None

@@ -1,4 +1,4 @@
-"""Learning rate and number of gradient ticks at each step: plain functions of the step, counted from 1."""
+"""Learning rate and number of gradient ticks as plain functions of the step, counted from 1."""
 from __future__ import annotations
 
 import math
@@ -11,15 +11,15 @@ from hrm_megatron.config import ConfigError
 
 
 def as_fp32(value: float) -> float:
-    """Round to the nearest fp32 number."""
+    """Return the nearest fp32 number."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
 
 
 def lr_steps_of(args: Any) -> tuple[int, int]:
-    """Return the steps of the warm-up, and all until the rate stays, by the arguments of a run or of a checkpoint."""
+    """Return (warm-up steps, steps until the rate is constant) from the arguments of a run or a checkpoint."""
     total_steps = args.lr_decay_iters or args.train_iters or 1
-    if args.lr_warmup_fraction:  # as it is written: 0.29 of 100 steps are 29, and 28.999... in binary
+    if args.lr_warmup_fraction:  # in decimal: 0.29 of 100 steps is 29, but 28.999... as a float
         return int(Fraction(str(args.lr_warmup_fraction)) * total_steps), total_steps
     return args.lr_warmup_iters or (args.lr_warmup_samples or 0) // args.global_batch_size, total_steps
 
@@ -41,9 +41,9 @@ class LRSchedule:
                               f"{self.total_steps}: lower --lr-warmup-iters or train longer")
 
     def at(self, step: int) -> float:
-        """Learning rate of this step, rounded to fp32: `min_lr` after the end.
+        """Return the learning rate of this step, rounded to fp32; `min_lr` after `total_steps`.
 
-        The reference never steps there; its formula goes on with the cosine, which climbs back to `lr`.
+        The reference never trains past `total_steps`, where its cosine would rise back to `lr`.
         """
         if step < self.warmup_steps:
             return as_fp32(self.lr * step / self.warmup_steps)
@@ -55,7 +55,8 @@ class LRSchedule:
 
 @dataclass(frozen=True)
 class BPSchedule:
-    """Gradient ticks rise from `min_steps` to `max_steps` over a fraction of the run (HRM-Text, bp warm-up)."""
+    """Linear increase of the gradient ticks from `min_steps` to `max_steps` during the first `warmup_fraction` of the
+    run (HRM-Text, bp warm-up)."""
 
     min_steps: int
     max_steps: int
@@ -69,7 +70,7 @@ class BPSchedule:
             raise ConfigError(f"bp_warmup_fraction={self.warmup_fraction} must lie between 0 and 1")
 
     def at(self, step: int) -> int:
-        """Gradient ticks of this step."""
+        """Return the number of gradient ticks of this step."""
         warmup_steps = self.total_steps * self.warmup_fraction
         progress = min(1.0, step / warmup_steps) if warmup_steps else 1.0
         return self.min_steps + int(progress * (self.max_steps - self.min_steps))

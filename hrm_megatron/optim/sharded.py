@@ -1,4 +1,5 @@
-"""Megatron's optimizers, told of AdamATan2's third state and of its counts, and all saving by the weights' names."""
+"""Megatron's optimizers with the EMA as a third state tensor and AdamATan2's update counts; all save their state keyed
+by parameter name."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -18,35 +19,36 @@ from hrm_megatron.optim.adam_atan2 import STATE_KEYS, UPDATES, AdamATan2, init_s
 from hrm_megatron.optim.flat import Shard
 from hrm_megatron.optim.whole_weights import Bucket, parts_of_bucket
 
-# How the distributed optimizer says that its state is stored by the names of the weights (distrib_optimizer.py).
+# Checkpoint metadata that makes the distributed optimizer save by parameter name (distrib_optimizer.py).
 BY_NAME = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 EMBEDDING = "is_embedding"
-PARTS = ("param", *STATE_KEYS)  # the master, and what belongs to it
+PARTS = ("param", *STATE_KEYS)  # the master and its state
 
 
 def parts_of(optimizer: Any) -> list[Any]:
-    """List the optimizers of which Megatron's is made: of one, itself."""
+    """List the optimizers inside Megatron's ChainedOptimizer; for any other optimizer, itself."""
     found: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
     return found
 
 
 def set_updates(optimizer: torch.optim.Optimizer, saved_groups: Iterable[dict[str, Any]]) -> None:
-    """Take the counts of updates, the embedding's and all others', from the groups in a checkpoint."""
+    """Set the update counts, of the embedding and of all other weights, from the param groups of a checkpoint."""
     updates = {bool(group.get(EMBEDDING)): group[UPDATES] for group in saved_groups}
     for group in optimizer.param_groups:
         group[UPDATES] = updates[bool(group.get(EMBEDDING))]
 
 
 def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the parameter groups without their parameters, as checkpoints hold them."""
+    """Return the param groups without their parameters, as they are saved in checkpoints."""
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
-    """Megatron's, told of the third state: without this it loads a checkpoint silently and drops the EMA.
+    """Megatron's DistributedOptimizer with the EMA registered as a third state tensor; the stock class silently drops
+    the EMA when it loads a checkpoint.
 
-    Masters and state lie side by side as DDP's buffers have the weights, so that a step is one update for each group;
-    in fp32, where DDP's buffers are the masters, one for each group and bucket. Megatron-FSDP has buffers of its own.
+    Masters and state are flat buffers laid out like DDP's, so a step is one update per group. For fp32 weights, whose
+    masters are DDP's buffers, it is one per group and bucket. Megatron-FSDP has its own buffers.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -64,7 +66,7 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         return Shard((buffer, bucket), place.start, place.end)
 
     def _copy_main_params_to_model_params(self) -> None:
-        """Cast the masters into the model's weights: by one call where stock code makes one for each."""
+        """Cast the masters to the model's weights by one call; stock code makes one call per weight."""
         if self.is_stub_optimizer or self.ddp_config.use_megatron_fsdp or self.ddp_config.fp8_param_gather:
             super()._copy_main_params_to_model_params()
         elif weights := [*chain(*self.shard_float16_groups)]:  # those in fp32 are the masters
@@ -75,26 +77,26 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
         return STATE_KEYS
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the counts from the checkpoint and every other setting of the groups from the command line.
+        """Take the update counts from the checkpoint and all other settings of the groups from the command line.
 
-        Stock code finds a saved group by its learning rates, among others, and would end in a KeyError where
-        they were changed.
+        Stock code identifies a saved group by its learning rates, among other keys, and raises KeyError if they have
+        changed.
         """
-        if self.ddp_config.use_megatron_fsdp:  # tensors are in their places already
+        if self.ddp_config.use_megatron_fsdp:  # its tensors were loaded in place
             set_updates(self.optimizer, state_dict["param_to_group_meta"].values())
             return
         set_updates(self.optimizer, state_dict["optimizer"]["param_groups"])
-        init_states(self.optimizer)  # where they shall be; stock code would make others first
-        if "param_state_sharding_type" in state_dict:  # Megatron drops the empty dict of a rank that owns no weight
+        init_states(self.optimizer)  # in the flat buffers; stock code would first allocate others
+        if "param_state_sharding_type" in state_dict:  # Megatron drops the empty dict of a rank without weights
             state_dict = {"param_state": {}, **state_dict}
         super().load_state_dict({**state_dict, "optimizer": {
             **state_dict["optimizer"], "param_groups": settings_of_groups(self.optimizer)}})
 
     def _init_optimizer_states_with_dummy_values(self) -> None:
-        init_states(self.optimizer)  # stock code trains a step without gradients before Megatron-FSDP loads
+        init_states(self.optimizer)  # stock code takes a dummy optimizer step before Megatron-FSDP loads
 
     def _buckets(self) -> Iterator[tuple[dict[int, torch.nn.Parameter], Bucket]]:
-        """Yield the weights of each bucket by number, in the order of the buffers, and the bucket."""
+        """Yield for each bucket, in buffer order, its weights by number and its `Bucket`."""
         numbers = count()
         for buffer in self.buffers:
             weights: list[dict[int, torch.nn.Parameter]] = [{} for _ in buffer.buckets]
@@ -109,7 +111,8 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
     def sharded_param_state_fully_reshardable(self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False,
                                               metadata: dict[str, Any] | None = None) -> dict[int, Any]:
-        """Return masters and state of the weights that this rank owns, whole: all ranks together have each once."""
+        """Return whole masters and state tensors of the weights that this rank saves; each weight is saved by exactly
+        one rank."""
         tensors, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
         places = {place.data: place for place in nested_values(tensors)}
         found: dict[int, Any] = {}
@@ -121,7 +124,7 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
                          else bucket.gather({number: state[name] for number, state in held.items()}))
                 for number, tensor in whole.items():
                     place = places[weights[number]]
-                    # The writer takes its copies of tensors on a GPU at once, but may share those on a CPU.
+                    # An asynchronous writer copies GPU tensors at once, but may share memory with CPU tensors.
                     if not is_loading and tensor.device.type == "cpu":
                         tensor = tensor.clone()
                     of_weight = make_sharded_optimizer_tensor(place, tensor.view(place.data.shape), state_prefix(name))
@@ -141,9 +144,9 @@ class EMADistributedOptimizer(DistributedOptimizer):  # type: ignore[misc]
 
 
 class NamedState:
-    """State and fp32 masters as `optimizer.state.PART.NAME`, groups beside: what any other layout goes on from.
+    """Mixin that saves state and fp32 masters as `optimizer.state.PART.NAME`, from which any other layout can resume.
 
-    Stock code names the masters otherwise, and the parts of both optimizers lie elsewhere in the state dict.
+    Stock code uses other keys for the masters, and the two stock classes use different places in the state dict.
     """
 
     optimizer: AdamATan2
@@ -153,7 +156,7 @@ class NamedState:
         raise NotImplementedError
 
     def parts(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return this rank's rows of a master and of its state."""
+        """Return this rank's shards of a master and of its state."""
         state = {"param": master, **self.optimizer.init_state(master)}
         return {name: to_local_if_dtensor(tensor) for name, tensor in state.items()}
 

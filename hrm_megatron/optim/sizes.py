@@ -1,4 +1,5 @@
-"""How far the last step went and how far the EMA lags, read off the optimizer's state: no copy of the weights."""
+"""Norms of the last update and of the distance to the EMA, computed from the optimizer's state without a copy of the
+weights."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,17 +11,18 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from hrm_megatron.optim.adam_atan2 import AdamATan2, factors_of
 from hrm_megatron.optim.sharded import parts_of
 
-SLICE_ELEMENTS = 1 << 22  # at a time, so that temporary tensors stay small
+SLICE_ELEMENTS = 1 << 22  # processed at a time, to keep temporary tensors small
 SIZES = ("update", "weights", "EMA distance")
 
 
 @torch.no_grad()
 def squares(optimizer: AdamATan2, tensor_parallel: Any = None) -> torch.Tensor:
-    """Sums of squares over the shards of this rank, fp64 [3]: of the last change of the weights, of the weights, and of
-    the EMA less the weights. Call it behind `optimizer.step()`, while its step is still the running one.
+    """Return sums of squares over the shards of this rank, fp64 [3]: of the last update, of the weights, and of the EMA
+    minus the weights. Call it after `optimizer.step()` and before the next step begins.
 
-    The change follows from the moments, which hold what the step has left: with angle = atan2(m, sqrt(v)/correction),
-    p_new = keep * p_old - rate * angle. `tensor_parallel` is the group of which one rank counts what all of them hold.
+    The update is recomputed from the moments, which the step has left in place: with
+    angle = atan2(m, sqrt(v)/correction), p_new = keep * p_old - rate * angle. `tensor_parallel` is the group in which
+    a replicated weight is counted by one rank only.
     """
     found: torch.Tensor | None = None
     for group in optimizer.param_groups:
@@ -42,23 +44,23 @@ def squares(optimizer: AdamATan2, tensor_parallel: Any = None) -> torch.Tensor:
 
 
 def nothing() -> torch.Tensor:
-    """Sums of squares where this rank has no shard."""
+    """Return the sums of squares of a rank without shards: zeros, fp64 [3]."""
     return torch.zeros(len(SIZES), dtype=torch.float64, device=f"cuda:{torch.cuda.current_device()}")
 
 
 def _change(weight: torch.Tensor, m: torch.Tensor, v: torch.Tensor, *, direction: Callable[..., torch.Tensor],
             keep: float, correction: float, rate: float, **_: float) -> torch.Tensor:
-    """Norm of p_new - p_old."""
+    """Return the norm of p_new - p_old."""
     step = direction(m, v, correction)
     return torch.linalg.vector_norm(weight.mul((keep - 1) / keep).sub_(step.mul_(rate / keep)))
 
 
 def sizes(optimizer: Any, tensor_parallel: Any) -> dict[str, float]:
-    """Norms over all ranks, by SIZES, of Megatron's optimizer around one AdamATan2 or several; all ranks call it."""
+    """Return the norms named in SIZES over all ranks, for Megatron's optimizer; all ranks call it."""
     total: torch.Tensor | None = None
     for part in parts_of(optimizer):
         mine = nothing() if part.is_stub_optimizer else squares(part.optimizer, tensor_parallel)
-        # The ranks whose shards, put together, are all the weights: it is over these that Megatron sums gradients too.
+        # The group over which the shards make up all weights; Megatron sums the gradient norm over it too.
         torch.distributed.all_reduce(mine, group=part.get_grad_stats_parallel_group())
         total = mine if total is None else total + mine
     assert total is not None

@@ -1,9 +1,9 @@
-"""Weights and their state as a checkpoint has them, of which each data parallel rank holds a shard of a flat buffer.
+"""Convert between shards of flat buffers, one per data parallel rank, and the whole weights that a checkpoint stores.
 
-A bucket of DDP's buffer has weights side by side and is cut into equal shards, one for each rank: a weight lies on one
-rank, or on several in a row. A checkpoint needs it in one piece, on one rank: that which holds its middle. Most lie
-there already, and a rank sends and receives parts of the two at its ends only. Stock code brings all weights of all
-ranks to each of them (`get_parameter_state_dp_zero` in distrib_optimizer.py).
+A bucket of DDP's buffer is cut into equal shards, one per rank, so a weight lies on one rank or on several consecutive
+ones. A checkpoint stores each weight whole, saved by the rank that holds its middle element. Most weights already lie
+on that rank alone; a rank exchanges only parts of the weights at the two ends of its shard. Stock code gathers all
+weights on every rank (`get_parameter_state_dp_zero` in distrib_optimizer.py).
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 class Part(NamedTuple):
-    """Elements `start` to `end` of a weight lie on `rank`; the whole weight belongs to `owner`."""
+    """Elements [start, end) of a weight, which lie on `rank`; `owner` saves the whole weight."""
 
     weight: int
     rank: int
@@ -28,7 +28,8 @@ class Part(NamedTuple):
 
 
 def parts_of_bucket(places: Mapping[int, tuple[int, int]], shard_size: int) -> list[Part]:
-    """Say where the weights of a bucket lie: `places` are their elements [start, end) of it, by number, ascending."""
+    """Return the parts of the weights of a bucket. `places`: weight number to elements [start, end) of the bucket, in
+    ascending order."""
     found = []
     for weight, (start, end) in places.items():
         for rank in range(start // shard_size, -(-end // shard_size)):
@@ -38,7 +39,7 @@ def parts_of_bucket(places: Mapping[int, tuple[int, int]], shard_size: int) -> l
 
 
 class Bucket:
-    """The weights of a bucket as parts on the ranks of `group`; what is exchanged goes through `device`."""
+    """The weights of a bucket as parts on the ranks of `group`; exchanged tensors are sent from `device`."""
 
     def __init__(self, parts: Sequence[Part], group: torch.distributed.ProcessGroup, device: torch.device) -> None:
         self.group, self.device, own = group, device, group.rank()
@@ -47,9 +48,9 @@ class Bucket:
         self.is_exchanged = any(part.rank != part.owner for part in parts)  # the same on all ranks
 
     def gather(self, held: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Return the whole weights [n] that this rank owns, by number, from the parts [m] that ranks hold of them.
+        """Return the whole weights [n] that this rank owns, by number, from the parts [m] that this rank holds.
 
-        A weight that lies on its owner alone is the tensor that was given.
+        A weight that lies entirely on its owner is returned as given, not copied.
         """
         brought = self._exchange([held[part.weight] for part in self.held], self.held, lambda part: part.owner,
                                  self.owned, lambda part: part.rank)
@@ -59,14 +60,15 @@ class Bucket:
         return {weight: parts[0] if len(parts) == 1 else torch.cat(parts) for weight, parts in pieces.items()}
 
     def scatter(self, whole: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Return the parts [m] that this rank holds, by number of the weight, from the whole ones [n] at owners."""
+        """Return the parts [m] that this rank holds, by weight number, from the whole weights [n] that it owns."""
         brought = self._exchange([whole[part.weight][part.start:part.end] for part in self.owned],
                                  self.owned, lambda part: part.rank, self.held, lambda part: part.owner)
         return {part.weight: piece for part, piece in zip(self.held, brought, strict=True)}
 
     def _exchange(self, tensors: Sequence[torch.Tensor], parts: Sequence[Part], to: Callable[[Part], int],
                   wanted: Sequence[Part], sender: Callable[[Part], int]) -> list[torch.Tensor]:
-        """Send `tensors`, one of each of `parts`, and return those of the `wanted` ones; own ones stay as they are."""
+        """Send `tensors`, one per part in `parts`, and return the tensors of `wanted`; those of this rank are not
+        copied."""
         own = self.group.rank()
         given = {part: tensor.detach() for part, tensor in zip(parts, tensors, strict=True)}
         if self.is_exchanged:
@@ -81,7 +83,7 @@ class Bucket:
         return [given[part] for part in wanted]
 
     def _sizes(self, parts: Sequence[Part], rank_of: Callable[[Part], int]) -> list[int]:
-        """Count the elements of parts by the rank that each goes to, or comes from."""
+        """Return the number of elements to send to, or receive from, each rank."""
         sizes = [0] * self.group.size()
         for part in parts:
             sizes[rank_of(part)] += part.size

@@ -1,7 +1,7 @@
-"""Context parallelism: which positions of a row a rank holds, and the whole keys and values for its queries.
+"""Context parallelism: which positions of a row a rank holds, and the gather of all keys and values.
 
-A row is cut into twice as many chunks as ranks; rank i holds chunks i and 2 * size - 1 - i, as stock Megatron cuts
-(core/utils.py, get_batch_on_this_cp_rank), so that early and late positions are shared evenly.
+A row is cut into 2 * size chunks; rank i holds chunks i and 2 * size - 1 - i, as in stock Megatron (core/utils.py,
+get_batch_on_this_cp_rank), so that every rank gets early and late positions.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Span(NamedTuple):
-    """Neighbouring positions of a row that a rank holds: where they lie in its slice and in the row."""
+    """`length` consecutive positions that a rank holds, from `local` in its slice and from `start` in the row."""
 
     local: int
     start: int
@@ -19,24 +19,25 @@ class Span(NamedTuple):
 
 
 def context_spans(row_tokens: int, rank: int = 0, size: int = 1) -> list[Span]:
-    """List the positions of `rank`, in the order of its slice; no span begins where another ends."""
+    """List the spans of `rank` in the order of its slice; adjacent chunks are one span."""
     if size == 1:
         return [Span(0, 0, row_tokens)]
     chunk = row_tokens // (2 * size)
     assert chunk * 2 * size == row_tokens, (row_tokens, size)
-    if rank == size - 1:  # its chunks adjoin
+    if rank == size - 1:  # its chunks are adjacent
         return [Span(0, rank * chunk, 2 * chunk)]
     return [Span(0, rank * chunk, chunk), Span(chunk, (2 * size - 1 - rank) * chunk, chunk)]
 
 
 def context_positions(row_tokens: int, rank: int, size: int) -> torch.Tensor:
-    """Positions of `rank` in the row, [s / size]."""
+    """Return the row positions of `rank`, [s / size]."""
     return torch.cat([torch.arange(span.start, span.start + span.length)
                       for span in context_spans(row_tokens, rank, size)])
 
 
 class GatherRows(torch.autograd.Function):
-    """Slices [s/cp, ...] of all ranks to the whole [s, ...] in the row's order; gradients are summed and cut again."""
+    """All-gather the slices [s/cp, ...] of all ranks into [s, ...] in row order; backward reduce-scatters the
+    gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
@@ -58,8 +59,8 @@ class GatherRows(torch.autograd.Function):
 
 
 def _chunks_of_ranks(size: int) -> list[int]:
-    """List the chunks of a row as the slices of all ranks hold them, one behind the other.
+    """Return the chunk numbers in the order in which the concatenated slices of all ranks hold them.
 
-    Whole chunks are joined by one kernel; an index of positions would have to be copied to the device first.
+    Concatenating whole chunks takes one kernel; indexing by position would first copy an index to the device.
     """
     return [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]

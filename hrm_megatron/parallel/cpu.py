@@ -1,9 +1,9 @@
-"""Let stock Megatron run where there is no CUDA: the one place that replaces anything for the sake of a CPU.
+"""Let stock Megatron run without CUDA; all patches for CPUs are in this module.
 
-Call `activate()` before the first `megatron` import. With a GPU it repairs two faults of the 0.19.2 wheel, stands in
-for a kernel of Apex where that is not installed, and touches nothing else. Without one it also answers Megatron's CUDA
-calls with CPU tensors, gloo and null streams; `torch.cuda.is_available()` keeps telling the truth. Places in the
-comments are files of that wheel.
+Call `activate()` before the first `megatron` import. With a GPU it only fixes two bugs of the 0.19.2 wheel and, where
+Apex's weight gradient kernel is missing, provides a replacement. Without one it also redirects Megatron's CUDA calls to
+CPU tensors, gloo and null streams; `torch.cuda.is_available()` still returns False. File names in the comments refer
+to that wheel.
 """
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class NullStream:
-    """A stream or an event on which everything has already happened."""
+    """A stream or event on which all work is already complete."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -82,11 +82,11 @@ class NullStream:
 
 
 class NullEvent(NullStream):
-    """Told apart from a stream by its type alone."""
+    """A separate type, because code distinguishes events from streams by type."""
 
 
 def _patch_tensors() -> None:
-    # `with torch.device(...)` knows factories by identity, from its first use on: let it see the stock ones.
+    # `with torch.device(...)` recognizes factories by identity and caches them at first use: cache the stock ones.
     _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -114,8 +114,8 @@ def _patch_cuda_module() -> None:
         name="cpu", major=9, minor=0, total_memory=PRETENDED_MEMORY_BYTES, multi_processor_count=1)
     stream = NullStream()
     answers: dict[str, Any] = {
-        # current_device stays an int (FSDP formats "cuda:{...}"); device_count 0 would skip
-        # initialize_model_parallel without a word (training/initialize.py:270).
+        # current_device must be an int (FSDP formats "cuda:{...}"); with device_count 0 Megatron would silently skip
+        # initialize_model_parallel (training/initialize.py:270).
         "current_device": 0, "device_count": 1, "set_device": None, "synchronize": None, "empty_cache": None,
         "get_device_name": "cpu", "get_device_properties": properties, "get_device_capability": (9, 0),
         "memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0, "max_memory_reserved": 0,
@@ -125,13 +125,13 @@ def _patch_cuda_module() -> None:
     }
     cuda: Any = torch.cuda
     for name, answer in answers.items():
-        # One function object per name: dynamo's rule table refuses one under two names.
+        # One function object per name: dynamo's rule table rejects a function registered under two names.
         setattr(cuda, name, lambda *_, _answer=answer, **__: _answer)
     cuda.memory_stats = lambda *_: collections.defaultdict(int)
     cuda.Stream, cuda.ExternalStream, cuda.Event = NullStream, NullStream, NullEvent
     cuda.stream = lambda *_: contextlib.nullcontext()
     cuda.device = lambda *_: contextlib.nullcontext()
-    # The "CUDA" generator is the CPU generator. torch.manual_seed calls cuda.manual_seed: go round it.
+    # The "CUDA" generator is the CPU generator. torch.manual_seed calls cuda.manual_seed, so do not call it here.
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
@@ -158,18 +158,18 @@ def _patch_process_groups() -> None:
     for name in ("init_process_group", "new_group"):
         setattr(distributed, name, _with_gloo(getattr(distributed, name)))
     from_group = distributed.DeviceMesh.from_group
-    distributed.DeviceMesh.from_group = staticmethod(  # torch FSDP2 asks for a mesh of "cuda"
+    distributed.DeviceMesh.from_group = staticmethod(  # torch FSDP2 requests a "cuda" mesh
         lambda group, device_type, *args, **kwargs: from_group(group, "cpu", *args, **kwargs))
 
 
 def _patch_rng(module: Any) -> None:
-    # Stock _set_cuda_rng_state queues a call for when CUDA comes up, so it would never happen.
+    # Stock _set_cuda_rng_state defers its call until CUDA is initialized, which never happens.
     module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
     @contextlib.contextmanager
     def fork(self: Any, name: str = module._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        # Stock fork also warns that the CPU generator changed; here that is the point.
+        # Stock fork also warns that the CPU generator changed; here it is meant to.
         if name not in self.states_:
             raise KeyError(f"rng state {name} is not added")
         before = torch.get_rng_state()
@@ -184,7 +184,7 @@ def _patch_rng(module: Any) -> None:
 
 def _patch_training(module: Any) -> None:
     module.initialize_megatron = functools.partial(module.initialize_megatron, allow_no_cuda=True)
-    module.set_jit_fusion_options = lambda *_, **__: None  # a warm-up of CUDA kernels
+    module.set_jit_fusion_options = lambda *_, **__: None  # it warms up CUDA kernels
     stock = module.build_train_valid_test_data_iterators
 
     def build(*args: Any, **kwargs: Any) -> Any:
@@ -198,8 +198,8 @@ def _patch_training(module: Any) -> None:
 
 
 def _provide_weight_gradients() -> None:
-    # Apex's kernels, unless they are there and this process can use them. Without them autograd would add up the
-    # gradients of all ticks in the weight's dtype, bf16, and round each time.
+    # Replace Apex's kernels unless this process can use them. Without any, autograd would accumulate the gradients of
+    # all ticks in the weight's dtype, bf16, and round at each addition.
     if find_apex().kernels:
         return
     kernels: Any = importlib.util.module_from_spec(ModuleSpec(APEX, None))
@@ -209,19 +209,19 @@ def _provide_weight_gradients() -> None:
 
 
 def _patch_async_save(module: Any) -> None:
-    # A spawned queue manager would import the main program again; forked, it costs nothing.
+    # A spawned queue manager would import the main program again; a forked one does not.
     module.get_write_results_queue = functools.partial(module.get_write_results_queue, mp_mode="fork")
 
 
 def _patch_async_callers(module: Any) -> None:
-    # The worker of --use-persistent-ckpt-worker picks a GPU. A process forked for each save does the same work.
+    # The worker of --use-persistent-ckpt-worker selects a GPU. Use a process forked for each save instead.
     module.AsyncCallsQueue.warmup_persistent_caller = lambda *_, **__: None
     module.AsyncCallsQueue._get_async_caller = lambda self: module.TemporalAsyncCaller()
 
 
 def _patch_fsdp_gathers(module: Any) -> None:
-    # Megatron-FSDP orders gathers, use and release of a buffer by streams. gloo gathers on threads of its own: left to
-    # themselves they write into released buffers, a segmentation fault within some 100 steps.
+    # Megatron-FSDP orders all-gather, use and release of a buffer by streams. gloo's own threads ignore these and would
+    # write into released buffers: a segmentation fault within some 100 steps.
     stock = module._coalescing_manager
 
     @contextlib.contextmanager
@@ -232,17 +232,17 @@ def _patch_fsdp_gathers(module: Any) -> None:
 
 
 def _repair_no_grad(module: Any) -> None:
-    # The one loader of its family without @torch.no_grad() (optimizer/distrib_optimizer.py:2061).
+    # The only one of these loaders without @torch.no_grad() (optimizer/distrib_optimizer.py:2061).
     cls = module.DistributedOptimizer
     cls.load_parameter_state_from_dp_reshardable = torch.no_grad()(cls.load_parameter_state_from_dp_reshardable)
 
 
 def _repair_helpers(module: Any) -> None:
-    # Runs `make` in a folder without a Makefile and exits; the wheel ships the compiled extension.
+    # Stock runs `make` in a folder without a Makefile and exits; the wheel ships the compiled extension.
     module.compile_helpers = lambda: None
 
 
-# Module > patches applied right after it was executed.
+# Module to patches, applied right after the module is executed.
 EVERYWHERE: dict[str, Sequence[Patch]] = {
     "megatron.core.datasets.utils": [_repair_helpers],
     "megatron.core.optimizer.distrib_optimizer": [_repair_no_grad],
@@ -257,7 +257,7 @@ WITHOUT_CUDA: dict[str, Sequence[Patch]] = {
 
 
 class _PatchingFinder(importlib.abc.MetaPathFinder):
-    """Applies its patches right after a named module was executed; finds nothing else."""
+    """Import hook that applies patches right after a listed module is executed; ignores all other modules."""
 
     def __init__(self, patches: dict[str, Sequence[Patch]]) -> None:
         self.patches = dict(patches)
@@ -281,7 +281,7 @@ _active = False
 
 
 def activate() -> None:
-    """Prepare this process for Megatron; call it before anything of Megatron is imported. Idempotent."""
+    """Prepare this process for Megatron. Idempotent; raises RuntimeError if Megatron is already imported."""
     global _active
     if _active:
         return

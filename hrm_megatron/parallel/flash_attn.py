@@ -1,4 +1,4 @@
-"""Which generations of flash-attn are installed; each is imported, as a build for another torch fails only then."""
+"""Which generations of flash-attn are installed. Each is imported: a build for another torch fails only then."""
 from __future__ import annotations
 
 import functools
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 FUNCTION = "flash_attn_varlen_func"
-# What we give it by name; queries, keys and values come first in every generation.
+# The arguments that we pass by name; q, k and v are the first positional ones in every generation.
 NAMES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal", "deterministic")
-# Generation > the package whose version counts, and where its function lives. (flash_attn.cute states version 0.0.0;
-# the second module of 3 is where containers put it that copy the file.)
+# Generation to the package that states its version, and the modules that may contain the function. (flash_attn.cute
+# states version 0.0.0; containers that copy the file of generation 3 put it into the second module.)
 PACKAGES = {
     2: ("flash-attn", ("flash_attn",)),
     3: ("flash-attn-3", ("flash_attn_interface", "flash_attn_3.flash_attn_interface")),
@@ -24,10 +24,10 @@ LEFT_OUT = "FLASHATTENTION_DISABLE_"
 
 @dataclass(frozen=True)
 class FlashAttn:
-    """An installed generation: its version, None where it states none, and the module that has its function.
+    """An installed generation: its version (None if it states none) and the module with its function.
 
-    `fault` says why it cannot be used on any machine. `left_out` lists what its build was told to leave out, in the
-    words of flash-attn's own setup ("BACKWARD", "HDIM64", ...).
+    `fault` says why it cannot be used on any machine. `left_out` lists the features that its build disabled, by the
+    names in flash-attn's setup.py ("BACKWARD", "HDIM64", ...).
     """
 
     generation: int
@@ -47,18 +47,18 @@ class FlashAttn:
 
 @functools.cache
 def installed_flash_attn() -> tuple[FlashAttn, ...]:
-    """Look for all generations, once in a process."""
+    """Return all installed generations; cached per process."""
     return tuple(found for found in map(find, PACKAGES) if found)
 
 
 def find(generation: int) -> FlashAttn | None:
-    """Look for one generation: None where nothing of it is there."""
+    """Return one generation, or None if it is not installed."""
     package, modules = PACKAGES[generation]
     version, fault = _version(package), None
     for name in modules:
         try:
             module = importlib.import_module(name)
-        except Exception as error:  # compiled code of others, which can fail in any way
+        except Exception as error:  # third-party compiled code can fail in any way
             if not (isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")):
                 fault = f"its import fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
             continue
@@ -69,7 +69,7 @@ def find(generation: int) -> FlashAttn | None:
         unknown = [wanted for wanted in NAMES if wanted not in known]
         fault = f"its {FUNCTION} has no parameter {unknown[0]}" if unknown else None
         return FlashAttn(generation, version, name, fault, _left_out() if generation == 3 else frozenset())
-    if fault is None and version is not None:  # flash-attn-3 0.0.0 of PyPI is such a one
+    if fault is None and version is not None:  # such as flash-attn-3 0.0.0 on PyPI
         fault = f"it is a placeholder without {FUNCTION}"
     return FlashAttn(generation, version, fault=fault) if fault else None
 
@@ -85,6 +85,6 @@ def _left_out() -> frozenset[str]:
     try:
         flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
     except (ImportError, AttributeError, KeyError):
-        return frozenset()  # builds before 2025 wrote no such module; they say nothing
+        return frozenset()  # builds before 2025 have no such module
     return frozenset(name.removeprefix(LEFT_OUT) for name, value in flags.items()
                      if value and name.startswith(LEFT_OUT))

@@ -1,4 +1,5 @@
-"""Which remarks of Megatron and torch are left out: for tools all, for training those that nobody can act on."""
+"""Which messages of Megatron and torch are suppressed: in tools all but errors, in training those that no user can act
+on."""
 from __future__ import annotations
 
 import logging
@@ -12,7 +13,7 @@ WARNINGS, PRINTED = "warnings", "print"
 
 @dataclass(frozen=True)
 class Remark:
-    """A remark that is left out: the name of its logger, or WARNINGS or PRINTED; how its text begins; and why."""
+    """A suppressed message: its logger's name, WARNINGS or PRINTED; a pattern for the start of its text; the reason."""
 
     source: str
     text: str  # a regular expression
@@ -51,16 +52,16 @@ UNACTIONABLE = (
 
 
 def be_quiet() -> None:
-    """Leave out warnings and all that is not an error; call it before anything of Megatron is imported."""
+    """Suppress warnings and, from Megatron, all log messages below ERROR; call it before Megatron is imported."""
     warnings.simplefilter("ignore")
-    # Megatron would make INFO of all libraries visible, unless there is a handler already.
+    # Without an existing handler Megatron would enable INFO for all libraries.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def silence_unactionable() -> None:
-    """Leave out the warnings of the table, and no others; call it before anything of Megatron is imported."""
+    """Suppress only the warnings in UNACTIONABLE; call it before Megatron is imported."""
     for remark in UNACTIONABLE:
         if remark.source == WARNINGS:
             warnings.filterwarnings("ignore", message=remark.text)
@@ -69,7 +70,7 @@ def silence_unactionable() -> None:
 
 
 def is_unactionable_print(line: str) -> bool:
-    """Tell whether Megatron prints this line for nobody who could act on it."""
+    """Tell whether this line, which Megatron prints, is one of those in UNACTIONABLE."""
     return any(re.match(remark.text, line) for remark in UNACTIONABLE if remark.source == PRINTED)
 
 

@@ -1,4 +1,4 @@
-"""What this process has to run on: the facts that rules about layers, number formats and kernels ask for."""
+"""Hardware and optional libraries of this process, which decide the available layers, number formats and kernels."""
 from __future__ import annotations
 
 import re
@@ -8,14 +8,14 @@ import torch
 
 from hrm_megatron.parallel.flash_attn import FlashAttn, installed_flash_attn
 
-OLDEST_TE = (2, 2)  # Megatron-Core 0.19.2 knows FP8 parameters and current scaling from here on (fp8_utils.py)
+OLDEST_TE = (2, 2)  # Megatron-Core 0.19.2 supports FP8 parameters and current scaling from this version (fp8_utils.py)
 INSTALL_TE = 'pip install "transformer-engine[pytorch,core_cu13]"'
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`capability` is that of the CUDA device, `transformer_engine` a version; None for what is not there. `flash`
-    says that torch was built with its FlashAttention, `flash_attn` lists what is installed of the package."""
+    """The CUDA device's compute capability and Transformer Engine's version (None if absent); `flash`: torch was built
+    with FlashAttention; `flash_attn`: the installed generations of that package."""
 
     capability: tuple[int, int] | None = None
     transformer_engine: str | None = None
@@ -24,7 +24,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """Look at this process."""
+        """Return the machine of this process."""
         from megatron.core.extensions.transformer_engine import HAVE_TE  # importing it is the only sure test
         from megatron.core.utils import get_te_version
 
@@ -33,7 +33,7 @@ class Machine:
                    torch.backends.cuda.is_flash_attention_available(), installed_flash_attn() if cuda else ())
 
     def lacks_transformer_engine(self, oldest: tuple[int, int] = OLDEST_TE) -> str | None:
-        """Say why Transformer Engine, or what it has since version `oldest`, cannot be used, or None."""
+        """Return why Transformer Engine of at least version `oldest` cannot be used, or None if it can."""
         version = self.transformer_engine
         if self.capability is None:
             return "Transformer Engine needs a CUDA device, and there is none"

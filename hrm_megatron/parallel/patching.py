@@ -1,4 +1,4 @@
-"""Put functions around those of Megatron, and give attributes other values for a while where there is no parameter."""
+"""Wrap functions of Megatron and temporarily set attributes, where Megatron has no hook or parameter."""
 from __future__ import annotations
 
 import contextlib
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def temporarily(owner: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of a module or an object while the block runs."""
+    """Set attributes of a module or an object while the block runs, and restore them afterwards."""
     before = {name: getattr(owner, name) for name in values}
     try:
         for name, value in values.items():
@@ -21,5 +21,5 @@ def temporarily(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def around(stock: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `stock` as `wrapper` calls it, which takes it first."""
+    """Return a replacement for `stock` that calls `wrapper(stock, *args, **kwargs)`."""
     return functools.wraps(stock)(functools.partial(wrapper, stock))

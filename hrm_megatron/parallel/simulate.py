@@ -1,9 +1,9 @@
-"""What a pipeline schedule of a recurrence costs, before anything runs: bubble and live graphs, by plain arithmetic.
+"""Simulate a pipeline schedule of the recurrence: bubble and number of live graphs, without running anything.
 
-Every stage runs a fixed list of operations in order, as Megatron-Core does; one starts when the stage is free and its
-input has arrived. A tick's forward takes 1, its backward 2 where it has a gradient and nothing where it answers
-zeros, whose message still travels; a message takes `LATENCY`. Head, embedding, optimizer and data parallel
-reduction are left out.
+Every stage runs a fixed list of operations in order, as in Megatron-Core; an operation starts when the stage is free
+and its input has arrived. A tick's forward takes 1; its backward takes 2, or 0 for a tick without gradient, which still
+sends zeros to the previous stage. A message takes `LATENCY`. Head, embedding, optimizer and data parallel reduction are
+ignored.
 """
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """`bubble` is the share of time in which a stage waits; `live_graphs` the most ticks on one stage whose forward
-    has run and whose backward has not; `timelines[stage]` lists what runs there as (operation, start, end)."""
+    """`bubble`: fraction of time in which a stage waits; `live_graphs`: maximum over stages of ticks whose forward has
+    run but whose backward has not; `timelines[stage]`: its operations as (operation, start, end)."""
 
     bubble: float
     live_graphs: int
@@ -36,7 +36,7 @@ class Estimate:
 
 
 def interleaved(microbatches: range, ticks: range, stage: int, stages: int) -> list[Operation]:
-    """List the operations of one stage in Megatron's interleaved schedule, a virtual chunk for every tick.
+    """List the operations of one stage in Megatron's interleaved schedule with one virtual chunk per tick.
 
     Source: core/pipeline_parallel/schedules.py, get_schedule_table and get_pp_rank_microbatches.
     """
@@ -51,7 +51,7 @@ def interleaved(microbatches: range, ticks: range, stage: int, stages: int) -> l
 
 
 def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool]) -> Estimate:
-    """Run the operations of all stages; `with_grad[tick]` tells which ticks build a graph."""
+    """Simulate the operations of all stages; `with_grad[tick]` tells whether a tick builds a graph."""
     stages, last = len(orders), len(with_grad) - 1
     done: dict[tuple[Operation, int], float] = {}
     microbatches = 1 + max(operation.microbatch for operation in orders[0])
@@ -80,7 +80,7 @@ def estimate(orders: Sequence[Sequence[Operation]], with_grad: Sequence[bool]) -
 
 
 def _source(operation: Operation, stage: int, stages: int, last: int) -> tuple[Operation, int] | None:
-    """Return the operation, and its stage, whose result this one needs."""
+    """Return the operation, and its stage, whose result this one needs, or None."""
     backward, m, tick = operation
     if not backward:
         if stage:
@@ -98,8 +98,8 @@ def stock(microbatches: int, with_grad: Sequence[bool], stages: int) -> Estimate
 
 
 def two_phase_orders(windows: Sequence[range], with_grad: Sequence[bool], stages: int) -> list[list[Operation]]:
-    """List the operations of all stages where each window runs its leading ticks without gradient forward only, and
-    then the others."""
+    """List the operations of all stages if each window of micro-batches first runs its leading ticks without gradient,
+    forward only, and then the others."""
     prefix = leading(with_grad)
     phases = range(prefix), range(prefix, len(with_grad))
 
@@ -110,9 +110,9 @@ def two_phase_orders(windows: Sequence[range], with_grad: Sequence[bool], stages
 
 
 def two_phase(microbatches: int, with_grad: Sequence[bool], stages: int, window: int | None = None) -> Estimate:
-    """Estimate a step in two phases, or in two for each window of micro-batches.
+    """Estimate the two-phase schedule, with two phases per window of micro-batches (`window` None: one window).
 
-    Each phase has visits of equal cost, so that stages wait less for each other, where micro-batches are many.
+    All visits of a phase cost the same, so stages wait less for each other if there are many micro-batches.
     """
     windows = microbatch_windows(microbatches, stages, window)
     return estimate(two_phase_orders(windows, with_grad, stages), with_grad)
@@ -125,7 +125,8 @@ def leading(with_grad: Sequence[bool]) -> int:
 
 def second_phase(schedule: str, with_grad: Sequence[bool], microbatches: int, stages: int,
                  window: int | None = None) -> int:
-    """First tick of the second phase; 0 where a step has one phase: by force, or because two have no smaller bubble."""
+    """Return the first tick of the second phase, or 0 for a single phase: if `schedule` is stock, no leading tick lacks
+    a gradient, or two phases have no smaller bubble."""
     prefix = leading(with_grad)
     if schedule == STOCK or not prefix:
         return 0

@@ -1,4 +1,4 @@
-"""Make this process the only rank of a Megatron world: for tools and tests that need no launcher."""
+"""Make this process the only rank of a Megatron world, for tools and tests that run without a launcher."""
 from __future__ import annotations
 
 import contextlib
@@ -10,7 +10,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 @contextlib.contextmanager
 def single_rank() -> Iterator[None]:
-    """Hold a world of one rank while the block runs (gloo without CUDA, else NCCL); keep one that is there."""
+    """Provide a world of one rank while the block runs (gloo without CUDA, else NCCL), or use the existing one."""
     if torch.distributed.is_initialized():
         yield
         return

@@ -1,13 +1,14 @@
-"""Who owns which layers in a pipeline, and how many micro-batches take turns: plain arithmetic."""
+"""Split of the layers over pipeline stages, and of a step's micro-batches into groups and windows."""
 from __future__ import annotations
 
 from hrm_megatron.config import Architecture, ConfigError
 
 
 def head_in_layers(architecture: Architecture, ticks_with_gradient: int) -> float:
-    """Cost of the head in layers of a stage, by multiplications; every label counted, forward and backward.
+    """Return the cost of the head relative to one layer of each stack, in multiplications of forward and backward, with
+    every position labelled.
 
-    A stage's n layers run at every tick of their stack, and twice more in the backward of those with gradient.
+    At every tick one of the two stacks runs; the backward of a tick with gradient costs two more forwards.
     """
     ticks = architecture.num_ticks
     head = architecture.padded_vocab_size * architecture.hidden_size
@@ -15,10 +16,11 @@ def head_in_layers(architecture: Architecture, ticks_with_gradient: int) -> floa
 
 
 def stage_layers(num_layers: int, stages: int, head_layers: float) -> list[int]:
-    """Cut `num_layers` layers of each stack: the slowest stage as fast as can be, then all as even, the last lightest.
+    """Return the number of layers of each stack per stage: the slowest stage as fast as possible, then the most even
+    split, then the lightest last stage.
 
-    The last stage also has the head, worth `head_layers`. All stages between the first and the last own equally
-    many (Megatron counts so), and every stage at least one.
+    The last stage also has the head, which costs as much as `head_layers` layers. All stages between the first and the
+    last get the same number (Megatron's rule), and every stage at least one layer. Raises ConfigError if impossible.
     """
     cuts = [[first, *[middle] * (stages - 2), last]
             for middle in (range(1, num_layers + 1) if stages > 2 else (0,))
@@ -31,9 +33,9 @@ def stage_layers(num_layers: int, stages: int, head_layers: float) -> list[int]:
 
 
 def microbatch_group(microbatches: int, stages: int) -> int:
-    """Smallest number of micro-batches per visit of a virtual chunk that Megatron's interleaved schedule accepts.
+    """Return the smallest microbatch_group_size_per_vp_stage that Megatron's interleaved schedule accepts.
 
-    It must be at least `stages` and leave a remainder of none or at least `stages`; more costs memory.
+    It must be at least `stages`, and so must a smaller last group; a larger one needs more memory.
     """
     if microbatches < stages:
         raise ConfigError(f"{microbatches} micro-batches per step are fewer than the {stages} pipeline stages: raise "
@@ -43,7 +45,8 @@ def microbatch_group(microbatches: int, stages: int) -> int:
 
 
 def microbatch_windows(microbatches: int, stages: int, window: int | None) -> list[range]:
-    """Cut a step's micro-batches into windows of `window` (None: one of all), each of at least `stages`."""
+    """Cut a step's micro-batches into windows of `window` (None: one window), each of at least `stages`; too small a
+    remainder joins the window before it."""
     if window is None:
         return [range(microbatches)]
     if window < stages:
