@@ -57,10 +57,10 @@ def describe(runs: list[Run], samples: int, seed: int, predict: list[tuple[float
     def say(parameters: float, tokens: float, loss: float | None) -> None:
         predicted = law.loss(parameters, tokens)
         low, high = (float(x) for x in np.percentile([one.loss(parameters, tokens) for one in laws], MIDDLE)) if laws \
-            else (predicted, predicted)
+            else (None, None)
+        between = f" ({low:.4f} to {high:.4f})" if laws else ""
         measured = "" if loss is None else f", measured {loss:.4f}: {predicted / loss - 1:+.2%}"
-        print(f"  {parameters:.3g} parameters, {tokens:.3g} tokens: predicted {predicted:.4f} ({low:.4f} to {high:.4f})"
-              f"{measured}")
+        print(f"  {parameters:.3g} parameters, {tokens:.3g} tokens: predicted {predicted:.4f}{between}{measured}")
         found["predictions"].append(dict(parameters=parameters, tokens=tokens, predicted=predicted, low=low, high=high,
                                          measured=loss))
     for run in runs:
@@ -78,14 +78,18 @@ def describe(runs: list[Run], samples: int, seed: int, predict: list[tuple[float
 
 
 def lowest(law: Law, laws: list[Law], flops: float, flops_per_parameter_token: float) -> str:
-    """Return the compute-optimal size as text, with its spread among the resampled laws."""
-    sizes = law.best_size(flops, flops_per_parameter_token)
-    spread = np.percentile([one.best_size(flops, flops_per_parameter_token) for one in laws] or [sizes], MIDDLE, axis=0,
-                           method="nearest").T  # no interpolation: a size may be infinite
-    if not all(map(is_size, spread.flat)):
-        return "not determined, as resampled fits have only one of the two terms"
-    return ", ".join(f"{size:.3g} {name} ({low:.3g} to {high:.3g})" for size, (low, high), name in zip(
-        sizes, spread.tolist(), ("parameters", "tokens"), strict=True))
+    """Return the compute-optimal size as text, with its spread among the resampled laws, if there are any."""
+    sizes, ranges = law.best_size(flops, flops_per_parameter_token), ["", ""]
+    if not all(map(is_size, sizes)):
+        return "not determined, as the fit has only one of the two terms"
+    if laws:
+        spread = np.percentile([one.best_size(flops, flops_per_parameter_token) for one in laws], MIDDLE, axis=0,
+                               method="nearest").T  # no interpolation: a size may be infinite
+        if not all(map(is_size, spread.flat)):
+            return "not determined, as resampled fits have only one of the two terms"
+        ranges = [f" ({low:.3g} to {high:.3g})" for low, high in spread.tolist()]
+    return ", ".join(f"{size:.3g} {name}{between}" for size, name, between in zip(
+        sizes, ("parameters", "tokens"), ranges, strict=True))
 
 
 def draw(runs: list[Run], laws: dict[str, Law], path: Path) -> None:

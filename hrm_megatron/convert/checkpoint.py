@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from hrm_megatron.config import Architecture, ConfigError, padded_vocab_size
+from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert.table import Rename, table
 
 TokenIds = int | list[int]  # transformers accepts several eos ids
 RAW, EMA = "raw", "ema"
 PARTS = (RAW, "exp_avg", "exp_avg_sq", EMA)  # of every trained tensor, fp32
+TOKENS_KNOWN = "tokens_known"  # name under which conversions record `Checkpoint.tokens_known`
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Checkpoint:
     vocabulary: str | None = None  # hash of its tokens (data/tokenizer.py), if training knew them
     origin: Origin | None = None  # of a weights-only folder, whose own `iteration` is 0
     merged: bool = False  # adapters are merged into the weights; the stored optimizer state is theirs
+    counts_tokens: bool = True  # False: the source may record only the embedding rows, as HRM-Text's folders do
 
     def part_of(self, kind: str, entry: Rename) -> torch.Tensor:
         """Read one tensor of this kind of weights; falls back to raw for an untrained tensor, which has no EMA, and if
@@ -93,13 +95,16 @@ class Checkpoint:
             raise ConfigError(f"--weights {kind}: {self.path} holds weights of one kind and does not say of which; "
                               "leave the flag out")
 
+    @property
+    def tokens_known(self) -> bool:
+        """Whether the architecture's vocab_size is the number of tokens, and not only of embedding rows."""
+        return self.counts_tokens or self.architecture.vocab_size != self.architecture.padded_vocab_size
+
     def takes(self, num_tokens: int) -> bool:
-        """Return whether a tokenizer with `num_tokens` tokens can belong to the model. If the model has as many tokens
-        as rows, only its padded size may be known, as in HRM-Text's folders, many of transformers and everything
-        converted from them."""
-        a = self.architecture
-        rows_alone = a.vocab_size == a.padded_vocab_size
-        return a.vocab_size == (padded_vocab_size(num_tokens) if rows_alone else num_tokens)
+        """Return whether a tokenizer, or data, with `num_tokens` tokens can belong to the model: exactly the model's
+        number if that is known, else at most as many as there are rows."""
+        size = self.architecture.vocab_size
+        return num_tokens == size if self.tokens_known else num_tokens <= size
 
     def weights(self, kind: str = EMA) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Megatron's name, unsharded tensor), one at a time; `kind` is "ema" or "raw" (fp32 masters)."""

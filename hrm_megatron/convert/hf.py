@@ -18,11 +18,11 @@ from hrm_megatron.config import CAUSAL, PREFIX_LM, Architecture, ConfigError, pa
 from hrm_megatron.convert import prefix_generate
 from hrm_megatron.convert.card import CARD_FILE, NO_SECTIONS, Sections, model_card
 from hrm_megatron.convert.casts import as_start, rounded
-from hrm_megatron.convert.checkpoint import EMA, RAW, Checkpoint, Origin, TokenIds, Training
+from hrm_megatron.convert.checkpoint import EMA, RAW, TOKENS_KNOWN, Checkpoint, Origin, TokenIds, Training
 from hrm_megatron.convert.hf_files import FLOATS, INDEX_FILE, LOW_BIT, HFFiles, read_json
 from hrm_megatron.convert.hf_ticks import BP_CYCLES, bp_list, bp_steps_of
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer, check_vocabulary
-from hrm_megatron.convert.ledger import Ledger, bp_max_steps_of, origin_of
+from hrm_megatron.convert.ledger import Ledger, origin_of, setting_of
 from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization, Quantized
 from hrm_megatron.convert.safetensors_file import write_safetensors
 from hrm_megatron.convert.setting import number, whole
@@ -135,7 +135,9 @@ def token_ids_of(checkpoint: Checkpoint, beside: ExportTokenizer | None) -> dict
     architecture = checkpoint.architecture
     if beside:
         check_vocabulary(beside.text, checkpoint)
-    if beside and not checkpoint.takes(beside.text.vocab_size):
+    # Of a model that records only its rows: the tokenizer that fills them, as the export suppresses the other rows.
+    if beside and architecture.vocab_size != (
+            beside.text.vocab_size if checkpoint.tokens_known else padded_vocab_size(beside.text.vocab_size)):
         raise ConfigError(f"{beside.text.path}: has {beside.text.vocab_size} tokens, the model {checkpoint.path} was "
                           f"trained with {architecture.vocab_size}; give its own tokenizer as --tokenizer-model")
     token_ids: dict[str, TokenIds] = dict(beside.token_ids if beside else checkpoint.token_ids or TOKEN_IDS)
@@ -187,7 +189,7 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
     Tensors are read on request, and verified if the folder is an export of these tools; quantized ones are dequantized.
     """
     folder = Path(folder)
-    config, noted = read_json(folder / HF_CONFIG_FILE), bp_max_steps_of(folder, verify)
+    config, noted = read_json(folder / HF_CONFIG_FILE), setting_of(folder, "bp_max_steps", verify)
     try:
         architecture = _architecture(config)
         quantization = Quantization.of_config(config)
@@ -201,6 +203,8 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
     generation = _generation_config(folder)
     token_ids = _ids_of({folder / HF_CONFIG_FILE: config, folder / GENERATION_FILE: generation})
     architecture = replace(architecture, vocab_size=_tokens_of(generation, architecture.vocab_size))
+    counts_tokens = setting_of(folder, TOKENS_KNOWN, verify) is True and setting_of(
+        folder, "vocab_size", verify) == architecture.vocab_size  # not if the suppressed rows have been removed
     entries = table(architecture)
     if quantization is None:
         files = HFFiles(folder, entries, verify)
@@ -215,7 +219,8 @@ def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
 
     return Checkpoint(folder, architecture, training, 0, 0, frozenset({RAW}), read, token_ids,
                       UNVERIFIED if not verify else "" if files.has_digests else WITHOUT_CHECKSUMS,
-                      vocabulary_beside(folder), origin_of(folder, verify) or Origin(None, 0))
+                      vocabulary_beside(folder), origin_of(folder, verify) or Origin(None, 0),
+                      counts_tokens=counts_tokens)
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:

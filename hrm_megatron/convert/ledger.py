@@ -83,9 +83,9 @@ def origin_of(folder: Path, verify: bool) -> Origin | None:
     return found if known or found is None else Origin(None, found.iteration)
 
 
-def bp_max_steps_of(folder: Path, verify: bool) -> object:
-    """Read how many gradient ticks a weights-only folder records, else None; a damaged record as in `origin_of`."""
-    return _noted(folder, verify, lambda found: found.get("settings", {}).get("bp_max_steps"))
+def setting_of(folder: Path, name: str, verify: bool) -> object:
+    """Read a setting that a weights-only folder records, else None; a damaged record as in `origin_of`."""
+    return _noted(folder, verify, lambda found: found.get("settings", {}).get(name))
 
 
 def _noted[T](folder: Path, verify: bool, take: Callable[[Any], T]) -> T | None:

@@ -13,7 +13,7 @@ from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.checkpoint.verify import UNVERIFIED, check_around_tensors
 from hrm_megatron.convert.adapters import Adapters
 from hrm_megatron.convert.casts import as_start
-from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint, Origin, Training
+from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, TOKENS_KNOWN, Checkpoint, Origin, Training
 from hrm_megatron.convert.ledger import origin_of
 from hrm_megatron.convert.table import Rename, check, table
 from hrm_megatron.optim.adam_atan2 import UPDATES, state_key
@@ -37,6 +37,8 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
     common, architecture = read_run(stored)
     try:
         training, iteration = _training_of(common["args"], common), int(common["iteration"])
+        # Older conversions did not record it; they have no consumed samples, which every run has.
+        counts_tokens = bool(getattr(common["args"], TOKENS_KNOWN, common["args"].consumed_train_samples))
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise not_of_an_hrm(path, error) from error
     vocabulary = getattr(common["args"], "vocabulary", None)
@@ -60,12 +62,13 @@ def read_megatron(path: str | Path, verify: bool = True) -> Checkpoint:
 
     if adapters:
         return Checkpoint(path, architecture, training, iteration, 0, frozenset({RAW} | parts & {EMA}),
-                          partial(adapters.merged, read), remark=remark, vocabulary=vocabulary, merged=True)
+                          partial(adapters.merged, read), remark=remark, vocabulary=vocabulary, merged=True,
+                          counts_tokens=counts_tokens)
     origin = None
     if not iteration:  # a run that trains on in this folder has later iterations of its own
         origin = origin_of(path.parent, verify) or (None if parts.issuperset(PARTS) else Origin(None, 0))
     return Checkpoint(path, architecture, training, iteration, embedding_updates, frozenset({RAW} | parts), read,
-                      remark=remark, vocabulary=vocabulary, origin=origin)
+                      remark=remark, vocabulary=vocabulary, origin=origin, counts_tokens=counts_tokens)
 
 
 def _training_of(args: argparse.Namespace, common: dict[str, Any]) -> Training:

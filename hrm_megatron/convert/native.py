@@ -137,7 +137,8 @@ def read_native(folder: str | Path, epoch: int | None = None, verify: bool = Tru
 
     return Checkpoint(folder, architecture, training, iteration, embedding_updates,
                       frozenset({RAW, *(PART_NAMES if has_optimizer else ())}), read, remark=remark,
-                      vocabulary=vocabulary_beside(folder), origin=None if iteration else origin_of(folder, verify))
+                      vocabulary=vocabulary_beside(folder), origin=None if iteration else origin_of(folder, verify),
+                      counts_tokens=False)
 
 
 def _counts(stored: DCPFolder, trained: list[Rename]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.card import Sections
-from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, Checkpoint
+from hrm_megatron.convert.checkpoint import EMA, PARTS, RAW, TOKENS_KNOWN, Checkpoint
 from hrm_megatron.convert.comparison import Loaded, compare, quantization_of
 from hrm_megatron.convert.gguf_file import BYTES_OF_WEIGHT, Q8_0, check_gguf, library, read_back, write_gguf
 from hrm_megatron.convert.gguf_names import NESTED
@@ -120,7 +120,8 @@ def _convert(job: Conversion, checkpoint: Checkpoint) -> str:
                 write_megatron(checkpoint, folder, ledger)
         settings = dataclasses.asdict(checkpoint.architecture)
         if job.save_format in WEIGHTS_ALONE:
-            settings |= dict(dtype=job.dtype, bp_max_steps=checkpoint.training.bp_max_steps)
+            settings |= {"dtype": job.dtype, "bp_max_steps": checkpoint.training.bp_max_steps,
+                         TOKENS_KNOWN: checkpoint.tokens_known}
         if alone:
             settings |= dict(weights=checkpoint.named(kind))
         ledger.write(folder, source=str(job.load), source_format=job.load_format, format=job.save_format,

@@ -19,7 +19,7 @@ from hrm_megatron.checkpoint.manifest import TRACKER_FILE, describe_folder, writ
 from hrm_megatron.checkpoint.stream import LazyTensor, save_lazily
 from hrm_megatron.checkpoint.verify import FORMAT
 from hrm_megatron.config import Architecture, ConfigError
-from hrm_megatron.convert.checkpoint import RAW, Checkpoint
+from hrm_megatron.convert.checkpoint import RAW, TOKENS_KNOWN, Checkpoint
 from hrm_megatron.convert.ledger import Ledger
 from hrm_megatron.convert.megatron import STATE_NAMES
 from hrm_megatron.convert.table import Rename, table
@@ -67,6 +67,7 @@ def _arguments_for(checkpoint: Checkpoint) -> argparse.Namespace:
         consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0)
     for name, value in values.items():
         setattr(args, name, value)
+    setattr(args, TOKENS_KNOWN, checkpoint.tokens_known)
     return args
 
 

@@ -130,17 +130,19 @@ def _only(folder: Path, found: set[Path], what: str) -> Path | None:
 def _named_log(arguments: Mapping[str, str], home: Path) -> Path | None:
     """Return the log named by the arguments in `home`, the folder of --save, or None.
 
-    A relative name is relative to where the run was started; from elsewhere it may lead to another run's log. If --save
-    is relative too, the starting folder is one from which it leads to `home`, even if all was moved; else the arguments
-    record it.
+    A relative name is relative to where the run was started; from elsewhere it may lead to another run's log. The
+    arguments record the starting folder. If --save is in it, the starting folder is one from which --save leads to
+    `home`, even if all was moved.
     """
     name, save = Path(arguments.get("tensorboard_dir", NOT_GIVEN)), Path(os.path.normpath(arguments["save"]))
     if name.is_absolute():
         return name if name.is_dir() else None
+    recorded = [Path(arguments[STARTED_IN])] if STARTED_IN in arguments else []  # not by older runs
+    save = next((save.relative_to(start) for start in recorded if save.is_relative_to(start)), save)
     if save.is_absolute() or os.pardir in save.parts:
-        starts = [Path(arguments.get(STARTED_IN, Path.cwd()))]  # not recorded by older runs: assume here
+        starts = recorded or [Path.cwd()]
     else:
-        starts = [home, *home.absolute().parents, *home.resolve().parents, Path.cwd()]
+        starts = [*recorded, home, *home.absolute().parents, *home.resolve().parents, Path.cwd()]
     return next((start / name for start in starts if (start / name).is_dir() and (start / save).is_dir()
                  and (start / save).samefile(home)), None)
 

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from hrm_megatron.config import ConfigError
-from hrm_megatron.convert.checkpoint import RAW, Checkpoint
+from hrm_megatron.convert.checkpoint import RAW, TOKENS_KNOWN, Checkpoint
 from hrm_megatron.convert.comparison import Loaded, compare
 from hrm_megatron.convert.hf import (
     left_out,
@@ -164,7 +164,7 @@ class Work:
                      quantized=Quantized(job.quantization, self._matrix, method))
         kind = checkpoint.named(self.kind)
         ledger.write(folder, source=str(job.load), format="hf", iteration=checkpoint.step,
-                     settings=asdict(self.architecture) | dict(
+                     settings=asdict(self.architecture) | {TOKENS_KNOWN: checkpoint.tokens_known} | dict(
                          dtype=job.dtype, bp_max_steps=checkpoint.training.bp_max_steps, weights=kind,
                          scheme=job.quantization.spelled, method=method))
         said = (f"{save}: {job.quantization.spelled}, {size_bytes:,} bytes for "

@@ -161,7 +161,7 @@ def test_without_a_tokenizer_the_ids_are_of_hrm_text_if_the_model_has_them(tmp_p
 
 
 def test_a_tokenizer_of_another_model_is_refused_if_rows_would_do(tmp_path, random_checkpoint, tokenizer):
-    """Both vocabularies are padded to the same rows; a model that only knows its rows cannot tell."""
+    """Both vocabularies are padded to the same rows; a model of which only the rows are known cannot tell."""
     other = Architecture(1, 24, 3, 40, tokenizer.vocab_size - 1)
     assert other.padded_vocab_size == padded_vocab_size(tokenizer.vocab_size)
     with pytest.raises(ConfigError, match=f"has {tokenizer.vocab_size} tokens, the model random was trained with "
@@ -169,7 +169,10 @@ def test_a_tokenizer_of_another_model_is_refused_if_rows_would_do(tmp_path, rand
         write_hf(random_checkpoint(other), tmp_path / "hf", tokenizer=tokenizer.path)
     assert not (tmp_path / "hf").exists()
     padded = dataclasses.replace(other, vocab_size=other.padded_vocab_size)
-    write_hf(random_checkpoint(padded), tmp_path / "hf", tokenizer=tokenizer.path)
+    with pytest.raises(ConfigError, match=f"the model random was trained with {padded.vocab_size}; give its own"):
+        write_hf(random_checkpoint(padded), tmp_path / "hf", tokenizer=tokenizer.path)
+    unknown = dataclasses.replace(random_checkpoint(padded), counts_tokens=False)
+    write_hf(unknown, tmp_path / "hf", tokenizer=tokenizer.path)
 
 
 def test_padding_and_cuts_of_a_tokenizer_json_are_left_out(tmp_path, checkpoint, tokenizer):

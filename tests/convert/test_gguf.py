@@ -314,7 +314,8 @@ def test_post_norm_is_refused(random_checkpoint, tmp_path):
 
 def test_the_card_masks_rows_without_a_token_of_a_model_that_knows_rows_only(checkpoint, tokenizer, tmp_path):
     rows = checkpoint.architecture.padded_vocab_size
-    padded = dataclasses.replace(checkpoint, architecture=dataclasses.replace(checkpoint.architecture, vocab_size=rows))
+    padded = dataclasses.replace(checkpoint, architecture=dataclasses.replace(checkpoint.architecture, vocab_size=rows),
+                                 counts_tokens=False)
     for source in (checkpoint, padded):
         write_gguf(source, tmp_path, tokenizer=tokenizer.path)
         assert f"np.arange(len(logits)) < {tokenizer.vocab_size}," in (tmp_path / "README.md").read_text()

@@ -218,7 +218,7 @@ def test_a_relative_log_is_that_of_the_run_and_of_no_other_of_its_name(apart, tm
     named = "arguments.txt names --tensorboard-dir logs/XL, which is not found from here and for this run; give that"
     status, (line,) = call("report_run.py")(run, "--output", tmp_path / "a.html")
     assert status == 1 and line.startswith(f"error: {run}: has no TensorBoard log with curves; {named}")
-    assert named.startswith(shown(RunFolder.find(run), None, 0)[1][:60])
+    assert named[:60] in shown(RunFolder.find(run), None, 0)[1]
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -235,6 +235,27 @@ def test_the_log_of_a_run_that_saves_elsewhere_is_found(apart, tmp_path, monkeyp
     write_log(tmp_path / "other" / "logs" / "XL", [1], 0)
     monkeypatch.chdir(tmp_path / "other")
     assert not told or RunFolder.find(run).log.samefile(tmp_path / "own" / "logs" / "XL")
+
+
+def test_the_log_of_a_run_that_saves_through_a_link_is_found(apart, tmp_path):
+    """The folder of --save has other parents than its name."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "runs").symlink_to(tmp_path / "scratch")
+    apart(tmp_path / "own", 3, started_in=tmp_path / "own")
+    assert RunFolder.find(tmp_path / "scratch" / "XL").log.samefile(tmp_path / "own" / "logs" / "XL")
+
+
+def test_the_log_of_a_moved_run_with_an_absolute_save_is_found(apart, tmp_path, monkeypatch):
+    """Another run has taken its place."""
+    (tmp_path / "own").mkdir()
+    run = apart(tmp_path / "own", 3, str(tmp_path / "own" / "runs" / "XL"), started_in=tmp_path / "own")
+    moved = (tmp_path / "own").rename(tmp_path / "moved")
+    apart(tmp_path / "own", 5, str(run), started_in=tmp_path / "own")
+    for start, folder in ((moved, Path("runs/XL")), (tmp_path, moved / "runs" / "XL")):
+        monkeypatch.chdir(start)
+        assert RunFolder.find(folder).log.samefile(moved / "logs" / "XL")
+    assert RunFolder.find(run).log.samefile(tmp_path / "own" / "logs" / "XL")
 
 
 def test_an_absolute_log_is_the_one_that_is_named(apart, tmp_path):

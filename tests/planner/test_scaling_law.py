@@ -113,10 +113,18 @@ def test_the_size_of_lowest_loss_has_the_spread_of_the_resampled_fits():
     n, d = law.best_size(1e20, 30)
     steeper = Law(law.e, law.a, law.b, 0.35, law.beta)
     low, high = sorted((n, steeper.best_size(1e20, 30)[0]))
-    assert lowest(law, [], 1e20, 30) == f"{n:.3g} parameters ({n:.3g} to {n:.3g}), {d:.3g} tokens ({d:.3g} to {d:.3g})"
+    assert lowest(law, [], 1e20, 30) == f"{n:.3g} parameters, {d:.3g} tokens"
+    assert lowest(one_term, [], 1e20, 30) == "not determined, as the fit has only one of the two terms"
     assert lowest(law, [law, steeper], 1e20, 30).startswith(f"{n:.3g} parameters ({low:.3g} to {high:.3g}), ")
     assert lowest(law, [law] * 9 + [one_term], 1e20, 30).startswith("not determined")
     assert lowest(law, [law, Law(2.0, 1e-300, 100.0, 0.02, 0.02)], 1e20, 30).startswith("not determined")
+
+
+def test_without_resampled_fits_no_spread_is_printed(capsys):
+    predicted = load_tool("fit_scaling").describe(made_by(LAWS[0]), 0, 0, [(1e9, 1e11)])["predictions"][0]
+    assert (predicted["low"], predicted["high"]) == (None, None)
+    printed = capsys.readouterr().out
+    assert f"1e+11 tokens: predicted {predicted['predicted']:.4f}\n" in printed and " to " not in printed
 
 
 @pytest.mark.parametrize("row, message", [

@@ -72,7 +72,7 @@ def test_plain_rounding_is_read_back_with_its_sizes_and_its_manifest(quantized, 
     assert size == quantization.size_bytes(architecture)
     manifest = json.loads((folder / "conversion.json").read_text())
     assert manifest["settings"]["scheme"] == "int4 in groups of 64, int8 embedding"
-    assert manifest["settings"]["method"] == "rtn"
+    assert manifest["settings"]["method"] == "rtn" and manifest["settings"]["tokens_known"]
     assert "int4 in groups of 64, int8 embedding, by rtn" in (folder / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(folder)("a")["token_type_ids"] == [1]
 
@@ -230,6 +230,18 @@ def test_a_tokenizer_of_other_tokens_than_the_checkpoint_knows_is_refused(checkp
     assert Work(job, known, "raw", print).tokenizer.path == tokenizer.path
     with pytest.raises(ConfigError, match="has other tokens than the tokenizer that random was trained with"):
         _ = Work(job, replace(known, vocabulary="others"), "raw", print).tokenizer
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_data_of_fewer_tokens_than_rows_are_taken_if_nobody_knows_the_number_of_tokens(
+        checkpoint_of, weights, architecture, exported, store, tmp_path, known):
+    source = replace(checkpoint_of(weights), counts_tokens=known, architecture=replace(architecture, vocab_size=1024))
+    work = Work(Job(exported), source, "raw", print)
+    with pytest.raises(ConfigError, match="entries, the model has 1024") if known else contextlib.nullcontext():
+        assert len(work._rows(store, None))
+    write_store(tmp_path / "more", [([1], [2])], FakeTokenizer(1025))
+    with pytest.raises(ConfigError, match="written with a tokenizer of 1025 entries, the model has 1024"):
+        work._rows(str(tmp_path / "more"), None)
 
 
 def test_fp32_is_not_tf32(checkpoint_of, weights, exported):
