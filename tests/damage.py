@@ -9,7 +9,8 @@ from hrm_megatron.checkpoint.archive import archives
 def flip_bit_of_tensor(path: Path) -> None:
     """Change one bit of the largest tensor in a file of a checkpoint."""
     with path.open("r+b") as file:
-        entries = [entry for archive in archives(file, path.stat().st_size) for entry in archive.entries]
+        entries = [entry for archive in archives(file, path.stat().st_size) for entry in archive.entries
+                   if "/data/" in entry[0]]  # not the pickled arguments of the run, which may be larger
         place = max(entries, key=lambda entry: entry[2])[1]
         file.seek(place)
         byte = file.read(1)[0]

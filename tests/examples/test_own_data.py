@@ -213,7 +213,7 @@ def test_the_launch_script_shows_its_command_and_refuses_what_does_not_fit():
     assert "--nproc-per-node 6 -m hrm_megatron.pretrain --hrm-preset L --tensor-model-parallel-size 2" in shown.stdout
     assert r"--sequence-parallel --save runs/a\ b" in shown.stdout
     helped = run(["launch_scripts/train_node.sh", "--help"])
-    assert helped.returncode == 0 and "DP      data parallel ranks" in helped.stdout and "#" not in helped.stdout
+    assert helped.returncode == 0 and "DP      data parallel size" in helped.stdout and "#" not in helped.stdout
     for variables, message in ((dict(TP="two"), "whole numbers from 1, not 'two'"),
                                (dict(LAYOUT="preset", DP="2"), "LAYOUT=preset chooses TP, PP, CP and DP: leave them"),
                                (dict(LAYOUT="best"), "LAYOUT=best: the only one that is known is preset")):
