@@ -17,6 +17,8 @@ from hrm_megatron.program import write_aside
 
 MANIFEST_FILE = "manifest.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"  # Megatron's, beside the iterations: the last complete one
+ARGUMENTS_FILE = "arguments.txt"  # beside the iterations, or else beside the TensorBoard log: the arguments of the run
+STARTED_IN = "started_in"  # in it: the folder to which relative paths in arguments refer
 ABANDONED = "abandoned"  # (.2, .3 ...) folder beside the iterations: those that the run has rolled back from
 METADATA_FILE = ".metadata"  # of torch.distributed.checkpoint
 TENSORS = ".distcp"  # suffix of the files that hold tensors and states, each stored by torch.save

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hrm_megatron.checkpoint.manifest import TRACKER_FILE
+from hrm_megatron.checkpoint.manifest import ARGUMENTS_FILE, TRACKER_FILE
 from hrm_megatron.cluster.failures import FAILED, REFUSED, WENT_BACK
 from hrm_megatron.config import ConfigError
 from hrm_megatron.program import write_aside
 
 ATTEMPTS_FILE, EXCLUDED_FILE = "attempts.json", "excluded.json"
 # Files that training writes:
-ARGUMENTS_FILE, EARLY_STOPPING_FILE, EVALUATED_FILE = "arguments.txt", "early_stopping.json", "evaluated.json"
+EARLY_STOPPING_FILE, EVALUATED_FILE = "early_stopping.json", "evaluated.json"
 RETURN_FILE = "went_back.json"
 MATCHED = re.compile(r"^match_flops_of \.+ (?!None$).*^train_iters \.+ (\d+)$", re.MULTILINE | re.DOTALL)  # sorted
 

@@ -13,13 +13,19 @@ from pathlib import Path
 
 from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.iterations import is_iteration, iteration_of
-from hrm_megatron.checkpoint.manifest import ABANDONED, METADATA_FILE, TRACKER_FILE, read_manifest
+from hrm_megatron.checkpoint.manifest import (
+    ABANDONED,
+    ARGUMENTS_FILE,
+    METADATA_FILE,
+    STARTED_IN,
+    TRACKER_FILE,
+    read_manifest,
+)
 from hrm_megatron.cluster.attempts import ATTEMPTS_FILE, Attempt, History
 from hrm_megatron.config import ConfigError
 
-ARGUMENTS_FILE, STARTED_IN, BAD_STEPS_FILE = "arguments.txt", "started_in", "bad_steps.json"  # of training
+BAD_STEPS_FILE = "bad_steps.json"  # of training
 NOT_GIVEN = "None"  # value of a flag that was not given
-SLURM_FOLDER = "slurm"  # launch_scripts/train_slurm.sh
 EVENT_FILES = "events.out.tfevents.*"
 DEEPEST = 3  # levels of folders in which the log and the checkpoints are searched
 WHOLE, NO_MANIFEST, PARTIAL = "complete", "complete, no manifest", "not complete"

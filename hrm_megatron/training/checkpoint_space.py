@@ -48,7 +48,7 @@ def check_writable(args: argparse.Namespace) -> None:
 
     A dry run, perhaps on a machine without the disks of the run, only reports a folder that is not writable.
     """
-    place = nearest(followed(Path(args.save)))
+    place = _place(args)
     if place.is_dir() and os.access(place, os.W_OK):
         return
     if not (args.dry_run and place.is_dir()):
@@ -66,7 +66,7 @@ def check_space(args: argparse.Namespace, architecture: Architecture, done: int)
         if count > 1:
             what = f"{count} checkpoints (the last {kept} are kept, and one more is written) need"
     needed = count * saved_bytes(args, architecture)
-    if (free := _free_bytes(args, nearest(followed(Path(args.save))))) < needed:
+    if (free := _free_bytes(args)) < needed:
         raise ConfigError(f"--save {args.save}: {what} {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; free some "
                           "space or choose another disk")
 
@@ -81,10 +81,9 @@ def describe_space(args: argparse.Namespace, architecture: Architecture, done: i
     there = _there(args, done)
     count = min(len(coming), max(1, most_at_once(args, sorted({*there, *coming})) - len(there)))
     at_once = f", of which {count} {'is' if count == 1 else 'are'} there at once," if count < len(coming) else ""
-    place = nearest(followed(Path(args.save)))
-    free = _free_bytes(args, place)
-    return (f"{line}, {len(coming)} saves{at_once} take {count * size / 1e9:,.2f} GB; {place} has {free / 1e9:,.2f} GB "
-            f"free{'' if free >= count * size else ': NOT ENOUGH for all of them'}")
+    free = _free_bytes(args)
+    return (f"{line}, {len(coming)} saves{at_once} take {count * size / 1e9:,.2f} GB; {_place(args)} has "
+            f"{free / 1e9:,.2f} GB free{'' if free >= count * size else ': NOT ENOUGH for all of them'}")
 
 
 def _there(args: argparse.Namespace, done: int) -> list[int]:
@@ -93,7 +92,12 @@ def _there(args: argparse.Namespace, done: int) -> list[int]:
     return [iteration for iteration in there if iteration <= done]
 
 
-def _free_bytes(args: argparse.Namespace, place: Path) -> int:
-    """Return the bytes available for checkpoints in `--save`, which is or will be in `place`, including those of
-    iterations whose deletion has begun."""
-    return shutil.disk_usage(place).free + bytes_of_deleted(Path(args.save))
+def _place(args: argparse.Namespace) -> Path:
+    """Return `--save`, or the nearest place above it that exists."""
+    return nearest(followed(Path(args.save)))
+
+
+def _free_bytes(args: argparse.Namespace) -> int:
+    """Return the bytes available for checkpoints in `--save`, including those of iterations whose deletion has
+    begun."""
+    return shutil.disk_usage(_place(args)).free + bytes_of_deleted(Path(args.save))

@@ -17,13 +17,13 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from hrm_megatron.checkpoint.manifest import ARGUMENTS_FILE, STARTED_IN
 from hrm_megatron.config import ConfigError
 from hrm_megatron.parallel.log_levels import is_unactionable_print
 from hrm_megatron.program import write_aside
 from hrm_megatron.training.console_lines import NO_TERMINAL_WIDTH, facts_block
 
-ARGUMENTS_FILE, LOG_FILE = "arguments.txt", "megatron.rank{}.log"
-STARTED_IN = "started_in"  # the folder to which relative paths in arguments refer
+LOG_FILE = "megatron.rank{}.log"
 # Printed lines of Megatron that a user should see: the run stops, or does not do what it was told.
 ATTENTION = re.compile(r"^\W*(?:warning|error)\b|\bexiting\b|termination requested|is deprecated|could not|unable to",
                        re.IGNORECASE)

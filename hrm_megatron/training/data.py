@@ -137,7 +137,6 @@ def open_sources(args: argparse.Namespace) -> Sources:
     if folder:  # its identity covers only the lengths of an epoch
         epochs = [digest(folder.epoch_files(epoch)) for epoch in range(folder.epochs)]
         args.data_digests |= {"tokens": digest([folder.tokens_file]), "epochs": epochs}
-        args.fewest_positions = folder.fewest_positions()
     return Sources(walk, valid, mixture(whole or blends["test"], "test"), bool(whole), tuple(stores.values()))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hrm_megatron.config import Architecture, ConfigError
+from hrm_megatron.data.sampled import SampledFolder
 from hrm_megatron.optim.schedule import as_fp32
 from hrm_megatron.training.step_schedules import bp_schedule, lr_schedule
 
@@ -107,7 +108,8 @@ def trains_on_the_same(theirs: argparse.Namespace, ours: argparse.Namespace) -> 
     known = [one == other for one, other in pairs if one and other]
     have, want = (digest_of_data(args, "epochs") for args in (theirs, ours))
     if have and want:  # stored epochs start over after the last
-        known += [have[epoch % len(have)] == want[epoch % len(want)] for epoch in range(_epochs_read(theirs, ours))]
+        known.append(have == want or all(have[epoch % len(have)] == want[epoch % len(want)]
+                                         for epoch in range(_epochs_read(theirs, ours))))
     return all(known) if known else None
 
 
@@ -116,7 +118,7 @@ def _epochs_read(theirs: argparse.Namespace, ours: argparse.Namespace) -> int:
     if ours.epochs:
         return int(ours.epochs)
     rows = ours.train_iters * max(theirs.global_batch_size, ours.global_batch_size)
-    return math.ceil(rows * ours.seq_length / ours.fewest_positions)
+    return math.ceil(rows * ours.seq_length / SampledFolder(ours.sampled_data_path).fewest_positions())
 
 
 def changes(theirs: argparse.Namespace, ours: argparse.Namespace) -> str | None:
