@@ -98,6 +98,16 @@ def launch(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def commands(tmp_path_factory):
+    """Programs `python` and `torchrun` that start commands of the project at once: see tests/warm.py."""
+    from tests.warm import Commands
+
+    started = Commands(tmp_path_factory.mktemp("commands"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of HRM-Text's numbers."""
     return GOLDEN

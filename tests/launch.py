@@ -127,7 +127,7 @@ def _run(order: dict) -> list[int]:
     return codes
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Import, compile and read here what every rank would: two thirds of a short run. None of it may start a thread."""
     importlib.import_module("hrm_megatron.pretrain")  # before Megatron
     importlib.import_module("torch.utils.tensorboard")
@@ -149,7 +149,7 @@ def _prepare() -> None:
 
 
 def main() -> None:
-    _prepare()
+    prepare()
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
 

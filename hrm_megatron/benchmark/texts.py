@@ -5,6 +5,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,6 @@ def _words(script: str, rng: random.Random) -> list[str]:
     letters = LETTERS[script]
     alphabet = letters if isinstance(letters, str) else "".join(map(chr, range(letters[0], letters[1] + 1)))
     longest = LONGEST_WORD.get(script, 9)
-    weights = [1 / (1 + i) ** 0.5 for i in range(len(alphabet))]
-    return ["".join(rng.choices(alphabet, weights, k=min(longest, 1 + i // 500 + rng.randint(0, 6))))
+    sums = [*accumulate(1 / (1 + i) ** 0.5 for i in range(len(alphabet)))]
+    return ["".join(rng.choices(alphabet, cum_weights=sums, k=min(longest, 1 + i // 500 + rng.randint(0, 6))))
             for i in range(WORDS)]

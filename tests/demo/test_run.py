@@ -21,6 +21,7 @@ from examples.demo.progress import training_progress
 from examples.demo.run import MARKER, QUICK, RESULTS, DemoFailed, judge, prepare
 from hrm_megatron.monitoring.scalars import Log
 from tests.modes import wrong_modes
+from tests.warm import Commands
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -29,11 +30,11 @@ SLEEP = "import time; time.sleep(60)"
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def demo(tmp_path_factory: pytest.TempPathFactory, commands: Commands) -> tuple[Path, str]:
     """The folder and the printed text of a quick demo."""
     folder: Path = tmp_path_factory.mktemp("runs") / "demo"
-    done = subprocess.run([sys.executable, "examples/demo/run.py", "--quick", "--output", str(folder)], cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, umask=UMASK)
+    done = subprocess.run([commands.python, "examples/demo/run.py", "--quick", "--output", str(folder)], cwd=ROOT,
+                          env={**os.environ, **commands.environment}, capture_output=True, text=True, umask=UMASK)
     assert done.returncode == 0 and "INFO" not in done.stderr, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -67,10 +68,10 @@ def test_the_log_has_losses_on_both_sides_of_the_resume(demo):
 
 
 @pytest.mark.timeout(600)
-def test_the_fine_tuning_example_goes_on_from_a_demo(demo, tmp_path):
-    command = [sys.executable, "examples/finetuning/run.py", "--quick", "--demo", str(demo[0]), "--output",
+def test_the_fine_tuning_example_goes_on_from_a_demo(demo, commands, tmp_path):
+    command = [commands.python, "examples/finetuning/run.py", "--quick", "--demo", str(demo[0]), "--output",
                str(tmp_path / "tuned")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **commands.environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"fine-tuning: begins from {demo[0]}/checkpoints/iter_0000005: the EMA of its weights" in done.stdout
     best = json.loads((tmp_path / "tuned" / "checkpoints" / "early_stopping.json").read_text())["best_iteration"]

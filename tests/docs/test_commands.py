@@ -84,10 +84,13 @@ def place(tmp_path):
 
 
 @pytest.mark.timeout(1800)
-def test_what_a_cpu_can_run_works_from_top_to_bottom(place):
+def test_what_a_cpu_can_run_works_from_top_to_bottom(place, commands):
+    (place / ".venv").unlink()
+    (place / ".venv").mkdir()
+    (place / ".venv" / "bin").symlink_to(commands.folder)
     script = "\n".join(block.text for block in BLOCKS if block.how == "cpu")
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=place, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=1780)
+                          env={**os.environ, **commands.environment, "PYTHONPATH": str(ROOT)}, timeout=1780)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert {"config.json", "tokenizer.json"} <= {path.name for path in (place / "runs" / "tiny" / "hf").iterdir()}
     assert (place / "runs" / "back" / "train_metadata.yaml").exists()

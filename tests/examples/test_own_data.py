@@ -38,21 +38,20 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def launcher(folder):
+def launcher(folder, commands):
     """Stand-ins for what takes long, in the environment of the script: they say what they were called with."""
     python, torchrun = folder / "python", folder / "torchrun"
     python.write_text('#!/bin/sh\ncase $1 in *convert*) echo "convert $*";; -m) echo "train by $*";; '
-                      f'*) exec {sys.executable} "$@";; esac\n')
+                      f'*) exec {commands.python} "$@";; esac\n')
     torchrun.write_text('#!/bin/sh\necho "train $*"\n')
     for program in (python, torchrun):
         program.chmod(0o755)
     return dict(PYTHON=str(python), TORCHRUN=str(torchrun))
 
 
-def test_own_data_becomes_an_exported_model(folder):
+def test_own_data_becomes_an_exported_model(folder, commands):
     tiny = ["--num-layers", 1, "--hidden-size", 32, "--num-attention-heads", 2, "--eval-iters", 1]
-    done = run([SCRIPT, *tiny], folder, DATA="rows.jsonl", TORCHRUN=str(Path(sys.executable).with_name("torchrun")),
-               **SETTINGS, **FIELDS)
+    done = run([SCRIPT, *tiny], folder, DATA="rows.jsonl", **commands.environment, **SETTINGS, **FIELDS)
     assert done.returncode == 0, done.stderr[-2000:]
     out = folder / "out"
     assert (out / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"

@@ -86,10 +86,10 @@ def script(tmp_path):
     return run
 
 
-def test_two_nodes_train_one_model(script, tmp_path):
+def test_two_nodes_train_one_model(script, commands):
     done = script("--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 96, "--lr", 1e-3,
                   "--global-batch-size", 2, "--train-iters", 2, "--eval-iters", 0, "--log-interval", 1,
-                  "--sampled-data-path", "tests/golden/fullbatch/sampled", TP="2")
+                  "--sampled-data-path", "tests/golden/fullbatch/sampled", TP="2", **commands.environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("\nstep 2/2  loss") == 1  # one world of two, not two of one
     assert "layout: 2 ranks = TP 2 x PP 1 x CP 1 x DP 1" in done.stdout

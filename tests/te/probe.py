@@ -1,18 +1,21 @@
 """Transformer Engine's Python half on a CPU over tests/te/stub.py; run as a program by test_te.py.
 
-    python -m tests.te.probe CAPABILITY CLAIM ...            what each CLAIM, a function here (and argument), returns
-    python -m tests.te.probe CAPABILITY train ARGUMENT ...   what `train` returns for arguments of hrm_megatron.pretrain
+    python -m tests.te.probe CAPABILITY
 
-The answer is a JSON object in the last line on stdout. CAPABILITY is that of the pretended GPU, such as 9.0.
-Transformer Engine's pure Python package must be on PYTHONPATH.
+CAPABILITY is that of the pretended GPU, such as 9.0. Transformer Engine's pure Python package must be on PYTHONPATH.
+Each line on stdin is a JSON list of processes to fork, each an object of its `words`, `environment` and `log`, and is
+answered by their exit codes. `words` are claims, each a function here (and argument), or `train` and arguments of
+hrm_megatron.pretrain; the last line of the log is what they returned, as JSON.
 """
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -331,17 +334,44 @@ def train(*arguments: str) -> dict[str, Any]:
     return dict(casts=steps, contexts=made.call_count)
 
 
-def main() -> None:
-    claims, answers = sys.argv[2:], {}
-    if claims[0] == "train":
-        print(json.dumps(train(*claims[1:])))
-        return
+def answer(words: list[str]) -> dict[str, Any]:
+    """What one process has to say."""
+    if words[0] == "train":
+        return train(*words[1:])
+    answers = {}
     with single_rank():
-        for claim in claims:
+        for claim in words:
             FP8GlobalStateManager.reset()
             name, *arguments = claim.split()
             answers[claim] = (MEMORY.get(name) or globals()[name])(*arguments)
-    print(json.dumps(answers))
+    return answers
+
+
+def forked(words: list[str], environment: dict[str, str], log: str) -> int:
+    """Start a process that answers, and return its number."""
+    if number := os.fork():
+        return number
+    code = 1
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.update(environment)
+        print(json.dumps(answer(words)))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    importlib.import_module("hrm_megatron.pretrain")
+    for line in sys.stdin:
+        processes = [forked(**process) for process in json.loads(line)]
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in processes]), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from tests.training.conftest import FULLBATCH, scalars
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(os.environ.get("TE_PYTHON", Path(sys.prefix) / "te-python"))
-HOPPER, BLACKWELL = "9.0", "10.0"
 ON_HOPPER = ["presets", "spec", "fp32", "fused", "sums", "checkpoints", "delayed", "casts delayed", "casts tensorwise",
              "recast", "layers_in_bf16", "attention", "no_backend", "fp8_parameters", "first_amax", "offloading fp32",
              "offloading fp8", "kept"]
@@ -29,38 +28,59 @@ FP8 = ["--bf16", "--fp8-format", "hybrid", "--fp8-recipe"]
 TWO_PHASES = ["--pipeline-model-parallel-size", 2, "--micro-batch-size", 1, "--pipeline-schedule", "two-phase"]
 
 
-def start(capability, *arguments, **environment):
-    assert (PACKAGE / "transformer_engine").is_dir(), f"{PACKAGE} has no transformer_engine: run `make setup`"
-    path = os.pathsep.join([str(ROOT), str(PACKAGE)])
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-m", "tests.te.probe", capability, *map(str, arguments)],
-                            cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+class Probe:
+    """tests/te/probe.py on a GPU of this capability."""
 
+    def __init__(self, capability: str, folder: Path) -> None:
+        assert (PACKAGE / "transformer_engine").is_dir(), f"{PACKAGE} has no transformer_engine: run `make setup`"
+        self.folder, self.asked = folder, 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.te.probe", capability], cwd=ROOT, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(PACKAGE)])},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-def answer(process):
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err[-5000:]
-    return json.loads(out.splitlines()[-1])
+    def __call__(self, *words: object, ranks: int = 1) -> list[dict]:
+        """What each of so many processes says to these words."""
+        self.asked += 1
+        port, logs = str(free_port()), [self.folder / f"{self.asked}.{rank}" for rank in range(ranks)]
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps([dict(words=[*map(str, words)], log=str(log), environment=dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port)) for rank, log in enumerate(logs)]),
+            file=self.process.stdin, flush=True)
+        codes = json.loads(self.process.stdout.readline())
+        said = [log.read_text() for log in logs]
+        assert not any(codes), said[0][-5000:]
+        return [json.loads(text.splitlines()[-1]) for text in said]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
 @pytest.fixture(scope="module")
-def claims():
+def hopper(tmp_path_factory):
+    probe = Probe("9.0", tmp_path_factory.mktemp("hopper"))
+    yield probe
+    probe.close()
+
+
+@pytest.fixture(scope="module")
+def claims(hopper, tmp_path_factory):
     """What tests/te/probe.py found, by claim."""
-    processes = [start(HOPPER, *ON_HOPPER), start(BLACKWELL, *ON_BLACKWELL)]
-    return {claim: found for process in processes for claim, found in answer(process).items()}
+    blackwell = Probe("10.0", tmp_path_factory.mktemp("blackwell"))
+    try:
+        return {**hopper(*ON_HOPPER)[0], **blackwell(*ON_BLACKWELL)[0]}
+    finally:
+        blackwell.close()
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
+def train(hopper, tmp_path_factory):
     """Train golden/fullbatch for three steps: losses, and what every rank says, see probe.train."""
     def run(*flags, ranks=1):
         folder = tmp_path_factory.mktemp("te")
-        arguments = [*RUN, "--num-workers", 0, "--tensorboard-dir", folder, *flags]
-        port = str(free_port())
-        processes = [start(HOPPER, "train", *arguments, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
-                           LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-                     for rank in range(ranks)]
-        said = [answer(process) for process in processes]
+        said = hopper("train", *RUN, "--num-workers", 0, "--tensorboard-dir", folder, *flags, ranks=ranks)
         return scalars(folder), said
     return run
 

@@ -43,7 +43,7 @@ def curves(folder):
 def fullbatch_arguments():
     """Arguments of golden/fullbatch; (rows per step, micro-batch) may change, the function computed does not."""
     return ["--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 4, "--seq-length", 96,
-            "--global-batch-size", 8, "--micro-batch-size", 2, "--sampled-data-path", FULLBATCH / "sampled",
+            "--global-batch-size", 8, "--micro-batch-size", 4, "--sampled-data-path", FULLBATCH / "sampled",
             "--train-iters", 24, "--lr", 4e-3, "--min-lr", 4e-4, "--lr-warmup-iters", 4, "--bp-warmup-fraction", 0.6,
             "--ema-decay", 0.9, "--eval-iters", 0, "--log-interval", 1]
 

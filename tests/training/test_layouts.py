@@ -20,6 +20,7 @@ TP, PP, CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 FSDP2 = "--use-torch-fsdp2"
+TWO_EACH = ["--micro-batch-size", 2]  # micro-batches for each of two replicas
 TWO_PHASES = ["--micro-batch-size", 1, "--pipeline-schedule", "two-phase"]
 LAYOUTS = {  # ranks and flags; golden/fullbatch has 2 layers per stack, 8 rows of 96 and 4 heads
     "1 process": (1, []),
@@ -34,11 +35,11 @@ LAYOUTS = {  # ranks and flags; golden/fullbatch has 2 layers per stack, 8 rows 
     "PP 2, 8 micro-batches": (2, [PP, 2, "--micro-batch-size", 1]),
     "CP 2": (2, [CP, 2]),
     "DP 2": (2, []),
-    "DP 2, overlap": (2, OVERLAP),
-    "DP 2, overlap, small buckets": (2, ["--overlap-grad-reduce", "--ddp-bucket-size", 20_000]),
+    "DP 2, overlap": (2, [*OVERLAP, *TWO_EACH]),
+    "DP 2, overlap, small buckets": (2, ["--overlap-grad-reduce", "--ddp-bucket-size", 20_000, *TWO_EACH]),
     "TP 2 x PP 2 + SP": (4, [TP, 2, PP, 2, "--sequence-parallel"]),
     "TP 2 x DP 2": (4, [TP, 2]),
-    "PP 2 x DP 2, overlap": (4, [PP, 2, *OVERLAP]),
+    "PP 2 x DP 2, overlap": (4, [PP, 2, *OVERLAP, *TWO_EACH]),
     "CP 2 x TP 2 + SP": (4, [CP, 2, TP, 2, "--sequence-parallel"]),
     "PP 2 x CP 2": (4, [PP, 2, CP, 2]),
     "PP 2, recompute": (2, [PP, 2, *RECOMPUTE]),
@@ -48,9 +49,9 @@ LAYOUTS = {  # ranks and flags; golden/fullbatch has 2 layers per stack, 8 rows 
     "PP 2 x DP 2, two phases, overlap": (4, [PP, 2, *TWO_PHASES, *OVERLAP]),
     "PP 2, two phases in windows": (2, [PP, 2, *TWO_PHASES, "--pipeline-window", 3, "--overlap-grad-reduce"]),
     "PP 2 x DP 2, windows, overlap": (4, [PP, 2, *TWO_PHASES, "--pipeline-window", 2, *OVERLAP]),
-    "FSDP2": (2, [FSDP2]),
+    "FSDP2": (2, [FSDP2, *TWO_EACH]),
     "FSDP2, recompute": (2, [FSDP2, *RECOMPUTE]),
-    "FSDP2 x TP 2 + SP": (4, [FSDP2, TP, 2, "--sequence-parallel"]),
+    "FSDP2 x TP 2 + SP": (4, [FSDP2, TP, 2, "--sequence-parallel", *TWO_EACH]),
     "FSDP2 over CP 2": (2, [FSDP2, CP, 2]),
 }
 # Every kind of parallelism once; PAIRS add TP and PP alone.

@@ -12,7 +12,7 @@ from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule, as_fp32
 from tests.training.conftest import FULLBATCH, scalars, written
 
-LAYOUT = ["--global-batch-size", 8, "--micro-batch-size", 2]
+LAYOUT = ["--global-batch-size", 8, "--micro-batch-size", 4]
 DATA = ["--sampled-data-path", FULLBATCH / "sampled"]
 # Megatron's would import transformers, seconds of every start; a run reads ids.
 NO_TOKENIZERS = "import sys; sys.modules['megatron.core.tokenizers.text'] = None"
@@ -84,7 +84,7 @@ def test_logged_rates_are_those_of_the_steps(uninterrupted, reference):
 @pytest.mark.parametrize("flags", [[], ["--no-load-optim"]])
 def test_another_schedule_is_refused_before_anything_is_built(launch, fullbatch_arguments, files_of, flags):
     run = launch(*fullbatch_arguments, "--load", files_of, "--ckpt-step", 12, "--train-iters", 48, "--lr", 1e-3,
-                 "--global-batch-size", 4, *flags, ranks=2)
+                 "--global-batch-size", 4, "--micro-batch-size", 2, *flags, ranks=2)
     assert run.code == 2 and "Traceback" not in run.output and "initialize" not in run.output
     (error,) = run.errors
     for part in ("--train-iters 24 (the command line makes 48)", "--lr 0.004 (the command line makes 0.001)",
