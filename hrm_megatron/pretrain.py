@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import logging
 import os
 import sys
@@ -10,6 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    gc.disable()  # until all is imported: program.collect_garbage
 
 from hrm_megatron.parallel.connections import choose_connections
 from hrm_megatron.parallel.cpu import activate
@@ -29,7 +33,7 @@ from torch.distributed.elastic.multiprocessing.errors import record  # noqa: E40
 from hrm_megatron.config import PRESETS, ConfigError  # noqa: E402
 from hrm_megatron.data.dataset import PackedRows  # noqa: E402
 from hrm_megatron.planner.presets import describe_preset  # noqa: E402
-from hrm_megatron.program import write_aside  # noqa: E402
+from hrm_megatron.program import collect_garbage, write_aside  # noqa: E402
 from hrm_megatron.training.agreement import check_agreement  # noqa: E402
 from hrm_megatron.training.arguments import no_rows, parse_arguments  # noqa: E402
 from hrm_megatron.training.checkpoint import check_checkpoint, check_fit  # noqa: E402
@@ -191,6 +195,7 @@ def run(rank: int, ranks: int) -> None:
 
 
 def main() -> None:
+    collect_garbage()
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     try:
         record(run, OneLineErrors(rank))(rank, ranks)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import glob
 import io
 import logging
@@ -39,10 +40,23 @@ def listen() -> None:
     """Make SIGINT, SIGTERM and SIGHUP raise `Stopped` from now on; the program then ends with one line that names the
     signal.
 
-    Call it before slow imports. A signal that the caller ignores (nohup, a background job) stays ignored. Standard
-    streams that the caller closed are opened on /dev/null.
+    Call it before slow imports: garbage is collected again when `one_line` runs the program. A signal that the caller
+    ignores (nohup, a background job) stays ignored. Standard streams that the caller closed are opened on /dev/null.
     """
+    gc.disable()
     _open_closed_streams()
+    _handle_signals()
+
+
+def collect_garbage() -> None:
+    """After imports with garbage collection disabled, which take a sixth less time: exempt what was imported from
+    garbage collection, and enable it."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
+def _handle_signals() -> None:
     for number in STOP_SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not installed by Python
             signal.signal(number, _on_signal)
@@ -61,12 +75,14 @@ def _open_closed_streams() -> None:
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """`listen` for the duration of a block that writes files, then restore the previous handlers."""
+    """Handle signals as `listen` does for the duration of a block that writes files, then restore the previous
+    handlers."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    listen()
+    _open_closed_streams()
+    _handle_signals()
     try:
         yield
     finally:
@@ -83,6 +99,7 @@ def one_line(work: Callable[[], object], refusals: tuple[type[Exception], ...] =
     expected: tuple[type[Exception], ...] = (ConfigError, OSError, *refusals)
     if isinstance(sys.stdout, io.TextIOWrapper):  # escape characters that the terminal cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
+    collect_garbage()
     try:
         work()
         try:

@@ -1,6 +1,7 @@
 """Settings for all tests: one thread per process, and GPU tests skipped where there is no GPU."""
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -12,6 +13,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; ranks share the cores
 
+gc.disable()  # a tenth of all imports, of which nothing is garbage
+
 GOLDEN = Path(__file__).parent / "golden"
 PARITY, SURVIVED = "parity", "survives"  # under which reports carry them, also from the processes of pytest-xdist
 SLOW_SECONDS = 1800  # what takes minutes on an idle machine; the limit of pyproject.toml is for all else
@@ -22,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage from now on, and not among what has been imported."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

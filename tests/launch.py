@@ -129,6 +129,7 @@ def _run(order: dict) -> list[int]:
 
 def prepare() -> None:
     """Import, compile and read here what every rank would: two thirds of a short run. None of it may start a thread."""
+    gc.disable()
     importlib.import_module("hrm_megatron.pretrain")  # before Megatron
     importlib.import_module("torch.utils.tensorboard")
     import numpy as np
@@ -146,6 +147,7 @@ def prepare() -> None:
     tasks = Path("/proc/self/task")  # those of libraries too, where the system says so
     assert threading.active_count() == 1 and (not tasks.exists() or len([*tasks.iterdir()]) == 1)
     gc.freeze()  # no rank goes through all of this, which would also copy it
+    gc.enable()
 
 
 def main() -> None:

@@ -325,6 +325,7 @@ def test_the_tool_measures_and_says_what_failed(tmp_path):
     assert not wrong_modes(tmp_path / "out", 0o027)
 
 
+@pytest.mark.slow
 def test_conversions_are_measured_in_every_direction(single_rank, tmp_path, capsys, monkeypatch):
     """Beside a process group that is alive, as in a program that trains."""
     tool = runpy.run_path(str(ROOT / "tools" / "benchmark.py"))

@@ -1,10 +1,13 @@
 """The benchmark of planning says of made-up examples what planning them by hand says."""
 import re
 
+import pytest
+
 from hrm_megatron.benchmark.plan import COLUMNS, ROW_TOKENS, SEED, make_dataset, measure, mixtures
 from hrm_megatron.data.plan import RowPlan
 
 
+@pytest.mark.slow
 def test_a_row_of_the_table(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cells = dict(zip(COLUMNS, measure(tmp_path, 5000), strict=True))

@@ -72,6 +72,7 @@ def test_every_string_of_character_classes_is_cut_alike(folder, longest):
         assert_same(pair, batch[start:start + 100_000])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_code_point_that_passes_the_guard_has_one_class(folder, pattern):
     config = json.loads(bordered(Tokenizer.from_file(str(folder / "tokenizer.json"))))

@@ -88,6 +88,7 @@ def test_killed_twenty_times(made, tmp_path):
     check(made, tmp_path, np.random.default_rng(SEED + 1).choice(np.arange(1, events + 1), 20, replace=False).tolist())
 
 
+@pytest.mark.slow
 def test_killed_while_workers_are_busy(made, tmp_path):
     """`run` returns when the killed process and its workers, who hold its output open, have ended."""
     _, events, _ = made

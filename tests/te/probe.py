@@ -10,6 +10,7 @@ hrm_megatron.pretrain; the last line of the log is what they returned, as JSON.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -22,9 +23,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
+gc.disable()  # until all is imported
 
-from hrm_megatron.parallel.cpu import activate
+import torch  # noqa: E402
+
+from hrm_megatron.parallel.cpu import activate  # noqa: E402
 
 activate()
 
@@ -369,6 +372,8 @@ def forked(words: list[str], environment: dict[str, str], log: str) -> int:
 
 def main() -> None:
     importlib.import_module("hrm_megatron.pretrain")
+    gc.freeze()
+    gc.enable()
     for line in sys.stdin:
         processes = [forked(**process) for process in json.loads(line)]
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) for number in processes]), flush=True)

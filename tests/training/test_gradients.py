@@ -82,8 +82,8 @@ def keep(model, *rest, **options):
 pretrain.parse_arguments, training.finalize_model_grads = parse_arguments, keep
 """
 FP64_TOLERANCE = 1e-13
-ALWAYS = [("PP 2, 5 micro-batches", 4), ("TP 2 x PP 2 + SP, two phases", 2), ("PP 4, two phases, 8 micro-batches", 2),
-          ("CP 2 x TP 2 + SP", 5), ("TP 2 x PP 2 + SP, gated_act recomputed", 5)]
+ALWAYS = [("PP 2, 5 micro-batches", 4), ("PP 4, two phases, 8 micro-batches", 2), ("CP 2 x TP 2 + SP", 5),
+          ("TP 2 x PP 2 + SP, gated_act recomputed", 5)]
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ LAYOUTS = {  # ranks and flags; golden/fullbatch has 2 layers per stack, 8 rows 
     "FSDP2 over CP 2": (2, [FSDP2, CP, 2]),
 }
 # Every kind of parallelism once; PAIRS add TP and PP alone.
-ALWAYS = {"PP 2 x DP 2, two phases, overlap", "CP 2", "TP 2 x PP 2 + SP", "recompute", "FSDP2"}
+ALWAYS = {"PP 2 x DP 2, two phases, overlap", "CP 2", "TP 2 x PP 2 + SP", "FSDP2"}
 PAIRS = [("1 process", "PP 2"), ("CP 2", "TP 2 + SP"), ("TP 2 x PP 2 + SP", "1 process"), ("1 process", "TP 4"),
          ("TP 2 + SP", "PP 2"), ("PP 2", "CP 2"), ("DP 2, overlap", "PP 2"), ("DP 2", "1 process"),
          ("PP 2 x DP 2, overlap", "TP 2"), ("CP 2", "DP 2"), ("PP 2", "1 process"),
