@@ -32,9 +32,24 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, VECTOR)
 
 
-def _place(context: Any, builder: Any, array: Any, index: Any, kind: Any, target: Any) -> Any:
+def place_of(context: Any, builder: Any, array: Any, index: Any, kind: Any, target: Any) -> Any:
+    """Return a pointer of LLVM's type `target` to array[index]; `kind` is numba's type of the array."""
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), target.as_pointer())
+
+
+def everywhere(builder: Any, number: Any) -> Any:
+    """Return a vector of a number sixteen times."""
+    nothing = ir.Constant(VECTOR, ir.Undefined)
+    first = builder.insert_element(nothing, number, ir.Constant(INDICES, 0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(WORDS, [0] * LANES))
+
+
+def prefetch(builder: Any, place: Any) -> None:
+    """Prefetch the cache line of a pointer to bytes, for reading, into L2."""
+    ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], ir.FunctionType(
+        ir.VoidType(), [place.type, INDICES, INDICES, INDICES]))
+    builder.call(ask, [place, *(ir.Constant(INDICES, number) for number in (0, 2, 1))])  # read, level 2, data
 
 
 @intrinsic
@@ -43,7 +58,7 @@ def load(typing: Any, array: Any, index: Any) -> Any:
     wide = array.dtype == types.float32
 
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = _place(context, builder, arguments[0], arguments[1], signature.args[0], VECTOR if wide else HALVES)
+        place = place_of(context, builder, arguments[0], arguments[1], signature.args[0], VECTOR if wide else HALVES)
         if wide:
             return builder.load(place, align=4)
         words = builder.zext(builder.load(place, align=2), WORDS)
@@ -55,7 +70,7 @@ def load(typing: Any, array: Any, index: Any) -> Any:
 def store(typing: Any, array: Any, index: Any, values: Any) -> Any:
     """Write values to array[index : index + 16] of a contiguous float32 array [n]."""
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = _place(context, builder, arguments[0], arguments[1], signature.args[0], VECTOR)
+        place = place_of(context, builder, arguments[0], arguments[1], signature.args[0], VECTOR)
         builder.store(arguments[2], place, align=4)
         return context.get_dummy_value()
     return types.void(array, types.intp, vector), make
@@ -65,10 +80,7 @@ def store(typing: Any, array: Any, index: Any, values: Any) -> Any:
 def multiply_add(typing: Any, number: Any, values: Any, total: Any) -> Any:
     """Return number * values + total, rounded once where the processor can."""
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        nothing = ir.Constant(VECTOR, ir.Undefined)
-        first = builder.insert_element(nothing, arguments[0], ir.Constant(INDICES, 0))
-        everywhere = builder.shuffle_vector(first, nothing, ir.Constant(WORDS, [0] * LANES))
-        product = builder.fmul(everywhere, arguments[1], flags=["contract"])
+        product = builder.fmul(everywhere(builder, arguments[0]), arguments[1], flags=["contract"])
         return builder.fadd(product, arguments[2], flags=["contract"])
     return vector(types.float32, vector, vector), make
 
@@ -88,10 +100,8 @@ def fetch(typing: Any, array: Any, index: Any) -> Any:
     Into L2: L1 can wait for only few lines at once, so keys and values of small heads arrived at half the rate.
     """
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place = _place(context, builder, arguments[0], arguments[1], signature.args[0], BYTE)
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [place.type], ir.FunctionType(
-            ir.VoidType(), [place.type, INDICES, INDICES, INDICES]))
-        builder.call(ask, [place, *(ir.Constant(INDICES, number) for number in (0, 2, 1))])  # read, level 2, data
+        place = place_of(context, builder, arguments[0], arguments[1], signature.args[0], BYTE)
+        prefetch(builder, place)
         return context.get_dummy_value()
     return types.void(array, types.intp), make
 

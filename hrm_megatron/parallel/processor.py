@@ -22,6 +22,7 @@ def runs_faster_on_onednn() -> bool:
 
 
 ON_ONEDNN = runs_faster_on_onednn()
+HAS_AVX_512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def multiplies_on_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from hrm_megatron.generate import matrix as module
-from hrm_megatron.generate.matrix import Matrix, MKLMatrix, OneDNNMatrix, SmallOneDNNMatrix, matrix_of
+from hrm_megatron.generate.matrix import (
+    PANEL_COLUMNS,
+    PANEL_ROWS,
+    Matrix,
+    MKLMatrix,
+    OneDNNMatrix,
+    PanelMatrix,
+    SmallOneDNNMatrix,
+    matrix_of,
+)
 from hrm_megatron.parallel import processor
 
 UNIT = {torch.float32: 2.0 ** -24, torch.bfloat16: 2.0 ** -8}
@@ -13,7 +22,8 @@ HAS_MKL = torch.backends.mkl.is_available()
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 KINDS = [(Matrix, torch.float32), (Matrix, torch.bfloat16),
-         *[(MKLMatrix, torch.float32)] * HAS_MKL, *[(OneDNNMatrix, torch.bfloat16)] * HAS_BF16,
+         *[(MKLMatrix, torch.float32), (PanelMatrix, torch.float32)] * HAS_MKL,
+         *[(OneDNNMatrix, torch.bfloat16)] * HAS_BF16,
          *[(OneDNNMatrix, torch.float32), (SmallOneDNNMatrix, torch.float32)] * HAS_ONEDNN]
 
 
@@ -39,6 +49,43 @@ def test_a_product_is_that_of_fp64(kind: type[Matrix], dtype: torch.dtype, rows:
         assert ((found.double() - expected).abs() <= bound).all()
 
 
+@pytest.mark.skipif(not HAS_MKL, reason="torch without MKL")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_number_of_rows_is_cut_into_tiles(threads: int) -> None:
+    """Panels are divided among threads, rows are not."""
+    weight, x, added = drawn(PANEL_ROWS + 1, torch.float32)
+    matrix, before = PanelMatrix(weight), torch.get_num_threads()
+    matrix.prepare(PANEL_ROWS)
+    exact, sizes = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    torch.set_num_threads(threads)
+    try:
+        for rows in range(1, PANEL_ROWS + 2):
+            found = matrix(x[:rows], added[:rows]).double()
+            # 40 products and what is added, summed in fp32 in any order.
+            bound = 42 * 2.0 ** -24 * (sizes[:rows] + added[:rows].double().abs())
+            assert ((found - exact[:rows] - added[:rows].double()).abs() <= bound).all(), rows
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not HAS_MKL, reason="torch without MKL")
+def test_few_rows_are_multiplied_in_panels_and_many_by_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hrm_megatron.generate import panels
+
+    assert panels.COLUMNS == PANEL_COLUMNS
+    weight, x, _ = drawn(PANEL_ROWS + 1, torch.float32)
+    matrix = PanelMatrix(weight)
+    for rows, more in ((3, 0), (8, weight.nbytes), (PANEL_ROWS + 1, weight.nbytes)):
+        assert matrix.more_bytes(rows) == more
+        matrix.prepare(rows)
+        assert matrix.more_bytes(rows) == 0
+    multiplied = []
+    monkeypatch.setattr(matrix, "multiply", lambda threads, x, rows, *_: multiplied.append(rows))
+    for rows in (1, 3, 4, PANEL_ROWS, PANEL_ROWS + 1):
+        matrix(x[:rows])
+    assert multiplied == [4, PANEL_ROWS] and matrix.rows == PANEL_ROWS + 1
+
+
 def test_what_is_added_stays_as_it_was() -> None:
     """A layer's input is added to what comes out of it, and other layers may still read it."""
     for kind, dtype in KINDS:
@@ -54,7 +101,10 @@ def test_the_layout_is_that_of_device_dtype_and_size(monkeypatch: pytest.MonkeyP
     small, large = torch.ones(8, 8), torch.ones(512, 512)
     monkeypatch.setattr(processor, "ON_ONEDNN", False)
     assert type(matrix_of(small)) is Matrix
-    assert type(matrix_of(large)) is (MKLMatrix if HAS_MKL else Matrix)
+    for avx_512, kind in ((False, MKLMatrix), (True, PanelMatrix)):
+        monkeypatch.setattr(processor, "HAS_AVX_512", avx_512)
+        assert type(matrix_of(large)) is (kind if HAS_MKL else Matrix)
+        assert type(matrix_of(torch.ones(1000, 512))) is (MKLMatrix if HAS_MKL else Matrix)  # not whole panels
     assert type(matrix_of(small.bfloat16())) is (OneDNNMatrix if HAS_BF16 else Matrix)
     assert type(matrix_of(large.half())) is Matrix
     if HAS_ONEDNN:
@@ -83,6 +133,7 @@ def test_a_second_layout_that_does_not_fit_is_left_out_and_named(monkeypatch: py
     from hrm_megatron.generate.weights import take_weights
 
     monkeypatch.setattr(processor, "ON_ONEDNN", False)
+    monkeypatch.setattr(processor, "HAS_AVX_512", False)
     architecture = Architecture(1, 256, 2, 512, 64)
     made = decoder.Decoder(take_weights(architecture, random_tensors(architecture).items()), 32)
     layouts = [matrix for matrix in made.weights.matrices if isinstance(matrix, MKLMatrix)]
