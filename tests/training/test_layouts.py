@@ -1,6 +1,6 @@
 """Every parallel layout trains the reference's model as one process does, and each goes on where another stopped.
 
-`make ranks` runs all of it and prints the table; `make test` an important third.
+`make ranks` runs all of it and prints the table; `make test` some layouts and pairs.
 """
 import itertools
 
