@@ -2,10 +2,11 @@
 
 `Commands` starts that process and writes programs named `python` and `torchrun` into a folder. What they run is what
 the real ones would: the same file or module, arguments, environment, folder and streams. Anything else, such as
-`python -c`, they leave to the real Python.
+`python -c`, they leave to the real Python. What a first import prints is not seen here.
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -23,9 +24,10 @@ ROOT = Path(__file__).parents[1]
 MESSAGE_BYTES = 1 << 18  # most of a message: arguments and environment
 ACTIVATE = 'PATH={folder}:"$PATH"\n'
 # What a command is started by: it hands over all that a process has, passes signals on, and ends as the command does.
+# A socket's path may have 107 bytes, so it is named from within its folder.
 STARTER = """#!{python} -SEs
 import json, os, signal, socket, sys
-SOCKET, ROOT, PYTHON = {socket!r}, {root!r}, {python!r}
+FOLDER, ROOT, PYTHON = {folder!r}, {root!r}, {python!r}
 name, given = os.path.basename(sys.argv[0]), sys.argv[1:]
 words = ["-m", "torch.distributed.run", *given] if name == "torchrun" else given
 while words[:1] == ["-u"]:
@@ -35,10 +37,10 @@ script = words and os.path.realpath(words[0]) or ""
 if not (module == "torch.distributed.run" or module.split(".")[0] == "hrm_megatron"
         or script.startswith((ROOT + "/tools/", ROOT + "/examples/"))):
     os.execv(PYTHON, [PYTHON, *given])
+order = dict(words=words, folder=os.getcwd(), environment=dict(os.environ), mask=os.umask(0), python=FOLDER + "/python")
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-server.connect(SOCKET)
-mask = os.umask(0)
-order = dict(words=words, folder=os.getcwd(), environment=dict(os.environ), mask=mask, python=os.path.abspath(__file__))
+os.chdir(FOLDER)
+server.connect("socket")
 socket.send_fds(server, [json.dumps(order).encode()], [0, 1, 2])
 process = int(server.recv(64))
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -53,13 +55,12 @@ class Commands:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.python = folder, str(folder / "python")
-        path = folder / "socket"
-        text = STARTER.format(python=sys.executable, socket=str(path), root=str(ROOT))
+        text = STARTER.format(python=sys.executable, folder=str(folder), root=str(ROOT))
         for name in ("python", "torchrun"):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         (folder / "activate").write_text(ACTIVATE.format(folder=folder))
-        self.process = subprocess.Popen([sys.executable, "-m", __name__, str(path)], cwd=ROOT, text=True,
+        self.process = subprocess.Popen([sys.executable, "-m", __name__, str(folder)], cwd=ROOT, text=True,
                                         stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert self.process.stdout
         assert self.process.stdout.readline() == "ready\n"
@@ -71,7 +72,8 @@ class Commands:
                 "OMP_NUM_THREADS": "1"}
 
     def close(self) -> None:
-        self.process.kill()
+        """End the process and every command that is still running."""
+        self.process.terminate()
         self.process.communicate()
 
 
@@ -98,31 +100,37 @@ def _become(order: dict, streams: list[int]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
-def _answer(connection: socket.socket) -> None:
-    """Run the command that a starter hands over, and tell it the process and the exit code."""
-    message, streams, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 3)
-    connection.send(str(os.getpid()).encode())
-    code = 1
+def _status(order: dict, streams: list[int]) -> int:
+    """Run one command as Python would, to its exit status."""
     try:
-        _become(json.loads(message), streams)
-        code = 0
+        _become(order, streams)
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    finally:
-        with contextlib.suppress(BaseException):
-            import atexit
-            for thread in threading.enumerate():  # as Python does at its end
-                if not thread.daemon and thread is not threading.main_thread():
-                    thread.join()
-            atexit._run_exitfuncs()
+        return 1
+    return 0
+
+
+def _answer(connection: socket.socket) -> None:
+    """Run the command that a starter hands over, and tell it the process and the exit status."""
+    status = 1
+    try:
+        message, streams, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 3)
+        connection.send(str(os.getpid()).encode())
+        status = _status(json.loads(message), streams)
+        for thread in threading.enumerate():  # as Python does at its end
+            if not thread.daemon and thread is not threading.main_thread():
+                thread.join()
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        connection.send(str(code).encode())
-        os._exit(code)
+    finally:
+        with contextlib.suppress(BrokenPipeError):  # the starter was killed
+            connection.send(str(status).encode())
+        os._exit(status)
 
 
 def main() -> None:
@@ -132,19 +140,31 @@ def main() -> None:
     for name in ("transformers.models.hrm_text", "hrm_megatron.generate.session", "hrm_megatron.quantize.job",
                  "torch.distributed.run"):
         importlib.import_module(name)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    os.chdir(sys.argv[1])
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    server.bind(sys.argv[1])
+    server.bind("socket")
     server.listen(64)
+    started: list[int] = []
+
+    def end(*_: object) -> None:
+        for number in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(number, signal.SIGKILL)
+        os._exit(0)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
     print("ready", flush=True)
     while True:
         connection, _ = server.accept()
-        if not os.fork():
-            server.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os.setpgid(0, 0)
-            _answer(connection)
-        connection.close()
+        if number := os.fork():
+            started.append(number)
+            connection.close()
+            continue
+        server.close()
+        for each in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        os.setpgid(0, 0)
+        _answer(connection)
 
 
 if __name__ == "__main__":
