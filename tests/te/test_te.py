@@ -50,7 +50,7 @@ class Probe:
             file=self.process.stdin, flush=True)
         codes = json.loads(self.process.stdout.readline())
         said = [log.read_text() for log in logs]
-        assert not any(codes), said[0][-5000:]
+        assert not any(codes), "\n".join(text[-5000:] for code, text in zip(codes, said, strict=True) if code)
         return [json.loads(text.splitlines()[-1]) for text in said]
 
     def close(self) -> None:
