@@ -1,4 +1,5 @@
 """A program that is refused or stopped says one line and leaves nothing half-written, each of our tools included."""
+import contextlib
 import errno
 import os
 import re
@@ -137,19 +138,21 @@ def test_a_terminal_without_a_character_gets_it_spelled_out():
     assert (done.returncode, done.stdout, done.stderr) == (0, "7 \\u2588 \\udcff\n", "")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """Let no file of this process grow beyond 100 bytes, as on a disk that is full."""
+    """Let no file of this process grow beyond 100 bytes, as on a disk that is full; pytest's own output may be one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, full_disk):
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
     file = tmp_path / "a.json"
     write_aside(file, "before")
-    with pytest.raises(OSError) as raised:
+    with full_disk(), pytest.raises(OSError) as raised:
         write_aside(file, "x" * 101)
     assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(file))
     assert file.read_text() == "before" and [*tmp_path.iterdir()] == [file]

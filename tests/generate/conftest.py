@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from hrm_megatron.parallel.cpu import activate
+
+activate()
+
 ROOT = Path(__file__).parents[2]
 
 
