@@ -132,6 +132,12 @@ def test_a_full_gpu_is_one_line(error, code, said):
     assert done.returncode == code and done.stderr.startswith(said), done.stderr
 
 
+def test_garbage_is_collected_again_once_all_is_imported():
+    done = run(f"{LISTEN}import gc, sys\nbefore = gc.get_freeze_count()\nprint(gc.isenabled())\n"
+               "sys.exit(one_line(lambda: print(gc.isenabled(), gc.get_freeze_count() > before)))")
+    assert (done.returncode, done.stdout) == (0, "False\nTrue True\n"), done.stderr
+
+
 def test_a_terminal_without_a_character_gets_it_spelled_out():
     done = run("from hrm_megatron.program import one_line\nimport sys\nsys.stdout.reconfigure(encoding='ascii')\n"
                "sys.exit(one_line(lambda: print('7', chr(0x2588), chr(0xdcff))))")
