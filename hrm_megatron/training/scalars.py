@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,14 @@ def guard_curves(args: argparse.Namespace) -> None:
         except OSError as error:
             stopped = True
             log.warning(f"--tensorboard-dir {args.tensorboard_dir}: no more curves there ({error.strerror or error})")
+
+    def without_traceback(stock: Callable[..., None], ended: threading.ExceptHookArgs) -> None:
+        if not (ended.thread is events._async_writer._worker and isinstance(ended.exc_value, OSError)):
+            stock(ended)
     for name in ("add_event", "flush", "close"):
         setattr(events, name, around(getattr(events, name), guarded))
+    # The writer's thread ends with the error that these methods then raise; its traceback would run into our lines.
+    threading.excepthook = around(threading.excepthook, without_traceback)
 
 
 def writes(args: argparse.Namespace, step: int) -> bool:

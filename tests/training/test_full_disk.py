@@ -58,4 +58,5 @@ def test_a_run_without_room_for_what_it_can_do_without_goes_on(train, tmp_path):
     assert run.code == 0 and (tmp_path / "saved" / "iter_0000004").is_dir(), run.output[-3000:]
     assert [line for line in run.output.splitlines() if "no more curves" in line] == [
         f"warning: --tensorboard-dir {log}: no more curves there (No space left on device)"]
+    assert "Traceback" not in run.output and "Exception in thread" not in run.output
     assert f"--save {tmp_path / 'saved'}: cannot write evaluated.json (No space left on device); the same" in run.output
