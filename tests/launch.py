@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.forked import run_and_exit
 from tests.ports import free_port
 
 GRACE_SECONDS = 5
@@ -66,6 +67,7 @@ class Launcher:
 
 
 def _be_rank(rank: int, order: dict, port: int) -> None:
+    os.setpgid(0, 0)
     log = os.open(f"{order['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -89,22 +91,7 @@ def _run(order: dict) -> list[int]:
     for rank in range(order["ranks"]):
         pid = os.fork()
         if not pid:
-            code = 1
-            try:
-                os.setpgid(0, 0)
-                _be_rank(rank, order, port)
-                code = 0
-            except SystemExit as error:
-                code = error.code if isinstance(error.code, int) else int(error.code is not None)
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                for thread in threading.enumerate():  # as Python does at its end
-                    if not thread.daemon and thread is not threading.main_thread():
-                        thread.join()
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+            run_and_exit(functools.partial(_be_rank, rank, order, port))
         running.add(pid)
         ranks.append(pid)
     codes: list[int] = []

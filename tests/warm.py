@@ -6,7 +6,6 @@ the real ones would: the same file or module, arguments, environment, folder and
 """
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
 import json
@@ -17,8 +16,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
+
+from tests.forked import run_and_exit
 
 ROOT = Path(__file__).parents[1]
 MESSAGE_BYTES = 1 << 18  # most of a message: arguments and environment
@@ -100,37 +100,17 @@ def _become(order: dict, streams: list[int]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
-def _status(order: dict, streams: list[int]) -> int:
-    """Run one command as Python would, to its exit status."""
-    try:
-        _become(order, streams)
-    except SystemExit as error:
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        return 1
-    return 0
-
-
 def _answer(connection: socket.socket) -> None:
     """Run the command that a starter hands over, and tell it the process and the exit status."""
-    status = 1
-    try:
+    def work() -> None:
         message, streams, _, _ = socket.recv_fds(connection, MESSAGE_BYTES, 3)
         connection.send(str(os.getpid()).encode())
-        status = _status(json.loads(message), streams)
-        for thread in threading.enumerate():  # as Python does at its end
-            if not thread.daemon and thread is not threading.main_thread():
-                thread.join()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
+        _become(json.loads(message), streams)
+
+    def report(status: int) -> None:
         with contextlib.suppress(BrokenPipeError):  # the starter was killed
             connection.send(str(status).encode())
-        os._exit(status)
+    run_and_exit(work, report)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ import json
 import os
 import sys
 import tempfile
-import traceback
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -54,6 +53,7 @@ from hrm_megatron.model.hrm import HRMModel  # noqa: E402
 from hrm_megatron.parallel.patching import temporarily  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
+from tests.forked import run_and_exit  # noqa: E402
 from tests.model.small import Sums  # noqa: E402
 from tests.te.memory import kept, offloading  # noqa: E402
 from tests.te.models import (  # noqa: E402
@@ -354,20 +354,14 @@ def forked(words: list[str], environment: dict[str, str], log: str) -> int:
     """Start a process that answers, and return its number."""
     if number := os.fork():
         return number
-    code = 1
-    try:
+
+    def work() -> None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.environ.update(environment)
         print(json.dumps(answer(words)))
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    run_and_exit(work)
 
 
 def main() -> None:
