@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import platform
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,7 +30,7 @@ def digest(paths: Iterable[Path]) -> str:
         size = path.stat().st_size
         hashed.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
-            for sample in range(SAMPLES):
+            for sample in range(min(SAMPLES, math.ceil(size / SAMPLE_BYTES))):
                 if size > SAMPLES * SAMPLE_BYTES:
                     file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
                 hashed.update(file.read(SAMPLE_BYTES))
