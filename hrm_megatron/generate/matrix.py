@@ -145,11 +145,12 @@ class PanelMatrix(MKLMatrix):
             from hrm_megatron.generate import panels  # late: numba takes half a second
 
             self.multiply, self.panels = panels.multiply, panels.panels_of(self.dense.numpy())
+            self(self.dense.new_zeros(PACKED_ROWS, len(self.dense)))  # compiles, which a first answer would wait for
 
     def __call__(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
         if self.panels is None or not PACKED_ROWS <= len(x) <= PANEL_ROWS:
             return super().__call__(x, added)
-        out = x.new_empty(len(x), self.columns) if added is None else added.clone()
+        out = x.new_empty(len(x), self.columns) if added is None else added.clone(memory_format=torch.contiguous_format)
         self.multiply(torch.get_num_threads(), x.contiguous().view(-1).numpy(), *x.shape, self.panels,
                       out.view(-1).numpy(), self.columns, added is not None)
         return out

@@ -7,6 +7,7 @@ reach 158 to 163, so MKL is kept there.
 """
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -21,8 +22,14 @@ def runs_faster_on_onednn() -> bool:
     return (torch.backends.mkldnn.is_available() and CPU_FACTS.exists() and "AuthenticAMD" in CPU_FACTS.read_text())
 
 
+def loops_have_avx_512() -> bool:
+    """Tell whether this CPU has AVX-512 and numba compiles for it: these variables name another CPU, or none."""
+    elsewhere = any(os.environ.get(name) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_DISABLE_JIT"))
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not elsewhere
+
+
 ON_ONEDNN = runs_faster_on_onednn()
-HAS_AVX_512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+HAS_AVX_512 = loops_have_avx_512()
 
 
 def multiplies_on_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -54,6 +54,7 @@ def test_a_product_is_that_of_fp64(kind: type[Matrix], dtype: torch.dtype, rows:
 def test_every_number_of_rows_is_cut_into_tiles(threads: int) -> None:
     """Panels are divided among threads, rows are not."""
     weight, x, added = drawn(PANEL_ROWS + 1, torch.float32)
+    added = added.t().contiguous().t()  # not in order, as no layer passes it
     matrix, before = PanelMatrix(weight), torch.get_num_threads()
     matrix.prepare(PANEL_ROWS)
     exact, sizes = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
@@ -111,6 +112,29 @@ def test_the_layout_is_that_of_device_dtype_and_size(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(processor, "ON_ONEDNN", True)
         assert [type(matrix_of(weight)) for weight in (small, large, large.half())] == [
             SmallOneDNNMatrix, OneDNNMatrix, Matrix]
+
+
+@pytest.mark.skipif(not HAS_MKL, reason="torch without MKL")
+def test_panels_are_compiled_before_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hrm_megatron.generate import panels
+
+    weight, x, _ = drawn(8, torch.float32)
+    matrix, multiplied = PanelMatrix(weight), []
+    monkeypatch.setattr(panels, "multiply", lambda threads, x, rows, *_: multiplied.append(rows))
+    matrix.prepare(8)
+    assert multiplied == [module.PACKED_ROWS]
+
+
+@pytest.mark.parametrize("name, value", [("NUMBA_CPU_NAME", "generic"), ("NUMBA_CPU_FEATURES", "-avx512f"),
+                                         ("NUMBA_DISABLE_JIT", "1")])
+def test_no_panels_where_numba_compiles_for_another_processor(name: str, value: str,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_DISABLE_JIT"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert processor.loops_have_avx_512()
+    monkeypatch.setenv(name, value)
+    assert not processor.loops_have_avx_512()
 
 
 @pytest.mark.skipif(not HAS_MKL, reason="torch without MKL")
