@@ -118,7 +118,7 @@ def test_the_layout_is_that_of_device_dtype_and_size(monkeypatch: pytest.MonkeyP
 def test_panels_are_compiled_before_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     from hrm_megatron.generate import panels
 
-    weight, x, _ = drawn(8, torch.float32)
+    weight, *_ = drawn(8, torch.float32)
     matrix, multiplied = PanelMatrix(weight), []
     monkeypatch.setattr(panels, "multiply", lambda threads, x, rows, *_: multiplied.append(rows))
     matrix.prepare(8)
