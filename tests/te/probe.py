@@ -50,6 +50,7 @@ from hrm_megatron.config import PRESETS, Architecture, ConfigError  # noqa: E402
 from hrm_megatron.layers import te_linear  # noqa: E402
 from hrm_megatron.model import hrm  # noqa: E402
 from hrm_megatron.model.hrm import HRMModel  # noqa: E402
+from hrm_megatron.parallel.connections import choose_connections  # noqa: E402
 from hrm_megatron.parallel.patching import temporarily  # noqa: E402
 from hrm_megatron.parallel.single import single_rank  # noqa: E402
 from hrm_megatron.transformer_config import hrm_config  # noqa: E402
@@ -331,6 +332,7 @@ def train(*arguments: str) -> dict[str, Any]:
         return done
     training.train_step = train_step
     sys.argv = ["pretrain", *arguments]
+    choose_connections(arguments)  # pretrain was imported before these were known
     stock_context = cpu_offload.DefaultOffloadSynchronizer
     with mock.patch.object(cpu_offload, "DefaultOffloadSynchronizer", wraps=stock_context) as made:
         pretrain.run(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
