@@ -251,7 +251,9 @@ class MixedEpoch:
         streams = [(quota, size, first, stream_key(selection.seed, WALK_STREAM, k)) for k, (quota, size, first) in
                    enumerate(zip(quotas, sizes, firsts, strict=False)) if quota]
         if not streams:
-            raise ConfigError("no examples to pack; check the input, --split and --seq-length")
+            of = f" of --split {selection.split}" if selection.split else ""
+            raise ConfigError(f"no examples to pack in part {mixture.part!r}{of}; check the input, --split and "
+                              "--seq-length")
         self.begins = np.cumsum([0, *(quota for quota, *_ in streams)])
         self.sizes, self.firsts = (np.array([stream[i] for stream in streams], np.int64) for i in (1, 2))
         self.keys = np.array([key for *_, key in streams], np.uint64)

@@ -41,6 +41,7 @@ UNACTIONABLE = (
     Remark("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated", _PINNED),
     Remark("megatron.core.rerun_state_machine", "RerunStateMachine checkpoints ONLY SUPPORTED",
            "there is no rerun to save, which is off"),
+    Remark(WARNINGS, "enabling --no-load-optim when skipping training", "an evaluation needs no optimizer"),
     Remark(WARNINGS, "torch.distributed is disabled, unavailable or uninitialized, assuming", _BY_MEGATRON),
     Remark(WARNINGS, "The argument order of load has been changed", _BY_MEGATRON),
     Remark(WARNINGS, "`load_state_dict` is deprecated and will be removed", _BY_MEGATRON),

@@ -39,6 +39,7 @@ from hrm_megatron.training.resume import (
     check_vocabulary,
     context_of,
     digest_of_data,
+    length_asked,
     nothing_left,
     settle_length,
     settle_schedule,
@@ -166,6 +167,18 @@ def open_of_model(args: argparse.Namespace, folder: Path, knows_vocabulary: bool
     return stored, common
 
 
+def is_converted(common: dict[str, Any]) -> bool:
+    """Tell whether an iteration with this common state was converted: of a schedule it stores only the step."""
+    return STEPS_DONE in common.get("opt_param_scheduler", {})
+
+
+def refuse_to_keep(args: argparse.Namespace, folder: Path, common: dict[str, Any]) -> None:
+    """Raise ConfigError if the run is to keep the schedule of a converted checkpoint."""
+    if args.use_checkpoint_opt_param_scheduler and is_converted(common):
+        raise ConfigError(f"{KEEP}: {folder} was converted and holds no schedule; give --lr and the rest of one, and "
+                          "leave the flag out")
+
+
 def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path, knows_vocabulary: bool = True) -> bool:
     """Refuse an iteration that does not fit the command line, and decide which schedule the run follows from there.
 
@@ -187,12 +200,14 @@ def check_fit(args: argparse.Namespace, evaluation: Evaluation, folder: Path, kn
     if args.finetune:
         go_on(args, folder, common["args"])
     iteration = int(common["iteration"])
+    asked = length_asked(args)
     settle_length(args, common["args"], iteration)
     args.last_step_taken = last_step_taken(common)
     evaluation.go_on(common["args"])
-    converted = STEPS_DONE in common.get("opt_param_scheduler", {})  # which stores only its step
+    refuse_to_keep(args, folder, common)
+    converted = is_converted(common)
     missing = None if args.no_load_optim else _missing_state(args, stored.shapes(), keys)
-    finished, stopped = (nothing_left(iteration, args.train_iters, how_to_evaluate(args)),
+    finished, stopped = (nothing_left(iteration, args.train_iters, how_to_evaluate(args), asked),
                          stopped_early(args, iteration))
     if done := finished or stopped:
         of_this_run = bool(args.save) and folder.parent.resolve() == Path(args.save).resolve() and not converted

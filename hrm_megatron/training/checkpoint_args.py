@@ -12,7 +12,7 @@ from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import last_saved_first, read_run
 from hrm_megatron.checkpoint.fsdp_folder import open_run
 from hrm_megatron.config import PRESETS, ConfigError
-from hrm_megatron.training.checkpoint import starting_point, starts_new
+from hrm_megatron.training.checkpoint import refuse_to_keep, starting_point, starts_new
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
                               f"model's sizes, or a --hrm-preset ({', '.join(PRESETS)})")
         log.info(f"checkpoint: --use-checkpoint-args: none at {args.load} yet; sizes are the command line's")
         return
-    stored = _arguments_of(folder, args.load_newest_valid)
+    common = _common_of(folder, args.load_newest_valid)
+    stored: argparse.Namespace = common["args"]
     check_given(given, stored, folder)
     for name in MODEL_ARGUMENTS:
         setattr(args, name, getattr(stored, name))
@@ -49,27 +50,28 @@ def take_model(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         args.bp_max_steps = stored.bp_max_steps
     keeps_schedule = args.use_checkpoint_opt_param_scheduler and not starts_new(args, folder)
     if keeps_schedule and args.lr is None:  # the rest is taken when schedules are compared (resume.py)
+        refuse_to_keep(args, folder, common)
         args.lr = stored.lr
     log.info(f"checkpoint: {folder}: model " + ", ".join(f"{name} {getattr(args, name)}" for name in MODEL_ARGUMENTS))
 
 
-def _arguments_of(folder: Path, or_of_another: bool) -> argparse.Namespace:
-    """Return the arguments stored in this iteration or, if `or_of_another`, in the newest other readable one."""
+def _common_of(folder: Path, or_of_another: bool) -> dict[str, Any]:
+    """Return the common state stored in this iteration or, if `or_of_another`, in the newest other readable one."""
     others = last_saved_first(folder.parent) if or_of_another else []
     *first, last = (folder, *(folder.parent / name for name in others))
     for path in first:
         with contextlib.suppress(DamagedError):  # reported when the iteration is verified
-            return _stored_arguments(path)
-    return _stored_arguments(last)
+            return _stored(path)
+    return _stored(last)
 
 
-def _stored_arguments(folder: Path) -> argparse.Namespace:
+def _stored(folder: Path) -> dict[str, Any]:
     common, architecture = read_run(open_run(folder))
-    stored: argparse.Namespace = common["args"]
+    stored = common["args"]
     # Older versions did not store these.
     stored.model_kind, stored.attention_mask = architecture.model_type, architecture.attention_mask
     stored.attention_gate = architecture.attention_gate
-    return stored
+    return common
 
 
 def of_preset(preset: str, model_type: str, name: str) -> Any:

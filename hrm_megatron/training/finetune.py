@@ -27,6 +27,7 @@ from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.model.lora import without_adapters
 from hrm_megatron.optim.adam_atan2 import state_key, state_prefix
 from hrm_megatron.parallel.patching import temporarily
+from hrm_megatron.program import followed
 from hrm_megatron.training.conversion_command import by_converting
 from hrm_megatron.training.lora import lora_of
 
@@ -45,7 +46,12 @@ OF_STATE = ("exp_avg", "exp_avg_sq", EMA, "param")
 
 
 def settle_folders(args: argparse.Namespace) -> None:
-    """Set --pretrained-checkpoint to the checkpoint to fine-tune and --load to --save, from which the run resumes."""
+    """Set --pretrained-checkpoint to the checkpoint to fine-tune and --load to --save, from which the run resumes.
+
+    A --load that names the folder of --save in other words, as with a slash at its end, gets the words of --save.
+    """
+    if args.load and args.save and followed(Path(args.load)) == followed(Path(args.save)):
+        args.load = args.save
     if not args.finetune:
         if args.finetune_from:
             raise ConfigError(f"--finetune-from {args.finetune_from}: has no effect without --finetune; give that too, "
@@ -59,7 +65,7 @@ def settle_folders(args: argparse.Namespace) -> None:
         if args.load is None:
             raise ConfigError("--finetune: from what? give --pretrained-checkpoint DIR")
         args.pretrained_checkpoint, args.load = args.load, None
-    if args.save and Path(args.save).resolve() == Path(args.pretrained_checkpoint).resolve():
+    if args.save and followed(Path(args.save)) == followed(Path(args.pretrained_checkpoint)):
         raise ConfigError(f"--finetune: --save {args.save} is the folder that it begins from, whose checkpoints would "
                           "be overwritten; choose another --save")
     if args.load is not None and args.load != args.save:

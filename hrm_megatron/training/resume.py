@@ -76,19 +76,28 @@ def settle_length(args: argparse.Namespace, theirs: argparse.Namespace, iteratio
     read = theirs.consumed_train_samples or iteration * args.global_batch_size
     left = (args.rows_of_epochs or args.train_samples) - read
     whole = math.ceil if args.epochs else math.floor
-    args.train_iters = iteration + max(0, whole(left / args.global_batch_size))
+    if -max(args.global_batch_size, theirs.global_batch_size) < left < 0:  # the last step had rows to spare
+        left = 0
+    args.train_iters = iteration + whole(left / args.global_batch_size)
     if not theirs.consumed_train_samples:
         args.train_samples = None  # without a count of rows Megatron accepts only steps
 
 
-def nothing_left(iteration: int, train_iters: int, evaluates: str = "--skip-train evaluates it") -> str | None:
-    """Return one line that says that a run at this iteration is done, and what `evaluates` it; None if iterations are
-    left."""
+def length_asked(args: argparse.Namespace) -> str:
+    """Return the flag that says how long the run is, with its value."""
+    name = next((name for name in ("match_flops_of", "epochs", "train_samples") if getattr(args, name)), "train_iters")
+    return f"--{name.replace('_', '-')} {getattr(args, name)}"
+
+
+def nothing_left(iteration: int, train_iters: int, evaluates: str = "--skip-train evaluates it",
+                 asked: str = "") -> str | None:
+    """Return one line that says that a run at this iteration is done, what `evaluates` it, and the flag that `asked`
+    for fewer iterations; None if iterations are left."""
     if iteration < train_iters:
         return None
     if iteration == train_iters:
         return f"iteration {iteration} of {train_iters} is done, nothing to train ({evaluates})"
-    return f"iteration {iteration} is done, nothing to train: --train-iters {train_iters} asks for fewer"
+    return f"iteration {iteration} is done, nothing to train: {asked or f'--train-iters {train_iters}'} asks for fewer"
 
 
 def context_of(args: argparse.Namespace) -> int:
@@ -176,7 +185,10 @@ def settle_schedule(args: argparse.Namespace, theirs: argparse.Namespace, folder
     if not differing:
         return None
     if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
-        listed = ", ".join(f"{flag} {have} (the command line makes {want})" for flag, (have, want) in differing.items())
+        asked = length_asked(args)
+        made_by = {} if asked.startswith("--train-iters") else {"--train-iters": f" by {asked}"}
+        listed = ", ".join(f"{flag} {have} (the command line makes {want}{made_by.get(flag, '')})"
+                           for flag, (have, want) in differing.items())
         raise ConfigError(f"{folder}: trained with {listed}: give {OVERRIDE} to go on by the command line's schedule, "
                           f"{KEEP} to go on by the checkpoint's (with the command line's rows per step), or its values")
     whose, flag = "the command line's", OVERRIDE

@@ -32,6 +32,8 @@ def only_evaluates(args: argparse.Namespace) -> bool:
 
 def describe_checkpoint(args: argparse.Namespace) -> str:
     """Return one line about the loaded checkpoint and where the run saves; call it after loading."""
+    if args.skip_train:
+        return f"checkpoint: step {args.iteration} of {args.load} is evaluated; nothing is saved"
     if (loaded := get_loaded_iteration()) is None or loaded < 0:
         start = "new weights"
     elif args.iteration:

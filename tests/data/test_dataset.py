@@ -160,7 +160,7 @@ def test_meaningless_splits_are_refused(split):
 
 
 def test_an_empty_part_is_refused(store):
-    with pytest.raises(ConfigError, match="no examples to pack.*--split"):
+    with pytest.raises(ConfigError, match="no examples to pack in part .*--split"):
         PackedRows(store, 29, seed=1, num_rows=1, example_ids=split_examples(23, "1,0,0", 3).test)
 
 

@@ -212,6 +212,20 @@ def test_load_is_as_good_as_pretrained_checkpoint():
     assert (args.pretrained_checkpoint, args.load) == ("runs/XL", "runs/sft")
 
 
+@pytest.mark.parametrize("finetune", [False, True])
+def test_load_and_save_name_one_folder_in_any_words(tmp_path, monkeypatch, finetune):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    for load in ("run", "run/", "./run", "link", str(tmp_path / "run")):
+        args = arguments(finetune=finetune, load=load, save="run")
+        settle_folders(args)
+        assert (args.load, args.save) == ("run", "run")
+    args = arguments(finetune=False, load="other/", save="run")
+    settle_folders(args)
+    assert args.load == "other/"
+
+
 def test_what_is_given_wins():
     given = dict(lr=1e-4, ema_decay=0.99, bp_warmup_fraction=0.1, min_lr=2e-5, train_iters=7, global_batch_size=3)
     args = argparse.Namespace(**given, epochs=None, train_samples=None, seq_length=100)

@@ -19,6 +19,7 @@ from hrm_megatron.training.resume import (
     check_plan,
     check_vocabulary,
     differences,
+    length_asked,
     nothing_left,
     schedule_settings,
     settle_length,
@@ -93,9 +94,21 @@ def test_a_finished_run_is_said_to_be_done(iteration, train_iters, line):
     assert nothing_left(iteration, train_iters) == line
 
 
+@pytest.mark.parametrize("given, asked", [
+    (dict(), "--train-iters 12"), (dict(train_samples=48), "--train-samples 48"), (dict(epochs=2), "--epochs 2"),
+    (dict(match_flops_of="B"), "--match-flops-of B")])
+def test_a_length_is_told_by_the_flag_that_gave_it(given, asked):
+    args = arguments(**dict(train_iters=12) | given)
+    assert nothing_left(20, 12, asked=length_asked(args)).endswith(f"nothing to train: {asked} asks for fewer")
+    with pytest.raises(ConfigError) as error:
+        settle_schedule(args, arguments(), FOLDER)
+    assert f"--train-iters 24 (the command line makes 12{f' by {asked}' if given else ''})" in str(error.value)
+
+
 def arguments(**changes):
     """What a schedule is made of, as Megatron's parser leaves it."""
     return argparse.Namespace(**dict(
+        epochs=None, train_samples=None, match_flops_of=None,
         lr=4e-3, min_lr=4e-4, lr_warmup_iters=4, lr_warmup_samples=0, lr_warmup_fraction=None, lr_decay_iters=None,
         train_iters=24, weight_decay=0.1, bp_min_steps=2,
         bp_max_steps=5, bp_warmup_fraction=0.6, global_batch_size=8, override_opt_param_scheduler=False,
@@ -173,6 +186,8 @@ def test_tokens_of_the_data_are_those_of_the_checkpoint(theirs, ours, agree):
     (dict(epochs=2, rows_of_epochs=282, global_batch_size=4), 200, 100, 121),
     (dict(train_samples=282, global_batch_size=4), 200, 100, 120),
     (dict(train_samples=282, global_batch_size=4), 284, 71, 71),
+    (dict(epochs=2, rows_of_epochs=282), 288, 36, 36),  # the last step, of 8 rows, began a third epoch
+    (dict(epochs=1, rows_of_epochs=142), 200, 100, 71), (dict(train_samples=150), 200, 100, 75),  # fewer than done
     (dict(epochs=2, rows_of_epochs=282), 0, 100, 141),  # a converted checkpoint
     (dict(train_samples=282), 0, 100, 141),
     (dict(train_samples=282, global_batch_size=4, match_flops_of="B"), 200, 100, 7),
@@ -181,7 +196,8 @@ def test_a_run_over_epochs_or_rows_reads_what_is_left_of_them(given, consumed, i
     args = argparse.Namespace(**dict(epochs=None, rows_of_epochs=None, train_samples=None, match_flops_of=None,
                                      global_batch_size=2, train_iters=7) | given)
     for _ in range(2):  # a start settles it twice
-        settle_length(args, argparse.Namespace(consumed_train_samples=consumed), iteration)
+        theirs = argparse.Namespace(consumed_train_samples=consumed, global_batch_size=8)
+        settle_length(args, theirs, iteration)
         assert args.train_iters == train_iters
     assert args.train_samples == (given.get("train_samples") if consumed else None)  # Megatron counts steps, or rows
 

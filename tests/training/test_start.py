@@ -39,7 +39,7 @@ def files_of(uninterrupted):
     (12, "iteration 24 is done, nothing to train: --train-iters 12 asks for fewer")])
 def test_a_finished_run_started_again_ends_well_in_one_line(launch, fullbatch_arguments, files_of, tmp_path,
                                                             train_iters, line):
-    run = launch(*fullbatch_arguments, "--load", files_of, "--save", files_of, "--train-iters", train_iters,
+    run = launch(*fullbatch_arguments, "--load", f"{files_of}/", "--save", files_of, "--train-iters", train_iters,
                  "--tensorboard-dir", tmp_path / "log", "--run-report", tmp_path / "report.html", ranks=2)
     assert run.code == 0, run.output
     assert run.output.count(f"--run-report {tmp_path / 'report.html'}: not written") == 1  # there is no log
@@ -141,6 +141,17 @@ def test_the_checkpoints_schedule_brings_its_rate(launch, files_of, reference, t
     run = launch(*flags, "--exit-interval", 14, "--tensorboard-dir", tmp_path)
     assert run.code == 0, run.output[-3000:]
     assert scalars(tmp_path, "learning-rate") == {step: reference[0][step] for step in (13, 14)}
+
+
+def test_a_converted_checkpoint_has_no_schedule_to_keep(launch, fullbatch_arguments, native_start):
+    """Not even a rate: the converter's own would be taken."""
+    for flags in (fullbatch_arguments, [*DATA, *LAYOUT, "--train-iters", 24, "--eval-iters", 0,
+                                        "--use-checkpoint-args"]):
+        run = launch(*flags, "--use-checkpoint-opt-param-scheduler", "--load", native_start)
+        (error,) = run.errors
+        assert run.code == 2 and error.startswith(f"error: --use-checkpoint-opt-param-scheduler: {native_start}/iter_")
+        assert error.endswith("was converted and holds no schedule; give --lr and the rest of one, and leave the flag "
+                              "out")
 
 
 def test_a_checkpoint_gives_its_model_and_the_row_length(launch, files_of, uninterrupted, tmp_path):

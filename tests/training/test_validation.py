@@ -164,6 +164,8 @@ def test_a_checkpoint_alone_is_evaluated(launch, evaluated, expected, store, ran
     run = launch("--data-path", store, *WHOLE, "--micro-batch-size", 2, "--skip-train", "--use-checkpoint-args",
                  "--load", evaluated[0] / "checkpoints", *layout, ranks=ranks)
     assert run.code == 0, run.output[-3000:]
+    assert f"checkpoint: step 2 of {evaluated[0] / 'checkpoints'} is evaluated; nothing is saved" in run.output
+    assert "Warning" not in run.output + run.last_output
     assert printed(run) == {part: rounded(means) for part, means in expected[0].items()}
 
 
