@@ -34,6 +34,9 @@ LENGTHS = ((5, 4), (1, 9), (12, 2), (3, 1))  # (prefix, target) of the compared 
 TOLERANCE = 1e-3
 
 
+DEQUANTIZED = "dequantized"  # a format of `Loaded`: the weights that a quantization decided on, before they are stored
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A folder, its format, and which of its weights to run, rounded to `dtype` (of --dtype) and computed in fp32."""
@@ -43,6 +46,13 @@ class Loaded:
     checkpoint: Checkpoint | None = None  # if it has already been opened
     kind: str = RAW
     dtype: str = "float32"
+
+    @property
+    def compared(self) -> str:
+        """What a report calls logits that equal this folder's."""
+        if self.format == DEQUANTIZED:
+            return "those of its dequantized weights"
+        return "the source's" if self.dtype == "float32" else f"those of the source rounded to {self.dtype}"
 
 
 def compare(source: Loaded, target: Loaded, architecture: Architecture, max_tokens: int) -> str:
@@ -60,7 +70,7 @@ def compare(source: Loaded, target: Loaded, architecture: Architecture, max_toke
         raise ConfigError(f"{target.folder}: computes other logits than {source.folder} on {len(rows)} PrefixLM rows "
                           f"({difference:.1e} of their norm, at most {TOLERANCE:.0e}); nothing was left there: "
                           "please report it, or pass --no-verify to keep it as it is")
-    return f"its logits are the source's within {difference:.1e} of their norm on {len(rows)} PrefixLM rows"
+    return f"its logits are {source.compared} within {difference:.1e} of their norm on {len(rows)} PrefixLM rows"
 
 
 def examples(architecture: Architecture, max_tokens: int) -> list[tuple[TokenIds, TokenIds]]:

@@ -22,13 +22,13 @@ from hrm_megatron.convert.checkpoint import EMA, RAW, TOKENS_KNOWN, Checkpoint, 
 from hrm_megatron.convert.hf_files import FLOATS, INDEX_FILE, LOW_BIT, HFFiles, read_json
 from hrm_megatron.convert.hf_ticks import BP_CYCLES, bp_list, bp_steps_of
 from hrm_megatron.convert.hf_tokenizer import ExportTokenizer, check_vocabulary
-from hrm_megatron.convert.ledger import Ledger, origin_of, setting_of
+from hrm_megatron.convert.ledger import Ledger, check_settings, origin_of, setting_of
 from hrm_megatron.convert.quantization import CONFIG_KEY, Quantization, Quantized
 from hrm_megatron.convert.safetensors_file import write_safetensors
 from hrm_megatron.convert.setting import number, whole
 from hrm_megatron.convert.table import Rename, table
-from hrm_megatron.data.spelling import BOQ, EOA, PAD, SPECIAL_TOKENS, Spelling
-from hrm_megatron.data.tokenizer import vocabulary_beside
+from hrm_megatron.data.spelling import BOQ, EOA, INFO_FILE, PAD, SPECIAL_TOKENS, Spelling
+from hrm_megatron.data.tokenizer import TOKENIZER_FILE, vocabulary_beside
 from hrm_megatron.model_types import HRM
 from hrm_megatron.parallel.precision import DTYPES
 
@@ -105,6 +105,7 @@ def write_hf(checkpoint: Checkpoint, folder: Path, kind: str = EMA, dtype: str =
         files[INDEX_FILE] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     for file, values in files.items():
         (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    ledger.deciding += [HF_CONFIG_FILE, *([TOKENIZER_FILE, INFO_FILE] if beside else [])]
     card = model_card(checkpoint, dtype, beside.pad_token if beside else None, token_ids.get("bos_token_id", 0),
                       beside.text.spelling if beside else Spelling(), sections, quantized)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
@@ -186,9 +187,12 @@ def _architecture(config: dict[str, Any]) -> Architecture:
 def read_hf(folder: str | Path, verify: bool = True) -> Checkpoint:
     """Open a transformers folder as a model before its first step.
 
-    Tensors are read on request, and verified if the folder is an export of these tools; quantized ones are dequantized.
+    Tensors are read on request, and verified, as the settings are, if the folder is an export of these tools; quantized
+    ones are dequantized.
     """
     folder = Path(folder)
+    if verify:
+        check_settings(folder)
     config, noted = read_json(folder / HF_CONFIG_FILE), setting_of(folder, "bp_max_steps", verify)
     try:
         architecture = _architecture(config)

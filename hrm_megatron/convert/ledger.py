@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.stream import LazyTensor
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import EMA, RAW, Origin
@@ -21,6 +22,8 @@ from hrm_megatron.convert.safetensors_file import tensor_bytes
 from hrm_megatron.program import write_aside
 
 EXPORT_FILE = "conversion.json"
+OWN_DIGEST = "sha256"  # in it: of the rest of it
+WAY_OUT = f"copy the folder again, or remove {EXPORT_FILE} if it was changed on purpose"
 LINE_SECONDS = 10.0  # between progress lines without a terminal
 
 
@@ -29,13 +32,14 @@ class Ledger:
     """Records the tensors that a writer creates, under their names in the file.
 
     `passed` is called with the bytes of each. Tensors with NaN or infinities are refused, or, with `allow_nonfinite`,
-    listed in `not_finite`.
+    listed in `not_finite`. `deciding` names the files that decide, with the tensors, what the export computes.
     """
 
     allow_nonfinite: bool = False
     passed: Callable[[int], object] = lambda size_bytes: None
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
+    deciding: list[str] = field(default_factory=list)
 
     def noting(self, name: str, lazy: LazyTensor) -> LazyTensor:
         """Return the same lazy tensor, which is recorded when it is created."""
@@ -59,14 +63,36 @@ class Ledger:
         self.passed(stored.nbytes)
 
     def write(self, folder: Path, **facts: object) -> None:
-        """Write conversion.json: `facts` about the export, and dtype, shape and checksum of each tensor."""
-        content = dict(**facts, tensors=dict(sorted(self.tensors.items())))
-        write_aside(folder / EXPORT_FILE, json.dumps(content, indent=1) + "\n")
+        """Write conversion.json: `facts` about the export, dtype, shape and checksum of each tensor, and checksums of
+        `deciding` files and of itself. Call it after all other files are written."""
+        files = {name: _file_digest(folder / name) for name in self.deciding}
+        content = dict(**facts, files=files, tensors=dict(sorted(self.tensors.items())))
+        write_aside(folder / EXPORT_FILE, json.dumps(content | {OWN_DIGEST: _digest(content)}, indent=1) + "\n")
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of a contiguous tensor's bytes."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def check_settings(folder: Path) -> None:
+    """Refuse an export whose settings or tokenizer are not those that its conversion.json records, as it does since
+    they have checksums."""
+    for name, digest in (_read(folder, lambda found: dict(found.get("files", {}))) or {}).items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise DamagedError(f"{path}: is missing, and was exported ({EXPORT_FILE}); {WAY_OUT}")
+        if _file_digest(path) != digest:
+            raise DamagedError(f"{path}: is not what was exported ({EXPORT_FILE} says otherwise); {WAY_OUT}")
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def digests_of(folder: Path) -> Mapping[str, str]:
@@ -100,9 +126,15 @@ def _noted[T](folder: Path, verify: bool, take: Callable[[Any], T]) -> T | None:
 def _read[T](folder: Path, take: Callable[[Any], T]) -> T | None:
     path = folder / EXPORT_FILE
     try:
-        return take(json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        own = found.pop(OWN_DIGEST, None)  # exports of older versions have none
+        if own not in (None, _digest(found)):
+            raise DamagedError(f"{path}: is not what was written there; {WAY_OUT}")
+        return take(found)
     except FileNotFoundError:
         return None
+    except DamagedError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: cannot read ({error!r}); copy the folder again, or remove this file to take the "
                           "tensors as they are") from error

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.convert.checkpoint import RAW, TOKENS_KNOWN, Checkpoint
-from hrm_megatron.convert.comparison import Loaded, compare
+from hrm_megatron.convert.comparison import DEQUANTIZED, Loaded, compare
 from hrm_megatron.convert.hf import (
     left_out,
     refuse_others,
@@ -201,7 +201,7 @@ class Work:
             return entry.to_megatron(self.weight(entry).to(DTYPES[job.dtype]))
         expected = replace(self.checkpoint, iteration=0, parts=frozenset({RAW}), read=read)
         with quiet_loading():
-            return compare(Loaded(job.load, "dequantized", expected), Loaded(folder, "hf"), self.architecture,
+            return compare(Loaded(job.load, DEQUANTIZED, expected), Loaded(folder, "hf"), self.architecture,
                            self.checkpoint.training.seq_length)
 
     def _rows(self, prefix: str, count: int | None) -> PackedRows:

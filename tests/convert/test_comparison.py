@@ -35,6 +35,7 @@ def test_every_format_is_loaded_and_compared(job, tmp_path, save_format):
     assert difference < 1e-5 and (save_format == "hf" or difference == 0)  # by the same code, but in transformers
     if save_format == "hf":
         bf16 = convert(job(dtype="bfloat16", save=tmp_path / "bf16"))
+        assert "its logits are those of the source rounded to bfloat16 within " in bf16
         assert float(bf16.split("within ")[1].split()[0]) < 1e-5
         back = convert(job(load=tmp_path / "out", load_format="hf", save=tmp_path / "m", save_format="megatron"))
         assert "within" in back and "train from them with --finetune" in back

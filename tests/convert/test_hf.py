@@ -23,6 +23,7 @@ from hrm_megatron.data.tokenizer import save_tokenizer, train_tokenizer
 from hrm_megatron.model.hrm import HRMModel
 from hrm_megatron.parallel.single import single_rank
 from hrm_megatron.transformer_config import hrm_config
+from tests.convert.records import make_older
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,9 @@ def test_gradient_ticks_come_back_where_the_config_cannot_say_them(tmp_path, ran
     (tmp_path / "hf 2" / EXPORT_FILE).unlink()  # transformers gives each H tick a gradient
     assert read_hf(tmp_path / "hf 2").training.bp_max_steps == h_cycles + 1
     shutil.copy(tmp_path / "hf 2" / "config.json", folder / "config.json")  # changed behind the export
+    with pytest.raises(ConfigError, match="is not what was exported"):
+        read_hf(folder)
+    make_older(folder)
     assert read_hf(folder).training.bp_max_steps == h_cycles + 1
 
 

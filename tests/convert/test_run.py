@@ -11,16 +11,19 @@ import sys
 import pytest
 import torch
 
+from hrm_megatron.checkpoint.archive import DamagedError
 from hrm_megatron.checkpoint.folders import find_iteration
-from hrm_megatron.config import ConfigError
+from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.convert import run
-from hrm_megatron.convert.hf import read_hf
-from hrm_megatron.convert.ledger import EXPORT_FILE
+from hrm_megatron.convert.hf import read_hf, write_hf
+from hrm_megatron.convert.ledger import EXPORT_FILE, Ledger
 from hrm_megatron.convert.megatron import read_megatron
 from hrm_megatron.convert.native import read_native
 from hrm_megatron.data.folder_lock import lock
+from hrm_megatron.data.tokenizer import TextTokenizer
 from hrm_megatron.generate.load import opened, weights_kind
 from hrm_megatron.training.save_lock import LOCK_FILE
+from tests.convert.records import make_older
 from tests.damage import flip_bit_of_tensor
 
 
@@ -84,8 +87,7 @@ def test_an_export_says_which_weights_it_holds(command, tmp_path):
                 with pytest.raises(ConfigError, match=f"{folder}: holds the {kind.upper()} weights of iteration 10 "
                                                       f"alone; leave --weights {other} out"):
                     weights_kind(checkpoint, other)
-    manifest = tmp_path / "raw2" / EXPORT_FILE
-    manifest.write_text(manifest.read_text().replace('"iteration": 10', '"iteration": 0'))  # of an older version
+    make_older(tmp_path / "raw2", iteration=0)
     with opened(tmp_path / "raw2") as checkpoint:
         assert checkpoint.named(weights_kind(checkpoint, None)) is None
     status, _, err = command("--weights", "ema", load=tmp_path / "raw2", load_format="hf", save="raw3")
@@ -119,8 +121,8 @@ def test_weights_of_which_nobody_says_the_kind_get_none_on_their_way(command, tm
     assert status == 1 and "does not say of which; leave the flag out" in err
     path = tmp_path / "alone" / EXPORT_FILE
     manifest = json.loads(path.read_text())
-    del manifest["settings"]["weights"]  # of an older version
-    path.write_text(json.dumps(manifest | dict(iteration=7)))
+    del manifest["settings"]["weights"]
+    make_older(tmp_path / "alone", iteration=7, settings=manifest["settings"])
     assert "the weights of iteration 7" in command("--no-verify", **alone, save="older")[1]
     if save_format == "megatron":
         path.unlink()
@@ -142,7 +144,8 @@ def test_an_export_of_a_run_is_compared_whatever_it_becomes(command, save_format
     assert command("--no-verify")[0] == 0
     status, out, err = command(*flags, "--verify", load=tmp_path / "out", load_format="hf", save_format=save_format,
                                save="next")
-    assert status == 0 and "ema weights of iteration 10" in out and "its logits are the source's within" in out, err
+    rounded = "those of the source rounded to bfloat16" if flags else "the source's"
+    assert status == 0 and "ema weights of iteration 10" in out and f"its logits are {rounded} within" in out, err
 
 
 @pytest.mark.parametrize("begins", ["before", "meanwhile"])
@@ -184,6 +187,7 @@ def test_a_config_that_transformers_would_refuse_is_one_line(command, tmp_path, 
     assert command("--no-verify")[0] == 0
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
+    make_older(tmp_path / "out")
     again = dict(load=tmp_path / "out", load_format="hf", save_format="megatron", save="m")
     path.write_text(json.dumps(config | dict(H_cycles=1.5)))  # of which int() would make another model
     assert command(verify, **again) == (1, "", f"error: {path}: H_cycles: 1.5 is no whole number; correct it, or copy "
@@ -357,6 +361,32 @@ def test_an_export_that_was_changed_is_told(command, tmp_path):
     (tmp_path / "m" / EXPORT_FILE).write_text("{")
     status, _, err = command(save="third", load=tmp_path / "m", load_format="hf", save_format="native")
     assert status == 1 and f"error: {tmp_path / 'm' / EXPORT_FILE}: cannot read" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("config.json", '"H_cycles": 2', '"H_cycles": 3'), ("config.json", '"prefix_lm": true', '"prefix_lm": false'),
+    ("tokenizer_info.json", "<|object_ref_start|>", "<|object_ref_end|>"), ("tokenizer.json", '"7"', '"9"'),
+    (EXPORT_FILE, '"iteration": 10', '"iteration": 11'), (EXPORT_FILE, '"weights": "ema"', '"weights": "raw"'),
+    ("tokenizer.json", None, None)])
+def test_settings_that_were_changed_are_told(random_checkpoint, tmp_path, golden, name, old, new):
+    ledger, tokenizer = Ledger(), TextTokenizer(golden / "tokenizer")
+    write_hf(random_checkpoint(Architecture(1, 24, 3, 256, tokenizer.vocab_size)), tmp_path / "out",
+             tokenizer=golden / "tokenizer", ledger=ledger)
+    ledger.write(tmp_path / "out", iteration=10, settings=dict(weights="ema"))
+    assert read_hf(tmp_path / "out").origin == ("ema", 10)
+    path = tmp_path / "out" / name
+    if old is None:
+        path.unlink()
+    else:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+    with pytest.raises(DamagedError) as refused:
+        read_hf(tmp_path / "out")
+    assert str(refused.value).startswith(f"{path}: is ") and f"or remove {EXPORT_FILE} if it was" in str(refused.value)
+    read_hf(tmp_path / "out", verify=False)
+    (tmp_path / "out" / EXPORT_FILE).unlink()
+    read_hf(tmp_path / "out")
 
 
 def test_the_manifest_says_what_it_is_of(command, tmp_path, golden):

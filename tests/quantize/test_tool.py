@@ -29,6 +29,7 @@ from hrm_megatron.quantize.job import Job
 from hrm_megatron.quantize.recurrence import HEAD
 from hrm_megatron.quantize.rounding import round_plainly
 from hrm_megatron.quantize.run import Work
+from tests.convert.records import make_older
 from tests.stores import FakeTokenizer, write_store
 
 needs_the_extra = pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None,
@@ -109,7 +110,7 @@ def test_codes_are_converted_without_the_program_that_transformers_reads_them_by
                                    ("--scheme", "mxfp4", "--embedding", "keep")], ids=" ".join)
 def test_transformers_computes_the_logits_of_what_the_codes_stand_for(quantized, capsys, flags):
     quantized("--method", "rtn", *flags)
-    assert "its logits are the source's within" in capsys.readouterr().out
+    assert "its logits are those of its dequantized weights within" in capsys.readouterr().out
 
 
 @needs_the_extra
@@ -117,7 +118,8 @@ def test_a_look_at_the_output_shows_no_lines_of_others(tmp_path, exported):
     tool = Path(__file__).parents[2] / "tools" / "quantize_checkpoint.py"
     done = subprocess.run([sys.executable, tool, "--load", exported, "--save", tmp_path / "small", "--method", "rtn"],
                           capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "its logits are the source's within" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "its logits are those of its dequantized weights within" in done.stdout
 
 
 @needs_the_extra
@@ -149,7 +151,7 @@ def test_an_export_of_a_run_is_quantized_and_converted_back(tool, exported, stor
                         ("calibrated", ["--data-path", store, "--tokenizer-model", str(run), *CALIBRATED])):
         assert tool(["--load", str(run), "--save", str(tmp_path / name), *flags]) == 0
         said = capsys.readouterr().out
-        assert "ema weights of iteration 7" in said and "its logits are the source's within" in said
+        assert "ema weights of iteration 7" in said and "its logits are those of its dequantized weights within" in said
     assert read_hf(tmp_path / "plain").training.bp_max_steps == 2  # and not 3, of which the config would be the same
     said = convert(Conversion(tmp_path / "plain", "hf", tmp_path / "megatron", "megatron", verify=True))
     assert "ema weights of iteration 7" in said and "its logits are the source's within" in said
@@ -360,6 +362,7 @@ def test_folders_of_another_make_and_damaged_ones_are_refused(quantized):
     folder = quantized("--method", "rtn", "--no-verify")
     config = json.loads((folder / "config.json").read_text())
     given = config["quantization_config"]
+    make_older(folder)
     given["config_groups"]["group_0"]["weights"]["num_bits"] = 3
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="quantization_config: 'compressed-tensors' of a kind that .* does not write"):
