@@ -77,8 +77,11 @@ def on_threads(typing: Any, loop: Any, threads: Any, rows: Any, arguments: Any) 
                      for name in ("omp_get_thread_num", "omp_get_num_threads"))
         with cgutils.for_range_slice(inner, own, parts, team, intp) as (part, _):  # OpenMP may grant fewer threads
             first, last = (inner.sdiv(inner.mul(count, number), parts) for number in (part, inner.add(part, intp(1))))
-            status, _ = context.call_internal_no_propagate(
-                inner, compiled.fndesc, called, [first, last, *cgutils.unpack_tuple(inner, packed)])
+            # Inlined, since a call would execute the copy that was loaded first: in the process that compiles it is the
+            # loop's own, elsewhere that of this function, optimized once more, with sums in another order.
+            status, _ = context.call_conv.call_function(
+                inner, context.declare_function(builder.module, compiled.fndesc), called.return_type, called.args,
+                [first, last, *cgutils.unpack_tuple(inner, packed)], attrs=("alwaysinline",))
             with inner.if_then(status.is_error):
                 inner.store(flag(1), field(inner, data, 3))
         inner.ret_void()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
+import os
 import subprocess
 import sys
 
@@ -86,3 +87,27 @@ def test_without_openmp_one_thread_does_all():
     seen = []
     ALONE["GOMP_parallel"](BODY(seen.append), 5, 3, 0)
     assert (seen, ALONE["omp_get_thread_num"](), ALONE["omp_get_num_threads"]()) == ([5], 0, 1)
+
+
+EVERY_LOOP = """
+import hashlib
+import torch
+from hrm_megatron.layers import on_cpu
+draw = torch.Generator().manual_seed(1)
+x, grad, two = (torch.randn(128, width, generator=draw) for width in (100, 100, 200))  # no multiple of a vector
+factors = torch.empty(128, 1)
+y = on_cpu.norm_in_loops(x, 1e-6, factors)
+for name, found in dict(
+        norm=[y, factors], norm_gradient=[on_cpu.norm_gradient_in_loops(grad, y, factors)],
+        gated=[on_cpu.gated_in_loops(x, grad)], gated_gradients=on_cpu.gated_gradients_in_loops(grad, x, y),
+        swiglu=[on_cpu.swiglu_in_loops(two)], swiglu_gradient=[on_cpu.swiglu_gradient_in_loops(grad, two)]).items():
+    print(name, *(hashlib.sha256(each.numpy().tobytes()).hexdigest() for each in found))
+"""
+
+
+def test_loops_compute_the_same_where_they_are_compiled_and_where_they_are_loaded(tmp_path):
+    """Otherwise a run would not be resumed bitwise by the first process behind an installation, or by a later one."""
+    compiled, loaded = (subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EVERY_LOOP], capture_output=True, text=True, check=True,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}).stdout.splitlines() for _ in range(2))
+    assert any(tmp_path.rglob("*.nbc")) and len(compiled) == 6 and compiled == loaded
