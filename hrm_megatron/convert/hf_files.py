@@ -16,6 +16,7 @@ from hrm_megatron.convert.ledger import EXPORT_FILE, digests_of, tensor_digest
 from hrm_megatron.convert.table import Rename, check
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SHARDS = "model-*-of-*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = ("F32", "BF16", "F16")  # safetensors' dtype names
 LOW_BIT = ("I8", "U8", "I32", "I64")
@@ -111,6 +112,8 @@ class HFFiles:
             if pickled:
                 raise ConfigError(f"{self.folder / pickled[0]}: a pickle, which can run code when it is read, and no "
                                   f"{WEIGHTS_FILE} beside it; let whoever made it save it as safetensors")
+            if shards := sorted(self.folder.glob(SHARDS)):
+                raise ConfigError(f"{place}: missing beside {shards[0].name}; copy the folder again")
             return None
         weight_map = read_json(place).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):

@@ -16,6 +16,7 @@ import numpy as np
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.indexed_examples import IndexedExamples
+from hrm_megatron.data.npy_file import load_array
 from hrm_megatron.program import whole_file
 
 BITS, FACTS = "kept.npy", "kept.json"  # one bit per example; which dataset the list belongs to
@@ -66,10 +67,10 @@ def _kept_bits(store: IndexedExamples) -> np.ndarray | None:
     with _damage_named(described):
         if _made_for(described) != dataset_digest(store):
             raise ValueError("made for another dataset")
-        found = np.load(bits, allow_pickle=False)
+        found = load_array(bits)
         if found.dtype != np.uint8 or found.shape != (-(-len(store) // 8),):
             raise ValueError(f"{bits.name} holds {found.dtype} of shape {found.shape}")
-        return np.asarray(found)
+        return found
 
 
 def _made_for(described: Path) -> str:

@@ -24,6 +24,7 @@ import psutil
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.folder_lock import locked_in_place
+from hrm_megatron.data.npy_file import load_array
 from hrm_megatron.program import listening, nearest, signals_held
 
 OFFSETS, EXAMPLE_IDS, COUNTS = "offsets.npy", "example_ids.bin", "plan.json"  # files of a planned epoch
@@ -226,8 +227,8 @@ def _load(folder: Path) -> Rows:
     try:
         counts = _counts(folder / COUNTS)
         ids = np.memmap(folder / EXAMPLE_IDS, counts["dtype"], "r", shape=(counts["examples"],))
-        offsets = np.load(folder / OFFSETS, mmap_mode="r", allow_pickle=False)
-        if len(offsets) != counts["rows"] + 1 or offsets[-1] != len(ids):
+        offsets = load_array(folder / OFFSETS)
+        if offsets.shape != (counts["rows"] + 1,) or offsets[-1] != len(ids):
             raise ValueError(f"{OFFSETS} and {COUNTS} do not agree")
         return Rows(offsets, ids, int(counts["tokens"]))
     except (OSError, ValueError, KeyError, TypeError) as error:

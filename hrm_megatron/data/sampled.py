@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.npy_file import UnreadableArray, load_array
 from hrm_megatron.data.vocabulary import SCANNED_BYTES, BadTokenId, positions_outside
 from hrm_megatron.data.walk import Window, check_lengths, row_lengths, smallest_dtype
 
@@ -120,15 +121,13 @@ class SampledFolder:
 
     def _load(self, path: Path) -> np.ndarray:
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise ConfigError(f"{path}: cannot read ({reason}); write the folder again with sample_tokenized.py"
-                              ) from error
+            array = load_array(path)
+        except UnreadableArray as error:
+            raise ConfigError(f"{error}; write the folder again with sample_tokenized.py") from error
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise ConfigError(f"{path}: holds {array.dtype} of shape {array.shape}, not a list of integers; write the "
                               "folder again with sample_tokenized.py")
-        return np.asarray(array)
+        return array
 
     def _read_epoch(self, epoch: int) -> dict[str, np.ndarray]:
         folder = self._folder(epoch)

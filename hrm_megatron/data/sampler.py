@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hrm_megatron.config import ConfigError
+from hrm_megatron.data.npy_file import UnreadableArray, load_array
 from hrm_megatron.data.sampled import ARRAYS
 from hrm_megatron.data.sampling_rules import Rule, Rules
 from hrm_megatron.program import signals_held
@@ -84,10 +85,9 @@ def _open_source(folder: Path, rule: Rule, context_tokens: int) -> TokenizedSour
     for name in (*ARRAYS, "tokens"):
         path = folder / f"{name}.npy"
         try:
-            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise ConfigError(f"{path}: cannot read ({reason}); tokenize again") from error
+            arrays[name] = load_array(path)
+        except UnreadableArray as error:
+            raise ConfigError(f"{error}; tokenize again") from error
         if arrays[name].ndim != 1 or arrays[name].dtype.kind not in "iu":
             raise ConfigError(f"{path}: holds {arrays[name].dtype} of shape {arrays[name].shape}, not a list of "
                               "integers; tokenize again")

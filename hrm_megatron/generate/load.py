@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hrm_megatron.checkpoint.folders import find_iteration
+from hrm_megatron.checkpoint.folders import complete_iterations, find_iteration
 from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.checkpoint.verify import naming_another
 from hrm_megatron.config import ConfigError
@@ -72,9 +72,19 @@ def opened(load: Path, step: int | None = None, verify: bool = True) -> Iterator
     elif any(load.glob("*.gguf")):
         raise ConfigError(f"--load {load}: GGUF, which llama.cpp reads; give the checkpoint that it was made of")
     else:
+        _refuse_without_settings(load)
         iteration = find_iteration(load, step)
         with naming_another(iteration):
             yield read_megatron(iteration, verify)
+
+
+def _refuse_without_settings(load: Path) -> None:
+    """Name the file that would tell the format of a folder that holds weights of transformers or HRM-Text alone."""
+    if (load / TRACKER_FILE).exists() or complete_iterations(load):
+        return
+    for pattern, settings in (("*.safetensors", HF_CONFIG_FILE), ("fsdp2_epoch_*", NATIVE_CONFIG_FILE)):
+        if weights := min(load.glob(pattern), default=None):
+            raise ConfigError(f"{load / settings}: missing beside {weights.name}; copy the folder again")
 
 
 def weights_kind(checkpoint: Checkpoint, asked: str | None) -> str:

@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +53,18 @@ def installed_flash_attn() -> tuple[FlashAttn, ...]:
 
 
 def find(generation: int) -> FlashAttn | None:
-    """Return one generation, or None if it is not installed."""
+    """Return one generation, or None if it is not installed.
+
+    One without a version whose parent package fails, which is another generation's, counts as not installed.
+    """
     package, modules = PACKAGES[generation]
     version, fault = _version(package), None
     for name in modules:
         try:
             module = importlib.import_module(name)
         except Exception as error:  # third-party compiled code can fail in any way
-            if not (isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")):
+            absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+            if not absent and (version or not _fails_in_parent(name)):
                 fault = f"its import fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
             continue
         if (function := getattr(module, FUNCTION, None)) is None:
@@ -72,6 +77,12 @@ def find(generation: int) -> FlashAttn | None:
     if fault is None and version is not None:  # such as flash-attn-3 0.0.0 on PyPI
         fault = f"it is a placeholder without {FUNCTION}"
     return FlashAttn(generation, version, fault=fault) if fault else None
+
+
+def _fails_in_parent(name: str) -> bool:
+    """Tell whether the import of a module that has failed did so in the package around it."""
+    parent = name.rpartition(".")[0]
+    return bool(parent) and parent not in sys.modules
 
 
 def _version(package: str) -> str | None:

@@ -181,6 +181,12 @@ def test_what_cannot_be_used_says_why(site, generation, files, fault):
         None, f"{distribution} 9.9: {fault}")
 
 
+def test_generation_2_that_fails_is_no_generation_4(site):
+    site("flash-attn", "2.8.3", {"flash_attn/__init__": "raise ImportError('undefined symbol')",
+                                 "flash_attn/cute": source(4, "4.0.0b36")})
+    assert find(2).fault == "its import fails (ImportError: undefined symbol)" and find(4) is None
+
+
 def test_a_process_looks_once_and_only_beside_a_gpu(single_rank, monkeypatch):
     looked = []
     monkeypatch.setattr(parallel_flash_attn, "find", lambda generation: looked.append(generation))

@@ -8,6 +8,7 @@ import pytest
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.indexed_examples import IndexedExamples
+from hrm_megatron.data.npy_file import UnreadableArray, load_array
 from hrm_megatron.data.preprocess import preprocess
 from tests.stores import examples_of, files_of
 
@@ -113,3 +114,20 @@ def test_damages_to_inputs_and_notes(write_jsonl, tmp_path, tokenizer):
         shutil.rmtree(tmp_path / "x.shards")
         (tmp_path / "x.json").unlink(missing_ok=True)
     assert refused > INPUT_DAMAGES // 8
+
+
+@pytest.mark.filterwarnings("ignore")  # numpy's, about headers of Python 2
+def test_no_bit_of_the_header_of_an_array_raises_anything_else(tmp_path):
+    np.save(tmp_path / "whole.npy", np.arange(20))
+    whole, path = (tmp_path / "whole.npy").read_bytes(), tmp_path / "damaged.npy"
+    refused = 0
+    for bit in range(8 * (len(whole) - 20 * 8)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            load_array(path)
+        except UnreadableArray as error:
+            assert str(error).startswith(f"{path}: cannot read (") and "\n" not in str(error)
+            refused += 1
+    assert refused > 900

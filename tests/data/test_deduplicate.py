@@ -15,6 +15,7 @@ from hrm_megatron.data.indexed_examples import IndexedExamples
 from hrm_megatron.data.kept_examples import kept_mask
 from hrm_megatron.data.mixture import Mixture, Selection
 from hrm_megatron.data.report import markdown, report_on
+from tests.damage import zero_in_header
 from tests.stores import files_of, write_single
 
 
@@ -98,6 +99,13 @@ def test_a_damaged_list_is_one_line_until_it_is_made_again(made, tmp_path, conte
     with pytest.raises(ConfigError, match="x.kept.json: .*deduplicate again"):
         kept_mask(IndexedExamples(tmp_path / "x"))
     assert made(ROWS, "--deduplicate")[0] == 0 and described.read_bytes() == before
+
+
+def test_damaged_bits_of_a_list_are_one_line(made, tmp_path):
+    assert made(ROWS, "--deduplicate")[0] == 0
+    zero_in_header(tmp_path / "x.kept.npy")
+    with pytest.raises(ConfigError, match="x.kept.json: .*x.kept.npy: cannot read .*; deduplicate again"):
+        kept_mask(IndexedExamples(tmp_path / "x"))
 
 
 def test_what_does_not_fit_in_memory_is_cleared_away_with_all_else_of_a_run(made, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from hrm_megatron.data.kernels import best_fit, order_between
 from hrm_megatron.data.plan import RowPlan, plan_windows, window_for
 from hrm_megatron.data.plan_cache import Rows
 from hrm_megatron.data.shuffle import stream_key
+from tests.damage import zero_in_header
 from tests.data.walks import ListWalk, feistel, random_order
 
 
@@ -368,8 +369,13 @@ def test_cache_folders_that_do_not_work_are_refused(tmp_path):
         row_plan(cache_folder=tmp_path / "file").locate(0)
     row_plan(cache_folder=tmp_path / "cache").locate(0)
     (kept,) = (tmp_path / "cache").glob("*/example_ids.bin")
-    kept.write_bytes(kept.read_bytes()[:-8])
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-8])
     with pytest.raises(ConfigError, match=f"{kept.parent}: damaged packing plan.*delete that folder"):
+        row_plan(cache_folder=tmp_path / "cache").locate(0)
+    kept.write_bytes(whole)
+    zero_in_header(kept.with_name("offsets.npy"))
+    with pytest.raises(ConfigError, match=f"{kept.parent}: damaged packing plan .*offsets.npy: cannot read.*; delete"):
         row_plan(cache_folder=tmp_path / "cache").locate(0)
 
 

@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.batch import assemble_row
 from hrm_megatron.data.sampled import SampledFolder
+from tests.damage import zero_in_header
 
 COLLATED = {"inputs": "tokens", "labels": "labels", "position_ids": "position_ids", "prefix_lens": "prefix_lengths",
             "causal_lens": "response_lengths"}
@@ -88,6 +89,7 @@ def shorten(path):
 
 
 @pytest.mark.parametrize("name, damage, message", [
+    ("epoch_0/resp_len.npy", zero_in_header, "resp_len.npy: cannot read"),
     ("epoch_1/resp_len.npy", lambda path: path.unlink(), "resp_len.npy: cannot read .No such file"),
     ("tokens.npy", lambda path: path.unlink(), "tokens.npy: cannot read"),
     ("tokens.npy", truncate, "tokens.npy: cannot read"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from hrm_megatron.data.sampled import ARRAYS, SampledFolder
+from tests.damage import zero_in_header
 
 RULES = "prefix_config.yaml"
 
@@ -118,6 +119,7 @@ def test_tokens_take_the_bytes_that_the_reference_gives_them(tool, tmp_path, cap
      "resp_start.npy: row 0 takes tokens 18 to 21 of 20"),
     (lambda folder: np.save(folder / "in" / "a" / "tokens.npy", np.array([None])), {}, "tokens.npy: cannot read"),
     (lambda folder: np.save(folder / "in" / "a" / "tokens.npy", np.ones((2, 2))), {}, "not a list of integers"),
+    (lambda folder: zero_in_header(folder / "in" / "a" / "resp_len.npy"), {}, "resp_len.npy: cannot read"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tool, tmp_path, capsys, change, options, said):
     write_tokenized(tmp_path / "in", {"a": [(2, 3)] * 4})

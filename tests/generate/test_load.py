@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.config import Architecture, ConfigError
 from hrm_megatron.data.tokenizer import TextTokenizer
 from tests.random_checkpoint import TOKENIZER, write_random_checkpoint
@@ -97,3 +98,24 @@ def test_an_older_checkpoint_knows_its_tokens_if_a_run_wrote_it(full, monkeypatc
     monkeypatch.setattr(reader, "read_run", older)
     with opened(full) as checkpoint:
         assert checkpoint.tokens_known == known and checkpoint.takes(ROWS - 1) != known
+
+
+@pytest.mark.parametrize("weights, missing", [
+    ("model.safetensors", "config.json"), ("model-00001-of-00002.safetensors", "config.json"),
+    ("fsdp2_epoch_3", "all_config.yaml"), ("tokenizer.json", TRACKER_FILE)])
+def test_the_missing_file_is_named_that_tells_the_format(tmp_path, weights, missing):
+    from hrm_megatron.generate.load import opened
+
+    (tmp_path / weights).touch()
+    (tmp_path / "conversion.json").touch()  # beside exports of every format
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/{missing}: ") as refusal, opened(tmp_path):
+        pass
+    assert (f": missing beside {weights}; copy the folder again" in str(refusal.value)) == (missing != TRACKER_FILE)
+
+
+def test_a_missing_index_of_shards_is_named(tmp_path):
+    from hrm_megatron.convert.hf_files import HFFiles
+
+    (tmp_path / "model-00002-of-00002.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json: missing beside model-00002-of-00002\.saf"):
+        HFFiles(tmp_path, [])
