@@ -105,7 +105,7 @@ def train(console: Console, saves: SaveLock) -> None:
     guard_curves(args)
     for line in (*matched, describe_model(args), describe(args)):
         log.info(line)
-    loop = install_all(args, console, data, evaluation, install_eval_tasks, loads=start is not None)
+    loop = install_all(args, console, data, evaluation, install_eval_tasks, start)
     watchdog, step = loop.watchdog, loop.step
 
     def build_model(vp_stage: int | None = None, **options: Any) -> Any:

@@ -21,14 +21,14 @@ from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.adam_atan2 import STATE_KEYS, state_key
 from hrm_megatron.optim.builder import STEPS_DONE
-from hrm_megatron.program import followed, write_aside
+from hrm_megatron.program import followed
 from hrm_megatron.training.bad_steps import last_step_taken
 from hrm_megatron.training.checkpoint_space import check_space, check_writable
 from hrm_megatron.training.conversion_command import by_converting, converting
 from hrm_megatron.training.early_stopping import stopped_early
 from hrm_megatron.training.evaluation import RAW, Evaluation
 from hrm_megatron.training.finetune import choose_source, go_on, how_to_evaluate, remark_on_weights
-from hrm_megatron.training.going_back import refuse_half_a_return, went_back
+from hrm_megatron.training.going_back import correct_tracker, refuse_half_a_return, went_back
 from hrm_megatron.training.lora import check_adapters, lora_of
 from hrm_megatron.training.loss_spikes import take_losses
 from hrm_megatron.training.resume import (
@@ -55,8 +55,8 @@ FOREIGN_FORMATS = {"config.json": "hf", "all_config.yaml": "native"}  # recogniz
 def starting_point(args: argparse.Namespace) -> Path | None:
     """Return the iteration that the run loads, or None for a run with new weights.
 
-    After a kill during a save this is the latest complete iteration, and the tracker file is corrected. A tracker file
-    that names a complete iteration other than the latest is corrected only with --load-newest-valid.
+    After a kill during a save this is the latest complete iteration, whatever the tracker file says. A tracker file
+    that names a complete iteration other than the latest is overruled only with --load-newest-valid. Writes nothing.
     """
     refuse_half_a_return(args)
     for flag, load in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
@@ -64,22 +64,15 @@ def starting_point(args: argparse.Namespace) -> Path | None:
             continue
         if args.ckpt_step and not (args.finetune and flag == "--load") and not went_back(args):
             return find_iteration(load, args.ckpt_step)
-        tracker, complete = Path(load) / TRACKER_FILE, last_saved_first(Path(load))
-        if tracker.exists() or complete:
+        complete = last_saved_first(Path(load))
+        if (Path(load) / TRACKER_FILE).exists() or complete:
             try:
                 return find_iteration(load)
             except ConfigError as error:
                 if not complete or (isinstance(error, DamagedError) and not args.load_newest_valid):
                     raise
                 log.info(f"checkpoint: {error}; going on from {complete[0]}, the latest that is complete")
-                step = iteration_of(complete[0])
-                if not args.dry_run:  # a dry run writes nothing
-                    try:
-                        write_aside(tracker, str(step))
-                    except OSError as unwritable:
-                        raise ConfigError(f"{tracker}: names an iteration that is not complete, and cannot be written "
-                                          f"({unwritable.strerror}); give --ckpt-step {step}") from unwritable
-                return find_iteration(load, step)
+                return find_iteration(load, iteration_of(complete[0]))
         if form := _foreign_format(Path(load)):
             converted = f"{Path(load)}_megatron"
             raise ConfigError(f"{flag} {load}: a folder of the format {form}; convert it once, by "
@@ -104,7 +97,7 @@ def check_start(args: argparse.Namespace) -> Path | None:
     """Refuse a --save that belongs to something else or cannot be written, and flags that need a checkpoint where there
     is none.
 
-    Returns the iteration to load, or None. In a dry run nothing is written.
+    Returns the iteration to load, or None.
     """
     check_verification_flags(args)
     if args.save and not args.skip_train:
@@ -128,12 +121,14 @@ def check_checkpoint(args: argparse.Namespace, evaluation: Evaluation) -> tuple[
     """Refuse a --save without space, and a checkpoint that does not fit the run.
 
     Returns the iteration to load, or None, and whether anything is left to do. The iteration may still be damaged: that
-    is checked later, by all ranks together.
+    is checked later, by all ranks together. Call it under the lock of --save.
     """
     folder = check_start(args)
+    if folder is not None:
+        correct_tracker(args, folder)
     if made := went_back(args):
         log.info(made)
-        # Tell Megatron the step, so that no rank reads the tracker, which may become visible later than other files.
+        # Megatron loads --ckpt-step, whatever else names an iteration.
         args.ckpt_step = iteration_of(folder.name) if folder else None
     if folder is not None:
         try:

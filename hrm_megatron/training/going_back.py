@@ -7,6 +7,7 @@ without the flag is refused.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from hrm_megatron.checkpoint.folders import complete_iterations
+from hrm_megatron.checkpoint.folders import complete_iterations, find_iteration
 from hrm_megatron.checkpoint.iterations import iteration_of
 from hrm_megatron.checkpoint.manifest import ABANDONED, TRACKER_FILE
 from hrm_megatron.checkpoint.retention import bytes_of
@@ -71,6 +72,21 @@ def way_back(args: argparse.Namespace, step: int) -> str:
     made = _recorded(args.save) if _trains_on(args) else None
     blocked = made is not None and made.finished and made.step == step
     return f"--ckpt-step {step}" + (f" without {Path(args.save) / RECORD_FILE}" if blocked else "")
+
+
+def correct_tracker(args: argparse.Namespace, folder: Path) -> None:
+    """Let the tracker file of a run that saves where it loads name `folder`, the iteration that it resumes from; other
+    tools read it before the next save. A rollback writes it later. Call it under the lock of --save.
+
+    Raises ConfigError if the file cannot be written.
+    """
+    own = args.save and args.load == args.save and folder.parent == Path(args.save)
+    if not own or args.rank or args.skip_train or (args.ckpt_step and not went_back(args)):
+        return
+    with contextlib.suppress(ConfigError):
+        if find_iteration(args.load) == folder:
+            return
+    write_file(args.save, TRACKER_FILE, str(iteration_of(folder.name)))
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ import argparse
 import functools
 import logging
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from megatron.training import training as megatron_training
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hrm_megatron.checkpoint.folders import COMPLETE_FILES, complete_iterations, listed
-from hrm_megatron.checkpoint.iterations import folder_name, iteration_of
-from hrm_megatron.checkpoint.manifest import TENSORS
+from hrm_megatron.checkpoint.iterations import RELEASE, folder_name, iteration_of
+from hrm_megatron.checkpoint.manifest import TENSORS, TRACKER_FILE
 from hrm_megatron.checkpoint.retention import finish_deletion
 from hrm_megatron.config import ConfigError
 from hrm_megatron.parallel.patching import around, temporarily
@@ -32,9 +33,10 @@ from hrm_megatron.training.verification import record_save
 log = logging.getLogger(__name__)
 
 
-def guard_saves(args: argparse.Namespace) -> None:
+def guard_saves(args: argparse.Namespace, start: Path | None) -> None:
     """Wrap Megatron's save and load functions so that a partially written iteration never looks complete, and so that
     --no-save-optim and --no-save-rng do not affect loading (stock code does not load what it is told not to save).
+    Loading takes the iteration `start`, whatever the tracker file beside it says.
 
     An asynchronous save reports its error when it is finalized. An iteration is saved only once: a second save, as
     after Megatron's loop, would start by invalidating the first.
@@ -101,7 +103,7 @@ def guard_saves(args: argparse.Namespace) -> None:
             raise refuse(next((i for i in begun if folder_name(i) not in whole), begun[-1]), error) from error
 
     def load_checkpoint(stock: Callable[..., tuple[int, int]], *rest: Any, **options: Any) -> tuple[int, int]:
-        with temporarily(args, no_save_optim=None, no_save_rng=None):
+        with temporarily(args, no_save_optim=None, no_save_rng=None), _tracked(start):
             return stock(*rest, **options)
 
     def save_once(stock: Callable[..., None], iteration: int, *rest: Any, **options: Any) -> None:
@@ -114,3 +116,19 @@ def guard_saves(args: argparse.Namespace) -> None:
     megatron_training.load_checkpoint = around(megatron_training.load_checkpoint, load_checkpoint)
     megatron_training.save_checkpoint = save_checkpoint
     megatron_training.maybe_finalize_async_save = maybe_finalize_async_save
+
+
+@contextmanager
+def _tracked(start: Path | None) -> Iterator[None]:
+    """Let Megatron find a tracker file that names `start`, where its own may be missing, damaged or that of another
+    run: it reads one even with --ckpt-step, and ends the process over one that it cannot read."""
+    if start is None:
+        yield
+        return
+    stock: Callable[[str], str] = checkpointing.get_checkpoint_tracker_filename
+    with tempfile.TemporaryDirectory() as folder:
+        tracker = Path(folder) / TRACKER_FILE
+        tracker.write_text(RELEASE if start.name == RELEASE else str(iteration_of(start.name)))
+        with temporarily(checkpointing, get_checkpoint_tracker_filename=lambda load: (
+                str(tracker) if load is not None and Path(load) == start.parent else stock(load))):
+            yield

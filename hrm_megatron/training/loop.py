@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from hrm_megatron.data.mixture import SourceNames
 from hrm_megatron.training.bad_steps import install_bad_steps
@@ -38,15 +39,15 @@ class Loop:
 
 
 def install_all(args: argparse.Namespace, console: Console, data: Sources, evaluation: Evaluation,
-                install_eval_tasks: Callable[[], None], loads: bool) -> Loop:
-    """Replace functions of Megatron's loop; `loads`: the run resumes from a checkpoint.
+                install_eval_tasks: Callable[[], None], start: Path | None) -> Loop:
+    """Replace functions of Megatron's loop; `start` is the iteration that the run loads, or None.
 
     Where several wrap the same function, the last one installed is called first. Curves and evaluations are installed
     before what may end the run at a step, so that this step is included; saves before early stopping, which observes
     them; the console, which reports on all of them, last.
     """
     sources_by_name = find_sources(args, data.train)
-    step = TrainingStep(args, loads)
+    step = TrainingStep(args, loads=start is not None)
     bad_steps = install_bad_steps(args, step.running_step)
     install_optimizer(args, step, [evaluation.use, *([bad_steps.guard] if bad_steps else [])])
     install_schedule(args, step)
@@ -59,7 +60,7 @@ def install_all(args: argparse.Namespace, console: Console, data: Sources, evalu
     install_curves(args, step)
     install_params_norm(args)
     install_source_losses(args, step, sources_by_name)
-    guard_saves(args)
+    guard_saves(args, start)
     install_loss_spikes(args)
     install_early_stopping(args)
     watchdog = install_watchdog(args, step)

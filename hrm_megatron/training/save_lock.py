@@ -79,7 +79,7 @@ class SaveLock:
             self._file = None
 
 
-def _tracked(folder: Path) -> str | None:
-    """Return the content of the folder's tracker file, or None."""
+def _tracked(folder: Path) -> bytes | None:
+    """Return the content of the folder's tracker file, damaged or not, or None."""
     place = folder / TRACKER_FILE
-    return place.read_text() if place.exists() else None
+    return place.read_bytes() if place.is_file() else None

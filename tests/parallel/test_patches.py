@@ -108,6 +108,7 @@ STOCK = [
      "preprocess_common_state_dict_fn=None, release=False, tp_group=None, pp_group=None, dp_cp_group=None, "
      "dp_group=None, expt_dp_group=None, rng_state_key_prefix='')"),
     ("megatron.training.checkpointing", "schedule_async_save", "(async_request)"),
+    ("megatron.training.checkpointing", "get_checkpoint_tracker_filename", "(checkpoints_path)"),
     ("megatron.training.training", "maybe_finalize_async_save", "(blocking=False, terminate=False)"),
     ("megatron.training.training", "checkpoint_and_decide_exit",
      "(model, optimizer, opt_param_scheduler, iteration, num_floating_point_operations_so_far, checkpointing_context, "

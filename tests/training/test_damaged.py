@@ -9,6 +9,7 @@ from hrm_megatron.checkpoint.manifest import MANIFEST_FILE
 from hrm_megatron.checkpoint.verify import verify
 from hrm_megatron.config import ConfigError
 from hrm_megatron.training.checkpoint import starting_point
+from hrm_megatron.training.going_back import correct_tracker
 from tests.damage import flip_bit_of_tensor
 from tests.training.conftest import scalars, written
 
@@ -75,17 +76,50 @@ def test_no_damage_of_the_tracker_file_is_silent(uninterrupted, tmp_path, caplog
     text = bytearray(tracker.read_bytes())
     text[bit // 8] ^= 1 << bit % 8
     args = SimpleNamespace(load=str(folder), save=str(folder), pretrained_checkpoint=None, ckpt_step=None,
-                           load_newest_valid=False, finetune=False, skip_train=False, dry_run=False)
+                           load_newest_valid=False, finetune=False, skip_train=False, rank=0)
     caplog.set_level("INFO", "hrm_megatron")
     for content in (bytes(text), b"12", b""):
         tracker.write_bytes(content)
         caplog.clear()
         try:
-            assert starting_point(args).name == "iter_0000024"
+            start = starting_point(args)
+            assert start.name == "iter_0000024" and tracker.read_bytes() == content
         except ConfigError as error:
             assert content == b"12" and "names iter_0000012, but iter_0000024 was saved after it" in str(error)
         else:
             assert content != b"12" and "going on from iter_0000024" in caplog.text
+            correct_tracker(args, start)
+            assert tracker.read_text() == "24"
     args.load_newest_valid = True
     tracker.write_bytes(b"12")
-    assert starting_point(args).name == "iter_0000024" and tracker.read_text() == "24"
+    assert starting_point(args).name == "iter_0000024"
+    for others in (dict(save=str(tmp_path / "new")), dict(save=None), dict(rank=1), dict(skip_train=True),
+                   dict(ckpt_step=24, finetune=True)):
+        correct_tracker(SimpleNamespace(**vars(args) | others), start)
+        assert tracker.read_text() == "12"
+    correct_tracker(args, start)
+    assert tracker.read_text() == "24"
+
+
+@pytest.mark.parametrize("content", [b"x", b"\xb4", None])
+def test_a_run_that_saves_elsewhere_loads_past_a_damaged_tracker_file_and_leaves_it(
+        launch, fullbatch_arguments, uninterrupted, tmp_path, content):
+    folder = shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
+    shutil.rmtree(folder / "iter_0000024")
+    tracker = folder / TRACKER_FILE
+    tracker.unlink() if content is None else tracker.write_bytes(content)
+    before = written(folder)
+    for more in ([], ["--ckpt-step", 12]):
+        run = launch(*fullbatch_arguments, "--load", folder, "--save", tmp_path / f"new{len(more)}",
+                     "--exit-interval", 13, "--tensorboard-dir", tmp_path / f"log{len(more)}", *more)
+        assert run.code == 0 and written(folder) == before, run.output[-5000:]
+        assert ("going on from iter_0000012" in run.output) == (not more)
+        assert scalars(tmp_path / f"log{len(more)}") == {13: scalars(uninterrupted / "log")[13]}
+
+
+def test_a_damaged_tracker_file_is_put_right_where_the_run_saves(launch, fullbatch_arguments, uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
+    (folder / TRACKER_FILE).write_bytes(b"\xb4")
+    run = launch(*fullbatch_arguments, "--load", folder, "--save", folder)  # asks for the 24 steps that are done
+    assert run.code == 0 and "going on from iter_0000024" in run.output, run.output[-5000:]
+    assert find_iteration(folder).name == "iter_0000024"

@@ -109,6 +109,15 @@ def test_a_step_that_is_saved_while_rank_0_waits_is_seen_by_it_alone(tmp_path, r
         saves.hold(args)
 
 
+def test_a_tracker_file_with_any_content_is_left_to_who_reads_it(tmp_path):
+    tracker = tmp_path / TRACKER_FILE
+    for content in (b"\xb4", b"", None):
+        tracker.unlink(missing_ok=True)
+        tracker.mkdir() if content is None else tracker.write_bytes(content)
+        with SaveLock(no_wait) as saves:
+            saves.hold(of_run(tmp_path))
+
+
 def test_without_locks_a_line_says_so(tmp_path, monkeypatch, caplog):
     def unsupported(file, operation):
         raise OSError(errno.EOPNOTSUPP, "no locks here")

@@ -2,12 +2,10 @@
 import argparse
 import json
 import re
-import shutil
 
 import pytest
 
 from hrm_megatron.checkpoint.folders import complete_iterations
-from hrm_megatron.checkpoint.manifest import TRACKER_FILE
 from hrm_megatron.config import ConfigError
 from hrm_megatron.optim.schedule import BPSchedule, LRSchedule, as_fp32
 from tests.training.conftest import FULLBATCH, scalars, written
@@ -184,22 +182,6 @@ def test_an_iteration_is_named_by_the_folder_around_it_and_its_step(tmp_path, mo
                                   finetune=False, skip_train=False)
         with pytest.raises(ConfigError, match=f"{load}: is one iteration; give --load {tmp_path} --ckpt-step 40"):
             checkpoint.starting_point(args)
-
-
-def test_a_tracker_file_that_cannot_be_put_right_is_one_line(uninterrupted, tmp_path, monkeypatch):
-    from hrm_megatron.training import checkpoint
-
-    def read_only(path, content):
-        raise PermissionError(13, "Permission denied", str(path))
-    folder = shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
-    (folder / TRACKER_FILE).write_text("36")
-    monkeypatch.setattr(checkpoint, "write_aside", read_only)
-    args = argparse.Namespace(load=None, pretrained_checkpoint=str(folder), ckpt_step=None, load_newest_valid=False,
-                              dry_run=False, finetune=True)
-    with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\); give --ckpt-step 24"):
-        checkpoint.starting_point(args)
-    args.ckpt_step = 24
-    assert checkpoint.starting_point(args) == folder / "iter_0000024"
 
 
 def test_a_checkpoint_that_is_not_there_gives_no_model(launch, tmp_path):
