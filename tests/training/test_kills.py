@@ -23,7 +23,8 @@ KILLS = int(os.environ.get("HRM_KILLS", "100"))  # of each layout, where a start
 KILLS_BY_TORCHRUN = 12  # where it takes half a minute
 WORKERS = "--num-workers", 1
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
-LAYOUTS = {"DP 2": (2, ()), "TP 2 x PP 2": (4, (TP, 2, PP, 2))}
+# Two micro-batches of a step on each replica, so that what reads them ahead is no more than a step ahead.
+LAYOUTS = {"DP 2": (2, ("--micro-batch-size", 2)), "TP 2 x PP 2": (4, (TP, 2, PP, 2))}
 PRELUDE = """
 import os
 from pathlib import Path
