@@ -35,14 +35,15 @@ log = logging.getLogger(__name__)
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `inputs_of` reads, and --on-bad-row."""
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help=f"files, globs or folders of {KINDS}")
+    parser.add_argument("--input", nargs="+", action="extend", required=True, metavar="PATH",
+                        help=f"files, globs or folders of {KINDS}")
     parser.add_argument("--json-keys", nargs=3, default=FIELDS, metavar=("CONDITION", "INSTRUCTION", "RESPONSE"),
                         help="names of the fields in your rows (default: the names above in lower case)")
     parser.add_argument("--row-shape", choices=(AUTO, *SHAPES), default=AUTO,
                         help="fields: those of --json-keys; messages: chats, an example for each turn of the "
                              "assistant; alpaca: instruction, input, output (default: what the first row is; a "
                              "tokenizer is trained on files of different shapes, each told by its first row)")
-    parser.add_argument("--ignore-fields", nargs="+", default=(), metavar="NAME",
+    parser.add_argument("--ignore-fields", nargs="+", action="extend", default=[], metavar="NAME",
                         choices=(*SYSTEM, INPUT, *CONTEXT),
                         help=f"leave out parts of prompts that rows have in fields beside those of their shape: "
                              f"{', '.join(SYSTEM)} and {INPUT}, which are spelled, and {', '.join(CONTEXT)}, with "
@@ -130,14 +131,15 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
         path = Path(name)
         if path.is_dir():
             candidates = sorted(_walk(path))
-            files = [file for file in candidates if file.name.endswith(suffixes) and file.is_file() and not _ours(file)]
+            files = [file for file in candidates if file.name.endswith(suffixes) and file.is_file() and not _ours(file)
+                     and not _hidden(file, path)]
             files, candidates = _without_rests(files, candidates)
         elif path.exists():
             candidates = files = [path]
             if not path.is_file():
                 raise ConfigError(f"--input {name} is no file that can be read twice; write it to one first")
         else:
-            matches = [Path(match) for match in glob.glob(name, recursive=True)]
+            matches = [Path(match) for match in glob.glob(name, recursive=True) if not _through_itself(match)]
             files = sorted(match for match in matches if match.is_file() and not _ours(match))
             # to warn of a.jsonl.gz beside b.jsonl, given *.jsonl
             candidates = [*matches, *map(Path, glob.glob(f"{name}.*", recursive=True))]
@@ -186,6 +188,18 @@ def _ours(file: Path) -> bool:
     return ((file.name.endswith(REPORT) and shard_folder(str(file).removesuffix(REPORT)).is_dir())
             or (file.name in FILES and all((file.parent / name).is_file() for name in FILES))
             or any(map(HALF_WRITTEN.fullmatch, file.parts)))
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    """Return whether a file below a given folder is hidden or in a hidden folder, as copies by editors and systems are.
+    Globs find none either."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _through_itself(match: str) -> bool:
+    """Return whether a match of a glob leads through a symlink to a folder around it, and so around again."""
+    places = [os.path.realpath(parent) for parent in Path(match).absolute().parents]
+    return len({*places}) < len(places)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -113,7 +113,7 @@ def add_spelling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tag", action="append", metavar="NAME=TOKEN",
                         help="a tag that conditions may name, and its token; repeat for each tag (default: those of "
                              f"{INFO_FILE}, else {', '.join(TAG_TOKENS)})")
-    parser.add_argument("--control-tokens-in-text", nargs="+", metavar="TOKEN",
+    parser.add_argument("--control-tokens-in-text", nargs="+", action="extend", metavar="TOKEN",
                         help="special tokens, such as <think>, whose strings inside a text become that token (default: "
                              "every special token's string is spelled as text)")
 

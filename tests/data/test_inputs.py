@@ -1,4 +1,5 @@
 """Which files are read, what is named that is not, and files that are no jsonl told by their contents."""
+import argparse
 import bz2
 import codecs
 import gzip
@@ -14,7 +15,7 @@ import pytest
 
 from hrm_megatron.config import ConfigError
 from hrm_megatron.data.example import RowFormat
-from hrm_megatron.data.inputs import SHOWN_NAMES, find_inputs
+from hrm_megatron.data.inputs import SHOWN_NAMES, add_input_flags, find_inputs
 from hrm_megatron.data.text_files import HEAD_BYTES, read_lines
 
 GOOD = {"condition": "direct", "instruction": "naïve?", "response": "5"}
@@ -98,6 +99,30 @@ def test_many_files_are_not_held_against_each_other(write_jsonl, tmp_path, monke
     (tmp_path / "dataset_info.json").touch()  # a cache of the datasets library
     assert len(find_inputs([str(tmp_path)])) == 120
     assert len(compared) < 15 * 240
+
+
+def test_hidden_files_below_a_folder_are_named_and_not_read(write_jsonl, tmp_path, caplog):
+    """As copies by editors and systems are, which no glob finds either."""
+    seen, copy, system = (write_jsonl(f".in/{name}", [GOOD]) for name in (
+        "a.jsonl", ".checkpoints/a.jsonl", "._a.jsonl"))
+    assert find_inputs([str(tmp_path / ".in")]) == [seen]  # the folder itself may be hidden
+    assert "not read: " in caplog.text and str(copy) in caplog.text and str(system) in caplog.text
+    assert find_inputs([str(copy)]) == [copy]
+
+
+def test_a_glob_does_not_go_around_through_links(write_jsonl, tmp_path):
+    first, deep, _ = (write_jsonl(name, [GOOD]) for name in ("in/a.jsonl", "in/sub/b.jsonl", "other/c.jsonl"))
+    (tmp_path / "in" / "sub" / "up").symlink_to("..")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "other")
+    assert find_inputs([str(tmp_path / "in/**/*.jsonl")]) == [first, tmp_path / "in/linked/c.jsonl", deep]
+
+
+def test_inputs_given_twice_are_all_read():
+    parser = argparse.ArgumentParser()
+    add_input_flags(parser)
+    args = parser.parse_args(["--input", "a", "b", "--input", "c", "--ignore-fields", "input"])
+    assert (args.input, args.ignore_fields) == (["a", "b", "c"], ["input"])
+    assert parser.parse_args(["--input", "a"]).ignore_fields == []
 
 
 def test_a_file_named_twice_is_read_once(write_jsonl, tmp_path, monkeypatch):

@@ -27,7 +27,11 @@ def check_flags(parser: argparse.ArgumentParser, words: Sequence[str], cuda: boo
     """
     defaults, args = vars(parser.parse_args([])), vars(parser.parse_args(words))
     table = by_flag()
+    seen: set[str] = set()
     for name, action in given(parser, words):
+        if action.dest in seen and action.nargs not in (None, 0, "?"):
+            raise ConfigError(f"{name}: is given twice, and only the last would count; write all values behind one")
+        seen.add(action.dest)
         value, flag, default = args[action.dest], action.option_strings[0], defaults[action.dest]
         if value in (default, [default]):  # or the default as a list of one
             continue

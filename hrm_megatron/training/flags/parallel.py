@@ -26,7 +26,9 @@ DISTRIBUTED: Group = (
     Used("megatron.core.distributed.distributed_data_parallel", "--overlap-grad-reduce"),
     Used("megatron.training.training", "--ddp-num-buckets --ddp-bucket-size", needs="--overlap-grad-reduce"),
     Used("megatron.training.training", "--ddp-pad-buckets-for-high-nccl-busbw "
-         "--ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-for-fp32-local-accumulation"),
+         "--ddp-reduce-scatter-with-fp32-accumulation"),
+    Used("megatron.training.training", "--ddp-param-name-patterns-for-fp32-local-accumulation",
+         needs="--grad-reduce-in-bf16"),
     Used("megatron.core.distributed.distributed_data_parallel", "--overlap-param-gather --no-align-param-gather",
          needs="--overlap-grad-reduce"),
     Used("hrm_megatron.training.fsdp", "--data-parallel-sharding-strategy", needs=FSDP),

@@ -31,7 +31,8 @@ TRAINING: Group = (
          "--iterations-to-skip --no-check-for-nan-in-loss-and-grad --check-for-large-grads "
          "--dump-param-to-param-group-map"),
     Used("megatron.training.training", "--gpu-sniff-test-interval", cuda=True),
-    Used("megatron.training.global_vars", "--exit-signal", needs="--exit-signal-handler"),
+    Used("megatron.training.global_vars", "--exit-signal", needs="--exit-signal-handler",
+         only=("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")),
     Used("megatron.training.training", "--manual-gc-interval --no-manual-gc-eval", needs="--manual-gc"),
     Used("megatron.training.arguments", "--result-rejected-tracker-filename"),
     Used("megatron.core.tensor_parallel.layers", "--no-gradient-accumulation-fusion"),
@@ -59,15 +60,17 @@ TRAINING: Group = (
 VALIDATION: Group = (
     Used("megatron.training.training", "--eval-iters --eval-interval --start-eval-at-iter --eval-global-batch-size "
          "--eval-micro-batch-size --skip-train --full-validation"),
-    Used("megatron.core.transformer.attention", "--test-mode"),
+    Refused("it checks norms of queries and keys, which an HRM does not have", "--test-mode"),
     Refused(ONE_FIGURE, "--multiple-validation-sets --validation-set-names",
             "leave it out: --skip-train evaluates each by itself"),
 )
 LOGGING: Group = (
-    Used("megatron.training.training", "--log-interval --log-params-norm --log-throughput --log-progress "
+    Used("megatron.training.training", "--log-interval --log-params-norm --log-throughput "
          "--timing-log-level --log-num-zeros-in-grad --no-barrier-with-level-1-timing"),
     Used("megatron.training.global_vars", "--timing-log-option", needs="--timing-log-level"),
-    Used("megatron.training.global_vars", "--tensorboard-dir --tensorboard-queue-size"),
+    Used("megatron.training.training", "--log-progress", needs="--save"),
+    Used("megatron.training.global_vars", "--tensorboard-dir"),
+    Used("megatron.training.global_vars", "--tensorboard-queue-size", needs="--tensorboard-dir"),
     Used("megatron.training.training", "--tensorboard-log-interval --log-timers-to-tensorboard "
          "--no-log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard --log-memory-to-tensorboard "
          "--log-world-size-to-tensorboard", needs="--tensorboard-dir"),

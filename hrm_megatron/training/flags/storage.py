@@ -26,8 +26,10 @@ CHECKPOINTING: Group = (
          "--ckpt-fully-parallel-save-process-group --ckpt-assume-constant-structure --no-save-optim --no-save-rng",
          needs="--save"),
     Used("megatron.training.checkpointing", "--no-load-optim --no-load-rng "
-         "--no-ckpt-load-validate-sharding-integrity --dist-ckpt-strictness --no-stream-ckpt-dequant",
+         "--no-ckpt-load-validate-sharding-integrity --no-stream-ckpt-dequant",
          needs="--load --pretrained-checkpoint"),
+    Used("megatron.training.checkpointing", "--dist-ckpt-strictness", needs="--load --pretrained-checkpoint",
+         only=("assume_ok_unexpected", "log_unexpected", "log_all", "raise_unexpected", "ignore_all")),
     Used("megatron.training.checkpointing", "--ckpt-fully-parallel-load-process-group",
          needs="--load --pretrained-checkpoint"),
     Used("megatron.training.checkpointing", "--ckpt-fully-parallel-load-exchange-algo",

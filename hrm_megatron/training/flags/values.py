@@ -19,11 +19,17 @@ MULTIPLES = {"save_retain_interval": "save_interval", "log_memory_interval": "lo
 def check_values(args: argparse.Namespace, cuda: bool) -> None:
     """Refuse errors that no single flag shows; `cuda`: there is a GPU."""
     for name in FOLDERS:
+        if getattr(args, name) == "":
+            raise ConfigError(f"{_flag(name)} '': is empty; name a folder, or leave it out")
         if (place := getattr(args, name)) and Path(place).is_file():
             raise ConfigError(f"{_flag(name)} {place}: a file is there; name a folder")
     for name in FILES:
         if (place := getattr(args, name)) and not Path(place).is_file():
             raise ConfigError(f"{_flag(name)} {place}: no such file; correct the path")
+    refuse_beside("--ddp-num-buckets", {"--ddp-bucket-size": args.ddp_num_buckets and args.ddp_bucket_size})
+    if args.init_std is not None and args.init_scheme == "lecun_normal" and not args.use_checkpoint_args:
+        raise ConfigError(f"--init-std {args.init_std}: has no effect with --init-scheme lecun_normal; give "
+                          "--init-scheme fixed_normal or megatron too, or leave it out")
     refuse_beside("--bf16", {"--fp16": args.bf16 and args.fp16})
     refuse_beside("--train-iters", {"--train-samples": args.train_iters and args.train_samples})
     refuse_beside("--lr-decay-iters", {"--train-samples (count in steps: --train-iters)":
