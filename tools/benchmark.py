@@ -48,7 +48,7 @@ from hrm_megatron.benchmark.against_transformers import (  # noqa: E402
 )
 from hrm_megatron.benchmark.attention import compare_kernels, random_lengths  # noqa: E402
 from hrm_megatron.benchmark.conversion import report  # noqa: E402
-from hrm_megatron.benchmark.count import count  # noqa: E402
+from hrm_megatron.benchmark.count import Listed, count  # noqa: E402
 from hrm_megatron.benchmark.generation import ARCHITECTURES, compare_generation  # noqa: E402
 from hrm_megatron.benchmark.host import measure_host, table  # noqa: E402
 from hrm_megatron.benchmark.peak import (  # noqa: E402
@@ -226,9 +226,10 @@ def main() -> int:
     conversion.add_argument("--output", type=Path, metavar="DIR", help="existing folder on the disk to measure, which "
                             "needs room for ten times the weights in fp32, or two with --weights-only")
     answers = commands.add_parser("generate", help="greedy answers on the CPU, against transformers' HrmText.generate")
-    answers.add_argument("--models", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES])
-    answers.add_argument("--batches", type=count, nargs="+", default=[1, 8, 32])
-    answers.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    answers.add_argument("--models", nargs="+", action=Listed, choices=[*ARCHITECTURES], default=[*ARCHITECTURES])
+    answers.add_argument("--batches", type=count, nargs="+", action=Listed, default=[1, 8, 32])
+    answers.add_argument("--dtypes", nargs="+", action=Listed, choices=["float32", "bfloat16"],
+                         default=["float32", "bfloat16"])
     answers.add_argument("--prompt-tokens", type=count, default=128,
                          help="of the longest prompt; the shortest has half")
     answers.add_argument("--new-tokens", type=count, default=128,
@@ -242,13 +243,13 @@ def main() -> int:
     host = commands.add_parser("host", help="launches, calls and time of the host in a tick and in a micro-batch")
     host.add_argument("--hrm-preset", choices=[*PRESETS], default="XL", help="its number of layers; on a GPU its sizes")
     host.add_argument("--row-tokens", type=count, default=4096)
-    host.add_argument("--rows", type=count, nargs="+", default=[1, 4], help="of a micro-batch")
+    host.add_argument("--rows", type=count, nargs="+", action=Listed, default=[1, 4], help="of a micro-batch")
     host.add_argument("--compile-layers", action="store_true")
     attention = commands.add_parser("attention", help="the kernels side by side, forward and backward, by lengths")
     attention.add_argument("--lengths", type=Path, metavar="DIR", default=GOLDEN_LENGTHS,
                            help="HRM-Text's sampled folder whose lengths are taken beside random ones")
     attention.add_argument("--row-tokens", type=count, default=4096)
-    attention.add_argument("--rows", type=count, nargs="+", default=[1, 4], help="of a micro-batch")
+    attention.add_argument("--rows", type=count, nargs="+", action=Listed, default=[1, 4], help="of a micro-batch")
     attention.add_argument("--heads", type=count, default=12)
     attention.add_argument("--head-dim", type=count, default=128)
     attention.add_argument("--rounds", type=count, default=20)

@@ -3,6 +3,7 @@ reads."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from hrm_megatron.program import listen, one_line
 if __name__ == "__main__":
     listen()
 
-from hrm_megatron.config import refuse_beside
+from hrm_megatron.config import ConfigError, refuse_beside
 from hrm_megatron.data.dataset_folder import Task
 from hrm_megatron.data.deduplicate import check_duckdb, deduplicate
 from hrm_megatron.data.engine import ENGINES
@@ -64,6 +65,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    if os.path.basename(args.output_prefix) in ("", os.curdir, os.pardir):
+        raise ConfigError(f"--output-prefix {args.output_prefix!r}: ends without a name for the dataset's files; give "
+                          "one, as in data/train")
     task = Task.of(args.shard) if args.shard else None
     if args.deduplicate:
         check_duckdb()

@@ -50,9 +50,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                                                             "everything runs")
     parser.add_argument("--hrm-steps", type=int, metavar="N",
                         help=f"steps of the HRM, whose FLOPs all have (default: {FULL.hrm_steps})")
-    parser.add_argument("--rates", type=float, nargs="+", metavar="LR", help=f"learning rates (default: {FULL.rates})")
+    parser.add_argument("--rates", type=float, nargs="+", action="extend", metavar="LR",
+                        help=f"learning rates (default: {FULL.rates})")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"(default: {FULL.seeds})")
-    parser.add_argument("--models", nargs="+", metavar="TYPE", help=f"(default: {' '.join(FULL.models)})")
+    parser.add_argument("--models", nargs="+", action="extend", metavar="TYPE",
+                        help=f"(default: {' '.join(FULL.models)})")
     return parser.parse_args(arguments)
 
 

@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=Path, required=True, help="checkpoints to begin from, by their EMA")
-    parser.add_argument("--train", type=Path, nargs="+", required=True, help="datasets to train on")
+    parser.add_argument("--train", type=Path, nargs="+", action="extend", required=True, help="datasets to train on")
     parser.add_argument("--new", type=Path, required=True, help="held-out dataset of the new kind")
     parser.add_argument("--old", type=Path, required=True, help="held-out dataset of what the model knew")
     parser.add_argument("--updates", type=int, default=60, help="of each way (default: %(default)s)")

@@ -46,10 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = study_parser(__doc__, "scaling_study", "tiny models and a few steps, to see whether everything runs; its "
                                                     "law means nothing")
-    parser.add_argument("--widths", type=int, nargs="+", metavar="H", help=f"hidden sizes (default: {FULL.widths})")
-    parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help=f"(default: {FULL.tokens})")
+    parser.add_argument("--widths", type=int, nargs="+", action="extend", metavar="H",
+                        help=f"hidden sizes (default: {FULL.widths})")
+    parser.add_argument("--tokens", type=int, nargs="+", action="extend", metavar="N", help=f"(default: {FULL.tokens})")
     parser.add_argument("--held-out-width", type=int, metavar="H", help=f"(default: {FULL.held_out_width})")
-    parser.add_argument("--lr-widths", type=int, nargs="+", metavar="H",
+    parser.add_argument("--lr-widths", type=int, nargs="+", action="extend", metavar="H",
                         help=f"where all multiples of the rate are tried (default: {FULL.lr_widths})")
     return parser.parse_args(arguments)
 

@@ -12,7 +12,7 @@ from statistics import mean
 from hrm_megatron.attention.balance import balanced_order
 from hrm_megatron.attention.prefix_lm import context_loads
 from hrm_megatron.benchmark.attention import Pairs, fill_rows
-from hrm_megatron.benchmark.count import count
+from hrm_megatron.benchmark.count import Listed, count
 from hrm_megatron.data.sampled import SampledFolder
 from hrm_megatron.program import one_line
 
@@ -38,8 +38,8 @@ def main() -> None:
     """Print mean and maximum over the rows of a folder, for both orders."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="HRM-Text's sampled folder, as --sampled-data-path takes it")
-    parser.add_argument("--row-tokens", type=count, nargs="+", default=[4096, 32_768])
-    parser.add_argument("--ranks", type=count, nargs="+", default=[2, 4])
+    parser.add_argument("--row-tokens", type=count, nargs="+", action=Listed, default=[4096, 32_768])
+    parser.add_argument("--ranks", type=count, nargs="+", action=Listed, default=[2, 4])
     parser.add_argument("--rows", type=count, default=64)
     args = parser.parse_args()
     folder = SampledFolder(args.folder)

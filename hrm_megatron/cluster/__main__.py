@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--restart", type=int, default=0, help="how often Slurm has queued the job again")
         if ask is begin:
             command.add_argument("--running", default="", help="jobs of the run that Slurm has on nodes, with blanks")
-            command.add_argument("--nodes", nargs="+", required=True)
+            command.add_argument("--nodes", nargs="+", action="extend", required=True)
             command.add_argument("command", nargs="*", help="the run's command, after --")
         elif ask is judge:
             command.add_argument("--reports", type=Path, required=True, help="folder of the nodes' reports")

@@ -18,7 +18,6 @@ AUTO = "auto"  # row shape: to be detected from the first row
 JSON_KEYS = "--json-keys"  # the flag that renames them
 MAX_CHARACTERS = 2_000_000  # of one text; a long book has more, no context does
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
-_DECODER = json.JSONDecoder()
 BYTES_PER_CHARACTER = 12  # in JSON, at most: \uXXXX twice, outside the basic multilingual plane
 
 
@@ -150,6 +149,21 @@ def make_example(row: dict[str, Any], place: str, rows: RowFormat, instruction: 
     return example
 
 
+class Twice:
+    """What stands for the value of a field that its JSON object has twice; a row is bad where it is needed."""
+
+    def __repr__(self) -> str:
+        return "(there twice)"
+
+
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; Python's own would drop all but the last value of a field."""
+    values = dict(fields)
+    if len(values) < len(fields):
+        values |= {key: Twice() for key, times in Counter(key for key, _ in fields).items() if times > 1}
+    return values
+
+
 class HalfPair(str):
     """A JSON text with a lone surrogate, at character `at`; only a JSON escape can produce one."""
 
@@ -172,8 +186,12 @@ def _with_half_pairs_told(value: Any) -> Any:
     return value
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _loads(text: str) -> Any:
-    """Equivalent to json.loads for a text without surrounding whitespace, which it does not look for."""
+    """Equivalent to json.loads, but for `Twice`, for a text without surrounding whitespace, which it does not look
+    for."""
     try:
         value, end = _DECODER.raw_decode(text)
     except json.JSONDecodeError:
@@ -210,6 +228,8 @@ def text_of(row: dict[str, Any], key: str, place: str, flag: str = "", or_else: 
                                       f"{f' or name yours with {flag}' if flag else ''}{or_else}")
     if value is None:
         raise BadRow("null field", f"{place}: {key} is null; fill it or drop the row{or_else}")
+    if isinstance(value, Twice):
+        raise BadRow("field twice", f"{place}: has {key!r} twice; keep one, or drop the row")
     if not isinstance(value, str):
         way_out = ("make one text of it" if isinstance(value, list | dict) else "decode it" if isinstance(value, bytes)
                    else "put it in quotes")

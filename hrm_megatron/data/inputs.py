@@ -5,7 +5,6 @@ import argparse
 import glob
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +26,8 @@ ROWS_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".feather",
 KINDS = "jsonl, plain or in .gz or .zst, Parquet, Arrow, or datasets saved to disk"
 FRACTION = (0.1, 0.5)  # default of --prefix-fraction
 TEXT_FLAGS = ("sentence_model", "prefix_fraction", "cut_seed", "text_key")
+DATA_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".csv", ".tsv"}  # may hold rows
 SHOWN_NAMES = 5
-HALF_WRITTEN = re.compile(r"\..+\.(partial|replaced)-[0-9a-f]{32}.*")  # by program.py; matches one path component
 
 log = logging.getLogger(__name__)
 
@@ -118,31 +117,32 @@ def _with_raw_text(rows: RowFormat, args: argparse.Namespace, paths: Sequence[Pa
 
 
 def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
-    """Resolve files, glob patterns and folders (searched for ROWS_SUFFIXES) in the order given, each file once. With
-    `documents`, plain text files are included.
+    """Resolve files, glob patterns and folders (searched for ROWS_SUFFIXES) in the order given, each file once, under
+    the first of its names. With `documents`, plain text files are included.
 
     A file of a kind that cannot be read is refused with its kind. Files beside the inputs that are not read are listed
-    in a warning.
+    in a warning, those that may hold rows first; so are further names of a file, which links give it.
     """
     suffixes = ROWS_SUFFIXES + (DOCUMENT_SUFFIXES if documents else ())
     found: dict[str, Path] = {}
+    other_names: list[Path] = []
     unread: dict[Path, None] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
             candidates = sorted(_walk(path))
             files = [file for file in candidates if file.name.endswith(suffixes) and file.is_file() and not _ours(file)
-                     and not _hidden(file, path)]
+                     and not file.name.startswith(".")]
             files, candidates = _without_rests(files, candidates)
         elif path.exists():
             candidates = files = [path]
             if not path.is_file():
                 raise ConfigError(f"--input {name} is no file that can be read twice; write it to one first")
         else:
-            matches = [Path(match) for match in glob.glob(name, recursive=True) if not _through_itself(match)]
+            matches = [*_matches(name)]
             files = sorted(match for match in matches if match.is_file() and not _ours(match))
             # to warn of a.jsonl.gz beside b.jsonl, given *.jsonl
-            candidates = [*matches, *map(Path, glob.glob(f"{name}.*", recursive=True))]
+            candidates = [*matches, *_matches(f"{name}.*")]
         read_here = set(files)
         unread.update(dict.fromkeys(file for file in candidates if file not in read_here))
         if not files:
@@ -150,7 +150,9 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
             raise ConfigError(f"--input {name} {what}{_beside(unread)}; give files, globs or folders of {KINDS}")
         for file in files:
             _check_name(file)
-            found.setdefault(os.path.abspath(file), file)
+            first = found.setdefault(os.path.realpath(file), file)
+            if os.path.abspath(first) != os.path.abspath(file):
+                other_names.append(file)
     read = {path for file in found.values() for path in (file.absolute(), *file.absolute().parents)}
     if len(splits := splits_of([*found.values()])) > 1:
         log.warning("--input: splits of a dataset are all read, to be trained on: %s; to keep some for evaluation, "
@@ -158,6 +160,8 @@ def find_inputs(inputs: Sequence[str], documents: bool = False) -> list[Path]:
                     ", ".join(f"{split} ({file})" for split, file in splits.items()))
     if names := [path for path in unread if path.absolute() not in read]:
         log.warning("not read: %s", _listed(names))
+    if other_names:
+        log.warning("read once, under the first of their names: %s", _listed(other_names))
     if twice := [path for path in found.values() if path.suffix in PACKED and path.absolute().with_suffix("") in read]:
         log.warning("read beside the file of the same name that is not packed: %s", _listed(twice))
     if blank := [path for path in found.values() if is_blank(path, documents)]:
@@ -183,33 +187,53 @@ def _check_name(file: Path) -> None:
 
 
 def _ours(file: Path) -> bool:
-    """Return whether a file was written by our tools and is no corpus text: a dataset report, a sentence model or a
-    temporary file. If these were read, every run would change the dataset."""
+    """Return whether a file was written by our tools and is no corpus text: a dataset report or a sentence model. If
+    these were read, every run would change the dataset."""
     return ((file.name.endswith(REPORT) and shard_folder(str(file).removesuffix(REPORT)).is_dir())
-            or (file.name in FILES and all((file.parent / name).is_file() for name in FILES))
-            or any(map(HALF_WRITTEN.fullmatch, file.parts)))
+            or (file.name in FILES and all((file.parent / name).is_file() for name in FILES)))
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    """Return whether a file below a given folder is hidden or in a hidden folder, as copies by editors and systems are.
-    Globs find none either."""
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _matches(pattern: str) -> Iterator[Path]:
+    """Expand a glob as glob.glob(recursive=True) does, except that each folder below a `**` is searched once: links may
+    lead around in circles."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        yield from map(Path, glob.glob(pattern))
+        return
+    at = parts.index("**")
+    for top in glob.glob(os.sep.join([*parts[:at], ""])) if at else [""]:
+        for folder in _folders(top):
+            yield from _matches(os.path.join(glob.escape(folder), *parts[at + 1:] or ["*"]))
 
 
-def _through_itself(match: str) -> bool:
-    """Return whether a match of a glob leads through a symlink to a folder around it, and so around again."""
-    places = [os.path.realpath(parent) for parent in Path(match).absolute().parents]
-    return len({*places}) < len(places)
+def _folders(top: str) -> Iterator[str]:
+    """Yield a folder ("": the current one) and all below it that are not hidden, each once, behind links last."""
+    starts, seen = [top], set[str]()
+    for start in starts:  # grows while iterating
+        for here, folders, _ in os.walk(start or os.curdir):
+            if (real := os.path.realpath(here)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            starts += [link for name in folders if os.path.islink(link := os.path.join(here, name))]
+            yield here
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder, and symlinks to folders, which are not followed."""
+    """Yield all files below a folder, and the folders in it that are not searched: symlinks and hidden ones."""
     for here, folders, files in os.walk(folder):
-        yield from (Path(here) / name for name in files)
-        yield from (link for name in folders if (link := Path(here) / name).is_symlink())
+        apart = [name for name in folders if name.startswith(".") or os.path.islink(os.path.join(here, name))]
+        yield from (Path(here) / name for name in (*files, *apart))
+        folders[:] = {*folders}.difference(apart)
+
+
+def _may_hold_rows(path: Path) -> bool:
+    return not path.name.startswith(".") and (path.is_dir() or not DATA_SUFFIXES.isdisjoint(path.suffixes))
 
 
 def _listed(paths: Sequence[Path]) -> str:
+    paths = sorted(paths, key=_may_hold_rows, reverse=True)  # a stable sort
     more = len(paths) - SHOWN_NAMES
     return ", ".join(map(str, paths[:SHOWN_NAMES])) + (f" and {more} more" if more > 0 else "")
 

@@ -45,10 +45,17 @@ class Question:
         return dict(self.others, condition=self.condition, instruction=self.instruction)
 
 
+def _lines(flag: str, path: Path) -> list[str]:
+    try:
+        return read_lines(path)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: cannot be read ({error.strerror}); name a text file") from error
+
+
 def of_lines(path: Path, condition: str) -> list[Question]:
     """Read one instruction per line."""
     questions = [Question(f"{path}:{number}", condition, line)
-                 for number, line in enumerate(read_lines(path), start=1)]
+                 for number, line in enumerate(_lines("--prompt-file", path), start=1)]
     if not questions:
         raise ConfigError(f"--prompt-file {path}: empty; write one instruction per line")
     return questions
@@ -70,14 +77,24 @@ def _finite(number: str) -> float:
     raise ConfigError(f"{shown(number)} is not a finite number, as JSON needs; write null or a string")
 
 
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, refusing one that has a field twice: only one would be asked or kept."""
+    values: dict[str, Any] = {}
+    for key, value in fields:
+        if key in values:
+            raise ConfigError(f"has {key!r} twice; keep one")
+        values[key] = value
+    return values
+
+
 def _rows(path: Path, condition: str, kept: bool) -> Iterator[Question]:
     refused, number_of = (OF_SOME_ANSWERS, _finite) if kept else ((), float)
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(_lines("--input", path), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            row = json.loads(line, parse_float=number_of, parse_constant=number_of)
+            row = json.loads(line, parse_float=number_of, parse_constant=number_of, object_pairs_hook=_object)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
         except (ValueError, RecursionError) as error:

@@ -132,6 +132,16 @@ def test_counts_are_whole_numbers_from_1(monkeypatch, capsys, words):
     assert re.search(r"error: argument --[a-z]+: \S+ is no whole number from 1$", capsys.readouterr().err.strip())
 
 
+def test_lists_given_twice_replace_the_default_together(monkeypatch):
+    tool, given = load_tool("benchmark"), []
+    monkeypatch.setattr(tool, "time_generation", lambda args: given.append((args.batches, args.dtypes)))
+    for words in ("", "--batches 3 4 --dtypes bfloat16 --batches 5", ""):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", "generate", *words.split()])
+        assert tool.main() == 0
+    default = ([1, 8, 32], ["float32", "bfloat16"])
+    assert given == [default, ([3, 4, 5], ["bfloat16"]), default]
+
+
 def test_a_profile_has_a_step(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["profile_training.py", "--output", "x", "--steps", "0", "--", "--bf16"])
     with pytest.raises(SystemExit, match="2"):

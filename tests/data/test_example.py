@@ -55,6 +55,10 @@ BAD_ROWS = [
     ({**GOOD, "instruction": ""}, "empty field", ["instruction=''", "drop the row"]),
     ({**GOOD, "response": " \n"}, "empty field", [r"response=' \n'"]),
     ({**GOOD, "response": "a\ud800"}, "invalid Unicode", ["response", "character 2"]),
+    (f'{{"instruction": "first", {json.dumps(GOOD)[1:]}', "field twice", ["has 'instruction' twice; keep one"]),
+    (f'{{"instr\\u0075ction": "first", {json.dumps(GOOD)[1:]}', "field twice", ["has 'instruction' twice"]),
+    (f'{{"input": "", "input": "", {json.dumps(GOOD)[1:]}', "field twice", ["has 'input' twice"]),
+    (f'{{"history": "", "history": "", {json.dumps(GOOD)[1:]}', "lost field", ["history=(there twice) belongs to"]),
 ]
 
 

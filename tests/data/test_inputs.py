@@ -2,13 +2,14 @@
 import argparse
 import bz2
 import codecs
+import glob
 import gzip
 import io
 import json
 import lzma
 import os
 import zipfile
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -89,6 +90,17 @@ def test_many_unread_files_are_counted(write_jsonl, tmp_path, caplog):
     assert f"{tmp_path}/{SHOWN_NAMES - 1}.txt and 3 more" in caplog.text and f"{SHOWN_NAMES}.txt" not in caplog.text
 
 
+def test_unread_files_that_may_hold_rows_are_named_first(write_jsonl, tmp_path, caplog):
+    write_jsonl("in/a.jsonl", [GOOD])
+    likely = [write_jsonl(f"in/{name}", []) for name in ("a.jsonl.bak", "a.jsonl.bz2", "sub/u.json", "t.csv")]
+    (tmp_path / "in" / "zlink").symlink_to(write_jsonl("elsewhere/c.jsonl", [GOOD]).parent)
+    for name in ("A.txt", "README", ".t.csv", "a.txt", "b.py"):
+        write_jsonl(f"in/{name}", [])
+    find_inputs([str(tmp_path / "in")])
+    names = ", ".join(map(str, [*likely, tmp_path / "in" / "zlink"]))
+    assert [record.getMessage() for record in caplog.records] == [f"not read: {names} and 5 more"]
+
+
 def test_many_files_are_not_held_against_each_other(write_jsonl, tmp_path, monkeypatch):
     for i in range(120):
         write_jsonl(f"{i}.jsonl", [GOOD])
@@ -106,15 +118,40 @@ def test_hidden_files_below_a_folder_are_named_and_not_read(write_jsonl, tmp_pat
     seen, copy, system = (write_jsonl(f".in/{name}", [GOOD]) for name in (
         "a.jsonl", ".checkpoints/a.jsonl", "._a.jsonl"))
     assert find_inputs([str(tmp_path / ".in")]) == [seen]  # the folder itself may be hidden
-    assert "not read: " in caplog.text and str(copy) in caplog.text and str(system) in caplog.text
+    assert "not read: " in caplog.text and str(copy.parent) in caplog.text and str(system) in caplog.text
     assert find_inputs([str(copy)]) == [copy]
 
 
 def test_a_glob_does_not_go_around_through_links(write_jsonl, tmp_path):
     first, deep, _ = (write_jsonl(name, [GOOD]) for name in ("in/a.jsonl", "in/sub/b.jsonl", "other/c.jsonl"))
     (tmp_path / "in" / "sub" / "up").symlink_to("..")
+    for name in ("too", "three"):  # 2^40 ways, which no search ends
+        (tmp_path / "in" / "sub" / name).symlink_to("..")
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "other")
     assert find_inputs([str(tmp_path / "in/**/*.jsonl")]) == [first, tmp_path / "in/linked/c.jsonl", deep]
+    assert find_inputs([str(tmp_path / "in/**/sub/**/b.*")]) == [deep]
+
+
+def test_a_file_that_has_two_names_by_links_is_read_once(write_jsonl, tmp_path, caplog):
+    first, other = write_jsonl("a.jsonl", [GOOD]), write_jsonl("in/b.jsonl", [GOOD])
+    (tmp_path / "in" / "link.jsonl").symlink_to(first)
+    (tmp_path / "again").symlink_to(other.parent)
+    for inputs in (["a.jsonl", "in"], ["*.jsonl", "in/*.jsonl"], ["a.jsonl", "in/b.jsonl", "again/link.jsonl"]):
+        caplog.clear()
+        assert find_inputs([str(tmp_path / name) for name in inputs]) == [first, other]
+        assert "link.jsonl" in caplog.text and "read once, under the first of their names: " in caplog.text
+    caplog.clear()
+    assert find_inputs([str(tmp_path / "in")]) == [other, tmp_path / "in" / "link.jsonl"] and not caplog.records
+
+
+@pytest.mark.parametrize("pattern", ["**", "**/*", "**/*.jsonl", "in/**", "./**/*.jsonl", "**/deep/*",
+                                     "in//**/*.jsonl"])
+def test_a_glob_finds_what_pythons_finds(write_jsonl, tmp_path, monkeypatch, pattern):
+    for name in ("a.jsonl", "in/b.jsonl", "in/deep/c.jsonl", "in/.hidden/d.jsonl", "in/[x]/deep/e.jsonl"):
+        write_jsonl(name, [GOOD])
+    monkeypatch.chdir(tmp_path)
+    wanted = {Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)}
+    assert {*find_inputs([pattern])} == wanted != set()
 
 
 def test_inputs_given_twice_are_all_read():

@@ -110,6 +110,9 @@ BAD_RUNS = {
     "bad keys": (lambda path: [path], ["--json-keys", "condition", "question", "response"],
                  [".jsonl:1: ", "'question'", "--json-keys"]),
     "no tokenizer": (lambda path: [path], ["--tokenizer-model", "nowhere"], ["nowhere", "tools/train_tokenizer.py"]),
+    **{f"prefix {prefix!r}": (lambda path: [path], ["--output-prefix", prefix],
+                              [f"--output-prefix {prefix!r}: ends without"])
+       for prefix in ("", "out/", ".", "out/..")},
     "no workers": (lambda path: [path], ["--workers", "0"], ["--workers 0", "at least 1"]),
     "no context": (lambda path: [path], ["--context-size", "0"], ["--context-size 0", "at least 1"]),
     "nothing left": (lambda path: [path], ["--context-size", "2", "--on-bad-row", "skip"], ["no example to write"]),
@@ -117,7 +120,8 @@ BAD_RUNS = {
 
 
 @pytest.mark.parametrize("run", BAD_RUNS)
-def test_refusals_are_one_line_and_leave_nothing(write_jsonl, tmp_path, tokenizer, tool, capsys, run):
+def test_refusals_are_one_line_and_leave_nothing(write_jsonl, tmp_path, tokenizer, tool, capsys, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
     path = write_jsonl("in/a.jsonl", [good_row(0), {**good_row(1), "condition": "Cot"}])
     inputs, more, parts = BAD_RUNS[run]
     arguments = ["--input", *map(str, inputs(path)), "--output-prefix", str(tmp_path / "out" / "x"),

@@ -138,7 +138,7 @@ def test_folders_take_all_kinds_and_leave_what_a_dataset_has_beside_its_rows(tmp
         *(name for name in FLAT if name != "saved"), "saved/data-00000-of-00002.arrow",
         "saved/data-00001-of-00002.arrow"])
     (unread,) = [record.getMessage() for record in caplog.records]
-    assert unread == f"not read: {tmp_path}/README.md, {tmp_path}/saved/cache-0a1b.arrow"
+    assert unread == f"not read: {tmp_path}/saved/cache-0a1b.arrow, {tmp_path}/README.md"
 
 
 def test_what_the_library_computed_is_not_read_beside_what_it_cached(tmp_path, caplog):

@@ -113,6 +113,8 @@ BAD_CHATS = [
     ([Q, turn("assistant", "5", weight=0.5)], "unknown weight", "messages[1]: weight=0.5 is neither 0 (no loss) nor 1"),
     ([turn("user", [{"type": "image", "url": "u"}]), A], "turn is no text", "image"),
     ([turn("user", "a\ud800"), A], "invalid Unicode", "half a surrogate pair"),
+    (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "field twice", "[0]: has 'content' twice"),
+    (b'{"messages": [], "messages": []}', "no turns", "messages=(there twice) is not a list of turns"),
     ([turn("user", "a" * 101), A], "row too long", "a text of 101 characters"),
 ]
 
@@ -120,7 +122,7 @@ BAD_CHATS = [
 @pytest.mark.parametrize("turns, kind, message", BAD_CHATS)
 def test_bad_chats_name_place_value_and_way_out(turns, kind, message):
     noted = Counter()
-    row = parse_object(json.dumps({"messages": turns}).encode(), "x:1")
+    row = parse_object(turns if isinstance(turns, bytes) else json.dumps({"messages": turns}).encode(), "x:1")
     with pytest.raises(BadRow) as refusal:
         examples_of(row, "x:1", RowFormat(default_condition="", shape="messages", max_characters=100),
                     noted)

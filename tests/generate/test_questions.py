@@ -36,3 +36,13 @@ def test_a_number_that_json_cannot_keep_is_refused_where_fields_are_kept(tmp_pat
         of_jsonl(path, "direct")
     assert str(refused.value) == f"{path}:2: '{number}' is not a finite number, as JSON needs; write null or a string"
     assert len(of_jsonl(path, "direct", kept=False)) == 2
+
+
+@pytest.mark.parametrize("row, key", [('{"instruction": "x", "instr\\u0075ction": "y"}', "instruction"),
+                                      ('{"instruction": "x", "a": [{"b": 1, "b": 1}]}', "b")])
+def test_a_field_that_is_there_twice_is_refused(tmp_path, row, key):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"instruction": "x"}}\n{row}\n')
+    with pytest.raises(ConfigError) as refused:
+        of_jsonl(path, "direct")
+    assert str(refused.value) == f"{path}:2: has {key!r} twice; keep one"

@@ -158,7 +158,9 @@ def test_answers_that_hold_line_ends_stay_one_record(tool, tmp_path, monkeypatch
     (["--top-k", "5"], {}, "without effect at temperature=0"),
     (["--temperature", "-1"], {}, "temperature=-1.0: must be 0 (greedy) or positive"),
     (["--temperature", "1", "--top-p", "0"], {}, "top_p=0.0: must be above 0"),
-    ([], dict(prompt=("--prompt-file", "nowhere.txt")), "nowhere.txt"),
+    ([], dict(prompt=("--prompt-file", "nowhere.txt")),
+     "--prompt-file nowhere.txt: cannot be read (No such file or directory); name a text file"),
+    ([], dict(prompt=("--input", ".")), "--input .: cannot be read (Is a directory); name a text file"),
 ])
 def test_bad_input_is_one_line(tool, tmp_path, monkeypatch, flags, options, message):
     monkeypatch.chdir(tmp_path)

@@ -152,6 +152,16 @@ def tools_start_without_extras(path: str, source: str) -> list[str]:
             if normalize(DISTRIBUTIONS.get(root, root)) in declared() - declared(extras=False)]
 
 
+def takes_lists_given_twice(path: str, source: str) -> list[str]:
+    """argparse drops the first list without a word. The training parser refuses the second by itself."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args
+             and ast.unparse(node.func).endswith(".add_argument") and "nargs='+'" in map(ast.unparse, node.keywords)]
+    return [f"{path}:{call.lineno}: {ast.unparse(call.args[0])} given twice would lose its first values; take "
+            "action='extend', or Listed if it has a default" for call in calls
+            if re.match("'--|[A-Z]", ast.unparse(call.args[0])) and not path.startswith("hrm_megatron/training/")
+            and all(keyword.arg != "action" for keyword in call.keywords)]
+
+
 def names_iterations_in_one_place(path: str, source: str) -> list[str]:
     if path == "hrm_megatron/checkpoint/iterations.py":
         return []
@@ -200,6 +210,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...], str], ...] = (  # rule, where it holds
     (names_no_private_place, ("",), ""),
     (declares_its_imports, ("hrm_megatron/", "tools/"), ".py"),
     (tools_start_without_extras, ("tools/",), ".py"),
+    (takes_lists_given_twice, OURS, ".py"),
     (names_iterations_in_one_place, OURS, ".py"),
 )
 
@@ -263,6 +274,7 @@ MODEL = "hrm_megatron/model/hrm.py"
     (declares_its_imports, MODEL, "import pandas.io"),
     (tools_start_without_extras, "tools/plan.py", "import json\nimport matplotlib.pyplot as plt"),
     (declares_its_imports, "tools/plan.py", "def f():\n    from einops import rearrange"),
+    (takes_lists_given_twice, "tools/plan.py", "parser.add_argument('--rows', type=int, nargs='+')"),
     (names_iterations_in_one_place, MODEL, "folder = f'iter_{step:07d}'"),
     (names_iterations_in_one_place, MODEL, "import re\nre.fullmatch(r'iter_(\\d{7,})|release', 'x')"),
 ])
@@ -287,6 +299,8 @@ def test_a_rule_catches(rule: Rule, path: str, source: str) -> None:
     (names_no_private_place, "README.md", "8 GPUs/workers, docs/work, --workers"),
     (declares_its_imports, MODEL, "import os\nimport yaml\nfrom megatron.core import mpu\nfrom . import specs"),
     (tools_start_without_extras, "tools/plan.py", "import torch\ndef f():\n    from matplotlib import cm"),
+    (takes_lists_given_twice, "tools/plan.py", "p.add_argument('--rows', nargs='+', action='extend')\n"
+                                               "p.add_argument('runs', nargs='+')"),
     (names_iterations_in_one_place, MODEL, "folder.glob('iter_*')\nprint('iter_0000012')"),
 ])
 def test_a_rule_lets_pass(rule: Rule, path: str, source: str) -> None:

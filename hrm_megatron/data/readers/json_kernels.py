@@ -164,12 +164,13 @@ def field_at(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray) -> int
 @compiled
 def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, found: np.ndarray) -> int:
     """Return the end of the object that begins at a byte. `found` [2 x fields] receives begin and end of the fields'
-    texts. `names` beyond those fields are fields that a plain row may hold only empty or null."""
+    texts. `names` beyond those fields are fields that a plain row may hold once, empty or null."""
     for i in range(len(found)):
         found[i] = -1
     depth = 0
     objects = 0  # a bit per open level, the innermost lowest: 1 for an object, 0 for a list
     field = -1
+    empties = 0  # a bit per field beyond those of `found`
     while True:
         if objects & 1:
             field = field_at(octets, at, names, name_ends) if depth == 1 else -1
@@ -178,8 +179,10 @@ def behind_row(octets: Bytes, at: int, names: Bytes, name_ends: np.ndarray, foun
                 return -1
             at = behind_space(octets, at)
             if 2 * field >= len(found):
-                if octets[at] != SMALL_N and not (octets[at] == QUOTE and octets[at + 1] == QUOTE):
+                if empties >> field & 1 or (octets[at] != SMALL_N
+                                            and not (octets[at] == QUOTE and octets[at + 1] == QUOTE)):
                     return -1
+                empties |= 1 << field
                 field = -1
         start = at
         empty = False
