@@ -41,7 +41,7 @@ def test_the_table_has_a_line_for_each(found):
 
     head, *lines = table(found[1])
     assert head.split() == ["launches", "calls", "host", "ms", "GPU", "ms"] and len(lines) == len(found[1])
-    assert all(re.search(r"\d [ ,\d]+ +\d+\.\d\d +$", line) for line in lines), lines
+    assert all(re.search(r"\d [ ,\d]+ +-?\d+\.\d\d +$", line) for line in lines), lines
 
 
 def test_what_a_gpu_compiles_into_one_kernel_counts_once():
