@@ -32,8 +32,6 @@ LENGTHS = ((5, 4), (1, 9), (12, 2), (3, 1))  # (prefix, target) of the compared 
 # Relative to the norm of all logits. An fp32 dot product of thousands of terms has an error of some 1e-6, which tens of
 # normalized layers do not raise beyond 1e-4; a swapped block, gate or head gives some 0.1 to 1.
 TOLERANCE = 1e-3
-
-
 DEQUANTIZED = "dequantized"  # a format of `Loaded`: the weights that a quantization decided on, before they are stored
 
 
